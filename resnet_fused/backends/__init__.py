@@ -1,0 +1,78 @@
+"""Backends: each implements every op for one kind of machine. Loaded when first asked for.
+
+A backend receives checked arguments (shapes, dtypes and devices agree, no dimension of the result
+is zero) and returns a new channels_last tensor. To add one, write a module with a function
+`create() -> Backend` (raising BackendUnavailableError where it cannot run) and name it below.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import BackendUnavailableError
+from ..parameters import BatchNorm, Convolution, MaxPool
+
+NAMES = ("cuda", "triton", "cpu", "reference")
+# Best first, for each type of device.
+PREFERENCE = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
+
+
+class Backend(Protocol):
+    """One way to compute every op. Meanings: `resnet_fused.reference.ops`, same signatures."""
+
+    name: str
+
+    def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why tensors of this device and dtype cannot be served, or None."""
+
+    def bn_add_relu(
+        self, x: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool
+    ) -> Tensor: ...
+
+    def conv_bn(
+        self, x: Tensor, conv: Convolution, bn: BatchNorm, residual: Tensor | None, relu: bool
+    ) -> Tensor: ...
+
+    def conv_bn_projection(
+        self,
+        x: Tensor,
+        conv: Convolution,
+        bn: BatchNorm,
+        shortcut: Tensor,
+        projection: Convolution,
+        projection_bn: BatchNorm,
+    ) -> Tensor: ...
+
+    def stem(self, x: Tensor, conv: Convolution, bn: BatchNorm, pool: MaxPool) -> Tensor: ...
+
+    def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+
+
+@functools.cache
+def _load(name: str) -> Backend | BackendUnavailableError:
+    module = importlib.import_module(f".{name}", __name__)
+    try:
+        return module.create()
+    except BackendUnavailableError as error:
+        return error
+
+
+def get(name: str) -> Backend:
+    """The backend of that name; ValueError if unknown, BackendUnavailableError if it cannot run."""
+    if name not in NAMES:
+        raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(sorted(NAMES))}.")
+    backend = _load(name)
+    if isinstance(backend, BackendUnavailableError):
+        raise BackendUnavailableError(str(backend))
+    return backend
+
+
+def unavailable(name: str) -> str | None:
+    """Why the backend of that name cannot run here, or None when it can."""
+    backend = _load(name)
+    return str(backend) if isinstance(backend, BackendUnavailableError) else None

@@ -1,0 +1,18 @@
+"""Errors of our own. Bad arguments raise the built-in `ValueError` and `TypeError`."""
+
+from __future__ import annotations
+
+
+class ResnetFusedError(Exception):
+    """Base of every error that only this package raises."""
+
+
+class BackendUnavailableError(ResnetFusedError, RuntimeError):
+    """A backend was asked for that this machine, build or tensor cannot use.
+
+    The message names the backend, what is missing, and what to do about it.
+    """
+
+
+class CheckpointError(ResnetFusedError, ValueError):
+    """A weights file cannot be read as a state dict."""

@@ -1,0 +1,141 @@
+"""Argument checks and shape rules that the ops share. Each raises before anything is computed."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..parameters import BatchNorm, Convolution, MaxPool
+
+
+def check_activation(name: str, x: Tensor) -> None:
+    """`x` must be a floating (N, C, H, W) tensor."""
+    if x.dim() != 4:
+        raise ValueError(
+            f"{name} must be 4-dimensional (N, C, H, W), found shape {tuple(x.shape)}"
+            + ("; add a batch dimension with x.unsqueeze(0)." if x.dim() == 3 else ".")
+        )
+    if not x.dtype.is_floating_point:
+        raise TypeError(
+            f"{name} must be floating point, found {x.dtype}; "
+            "convert it, for example x.float() / 255 for image bytes."
+        )
+
+
+def check_like(name: str, tensor: Tensor, x: Tensor) -> None:
+    """`tensor` must share the dtype and device of the op's main input `x`."""
+    if tensor.device != x.device:
+        raise ValueError(
+            f"{name} is on {tensor.device} and the input on {x.device}; move one of them."
+        )
+    if tensor.dtype != x.dtype:
+        raise TypeError(
+            f"{name} is {tensor.dtype} and the input {x.dtype}; "
+            "convert one of them (model.to(dtype) or x.to(dtype)) or use torch.autocast."
+        )
+
+
+def check_residual(residual: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
+    """`residual` must be shaped, typed and placed like the result."""
+    if residual is None:
+        return
+    check_like("residual", residual, x)
+    if tuple(residual.shape) != tuple(shape):
+        raise ValueError(f"residual must have shape {tuple(shape)}, found {tuple(residual.shape)}.")
+
+
+def check_batch_norm(name: str, bn: BatchNorm, channels: int, x: Tensor) -> None:
+    """Every vector of `bn` must be floating, of length `channels`, on the input's device."""
+    for field, vector in zip(BatchNorm._fields, bn[:4], strict=False):
+        if vector is None:
+            continue
+        if vector.device != x.device:
+            raise ValueError(
+                f"{name}.{field} is on {vector.device} and the input on {x.device}; "
+                "move one of them."
+            )
+        if not vector.dtype.is_floating_point:
+            raise TypeError(f"{name}.{field} must be floating point, found {vector.dtype}.")
+        if tuple(vector.shape) != (channels,):
+            raise ValueError(
+                f"{name}.{field} must have shape ({channels},), found {tuple(vector.shape)}."
+            )
+
+
+def _windows(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> int:
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def convolution_shape(name: str, x: Tensor, conv: Convolution) -> tuple[int, int, int, int]:
+    """Checks the convolution `name` of `x` and returns its (N, K, P, Q)."""
+    check_activation("input" if name == "conv" else name, x)
+    weight = conv.weight
+    check_like(f"{name}.weight", weight, x)
+    if weight.dim() != 4:
+        raise ValueError(
+            f"{name}.weight must be 4-dimensional (K, C/groups, R, S), "
+            f"found shape {tuple(weight.shape)}."
+        )
+    for field in ("stride", "dilation"):
+        if min(getattr(conv, field)) < 1:
+            raise ValueError(f"{name}.{field} must be positive, found {getattr(conv, field)}.")
+    if min(conv.padding) < 0:
+        raise ValueError(f"{name}.padding must not be negative, found {conv.padding}.")
+    if conv.groups < 1 or weight.shape[0] % conv.groups:
+        raise ValueError(
+            f"{name}.groups={conv.groups} must divide the {weight.shape[0]} output channels."
+        )
+    if x.shape[1] != weight.shape[1] * conv.groups:
+        raise ValueError(
+            f"input has {x.shape[1]} channels, but {name}.weight of shape "
+            f"{tuple(weight.shape)} with groups={conv.groups} expects "
+            f"{weight.shape[1] * conv.groups}."
+        )
+    height, width = (
+        _windows(x.shape[d + 2], weight.shape[d + 2], conv.stride[d], conv.padding[d], dilation)
+        for d, dilation in enumerate(conv.dilation)
+    )
+    if height < 1 or width < 1:
+        raise ValueError(
+            f"input of {x.shape[2]}×{x.shape[3]} is smaller than the window of {name} "
+            f"({weight.shape[2]}×{weight.shape[3]}, dilation {tuple(conv.dilation)}, "
+            f"padding {tuple(conv.padding)})."
+        )
+    return x.shape[0], weight.shape[0], height, width
+
+
+def pool_shape(
+    shape: tuple[int, int, int, int], pool: MaxPool
+) -> tuple[int, int, int, int]:
+    """The shape after `pool`; ValueError where PyTorch's max pooling would refuse it."""
+    if pool.kernel < 1 or pool.stride < 1 or not 0 <= 2 * pool.padding <= pool.kernel:
+        raise ValueError(
+            f"{pool} is not a pooling window: kernel and stride must be positive "
+            "and padding at most half the kernel."
+        )
+    batch, channels, height, width = shape
+    height = _windows(height, pool.kernel, pool.stride, pool.padding)
+    width = _windows(width, pool.kernel, pool.stride, pool.padding)
+    if height < 1 or width < 1:
+        raise ValueError(f"a map of {shape[2]}×{shape[3]} is smaller than the window of {pool}.")
+    return batch, channels, height, width
+
+
+def head_shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
+    """Checks average pool + fully connected and returns (N, classes)."""
+    check_activation("input", x)
+    if 0 in x.shape[2:]:
+        raise ValueError(f"input must have at least one pixel, found shape {tuple(x.shape)}.")
+    check_like("weight", weight, x)
+    if weight.dim() != 2 or weight.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"weight must have shape (classes, {x.shape[1]}), found {tuple(weight.shape)}."
+        )
+    if bias is not None:
+        check_like("bias", bias, x)
+        if tuple(bias.shape) != (weight.shape[0],):
+            raise ValueError(
+                f"bias must have shape ({weight.shape[0]},), found {tuple(bias.shape)}."
+            )
+    return x.shape[0], weight.shape[0]
+
+

@@ -1,0 +1,50 @@
+"""relu?(bn(conv(x)) (+ residual)): the op most of a ResNet consists of."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..parameters import BatchNorm, Convolution
+from ..reference import ops as reference
+from .checks import check_batch_norm, check_residual, convolution_shape
+from .registry import Op, OptionalTensor
+
+
+def _output_shape(
+    x: Tensor, conv: Convolution, bn: BatchNorm, residual: Tensor | None, relu: bool
+) -> tuple[int, ...]:
+    shape = convolution_shape("conv", x, conv)
+    check_batch_norm("bn", bn, shape[1], x)
+    check_residual(residual, shape, x)
+    return shape
+
+
+_op = Op(
+    "conv_bn",
+    {"x": Tensor, "conv": Convolution, "bn": BatchNorm, "residual": OptionalTensor, "relu": bool},
+    _output_shape,
+    reference.conv_bn,
+)
+
+
+def conv_bn(
+    x: Tensor,
+    conv: Convolution,
+    bn: BatchNorm,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """relu?(bn(conv(x)) (+ residual)) in one kernel where the backend has one.
+
+    Args:
+        x: (N, C, H, W), floating; NHWC memory (channels_last) is used as it is, others converted.
+        conv: weight (K, C/groups, R, S) of x's dtype; any kernel size, stride, padding, dilation
+            and number of groups.
+        bn: statistics and affine parameters of K channels, read live, applied in float32.
+        residual: (N, K, P, Q), added after the normalisation; x's dtype and device.
+        relu: whether to clamp at zero.
+
+    Returns (N, K, P, Q), channels_last, of x's dtype. Raises ValueError for shapes and devices
+    that disagree and TypeError for dtypes that do.
+    """
+    return _op(x, conv, bn, residual, relu)

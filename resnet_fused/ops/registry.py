@@ -1,0 +1,150 @@
+"""How an op is made: schema, checks, fake, choice of backend, autograd and autocast, in one place.
+
+An op is described by its parameters (name -> kind), the function that checks them and gives the
+result's shape, and its plain PyTorch meaning. A kind is `Tensor`, `OptionalTensor`, `bool`, or one
+of the groups of `resnet_fused.parameters`, whose fields become consecutive schema arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..parameters import BatchNorm, Convolution, MaxPool
+from .dispatch import choose
+
+OptionalTensor = Tensor | None
+
+_library = torch.library.Library("resnet_fused", "DEF")
+
+_SCHEMA: dict[Any, tuple[str, ...]] = {
+    Tensor: ("Tensor {}",),
+    OptionalTensor: ("Tensor? {}",),
+    bool: ("bool {}",),
+    Convolution: (
+        "Tensor {}_weight",
+        "int[2] {}_stride",
+        "int[2] {}_padding",
+        "int[2] {}_dilation",
+        "int {}_groups",
+    ),
+    BatchNorm: (
+        "Tensor {}_mean",
+        "Tensor {}_var",
+        "Tensor? {}_weight",
+        "Tensor? {}_bias",
+        "float {}_eps",
+    ),
+    MaxPool: ("int {}_kernel", "int {}_stride", "int {}_padding"),
+}
+
+
+class Op:
+    """A registered operator; calling it with grouped arguments runs it."""
+
+    def __init__(
+        self,
+        name: str,
+        parameters: dict[str, Any],
+        output_shape: Callable[..., Sequence[int]],
+        reference: Callable[..., Tensor],
+    ) -> None:
+        self.name = name
+        self._kinds = tuple(parameters.values())
+        self._output_shape = output_shape
+        self._reference = reference
+        arguments = ", ".join(
+            field.format(parameter)
+            for parameter, kind in parameters.items()
+            for field in _SCHEMA[kind]
+        )
+        _library.define(f"{name}({arguments}) -> Tensor")
+        _library.impl(name, self._run, "CompositeExplicitAutograd")
+        qualified = f"resnet_fused::{name}"
+        torch.library.register_fake(qualified, self._fake, lib=_library)
+        torch.library.register_autograd(
+            qualified, self._backward, setup_context=self._save, lib=_library
+        )
+        self._overload = getattr(torch.ops.resnet_fused, name).default
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        device = arguments[0].device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            arguments = tuple(_autocast(argument, dtype) for argument in arguments)
+        return self._overload(*self._flatten(arguments))
+
+    def _flatten(self, arguments: Sequence[Any]) -> list[Any]:
+        flat: list[Any] = []
+        for argument in arguments:
+            if isinstance(argument, (Convolution, BatchNorm, MaxPool)):
+                flat.extend(argument)
+            else:
+                flat.append(argument)
+        return flat
+
+    def _group(self, flat: Sequence[Any]) -> list[Any]:
+        arguments: list[Any] = []
+        position = 0
+        for kind in self._kinds:
+            width = len(_SCHEMA[kind])
+            fields = flat[position : position + width]
+            arguments.append(kind(*fields) if width > 1 else fields[0])
+            position += width
+        return arguments
+
+    def _empty(self, x: Tensor, shape: Sequence[int]) -> Tensor:
+        layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+
+    def _fake(self, *flat: Any) -> Tensor:
+        return self._empty(flat[0], self._output_shape(*self._group(flat)))
+
+    def _run(self, *flat: Any) -> Tensor:
+        arguments = self._group(flat)
+        shape = self._output_shape(*arguments)
+        if 0 in shape:
+            return self._empty(flat[0], shape)
+        return getattr(choose(flat[0]), self.name)(*arguments)
+
+    def _save(self, ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+        ctx.save_for_backward(*(v for v in inputs if isinstance(v, Tensor)))
+        ctx.others = tuple(None if isinstance(v, Tensor) else (v,) for v in inputs)
+
+    def _backward(self, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The vector-Jacobian product of the reference, recomputed from the saved inputs.
+
+        Only inputs are kept, so a fused forward holds no intermediate; the aliases keep the graph
+        of the saved tensors, which makes the product differentiable again.
+        """
+        tensors = iter(ctx.saved_tensors)
+        flat = [next(tensors) if other is None else other[0] for other in ctx.others]
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[: len(flat)]) if needed]
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
+            for i in wanted:
+                flat[i] = flat[i].view_as(flat[i])
+            output = self._reference(*self._group(flat))
+            found = torch.autograd.grad(
+                output,
+                [flat[i] for i in wanted],
+                grad,
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+        gradients: list[Tensor | None] = [None] * len(flat)
+        for i, gradient in zip(wanted, found, strict=True):
+            gradients[i] = gradient
+        return tuple(gradients)
+
+
+def _autocast(argument: Any, dtype: torch.dtype) -> Any:
+    """Tensors and weights in autocast's dtype; BN parameters stay as they are, read in float32."""
+    if isinstance(argument, Convolution):
+        return argument._replace(weight=argument.weight.to(dtype))
+    if isinstance(argument, Tensor) and argument.dtype != torch.float64:
+        return argument.to(dtype)
+    return argument

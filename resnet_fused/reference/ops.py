@@ -1,0 +1,67 @@
+"""What every op means, in plain PyTorch.
+
+Tests, benchmarks and the ops' own gradients take their meaning from here; float64 inputs give the
+truth that errors are measured against. Shapes are logical NCHW; results are channels_last.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..parameters import BatchNorm, Convolution, MaxPool
+
+
+def _convolve(x: Tensor, conv: Convolution) -> Tensor:
+    return F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def _normalise(x: Tensor, bn: BatchNorm) -> Tensor:
+    # Parameters as PyTorch's kernels take them: all alike, and no narrower than the input.
+    present = [v for v in bn[:4] if v is not None]
+    dtype = functools.reduce(torch.promote_types, (v.dtype for v in present), x.dtype)
+    mean, var, weight, bias = (None if v is None else v.to(dtype) for v in bn[:4])
+    return F.batch_norm(x, mean, var, weight, bias, training=False, eps=bn.eps)
+
+
+def bn_add_relu(x: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool) -> Tensor:
+    """relu?(bn(x) (+ residual)); x and residual (N, C, H, W)."""
+    out = _normalise(x, bn)
+    if residual is not None:
+        out = out + residual
+    if relu:
+        out = F.relu(out)
+    return out.contiguous(memory_format=torch.channels_last)
+
+
+def conv_bn(
+    x: Tensor, conv: Convolution, bn: BatchNorm, residual: Tensor | None, relu: bool
+) -> Tensor:
+    """relu?(bn(conv(x)) (+ residual)); x (N, C, H, W), residual (N, K, P, Q)."""
+    return bn_add_relu(_convolve(x, conv), bn, residual, relu)
+
+
+def conv_bn_projection(
+    x: Tensor,
+    conv: Convolution,
+    bn: BatchNorm,
+    shortcut: Tensor,
+    projection: Convolution,
+    projection_bn: BatchNorm,
+) -> Tensor:
+    """relu(bn(conv(x)) + projection_bn(projection(shortcut))): a block's end (paper, eq. 2)."""
+    return conv_bn(x, conv, bn, conv_bn(shortcut, projection, projection_bn, None, False), True)
+
+
+def stem(x: Tensor, conv: Convolution, bn: BatchNorm, pool: MaxPool) -> Tensor:
+    """max_pool(relu(bn(conv(x)))): the network's first layers (paper, Table 1: conv1, pool)."""
+    out = F.max_pool2d(conv_bn(x, conv, bn, None, True), *pool)
+    return out.contiguous(memory_format=torch.channels_last)
+
+
+def head(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """linear(global_average_pool(x)): x (N, C, H, W), weight (classes, C) -> (N, classes)."""
+    return F.linear(x.mean((2, 3)), weight, bias)

@@ -1,0 +1,54 @@
+"""Every environment variable the package reads, parsed in this one place.
+
+Values are read when they are asked for, so a test or a notebook can change them at run time.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Variable(NamedTuple):
+    """One environment variable, as `python -m resnet_fused.env` and the docs list it."""
+
+    name: str
+    default: str
+    meaning: str
+
+
+VARIABLES = (
+    Variable("RESNET_FUSED_CUDA", "auto", "build: auto, on or off; `on` fails without nvcc"),
+    Variable(
+        "RESNET_FUSED_CUDA_ARCHS",
+        "80;86;89;90a;100a;120",
+        "build: CUDA architectures, separated by semicolons; PTX of the newest is added",
+    ),
+    Variable("RESNET_FUSED_TUNE", "on", "run: on measures kernel candidates once, off never does"),
+    Variable(
+        "RESNET_FUSED_CACHE_DIR",
+        "~/.cache/resnet_fused",
+        "run: folder of the tuning cache ($XDG_CACHE_HOME is honoured)",
+    ),
+)
+
+
+def _choice(name: str, default: str, allowed: tuple[str, ...]) -> str:
+    value = os.environ.get(name, default).strip().lower()
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not understood; set it to {' or '.join(allowed)}.")
+    return value
+
+
+def tuning_enabled() -> bool:
+    """Whether kernel candidates may be measured (`RESNET_FUSED_TUNE`)."""
+    return _choice("RESNET_FUSED_TUNE", "on", ("on", "off")) == "on"
+
+
+def cache_directory() -> Path:
+    """Folder that holds the tuning cache (`RESNET_FUSED_CACHE_DIR`); it need not exist."""
+    if path := os.environ.get("RESNET_FUSED_CACHE_DIR"):
+        return Path(path).expanduser()
+    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(root).expanduser() / "resnet_fused"
