@@ -1,2 +1,50 @@
-"""Fused ResNets: drop-in models whose convolutions, batch norms, ReLUs and shortcuts are one op."""
+"""Fused ResNets, drop-in for torchvision's: conv + BN + ReLU + shortcut as single kernels.
+
+    import resnet_fused
+    model = resnet_fused.resnet50(weights="DEFAULT").eval()
+
+Importing compiles nothing, looks for no GPU and needs no extension: backends load when first used.
+"""
+
+from . import models, ops
+from .blocks import BasicBlock, Bottleneck
+from .errors import BackendUnavailableError, CheckpointError, ResnetFusedError
+from .models import (
+    ResNet,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    resnext101_64x4d,
+    wide_resnet50_2,
+    wide_resnet101_2,
+)
 from .ops import available_backends, use_backend
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailableError",
+    "BasicBlock",
+    "Bottleneck",
+    "CheckpointError",
+    "ResNet",
+    "ResnetFusedError",
+    "available_backends",
+    "models",
+    "ops",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "use_backend",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+]

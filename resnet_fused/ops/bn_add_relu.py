@@ -10,9 +10,7 @@ from .checks import check_activation, check_batch_norm, check_residual
 from .registry import Op, OptionalTensor
 
 
-def _output_shape(
-    x: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool
-) -> tuple[int, ...]:
+def _output_shape(x: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool) -> tuple[int, ...]:
     check_activation("input", x)
     check_batch_norm("bn", bn, x.shape[1], x)
     check_residual(residual, tuple(x.shape), x)

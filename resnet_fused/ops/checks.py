@@ -103,9 +103,7 @@ def convolution_shape(name: str, x: Tensor, conv: Convolution) -> tuple[int, int
     return x.shape[0], weight.shape[0], height, width
 
 
-def pool_shape(
-    shape: tuple[int, int, int, int], pool: MaxPool
-) -> tuple[int, int, int, int]:
+def pool_shape(shape: tuple[int, int, int, int], pool: MaxPool) -> tuple[int, int, int, int]:
     """The shape after `pool`; ValueError where PyTorch's max pooling would refuse it."""
     if pool.kernel < 1 or pool.stride < 1 or not 0 <= 2 * pool.padding <= pool.kernel:
         raise ValueError(
@@ -137,5 +135,3 @@ def head_shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, int
                 f"bias must have shape ({weight.shape[0]},), found {tuple(bias.shape)}."
             )
     return x.shape[0], weight.shape[0]
-
-

@@ -1,1 +1,5 @@
-"""The plain PyTorch meaning of every op, block and model."""
+"""The plain PyTorch meaning of every op (`ops`), block and model (`modules`)."""
+
+from . import modules, ops
+
+__all__ = ["modules", "ops"]

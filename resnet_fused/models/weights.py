@@ -1,0 +1,98 @@
+"""Where a model's weights come from: torchvision's enums and downloads, a file, or a state dict."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+
+WeightsSource = Enum | str | os.PathLike[str] | Mapping[str, Any] | None
+
+
+def load_weights(
+    architecture: str, weights: WeightsSource, progress: bool = True
+) -> Mapping[str, Any] | None:
+    """The state dict that `weights` stands for, on the CPU, or None for None.
+
+    Args:
+        architecture: name of the model's constructor, which is torchvision's too.
+        weights: a torchvision weights enum member; the name of one ("IMAGENET1K_V2", "DEFAULT" or
+            "ResNet50_Weights.IMAGENET1K_V2"); the path of a file saved with `torch.save`; or a
+            state dict.
+        progress: whether a download shows its progress.
+
+    torchvision is imported only for its enums and their names; downloads are checked against the
+    hash in the file's name. Files load with `weights_only=True`, so they cannot run code.
+
+    Raises ValueError for a name that is neither a file nor a weights entry, and CheckpointError
+    for a file that is not a state dict.
+    """
+    if weights is None or isinstance(weights, Mapping):
+        return weights
+    if isinstance(weights, Enum):
+        return _download(architecture, weights, progress)
+    path = Path(weights).expanduser()
+    if path.is_file():
+        return _read(path)
+    if isinstance(weights, os.PathLike) or path.suffix or len(path.parts) > 1:
+        if not _looks_like_entry(str(weights)):
+            raise ValueError(f"weights={str(weights)!r}: there is no such file.")
+    return _download(architecture, _entry(architecture, str(weights)), progress)
+
+
+def _looks_like_entry(name: str) -> bool:
+    enum, _, member = name.partition(".")
+    return enum.endswith("_Weights") and member.isidentifier()
+
+
+def _entry(architecture: str, name: str) -> Enum:
+    try:
+        from torchvision.models import get_model_weights
+    except ImportError as error:
+        raise ValueError(
+            f"weights={name!r} is no file, and torchvision, which knows weights by name, "
+            "is not installed; run `pip install torchvision` or give a path."
+        ) from error
+    entries = get_model_weights(architecture)
+    member = name.removeprefix(f"{entries.__name__}.")
+    if member not in entries.__members__:
+        raise ValueError(
+            f"weights={name!r} is neither a file nor weights of {architecture}; "
+            f"known names are {', '.join(entries.__members__)}."
+        )
+    return entries[member]
+
+
+def _download(architecture: str, weights: Enum, progress: bool) -> Mapping[str, Any]:
+    from torchvision.models import get_model_weights
+
+    entries = get_model_weights(architecture)
+    if not isinstance(weights, entries):
+        raise ValueError(
+            f"weights={weights} belong to another model; {architecture} takes {entries.__name__}."
+        )
+    return weights.get_state_dict(progress=progress, check_hash=True)
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds, from EOFError to UnpicklingError
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}: {error}); "
+            "it may be incomplete, or hold more than tensors: save model.state_dict() only."
+        ) from error
+    if not isinstance(state, Mapping) or not all(
+        isinstance(value, torch.Tensor) for value in state.values()
+    ):
+        raise CheckpointError(
+            f"{path} holds no state dict of tensors but {type(state).__name__}; "
+            "save model.state_dict(), or load the file and pass the right part of it."
+        )
+    return state

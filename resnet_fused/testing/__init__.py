@@ -1,0 +1,1 @@
+"""The numerics contract, test cases and timing that tests and benchmarks share."""
