@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from . import fusion, reference
-from .ops import conv_bn, conv_bn_projection
+from .ops.conv_bn import conv_bn
+from .ops.conv_bn_projection import conv_bn_projection
 
 # torch.fx records the ops as they are called here instead of tracing into them.
 torch.fx.wrap("conv_bn")

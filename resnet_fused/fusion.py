@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from .parameters import BatchNorm, Convolution, MaxPool
 
@@ -62,8 +62,13 @@ def batch_norm(module: nn.Module) -> BatchNorm | None:
         return None
     if not untouched(module):
         return None
+    frozen = cast("nn.BatchNorm2d", module)  # the others have the same fields
     return BatchNorm(
-        module.running_mean, module.running_var, module.weight, module.bias, module.eps
+        cast("Tensor", frozen.running_mean),
+        cast("Tensor", frozen.running_var),
+        frozen.weight,
+        frozen.bias,
+        frozen.eps,
     )
 
 

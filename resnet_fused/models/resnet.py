@@ -8,14 +8,16 @@ Komodakis, 1605.07146.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .. import fusion, reference
 from ..blocks import BasicBlock, Bottleneck, NormLayer, ResidualBlock, conv1x1
-from ..ops import conv_bn, head, stem
+from ..ops.conv_bn import conv_bn
+from ..ops.head import head
+from ..ops.stem import stem
 from .weights import WeightsSource, load_weights
 
 torch.fx.wrap("conv_bn")
@@ -118,13 +120,13 @@ class ResNet(nn.Module):
         if zero_init_residual:
             for block in self.blocks():
                 _, last_norm = block.layers()[-1]
-                if isinstance(getattr(last_norm, "weight", None), Tensor):
-                    nn.init.zeros_(last_norm.weight)
+                if isinstance(weight := getattr(last_norm, "weight", None), Tensor):
+                    nn.init.zeros_(weight)
 
     def blocks(self) -> Iterator[ResidualBlock]:
         """Every residual block, from the input to the output."""
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            yield from stage
+            yield from cast("Iterator[ResidualBlock]", stage)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, num_classes) of images x (N, 3, H, W) of the weights' dtype and device.

@@ -40,15 +40,11 @@ def load_weights(
     path = Path(weights).expanduser()
     if path.is_file():
         return _read(path)
-    if isinstance(weights, os.PathLike) or path.suffix or len(path.parts) > 1:
-        if not _looks_like_entry(str(weights)):
-            raise ValueError(f"weights={str(weights)!r}: there is no such file.")
-    return _download(architecture, _entry(architecture, str(weights)), progress)
-
-
-def _looks_like_entry(name: str) -> bool:
-    enum, _, member = name.partition(".")
-    return enum.endswith("_Weights") and member.isidentifier()
+    name = str(weights)
+    is_entry = all(part.isidentifier() for part in name.split(".", 1))
+    if isinstance(weights, os.PathLike) or not is_entry:
+        raise ValueError(f"weights={name!r}: there is no such file.")
+    return _download(architecture, _entry(architecture, name), progress)
 
 
 def _entry(architecture: str, name: str) -> Enum:

@@ -1,11 +1,11 @@
 """The fused operators: `torch.ops.resnet_fused.*` and their typed Python functions."""
 
+from ..parameters import BatchNorm, Convolution, MaxPool
 from .bn_add_relu import bn_add_relu
 from .conv_bn import conv_bn
 from .conv_bn_projection import conv_bn_projection
 from .dispatch import available_backends, use_backend
 from .head import head
-from ..parameters import BatchNorm, Convolution, MaxPool
 from .stem import stem
 
 __all__ = [

@@ -1,0 +1,46 @@
+"""The compiled part of the package, imported when a backend first needs it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+
+from .errors import BackendUnavailableError
+
+_NAME = f"{__package__}._C"
+
+
+@functools.cache
+def _load() -> ModuleType | str:
+    import torch  # noqa: F401  (first, so that the extension shares the OpenMP pool torch brings)
+
+    try:
+        return importlib.import_module(_NAME)
+    except ModuleNotFoundError as error:
+        if error.name != _NAME:
+            raise
+        return (
+            "the compiled extension resnet_fused._C is not built for this Python; install the "
+            "package with `pip install .`, or in a source tree run `pip install -e .`"
+        )
+    except ImportError as error:
+        return (
+            f"the compiled extension resnet_fused._C cannot be loaded ({error}); it was built on "
+            "another system, so reinstall the package here with "
+            "`pip install --force-reinstall --no-deps .`"
+        )
+
+
+def load() -> ModuleType:
+    """The extension module; BackendUnavailableError, with cause and fix, if it cannot be had."""
+    found = _load()
+    if isinstance(found, str):
+        raise BackendUnavailableError(f"{found}.")
+    return found
+
+
+def available() -> str | None:
+    """Why the extension cannot be loaded, with the fix, or None when it can."""
+    found = _load()
+    return found if isinstance(found, str) else None

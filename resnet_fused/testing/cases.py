@@ -1,0 +1,159 @@
+"""Convolution shapes and parameters that every backend is tested with, fixed and random."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..parameters import BatchNorm, Convolution
+
+
+class ConvCase(NamedTuple):
+    """One convolution layer and its input: (batch, channels, height, width) -> out_channels."""
+
+    batch: int
+    channels: int
+    height: int
+    width: int
+    out_channels: int
+    kernel: int = 1
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+    groups: int = 1
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """Height and width of the result; below 1 where the input is smaller than the window."""
+        reach = self.dilation * (self.kernel - 1) + 1
+        height, width = (
+            (size + 2 * self.padding - reach) // self.stride + 1
+            for size in (self.height, self.width)
+        )
+        return height, width
+
+    @property
+    def output_shape(self) -> tuple[int, int, int, int]:
+        return self.batch, self.out_channels, *self.output_size
+
+
+# Each stands for a way in which a kernel can go wrong; small enough for an interpreter.
+CONV_CASES = {
+    "pointwise": ConvCase(2, 32, 7, 7, 64),
+    "pointwise strided": ConvCase(2, 32, 9, 6, 48, stride=2),
+    "3x3": ConvCase(2, 16, 8, 8, 32, 3, 1, 1),
+    "3x3 strided": ConvCase(1, 32, 9, 11, 16, 3, 2, 1),
+    "3x3 dilated": ConvCase(1, 16, 10, 7, 16, 3, 1, 2, 2),
+    "3x3 unpadded": ConvCase(2, 8, 6, 5, 8, 3),
+    "5x5": ConvCase(1, 8, 9, 9, 8, 5, 1, 2),
+    "7x7 stem": ConvCase(1, 3, 21, 17, 64, 7, 2, 3),
+    "channel tails": ConvCase(1, 19, 5, 6, 37, 3, 1, 1),
+    "one channel": ConvCase(3, 1, 5, 5, 1, 3, 1, 1),
+    "grouped": ConvCase(1, 32, 7, 7, 32, 3, 1, 1, groups=4),
+    "grouped uneven": ConvCase(2, 12, 5, 5, 18, 3, 2, 1, groups=3),
+    "depthwise": ConvCase(1, 8, 6, 6, 8, 3, 1, 1, groups=8),
+    "1x1 image": ConvCase(1, 32, 1, 1, 16),
+    "1x1 image padded": ConvCase(1, 16, 1, 1, 16, 3, 1, 1),
+}
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    """A seeded generator, so that a case is the same wherever it is made."""
+    return torch.Generator().manual_seed(seed)
+
+
+def make_batch_norm(
+    channels: int,
+    rng: torch.Generator,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> BatchNorm:
+    """Random BN parameters with a few negative, tiny and zero weights among them."""
+    weight = torch.randn(channels, generator=rng)
+    weight[::5] *= 1e-4
+    weight[1::7] = 0.0
+    return BatchNorm(
+        torch.randn(channels, generator=rng).to(device, dtype),
+        (torch.rand(channels, generator=rng) + 0.3).to(device, dtype),
+        weight.to(device, dtype),
+        torch.randn(channels, generator=rng).to(device, dtype),
+        1e-5,
+    )
+
+
+def make_convolution(
+    case: ConvCase,
+    rng: torch.Generator,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Convolution, BatchNorm]:
+    """A random input (channels_last), convolution and BN of the case's shapes."""
+    x = torch.randn(case.batch, case.channels, case.height, case.width, generator=rng)
+    fan_in = case.channels // case.groups * case.kernel**2
+    weight = torch.randn(
+        case.out_channels, case.channels // case.groups, case.kernel, case.kernel, generator=rng
+    )
+    x = x.to(device, dtype).contiguous(memory_format=torch.channels_last)
+    weight = (weight * (2 / fan_in) ** 0.5).to(device, dtype)
+    conv = Convolution(
+        weight.contiguous(memory_format=torch.channels_last),
+        (case.stride, case.stride),
+        (case.padding, case.padding),
+        (case.dilation, case.dilation),
+        case.groups,
+    )
+    return x, conv, make_batch_norm(case.out_channels, rng, dtype, device)
+
+
+def make_residual(case: ConvCase, x: Tensor, rng: torch.Generator) -> Tensor:
+    """A random tensor shaped like the case's result, like `x` otherwise."""
+    residual = torch.randn(case.output_shape, generator=rng).to(x.device, x.dtype)
+    return residual.contiguous(memory_format=torch.channels_last)
+
+
+def make_integers(
+    case: ConvCase,
+    rng: torch.Generator,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Convolution, BatchNorm]:
+    """Like `make_convolution`, with values whose exact result every dtype can hold.
+
+    Activations and weights lie in {-1, 0, 1}, few enough non-zero that sums stay below 2⁷ for
+    these shapes; the normalisation (mean 1, variance 1, eps 0) is exact.
+    """
+    x, conv, _ = make_convolution(case, rng, dtype, device)
+    draw = torch.randint(-1, 2, tuple(x.shape), generator=rng)
+    keep = torch.rand(tuple(conv.weight.shape), generator=rng) < 0.3
+    weight = torch.randint(-1, 2, tuple(conv.weight.shape), generator=rng) * keep
+    ones = torch.ones(case.out_channels, dtype=dtype, device=device)
+    sign = torch.where(torch.arange(case.out_channels) % 3 == 0, -1.0, 1.0).to(device, dtype)
+    return (
+        x.copy_(draw),
+        conv._replace(weight=conv.weight.copy_(weight)),
+        BatchNorm(ones, ones.clone(), sign, ones.clone(), 0.0),
+    )
+
+
+def randomise_statistics(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Gives every BN of `model` random statistics, negative and tiny weights included.
+
+    The scale of each layer is kept near one, so that activations of deep networks stay finite.
+    """
+    rng = generator(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d) and module.running_mean is not None:
+                channels = module.num_features
+                assert module.running_var is not None
+                module.running_mean.copy_(0.1 * torch.randn(channels, generator=rng))
+                module.running_var.copy_(0.5 + torch.rand(channels, generator=rng))
+                weight = 0.5 + torch.rand(channels, generator=rng)
+                weight[::7] *= -1
+                weight[3::11] *= 1e-3
+                if module.affine:
+                    module.weight.copy_(weight)
+                    module.bias.copy_(0.1 * torch.randn(channels, generator=rng))
+    return model

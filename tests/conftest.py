@@ -1,0 +1,61 @@
+"""Fixtures that the tests share. Without a GPU, Triton kernels run under Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Read when triton is first imported, so it is set before anything can import it.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from resnet_fused import backends, use_backend
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA GPU, and torch sees none")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def cache_directory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
+    """Keeps the tuning cache of the person who runs the tests out of them."""
+    monkeypatch.setenv("RESNET_FUSED_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def require(name: str, device: str, dtype: torch.dtype) -> None:
+    """Skips, with the reason, where the backend cannot serve such tensors."""
+    if reason := backends.unavailable(name):
+        pytest.skip(reason)
+    if reason := backends.get(name).unsupported(torch.device(device), dtype):
+        pytest.skip(f"{name}: {reason}")
+
+
+TARGETS = [
+    pytest.param(("reference", "cpu"), id="reference"),
+    pytest.param(("cpu", "cpu"), id="cpu"),
+    pytest.param(("triton", "cpu"), id="triton-interpreted"),
+    pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
+    pytest.param(("cuda", "cuda"), id="cuda", marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=TARGETS)
+def device(request: pytest.FixtureRequest, dtype: torch.dtype) -> Iterator[str]:
+    """The device to put tensors on, with one backend after the other chosen for it."""
+    name, device = request.param
+    require(name, device, dtype)
+    with use_backend(name):
+        yield device

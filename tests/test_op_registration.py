@@ -1,0 +1,256 @@
+"""What PyTorch expects of an operator: schema, fake, autograd, compile, autocast, and errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from resnet_fused import BackendUnavailableError, available_backends, ops, use_backend
+from resnet_fused.ops import BatchNorm, Convolution, MaxPool
+from resnet_fused.reference import ops as reference
+from resnet_fused.testing.cases import ConvCase, generator, make_convolution
+
+
+def _arguments(name: str, dtype: torch.dtype) -> list[Any]:
+    rng = generator()
+    x, conv, bn = make_convolution(ConvCase(2, 6, 6, 6, 8, 3, 1, 1), rng, dtype)
+    residual = torch.randn(2, 8, 6, 6, generator=rng).to(dtype)
+    if name == "bn_add_relu":
+        return [residual, bn, residual.flip(0), True]
+    if name == "conv_bn":
+        return [x, conv, bn, residual, True]
+    if name == "conv_bn_projection":
+        shortcut, projection, projection_bn = make_convolution(
+            ConvCase(2, 5, 12, 12, 8, stride=2), rng, dtype
+        )
+        return [x, conv, bn, shortcut, projection, projection_bn]
+    if name == "stem":
+        return [x, conv, bn, MaxPool(3, 2, 1)]
+    return [residual, torch.randn(4, 8, generator=rng).to(dtype), torch.zeros(4, dtype=dtype)]
+
+
+NAMES = ["bn_add_relu", "conv_bn", "conv_bn_projection", "stem", "head"]
+
+
+def _flat(arguments: list[Any]) -> list[Any]:
+    flat: list[Any] = []
+    for argument in arguments:
+        grouped = isinstance(argument, (Convolution, BatchNorm, MaxPool))
+        flat.extend(argument if grouped else [argument])
+    return [list(a) if isinstance(a, tuple) else a for a in flat]
+
+
+def _with_grad(arguments: list[Any]) -> tuple[list[Any], list[Tensor]]:
+    """The arguments with gradients asked of everything but running statistics."""
+    leaves: list[Tensor] = []
+
+    def leaf(tensor: Tensor) -> Tensor:
+        leaves.append(tensor.detach().clone().requires_grad_())
+        return leaves[-1]
+
+    prepared: list[Any] = []
+    for argument in arguments:
+        if isinstance(argument, Convolution):
+            argument = argument._replace(weight=leaf(argument.weight))
+        elif isinstance(argument, BatchNorm):
+            argument = argument._replace(weight=leaf(argument.weight), bias=leaf(argument.bias))
+        elif isinstance(argument, Tensor):
+            argument = leaf(argument)
+        prepared.append(argument)
+    return prepared, leaves
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name: str, backend: str) -> None:
+    if backend not in available_backends():
+        pytest.skip(f"no backend {backend} here")
+    flat = _flat(_with_grad(_arguments(name, torch.float32))[0])
+    with use_backend(backend):
+        torch.library.opcheck(getattr(torch.ops.resnet_fused, name).default, tuple(flat))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_exact_in_float64(name: str) -> None:
+    arguments, leaves = _with_grad(_arguments(name, torch.float64))
+    op: Callable[..., Tensor] = getattr(ops, name)
+
+    def function(*tensors: Tensor) -> Tensor:
+        replaced = {id(leaf): tensor for leaf, tensor in zip(leaves, tensors, strict=True)}
+
+        def swap(value: Any) -> Any:
+            if isinstance(value, (Convolution, BatchNorm)):
+                return type(value)(*(replaced.get(id(v), v) for v in value))
+            return replaced.get(id(value), value)
+
+        return op(*(swap(argument) for argument in arguments))
+
+    assert torch.autograd.gradcheck(function, tuple(leaves))
+    assert torch.autograd.gradgradcheck(function, tuple(leaves))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_those_of_the_reference(name: str, device: str, dtype: torch.dtype) -> None:
+    def gradients(function: Callable[..., Tensor]) -> list[Tensor]:
+        moved = [
+            type(a)(*(v.to(device) if isinstance(v, Tensor) else v for v in a))
+            if isinstance(a, tuple)
+            else (a.to(device) if isinstance(a, Tensor) else a)
+            for a in _arguments(name, dtype)
+        ]
+        arguments, leaves = _with_grad(moved)
+        return list(torch.autograd.grad(function(*arguments).float().square().sum(), leaves))
+
+    for ours, theirs in zip(
+        gradients(getattr(ops, name)), gradients(getattr(reference, name)), strict=True
+    ):
+        # The loss's own gradient comes from the op's output, which differs by its rounding.
+        bound = 8 * torch.finfo(dtype).eps
+        torch.testing.assert_close(ours, theirs, rtol=bound, atol=bound * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiles_without_a_graph_break(name: str) -> None:
+    torch.compiler.reset()
+    arguments, leaves = _with_grad(_arguments(name, torch.float32))
+    op = getattr(ops, name)
+    expected = op(*arguments)
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")(*arguments)
+    assert torch.equal(compiled, expected)
+    assert compiled.stride() == expected.stride()
+    expected_grads = torch.autograd.grad(expected.sum(), leaves)
+    for ours, theirs in zip(
+        torch.autograd.grad(compiled.sum(), leaves), expected_grads, strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_autocast_lowers_activations_and_keeps_statistics() -> None:
+    x, conv, bn = make_convolution(ConvCase(1, 8, 5, 5, 8), generator())
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ops.conv_bn(x, conv, bn, relu=True)
+    low = conv._replace(weight=conv.weight.bfloat16())
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, ops.conv_bn(x.bfloat16(), low, bn, relu=True))
+
+
+def _x(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def _bn(channels: int) -> BatchNorm:
+    one = torch.ones(channels)
+    return BatchNorm(one, one, one, one, 1e-5)
+
+
+WEIGHT = torch.zeros(4, 3, 3, 3)
+MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "3-D input": (
+        lambda: ops.conv_bn(_x(3, 8, 8), Convolution(WEIGHT), _bn(4)),
+        ValueError,
+        r"4-dimensional.*unsqueeze",
+    ),
+    "integer input": (
+        lambda: ops.conv_bn(_x(1, 3, 8, 8, dtype=torch.uint8), Convolution(WEIGHT), _bn(4)),
+        TypeError,
+        r"floating point, found torch.uint8",
+    ),
+    "wrong channels": (
+        lambda: ops.conv_bn(_x(1, 4, 8, 8), Convolution(WEIGHT), _bn(4)),
+        ValueError,
+        r"input has 4 channels.*expects 3",
+    ),
+    "wrong dtype": (
+        lambda: ops.conv_bn(_x(1, 3, 8, 8, dtype=torch.float16), Convolution(WEIGHT), _bn(4)),
+        TypeError,
+        r"conv.weight is torch.float32 and the input torch.float16",
+    ),
+    "mixed devices": (
+        lambda: ops.conv_bn(_x(1, 3, 8, 8), Convolution(WEIGHT.to("meta")), _bn(4)),
+        ValueError,
+        r"conv.weight is on meta and the input on cpu",
+    ),
+    "small image": (
+        lambda: ops.conv_bn(_x(1, 3, 2, 2), Convolution(WEIGHT), _bn(4)),
+        ValueError,
+        r"2×2 is smaller than the window",
+    ),
+    "bn length": (
+        lambda: ops.conv_bn(_x(1, 3, 8, 8), Convolution(WEIGHT), _bn(5)),
+        ValueError,
+        r"bn.mean must have shape \(4,\), found \(5,\)",
+    ),
+    "bn integers": (
+        lambda: ops.conv_bn(
+            _x(1, 3, 8, 8), Convolution(WEIGHT), _bn(4)._replace(var=torch.ones(4, dtype=torch.int))
+        ),
+        TypeError,
+        r"bn.var must be floating point",
+    ),
+    "zero stride": (
+        lambda: ops.conv_bn(_x(1, 3, 8, 8), Convolution(WEIGHT, (0, 1)), _bn(4)),
+        ValueError,
+        r"conv.stride must be positive",
+    ),
+    "groups": (
+        lambda: ops.conv_bn(_x(1, 3, 8, 8), Convolution(WEIGHT, groups=3), _bn(4)),
+        ValueError,
+        r"groups=3 must divide the 4 output channels",
+    ),
+    "residual shape": (
+        lambda: ops.conv_bn(_x(1, 3, 8, 8), Convolution(WEIGHT), _bn(4), _x(1, 4, 8, 8)),
+        ValueError,
+        r"residual must have shape \(1, 4, 6, 6\)",
+    ),
+    "projection size": (
+        lambda: ops.conv_bn_projection(
+            _x(1, 3, 8, 8), Convolution(WEIGHT), _bn(4), _x(1, 3, 9, 9), Convolution(WEIGHT), _bn(4)
+        ),
+        ValueError,
+        r"must agree",
+    ),
+    "pool padding": (
+        lambda: ops.stem(_x(1, 3, 8, 8), Convolution(WEIGHT), _bn(4), MaxPool(2, 2, 2)),
+        ValueError,
+        r"padding at most half",
+    ),
+    "head weight": (
+        lambda: ops.head(_x(1, 3, 8, 8), torch.zeros(5, 4)),
+        ValueError,
+        r"weight must have shape \(classes, 3\)",
+    ),
+    "unknown backend": (lambda: use_backend("gpu"), ValueError, r"unknown backend 'gpu'"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_named(name: str) -> None:
+    call, error, message = MISTAKES[name]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_an_unavailable_backend_says_why() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("every backend may be available here")
+    with pytest.raises(BackendUnavailableError, match="GPU"):
+        use_backend("cuda")
+
+
+def test_a_backend_refuses_what_it_cannot_compute() -> None:
+    x, conv, bn = make_convolution(ConvCase(1, 8, 5, 5, 8), generator(), torch.float64)
+    with use_backend("cpu"), pytest.raises(BackendUnavailableError, match="float64"):
+        ops.conv_bn(x, conv, bn)
+
+
+def test_use_backend_restores_the_previous_choice() -> None:
+    x, conv, bn = make_convolution(ConvCase(1, 8, 5, 5, 8), generator(), torch.float64)
+    with use_backend("reference"):
+        with use_backend(None):
+            ops.conv_bn(x, conv, bn)
+        ops.conv_bn(x, conv, bn)
+    ops.conv_bn(x, conv, bn)

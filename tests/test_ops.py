@@ -1,0 +1,266 @@
+"""Every op on every backend against float64, by the numerics contract."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from resnet_fused import ops
+from resnet_fused.ops import BatchNorm, Convolution, MaxPool
+from resnet_fused.reference import ops as reference
+from resnet_fused.testing.cases import (
+    CONV_CASES,
+    ConvCase,
+    generator,
+    make_batch_norm,
+    make_convolution,
+    make_integers,
+    make_residual,
+)
+from resnet_fused.testing.numerics import check_op
+
+# The results have a few hundred elements, so one rounding more or less shows in the norm.
+NOISE = 1.1
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fills every tensor that a backend allocates with NaN, so that an unwritten element shows."""
+    for name in ("empty", "empty_like", "empty_strided"):
+        allocate = getattr(torch, name)
+
+        def poisoned(*args, _allocate=allocate, **kwargs):
+            tensor = _allocate(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        monkeypatch.setattr(torch, name, poisoned)
+
+
+@pytest.fixture(params=CONV_CASES.values(), ids=CONV_CASES.keys())
+def case(request: pytest.FixtureRequest) -> ConvCase:
+    return request.param
+
+
+@pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
+@pytest.mark.parametrize("add", [False, True], ids=["plain", "residual"])
+def test_conv_bn(case: ConvCase, device: str, dtype: torch.dtype, add: bool, relu: bool) -> None:
+    rng = generator()
+    x, conv, bn = make_convolution(case, rng, dtype, device)
+    residual = make_residual(case, x, rng) if add else None
+    out = check_op(ops.conv_bn, reference.conv_bn, [x, conv, bn, residual, relu], noise=NOISE)
+    assert out.shape == case.output_shape
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_conv_bn_is_exact_on_integers(case: ConvCase, device: str, dtype: torch.dtype) -> None:
+    rng = generator()
+    x, conv, bn = make_integers(case, rng, dtype, device)
+    residual = make_residual(case, x, rng).round_()
+    out = ops.conv_bn(x, conv, bn, residual, True)
+    args = (x.double(), conv._replace(weight=conv.weight.double()), bn, residual.double(), True)
+    truth = reference.conv_bn(*args)
+    assert truth.abs().max() <= 256, "the case no longer fits every dtype exactly"
+    assert torch.equal(out.double(), truth)
+
+
+def test_conv_bn_reads_any_layout(device: str, dtype: torch.dtype) -> None:
+    case = CONV_CASES["3x3"]
+    rng = generator()
+    x, conv, bn = make_integers(case, rng, dtype, device)  # exact in whatever order sums run
+    residual = make_residual(case, x, rng).round_()
+    expected = ops.conv_bn(x, conv, bn, residual, True)
+    wide = torch.randn(x.shape[0], x.shape[1], x.shape[2], 2 * x.shape[3]).to(x)
+    sliced = wide[..., ::2].copy_(x)
+    vectors = torch.stack([v for v in bn[:4] if v is not None], 1)
+    strided = BatchNorm(*vectors.unbind(1), bn.eps)
+    for layout in (x.contiguous(), sliced, x.mT.contiguous().mT):
+        out = ops.conv_bn(
+            layout,
+            conv._replace(weight=conv.weight.contiguous()),
+            strided,
+            residual.contiguous(),
+            True,
+        )
+        assert torch.equal(out, expected)
+
+
+def test_conv_bn_keeps_small_deviations_from_a_large_mean(device: str, dtype: torch.dtype) -> None:
+    """Mean 100 and standard deviation 0.1: the subtraction must not lose what is left."""
+    rng = generator()
+    x, conv, bn = make_convolution(CONV_CASES["pointwise"], rng, dtype, device)
+    mean = torch.full_like(bn.mean, 100.0)
+    bn = BatchNorm(mean, torch.full_like(bn.var, 0.01), bn.weight, bn.bias, bn.eps)
+    x = (x + 4).to(dtype)
+    check_op(ops.conv_bn, reference.conv_bn, [x, conv, bn, None, False], noise=NOISE)
+
+
+@pytest.mark.parametrize("missing", ["weight", "bias", "both"])
+def test_conv_bn_without_affine_parameters(device: str, dtype: torch.dtype, missing: str) -> None:
+    x, conv, bn = make_convolution(CONV_CASES["pointwise"], generator(), dtype, device)
+    if missing in ("weight", "both"):
+        bn = bn._replace(weight=None)
+    if missing in ("bias", "both"):
+        bn = bn._replace(bias=None)
+    check_op(ops.conv_bn, reference.conv_bn, [x, conv, bn, None, True], noise=NOISE)
+
+
+def test_conv_bn_reads_float32_batch_norms_beside_any_dtype(
+    device: str, dtype: torch.dtype
+) -> None:
+    x, conv, _ = make_convolution(CONV_CASES["3x3"], generator(), dtype, device)
+    bn = make_batch_norm(conv.weight.shape[0], generator(1), torch.float32, device)
+    check_op(ops.conv_bn, reference.conv_bn, [x, conv, bn, None, True], noise=NOISE)
+
+
+def test_conv_bn_leaves_its_arguments_alone(device: str, dtype: torch.dtype) -> None:
+    case = CONV_CASES["pointwise"]
+    rng = generator()
+    x, conv, bn = make_convolution(case, rng, dtype, device)
+    residual = make_residual(case, x, rng)
+    tensors = [x, conv.weight, residual, *(v for v in bn if isinstance(v, torch.Tensor))]
+    before = [tensor.clone() for tensor in tensors]
+    ops.conv_bn(x, conv, bn, residual, True)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+def test_conv_bn_adds_the_input_itself(device: str, dtype: torch.dtype) -> None:
+    """An identity block whose residual is its input, as in ResNets of one channel count."""
+    x, conv, bn = make_convolution(ConvCase(2, 16, 5, 5, 16), generator(), dtype, device)
+    check_op(ops.conv_bn, reference.conv_bn, [x, conv, bn, x, True], noise=NOISE)
+
+
+PROJECTIONS = {
+    "bottleneck": (ConvCase(2, 16, 5, 5, 64), 2, (10, 9)),
+    "bottleneck stride 1": (ConvCase(2, 16, 6, 5, 64), 1, (6, 5)),
+    "basic": (ConvCase(1, 32, 5, 4, 32, 3, 1, 1), 2, (9, 8)),
+    "channel tails": (ConvCase(1, 13, 4, 4, 21), 2, (7, 8)),
+}
+
+
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_conv_bn_projection(name: str, device: str, dtype: torch.dtype) -> None:
+    case, stride, (height, width) = PROJECTIONS[name]
+    rng = generator()
+    x, conv, bn = make_convolution(case, rng, dtype, device)
+    block_input = ConvCase(case.batch, 24, height, width, case.out_channels, stride=stride)
+    shortcut, projection, projection_bn = make_convolution(block_input, rng, dtype, device)
+    arguments = [x, conv, bn, shortcut, projection, projection_bn]
+    out = check_op(ops.conv_bn_projection, reference.conv_bn_projection, arguments, noise=NOISE)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_conv_bn_projection_with_a_3x3_projection(device: str, dtype: torch.dtype) -> None:
+    rng = generator()
+    x, conv, bn = make_convolution(ConvCase(1, 8, 5, 5, 16), rng, dtype, device)
+    wide = ConvCase(1, 8, 10, 10, 16, 3, 2, 1)
+    shortcut, projection, projection_bn = make_convolution(wide, rng, dtype, device)
+    arguments = [x, conv, bn, shortcut, projection, projection_bn]
+    check_op(ops.conv_bn_projection, reference.conv_bn_projection, arguments, noise=NOISE)
+
+
+STEMS = {
+    "resnet": (ConvCase(2, 3, 32, 32, 64, 7, 2, 3), MaxPool(3, 2, 1)),
+    "odd size": (ConvCase(1, 3, 37, 23, 64, 7, 2, 3), MaxPool(3, 2, 1)),
+    "one pixel": (ConvCase(1, 3, 1, 1, 16, 7, 2, 3), MaxPool(3, 2, 1)),
+    "other channels": (ConvCase(1, 5, 15, 14, 20, 7, 2, 3), MaxPool(3, 2, 1)),
+    "small windows": (ConvCase(1, 3, 11, 12, 16, 3, 1, 1), MaxPool(2, 2, 0)),
+}
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("name", STEMS)
+def test_stem(name: str, layout: str, device: str, dtype: torch.dtype) -> None:
+    case, pool = STEMS[name]
+    x, conv, bn = make_convolution(case, generator(), dtype, device)
+    if layout == "nchw":
+        x = x.contiguous()
+    out = check_op(ops.stem, reference.stem, [x, conv, bn, pool], noise=NOISE)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(2, 64, 7, 7, 10), (1, 37, 3, 5, 11), (3, 16, 1, 1, 1)])
+def test_head(shape: tuple[int, ...], bias: bool, device: str, dtype: torch.dtype) -> None:
+    batch, channels, height, width, classes = shape
+    rng = generator()
+    x = torch.randn(batch, channels, height, width, generator=rng).to(device, dtype)
+    weight = torch.randn(classes, channels, generator=rng).to(device, dtype)
+    offset = torch.randn(classes, generator=rng).to(device, dtype) if bias else None
+    x = x.contiguous(memory_format=torch.channels_last)
+    out = check_op(ops.head, reference.head, [x, weight, offset], noise=NOISE)
+    assert out.shape == (batch, classes)
+
+
+@pytest.mark.parametrize("add", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("shape", [(2, 64, 7, 7), (1, 19, 3, 5), (1, 1, 1, 1)])
+def test_bn_add_relu(shape: tuple[int, ...], add: bool, device: str, dtype: torch.dtype) -> None:
+    rng = generator()
+    x = torch.randn(shape, generator=rng).to(device, dtype)
+    residual = torch.randn(shape, generator=rng).to(device, dtype) if add else None
+    bn = make_batch_norm(shape[1], rng, dtype, device)
+    for relu in (False, True):
+        arguments = [x, bn, residual, relu]
+        check_op(ops.bn_add_relu, reference.bn_add_relu, arguments, noise=NOISE)
+
+
+@st.composite
+def conv_cases(draw: st.DrawFn) -> ConvCase:
+    """Any convolution that fits, small enough for an interpreter."""
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    case = ConvCase(
+        batch=draw(st.integers(1, 3)),
+        channels=groups * draw(st.integers(1, 20)),
+        height=draw(st.integers(1, 12)),
+        width=draw(st.integers(1, 12)),
+        out_channels=groups * draw(st.integers(1, 20)),
+        kernel=draw(st.sampled_from([1, 1, 2, 3, 3, 5, 7])),
+        stride=draw(st.integers(1, 3)),
+        padding=draw(st.integers(0, 3)),
+        dilation=draw(st.integers(1, 2)),
+        groups=groups,
+    )
+    assume(min(case.output_size) >= 1)
+    return case
+
+
+@settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
+)
+@given(case=conv_cases(), add=st.booleans(), relu=st.booleans(), seed=st.integers(0, 99))
+def test_conv_bn_on_random_shapes(
+    device: str, dtype: torch.dtype, case: ConvCase, add: bool, relu: bool, seed: int
+) -> None:
+    """Integers, so that the answer is exact and one wrong element among thousands shows."""
+    rng = generator(seed)
+    x, conv, bn = make_integers(case, rng, dtype, device)
+    residual = make_residual(case, x, rng).round_() if add else None
+    out = ops.conv_bn(x, conv, bn, residual, relu)
+    truth = reference.conv_bn(
+        x.double(),
+        conv._replace(weight=conv.weight.double()),
+        bn,
+        None if residual is None else residual.double(),
+        relu,
+    )
+    assert torch.equal(out.double(), truth)
+
+
+def test_same_inputs_give_the_same_bits(device: str, dtype: torch.dtype) -> None:
+    x, conv, bn = make_convolution(CONV_CASES["3x3"], generator(), dtype, device)
+    first = ops.conv_bn(x, conv, bn, None, True)
+    assert all(torch.equal(ops.conv_bn(x, conv, bn, None, True), first) for _ in range(3))
+
+
+def test_batch_zero_gives_an_empty_result(device: str, dtype: torch.dtype) -> None:
+    x, conv, bn = make_convolution(ConvCase(0, 16, 8, 8, 32, 3, 2, 1), generator(), dtype, device)
+    assert ops.conv_bn(x, conv, bn).shape == (0, 32, 4, 4)
+    assert ops.stem(x, conv, bn).shape == (0, 32, 2, 2)
+    weight = torch.zeros(7, 16, dtype=dtype, device=device)
+    assert ops.head(x, weight).shape == (0, 7)
+    same = Convolution(conv.weight, (2, 2), (1, 1))
+    assert ops.conv_bn_projection(x, conv, bn, x, same, bn).shape == (0, 32, 4, 4)
