@@ -1,0 +1,33 @@
+// The Python module resnet_fused._C: one register_<domain> per domain, and the build report.
+// Bindings check sizes and forward raw pointers; they compute nothing and know no torch.
+#include <pybind11/pybind11.h>
+
+#include "build_info.h"
+#include "register.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, module) {
+  module.def(
+      "build_info",
+      [] {
+        py::dict info;
+        info["version"] = RESNET_FUSED_VERSION;
+        info["compiler"] = RESNET_FUSED_COMPILER;
+#ifdef _OPENMP
+        info["openmp"] = true;
+#else
+        info["openmp"] = false;
+#endif
+        info["cuda"] = bool(RESNET_FUSED_CUDA);
+        info["cuda_note"] = RESNET_FUSED_CUDA_NOTE;
+        info["cuda_architectures"] = RESNET_FUSED_CUDA_REAL;
+        info["cuda_ptx"] = RESNET_FUSED_CUDA_PTX;
+        return info;
+      },
+      "What this module was built with; cuda_note says why CUDA was left out.");
+  register_cpu_kernels(module);
+#if RESNET_FUSED_CUDA
+  register_cuda_kernels(module);
+#endif
+}
