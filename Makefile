@@ -1,0 +1,28 @@
+# Everyday commands. They use the active environment; `make develop` fills it.
+.PHONY: develop test lint format bench env clean
+
+develop:  ## editable install with the extension in the tree
+	pip install -e '.[bench,test]'
+
+test:  ## what CI runs after lint
+	pytest -n 2
+
+lint:
+	ruff check .
+	ruff format --check .
+	mypy
+	git ls-files 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.h' 'csrc/*.cuh' | xargs clang-format --dry-run -Werror
+
+format:
+	ruff check --fix .
+	ruff format .
+	git ls-files 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.h' 'csrc/*.cuh' | xargs clang-format -i
+
+bench:  ## ours beside every peer that is installed
+	python benchmarks/throughput.py
+
+env:  ## compiler, architectures, backends, versions
+	python -m resnet_fused.env
+
+clean:
+	rm -rf build dist *.egg-info resnet_fused/_C*.so .pytest_cache .ruff_cache .mypy_cache
