@@ -1,0 +1,91 @@
+"""The ops of backend `triton`: which kernel serves which call, on the tensor's own device."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+import triton
+from torch import Tensor
+
+from ...parameters import BatchNorm, Convolution, MaxPool
+from . import convolution, elementwise, stem
+from .head import head
+from .tuning import Tuner
+
+# Decided when the kernels are defined, that is, when this module is imported.
+INTERPRETED = triton.knobs.runtime.interpret
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device's current stream: make it the tensor's device."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+class TritonBackend:
+    """Implements `resnet_fused.backends.Backend`; keeps the launch configurations it chose."""
+
+    name = "triton"
+
+    def __init__(self) -> None:
+        self._tuner = Tuner()
+
+    def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        if dtype not in _DTYPES:
+            return f"its kernels take float32, float16 and bfloat16, and the input is {dtype}"
+        if INTERPRETED:
+            if dtype == torch.bfloat16:
+                return "Triton's interpreter (TRITON_INTERPRET=1) has no bfloat16 arithmetic"
+            return None
+        if device.type != "cuda":
+            return (
+                f"the input is on {device} and Triton compiles for CUDA GPUs; move it to one, or "
+                "set TRITON_INTERPRET=1 before the first import of triton"
+            )
+        if _capability(device) < (8, 0):
+            return (
+                f"{torch.cuda.get_device_name(device)} has compute capability "
+                f"{'.'.join(map(str, _capability(device)))} and the kernels need 8.0"
+            )
+        return None
+
+    def bn_add_relu(self, x: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool) -> Tensor:
+        with _on(x.device):
+            return elementwise.bn_add_relu(x, bn, residual, relu)
+
+    def conv_bn(
+        self, x: Tensor, conv: Convolution, bn: BatchNorm, residual: Tensor | None, relu: bool
+    ) -> Tensor:
+        with _on(x.device):
+            return convolution.conv_bn(self._tuner, x, conv, bn, residual, relu)
+
+    def conv_bn_projection(
+        self,
+        x: Tensor,
+        conv: Convolution,
+        bn: BatchNorm,
+        shortcut: Tensor,
+        projection: Convolution,
+        projection_bn: BatchNorm,
+    ) -> Tensor:
+        with _on(x.device):
+            return convolution.conv_bn_projection(
+                self._tuner, x, conv, bn, shortcut, projection, projection_bn
+            )
+
+    def stem(self, x: Tensor, conv: Convolution, bn: BatchNorm, pool: MaxPool) -> Tensor:
+        with _on(x.device):
+            return stem.stem(self._tuner, x, conv, bn, pool)
+
+    def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        with _on(x.device):
+            return head(self._tuner, x, weight, bias)

@@ -1,0 +1,387 @@
+"""relu?(bn(conv(x)) (+ residual)) and relu(bn(conv(x)) + bn(projection(shortcut))), one kernel each.
+
+Algorithm: implicit GEMM on NHWC activations and KRSC weights; a program computes BLOCK_M output
+positions × BLOCK_N output channels, 16-byte asynchronous copies feeding tensor cores through
+`num_stages` buffers. The epilogue normalises the float32 accumulator with live batch norm
+parameters, adds, rectifies, rounds once and stores.
+Tiles: 128×256, 256×128, 128×128 and smaller; BLOCK_C input channels a step (64 for 16-bit types).
+Memory traffic: x once (again from L2 for each column tile and each tap), the weights from L2, the
+residual once, the result once. The projected shortcut stays in registers.
+
+Small groups (ResNeXt: 4 to 32 channels each) are packed so that one tile covers up to 32 channels:
+its weights are block-diagonal. A NaN or infinity in x therefore reaches all channels of a pack,
+where PyTorch confines it to its group.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...parameters import BatchNorm, Convolution
+from .launching import (
+    Machine,
+    convolution_precision,
+    empty_nhwc,
+    is_wide,
+    launch,
+    machine,
+    nhwc,
+)
+from .primitives import batch_norm_terms, convolve, normalise, rectify, tile_index
+from .tuning import Config, Tuner, batch_bucket
+
+_PACKED_CHANNELS = 32
+
+
+@triton.jit
+def conv_bn_kernel(
+    x,
+    weight,
+    mean,
+    var,
+    gamma,
+    beta,
+    residual,
+    out,
+    eps,
+    rows,
+    H,
+    W,
+    C,
+    P,
+    Q,
+    K,
+    in_channels,
+    out_channels,
+    RELU: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    POINTWISE: tl.constexpr,
+    PADDED: tl.constexpr,
+    GROUP_IN: tl.constexpr,
+    GROUP_OUT: tl.constexpr,
+    EVEN: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Grid: (tiles of rows × out_channels, packs). A pack (all channels where groups = 1) maps its
+    `in_channels` to its `out_channels`; C and K count the channels of all packs."""
+    row, column = tile_index(rows, out_channels, BLOCK_M, BLOCK_N, WIDE)
+    pack = tl.program_id(1)
+    valid = column < out_channels
+    column = pack * out_channels + tl.where(valid, column, 0)
+    acc = convolve(
+        x, weight, tl.where(row < rows, row, 0), column, pack * in_channels,
+        H, W, C, P, Q, in_channels,
+        R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W,
+        POINTWISE, PADDED, GROUP_IN, GROUP_OUT, EVEN, WIDE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_C,
+    )  # fmt: skip
+    mu, scale, shift = batch_norm_terms(mean, var, gamma, beta, eps, column, valid)
+    acc = normalise(acc, mu, scale, shift)
+    offset = row[:, None] * K + column[None, :]
+    mask = (row < rows)[:, None] & valid[None, :]
+    if residual is not None:
+        acc += tl.load(residual + offset, mask, other=0.0).to(tl.float32)
+    if RELU:
+        acc = rectify(acc)
+    tl.store(out + offset, acc.to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def conv_bn_projection_kernel(
+    x,
+    weight,
+    mean,
+    var,
+    gamma,
+    beta,
+    shortcut,
+    projection,
+    projection_mean,
+    projection_var,
+    projection_gamma,
+    projection_beta,
+    out,
+    eps,
+    projection_eps,
+    rows,
+    H,
+    W,
+    C,
+    P,
+    Q,
+    K,
+    SHORTCUT_H,
+    SHORTCUT_W,
+    SHORTCUT_C,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    POINTWISE: tl.constexpr,
+    PADDED: tl.constexpr,
+    PROJECTION_STRIDE_H: tl.constexpr,
+    PROJECTION_STRIDE_W: tl.constexpr,
+    EVEN: tl.constexpr,
+    SHORTCUT_EVEN: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Grid: (tiles of rows × K,). Two products, each normalised by its own terms, one store."""
+    row, column = tile_index(rows, K, BLOCK_M, BLOCK_N, WIDE)
+    valid = column < K
+    safe_row = tl.where(row < rows, row, 0)
+    safe_column = tl.where(valid, column, 0)
+    acc = convolve(
+        x, weight, safe_row, safe_column, 0, H, W, C, P, Q, C,
+        R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W,
+        POINTWISE, PADDED, 0, 0, EVEN, WIDE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_C,
+    )  # fmt: skip
+    mu, scale, shift = batch_norm_terms(mean, var, gamma, beta, eps, column, valid)
+    main = normalise(acc, mu, scale, shift)
+    acc = convolve(
+        shortcut, projection, safe_row, safe_column, 0,
+        SHORTCUT_H, SHORTCUT_W, SHORTCUT_C, P, Q, SHORTCUT_C,
+        1, 1, PROJECTION_STRIDE_H, PROJECTION_STRIDE_W, 0, 0, 1, 1,
+        PROJECTION_STRIDE_H == 1 and PROJECTION_STRIDE_W == 1, False, 0, 0,
+        SHORTCUT_EVEN, WIDE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_C,
+    )  # fmt: skip
+    mu, scale, shift = batch_norm_terms(
+        projection_mean, projection_var, projection_gamma, projection_beta,
+        projection_eps, column, valid,
+    )  # fmt: skip
+    result = rectify(main + normalise(acc, mu, scale, shift))
+    offset = row[:, None] * K + column[None, :]
+    mask = (row < rows)[:, None] & valid[None, :]
+    tl.store(out + offset, result.to(out.dtype.element_ty), mask)
+
+
+class Gemm(NamedTuple):
+    """The size of an implicit GEMM, repeated `packs` times."""
+
+    rows: int
+    columns: int
+    channels: int
+    taps: int = 1
+    packs: int = 1
+    accumulators: int = 1
+
+
+_TENSOR_CORE = (
+    Config((128, 256, 64), 8, 3),
+    Config((256, 128, 64), 8, 3),
+    Config((128, 128, 64), 8, 3),
+    Config((128, 128, 64), 4, 4),
+    Config((256, 64, 64), 8, 3),
+    Config((128, 64, 64), 4, 4),
+    Config((64, 128, 64), 4, 4),
+    Config((64, 64, 64), 4, 4),
+    Config((128, 32, 64), 4, 4),
+    Config((32, 64, 64), 4, 4),
+    Config((16, 64, 64), 4, 4),
+    Config((16, 32, 64), 4, 4),
+)
+# Float32 on the ordinary cores: operands and accumulator live in registers, so tiles are small.
+_FMA = (
+    Config((128, 64, 16), 8, 2),
+    Config((64, 64, 16), 4, 2),
+    Config((64, 64, 32), 8, 2),
+    Config((32, 32, 32), 4, 2),
+    Config((16, 32, 32), 4, 2),
+)
+_MEASURED = 7
+
+
+def candidates(gemm: Gemm, itemsize: int, precision: str, limits: Machine) -> list[Config]:
+    """Launch configurations worth measuring, the best by rule first.
+
+    The rule: rounds of programs over the processors × the cost of a tile, which is its products
+    plus its operands' traffic (64 products' worth for each row or column). Tiles over 128×128
+    fill a processor alone, so they are left to inner dimensions long enough to hide an epilogue.
+    """
+    fma = itemsize == 4 and precision == "ieee"
+    fitting: dict[Config, float] = {}
+    for (block_m, block_n, block_c), warps, stages in _FMA if fma else _TENSOR_CORE:
+        if itemsize == 4 and not fma:
+            block_c //= 2
+        if gemm.accumulators * block_m * block_n > warps * 32 * 128:
+            continue
+        if block_m * block_n > 128 * 128 and gemm.taps * gemm.channels < 512:
+            continue
+        block_n = min(block_n, max(16, triton.next_power_of_2(gemm.columns)))
+        block_c = min(block_c, max(16, triton.next_power_of_2(gemm.channels)))
+        if stages * (block_m + block_n) * block_c * itemsize > limits.shared_bytes:
+            continue
+        tiles = triton.cdiv(gemm.rows, block_m) * triton.cdiv(gemm.columns, block_n) * gemm.packs
+        cost = triton.cdiv(tiles, limits.processors) * (
+            block_m * block_n + 64 * (block_m + block_n)
+        )
+        fitting.setdefault(Config((block_m, block_n, block_c), warps, stages), cost)
+    return sorted(fitting, key=fitting.__getitem__)[:_MEASURED]
+
+
+def _groups_per_pack(groups: int, group_in: int, group_out: int) -> int:
+    most = max(1, _PACKED_CHANNELS // max(group_in, group_out))
+    return max(n for n in range(1, min(most, groups) + 1) if groups % n == 0)
+
+
+def _window(conv: Convolution) -> dict[str, Any]:
+    """The compile-time description of a convolution's window."""
+    return {
+        "R": conv.weight.shape[2],
+        "S": conv.weight.shape[3],
+        "STRIDE_H": conv.stride[0],
+        "STRIDE_W": conv.stride[1],
+        "PAD_H": conv.padding[0],
+        "PAD_W": conv.padding[1],
+        "DILATION_H": conv.dilation[0],
+        "DILATION_W": conv.dilation[1],
+        "POINTWISE": tuple(conv.weight.shape[2:]) == (1, 1)
+        and tuple(conv.stride) == (1, 1)
+        and tuple(conv.padding) == (0, 0),
+        "PADDED": max(conv.padding) > 0,
+    }
+
+
+def output_size(x: Tensor, conv: Convolution) -> tuple[int, int]:
+    """(P, Q) of the convolution of `x`."""
+    height, width = (
+        (x.shape[d + 2] + 2 * conv.padding[d] - conv.dilation[d] * (conv.weight.shape[d + 2] - 1) - 1)
+        // conv.stride[d]
+        + 1
+        for d in (0, 1)
+    )
+    return height, width
+
+
+def conv_bn(
+    tuner: Tuner, x: Tensor, conv: Convolution, bn: BatchNorm, residual: Tensor | None, relu: bool
+) -> Tensor:
+    """relu?(bn(conv(x)) (+ residual)): see `resnet_fused.reference.ops.conv_bn`."""
+    x, weight = nhwc(x), nhwc(conv.weight)
+    residual = None if residual is None else nhwc(residual)
+    batch, channels, height, width = x.shape
+    filters, group_in, r, s = weight.shape
+    p, q = output_size(x, conv)
+    out = empty_nhwc((batch, filters, p, q), x)
+    group_out = filters // conv.groups
+    packed = _groups_per_pack(conv.groups, group_in, group_out)
+    packs = conv.groups // packed
+    gemm = Gemm(batch * p * q, packed * group_out, packed * group_in, r * s, packs)
+    window = _window(conv)
+    wide = is_wide(x, weight, out)
+    precision = convolution_precision(x.dtype)
+
+    def run(config: Config) -> None:
+        block_m, block_n, block_c = config.blocks
+        tiles = triton.cdiv(gemm.rows, block_m) * triton.cdiv(gemm.columns, block_n)
+        launch(
+            conv_bn_kernel, (tiles, packs), config,
+            x, weight, *bn[:4], residual, out, bn.eps,
+            gemm.rows, height, width, channels, p, q, filters, gemm.channels, gemm.columns,
+            RELU=relu, **window,
+            GROUP_IN=group_in if packed > 1 else 0, GROUP_OUT=group_out if packed > 1 else 0,
+            EVEN=gemm.channels % block_c == 0, WIDE=wide, PRECISION=precision,
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
+        )  # fmt: skip
+
+    key = (
+        "conv_bn", str(x.dtype), precision, batch_bucket(batch), height, width, channels, filters,
+        r, s, *conv.stride, *conv.padding, *conv.dilation, conv.groups, residual is not None, wide,
+    )  # fmt: skip
+    config = tuner.choose(
+        key,
+        x.device,
+        lambda: candidates(gemm, x.element_size(), precision, machine(x.device)),
+        run,
+    )
+    run(config)
+    return out
+
+
+def is_projection(conv: Convolution, projection: Convolution) -> bool:
+    """Whether `conv_bn_projection` has a kernel for this pair of convolutions."""
+    return (
+        conv.groups == 1
+        and projection.groups == 1
+        and tuple(projection.weight.shape[2:]) == (1, 1)
+        and tuple(projection.padding) == (0, 0)
+    )
+
+
+def conv_bn_projection(
+    tuner: Tuner,
+    x: Tensor,
+    conv: Convolution,
+    bn: BatchNorm,
+    shortcut: Tensor,
+    projection: Convolution,
+    projection_bn: BatchNorm,
+) -> Tensor:
+    """relu(bn(conv(x)) + projection_bn(projection(shortcut))); two launches where the projection is
+    not a plain strided 1×1 convolution."""
+    if not is_projection(conv, projection):
+        residual = conv_bn(tuner, shortcut, projection, projection_bn, None, False)
+        return conv_bn(tuner, x, conv, bn, residual, True)
+
+    x, weight = nhwc(x), nhwc(conv.weight)
+    shortcut, projection_weight = nhwc(shortcut), nhwc(projection.weight)
+    batch, channels, height, width = x.shape
+    shortcut_channels, shortcut_height, shortcut_width = shortcut.shape[1:]
+    filters, _, r, s = weight.shape
+    p, q = output_size(x, conv)
+    out = empty_nhwc((batch, filters, p, q), x)
+    gemm = Gemm(batch * p * q, filters, channels, r * s, accumulators=2)
+    window = _window(conv)
+    wide = is_wide(x, weight, shortcut, projection_weight, out)
+    precision = convolution_precision(x.dtype)
+
+    def run(config: Config) -> None:
+        block_m, block_n, block_c = config.blocks
+        tiles = triton.cdiv(gemm.rows, block_m) * triton.cdiv(gemm.columns, block_n)
+        launch(
+            conv_bn_projection_kernel, (tiles,), config,
+            x, weight, *bn[:4], shortcut, projection_weight, *projection_bn[:4], out,
+            bn.eps, projection_bn.eps, gemm.rows, height, width, channels, p, q, filters,
+            shortcut_height, shortcut_width, shortcut_channels,
+            **window,
+            PROJECTION_STRIDE_H=projection.stride[0], PROJECTION_STRIDE_W=projection.stride[1],
+            EVEN=channels % block_c == 0, SHORTCUT_EVEN=shortcut_channels % block_c == 0,
+            WIDE=wide, PRECISION=precision,
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
+        )  # fmt: skip
+
+    key = (
+        "conv_bn_projection", str(x.dtype), precision, batch_bucket(batch), height, width, channels,
+        filters, r, s, *conv.stride, *conv.padding, *conv.dilation, shortcut_channels,
+        *projection.stride, wide,
+    )  # fmt: skip
+    config = tuner.choose(
+        key,
+        x.device,
+        lambda: candidates(gemm, x.element_size(), precision, machine(x.device)),
+        run,
+    )
+    run(config)
+    return out

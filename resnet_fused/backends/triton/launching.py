@@ -1,0 +1,72 @@
+"""Host side of every launch: layouts, offset width, TF32 permission, the machine's limits."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .tuning import Config
+
+# Row indices run past the result by at most a tile, which must not overflow 32 bits either.
+_NARROW_ELEMENTS = 2**31 - 2**16
+
+
+class Machine(NamedTuple):
+    """What a launch rule must know of a GPU."""
+
+    processors: int
+    shared_bytes: int  # that one program may use
+
+
+@functools.cache
+def machine(device: torch.device) -> Machine:
+    """Limits of `device`; the interpreter runs programs one by one, like a single processor."""
+    if device.type != "cuda":
+        return Machine(1, 227 * 1024)
+    properties = torch.cuda.get_device_properties(device)
+    return Machine(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], config: Config, *arguments: Any, **constants: Any
+) -> None:
+    """Runs `kernel` on the current stream with the warps and stages of `config`."""
+    kernel[grid](*arguments, num_warps=config.warps, num_stages=config.stages, **constants)
+
+
+def nhwc(tensor: Tensor) -> Tensor:
+    """`tensor` in channels_last memory; itself where it already is."""
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def empty_nhwc(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """An uninitialised channels_last result."""
+    return torch.empty(
+        shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+    )
+
+
+def is_wide(*tensors: Tensor) -> bool:
+    """Whether offsets into these tensors need 64 bits."""
+    return any(_reach(t) > _NARROW_ELEMENTS for t in tensors)
+
+
+def _reach(tensor: Tensor) -> int:
+    """The largest offset from the tensor's first element to any of its elements."""
+    return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+
+
+def convolution_precision(dtype: torch.dtype) -> str:
+    """Input precision of `tl.dot` in a convolution: "tf32" for float32 only if PyTorch's settings
+    for cuDNN convolutions allow it (this getter reflects `cudnn.allow_tf32` too)."""
+    allowed = dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
+
+
+def matmul_precision(dtype: torch.dtype) -> str:
+    """The same for matrix products (`torch.backends.cuda.matmul`)."""
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
