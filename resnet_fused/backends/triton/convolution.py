@@ -32,10 +32,70 @@ from .launching import (
     machine,
     nhwc,
 )
-from .primitives import batch_norm_terms, convolve, normalise, rectify, tile_index
+from .primitives import convolve, normalise, rectify, tile_index
 from .tuning import Config, Tuner, batch_bucket
 
 _PACKED_CHANNELS = 32
+SLICE = tl.constexpr(64)
+
+
+@triton.jit
+def halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and right half of a (BLOCK_M, BLOCK_N) tile."""
+    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def finish(
+    acc,
+    bn,
+    other_acc,
+    other_bn,
+    residual,
+    out,
+    row,
+    in_rows,
+    first_column,
+    first_channel,
+    out_channels,
+    K,
+    RELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The epilogue: stores relu?(bn(acc) (+ other_bn(other_acc)) (+ residual)).
+
+    Wide tiles are finished in slices, else the terms of all columns are live at once and spill.
+    """
+    if BLOCK_N > SLICE:
+        left, right = halves(acc, BLOCK_M, BLOCK_N)
+        other_left = None
+        other_right = None
+        if other_acc is not None:
+            other_left, other_right = halves(other_acc, BLOCK_M, BLOCK_N)
+        finish(
+            left, bn, other_left, other_bn, residual, out, row, in_rows,
+            first_column, first_channel, out_channels, K, RELU, BLOCK_M, BLOCK_N // 2,
+        )  # fmt: skip
+        finish(
+            right, bn, other_right, other_bn, residual, out, row, in_rows,
+            first_column + BLOCK_N // 2, first_channel, out_channels, K, RELU,
+            BLOCK_M, BLOCK_N // 2,
+        )  # fmt: skip
+    else:
+        column = first_column + tl.arange(0, BLOCK_N)
+        channel = first_channel + column
+        valid = column < out_channels
+        value = normalise(acc, bn, channel, valid)
+        if other_acc is not None:
+            value += normalise(other_acc, other_bn, channel, valid)
+        offset = row[:, None] * K + channel[None, :]
+        mask = in_rows[:, None] & valid[None, :]
+        if residual is not None:
+            value += tl.load(residual + offset, mask, other=0.0).to(tl.float32)
+        if RELU:
+            value = rectify(value)
+        tl.store(out + offset, value.to(out.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -80,25 +140,20 @@ def conv_bn_kernel(
 ):
     """Grid: (tiles of rows × out_channels, packs). A pack (all channels where groups = 1) maps its
     `in_channels` to its `out_channels`; C and K count the channels of all packs."""
-    row, column = tile_index(rows, out_channels, BLOCK_M, BLOCK_N, WIDE)
+    row, first_column = tile_index(rows, out_channels, BLOCK_M, BLOCK_N, WIDE)
     pack = tl.program_id(1)
-    valid = column < out_channels
-    column = pack * out_channels + tl.where(valid, column, 0)
+    column = first_column + tl.arange(0, BLOCK_N)
+    column = pack * out_channels + tl.where(column < out_channels, column, 0)
     acc = convolve(
         x, weight, tl.where(row < rows, row, 0), column, pack * in_channels,
         H, W, C, P, Q, in_channels,
         R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W,
         POINTWISE, PADDED, GROUP_IN, GROUP_OUT, EVEN, WIDE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_C,
     )  # fmt: skip
-    mu, scale, shift = batch_norm_terms(mean, var, gamma, beta, eps, column, valid)
-    acc = normalise(acc, mu, scale, shift)
-    offset = row[:, None] * K + column[None, :]
-    mask = (row < rows)[:, None] & valid[None, :]
-    if residual is not None:
-        acc += tl.load(residual + offset, mask, other=0.0).to(tl.float32)
-    if RELU:
-        acc = rectify(acc)
-    tl.store(out + offset, acc.to(out.dtype.element_ty), mask)
+    finish(
+        acc, (mean, var, gamma, beta, eps), None, None, residual, out,
+        row, row < rows, first_column, pack * out_channels, out_channels, K, RELU, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -149,32 +204,27 @@ def conv_bn_projection_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Grid: (tiles of rows × K,). Two products, each normalised by its own terms, one store."""
-    row, column = tile_index(rows, K, BLOCK_M, BLOCK_N, WIDE)
-    valid = column < K
+    row, first_column = tile_index(rows, K, BLOCK_M, BLOCK_N, WIDE)
+    column = first_column + tl.arange(0, BLOCK_N)
+    column = tl.where(column < K, column, 0)
     safe_row = tl.where(row < rows, row, 0)
-    safe_column = tl.where(valid, column, 0)
     acc = convolve(
-        x, weight, safe_row, safe_column, 0, H, W, C, P, Q, C,
+        x, weight, safe_row, column, 0, H, W, C, P, Q, C,
         R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W,
         POINTWISE, PADDED, 0, 0, EVEN, WIDE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_C,
     )  # fmt: skip
-    mu, scale, shift = batch_norm_terms(mean, var, gamma, beta, eps, column, valid)
-    main = normalise(acc, mu, scale, shift)
-    acc = convolve(
-        shortcut, projection, safe_row, safe_column, 0,
+    projected = convolve(
+        shortcut, projection, safe_row, column, 0,
         SHORTCUT_H, SHORTCUT_W, SHORTCUT_C, P, Q, SHORTCUT_C,
         1, 1, PROJECTION_STRIDE_H, PROJECTION_STRIDE_W, 0, 0, 1, 1,
         PROJECTION_STRIDE_H == 1 and PROJECTION_STRIDE_W == 1, False, 0, 0,
         SHORTCUT_EVEN, WIDE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_C,
     )  # fmt: skip
-    mu, scale, shift = batch_norm_terms(
-        projection_mean, projection_var, projection_gamma, projection_beta,
-        projection_eps, column, valid,
+    finish(
+        acc, (mean, var, gamma, beta, eps), projected,
+        (projection_mean, projection_var, projection_gamma, projection_beta, projection_eps),
+        None, out, row, row < rows, first_column, 0, K, K, True, BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    result = rectify(main + normalise(acc, mu, scale, shift))
-    offset = row[:, None] * K + column[None, :]
-    mask = (row < rows)[:, None] & valid[None, :]
-    tl.store(out + offset, result.to(out.dtype.element_ty), mask)
 
 
 class Gemm(NamedTuple):

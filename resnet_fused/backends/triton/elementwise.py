@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...parameters import BatchNorm, MaxPool
 from .launching import empty_nhwc, is_wide, launch, nhwc
-from .primitives import batch_norm_terms, normalise, rectify, split_position, tile_index
+from .primitives import normalise, rectify, split_position, tile_index
 from .tuning import Config
 
 _ELEMENTS = 4096  # of a tile
@@ -39,10 +39,11 @@ def bn_add_relu_kernel(
 ):
     """Grid: (tiles of rows × C,)."""
     row, channel = tile_index(rows, C, BLOCK_M, BLOCK_C, WIDE)
-    mu, scale, shift = batch_norm_terms(mean, var, gamma, beta, eps, channel, channel < C)
+    channel += tl.arange(0, BLOCK_C)
     offset = row[:, None] * C + channel[None, :]
     mask = (row < rows)[:, None] & (channel < C)[None, :]
-    value = normalise(tl.load(x + offset, mask, other=0.0).to(tl.float32), mu, scale, shift)
+    value = tl.load(x + offset, mask, other=0.0).to(tl.float32)
+    value = normalise(value, (mean, var, gamma, beta, eps), channel, channel < C)
     if residual is not None:
         value += tl.load(residual + offset, mask, other=0.0).to(tl.float32)
     if RELU:
@@ -69,6 +70,7 @@ def max_pool_kernel(
 ):
     """Grid: (tiles of rows × C,), rows being pooled positions. NaN wins, as in PyTorch."""
     row, channel = tile_index(rows, C, BLOCK_M, BLOCK_C, WIDE)
+    channel += tl.arange(0, BLOCK_C)
     image, p, q = split_position(row, P, Q)
     h = p * STRIDE - PADDING
     w = q * STRIDE - PADDING

@@ -41,6 +41,7 @@ def head_kernel(
 ):
     """Grid: (tiles of batch × classes,). x: (batch, positions, C)."""
     row, column = tile_index(batch, classes, BLOCK_M, BLOCK_N, WIDE)
+    column += tl.arange(0, BLOCK_N)
     safe_row = tl.where(row < batch, row, 0)
     valid = column < classes
     inner = tl.arange(0, BLOCK_C)

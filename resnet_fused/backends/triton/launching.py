@@ -34,7 +34,16 @@ def launch(
     kernel: Any, grid: tuple[int, ...], config: Config, *arguments: Any, **constants: Any
 ) -> None:
     """Runs `kernel` on the current stream with the warps and stages of `config`."""
-    kernel[grid](*arguments, num_warps=config.warps, num_stages=config.stages, **constants)
+    kernel[grid](*arguments, **options(config), **constants)
+
+
+def options(config: Config) -> dict[str, Any]:
+    """Compiler options; fusing multiply-adds is spelled out because its default varies."""
+    return {
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+        "enable_fp_fusion": True,
+    }
 
 
 def nhwc(tensor: Tensor) -> Tensor:

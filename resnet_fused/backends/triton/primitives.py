@@ -13,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def tile_index(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr):
-    """Row and column indices of this program's tile of a (rows, columns) result.
+    """Row indices and first column of this program's tile of a (rows, columns) result.
 
     Column tiles of one row tile are neighbours in launch order, so activations come from DRAM
     once and are found in L2 afterwards; the weights, being small, stay in L2 anyway.
@@ -24,8 +24,7 @@ def tile_index(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE
     if WIDE:
         first_row = (pid // tiles_n).to(tl.int64) * BLOCK_M
     row = first_row + tl.arange(0, BLOCK_M)
-    column = (pid % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    return row, column
+    return row, (pid % tiles_n) * BLOCK_N
 
 
 @triton.jit
@@ -37,14 +36,27 @@ def split_position(row, P, Q):
 
 
 @triton.jit
-def batch_norm_terms(mean, var, weight, bias, eps, channel, mask):
-    """Float32 (mean, scale, shift) of the given channels, from live parameters of any dtype."""
+def batch_norm_terms(bn, channel, mask):
+    """Float32 (mean, scale, shift) of the given channels.
+
+    bn: (mean, var, weight, bias, eps), live pointers of any dtype, the latter two or None.
+
+    scale = γ/√(var + ε) comes from the hardware's approximate 1/√ and a Newton step with the
+    residual's own rounding error added back, so that it is rounded once: threads repeat this for
+    every column they hold, and a library root and quotient would take five times as long.
+    """
+    mean, var, weight, bias, eps = bn
     mu = tl.load(mean + channel, mask, other=0.0).to(tl.float32)
-    variance = tl.load(var + channel, mask, other=1.0).to(tl.float32)
-    gamma = tl.full(mu.shape, 1.0, tl.float32)
-    if weight is not None:
+    variance = tl.load(var + channel, mask, other=1.0).to(tl.float32) + eps
+    root = tl.rsqrt(variance)
+    product = variance * root
+    residue = tl.fma(-product, root, 1.0) - tl.fma(variance, root, -product) * root
+    correction = 0.5 * root * residue
+    if weight is None:
+        scale = root + correction
+    else:
         gamma = tl.load(weight + channel, mask, other=0.0).to(tl.float32)
-    scale = tl.div_rn(gamma, tl.sqrt_rn(variance + eps))
+        scale = tl.fma(gamma, root, gamma * correction)
     shift = tl.zeros_like(mu)
     if bias is not None:
         shift = tl.load(bias + channel, mask, other=0.0).to(tl.float32)
@@ -52,9 +64,10 @@ def batch_norm_terms(mean, var, weight, bias, eps, channel, mask):
 
 
 @triton.jit
-def normalise(values, mean, scale, shift):
+def normalise(values, bn, channel, mask):
     """Batch norm of float32 (rows, channels). The mean comes off first: x·scale + (β − mean·scale)
     cancels catastrophically where the mean is large beside the deviation."""
+    mean, scale, shift = batch_norm_terms(bn, channel, mask)
     return tl.fma(values - mean[None, :], scale[None, :], shift[None, :])
 
 

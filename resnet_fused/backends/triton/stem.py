@@ -22,7 +22,7 @@ from ...parameters import BatchNorm, Convolution, MaxPool
 from .convolution import conv_bn, output_size
 from .elementwise import max_pool
 from .launching import convolution_precision, empty_nhwc, is_wide, launch
-from .primitives import batch_norm_terms, normalise, rectify
+from .primitives import normalise, rectify
 from .tuning import Config, Tuner, batch_bucket
 
 _FUSED_POOL = MaxPool(3, 2, 1)
@@ -129,8 +129,7 @@ def stem_kernel(
         b = tl.load(weight_tile + r * weight_r, weight_mask, other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
-    mu, scale, shift = batch_norm_terms(mean, var, gamma, beta, eps, column, column < K)
-    value = rectify(normalise(acc, mu, scale, shift))
+    value = rectify(normalise(acc, (mean, var, gamma, beta, eps), column, column < K))
     # Positions outside the convolution's output are the pool's padding. Rounding commutes with max.
     exists = (p >= 0) & (p < P) & (q >= 0) & (q < Q)
     value = tl.where(exists[:, None], value, float("-inf")).to(out.dtype.element_ty)
