@@ -18,7 +18,7 @@ from .dispatch import choose
 
 OptionalTensor = Tensor | None
 
-_library = torch.library.Library("resnet_fused", "DEF")
+library = torch.library.Library("resnet_fused", "DEF")
 
 _SCHEMA: dict[Any, tuple[str, ...]] = {
     Tensor: ("Tensor {}",),
@@ -61,12 +61,12 @@ class Op:
             for parameter, kind in parameters.items()
             for field in _SCHEMA[kind]
         )
-        _library.define(f"{name}({arguments}) -> Tensor")
-        _library.impl(name, self._run, "CompositeExplicitAutograd")
+        library.define(f"{name}({arguments}) -> Tensor")
+        library.impl(name, self._run, "CompositeExplicitAutograd")
         qualified = f"resnet_fused::{name}"
-        torch.library.register_fake(qualified, self._fake, lib=_library)
+        torch.library.register_fake(qualified, self._fake, lib=library)
         torch.library.register_autograd(
-            qualified, self._backward, setup_context=self._save, lib=_library
+            qualified, self._backward, setup_context=self._save, lib=library
         )
         self._overload = getattr(torch.ops.resnet_fused, name).default
 
