@@ -36,7 +36,7 @@ from .primitives import convolve, normalise, rectify, tile_index
 from .tuning import Config, Tuner, batch_bucket
 
 _PACKED_CHANNELS = 32
-SLICE = tl.constexpr(64)
+SLICE = tl.constexpr(32)
 
 
 @triton.jit

@@ -105,6 +105,9 @@ def stem_kernel(
     q = pooled_w * 2 - 1 + row % TILE_W
     h = p * STRIDE_H - PAD_H
     w = q * STRIDE_W - PAD_W
+    if WIDE:
+        h = h.to(tl.int64)
+        w = w.to(tl.int64)
 
     # The order of a window row's inputs is free; follow memory.
     t = tl.arange(0, BLOCK_T)
@@ -117,16 +120,18 @@ def stem_kernel(
     w_tap = w[:, None] + s[None, :] * DILATION_W
     used = t < S * C
     in_row = used[None, :] & (w_tap >= 0) & (w_tap < W)
-    x_tile = x + image * x_n + h[:, None] * x_h + w_tap * x_w + c[None, :] * x_c
-    weight_tile = weight + column[None, :] * weight_k + (s * weight_s + c * weight_c)[:, None]
+    # Offsets rather than pointers: half the registers.
+    x_image = x + image * x_n
+    x_offset = h[:, None] * x_h + w_tap * x_w + c[None, :] * x_c
+    weight_offset = column[None, :] * weight_k + (s * weight_s + c * weight_c)[:, None]
     weight_mask = used[:, None] & (column < K)[None, :]
 
     acc = tl.zeros((TILE_H * TILE_W, BLOCK_N), tl.float32)
     for r in range(R):
         h_tap = h + r * DILATION_H
         in_image = in_row & ((h_tap >= 0) & (h_tap < H))[:, None]
-        a = tl.load(x_tile + r * DILATION_H * x_h, in_image, other=0.0)
-        b = tl.load(weight_tile + r * weight_r, weight_mask, other=0.0)
+        a = tl.load(x_image + (x_offset + r * DILATION_H * x_h), in_image, other=0.0)
+        b = tl.load(weight + (weight_offset + r * weight_r), weight_mask, other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
     value = rectify(normalise(acc, (mean, var, gamma, beta, eps), column, column < K))
