@@ -1,0 +1,315 @@
+"""The package as users get it: built from a copy of the source tree by pip, used from elsewhere."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import pytest
+
+from resnet_fused import _extension
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = (
+    "CMakeLists.txt",
+    "LICENSE",
+    "MANIFEST.in",
+    "README.md",
+    "build_backend.py",
+    "csrc",
+    "pyproject.toml",
+    "resnet_fused",
+    "setup.py",
+)
+# What every Linux with glibc has, and the C++ and OpenMP runtimes of the compiler (torch brings
+# the latter too).
+ALLOWED_LIBRARIES = r"lib(stdc\+\+|gcc_s|gomp|omp|c|m|dl|rt|pthread)\.so\.\d+|ld-linux.*\.so\.\d+"
+
+Environment = dict[str, str]
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="these builds are Linux's")
+
+
+def _missing_tools() -> list[str]:
+    modules = [m for m in ("pip", "pybind11", "setuptools") if importlib.util.find_spec(m) is None]
+    return modules + [tool for tool in ("cmake", "ninja", "c++") if shutil.which(tool) is None]
+
+
+needs_tools = pytest.mark.skipif(
+    bool(_missing_tools()), reason=f"builds without isolation need {', '.join(_missing_tools())}"
+)
+
+
+def run(*command: str | Path, cwd: Path, env: Environment) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=500,
+    )
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A copy of what the build needs, with nothing built in it."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+        elif (ROOT / name).exists():
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture
+def plain() -> Environment:
+    """The environment without anything that steers the build or the import of the package."""
+    steering = ("RESNET_FUSED_", "CUDA", "PYTHONPATH")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(steering)}
+    kept["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), kept["PATH"]])
+    return kept
+
+
+@pytest.fixture
+def without_nvcc(plain: Environment, tmp_path: Path) -> Environment:
+    """The same on a machine that has no CUDA compiler."""
+    if any((Path(p) / "nvidia/cu13/bin/nvcc").exists() for p in sys.path):
+        pytest.skip("this Python environment itself holds nvcc")
+    folders = []
+    for number, folder in enumerate(plain["PATH"].split(os.pathsep)):
+        if (Path(folder) / "nvcc").exists():
+            stand_in = tmp_path / f"bin{number}"
+            stand_in.mkdir()
+            for program in Path(folder).iterdir():
+                if program.name != "nvcc":
+                    (stand_in / program.name).symlink_to(program)
+            folder = str(stand_in)
+        folders.append(folder)
+    masked = {**plain, "PATH": os.pathsep.join(folders)}
+    assert shutil.which("nvcc", path=masked["PATH"]) is None
+    return masked
+
+
+def build_wheel(source: Path, env: Environment) -> subprocess.CompletedProcess[str]:
+    """`pip wheel` with what is installed here, and no way to fetch anything."""
+    return run(
+        *(sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps"),
+        *("--no-index", "-w", source.parent / "wheels", "."),
+        cwd=source,
+        env=env,
+    )
+
+
+def unpack(source: Path, result: subprocess.CompletedProcess[str]) -> Path:
+    """The folder that the freshly built wheel installs, to put on PYTHONPATH."""
+    assert result.returncode == 0, result.stdout
+    (wheel,) = (source.parent / "wheels").glob("resnet_fused-*.whl")
+    installed = source.parent / "installed"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(installed)
+    return installed
+
+
+def python(installed: Path, env: Environment, *arguments: str) -> str:
+    elsewhere = installed.parent / "elsewhere"
+    elsewhere.mkdir(exist_ok=True)
+    env = {**env, "PYTHONPATH": str(installed)}
+    result = run(sys.executable, *arguments, cwd=elsewhere, env=env)
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+def dynamic_section(module: Path) -> str:
+    if shutil.which("readelf") is None:
+        pytest.skip("no readelf")
+    return run("readelf", "-d", module, cwd=module.parent, env=dict(os.environ)).stdout
+
+
+def assert_links_only_the_system(module: Path) -> None:
+    section = dynamic_section(module)
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", section)
+    assert needed
+    assert [name for name in needed if not re.fullmatch(ALLOWED_LIBRARIES, name)] == []
+    assert "RPATH" not in section
+    assert "RUNPATH" not in section
+
+
+# Builds
+
+
+@needs_tools
+def test_off_builds_a_whole_package_without_cuda(source, plain):
+    installed = unpack(source, build_wheel(source, {**plain, "RESNET_FUSED_CUDA": "off"}))
+    (module,) = (installed / "resnet_fused").glob("_C*.so")
+    assert_links_only_the_system(module)
+
+    files = {p.relative_to(installed) for p in (installed / "resnet_fused").rglob("*.py")}
+    assert files == {p.relative_to(source) for p in (source / "resnet_fused").rglob("*.py")}
+    tops = {p.name for p in installed.iterdir() if not p.name.endswith(".dist-info")}
+    assert tops == {"resnet_fused"}
+
+    report = python(installed, plain, "-m", "resnet_fused.env")
+    assert "left out: RESNET_FUSED_CUDA=off when it was built" in report
+    asked = (
+        "import resnet_fused\n"
+        "try: resnet_fused.use_backend('cuda')\n"
+        "except resnet_fused.errors.BackendUnavailableError as error: print(error)"
+    )
+    assert "RESNET_FUSED_CUDA=on" in python(installed, plain, "-c", asked)
+
+
+@needs_tools
+def test_auto_without_compiler_builds_the_rest_and_says_so(source, without_nvcc):
+    result = build_wheel(source, without_nvcc)
+    installed = unpack(source, result)
+    assert "without CUDA: no CUDA compiler was found" in result.stdout
+    report = python(installed, without_nvcc, "-m", "resnet_fused.env")
+    assert re.search("left out: no CUDA compiler was found .* when it was built", report)
+    assert re.search(r"cuda +unavailable: .*no CUDA compiler", report)
+    assert re.search(r"reference +available", report)
+
+
+@needs_tools
+def test_on_without_compiler_fails_and_says_what_to_do(source, without_nvcc):
+    result = build_wheel(source, {**without_nvcc, "RESNET_FUSED_CUDA": "on"})
+    assert result.returncode != 0
+    assert "RESNET_FUSED_CUDA=on, but no CUDA compiler was found" in result.stdout
+    for remedy in ("CUDACXX", "--no-build-isolation", "RESNET_FUSED_CUDA=off"):
+        assert remedy in result.stdout
+
+
+@needs_tools
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc in PATH")
+def test_on_builds_the_architectures_asked_for(source, plain):
+    steered = {**plain, "RESNET_FUSED_CUDA": "on", "RESNET_FUSED_CUDA_ARCHS": "80;90a"}
+    result = build_wheel(source, steered)
+    installed = unpack(source, result)
+    assert re.search(r"CUDA \d+\.\d+\.\d+: sm_80, sm_90a; PTX 80", result.stdout)
+    report = python(installed, plain, "-m", "resnet_fused.env")
+    assert re.search(r"nvcc \d+\.\d+\.\d+; sm_80 sm_90a; PTX 80", report)
+    (module,) = (installed / "resnet_fused").glob("_C*.so")
+    assert_links_only_the_system(module)
+
+
+@needs_tools
+@pytest.mark.parametrize(
+    ("steering", "message"),
+    [
+        ({"RESNET_FUSED_CUDA": "maybe"}, "'maybe' is not understood; set it to auto, on or off"),
+        ({"CUDACXX": "/nowhere/nvcc"}, "CUDACXX='/nowhere/nvcc' is no program"),
+        ({"CUDACXX": "false"}, "Point CUDACXX at a working nvcc"),
+    ],
+    ids=["mode", "missing compiler", "broken compiler"],
+)
+def test_bad_settings_stop_the_build(source, plain, steering, message):
+    result = build_wheel(source, {**plain, **steering})
+    assert result.returncode != 0
+    assert message in result.stdout
+
+
+@needs_tools
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc in PATH")
+@pytest.mark.parametrize("architectures", ["80;sm_90", "12", "80;9999a", ";"])
+def test_unknown_architectures_stop_the_build(source, plain, architectures):
+    result = build_wheel(source, {**plain, "RESNET_FUSED_CUDA_ARCHS": architectures})
+    assert result.returncode != 0
+    assert f"RESNET_FUSED_CUDA_ARCHS='{architectures}'" in result.stdout
+    assert 'write them like "80;90a"' in result.stdout
+
+
+@pytest.mark.network
+def test_isolated_build_needs_nothing_installed(source, without_nvcc):
+    """pip brings the build's own tools; neither torch nor numpy is among them."""
+    result = run(
+        *(sys.executable, "-m", "pip", "wheel", "-v", "--no-deps"),
+        *("-w", source.parent / "wheels", "."),
+        cwd=source,
+        env={**without_nvcc, "RESNET_FUSED_CUDA": "off"},
+    )
+    installed = unpack(source, result)
+    assert not re.search(r"Collecting (torch|numpy|triton|nvidia)", result.stdout)
+    assert "built by" in python(installed, without_nvcc, "-m", "resnet_fused.env")
+
+
+# What the build asks pip for
+
+
+@pytest.fixture
+def required(source: Path) -> Callable[[Environment], list[str]]:
+    def ask(env: Environment) -> list[str]:
+        code = "import build_backend; print(build_backend.get_requires_for_build_wheel())"
+        result = run(sys.executable, "-c", code, cwd=source, env=env)
+        assert result.returncode == 0, result.stdout
+        return ast.literal_eval(result.stdout.splitlines()[-1])
+
+    return ask
+
+
+@needs_tools
+@pytest.mark.parametrize("mode", ["auto", "on"])
+def test_compiler_comes_from_pypi_where_there_is_none(required, without_nvcc, mode):
+    wheels = required({**without_nvcc, "RESNET_FUSED_CUDA": mode})
+    names = {name for name, _ in (wheel.split("==") for wheel in wheels)}
+    assert names == {
+        f"nvidia-{part}" for part in ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-runtime", "cuda-cccl")
+    }
+    assert len({wheel.split("==")[1] for wheel in wheels}) == 1, "one minor version for all"
+
+
+@needs_tools
+def test_no_compiler_is_fetched_in_vain(required, plain, without_nvcc, tmp_path):
+    assert required({**without_nvcc, "RESNET_FUSED_CUDA": "off"}) == []
+    nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.touch(mode=0o755)
+    for steering in (
+        {"CUDACXX": str(nvcc)},
+        {"CUDA_HOME": str(nvcc.parents[1])},
+        {"PATH": os.pathsep.join([str(nvcc.parent), without_nvcc["PATH"]])},
+    ):
+        assert required({**without_nvcc, **steering}) == []
+
+
+# The package without its extension, and with one that cannot be loaded
+
+
+def test_works_without_the_extension(source, plain):
+    report = python(source, plain, "-m", "resnet_fused.env")
+    assert re.search(r"extension +not usable: .*is not built .*pip install", report)
+    assert re.search(r"reference +available", report)
+    assert re.search(r"cuda +unavailable: backend 'cuda' cannot run: .*pip install", report)
+
+
+def test_an_extension_that_cannot_be_loaded_is_explained(source, plain):
+    (source / "resnet_fused" / f"_C{EXTENSION_SUFFIXES[0]}").write_bytes(b"\x7fELF, but no more")
+    report = python(source, plain, "-m", "resnet_fused.env")
+    assert re.search(r"extension +not usable: .*cannot be loaded .*--force-reinstall", report)
+    assert re.search(r"reference +available", report)
+
+
+def test_import_loads_neither_the_extension_nor_the_gpu(source, plain):
+    code = (
+        "import sys, torch, resnet_fused\n"
+        "print('resnet_fused._C' in sys.modules, torch.cuda.is_initialized())"
+    )
+    assert python(source, plain, "-c", code).split() == ["False", "False"]
+
+
+def test_installed_extension_links_only_the_system():
+    if reason := _extension.available():
+        pytest.skip(reason)
+    assert_links_only_the_system(Path(str(_extension.load().__file__)))
