@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +42,12 @@ TARGETS = {
     100: Target(148, 227 * 1024, "tcgen05.mma"),
     120: Target(170, 99 * 1024, "mma.sync"),
 }
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "tf32": torch.float32,
+}
 # Newer chips run the same kernels in both 16-bit types; one compiles in the other's stead.
 CASES = [(80, "float16"), (90, "float16"), (90, "bfloat16"), (100, "bfloat16"), (120, "float16")]
 
@@ -54,7 +58,8 @@ def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _batch_norm(channels: int) -> BatchNorm:
-    return BatchNorm(*(_meta(channels, dtype=torch.float32) for _ in range(4)))
+    mean, var, weight, bias = (_meta(channels, dtype=torch.float32) for _ in range(4))
+    return BatchNorm(mean, var, weight, bias)
 
 
 def _convolution(k: int, c: int, size: int, stride: int, dtype: torch.dtype) -> Convolution:
@@ -66,7 +71,9 @@ def _convolution(k: int, c: int, size: int, stride: int, dtype: torch.dtype) -> 
 def _resnet50(backend: Any, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     """Every kind of op that ResNet-50 has, each stage's shapes once."""
 
-    def conv(c: int, size: int, k: int, kernel: int, stride: int, add: bool) -> Callable[[], object]:
+    def conv(
+        c: int, size: int, k: int, kernel: int, stride: int, add: bool
+    ) -> Callable[[], object]:
         out = (BATCH, k, size // stride, size // stride)
         return functools.partial(
             backend.conv_bn,
@@ -88,12 +95,15 @@ def _resnet50(backend: Any, dtype: torch.dtype) -> Iterator[tuple[str, Callable[
             _batch_norm(4 * width),
         )
 
-    yield "stem", functools.partial(
-        backend.stem,
-        torch.empty(BATCH, 3, 224, 224, dtype=dtype, device="meta"),
-        _convolution(64, 3, 7, 2, dtype),
-        _batch_norm(64),
-        MaxPool(),
+    yield (
+        "stem",
+        functools.partial(
+            backend.stem,
+            torch.empty(BATCH, 3, 224, 224, dtype=dtype, device="meta"),
+            _convolution(64, 3, 7, 2, dtype),
+            _batch_norm(64),
+            MaxPool(),
+        ),
     )
     size = 56
     for stage, width in enumerate((64, 128, 256, 512), 1):
@@ -106,11 +116,14 @@ def _resnet50(backend: Any, dtype: torch.dtype) -> Iterator[tuple[str, Callable[
         yield f"stage {stage} reduce", conv(4 * width, size, width, 1, 1, False)
         yield f"stage {stage} 3x3", conv(width, size, width, 3, 1, False)
         yield f"stage {stage} expand", conv(width, size, 4 * width, 1, 1, True)
-    yield "head", functools.partial(
-        backend.head,
-        _meta(BATCH, 2048, 7, 7, dtype=dtype),
-        _meta(1000, 2048, dtype=dtype),
-        _meta(1000, dtype=dtype),
+    yield (
+        "head",
+        functools.partial(
+            backend.head,
+            _meta(BATCH, 2048, 7, 7, dtype=dtype),
+            _meta(1000, 2048, dtype=dtype),
+            _meta(1000, dtype=dtype),
+        ),
     )
 
 
@@ -148,11 +161,12 @@ def _worker(capability: int, dtype_name: str) -> None:
     from resnet_fused.backends.triton.launching import Machine, options
 
     target = TARGETS[capability]
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = dtype_name == "tf32"
     launches: list[Any] = []
     for module in (convolution, elementwise, head, stem):
         module.launch = lambda *a, **k: launches.append((a, k))  # type: ignore[attr-defined]
         if hasattr(module, "machine"):
-            module.machine = lambda device: Machine(target.processors, target.shared_bytes)
+            module.machine = lambda device: Machine(*target[:2])  # type: ignore[attr-defined]
     seen = set()
     for name, call in _resnet50(backend.TritonBackend(), DTYPES[dtype_name]):
         launches.clear()

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...parameters import BatchNorm, Convolution, MaxPool
 from . import convolution, elementwise, stem
 from .head import head
+from .training import TritonTraining
 from .tuning import Tuner
 
 # Decided when the kernels are defined, that is, when this module is imported.
@@ -38,11 +39,14 @@ class TritonBackend:
 
     def __init__(self) -> None:
         self._tuner = Tuner()
+        self.training = TritonTraining(self._tuner)
 
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if dtype not in _DTYPES:
             return f"its kernels take float32, float16 and bfloat16, and the input is {dtype}"
         if INTERPRETED:
+            if device.type != "cpu":
+                return f"TRITON_INTERPRET=1 interprets CPU tensors, and the input is on {device}"
             if dtype == torch.bfloat16:
                 return "Triton's interpreter (TRITON_INTERPRET=1) has no bfloat16 arithmetic"
             return None

@@ -1,4 +1,5 @@
-"""relu?(bn(conv(x)) (+ residual)) and relu(bn(conv(x)) + bn(projection(shortcut))), one kernel each.
+# ruff: noqa: N803  (compile-time arguments and sizes of the literature are capitals)
+"""relu?(bn(conv(x)) (+ residual)) and relu(bn(conv(x)) + bn(projection(shortcut))), fused.
 
 Algorithm: implicit GEMM on NHWC activations and KRSC weights; a program computes BLOCK_M output
 positions × BLOCK_N output channels, 16-byte asynchronous copies feeding tensor cores through
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -254,6 +254,7 @@ _TENSOR_CORE = (
 )
 # Float32 on the ordinary cores: operands and accumulator live in registers, so tiles are small.
 _FMA = (
+    Config((128, 128, 16), 8, 2),
     Config((128, 64, 16), 8, 2),
     Config((64, 64, 16), 4, 2),
     Config((64, 64, 32), 8, 2),
@@ -317,7 +318,12 @@ def _window(conv: Convolution) -> dict[str, Any]:
 def output_size(x: Tensor, conv: Convolution) -> tuple[int, int]:
     """(P, Q) of the convolution of `x`."""
     height, width = (
-        (x.shape[d + 2] + 2 * conv.padding[d] - conv.dilation[d] * (conv.weight.shape[d + 2] - 1) - 1)
+        (
+            x.shape[d + 2]
+            + 2 * conv.padding[d]
+            - conv.dilation[d] * (conv.weight.shape[d + 2] - 1)
+            - 1
+        )
         // conv.stride[d]
         + 1
         for d in (0, 1)
@@ -357,7 +363,7 @@ def conv_bn(
         )  # fmt: skip
 
     key = (
-        "conv_bn", str(x.dtype), precision, batch_bucket(batch), height, width, channels, filters,
+        "conv_bn", x.dtype, precision, batch_bucket(batch), height, width, channels, filters,
         r, s, *conv.stride, *conv.padding, *conv.dilation, conv.groups, residual is not None, wide,
     )  # fmt: skip
     config = tuner.choose(
@@ -423,7 +429,7 @@ def conv_bn_projection(
         )  # fmt: skip
 
     key = (
-        "conv_bn_projection", str(x.dtype), precision, batch_bucket(batch), height, width, channels,
+        "conv_bn_projection", x.dtype, precision, batch_bucket(batch), height, width, channels,
         filters, r, s, *conv.stride, *conv.padding, *conv.dilation, shortcut_channels,
         *projection.stride, wide,
     )  # fmt: skip

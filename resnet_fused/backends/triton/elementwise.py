@@ -1,3 +1,4 @@
+# ruff: noqa: N803  (compile-time arguments and sizes of the literature are capitals)
 """relu?(bn(x) (+ residual)) and max pooling, NHWC: one pass over memory each.
 
 A program handles BLOCK_M positions × BLOCK_C channels, so batch norm parameters are read once per
@@ -120,9 +121,7 @@ def max_pool(x: Tensor, pool: MaxPool) -> Tensor:
     """`F.max_pool2d(x, *pool)`, channels_last."""
     x = nhwc(x)
     batch, channels, height, width = x.shape
-    p, q = (
-        (size + 2 * pool.padding - pool.kernel) // pool.stride + 1 for size in (height, width)
-    )
+    p, q = ((size + 2 * pool.padding - pool.kernel) // pool.stride + 1 for size in (height, width))
     out = empty_nhwc((batch, channels, p, q), x)
     rows = batch * p * q
     grid, blocks = _tiles(rows, channels)

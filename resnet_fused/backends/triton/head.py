@@ -1,3 +1,4 @@
+# ruff: noqa: N803  (compile-time arguments and sizes of the literature are capitals)
 """linear(global_average_pool(x)) in one kernel.
 
 Algorithm: a program computes BLOCK_M images × BLOCK_N classes. For each block of channels it
@@ -11,6 +12,7 @@ in L2), the weights from L2, the result once.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -65,7 +67,7 @@ def head_kernel(
                 other=0.0,
             )
             total += tl.sum(values.to(tl.float32), 1)
-        average = total / positions
+        average = tl.div_rn(total, positions.to(tl.float32))
         b = tl.load(weight_tile + c * weight_c, in_channels[:, None] & valid[None, :], other=0.0)
         a = average.to(b.dtype)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
@@ -84,7 +86,11 @@ def head_kernel(
 def _candidates(batch: int, classes: int, processors: int) -> list[Config]:
     """Wide class tiles read x less often, narrow ones occupy more processors."""
     options = [Config((16, n, 32), 4, 2) for n in (128, 64, 32)]
-    busy = [c for c in options if triton.cdiv(batch, 16) * triton.cdiv(classes, c.blocks[1]) >= processors]
+    busy = [
+        c
+        for c in options
+        if triton.cdiv(batch, 16) * triton.cdiv(classes, c.blocks[1]) >= processors
+    ]
     return [*busy, *(c for c in reversed(options) if c not in busy)]
 
 
@@ -93,7 +99,7 @@ def head(tuner: Tuner, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     x = nhwc(x)
     batch, channels, height, width = x.shape
     classes = weight.shape[0]
-    out = x.new_empty((batch, classes))
+    out = torch.empty((batch, classes), dtype=x.dtype, device=x.device)
     precision = matmul_precision(x.dtype)
     wide = is_wide(x, out)
 
@@ -107,7 +113,7 @@ def head(tuner: Tuner, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
         )  # fmt: skip
 
     key = (
-        "head", str(x.dtype), precision, batch_bucket(batch), height * width, channels, classes,
+        "head", x.dtype, precision, batch_bucket(batch), height * width, channels, classes,
         bias is not None, wide,
     )  # fmt: skip
     run(

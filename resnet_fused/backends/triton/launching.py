@@ -65,17 +65,19 @@ def is_wide(*tensors: Tensor) -> bool:
 
 def _reach(tensor: Tensor) -> int:
     """The largest offset from the tensor's first element to any of its elements."""
-    return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
 
 
 def convolution_precision(dtype: torch.dtype) -> str:
     """Input precision of `tl.dot` in a convolution: "tf32" for float32 only if PyTorch's settings
     for cuDNN convolutions allow it (this getter reflects `cudnn.allow_tf32` too)."""
-    allowed = dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
-    return "tf32" if allowed else "ieee"
+    setting = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # replaces its module
+    return "tf32" if dtype == torch.float32 and setting.fp32_precision == "tf32" else "ieee"
 
 
 def matmul_precision(dtype: torch.dtype) -> str:
     """The same for matrix products (`torch.backends.cuda.matmul`)."""
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed else "ieee"
+    setting = torch.backends.cuda.matmul
+    return "tf32" if dtype == torch.float32 and setting.fp32_precision == "tf32" else "ieee"

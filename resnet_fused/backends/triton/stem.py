@@ -1,3 +1,4 @@
+# ruff: noqa: N803  (compile-time arguments and sizes of the literature are capitals)
 """max_pool(relu(bn(conv(x)))) with a 3×3, stride 2, padding 1 pool: the stem in one kernel.
 
 Algorithm: a program computes a TILE_H × TILE_W patch of the convolution's output for BLOCK_N
@@ -201,7 +202,7 @@ def stem(tuner: Tuner, x: Tensor, conv: Convolution, bn: BatchNorm, pool: MaxPoo
 
     fma = x.element_size() == 4 and precision == "ieee"
     key = (
-        "stem", str(x.dtype), precision, batch_bucket(batch), height, width, channels, filters,
+        "stem", x.dtype, precision, batch_bucket(batch), height, width, channels, filters,
         r, s, *conv.stride, *conv.padding, *conv.dilation, planar, wide,
     )  # fmt: skip
     run(tuner.choose(key, x.device, lambda: _FMA if fma else _TENSOR_CORE, run))

@@ -8,23 +8,23 @@ understood is set aside as `*.corrupt` with a warning, and its entries are measu
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
-import statistics
 import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton.testing import do_bench
 
 from ... import settings
 
 _FILE = "triton-tuning-v1.json"  # the number is that of the format
-_REPEATS = 9
 
 
 class Config(NamedTuple):
@@ -97,8 +97,8 @@ class TuningCache:
             raise
 
 
-def _parse(value: object) -> Config:
-    blocks, warps, stages = value  # type: ignore[misc]
+def _parse(value: Any) -> Config:
+    blocks, warps, stages = value
     if not all(type(number) is int and number > 0 for number in (*blocks, warps, stages)):
         raise ValueError(f"{value!r} is not a launch configuration")
     return Config(tuple(blocks), warps, stages)
@@ -122,7 +122,8 @@ class Tuner:
     """
 
     def __init__(self) -> None:
-        self._chosen: dict[Hashable, Config] = {}
+        self._measured: dict[Hashable, Config] = {}
+        self._ruled: dict[Hashable, Config] = {}
         self._cache: TuningCache | None = None
         self._lock = threading.Lock()
 
@@ -138,27 +139,32 @@ class Tuner:
         `candidates` lists them, the rule's choice first.
         """
         place = (device, *key)
-        if (chosen := self._chosen.get(place)) is not None:
-            return chosen
+        measuring = device.type == "cuda" and settings.tuning_enabled()
+        known = self._measured if measuring else self._ruled
+        if (config := known.get(place)) is not None:
+            return config
         options = candidates()
-        if device.type != "cuda" or not settings.tuning_enabled():
-            return self._chosen.setdefault(place, options[0])
+        if not measuring:
+            return known.setdefault(place, options[0])
         if torch.cuda.is_current_stream_capturing():
             return options[0]
         with self._lock:
-            return self._look_up_or_measure(place, options, launch)
+            if place not in known:
+                try:
+                    known[place] = self._look_up_or_measure(key, device, options, launch)
+                except torch.OutOfMemoryError:
+                    return options[0]  # the op may fit where measuring does not
+            return known[place]
 
     def _look_up_or_measure(
         self,
-        place: tuple[Hashable, ...],
+        key: tuple[Hashable, ...],
+        device: torch.device,
         options: Sequence[Config],
         launch: Callable[[Config], object],
     ) -> Config:
-        if (chosen := self._chosen.get(place)) is not None:
-            return chosen
         if self._cache is None:
             self._cache = TuningCache(settings.cache_directory() / _FILE)
-        device, *key = place
         name = "|".join(
             [
                 torch.cuda.get_device_name(device),
@@ -167,37 +173,24 @@ class Tuner:
                 *map(str, key),
             ]
         )
-        chosen = self._cache.get(name)
-        if chosen not in options:  # absent, or written by a version with other candidates
-            chosen = fastest(options, launch)
-            self._cache.put(name, chosen)
-        self._chosen[place] = chosen
-        return chosen
+        stored = self._cache.get(name)
+        if stored is not None and stored in options:  # not from a version with other candidates
+            return stored
+        measured = fastest(options, launch)
+        self._cache.put(name, measured)
+        return measured
 
 
 def fastest(options: Sequence[Config], launch: Callable[[Config], object]) -> Config:
-    """The candidate with the least median time; the first one if none can be launched."""
+    """The candidate with the least median time, caches cold; the first if none can be launched."""
     best, least = options[0], float("inf")
     for config in options:
         try:
-            time = _median_ms(lambda config=config: launch(config))
-        except triton.runtime.errors.OutOfResources:
-            continue  # wants more shared memory or registers than this GPU has
+            time = do_bench(
+                functools.partial(launch, config), warmup=5, rep=20, return_mode="median"
+            )
+        except triton.TritonError:
+            continue  # more shared memory or registers than this GPU has, or a compiler's fault
         if time < least:
             best, least = config, time
     return best
-
-
-def _median_ms(run: Callable[[], object]) -> float:
-    run()  # compiles
-    run()
-    events = [
-        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-        for _ in range(_REPEATS)
-    ]
-    for start, end in events:
-        start.record()
-        run()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events)
