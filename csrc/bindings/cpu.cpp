@@ -1,0 +1,287 @@
+// Bindings of the CPU kernels: addresses and sizes in, an exception out.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kernels/cpu/fingerprint.h"
+#include "kernels/cpu/isa.h"
+#include "kernels/cpu/stem.h"
+#include "kernels/cpu/winograd.h"
+#include "register.h"
+
+namespace py = pybind11;
+namespace cpu = resnet_fused::cpu;
+
+namespace {
+
+using Address = std::uintptr_t;
+using Strides = std::array<std::int64_t, 4>;
+
+const float* floats(Address address) { return reinterpret_cast<const float*>(address); }
+float* mutable_floats(Address address) { return reinterpret_cast<float*>(address); }
+
+void check_address(const char* name, Address address, std::size_t alignment = sizeof(float)) {
+  if (address == 0) throw std::invalid_argument(std::string(name) + " is a null pointer");
+  if (address % alignment != 0) {
+    throw std::invalid_argument(std::string(name) + " is not aligned to " +
+                                std::to_string(alignment) + " bytes");
+  }
+}
+
+// The product of the sizes, all >= 0; throws where one is negative or the product is no sane size.
+std::int64_t element_count(const char* what, std::initializer_list<std::int64_t> sizes) {
+  constexpr std::int64_t kLimit = std::int64_t{1} << 48;
+  bool empty = false;
+  for (const std::int64_t size : sizes) {
+    if (size < 0) {
+      throw std::invalid_argument(std::string(what) + ": negative size " + std::to_string(size));
+    }
+    empty |= size == 0;
+  }
+  if (empty) return 0;
+  std::int64_t count = 1;
+  for (const std::int64_t size : sizes) {
+    if (size > kLimit / count) {
+      throw std::invalid_argument(std::string(what) + ": more than 2^48 elements");
+    }
+    count *= size;
+  }
+  return count;
+}
+
+void check_apart(const char* a_name, Address a, std::int64_t a_bytes, const char* b_name, Address b,
+                 std::int64_t b_bytes) {
+  if (a < b + b_bytes && b < a + a_bytes) {
+    throw std::invalid_argument(std::string(a_name) + " overlaps " + b_name);
+  }
+}
+
+void check_channels(const char* name, std::int64_t channels) {
+  if (channels < 1) {
+    throw std::invalid_argument(std::string(name) + " must be at least 1, found " +
+                                std::to_string(channels));
+  }
+}
+
+const char* isa_name(cpu::Isa isa) {
+  switch (isa) {
+    case cpu::Isa::kAvx512:
+      return "avx512";
+    case cpu::Isa::kAvx2:
+      return "avx2";
+    case cpu::Isa::kNone:
+      break;
+  }
+  return "";
+}
+
+// The instruction set called `name`, "" for the best; throws where the processor lacks it.
+cpu::Isa choose_isa(const std::string& name) {
+  const cpu::Isa best = cpu::best_isa();
+  cpu::Isa chosen = best;
+  if (name == "avx512") {
+    chosen = cpu::Isa::kAvx512;
+  } else if (name == "avx2") {
+    chosen = cpu::Isa::kAvx2;
+  } else if (!name.empty()) {
+    throw std::invalid_argument("isa must be \"\", \"avx2\" or \"avx512\", found \"" + name + "\"");
+  }
+  if (chosen == cpu::Isa::kNone || chosen > best) {
+    throw std::invalid_argument("this processor offers neither AVX-512 nor what isa=\"" + name +
+                                "\" asks for; cpu_isa() tells what it has");
+  }
+  return chosen;
+}
+
+std::int64_t winograd_weight_floats(std::int64_t in_channels, std::int64_t out_channels) {
+  check_channels("in_channels", in_channels);
+  check_channels("out_channels", out_channels);
+  element_count("packed", {16, in_channels, out_channels, 16});
+  return cpu::winograd_weight_floats(in_channels, out_channels);
+}
+
+void winograd_transform_weights(Address weight, const Strides& strides, Address packed,
+                                std::int64_t in_channels, std::int64_t out_channels) {
+  winograd_weight_floats(in_channels, out_channels);
+  check_address("weight", weight);
+  check_address("packed", packed);
+  py::gil_scoped_release unlocked;
+  cpu::winograd_transform_weights(floats(weight), strides.data(), mutable_floats(packed),
+                                  in_channels, out_channels);
+}
+
+void winograd_conv(Address x, Address packed, Address scale, Address shift, Address residual,
+                   Address out, std::int64_t batch, std::int64_t height, std::int64_t width,
+                   std::int64_t in_channels, std::int64_t out_channels, bool relu,
+                   const std::string& isa_name) {
+  check_channels("in_channels", in_channels);
+  check_channels("out_channels", out_channels);
+  const std::int64_t x_floats = element_count("x", {batch, height, width, in_channels});
+  const std::int64_t out_floats = element_count("out", {batch, height, width, out_channels});
+  const cpu::Isa isa = choose_isa(isa_name);
+  if (out_floats == 0) return;
+  check_address("x", x);
+  check_address("packed", packed);
+  check_address("scale", scale);
+  check_address("shift", shift);
+  check_address("out", out);
+  check_apart("out", out, out_floats * sizeof(float), "x", x, x_floats * sizeof(float));
+  if (residual != 0 && residual != out) {
+    check_address("residual", residual);
+    check_apart("out", out, out_floats * sizeof(float), "residual", residual,
+                out_floats * sizeof(float));
+  }
+  const cpu::WinogradConv conv{floats(x),     floats(packed),   floats(scale),
+                               floats(shift), floats(residual), mutable_floats(out),
+                               batch,         height,           width,
+                               in_channels,   out_channels,     relu};
+  py::gil_scoped_release unlocked;
+  cpu::winograd_conv(conv, isa);
+}
+
+cpu::StemFormat stem_format(bool bf16) {
+  return bf16 ? cpu::StemFormat::kBFloat16 : cpu::StemFormat::kFloat32;
+}
+
+std::int64_t stem_weight_bytes(std::int64_t out_channels, bool bf16) {
+  element_count("packed", {out_channels, 147});
+  if (out_channels < 1 || out_channels % cpu::kStemStrip != 0) {
+    throw std::invalid_argument("out_channels must be a positive multiple of 32, found " +
+                                std::to_string(out_channels));
+  }
+  return 4 * cpu::stem_weight_words(out_channels, stem_format(bf16));
+}
+
+void stem_transform_weights(Address weight, const Strides& strides, Address packed,
+                            std::int64_t out_channels, bool bf16) {
+  stem_weight_bytes(out_channels, bf16);
+  check_address("weight", weight, bf16 ? 2 : 4);
+  check_address("packed", packed);
+  py::gil_scoped_release unlocked;
+  cpu::stem_transform_weights(reinterpret_cast<const void*>(weight), strides.data(),
+                              reinterpret_cast<void*>(packed), out_channels, stem_format(bf16));
+}
+
+void stem_conv_pool(Address x, Address packed, Address scale, Address shift, Address out,
+                    std::int64_t batch, std::int64_t height, std::int64_t width,
+                    std::int64_t out_channels, bool bf16, const std::string& isa_name) {
+  stem_weight_bytes(out_channels, bf16);
+  const std::int64_t size = bf16 ? 2 : 4;
+  const std::int64_t x_bytes = size * element_count("x", {batch, height, width, 3});
+  const std::int64_t out_bytes =
+      size * element_count("out", {batch, cpu::stem_halved(cpu::stem_halved(height)),
+                                   cpu::stem_halved(cpu::stem_halved(width)), out_channels});
+  const cpu::Isa isa = choose_isa(isa_name);
+  if (!cpu::stem_supports(stem_format(bf16), isa)) {
+    throw std::invalid_argument(
+        "the stem in bfloat16 needs AVX512_BF16; ask stem_supports_bf16() first");
+  }
+  if (out_bytes == 0) return;
+  check_address("x", x, size);
+  check_address("packed", packed);
+  check_address("scale", scale);
+  check_address("shift", shift);
+  check_address("out", out, size);
+  check_apart("out", out, out_bytes, "x", x, x_bytes);
+  const cpu::Stem stem{reinterpret_cast<const void*>(x),
+                       reinterpret_cast<const void*>(packed),
+                       floats(scale),
+                       floats(shift),
+                       reinterpret_cast<void*>(out),
+                       batch,
+                       height,
+                       width,
+                       out_channels,
+                       stem_format(bf16)};
+  py::gil_scoped_release unlocked;
+  cpu::stem_conv_pool(stem, isa);
+}
+
+std::vector<std::uint64_t> fingerprints(
+    const std::vector<std::pair<Address, std::int64_t>>& inputs) {
+  std::vector<cpu::Bytes> bytes;
+  bytes.reserve(inputs.size());
+  for (const auto& [address, size] : inputs) {
+    if (element_count("fingerprint", {size}) > 0) check_address("fingerprint", address, 1);
+    bytes.push_back(
+        {reinterpret_cast<const unsigned char*>(address), static_cast<std::size_t>(size)});
+  }
+  std::vector<std::uint64_t> out(inputs.size());
+  py::gil_scoped_release unlocked;
+  cpu::fingerprints(bytes.data(), bytes.size(), out.data());
+  return out;
+}
+
+}  // namespace
+
+void register_cpu_kernels(py::module_& module) {
+  module.def(
+      "cpu_isa", [] { return isa_name(cpu::best_isa()); },
+      "The vector instructions the CPU kernels use here: \"avx512\", \"avx2\", or \"\" where "
+      "there\n"
+      "are none; then only the fingerprints work and the convolutions raise ValueError.");
+
+  module.def("winograd_weight_floats", &winograd_weight_floats, py::arg("in_channels"),
+             py::arg("out_channels"),
+             "Floats that winograd_transform_weights fills: 16/9 of the weight's own number, with\n"
+             "out_channels rounded up to 16.");
+
+  module.def("winograd_transform_weights", &winograd_transform_weights, py::arg("weight"),
+             py::arg("strides"), py::arg("packed"), py::arg("in_channels"), py::arg("out_channels"),
+             "packed = the transformed weights of a 3x3 convolution, for winograd_conv. weight is\n"
+             "the address of a fp32 (out_channels, in_channels, 3, 3) tensor with any `strides`\n"
+             "(in elements); packed that of winograd_weight_floats(...) floats.");
+
+  module.def("winograd_conv", &winograd_conv, py::arg("x"), py::arg("packed"), py::arg("scale"),
+             py::arg("shift"), py::arg("residual"), py::arg("out"), py::arg("batch"),
+             py::arg("height"), py::arg("width"), py::arg("in_channels"), py::arg("out_channels"),
+             py::arg("relu"), py::arg("isa") = "",
+             "out = relu?(conv(x) * scale + shift (+ residual)) for a 3x3 convolution of stride,\n"
+             "padding, dilation and groups 1, by Winograd's F(2x2, 3x3) (arXiv:1509.09308).\n"
+             "Addresses of fp32 tensors: x (batch, height, width, in_channels), out and residual\n"
+             "(batch, height, width, out_channels), scale and shift (out_channels). residual is 0\n"
+             "for none and may be out; x may not overlap out. A non-finite input reaches all of\n"
+             "its 2x2 output tile. isa=\"avx2\" forbids AVX-512. Raises ValueError for null\n"
+             "pointers, impossible sizes, overlaps, or a processor without the instructions.");
+
+  module.def(
+      "stem_supports_bf16",
+      [] { return cpu::stem_supports(cpu::StemFormat::kBFloat16, cpu::best_isa()); },
+      "Whether stem_conv_pool takes bf16=True on this processor (AVX512_BF16).");
+
+  module.def("stem_weight_bytes", &stem_weight_bytes, py::arg("out_channels"), py::arg("bf16"),
+             "Bytes that stem_transform_weights fills; out_channels is a multiple of 32.");
+
+  module.def("stem_transform_weights", &stem_transform_weights, py::arg("weight"),
+             py::arg("strides"), py::arg("packed"), py::arg("out_channels"), py::arg("bf16"),
+             "packed = the weights of a 7x7 convolution, reordered for stem_conv_pool. weight is\n"
+             "the address of a (out_channels, 3, 7, 7) tensor, bf16 or else fp32, with any\n"
+             "`strides` (in elements); packed that of stem_weight_bytes(...) bytes.");
+
+  module.def("stem_conv_pool", &stem_conv_pool, py::arg("x"), py::arg("packed"), py::arg("scale"),
+             py::arg("shift"), py::arg("out"), py::arg("batch"), py::arg("height"),
+             py::arg("width"), py::arg("out_channels"), py::arg("bf16"), py::arg("isa") = "",
+             "out = max_pool(relu(conv(x) * scale + shift)): 7x7 convolution of stride 2 and\n"
+             "padding 3, 3x3 max pool of stride 2 and padding 1. Addresses of x (batch, height,\n"
+             "width, 3), out (batch, pooled height, pooled width, out_channels), both bf16 or\n"
+             "else fp32, and fp32 scale and shift (out_channels); a size n becomes (n + 1) // 2,\n"
+             "twice. Sums are fp32. isa=\"avx2\" forbids AVX-512. Raises ValueError for null\n"
+             "pointers, impossible sizes, overlaps, or a processor without the instructions.");
+
+  module.def(
+      "fingerprint",
+      [](Address address, std::int64_t size) { return fingerprints({{address, size}}).front(); },
+      py::arg("address"), py::arg("size"),
+      "A 64-bit hash of `size` bytes at `address`. Certain to change when the bytes of one\n"
+      "aligned 8-byte word change; the same for any number of threads. Not cryptographic.");
+
+  module.def("fingerprints", &fingerprints, py::arg("inputs"),
+             "[fingerprint(address, size) for address, size in inputs], in one parallel region.");
+}

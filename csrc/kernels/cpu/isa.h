@@ -1,0 +1,67 @@
+// What the CPU kernels share: which vector instructions this processor has, and scratch memory that
+// outlives a call.
+//
+// A kernel's vector code lives in a `*_tile.h`, written once over GCC/Clang vector extensions and
+// compiled once per instruction set by "for_each_isa.h"; every function there carries the target
+// attribute ISA, so the build needs no -m flag and the rest of the library stays baseline x86-64.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <new>
+
+namespace resnet_fused::cpu {
+
+enum class Isa { kNone, kAvx2, kAvx512 };
+
+// The best set this processor and operating system offer.
+inline Isa best_isa() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) {
+    return Isa::kAvx512;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
+#endif
+  return Isa::kNone;
+}
+
+// Grow-only, page-aligned memory, one per thread and never returned before the thread ends, so
+// that repeated calls touch the same, already mapped pages.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { release(); }
+
+  float* floats(std::size_t count) {
+    if (count > capacity_) {
+      release();
+      data_ = static_cast<float*>(::operator new(count * sizeof(float), kAlignment));
+      capacity_ = count;
+    }
+    return data_;
+  }
+
+ private:
+  static constexpr std::align_val_t kAlignment{4096};
+
+  void release() {
+    if (data_ != nullptr) ::operator delete(data_, kAlignment);
+    data_ = nullptr;
+    capacity_ = 0;
+  }
+
+  float* data_ = nullptr;
+  std::size_t capacity_ = 0;
+};
+
+inline Scratch& thread_scratch() {
+  thread_local Scratch scratch;
+  return scratch;
+}
+
+constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+constexpr std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
+
+}  // namespace resnet_fused::cpu

@@ -1,0 +1,123 @@
+// The stem: direct 7x7 convolution whose rows are pooled while they are in cache.
+//
+// In NHWC the 7 pixels x 3 channels under one row of the filter are 21 consecutive numbers, and
+// neighbouring outputs start 6 numbers apart. So a row of outputs is a matrix product of those
+// overlapping windows with the packed weights [strip of 32 k][7 rows][taps][32 k], one tap being
+//   fp32      one number: 21 taps a row, one multiply-add each
+//   bfloat16  two neighbouring numbers: 11 taps a row (the 22nd weight is zero), VDPBF16PS each,
+//             products exact, sums fp32. (Infinite x therefore also reaches one more column.)
+// The micro-kernel holds pixels x 32 or 16 channels of sums in registers (AVX-512: 14 x 32, 28 of
+// 32 registers; AVX2: 6 x 16, 12 of 16) through all 7 rows; a strip of weights (18 KB) stays in L1.
+//
+// One task is a band of pooled rows of one image, done by one thread. Its scratch is two rings: 8
+// input rows with their zero borders, and the last 3 rows of relu(conv * scale + shift) in fp32,
+// which are pooled straight into the output. Memory traffic: x is read once, the pooled output, a
+// quarter of the convolution's, is written once; one convolution row is computed twice per border
+// between bands.
+#include "stem.h"
+
+#include <algorithm>
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace resnet_fused::cpu {
+namespace {
+
+constexpr int kFilter = 7;    // rows and columns
+constexpr int kChannels = 3;  // of x
+constexpr int kBorder = 3;    // zero pixels around x
+constexpr int kRowRing = 8;   // input rows kept, >= kFilter
+constexpr int kPoolRing = 3;  // convolution rows kept
+
+constexpr int taps_per_row(StemFormat format) {
+  return format == StemFormat::kFloat32 ? kFilter * kChannels : (kFilter * kChannels + 1) / 2;
+}
+
+struct Band {
+  std::int64_t image, first, last;  // pooled rows [first, last)
+};
+
+}  // namespace
+}  // namespace resnet_fused::cpu
+
+#define ISA_SOURCE "stem_tile.h"
+#define ISA_WITH_BF16
+#include "for_each_isa.h"
+
+namespace resnet_fused::cpu {
+namespace {
+
+using Task = void (*)(const Stem&, const Band&);
+
+Task task_for(StemFormat format, Isa isa) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (format == StemFormat::kBFloat16) return avx512bf16::stem_task;
+  return isa == Isa::kAvx512 ? avx512::stem_task : avx2::stem_task;
+#else
+  (void)format, (void)isa;
+  return nullptr;
+#endif
+}
+
+}  // namespace
+
+bool stem_supports(StemFormat format, Isa isa) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (format == StemFormat::kBFloat16) {
+    return isa == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16");
+  }
+#endif
+  return isa != Isa::kNone;
+}
+
+std::int64_t stem_weight_words(std::int64_t out_channels, StemFormat format) {
+  return kFilter * taps_per_row(format) * out_channels;
+}
+
+void stem_transform_weights(const void* weight, const std::int64_t strides[4], void* packed,
+                            std::int64_t out_channels, StemFormat format) {
+  const std::size_t size = format == StemFormat::kFloat32 ? 4 : 2;
+  const std::int64_t per_tap = 4 / size;
+  const int taps = taps_per_row(format);
+  auto* const to = static_cast<unsigned char*>(packed);
+  const auto* const from = static_cast<const unsigned char*>(weight);
+  std::memset(to, 0, 4 * stem_weight_words(out_channels, format));
+  for (std::int64_t k = 0; k < out_channels; ++k) {
+    for (std::int64_t row = 0; row < kFilter; ++row) {
+      for (std::int64_t i = 0; i < kFilter * kChannels; ++i) {
+        const std::int64_t tap = (k / kStemStrip * kFilter + row) * taps + i / per_tap;
+        const std::int64_t at = (tap * kStemStrip + k % kStemStrip) * per_tap + i % per_tap;
+        const std::int64_t source = k * strides[0] + i % kChannels * strides[1] + row * strides[2] +
+                                    i / kChannels * strides[3];
+        std::memcpy(to + at * size, from + source * size, size);
+      }
+    }
+  }
+}
+
+void stem_conv_pool(const Stem& stem, Isa isa) {
+  const std::int64_t pooled = stem_halved(stem_halved(stem.height));
+  if (stem.batch * pooled * stem.width * stem.out_channels == 0) return;
+#ifdef _OPENMP
+  const std::int64_t threads = omp_get_max_threads();
+#else
+  const std::int64_t threads = 1;
+#endif
+  const std::int64_t wanted = ceil_div(4 * threads, stem.batch);
+  const std::int64_t rows = std::max(ceil_div(pooled, wanted), std::int64_t{4});
+  const std::int64_t bands = ceil_div(pooled, rows);
+  const Task task = task_for(stem.format, isa);
+#pragma omp parallel for schedule(dynamic, 1)
+  for (std::int64_t i = 0; i < stem.batch * bands; ++i) {
+    const std::int64_t first = i % bands * rows;
+    task(stem, {i / bands, first, std::min(first + rows, pooled)});
+  }
+}
+
+}  // namespace resnet_fused::cpu

@@ -1,0 +1,425 @@
+"""The CPU kernels by themselves: Winograd convolution, stem and fingerprints in resnet_fused._C."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resnet_fused.testing.numerics import relative_error
+
+_C = pytest.importorskip("resnet_fused._C", reason="the extension is not built")
+
+ISAS = ("avx2", "avx512")
+NHWC = torch.channels_last
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> str:
+    have = _C.cpu_isa()
+    if have not in ISAS or ISAS.index(request.param) > ISAS.index(have):
+        pytest.skip(f"this processor has {have or 'neither AVX2 nor AVX-512'}")
+    return request.param
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype).contiguous(memory_format=NHWC)
+
+
+def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return x * scale[:, None, None] + shift[:, None, None]
+
+
+class Conv(NamedTuple):
+    """A 3x3 convolution with its epilogue, and its meaning in any dtype."""
+
+    x: Tensor
+    weight: Tensor
+    scale: Tensor
+    shift: Tensor
+    residual: Tensor | None
+    relu: bool
+
+    def double(self) -> Conv:
+        return Conv(*(v.double() if isinstance(v, Tensor) else v for v in self))
+
+    def eager(self) -> Tensor:
+        y = affine(F.conv2d(self.x, self.weight, padding=1), self.scale, self.shift)
+        if self.residual is not None:
+            y = y + self.residual
+        return y.relu() if self.relu else y
+
+    def winograd(self, isa: str = "", out: Tensor | None = None) -> Tensor:
+        batch, channels, height, width = self.x.shape
+        out_channels = self.weight.shape[0]
+        packed = torch.full((_C.winograd_weight_floats(channels, out_channels),), float("nan"))
+        _C.winograd_transform_weights(
+            self.weight.data_ptr(), self.weight.stride(), packed.data_ptr(), channels, out_channels
+        )
+        x = self.x.contiguous(memory_format=NHWC)
+        residual = self.residual
+        if residual is not None and residual is not out:
+            residual = residual.contiguous(memory_format=NHWC)
+        if out is None:
+            out = poisoned(batch, out_channels, height, width)
+        _C.winograd_conv(
+            x.data_ptr(),
+            packed.data_ptr(),
+            self.scale.data_ptr(),
+            self.shift.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+            out.data_ptr(),
+            batch,
+            height,
+            width,
+            channels,
+            out_channels,
+            self.relu,
+            isa,
+        )
+        return out
+
+
+def random_conv(batch: int, channels: int, out_channels: int, height: int, width: int) -> Conv:
+    """Activations after a ReLU, weights as ResNets initialise them, any batch norm."""
+    return Conv(
+        torch.randn(batch, channels, height, width).relu(),
+        torch.randn(out_channels, channels, 3, 3) * (2 / (9 * out_channels)) ** 0.5,
+        torch.randn(out_channels),
+        torch.randn(out_channels),
+        torch.randn(batch, out_channels, height, width),
+        relu=True,
+    )
+
+
+def integer_conv(batch: int, channels: int, out_channels: int, height: int, width: int) -> Conv:
+    return Conv(
+        torch.randint(-3, 4, (batch, channels, height, width)).float(),
+        torch.randint(-3, 4, (out_channels, channels, 3, 3)).float(),
+        torch.randint(-2, 3, (out_channels,)).float(),
+        torch.randint(-9, 10, (out_channels,)).float(),
+        torch.randint(-9, 10, (batch, out_channels, height, width)).float(),
+        relu=True,
+    )
+
+
+# (batch, channels, out_channels, height, width): tails of channels and tiles, images without an
+# interior, more than one task, every width of the last block of output channels.
+SHAPES = [
+    (1, 1, 1, 1, 1),
+    (2, 16, 16, 4, 4),
+    (1, 3, 5, 1, 9),
+    (2, 17, 33, 5, 7),
+    (3, 48, 100, 7, 7),
+    (1, 31, 47, 13, 3),
+    (1, 64, 64, 56, 56),
+    (1, 128, 192, 25, 33),
+    (2, 512, 512, 7, 7),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("residual", [True, False], ids=["residual", "plain"])
+@pytest.mark.parametrize("relu", [True, False], ids=["relu", "linear"])
+def test_winograd_is_exact_on_integers(shape, residual, relu, isa):
+    torch.manual_seed(0)
+    conv = integer_conv(*shape)._replace(relu=relu)
+    if not residual:
+        conv = conv._replace(residual=None)
+    assert torch.equal(conv.winograd(isa).double(), conv.double().eager())
+
+
+# What Winograd is meant for: whole vectors of channels, at least 5 pixels a side. On smaller maps
+# most taps meet the border, the direct sum is short, and rounding in the transforms weighs more.
+ACCURATE = [
+    (2, 16, 16, 9, 12),
+    (1, 32, 48, 13, 9),
+    (2, 64, 64, 5, 6),
+    *(shape for shape in SHAPES if shape[1] % 16 == 0 and min(shape[3:]) >= 5),
+]
+
+
+@pytest.mark.parametrize("shape", ACCURATE, ids=str)
+@pytest.mark.parametrize("relu_input", [True, False], ids=["relu-input", "normal-input"])
+def test_winograd_is_as_accurate_as_direct_convolution(shape, relu_input, isa):
+    torch.manual_seed(1)
+    conv = random_conv(*shape)
+    if not relu_input:
+        conv = conv._replace(x=torch.randn_like(conv.x))
+    truth = conv.double().eager()
+    direct = conv._replace(x=conv.x.contiguous(memory_format=NHWC)).eager()
+    assert relative_error(conv.winograd(isa), truth) <= relative_error(direct, truth)
+
+
+@pytest.mark.parametrize(("channels", "size"), [(64, 56), (128, 28), (256, 14), (512, 7)])
+def test_winograd_is_as_accurate_as_onednn_on_resnet_layers(channels, size, isa):
+    torch.manual_seed(2)
+    conv = random_conv(1, channels, channels, size, size)
+    where = ([1, 1], [1, 1], [1, 1], 1)
+    weight = torch.ops.mkldnn._reorder_convolution_weight(conv.weight, *where, list(conv.x.shape))
+    y = torch.ops.mkldnn._convolution_pointwise(
+        conv.x.contiguous(memory_format=NHWC), weight, None, *where, "none", [], ""
+    )
+    onednn = (affine(y, conv.scale, conv.shift) + conv.residual).relu()
+    truth = conv.double().eager()
+    assert relative_error(conv.winograd(isa), truth) <= relative_error(onednn, truth)
+
+
+def test_winograd_residual_may_be_the_output(isa):
+    torch.manual_seed(3)
+    conv = integer_conv(2, 32, 48, 9, 7)
+    residual = conv.residual.contiguous(memory_format=NHWC)
+    truth = conv.double().eager()
+    out = conv._replace(residual=residual).winograd(isa, out=residual)
+    assert out.data_ptr() == residual.data_ptr()
+    assert torch.equal(out.double(), truth)
+
+
+def test_winograd_takes_weights_of_any_strides():
+    conv = integer_conv(1, 20, 24, 6, 6)
+    strided = conv._replace(weight=conv.weight.contiguous(memory_format=NHWC))
+    assert strided.weight.stride() != conv.weight.stride()
+    assert torch.equal(strided.winograd(), conv.winograd())
+
+
+def test_winograd_gives_the_same_bits_with_any_number_of_threads(threads, isa):
+    conv = random_conv(2, 64, 128, 15, 14)
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(conv.winograd(isa))
+    assert all(torch.equal(result, results[0]) for result in results[1:])
+
+
+def test_winograd_passes_nan_on_and_writes_nothing_else(isa):
+    conv = random_conv(1, 16, 24, 8, 8)
+    conv.x[0, 3, 0, 0] = float("nan")
+    whole = poisoned(3, 24, 8, 8)
+    out = conv.winograd(isa, out=whole[1:2])
+    assert out.isnan()[..., :2, :2].all()
+    assert not out.isnan()[..., 2:, :].any()
+    assert not out.isnan()[..., 2:].any()
+    assert whole[::2].isnan().all()
+
+
+def test_winograd_of_an_empty_batch_is_empty():
+    assert integer_conv(0, 16, 16, 5, 5).winograd().shape == (0, 16, 5, 5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": 0}, "x is a null pointer"),
+        ({"scale": 0}, "scale is a null pointer"),
+        ({"out_channels": 0}, "out_channels must be at least 1"),
+        ({"height": -1}, "negative size -1"),
+        ({"batch": 2**62}, r"more than 2\^48 elements"),
+        ({"isa": "sse"}, 'found "sse"'),
+        ({"out": "x"}, "out overlaps x"),
+        ({"residual": "out + 4"}, "out overlaps residual"),
+    ],
+    ids=str,
+)
+def test_winograd_refuses_impossible_arguments(change, message):
+    x, out = torch.zeros(1, 16, 4, 4), torch.zeros(1, 16, 4, 4)
+    packed, vector = torch.zeros(_C.winograd_weight_floats(16, 16)), torch.zeros(16)
+    arguments = {
+        "x": x.data_ptr(),
+        "packed": packed.data_ptr(),
+        "scale": vector.data_ptr(),
+        "shift": vector.data_ptr(),
+        "residual": 0,
+        "out": out.data_ptr(),
+        "batch": 1,
+        "height": 4,
+        "width": 4,
+        "in_channels": 16,
+        "out_channels": 16,
+        "relu": True,
+    }
+    aliases = {"x": x.data_ptr(), "out + 4": out.data_ptr() + 4}
+    arguments |= {name: aliases.get(value, value) for name, value in change.items()}
+    with pytest.raises(ValueError, match=message):
+        _C.winograd_conv(**arguments)
+
+
+def stem_eager(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    y = affine(F.conv2d(x, weight, stride=2, padding=3), scale, shift)
+    return F.max_pool2d(y.relu(), 3, 2, 1)
+
+
+def stem(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, isa: str = "") -> Tensor:
+    batch, _, height, width = x.shape
+    channels, bf16 = weight.shape[0], x.dtype == torch.bfloat16
+    packed = torch.empty(_C.stem_weight_bytes(channels, bf16), dtype=torch.uint8)
+    _C.stem_transform_weights(weight.data_ptr(), weight.stride(), packed.data_ptr(), channels, bf16)
+    pooled = [((size + 1) // 2 + 1) // 2 for size in (height, width)]
+    out = poisoned(batch, channels, *pooled, dtype=x.dtype)
+    x = x.contiguous(memory_format=NHWC)
+    pointers = (t.data_ptr() for t in (x, packed, scale, shift, out))
+    _C.stem_conv_pool(*pointers, batch, height, width, channels, bf16, isa)
+    return out
+
+
+@pytest.fixture(params=["float32-avx2", "float32-avx512", "bfloat16-avx512"])
+def stem_kernel(request: pytest.FixtureRequest) -> tuple[torch.dtype, str]:
+    dtype, isa = request.param.split("-")
+    have = _C.cpu_isa()
+    if have not in ISAS or ISAS.index(isa) > ISAS.index(have):
+        pytest.skip(f"this processor has {have or 'neither AVX2 nor AVX-512'}")
+    if dtype == "bfloat16" and not _C.stem_supports_bf16():
+        pytest.skip("this processor lacks AVX512_BF16")
+    return getattr(torch, dtype), isa
+
+
+STEM_SHAPES = [
+    (0, 8, 8, 64),
+    (1, 1, 1, 32),
+    (1, 2, 300, 64),
+    (3, 7, 5, 64),
+    (2, 20, 9, 96),
+    (1, 32, 33, 32),
+    (2, 97, 131, 64),
+    (1, 224, 224, 64),
+]
+
+
+@pytest.mark.parametrize("shape", STEM_SHAPES, ids=str)
+def test_stem_is_exact_on_integers(shape, stem_kernel):
+    torch.manual_seed(4)
+    (batch, height, width, channels), (dtype, isa) = shape, stem_kernel
+    x = torch.randint(-2, 3, (batch, 3, height, width)).to(dtype)
+    weight = torch.randint(-1, 2, (channels, 3, 7, 7)).to(dtype)
+    scale = torch.randint(-2, 3, (channels,)).float()
+    shift = torch.randint(-5, 6, (channels,)).float()
+    truth = stem_eager(x.double(), weight.double(), scale.double(), shift.double())
+    assert torch.equal(stem(x, weight, scale, shift, isa), truth.to(dtype))
+
+
+@pytest.mark.parametrize("shape", [(1, 224, 224, 64), (2, 97, 131, 64)], ids=str)
+def test_stem_is_as_accurate_as_eager(shape, stem_kernel):
+    torch.manual_seed(5)
+    (batch, height, width, channels), (dtype, isa) = shape, stem_kernel
+    x = torch.randn(batch, 3, height, width).to(dtype)
+    weight = (torch.randn(channels, 3, 7, 7) * 0.1).to(dtype)
+    scale, shift = torch.randn(channels), torch.randn(channels)
+    truth = stem_eager(x.double(), weight.double(), scale.double(), shift.double())
+    eager = stem_eager(x, weight, scale.to(dtype), shift.to(dtype))
+    error = relative_error(stem(x, weight, scale, shift, isa), truth)
+    assert error <= relative_error(eager, truth)
+
+
+def test_stem_takes_weights_of_any_strides_and_any_number_of_threads(threads, stem_kernel):
+    torch.manual_seed(6)
+    dtype, isa = stem_kernel
+    x, weight = torch.randn(1, 3, 75, 50).to(dtype), torch.randn(64, 3, 7, 7).to(dtype)
+    scale, shift = torch.randn(64), torch.randn(64)
+    strided = weight.contiguous(memory_format=NHWC)
+    assert strided.stride() != weight.stride()
+    results = []
+    for count, form in ((1, weight), (2, strided), (3, weight)):
+        torch.set_num_threads(count)
+        results.append(stem(x, form, scale, shift, isa))
+    assert all(torch.equal(result, results[0]) for result in results[1:])
+
+
+def test_stem_passes_nan_on(stem_kernel):
+    dtype, isa = stem_kernel
+    x, weight = torch.randn(1, 3, 40, 40).to(dtype), torch.randn(32, 3, 7, 7).to(dtype)
+    x[0, 1, 20, 20] = float("nan")
+    out = stem(x, weight, torch.ones(32), torch.zeros(32), isa)
+    eager = stem_eager(x.float(), weight.float(), torch.ones(32), torch.zeros(32))
+    assert torch.equal(out.isnan(), eager.isnan())
+
+
+def test_stem_refuses_impossible_arguments():
+    with pytest.raises(ValueError, match="multiple of 32, found 48"):
+        _C.stem_weight_bytes(48, False)
+    with pytest.raises(ValueError, match="x is a null pointer"):
+        _C.stem_conv_pool(0, 4, 4, 4, 4, 1, 8, 8, 64, False)
+    with pytest.raises(ValueError, match="out overlaps x"):
+        _C.stem_conv_pool(64, 64, 64, 64, 64, 1, 8, 8, 64, False)
+
+
+def fingerprint(tensor: Tensor) -> int:
+    return _C.fingerprint(tensor.data_ptr(), tensor.nbytes)
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 63, 64, 65, 1000, 300_000])
+def test_fingerprint_sees_every_single_bit(size):
+    torch.manual_seed(7)
+    data = torch.randint(0, 256, (size,), dtype=torch.uint8)
+    clean = fingerprint(data)
+    positions = range(size) if size <= 1000 else torch.randint(0, size, (300,)).tolist()
+    seen = {clean}
+    for position in positions:
+        for bit in range(8):
+            data[position] ^= 1 << bit
+            seen.add(fingerprint(data))
+            data[position] ^= 1 << bit
+    assert fingerprint(data) == clean
+    assert len(seen) == 1 + 8 * len(set(positions))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda w: w.neg_(),
+        lambda w: w.mul_(2),
+        lambda w: w.mul_(0.999),
+        lambda w: w.zero_(),
+        lambda w: w.copy_(w.flip(0)),
+        lambda w: w.copy_(w.roll(1)),
+        lambda w: w.copy_(w.roll(16)),
+        lambda w: w.copy_(w.roll(65536)),
+        lambda w: w[:2].copy_(w[:2].flip(0)),
+        lambda w: w[::16].neg_(),
+        lambda w: w[100_000:].neg_(),
+    ],
+)
+@pytest.mark.parametrize("make", [torch.randn, torch.ones], ids=["random", "constant"])
+def test_fingerprint_sees_edits_of_a_weight(edit, make):
+    weight = make(200_000)
+    before, clean = weight.clone(), fingerprint(weight)
+    edit(weight)
+    assert (fingerprint(weight) == clean) == torch.equal(weight, before)
+
+
+def test_fingerprint_depends_on_the_length():
+    zeros = torch.zeros(600_000, dtype=torch.uint8)
+    lengths = [0, 1, 8, 64, 65, 128, 262_143, 262_144, 262_145, 524_288, 600_000]
+    assert len({_C.fingerprint(zeros.data_ptr(), length) for length in lengths}) == len(lengths)
+
+
+def test_fingerprint_is_the_same_for_any_threads_alignment_and_batching(threads):
+    data = torch.randint(0, 256, (1_000_003,), dtype=torch.uint8)
+    shifted = torch.empty(1_000_004, dtype=torch.uint8)[1:].copy_(data)
+    small = torch.arange(10.0)
+    inputs = [(t.data_ptr(), t.nbytes) for t in (data, small, shifted)] + [(0, 0)]
+    results = set()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        one_by_one = [_C.fingerprint(*item) for item in inputs]
+        assert _C.fingerprints(inputs) == one_by_one
+        assert one_by_one[0] == one_by_one[2]
+        results.add(tuple(one_by_one))
+    assert len(results) == 1
+    assert _C.fingerprints([]) == []
+
+
+def test_fingerprint_refuses_impossible_arguments():
+    with pytest.raises(ValueError, match="negative size -1"):
+        _C.fingerprint(64, -1)
+    with pytest.raises(ValueError, match="null pointer"):
+        _C.fingerprints([(64, 0), (0, 8)])
