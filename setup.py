@@ -123,10 +123,11 @@ class CMakeBuild(build_ext):
                 f"-DRESNET_FUSED_CUDA_REAL={' '.join(cuda.real)}",
                 f"-DRESNET_FUSED_CUDA_PTX={' '.join(cuda.ptx)}",
             ]
-            # nvcc from PyPI expects lib64; its wheels have lib.
+            # nvcc from PyPI looks for the runtime in lib64; its wheels have lib.
             library = cuda.nvcc.resolve().parent.parent / "lib"
-            paths = [str(library), *environment.get("LIBRARY_PATH", "").split(os.pathsep)]
-            environment["LIBRARY_PATH"] = os.pathsep.join(filter(None, paths))
+            if (library / "libcudart_static.a").exists():
+                paths = [str(library), *environment.get("LIBRARY_PATH", "").split(os.pathsep)]
+                environment["LIBRARY_PATH"] = os.pathsep.join(filter(None, paths))
         self._run(folder, options, environment)
 
     def _run(self, folder: Path, options: list[str], environment: dict[str, str]) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from resnet_fused import _extension
+from resnet_fused import env as environment
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = (
@@ -298,6 +299,18 @@ def test_an_extension_that_cannot_be_loaded_is_explained(source, plain):
     (source / "resnet_fused" / f"_C{EXTENSION_SUFFIXES[0]}").write_bytes(b"\x7fELF, but no more")
     report = python(source, plain, "-m", "resnet_fused.env")
     assert re.search(r"extension +not usable: .*cannot be loaded .*--force-reinstall", report)
+    assert re.search(r"reference +available", report)
+
+
+def test_report_goes_on_after_a_probe_that_fails(monkeypatch):
+    def broken():
+        yield "first", "known"
+        raise OSError("no such thing")
+
+    probes = {"broken": broken, "backends": environment.PROBES["backends"]}
+    monkeypatch.setattr(environment, "PROBES", probes)
+    report = environment.report()
+    assert re.search(r"first +known\n.*could not be found out: OSError: no such thing", report)
     assert re.search(r"reference +available", report)
 
 
