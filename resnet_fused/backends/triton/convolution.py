@@ -26,6 +26,7 @@ from ...parameters import BatchNorm, Convolution
 from .launching import (
     Machine,
     convolution_precision,
+    dense,
     empty_nhwc,
     is_wide,
     launch,
@@ -60,6 +61,7 @@ def finish(
     out_channels,
     K,
     RELU: tl.constexpr,
+    EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -75,20 +77,20 @@ def finish(
             other_left, other_right = halves(other_acc, BLOCK_M, BLOCK_N)
         finish(
             left, bn, other_left, other_bn, residual, out, row, in_rows,
-            first_column, first_channel, out_channels, K, RELU, BLOCK_M, BLOCK_N // 2,
+            first_column, first_channel, out_channels, K, RELU, EXACT, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
         finish(
             right, bn, other_right, other_bn, residual, out, row, in_rows,
             first_column + BLOCK_N // 2, first_channel, out_channels, K, RELU,
-            BLOCK_M, BLOCK_N // 2,
+            EXACT, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
     else:
         column = first_column + tl.arange(0, BLOCK_N)
         channel = first_channel + column
         valid = column < out_channels
-        value = normalise(acc, bn, channel, valid)
+        value = normalise(acc, bn, channel, valid, EXACT)
         if other_acc is not None:
-            value += normalise(other_acc, other_bn, channel, valid)
+            value += normalise(other_acc, other_bn, channel, valid, EXACT)
         offset = row[:, None] * K + channel[None, :]
         mask = in_rows[:, None] & valid[None, :]
         if residual is not None:
@@ -152,7 +154,8 @@ def conv_bn_kernel(
     )  # fmt: skip
     finish(
         acc, (mean, var, gamma, beta, eps), None, None, residual, out,
-        row, row < rows, first_column, pack * out_channels, out_channels, K, RELU, BLOCK_M, BLOCK_N,
+        row, row < rows, first_column, pack * out_channels, out_channels, K, RELU,
+        out.dtype.element_ty == tl.float32 and PRECISION == "ieee", BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
@@ -223,7 +226,8 @@ def conv_bn_projection_kernel(
     finish(
         acc, (mean, var, gamma, beta, eps), projected,
         (projection_mean, projection_var, projection_gamma, projection_beta, projection_eps),
-        None, out, row, row < rows, first_column, 0, K, K, True, BLOCK_M, BLOCK_N,
+        None, out, row, row < rows, first_column, 0, K, K, True,
+        out.dtype.element_ty == tl.float32 and PRECISION == "ieee", BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
@@ -354,7 +358,7 @@ def conv_bn(
         tiles = triton.cdiv(gemm.rows, block_m) * triton.cdiv(gemm.columns, block_n)
         launch(
             conv_bn_kernel, (tiles, packs), config,
-            x, weight, *bn[:4], residual, out, bn.eps,
+            x, weight, *dense(bn), residual, out, bn.eps,
             gemm.rows, height, width, channels, p, q, filters, gemm.channels, gemm.columns,
             RELU=relu, **window,
             GROUP_IN=group_in if packed > 1 else 0, GROUP_OUT=group_out if packed > 1 else 0,
@@ -418,7 +422,7 @@ def conv_bn_projection(
         tiles = triton.cdiv(gemm.rows, block_m) * triton.cdiv(gemm.columns, block_n)
         launch(
             conv_bn_projection_kernel, (tiles,), config,
-            x, weight, *bn[:4], shortcut, projection_weight, *projection_bn[:4], out,
+            x, weight, *dense(bn), shortcut, projection_weight, *dense(projection_bn), out,
             bn.eps, projection_bn.eps, gemm.rows, height, width, channels, p, q, filters,
             shortcut_height, shortcut_width, shortcut_channels,
             **window,

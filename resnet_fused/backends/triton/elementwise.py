@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...parameters import BatchNorm, MaxPool
-from .launching import empty_nhwc, is_wide, launch, nhwc
+from .launching import dense, empty_nhwc, is_wide, launch, nhwc
 from .primitives import normalise, rectify, split_position, tile_index
 from .tuning import Config
 
@@ -44,7 +44,8 @@ def bn_add_relu_kernel(
     offset = row[:, None] * C + channel[None, :]
     mask = (row < rows)[:, None] & (channel < C)[None, :]
     value = tl.load(x + offset, mask, other=0.0).to(tl.float32)
-    value = normalise(value, (mean, var, gamma, beta, eps), channel, channel < C)
+    bn = (mean, var, gamma, beta, eps)
+    value = normalise(value, bn, channel, channel < C, out.dtype.element_ty == tl.float32)
     if residual is not None:
         value += tl.load(residual + offset, mask, other=0.0).to(tl.float32)
     if RELU:
@@ -111,7 +112,7 @@ def bn_add_relu(x: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool) -
     grid, blocks = _tiles(rows, channels)
     launch(
         bn_add_relu_kernel, grid, _CONFIG,
-        x, *bn[:4], residual, out, bn.eps, rows, channels,
+        x, *dense(bn), residual, out, bn.eps, rows, channels,
         RELU=relu, WIDE=is_wide(x), **blocks,
     )  # fmt: skip
     return out

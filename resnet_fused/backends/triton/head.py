@@ -97,6 +97,7 @@ def _candidates(batch: int, classes: int, processors: int) -> list[Config]:
 def head(tuner: Tuner, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """linear(global_average_pool(x)): see `resnet_fused.reference.ops.head`."""
     x = nhwc(x)
+    bias = None if bias is None else bias.contiguous()
     batch, channels, height, width = x.shape
     classes = weight.shape[0]
     out = torch.empty((batch, classes), dtype=x.dtype, device=x.device)

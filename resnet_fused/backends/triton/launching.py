@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...parameters import BatchNorm
 from .tuning import Config
 
 # Row indices run past the result by at most a tile, which must not overflow 32 bits either.
@@ -49,6 +50,11 @@ def options(config: Config) -> dict[str, Any]:
 def nhwc(tensor: Tensor) -> Tensor:
     """`tensor` in channels_last memory; itself where it already is."""
     return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def dense(bn: BatchNorm) -> tuple[Tensor | None, ...]:
+    """The (mean, var, weight, bias) of `bn`, each contiguous."""
+    return tuple(None if vector is None else vector.contiguous() for vector in bn[:4])
 
 
 def empty_nhwc(shape: tuple[int, ...], like: Tensor) -> Tensor:

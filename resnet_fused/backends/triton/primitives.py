@@ -38,38 +38,60 @@ def split_position(row, P, Q):
 
 @triton.jit
 def batch_norm_terms(bn, channel, mask):
-    """Float32 (mean, scale, shift) of the given channels.
+    """Float32 (mean, scale, what scale's rounding lost, shift) of the given channels.
 
     bn: (mean, var, weight, bias, eps), live pointers of any dtype, the latter two or None.
 
-    scale = γ/√(var + ε) comes from the hardware's approximate 1/√ and a Newton step with the
-    residual's own rounding error added back, so that it is rounded once: threads repeat this for
-    every column they hold, and a library root and quotient would take five times as long.
+    scale = γ/√(var + ε) comes from the hardware's approximate 1/√ and one Newton step with the
+    roundings of its residual added back: threads repeat this for every column they hold, and a
+    library root and quotient would take several times as long.
     """
     mean, var, weight, bias, eps = bn
     mu = tl.load(mean + channel, mask, other=0.0).to(tl.float32)
-    variance = tl.load(var + channel, mask, other=1.0).to(tl.float32) + eps
-    root = tl.rsqrt(variance)
-    product = variance * root
-    residue = tl.fma(-product, root, 1.0) - tl.fma(variance, root, -product) * root
-    correction = 0.5 * root * residue
+    var = tl.load(var + channel, mask, other=1.0).to(tl.float32)
+    v = var + eps
+    v_low = eps - (v - var)
+    root = tl.rsqrt(v)
+    vr = v * root
+    residue = tl.fma(-vr, root, 1.0) - (tl.fma(v, root, -vr) + v_low * root) * root
+    step = 0.5 * root * residue
     if weight is None:
-        scale = root + correction
+        scale = root + step
+        scale_low = step - (scale - root)
     else:
         gamma = tl.load(weight + channel, mask, other=0.0).to(tl.float32)
-        scale = tl.fma(gamma, root, gamma * correction)
+        scale = tl.fma(gamma, root, gamma * step)
+        scale_low = tl.fma(gamma, root, -scale) + gamma * step
     shift = tl.zeros_like(mu)
     if bias is not None:
         shift = tl.load(bias + channel, mask, other=0.0).to(tl.float32)
-    return mu, scale, shift
+    return mu, scale, scale_low, shift
 
 
 @triton.jit
-def normalise(values, bn, channel, mask):
-    """Batch norm of float32 (rows, channels). The mean comes off first: x·scale + (β − mean·scale)
-    cancels catastrophically where the mean is large beside the deviation."""
-    mean, scale, shift = batch_norm_terms(bn, channel, mask)
-    return tl.fma(values - mean[None, :], scale[None, :], shift[None, :])
+def normalise(values, bn, channel, mask, EXACT: tl.constexpr):
+    """Batch norm of float32 (rows, channels), parameters as in `batch_norm_terms`.
+
+    The mean comes off first: x·scale + (β − mean·scale) cancels catastrophically where the mean is
+    large beside the deviation. EXACT, for float32 results, adds back what each step's rounding
+    lost, so that the result is rounded once; 16-bit results have nothing to gain from it.
+    """
+    mean, scale, scale_low, shift = batch_norm_terms(bn, channel, mask)
+    mean = mean[None, :]
+    scale = scale[None, :]
+    shift = shift[None, :]
+    difference = values - mean
+    if EXACT:
+        back = difference - values
+        difference_low = (values - (difference - back)) - (mean + back)
+        product = difference * scale
+        product_low = tl.fma(difference, scale, -product)
+        total = product + shift
+        back = total - product
+        low = (product - (total - back)) + (shift - back) + product_low
+        low += tl.fma(difference, scale_low[None, :], difference_low * scale)
+        return total + tl.where(low == low, low, 0.0)  # infinities leave no remainder
+    return tl.fma(difference, scale, shift)
 
 
 @triton.jit

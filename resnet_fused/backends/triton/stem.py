@@ -22,7 +22,7 @@ from torch import Tensor
 from ...parameters import BatchNorm, Convolution, MaxPool
 from .convolution import conv_bn, output_size
 from .elementwise import max_pool
-from .launching import convolution_precision, empty_nhwc, is_wide, launch
+from .launching import convolution_precision, dense, empty_nhwc, is_wide, launch
 from .primitives import normalise, rectify
 from .tuning import Config, Tuner, batch_bucket
 
@@ -135,7 +135,9 @@ def stem_kernel(
         b = tl.load(weight + (weight_offset + r * weight_r), weight_mask, other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
-    value = rectify(normalise(acc, (mean, var, gamma, beta, eps), column, column < K))
+    exact: tl.constexpr = out.dtype.element_ty == tl.float32 and PRECISION == "ieee"
+    bn = (mean, var, gamma, beta, eps)
+    value = rectify(normalise(acc, bn, column, column < K, exact))
     # Positions outside the convolution's output are the pool's padding. Rounding commutes with max.
     exists = (p >= 0) & (p < P) & (q >= 0) & (q < Q)
     value = tl.where(exists[:, None], value, float("-inf")).to(out.dtype.element_ty)
@@ -190,7 +192,7 @@ def stem(tuner: Tuner, x: Tensor, conv: Convolution, bn: BatchNorm, pool: MaxPoo
         patches = triton.cdiv(pooled_h, tile_h // 2 - 1) * triton.cdiv(pooled_w, tile_w // 2 - 1)
         launch(
             stem_kernel, (batch * patches * triton.cdiv(filters, block_n),), config,
-            x, weight, *bn[:4], out, bn.eps, height, width, p, q, filters, pooled_h, pooled_w,
+            x, weight, *dense(bn), out, bn.eps, height, width, p, q, filters, pooled_h, pooled_w,
             *x.stride(), *weight.stride(),
             R=r, S=s, C=channels, STRIDE_H=conv.stride[0], STRIDE_W=conv.stride[1],
             PAD_H=conv.padding[0], PAD_W=conv.padding[1],
