@@ -1,0 +1,325 @@
+"""Who is measured: our backends and every peer, each as one function that builds a ready call.
+
+A contestant is built in a process of its own (workers.py), so it may change process-wide settings.
+To add one, write a `build` function and list it in CONTESTANTS.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+import resnet_fused
+
+Call = Callable[[], Tensor]
+
+
+class UnavailableError(Exception):
+    """This contestant cannot run here; the message says why and what would change it."""
+
+
+class Task(NamedTuple):
+    """What every contestant of one comparison is given.
+
+    state: file with a torchvision state dict of the architecture, floating values in `dtype`.
+    images: (N, 3, H, W) in `dtype`, normalised, NCHW in memory, on `device`.
+    """
+
+    architecture: str
+    state: Path
+    images: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.images.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.images.device
+
+    def load(self, library: Any, dtype: torch.dtype | None = None) -> nn.Module:
+        """The model as `library` (torchvision.models or resnet_fused) makes it, for inference.
+
+        It is in the task's dtype unless another one is asked for, with the same values.
+        """
+        state = torch.load(self.state, weights_only=True)
+        with torch.device("meta"):  # initial values would only be overwritten
+            model: nn.Module = getattr(library, self.architecture)(
+                num_classes=len(state["fc.bias"])
+            )
+        model.to_empty(device=self.device).to(dtype or self.dtype)
+        model.load_state_dict(state)
+        return model.eval()
+
+    def torchvision(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """torchvision's model, as `load` makes it."""
+        return self.load(torchvision.models, dtype)
+
+    def nhwc(self) -> tuple[nn.Module, Tensor]:
+        """torchvision's model and the images, both channels_last."""
+        layout = torch.channels_last
+        images = self.images.contiguous(memory_format=layout)
+        return self.torchvision().to(memory_format=layout), images
+
+
+class Contestant(NamedTuple):
+    """A name for the command line, a title for tables, and how to build the call.
+
+    `build` runs in the worker's process under inference mode; what it raises becomes the reason in
+    the table. It must be importable there.
+    """
+
+    key: str
+    title: str
+    build: Callable[[Task], Call]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    ours: bool = False
+    slow: bool = False  # to build; --quick leaves it out
+
+
+def _require(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UnavailableError(f"{error}; pip install {package}") from error
+
+
+def in_cuda_graph(call: Call) -> Call:
+    """`call` captured once and replayed; its result is overwritten by each replay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
+# Ours
+
+
+def _ours(task: Task, backend: str) -> Call:
+    resnet_fused.use_backend(backend)
+    model = task.load(resnet_fused)
+    images = task.images.contiguous(memory_format=torch.channels_last)
+    return lambda: model(images)
+
+
+def _ours_in_graph(task: Task, backend: str) -> Call:
+    return in_cuda_graph(_ours(task, backend))
+
+
+# PyTorch
+
+
+def _eager(task: Task) -> Call:
+    model = task.torchvision()
+    return lambda: model(task.images)
+
+
+def _eager_nhwc(task: Task) -> Call:
+    model, images = task.nhwc()
+    return lambda: model(images)
+
+
+def _compiled(task: Task, mode: str | None = None, freezing: bool = False) -> Call:
+    import torch._inductor.config as inductor
+
+    # Not torch.compile(options=...): that reaches inductor after freezing was decided on, and
+    # nothing is frozen (seen with torch 2.15).
+    inductor.freezing = freezing
+    model, images = task.nhwc()
+    compiled = torch.compile(model, mode=mode)
+    return lambda: compiled(images)
+
+
+class _CudnnFused:
+    """torchvision's ResNet on cuDNN's fused operators, batch norms folded into the weights."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.stem = self._fold(model.conv1, model.bn1)
+        stages = (model.layer1, model.layer2, model.layer3, model.layer4)
+        self.blocks = [self._block(block) for stage in stages for block in stage]
+
+    def _fold(self, conv: Any, bn: Any) -> tuple[Any, ...]:
+        dtype = conv.weight.dtype
+        vectors = (bn.running_mean, bn.running_var, bn.weight, bn.bias)
+        mean, var, gamma, beta = (v.float() for v in vectors)
+        folded, bias = fuse_conv_bn_weights(
+            conv.weight.float(), None, mean, var, bn.eps, gamma, beta
+        )
+        weight = folded.to(dtype, memory_format=torch.channels_last)
+        return weight, bias.to(dtype), conv.stride, conv.padding, conv.dilation, conv.groups
+
+    def _block(self, block: Any) -> tuple[list[tuple[Any, ...]], tuple[Any, ...] | None]:
+        names = [n for n in ("1", "2", "3") if hasattr(block, f"conv{n}")]
+        layers = [self._fold(getattr(block, f"conv{n}"), getattr(block, f"bn{n}")) for n in names]
+        return layers, block.downsample and self._fold(*block.downsample)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = self.model.maxpool(torch.cudnn_convolution_relu(x, *self.stem))
+        for (*inner, (weight, *rest)), projection in self.blocks:
+            shortcut = x if projection is None else torch.conv2d(x, *projection)
+            for layer in inner:
+                x = torch.cudnn_convolution_relu(x, *layer)
+            x = torch.cudnn_convolution_add_relu(x, weight, shortcut, 1.0, *rest)
+        logits: Tensor = self.model.fc(self.model.avgpool(x).flatten(1))
+        return logits
+
+
+def _cudnn_graph(task: Task) -> Call:
+    model, images = task.nhwc()
+    fused = _CudnnFused(model)
+    return in_cuda_graph(lambda: fused(images))
+
+
+# Other engines
+
+
+def _onnx(task: Task) -> bytes:
+    _require("onnxscript", "onnx onnxscript")
+    program = torch.onnx.export(task.torchvision(), (task.images,), dynamo=True, verbose=False)
+    assert program is not None
+    return bytes(program.model_proto.SerializeToString())
+
+
+def _onnxruntime(task: Task) -> Call:
+    ort = _require(
+        "onnxruntime", "onnxruntime-gpu" if task.device.type == "cuda" else "onnxruntime"
+    )
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    if task.device.type == "cuda":
+        if "CUDAExecutionProvider" not in ort.get_available_providers():
+            raise UnavailableError("this onnxruntime has no CUDA; pip install onnxruntime-gpu")
+        stream = str(torch.cuda.current_stream().cuda_stream)
+        settings = {"use_tf32": "0", "user_compute_stream": stream}
+        providers: list[Any] = [("CUDAExecutionProvider", settings)]
+    else:
+        if task.dtype == torch.bfloat16:
+            raise UnavailableError("onnxruntime's CPU kernels have no bfloat16 convolution")
+        providers = ["CPUExecutionProvider"]
+    session = ort.InferenceSession(_onnx(task), options, providers=providers)
+    images = task.images
+    logits = torch.empty(len(images), 1000, dtype=task.dtype, device=task.device)
+    binding = session.io_binding()
+    for bind, name, tensor in (
+        (binding.bind_input, session.get_inputs()[0].name, images),
+        (binding.bind_output, session.get_outputs()[0].name, logits),
+    ):
+        # Element types by ONNX's own numbers: numpy has no bfloat16.
+        element = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 16}[task.dtype]
+        index = tensor.device.index or 0
+        bind(name, task.device.type, index, element, tuple(tensor.shape), tensor.data_ptr())
+    run_options = ort.RunOptions()
+    if task.device.type == "cuda":
+        run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    def call(_images: Tensor = images) -> Tensor:  # the binding holds addresses, not tensors
+        session.run_with_iobinding(binding, run_options)
+        return logits
+
+    return call
+
+
+def _openvino(task: Task) -> Call:
+    openvino = _require("openvino", "openvino")
+    precision = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[task.dtype]
+    # OpenVINO reads float32 and converts by the hint; the values are the task's all the same.
+    images = task.images.float()
+    model = openvino.convert_model(
+        task.torchvision(torch.float32), example_input=images, input=[list(images.shape)]
+    )
+    settings = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+    array = images.numpy()
+
+    def call() -> Tensor:
+        return torch.from_numpy(request.infer(array, share_inputs=True, share_outputs=True)[0])
+
+    return call
+
+
+def _tensorrt(task: Task) -> Call:
+    trt = _require("tensorrt", "tensorrt")
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(_onnx(task)):
+        raise RuntimeError(f"TensorRT cannot read the model: {parser.get_error(0)}")
+    config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)
+    serialized = builder.build_serialized_network(network, config)
+    if serialized is None:
+        raise RuntimeError("TensorRT built no engine")
+    engine = trt.Runtime(logger).deserialize_cuda_engine(serialized)
+    context = engine.create_execution_context()
+    source, target = engine.get_tensor_name(0), engine.get_tensor_name(1)
+    shape = tuple(engine.get_tensor_shape(target))
+    logits = torch.empty(shape, dtype=task.dtype, device=task.device)
+    images = task.images
+    context.set_tensor_address(source, images.data_ptr())
+    context.set_tensor_address(target, logits.data_ptr())
+
+    def call() -> Tensor:
+        if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
+            raise RuntimeError("TensorRT failed to run the engine")
+        return logits
+
+    replay = in_cuda_graph(call)
+
+    def run(_owners: tuple[Any, ...] = (images, context, engine)) -> Tensor:  # the graph owns none
+        return replay()
+
+    return run
+
+
+_CPU, _GPU = ("cpu",), ("cuda",)
+
+
+def _all() -> Iterator[Contestant]:
+    yield Contestant("cpu", "resnet_fused cpu", partial(_ours, backend="cpu"), _CPU, ours=True)
+    for name in ("triton", "cuda"):
+        title = f"resnet_fused {name}"
+        yield Contestant(name, title, partial(_ours, backend=name), _GPU, ours=True)
+        build = partial(_ours_in_graph, backend=name)
+        yield Contestant(f"{name}-graph", f"{title}, graph", build, _GPU, ours=True)
+    yield Contestant("eager", "PyTorch eager NCHW", _eager)
+    yield Contestant("eager-nhwc", "PyTorch eager channels_last", _eager_nhwc)
+    yield Contestant("compile", "torch.compile", _compiled, slow=True)
+    frozen = partial(_compiled, freezing=True)
+    yield Contestant("compile-freezing", "torch.compile, freezing", frozen, _CPU)
+    for mode in ("reduce-overhead", "max-autotune"):
+        build = partial(_compiled, mode=mode, freezing=True)
+        slow = mode == "max-autotune"
+        yield Contestant(f"compile-{mode}", f"torch.compile {mode}", build, _GPU, slow=slow)
+    yield Contestant("cudnn-graph", "cuDNN fused ops, graph", _cudnn_graph, _GPU)
+    yield Contestant("onnxruntime", "ONNX Runtime", _onnxruntime)
+    yield Contestant("openvino", "OpenVINO", _openvino, _CPU)
+    yield Contestant("tensorrt", "TensorRT, graph", _tensorrt, _GPU)
+
+
+CONTESTANTS = tuple(_all())

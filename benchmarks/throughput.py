@@ -1,0 +1,355 @@
+"""Images per second of fused ResNets beside every peer, on the same photographs, in one run.
+
+    python benchmarks/throughput.py                        this machine's defaults
+    python benchmarks/throughput.py --quick                a first impression in about a minute
+    python benchmarks/throughput.py --weights DEFAULT      trained weights, prints top-5 labels
+    python benchmarks/throughput.py --batch 1 8 32 --dtype bfloat16 --json out.json --plot out.png
+
+A correctness gate comes first: logits are held against float64, and ours may not be further off
+than PyTorch's own in the same dtype, else the exit code is 1 and no speed-up is stated. Then the
+contestants take turns, round after round, each in a process of its own with all cores, one
+running at a time, so that a drifting clock or a busy neighbour hits all of them alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout runs uninstalled too
+
+try:
+    import torch
+    import torchvision
+except ImportError as missing:
+    sys.exit(f"{missing}; install the benchmark's packages: pip install '.[bench]'")
+
+import photographs
+import weights as weights_
+from contestants import CONTESTANTS, Contestant, UnavailableError
+from report import Comparison, Entry, plot, table
+from workers import Built, FailedError, Job, Referee, Runner, Truth, Worker
+
+import resnet_fused
+import resnet_fused.models
+from resnet_fused.testing import machine, roofline
+from resnet_fused.testing.numerics import relative_error
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# A peer further off than this many times PyTorch's own error did not do the work in that dtype.
+_PEER_LIMIT = 10.0
+_PACKAGES = (
+    "resnet-fused",
+    "torch",
+    "torchvision",
+    "triton",
+    "numpy",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+    "tensorrt",
+)
+
+
+def parse(arguments: Sequence[str] | None, contestants: Sequence[Contestant]) -> argparse.Namespace:
+    """The command line, with defaults that suit the machine."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    peers = [contestant.key for contestant in contestants if not contestant.ours]
+    parser.add_argument(
+        "--arch",
+        default="resnet50",
+        choices=[name for name in resnet_fused.models.__all__ if hasattr(torchvision.models, name)],
+        metavar="NAME",
+        help="a ResNet by torchvision's name (%(default)s)",
+    )
+    parser.add_argument("--batch", type=int, nargs="+", help="batch sizes (CPU: 8; GPU: 1 32 256)")
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=_DTYPES,
+        help="CPU: float32, and bfloat16 where it has it; GPU: bfloat16",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (a GPU if there is one)")
+    parser.add_argument("--size", type=int, default=224, help="pixels a side (%(default)s)")
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        choices=["all", "none", *peers],
+        default=["all"],
+        metavar="PEER",
+        help=f"all, none, or some of: {', '.join(peers)}",
+    )
+    parser.add_argument("--images", type=Path, help="folder of photographs (scikit-image's)")
+    parser.add_argument("--weights", help="torchvision's name, e.g. DEFAULT, or a file (random)")
+    parser.add_argument("--rounds", type=int, help="rounds of all contestants (10; quick: 3)")
+    parser.add_argument("--quick", action="store_true", help="few short rounds, one dtype")
+    parser.add_argument("--json", type=Path, help="write machine, versions and all samples here")
+    parser.add_argument("--plot", type=Path, help="write a bar chart here (PNG, SVG or PDF)")
+    options = parser.parse_args(arguments)
+    options.device = torch.device(
+        options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    )
+    if options.device.type not in ("cpu", "cuda"):
+        parser.error(f"--device {options.device}: only cpu and cuda are known")
+    if options.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch sees no GPU; see python -m resnet_fused.env")
+    gpu = options.device.type == "cuda"
+    options.batch = options.batch or ([1, 32, 256] if gpu else [8])
+    options.dtype = options.dtype or _usual_dtypes(options.device, options.quick)
+    options.rounds = options.rounds or (3 if options.quick else 10)
+    options.round_seconds = 0.3 if gpu else 0.6
+    if min(*options.batch, options.rounds, options.size, 1) < 1:
+        parser.error("--batch, --rounds and --size must be positive")
+    return options
+
+
+def _usual_dtypes(device: torch.device, quick: bool) -> list[str]:
+    if device.type == "cuda":
+        return ["bfloat16"]
+    flags = machine.describe(device)["cpu_flags"]
+    has_bfloat16 = any(flag in flags for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+    return ["float32", "bfloat16"] if has_bfloat16 and not quick else ["float32"]
+
+
+class Benchmark:
+    """One run of the program: the input, and the comparisons made on it so far."""
+
+    def __init__(
+        self, options: argparse.Namespace, contestants: Sequence[Contestant], folder: Path
+    ) -> None:
+        self.options = options
+        chosen = options.peers
+        self.contestants = [
+            contestant
+            for contestant in contestants
+            if options.device.type in contestant.devices
+            and (contestant.ours or "all" in chosen or contestant.key in chosen)
+        ]
+        self.folder = folder
+        self.comparisons: list[Comparison] = []
+        self.record: dict[str, Any] = {
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "machine": machine.describe(options.device),
+            "load_average": os.getloadavg(),
+            "versions": machine.versions(*_PACKAGES),
+            **machine.commit(Path(__file__).parent),
+            "options": {
+                name: str(value) if isinstance(value, (Path, torch.device)) else value
+                for name, value in vars(options).items()
+            },
+        }
+        preset = torchvision.models.get_model_weights(options.arch).DEFAULT.transforms()
+        paths = photographs.find(options.images)
+        self.photographs = photographs.preprocess(paths, max(options.batch), options.size, preset)
+        self.record["photographs"] = self.photographs.names
+        torch.save(self.photographs.images, folder / "images")
+        self.state = weights_.make_state(options.arch, options.weights, self.photographs.images[:8])
+
+    def run(self) -> None:
+        """Compares all contestants for each dtype and batch, printing each table when it stands."""
+        for name in self.options.dtype:
+            dtype = _DTYPES[name]
+            state = self.folder / f"state_{name}"
+            values = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.state.items()}
+            torch.save(values, state)
+            job = Job(
+                self.options.arch,
+                state,
+                self.folder / "images",
+                max(self.options.batch),
+                dtype,
+                self.options.device,
+            )
+            referee = Worker(Referee)
+            try:
+                truth = referee.ask("judge", job)
+                peaks = referee.ask("peaks", job)
+            finally:
+                referee.stop()
+            self._print_labels(truth)
+            for batch in self.options.batch:
+                self._compare(job._replace(batch=batch), truth, peaks, name)
+
+    def _compare(self, job: Job, truth: Truth, peaks: roofline.Peaks, dtype: str) -> None:
+        truth = Truth(truth.logits[: job.batch], [e[: job.batch] for e in truth.eager])
+        with torch.device("meta"):
+            model = getattr(torchvision.models, job.architecture)().eval()
+        work = roofline.layers(model, job.batch, self.options.size)
+        comparison = Comparison(
+            job.architecture,
+            str(job.device),
+            dtype,
+            job.batch,
+            self.options.size,
+            [Entry(c.key, c.title, c.ours) for c in self.contestants],
+            # The larger of PyTorch's own two layouts: which is closer is chance.
+            max(_error(logits, truth) for logits in truth.eager),
+            *peaks,
+            roofline.floor_seconds(work, peaks, job.dtype.itemsize),
+        )
+        self.comparisons.append(comparison)
+        race = _Race(self.contestants, comparison, self.options)
+        try:
+            race.run(job, truth)
+        finally:
+            race.stop()
+            comparison.summarise()
+            print(f"\n{table(comparison)}\n", flush=True)
+            self.save()
+
+    def _print_labels(self, truth: Truth) -> None:
+        labels = weights_.labels(self.options.arch, self.options.weights)
+        if labels is None or len(labels) != truth.logits.shape[1]:
+            return
+        probabilities = torch.from_numpy(truth.logits).softmax(1)
+        for name, row in zip(self.photographs.names, probabilities, strict=False):
+            best = zip(*(part.tolist() for part in row.topk(5)), strict=True)
+            print(f"{name}: " + ", ".join(f"{labels[i]} {p:.0%}" for p, i in best))
+
+    def save(self) -> None:
+        """Writes the JSON and the chart that were asked for, from what is there."""
+        if path := self.options.json:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            comparisons = [asdict(comparison) for comparison in self.comparisons]
+            path.write_text(json.dumps({**self.record, "comparisons": comparisons}, indent=1))
+        if self.options.plot and any(e.rate for c in self.comparisons for e in c.entries):
+            facts, versions = self.record["machine"], self.record["versions"]
+            chip = facts.get("gpu") or f"{facts['cpu']}, {facts['cores']} cores"
+            subtitle = (
+                f"{chip} · torch {versions['torch']} · {self.record['date'][:10]} · bars: median "
+                f"of {self.options.rounds} interleaved rounds, whiskers: 10th to 90th percentile · "
+                "×: how much faster ours is"
+            )
+            plot(self.comparisons, subtitle, self.options.plot)
+
+    def exit_code(self) -> int:
+        """0 if ours was right and was measured in every comparison."""
+        return int(any(comparison.best_of_ours() is None for comparison in self.comparisons))
+
+
+class _Race:
+    """The contestants of one comparison, each in its worker."""
+
+    def __init__(
+        self, contestants: Sequence[Contestant], comparison: Comparison, options: argparse.Namespace
+    ) -> None:
+        self.comparison = comparison
+        self.options = options
+        self.workers: dict[str, Worker] = {}
+        self.field: list[tuple[Contestant, Entry]] = []
+        for contestant, entry in zip(contestants, comparison.entries, strict=True):
+            if options.quick and contestant.slow and contestant.key not in options.peers:
+                entry.status, entry.reason = "unavailable", "takes long to build; not in --quick"
+            else:
+                self.field.append((contestant, entry))
+
+    def run(self, job: Job, truth: Truth) -> None:
+        """Builds everyone, holds them against the truth, then times them in turns."""
+        from tqdm import tqdm  # not above: every worker imports this file, and needs no bar
+
+        for contestant, _ in self.field:
+            self.workers[contestant.key] = Worker(Runner)
+        # Only then: nobody's cold start shall compete with another one's imports.
+        for worker in self.workers.values():
+            worker.wait_until_started()
+        steps = len(self.field) * (1 + self.options.rounds)
+        with tqdm(total=steps, unit="step", dynamic_ncols=True, leave=False, disable=None) as bar:
+            for contestant, entry in self.field:
+                bar.set_description(f"{job.batch}×{self.comparison.dtype}: build {entry.title}")
+                self._build(contestant, entry, job, truth)
+                bar.update()
+            if self.comparison.gate_is_red():
+                # Ours is not timed at all then; the peers' numbers still stand.
+                for _, entry in self.field:
+                    if entry.ours and entry.status == "measured":
+                        entry.status, entry.reason = "unavailable", "another of ours is wrong"
+            racing = [entry for _, entry in self.field if entry.status == "measured"]
+            bar.total = len(self.field) + len(racing) * self.options.rounds
+            for turn in range(self.options.rounds):
+                for place in range(len(racing)):
+                    entry = racing[(turn + place) % len(racing)]
+                    bar.set_description(f"{job.batch}×{self.comparison.dtype}: {entry.title}")
+                    self._time(entry)
+                    bar.update()
+            for entry in racing:
+                with contextlib.suppress(FailedError):
+                    entry.memory = self.workers[entry.key].ask("memory")
+
+    def _build(self, contestant: Contestant, entry: Entry, job: Job, truth: Truth) -> None:
+        worker = self.workers[entry.key]
+        try:
+            built: Built = worker.ask("build", contestant, job, self.options.round_seconds)
+        except (UnavailableError, FailedError) as error:
+            entry.status = "unavailable" if isinstance(error, UnavailableError) else "failed"
+            entry.reason = str(error)
+        else:
+            entry.cold_start = built.cold_start
+            entry.error = _error(built.logits, truth)
+            limit = (1.0 if entry.ours else _PEER_LIMIT) * (self.comparison.eager_error or 0.0)
+            entry.status = "measured" if entry.error <= limit else "wrong"
+            if entry.status == "wrong":
+                entry.reason = f"error {entry.error:.2e}, allowed {limit:.2e}"
+        if entry.status != "measured":
+            worker.stop()
+            del self.workers[entry.key]
+
+    def _time(self, entry: Entry) -> None:
+        if entry.status != "measured":
+            return
+        try:
+            entry.rounds.append(self.workers[entry.key].ask("time"))
+        except FailedError as error:
+            entry.status, entry.reason = "failed", str(error)
+
+    def stop(self) -> None:
+        """Ends all workers."""
+        for worker in self.workers.values():
+            worker.stop()
+        for entry in self.comparison.entries:
+            if entry.status == "pending" or (entry.status == "measured" and not entry.rounds):
+                entry.status, entry.reason = "unavailable", "the run was interrupted"
+
+
+def _error(logits: Any, truth: Truth) -> float:
+    return relative_error(torch.from_numpy(logits), torch.from_numpy(truth.logits))
+
+
+def main(
+    arguments: Sequence[str] | None = None, contestants: Sequence[Contestant] = CONTESTANTS
+) -> int:
+    """Runs the benchmark; 0 if all went well, 1 on a red gate, 130 when interrupted."""
+    options = parse(arguments, contestants)
+    with tempfile.TemporaryDirectory(prefix="resnet_fused_benchmark_") as folder:
+        try:
+            benchmark = Benchmark(options, contestants, Path(folder))
+        except (FileNotFoundError, ValueError) as error:
+            print(f"throughput.py: {error}", file=sys.stderr)
+            return 2
+        if benchmark.record["load_average"][0] > 0.5 * machine.cores():
+            print("This machine is busy with other work; the timings will be noisy.")
+        try:
+            benchmark.run()
+        except KeyboardInterrupt:
+            benchmark.record["interrupted"] = True
+            benchmark.save()
+            print("Interrupted; what was measured so far is kept.", file=sys.stderr)
+            return 130
+        except FailedError as error:
+            print(f"throughput.py: no truth to hold anyone against: {error}", file=sys.stderr)
+            return 2
+        return benchmark.exit_code()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""One process per contestant, so that none warms, starves or fragments what another one uses.
+
+A worker starts, waits, builds its contestant, answers with the logits, then times a round whenever
+it is asked to. Between requests it sleeps in a read from its pipe. Whatever goes wrong in it comes
+back as a reason; the parent neither hangs on it nor dies with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import multiprocessing
+import os
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from contestants import Call, Contestant, Task, UnavailableError
+from numpy.typing import NDArray
+
+from resnet_fused.errors import BackendUnavailableError
+from resnet_fused.testing.machine import cores, measure_peaks, peak_memory, reset_peak_memory
+from resnet_fused.testing.roofline import Peaks
+from resnet_fused.testing.timing import iterations_for, times_of
+
+_ANSWER_SECONDS = 1200  # max-autotune on a large batch takes minutes
+
+
+class FailedError(Exception):
+    """A worker could not do what it was asked; the message is one line for a table."""
+
+
+class Job(NamedTuple):
+    """A comparison's input by file, as it travels to the workers.
+
+    state: a state dict in `dtype`; images: an array (N, 3, H, W) of which `batch` are taken.
+    """
+
+    architecture: str
+    state: Path
+    images: Path
+    batch: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def task(self) -> Task:
+        images = torch.load(self.images, weights_only=True)[: self.batch]
+        return Task(self.architecture, self.state, images.to(self.device, self.dtype))
+
+
+class Built(NamedTuple):
+    """A built contestant's logits (float32, on the CPU) and its cold start in seconds."""
+
+    logits: NDArray[np.float32]
+    cold_start: float
+
+
+class Runner:
+    """Lives in a worker: builds a contestant and times it."""
+
+    def build(self, contestant: Contestant, job: Job, round_seconds: float) -> Built:
+        """Builds, checks and calibrates. The cold start is building plus the first call, with
+        PyTorch loaded but every cache of compiled or tuned kernels empty."""
+        task = job.task()
+        self._device = job.device
+        self._free = _free_on_gpu(job.device)
+        start = time.perf_counter()
+        self._call: Call = contestant.build(task)
+        logits = self._call().float().cpu().numpy().copy()
+        cold_start = time.perf_counter() - start
+        del task
+        self._iterations = iterations_for(self._call, job.device, round_seconds)
+        gc.collect()
+        if self._free is None:
+            reset_peak_memory()
+        else:
+            torch.cuda.empty_cache()
+        return Built(logits, cold_start)
+
+    def time(self) -> list[float]:
+        """Seconds of each call of one round, after one that brings the caches back."""
+        times_of(self._call, self._device, 1)
+        return times_of(self._call, self._device, self._iterations)
+
+    def memory(self) -> int | None:
+        """Bytes: on a GPU what building and running took from the device, whoever allocated it;
+        on the CPU the process's peak while it was timed, Python and libraries included."""
+        if self._free is None:
+            return peak_memory()
+        return self._free - (_free_on_gpu(self._device) or 0)
+
+
+def _free_on_gpu(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    return torch.cuda.mem_get_info(device)[0]
+
+
+class Truth(NamedTuple):
+    """float64 logits, and those of PyTorch's own unfused ops in the tested dtype, by layout."""
+
+    logits: NDArray[np.float64]
+    eager: list[NDArray[np.float32]]
+
+
+class Referee:
+    """Lives in a worker: says what is right and what the machine can reach."""
+
+    def judge(self, job: Job) -> Truth:
+        """The truth for weights and images as rounded to the job's dtype."""
+        task = job.task()
+        model = task.torchvision(torch.float64)
+        # In slices: float64 activations of a large batch would not fit.
+        truth = torch.cat([model(images.double()) for images in task.images.split(16)]).cpu()
+        del model
+        nhwc, images = task.nhwc()
+        eager = (task.torchvision()(task.images), nhwc(images))
+        return Truth(truth.numpy(), [logits.float().cpu().numpy() for logits in eager])
+
+    def peaks(self, job: Job) -> Peaks:
+        """The machine's peaks in the job's dtype."""
+        return measure_peaks(job.device, job.dtype)
+
+
+class Worker:
+    """A process that holds one Runner or Referee, and the line to it."""
+
+    def __init__(self, kind: Callable[[], Runner | Referee]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._folder = tempfile.TemporaryDirectory(prefix="resnet_fused_benchmark_")
+        self._connection, far_end = context.Pipe()
+        arguments = (kind, far_end, self._folder.name)
+        self._process = context.Process(target=_main, args=arguments, daemon=True)
+        self._process.start()
+        far_end.close()
+        self._started = False
+
+    def wait_until_started(self) -> None:
+        """Returns once the process has loaded its modules; whether it lives, `ask` will tell."""
+        if not self._started:
+            self._started = True
+            with contextlib.suppress(EOFError, OSError):
+                self._connection.recv()
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """What the method returns; UnavailableError or FailedError with the reason if nothing."""
+        self.wait_until_started()
+        try:
+            self._connection.send((method, arguments))
+            if not self._connection.poll(_ANSWER_SECONDS):
+                self._process.kill()  # its late answer must not be taken for the next one
+                raise FailedError(f"no answer within {_ANSWER_SECONDS} s")
+            answer = self._connection.recv()
+        except (EOFError, OSError) as error:
+            self._process.join(10)
+            raise FailedError(_cause_of_death(self._process.exitcode)) from error
+        if isinstance(answer, (UnavailableError, FailedError)):
+            raise answer
+        return answer
+
+    def stop(self) -> None:
+        """Ends the process and removes its folder."""
+        self._connection.close()
+        self._process.join(5)
+        self._process.kill()
+        self._process.join()
+        self._folder.cleanup()
+
+
+def _cause_of_death(code: int | None) -> str:
+    if code is None or code >= 0:
+        return f"process ended with exit code {code}"
+    name = signal.Signals(-code).name
+    return f"process died of {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+
+
+def _main(kind: Callable[[], Any], connection: Connection, folder: str) -> None:
+    # Ctrl-C is the parent's to handle. What libraries print would tear its progress bar apart.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    log = os.open(Path(folder, "log"), os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "RESNET_FUSED_CACHE_DIR"):
+        os.environ[variable] = folder
+    torch.set_num_threads(cores())
+    # float32 means float32, for everybody; and PyTorch may measure which convolution is fastest.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True
+    servant = kind()
+    connection.send("started")
+    while True:
+        try:
+            method, arguments = connection.recv()
+        except EOFError:  # the parent is gone
+            return
+        try:
+            with torch.inference_mode():
+                answer = getattr(servant, method)(*arguments)
+        except (UnavailableError, BackendUnavailableError) as error:
+            answer = UnavailableError(str(error))
+        except Exception as error:
+            traceback.print_exc()
+            answer = FailedError(f"{type(error).__name__}: {' '.join(str(error).split())}"[:200])
+        connection.send(answer)
