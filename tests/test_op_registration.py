@@ -89,8 +89,9 @@ def test_gradients_are_exact_in_float64(name: str) -> None:
 
         return op(*(swap(argument) for argument in arguments))
 
-    assert torch.autograd.gradcheck(function, tuple(leaves))
-    assert torch.autograd.gradgradcheck(function, tuple(leaves))
+    # fast_mode compares random projections of the Jacobians, which are large for the second order.
+    assert torch.autograd.gradcheck(function, tuple(leaves), fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, tuple(leaves), fast_mode=True)
 
 
 @pytest.mark.parametrize("name", NAMES)
