@@ -31,6 +31,12 @@ VARIABLES = (
         "~/.cache/resnet_fused",
         "run: folder of the tuning cache ($XDG_CACHE_HOME is honoured)",
     ),
+    Variable(
+        "RESNET_FUSED_CPU_KEEP_MEMORY",
+        "on",
+        "run: on makes glibc keep up to 1 GiB of freed memory, for the whole process, from the "
+        "first use of the cpu backend",
+    ),
 )
 
 
@@ -44,6 +50,11 @@ def _choice(name: str, default: str, allowed: tuple[str, ...]) -> str:
 def tuning_enabled() -> bool:
     """Whether kernel candidates may be measured (`RESNET_FUSED_TUNE`)."""
     return _choice("RESNET_FUSED_TUNE", "on", ("on", "off")) == "on"
+
+
+def cpu_keeps_memory() -> bool:
+    """Whether freed memory may be kept for the next call (`RESNET_FUSED_CPU_KEEP_MEMORY`)."""
+    return _choice("RESNET_FUSED_CPU_KEEP_MEMORY", "on", ("on", "off")) == "on"
 
 
 def cache_directory() -> Path:

@@ -1,4 +1,8 @@
-"""Backend `cpu`: oneDNN's fused convolutions on prepacked weights, in float32 and bfloat16."""
+"""Backend `cpu`: float32 and bfloat16 on x86 and Arm.
+
+Convolutions run as oneDNN's fused primitives on prepacked weights, everywhere; where the compiled
+extension is there and faster, as its own kernels: Winograd for 3×3 in float32, and the stem.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,8 @@ from ...parameters import BatchNorm, Convolution, MaxPool
 from ...reference import ops as reference
 from .. import Backend
 from .live_cache import LiveCache
+from .memory import keep_freed_memory
+from .native import PooledStem, WinogradConvolution
 from .onednn import OPERATORS, FoldedConvolution
 
 
@@ -19,8 +25,11 @@ class CpuBackend:
     name = "cpu"
 
     def __init__(self) -> None:
-        self._extension = None if _extension.available() else _extension.load()
-        self._folded: LiveCache[FoldedConvolution] = LiveCache(self._extension)
+        extension = None if _extension.available() else _extension.load()
+        self._convolutions: LiveCache[FoldedConvolution | WinogradConvolution]
+        self._convolutions = LiveCache(extension)
+        self._stems: LiveCache[PooledStem] = LiveCache(extension)
+        self._kernels = extension if extension is not None and extension.cpu_isa() else None
         self._bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -42,8 +51,8 @@ class CpuBackend:
     ) -> Tensor:
         if x.numel() == 0:
             return reference.conv_bn(x, conv, bn, residual, relu)
-        folded = self._fold(conv, bn)
-        return folded(x, relu) if residual is None else folded.add(x, residual, relu)
+        packed = self._pack(x, conv, bn)
+        return packed(x, relu) if residual is None else packed.add(x, residual, relu)
 
     def conv_bn_projection(
         self,
@@ -56,21 +65,36 @@ class CpuBackend:
     ) -> Tensor:
         if x.numel() == 0 or shortcut.numel() == 0:
             return reference.conv_bn_projection(x, conv, bn, shortcut, projection, projection_bn)
-        projected = self._fold(projection, projection_bn)(shortcut, False)
-        return self._fold(conv, bn).add_into(x, projected, True)
+        projected = self._pack(shortcut, projection, projection_bn)(shortcut, False)
+        return self._pack(x, conv, bn).add_into(x, projected, True)
 
     def stem(self, x: Tensor, conv: Convolution, bn: BatchNorm, pool: MaxPool) -> Tensor:
-        return F.max_pool2d(self.conv_bn(x, conv, bn, None, True), *pool)
+        kernels = self._kernels
+        if kernels is None or not PooledStem.serves(kernels, conv, pool):
+            return F.max_pool2d(self.conv_bn(x, conv, bn, None, True), *pool)
+        keep_freed_memory()
+        packed = self._stems.get(
+            (conv.weight, *bn[:4]), bn.eps, lambda: PooledStem(kernels, conv, bn)
+        )
+        return packed(x)
 
     def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return reference.head(x, weight, bias)
 
-    def _fold(self, conv: Convolution, bn: BatchNorm) -> FoldedConvolution:
-        return self._folded.get(
-            (conv.weight, *bn[:4]),
-            (*map(tuple, conv[1:4]), conv.groups, bn.eps),
-            lambda: FoldedConvolution(conv, bn),
-        )
+    def _pack(
+        self, x: Tensor, conv: Convolution, bn: BatchNorm
+    ) -> FoldedConvolution | WinogradConvolution:
+        keep_freed_memory()
+        kernels = self._kernels
+
+        def pack() -> FoldedConvolution | WinogradConvolution:
+            if kernels is not None and winograd:
+                return WinogradConvolution(kernels, conv, bn)
+            return FoldedConvolution(conv, bn)
+
+        winograd = kernels is not None and WinogradConvolution.serves(x, conv)
+        form = (winograd, *map(tuple, conv[1:4]), conv.groups, bn.eps)
+        return self._convolutions.get((conv.weight, *bn[:4]), form, pack)
 
 
 def create() -> Backend:
