@@ -109,7 +109,7 @@ void stem_conv_pool(const Stem& stem, Isa isa) {
 #else
   const std::int64_t threads = 1;
 #endif
-  const std::int64_t wanted = ceil_div(4 * threads, stem.batch);
+  const std::int64_t wanted = ceil_div(2 * threads, stem.batch);
   const std::int64_t rows = std::max(ceil_div(pooled, wanted), std::int64_t{4});
   const std::int64_t bands = ceil_div(pooled, rows);
   const Task task = task_for(stem.format, isa);

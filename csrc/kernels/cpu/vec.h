@@ -4,13 +4,16 @@
 
 constexpr int kLanes = ISA_LANES;
 typedef float Vec __attribute__((vector_size(ISA_LANES * 4)));
-typedef float UnalignedVec __attribute__((vector_size(ISA_LANES * 4), aligned(4), may_alias));
 
 ISA_INLINE Vec splat(float value) { return value - Vec{}; }
 
-ISA_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
+ISA_INLINE Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
 
-ISA_INLINE void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
+ISA_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
 ISA_INLINE Vec load(const float* p, std::int64_t count) {
   if (count >= kLanes) return load(p);

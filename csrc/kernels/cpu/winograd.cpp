@@ -20,6 +20,7 @@
 #include "winograd.h"
 
 #include <algorithm>
+#include <cstring>
 
 #ifdef _OPENMP
 #include <omp.h>
