@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from . import fusion, reference
+from .ops.block_training import residual_block_training
 from .ops.conv_bn import conv_bn
 from .ops.conv_bn_projection import conv_bn_projection
+from .ops.training_layers import trains_fused
 
 # torch.fx records the ops as they are called here instead of tracing into them.
 torch.fx.wrap("conv_bn")
@@ -38,7 +40,8 @@ class ResidualBlock(nn.Module):
 
     Where all of F normalises with given statistics (eval mode, frozen BN), each layer is one fused
     op and the last takes the shortcut with it: the identity, or a strided projection accumulated
-    in the same kernel. Otherwise the modules run one by one.
+    in the same kernel. In training mode the block is one op, where the backend trains fused.
+    Otherwise the modules run one by one.
     """
 
     relu: nn.Module
@@ -50,6 +53,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, inplanes, H, W) -> (N, planes × expansion, P, Q)."""
+        if self.training and (out := self._train(x)) is not None:
+            return out
         layers = [fusion.conv_bn(conv, bn) for conv, bn in self.layers()]
         fused = [layer for layer in layers if layer is not None]
         if len(fused) < len(layers) or not fusion.is_relu(self.relu):
@@ -64,6 +69,24 @@ class ResidualBlock(nn.Module):
         if projection is None:
             return conv_bn(out, conv, bn, residual=self.downsample(x), relu=True)
         return conv_bn_projection(out, conv, bn, x, *projection)
+
+    def _train(self, x: Tensor) -> Tensor | None:
+        """The block as one op, forward and backward, or None where it has to run by modules."""
+        pairs = list(self.layers())
+        if self.downsample is not None:
+            projection = fusion.projection_modules(self.downsample)
+            if projection is None:
+                return None
+            pairs.append(projection)
+        plan = fusion.training_plan(pairs)
+        if plan is None or not fusion.is_relu(self.relu) or not trains_fused(x, plan.sync_group):
+            return None
+        layers, shortcut = plan.layers, None
+        if self.downsample is not None:
+            *layers, shortcut = layers
+        out, terms = residual_block_training(x, layers, shortcut, sync_group=plan.sync_group)
+        fusion.track_statistics([bn for _, bn in pairs], terms)
+        return out
 
 
 class BasicBlock(ResidualBlock):

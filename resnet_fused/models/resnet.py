@@ -18,6 +18,8 @@ from ..blocks import BasicBlock, Bottleneck, NormLayer, ResidualBlock, conv1x1
 from ..ops.conv_bn import conv_bn
 from ..ops.head import head
 from ..ops.stem import stem
+from ..ops.stem_training import stem_training
+from ..ops.training_layers import trains_fused
 from .weights import WeightsSource, load_weights
 
 torch.fx.wrap("conv_bn")
@@ -132,7 +134,8 @@ class ResNet(nn.Module):
         """Logits (N, num_classes) of images x (N, 3, H, W) of the weights' dtype and device.
 
         Any memory layout and any H, W that leave at least one pixel per stage. In eval mode the
-        layers run as fused ops; raises ValueError or TypeError for an input that does not fit.
+        layers run as fused ops, in training mode the stem and each block, where the backend trains
+        fused; raises ValueError or TypeError for an input that does not fit.
         """
         x = self._stem(x)
         x = self.layer1(x)
@@ -142,6 +145,8 @@ class ResNet(nn.Module):
         return self._head(x)
 
     def _stem(self, x: Tensor) -> Tensor:
+        if self.training and (out := self._train_stem(x)) is not None:
+            return out
         layer = fusion.conv_bn(self.conv1, self.bn1)
         if layer is None or not fusion.is_relu(self.relu):
             return reference.modules.stem(self, x)
@@ -149,6 +154,18 @@ class ResNet(nn.Module):
         if pool is None:
             return self.maxpool(conv_bn(x, *layer, relu=True))
         return stem(x, *layer, pool)
+
+    def _train_stem(self, x: Tensor) -> Tensor | None:
+        """The stem as one op, forward and backward, or None where it has to run by modules."""
+        plan = fusion.training_plan([(self.conv1, self.bn1)])
+        pool = fusion.max_pool(self.maxpool)
+        if plan is None or pool is None or not fusion.is_relu(self.relu):
+            return None
+        if not trains_fused(x, plan.sync_group):
+            return None
+        out, terms = stem_training(x, plan.layers[0], pool, plan.sync_group)
+        fusion.track_statistics([self.bn1], [terms])
+        return out
 
     def _head(self, x: Tensor) -> Tensor:
         fused = (

@@ -1,22 +1,29 @@
 """The fused operators: `torch.ops.resnet_fused.*` and their typed Python functions."""
 
 from ..parameters import BatchNorm, Convolution, MaxPool
+from .block_training import residual_block_training
 from .bn_add_relu import bn_add_relu
 from .conv_bn import conv_bn
 from .conv_bn_projection import conv_bn_projection
 from .dispatch import available_backends, use_backend
 from .head import head
 from .stem import stem
+from .stem_training import stem_training
+from .training_layers import Layer, trains_fused
 
 __all__ = [
     "BatchNorm",
     "Convolution",
+    "Layer",
     "MaxPool",
     "available_backends",
     "bn_add_relu",
     "conv_bn",
     "conv_bn_projection",
     "head",
+    "residual_block_training",
     "stem",
+    "stem_training",
+    "trains_fused",
     "use_backend",
 ]

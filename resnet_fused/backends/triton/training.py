@@ -1,0 +1,49 @@
+"""The training pieces of backend `triton`: which kernel serves which piece."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...parameters import Convolution
+from ..training import Activation, RawGradient
+from . import training_batch_norm as batch_norm
+from . import training_pool as pooling
+from .training_convolution import conv_stats
+from .training_dgrad import dgrad
+from .training_wgrad import wgrad
+from .tuning import Tuner
+
+
+class TritonTraining:
+    """Implements `resnet_fused.backends.training.TrainingKernels`."""
+
+    merge_moments = staticmethod(batch_norm.merge_moments)
+    bn_terms = staticmethod(batch_norm.bn_terms)
+    bn_add_relu = staticmethod(batch_norm.bn_add_relu)
+    relu_gradient = staticmethod(batch_norm.relu_gradient)
+    merge_sums = staticmethod(batch_norm.merge_sums)
+    bn_slopes = staticmethod(batch_norm.bn_slopes)
+    bn_relu_pool = staticmethod(pooling.bn_relu_pool)
+    pool_gradient = staticmethod(pooling.pool_gradient)
+
+    def __init__(self, tuner: Tuner) -> None:
+        self._tuner = tuner
+
+    def conv_stats(
+        self, x: Tensor | Activation, conv: Convolution, statistics: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        return conv_stats(self._tuner, x, conv, statistics)
+
+    def dgrad(
+        self,
+        gradient: RawGradient,
+        conv: Convolution,
+        shape: torch.Size,
+        below: Activation | None,
+        add: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        return dgrad(self._tuner, gradient, conv, shape, below, add)
+
+    def wgrad(self, gradient: RawGradient, x: Tensor | Activation, conv: Convolution) -> Tensor:
+        return wgrad(self._tuner, gradient, x, conv)

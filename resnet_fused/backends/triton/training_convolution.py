@@ -1,0 +1,262 @@
+"""conv(relu(bn(x))) with the statistics of its result: the forward convolution of training.
+
+Algorithm: implicit GEMM on NHWC activations and KRSC weights. The prologue normalises and
+rectifies the operand between its load and the tensor cores (zero where the window hangs over the
+edge, which is outside the activation, not outside the raw tensor). The epilogue rounds the float32
+accumulator to the result's dtype, stores it, and takes mean and squared deviations of the rounded
+tile: what later passes normalise is the rounded tensor, so that its statistics centre it exactly.
+Tiles: BLOCK_M positions × BLOCK_N channels, BLOCK_C of the inner dimension a step, which runs over
+taps and blocks of channels, or, for few channels, over both as one index (FLAT).
+Memory traffic: x once (again from L2 for each column tile and tap), the result once, and 12 bytes
+per tile and channel of statistics.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...parameters import Convolution
+from ..training import Activation
+from .convolution import Gemm, candidates, output_size
+from .launching import convolution_precision, empty_nhwc, is_wide, launch, machine, nhwc
+from .primitives import is_inside, rectify, split_position, tile_index
+from .tuning import Config, Tuner, batch_bucket
+
+FLAT_CHANNELS = 16  # below which taps and channels are one inner index
+
+
+@triton.jit
+def channel_terms(terms, channels, channel, mask):
+    """Float32 (mean, scale, shift) of the given channels of one layer's terms (6, channels)."""
+    mean = tl.load(terms + channel, mask, other=0.0)
+    scale = tl.load(terms + channels + channel, mask, other=0.0)
+    shift = tl.load(terms + 2 * channels + channel, mask, other=0.0)
+    return mean, scale, shift
+
+
+@triton.jit
+def tile_moments(tile, in_rows, count):
+    """Mean and sum of squared deviations of a (rows, channels) tile's columns; `count` of its
+    rows are `in_rows`. Two passes over registers, the second correcting the first one's mean."""
+    mean = tl.sum(tl.where(in_rows[:, None], tile, 0.0), 0) / count
+    deviation = tl.where(in_rows[:, None], tile - mean[None, :], 0.0)
+    rest = tl.sum(deviation, 0)
+    return mean + rest / count, tl.sum(deviation * deviation, 0) - rest * rest / count
+
+
+@triton.jit
+def conv_stats_kernel(
+    x,
+    terms,
+    weight,
+    out,
+    moments,
+    rows,
+    H,
+    W,
+    C,
+    P,
+    Q,
+    K,
+    group_in,
+    group_out,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    POINTWISE: tl.constexpr,
+    PADDED: tl.constexpr,
+    FLAT: tl.constexpr,
+    EVEN: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Grid: (tiles of rows × group_out, groups). terms: of x's layer, or None where x is no raw
+    tensor. moments: (row tiles, 3, K) or None. EVEN: BLOCK_C divides group_in."""
+    row, first_column = tile_index(rows, group_out, BLOCK_M, BLOCK_N, WIDE)
+    group = tl.program_id(1)
+    column = first_column + tl.arange(0, BLOCK_N)
+    in_columns = column < group_out
+    channel = group * group_out + column
+    in_rows = row < rows
+    safe_row = tl.where(in_rows, row, 0)
+    inner = tl.arange(0, BLOCK_C)
+    first_channel = group * group_in
+    if POINTWISE:
+        h = tl.zeros_like(safe_row)
+        w = h
+        x_row = safe_row * C
+    else:
+        image, p, q = split_position(safe_row, P, Q)
+        h = p * STRIDE_H - PAD_H
+        w = q * STRIDE_W - PAD_W
+        x_row = ((image * H + h) * W + w) * C
+    x_row += first_channel
+    weight_column = tl.where(in_columns, channel, 0)
+    if WIDE:
+        weight_column = weight_column.to(tl.int64)
+    weight_column *= R * S * group_in
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    r = 0
+    s = 0
+    c = 0
+    steps = tl.cdiv(R * S * group_in, BLOCK_C) if FLAT else R * S * tl.cdiv(group_in, BLOCK_C)
+    for step in range(steps):
+        if FLAT:
+            index = step * BLOCK_C + inner
+            tap = index // group_in
+            inner_channel = index - tap * group_in
+            tap_h = tap // S * DILATION_H
+            tap_w = tap % S * DILATION_W
+            in_inner = index < R * S * group_in
+            in_image = is_inside(h[:, None] + tap_h[None, :], H) & is_inside(
+                w[:, None] + tap_w[None, :], W
+            )
+            x_step = (tap_h * W + tap_w) * C + inner_channel
+            a = tl.load(
+                x + x_row[:, None] + x_step[None, :], in_image & in_inner[None, :], other=0.0
+            )
+            weight_step = index
+        else:
+            inner_channel = c + inner
+            in_inner = inner_channel < group_in
+            in_image = (is_inside(h + r * DILATION_H, H) & is_inside(w + s * DILATION_W, W))[
+                :, None
+            ]
+            x_step = (r * DILATION_H * W + s * DILATION_W) * C + inner_channel
+            x_tile = x + x_row[:, None] + x_step[None, :]
+            if EVEN and not PADDED:
+                a = tl.load(x_tile)
+            elif EVEN:
+                a = tl.load(x_tile, in_image, other=0.0)
+            elif PADDED:
+                a = tl.load(x_tile, in_image & in_inner[None, :], other=0.0)
+            else:
+                a = tl.load(x_tile, in_inner[None, :], other=0.0)
+            weight_step = (r * S + s) * group_in + inner_channel
+        if terms is not None:
+            mean, scale, shift = channel_terms(terms, C, first_channel + inner_channel, in_inner)
+            active = rectify((a.to(tl.float32) - mean[None, :]) * scale[None, :] + shift[None, :])
+            if PADDED:
+                active = tl.where(in_image, active, 0.0)
+            a = active.to(x.dtype.element_ty)
+        b_tile = weight + weight_column[None, :] + weight_step[:, None]
+        b = tl.load(b_tile) if EVEN and not FLAT else tl.load(b_tile, in_inner[:, None], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        if not FLAT:
+            c += BLOCK_C
+            if R * S > 1:
+                next_s = c >= group_in
+                c = tl.where(next_s, 0, c)
+                s = tl.where(next_s, s + 1, s)
+                next_r = s >= S
+                s = tl.where(next_r, 0, s)
+                r = tl.where(next_r, r + 1, r)
+
+    rounded = acc.to(out.dtype.element_ty)
+    mask = in_rows[:, None] & in_columns[None, :]
+    tl.store(out + row[:, None] * K + channel[None, :], rounded, mask)
+    if moments is not None:
+        tile = tl.program_id(0) // tl.cdiv(group_out, BLOCK_N)
+        count = tl.sum(in_rows.to(tl.float32), 0)
+        mean, squares = tile_moments(rounded.to(tl.float32), in_rows, count)
+        place = moments + tile * 3 * K + channel
+        tl.store(place, mean, in_columns)
+        tl.store(place + K, squares, in_columns)
+        tl.store(place + 2 * K, tl.zeros_like(mean) + count, in_columns)
+
+
+def window(conv: Convolution) -> dict[str, Any]:
+    """The compile-time description of a convolution's window."""
+    return {
+        "R": conv.weight.shape[2],
+        "S": conv.weight.shape[3],
+        "STRIDE_H": conv.stride[0],
+        "STRIDE_W": conv.stride[1],
+        "PAD_H": conv.padding[0],
+        "PAD_W": conv.padding[1],
+        "DILATION_H": conv.dilation[0],
+        "DILATION_W": conv.dilation[1],
+    }
+
+
+def is_pointwise(conv: Convolution) -> bool:
+    """Whether the convolution is a plain matrix product."""
+    return (
+        tuple(conv.weight.shape[2:]) == (1, 1)
+        and tuple(conv.stride) == (1, 1)
+        and tuple(conv.padding) == (0, 0)
+    )
+
+
+def shape_key(x: Tensor, conv: Convolution) -> tuple[Any, ...]:
+    """What a measured choice depends on, besides the kernel."""
+    return (
+        str(x.dtype), convolution_precision(x.dtype), batch_bucket(x.shape[0]), *x.shape[1:],
+        *conv.weight.shape, *conv.stride, *conv.padding, *conv.dilation, conv.groups,
+    )  # fmt: skip
+
+
+def choose(
+    tuner: Tuner, key: tuple[Any, ...], device: torch.device, options: list[Config], run: Any
+) -> Config:
+    """A measured configuration; by rule alone where PyTorch is asked to be deterministic, because
+    tile sizes decide the order of sums and a new measurement may decide for others."""
+    if torch.are_deterministic_algorithms_enabled():
+        return options[0]
+    return tuner.choose(key, device, lambda: options, run)
+
+
+def conv_stats(
+    tuner: Tuner, x: Tensor | Activation, conv: Convolution, statistics: bool
+) -> tuple[Tensor, Tensor | None]:
+    """See `resnet_fused.backends.training.TrainingKernels.conv_stats`."""
+    raw, terms = x if isinstance(x, Activation) else (x, None)
+    raw, weight = nhwc(raw), nhwc(conv.weight.to(raw.dtype))
+    batch, channels, height, width = raw.shape
+    filters, group_in, r, s = weight.shape
+    p, q = output_size(raw, conv)
+    out = empty_nhwc((batch, filters, p, q), raw)
+    group_out = filters // conv.groups
+    flat = group_in < FLAT_CHANNELS and r * s > 1
+    rows = batch * p * q
+    taps, inner = (1, r * s * group_in) if flat else (r * s, group_in)
+    gemm = Gemm(rows, group_out, inner, taps, conv.groups, accumulators=2)
+    wide = is_wide(raw, weight, out)
+    precision = convolution_precision(raw.dtype)
+
+    def run(config: Config) -> Tensor | None:
+        block_m, block_n, block_c = config.blocks
+        tiles_m = triton.cdiv(rows, block_m)
+        moments = raw.new_empty((tiles_m, 3, filters), dtype=torch.float32) if statistics else None
+        launch(
+            conv_stats_kernel, (tiles_m * triton.cdiv(group_out, block_n), conv.groups), config,
+            raw, terms, weight, out, moments, rows, height, width, channels, p, q, filters,
+            group_in, group_out, **window(conv), POINTWISE=is_pointwise(conv),
+            PADDED=max(conv.padding) > 0, FLAT=flat, EVEN=group_in % block_c == 0, WIDE=wide,
+            PRECISION=precision, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
+        )  # fmt: skip
+        return moments
+
+    # Statistics are no part of the key: backward repeats the forward's convolution, bit for bit.
+    config = choose(
+        tuner,
+        ("conv_stats", *shape_key(raw, conv), terms is not None, wide),
+        raw.device,
+        candidates(gemm, raw.element_size(), precision, machine(raw.device)),
+        run,
+    )
+    return out, run(config)

@@ -1,0 +1,248 @@
+"""The gradient of a convolution's input, from the gradient before batch norm to that before the
+previous one.
+
+Algorithm: the transposed convolution as an implicit GEMM: rows are input positions, columns input
+channels, and the inner dimension runs over taps and output channels. The prologue forms batch
+norm's gradient a·g + b·(raw - mean) + d, per channel, between load and tensor cores. The epilogue
+adds another branch's gradient, or masks with the previous layer's ReLU (its sign computed again
+from that layer's raw result) and takes the two sums that the previous batch norm's gradient needs.
+A strided convolution falls into stride² classes of positions that meet disjoint taps; a program
+belongs to one class and runs over its taps only.
+Tiles: BLOCK_M positions × BLOCK_N input channels, BLOCK_C output channels a step.
+Memory traffic: g and raw once (again from L2 for each column tile and tap), the previous raw result
+once, the result once, 8 bytes per tile and channel of sums.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...parameters import Convolution
+from ..training import Activation, RawGradient
+from .convolution import Gemm, candidates
+from .launching import convolution_precision, empty_nhwc, is_wide, launch, machine, nhwc
+from .primitives import is_inside, split_position, tile_index
+from .training_convolution import channel_terms, choose, is_pointwise, shape_key, window
+from .tuning import Config, Tuner
+
+
+@triton.jit
+def raw_gradient(g, raw, slopes, channels, channel, mask):
+    """a·g + b·(raw - mean) + d in float32, (rows, channel); a·g where raw is None."""
+    a = tl.load(slopes + channel, mask, other=0.0)
+    out = g.to(tl.float32) * a[None, :]
+    if raw is not None:
+        b = tl.load(slopes + channels + channel, mask, other=0.0)
+        d = tl.load(slopes + 2 * channels + channel, mask, other=0.0)
+        mean = tl.load(slopes + 3 * channels + channel, mask, other=0.0)
+        out += (raw.to(tl.float32) - mean[None, :]) * b[None, :] + d[None, :]
+    return out
+
+
+@triton.jit
+def dgrad_kernel(
+    grad,
+    raw,
+    slopes,
+    weight,
+    add,
+    below,
+    below_terms,
+    out,
+    sums,
+    batch,
+    H,
+    W,
+    C,
+    P,
+    Q,
+    K,
+    group_in,
+    group_out,
+    tiles_m,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    CLASS_H: tl.constexpr,
+    CLASS_W: tl.constexpr,
+    POINTWISE: tl.constexpr,
+    EVEN: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Grid: (tiles_m × tiles of group_in, groups, classes).
+
+    CLASS_H, CLASS_W: the strides, or 1 where positions are not told apart (dilation) and taps that
+    fall between outputs read as zero. raw is None where the normalisation is frozen; add or below
+    or both are None. sums: (classes × tiles_m, 2, C). EVEN: BLOCK_C divides group_out.
+    """
+    class_h = tl.program_id(2) // CLASS_W
+    class_w = tl.program_id(2) % CLASS_W
+    class_height = (H - class_h + CLASS_H - 1) // CLASS_H
+    class_width = (W - class_w + CLASS_W - 1) // CLASS_W
+    rows = batch * class_height * class_width
+    row, first_column = tile_index(tiles_m * BLOCK_M, group_in, BLOCK_M, BLOCK_N, WIDE)
+    in_rows = row < rows
+    group = tl.program_id(1)
+    column = first_column + tl.arange(0, BLOCK_N)
+    in_columns = column < group_in
+    channel = group * group_in + column
+    inner = tl.arange(0, BLOCK_C)
+
+    safe_row = tl.where(in_rows, row, 0)
+    image, h, w = split_position(safe_row, tl.maximum(class_height, 1), tl.maximum(class_width, 1))
+    h = h * CLASS_H + class_h
+    w = w * CLASS_W + class_w
+    position = (image * H + h) * W + w
+    first_r = (class_h + PAD_H) % CLASS_H
+    first_s = (class_w + PAD_W) % CLASS_W
+    r_taps = (R - first_r + CLASS_H - 1) // CLASS_H
+    s_taps = (S - first_s + CLASS_W - 1) // CLASS_W
+    weight_column = tl.where(in_columns, column, 0)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    r = first_r
+    s = first_s
+    k = 0
+    for _ in range(r_taps * s_taps * tl.cdiv(group_out, BLOCK_C)):
+        in_inner = k + inner < group_out
+        inner_channel = group * group_out + k + inner
+        if POINTWISE:
+            source = position
+            mask = in_rows[:, None]
+        else:
+            reach_h = h + PAD_H - r * DILATION_H
+            reach_w = w + PAD_W - s * DILATION_W
+            p = reach_h // STRIDE_H
+            q = reach_w // STRIDE_W
+            hit = in_rows & is_inside(p, P) & is_inside(q, Q)
+            # Before the first output the quotient rounds towards zero: those must not count.
+            hit &= (reach_h >= 0) & (reach_w >= 0)
+            if CLASS_H < STRIDE_H:
+                hit &= reach_h % STRIDE_H == 0
+            if CLASS_W < STRIDE_W:
+                hit &= reach_w % STRIDE_W == 0
+            source = (image * P + p) * Q + q
+            mask = hit[:, None]
+        load_mask = mask if EVEN else mask & in_inner[None, :]
+        offset = source[:, None] * K + inner_channel[None, :]
+        g = tl.load(grad + offset, load_mask, other=0.0)
+        value = None
+        if raw is not None:
+            value = tl.load(raw + offset, load_mask, other=0.0)
+        a = raw_gradient(g, value, slopes, K, inner_channel, in_inner)
+        a = tl.where(mask, a, 0.0).to(grad.dtype.element_ty)
+        weight_row = inner_channel
+        if WIDE:
+            weight_row = inner_channel.to(tl.int64)
+        b = tl.load(
+            weight
+            + weight_row[:, None] * (R * S * group_in)
+            + (r * S + s) * group_in
+            + weight_column[None, :],
+            in_inner[:, None] & in_columns[None, :],
+            other=0.0,
+        )
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        k += BLOCK_C
+        if R * S > 1:
+            next_s = k >= group_out
+            k = tl.where(next_s, 0, k)
+            s = tl.where(next_s, s + CLASS_W, s)
+            next_r = s >= S
+            s = tl.where(next_r, first_s, s)
+            r = tl.where(next_r, r + CLASS_H, r)
+
+    place = position[:, None] * C + channel[None, :]
+    mask = in_rows[:, None] & in_columns[None, :]
+    if add is not None:
+        acc += tl.load(add + place, mask, other=0.0).to(tl.float32)
+    if below is not None:
+        mean, scale, shift = channel_terms(below_terms, C, channel, in_columns)
+        deviation = tl.load(below + place, mask, other=0.0).to(tl.float32) - mean[None, :]
+        acc = tl.where(deviation * scale[None, :] + shift[None, :] > 0, acc, 0.0)
+        rounded = acc.to(out.dtype.element_ty)
+        tl.store(out + place, rounded, mask)
+        acc = tl.where(mask, rounded.to(tl.float32), 0.0)
+        tile = tl.program_id(2) * tiles_m + tl.program_id(0) // tl.cdiv(group_in, BLOCK_N)
+        tl.store(sums + tile * 2 * C + channel, tl.sum(acc, 0), in_columns)
+        tl.store(sums + (tile * 2 + 1) * C + channel, tl.sum(acc * deviation, 0), in_columns)
+    else:
+        tl.store(out + place, acc.to(out.dtype.element_ty), mask)
+
+
+def dgrad(
+    tuner: Tuner,
+    gradient: RawGradient,
+    conv: Convolution,
+    shape: torch.Size,
+    below: Activation | None,
+    add: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """See `resnet_fused.backends.training.TrainingKernels.dgrad`."""
+    g = nhwc(gradient.grad)
+    raw = None if gradient.frozen or gradient.raw is None else nhwc(gradient.raw)
+    weight = nhwc(conv.weight.to(g.dtype))
+    batch, channels, height, width = shape
+    _, filters, p, q = g.shape
+    _, group_in, r, s = weight.shape
+    group_out = filters // conv.groups
+    out = empty_nhwc(tuple(shape), g)
+    below_raw = None if below is None else nhwc(below.raw)
+    below_terms = None if below is None else below.terms
+    add = None if add is None else nhwc(add)
+    class_h, class_w = (
+        stride if dilation == 1 else 1
+        for stride, dilation in zip(conv.stride, conv.dilation, strict=True)
+    )
+    rows = batch * triton.cdiv(height, class_h) * triton.cdiv(width, class_w)
+    taps = triton.cdiv(r, class_h) * triton.cdiv(s, class_w)
+    gemm = Gemm(rows, group_in, group_out, taps, conv.groups * class_h * class_w, accumulators=2)
+    wide = is_wide(g, weight, out)
+    precision = convolution_precision(g.dtype)
+
+    def run(config: Config) -> Tensor | None:
+        block_m, block_n, block_c = config.blocks
+        tiles_m = triton.cdiv(rows, block_m)
+        sums = None
+        if below is not None:
+            sums = g.new_empty((class_h * class_w * tiles_m, 2, channels), dtype=torch.float32)
+        launch(
+            dgrad_kernel,
+            (tiles_m * triton.cdiv(group_in, block_n), conv.groups, class_h * class_w),
+            config, g, raw, gradient.slopes, weight, add, below_raw, below_terms, out, sums,
+            batch, height, width, channels, p, q, filters, group_in, group_out, tiles_m,
+            **window(conv), CLASS_H=class_h, CLASS_W=class_w, POINTWISE=is_pointwise(conv),
+            EVEN=group_out % block_c == 0, WIDE=wide, PRECISION=precision,
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
+        )  # fmt: skip
+        return sums
+
+    config = choose(
+        tuner,
+        (
+            "dgrad",
+            height,
+            width,
+            raw is None,
+            below is None,
+            add is None,
+            wide,
+            *shape_key(g, conv),
+        ),
+        g.device,
+        candidates(gemm, g.element_size(), precision, machine(g.device)),
+        run,
+    )
+    return out, run(config)

@@ -1,0 +1,302 @@
+"""A residual block in training: one op forward and one backward, whatever its layers.
+
+Forward, each convolution normalises and rectifies its operand while reading it and takes its
+result's statistics while writing it; a last pass normalises, adds the shortcut and rectifies.
+Kept for backward: raw convolution results, the block's result, six numbers per channel. The raw
+results of 1×1 convolutions at the block's end (the widest of a Bottleneck, and its projection) are
+not even kept: computing one again reads a quarter of what reading it back would.
+Backward, batch norm's gradient is formed while dgrad and wgrad read their operands; dgrad writes
+the gradient before the next normalisation and takes its sums, and the first adds the shortcut's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.training import Activation, RawGradient
+from ..parameters import Convolution
+from .checks import check_activation
+from .training_layers import (
+    LAYERS_SCHEMA,
+    Layer,
+    LayerArguments,
+    autocast_dtype,
+    check_layer,
+    convolutions,
+    define,
+    differentiate,
+    empty_nhwc,
+    flatten,
+    kernels,
+    layer_slopes,
+    layer_terms,
+)
+
+_SHORTCUTS = ("none", "identity", "projection")
+
+
+def _main_layers(layers: Sequence[object], shortcut: str) -> int:
+    """The number of layers on the main path; a projection follows them."""
+    return len(layers) - (shortcut == "projection")
+
+
+def _keeps(convs: Sequence[Convolution], shortcut: str) -> list[bool]:
+    """Whether each layer's raw result is kept, or computed again in backward.
+
+    A 1×1 convolution at the block's end is cheap beside its result, and nothing follows it.
+    """
+    last = _main_layers(convs, shortcut) - 1
+    return [
+        i < last or tuple(conv.weight.shape[2:]) != (1, 1) or conv.groups > 1
+        for i, conv in enumerate(convs)
+    ]
+
+
+def _shapes(
+    x: Tensor, layers: LayerArguments, shortcut: str, sync_group: str
+) -> list[tuple[int, int, int, int]]:
+    """Checks everything; shapes of all layers' results."""
+    check_activation("input", x)
+    if shortcut not in _SHORTCUTS:
+        raise ValueError(f"shortcut must be one of {_SHORTCUTS}, found {shortcut!r}.")
+    count = _main_layers(layers.weights, shortcut)
+    shapes: list[tuple[int, int, int, int]] = []
+    for i in range(len(layers.weights)):
+        source = x.shape if i in (0, count) else shapes[i - 1]
+        name = "projection" if i == count else f"layers[{i}]"
+        shapes.append(check_layer(name, source, x, layers, i, sync_group))
+    result = shapes[count - 1]
+    other = {"none": result, "identity": tuple(x.shape), "projection": shapes[-1]}[shortcut]
+    if other != result:
+        raise ValueError(
+            f"the shortcut has shape {tuple(other)} and the main path {tuple(result)}; their "
+            "sizes, channels and strides must agree."
+        )
+    return shapes
+
+
+def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    layers = LayerArguments(*arguments[:-2])
+    shortcut, sync_group = arguments[-2:]
+    _shapes(x, layers, shortcut, sync_group)
+    pieces = kernels(x)
+    convs = convolutions(layers.weights, layers.windows)
+    count = _main_layers(convs, shortcut)
+    activations: list[Activation] = []
+    for i, conv in enumerate(convs):
+        operand = x if i in (0, count) else activations[i - 1]
+        raw, moments = pieces.conv_stats(operand, conv, not layers.frozen[i])
+        terms = layer_terms(pieces, layers, i, moments, sync_group)
+        activations.append(Activation(raw, terms))
+    other = {"none": None, "identity": x, "projection": activations[-1]}[shortcut]
+    y = pieces.bn_add_relu(activations[count - 1], other)
+    kept = [a.raw for a, keep in zip(activations, _keeps(convs, shortcut), strict=True) if keep]
+    return y, kept, [a.terms for a in activations]
+
+
+def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    layers = LayerArguments(*arguments[:-2])
+    shortcut, sync_group = arguments[-2:]
+    shapes = _shapes(x, layers, shortcut, sync_group)
+    convs = convolutions(layers.weights, layers.windows)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    keeps = _keeps(convs, shortcut)
+    return (
+        empty_nhwc(x, shapes[_main_layers(convs, shortcut) - 1]),
+        [empty_nhwc(x, shape) for shape, keep in zip(shapes, keeps, strict=True) if keep],
+        [x.new_empty((6, shape[1]), dtype=wide) for shape in shapes],
+    )
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weights: list[Tensor],
+    kept: list[Tensor],
+    all_terms: list[Tensor],
+    windows: list[int],
+    frozen: list[bool],
+    shortcut: str,
+    sync_group: str,
+    needs_x: bool,
+    needs_weights: list[bool],
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    pieces = kernels(x)
+    convs = convolutions(weights, windows)
+    count = _main_layers(convs, shortcut)
+    raws = iter(kept)
+    activations: list[Activation] = []
+    for i, keep in enumerate(_keeps(convs, shortcut)):
+        if keep:
+            raw = next(raws)
+        else:
+            operand = x if i in (0, count) else activations[i - 1]
+            raw, _ = pieces.conv_stats(operand, convs[i], False)
+        activations.append(Activation(raw, all_terms[i]))
+
+    def unneeded() -> list[Tensor]:
+        return [x.new_empty(0) for _ in convs]
+
+    weight_grads, gammas, betas = unneeded(), unneeded(), unneeded()
+
+    def raw_gradient(i: int, g: Tensor, sums: Tensor) -> RawGradient:
+        slopes, gammas[i], betas[i] = layer_slopes(
+            pieces, sums, all_terms[i], frozen[i], sync_group
+        )
+        return RawGradient(g, activations[i].raw, slopes, frozen[i])
+
+    ends = [count - 1] if shortcut != "projection" else [count - 1, count]
+    g, sums = pieces.relu_gradient(grad, y, [activations[i] for i in ends])
+    gradient = raw_gradient(count - 1, g, sums[0])
+    shortcut_grad = g if shortcut == "identity" else None
+    if shortcut == "projection":
+        projected = raw_gradient(count, g, sums[1])
+        if needs_weights[count]:
+            weight_grads[count] = pieces.wgrad(projected, x, convs[count])
+        if needs_x:
+            shortcut_grad, _ = pieces.dgrad(projected, convs[count], x.shape, None, None)
+    for i in range(count - 1, 0, -1):
+        below = activations[i - 1]
+        if needs_weights[i]:
+            weight_grads[i] = pieces.wgrad(gradient, below, convs[i])
+        g, below_sums = pieces.dgrad(gradient, convs[i], below.raw.shape, below, None)
+        assert below_sums is not None
+        gradient = raw_gradient(i - 1, g, below_sums)
+    if needs_weights[0]:
+        weight_grads[0] = pieces.wgrad(gradient, x, convs[0])
+    x_grad = x.new_empty(0)
+    if needs_x:
+        x_grad, _ = pieces.dgrad(gradient, convs[0], x.shape, None, shortcut_grad)
+    return x_grad, weight_grads, gammas, betas
+
+
+def _fake_backward(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weights: list[Tensor],
+    kept: list[Tensor],
+    all_terms: list[Tensor],
+    windows: list[int],
+    frozen: list[bool],
+    shortcut: str,
+    sync_group: str,
+    needs_x: bool,
+    needs_weights: list[bool],
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    return (
+        empty_nhwc(x, x.shape) if needs_x else x.new_empty(0),
+        [
+            empty_nhwc(weight, weight.shape) if needed else x.new_empty(0)
+            for weight, needed in zip(weights, needs_weights, strict=True)
+        ],
+        [terms.new_empty(terms.shape[1]) for terms in all_terms],
+        [terms.new_empty(terms.shape[1]) for terms in all_terms],
+    )
+
+
+_op = define(
+    "residual_block_training",
+    f"(Tensor x, {LAYERS_SCHEMA}, str shortcut, str sync_group) -> (Tensor, Tensor[], Tensor[])",
+    _forward,
+    _fake_forward,
+)
+_backward_op = define(
+    "residual_block_training_backward",
+    "(Tensor grad, Tensor x, Tensor y, Tensor[] weights, Tensor[] kept, Tensor[] terms, "
+    "int[] windows, bool[] frozen, str shortcut, str sync_group, bool needs_x, "
+    "bool[] needs_weights) -> (Tensor, Tensor[], Tensor[], Tensor[])",
+    _backward,
+    _fake_backward,
+)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    x, *arguments = inputs
+    layers = LayerArguments(*arguments[:-2])
+    y, kept, terms = output
+    ctx.mark_non_differentiable(*kept, *terms)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, y, *layers.weights, *kept, *terms)
+    ctx.sizes = len(layers.weights), len(kept)
+    ctx.rest = layers.windows, layers.frozen, *arguments[-2:]
+    ctx.dtypes = [[v.dtype for v in vs] for vs in (layers.bn_weights, layers.bn_biases)]
+    ctx.given = len(layers.given_means)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    count, kept = ctx.sizes
+    if grad is None:
+        return (None, *([None] * n for n in (*(count,) * 3, *(ctx.given,) * 2)), *(None,) * 5)
+    x, y, *saved = ctx.saved_tensors
+    needs_x, needs_weights, needs_gammas, needs_betas = ctx.needs_input_grad[:4]
+    x_grad, weights, gammas, betas = _backward_op(
+        grad,
+        x,
+        y,
+        saved[:count],
+        saved[count : count + kept],
+        saved[count + kept :],
+        *ctx.rest,
+        needs_x,
+        list(needs_weights),
+    )
+
+    def wanted(grads: list[Tensor], needed: list[bool]) -> list[Tensor | None]:
+        return [g if n else None for g, n in zip(grads, needed, strict=True)]
+
+    gammas, betas = (
+        [g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True)]
+        for grads, dtypes in zip((gammas, betas), ctx.dtypes, strict=True)
+    )
+    nothing = [None] * ctx.given
+    return (
+        x_grad if needs_x else None,
+        wanted(weights, needs_weights),
+        wanted(gammas, needs_gammas),
+        wanted(betas, needs_betas),
+        nothing,
+        list(nothing),
+        *(None,) * 5,
+    )
+
+
+differentiate("residual_block_training", _save, _differentiate, "residual_block_training_backward")
+
+
+def residual_block_training(
+    x: Tensor,
+    layers: Sequence[Layer],
+    projection: Layer | None = None,
+    identity: bool = True,
+    sync_group: str = "",
+) -> tuple[Tensor, list[Tensor]]:
+    """relu(F(x) + shortcut(x)) with batch statistics, differentiable, kept bytes at a minimum.
+
+    Args:
+        x: (N, C, H, W), floating; NHWC memory (channels_last) is used as it is, others converted.
+        layers: F, convolution and normalisation in turn, a ReLU after each but the last.
+        projection: the shortcut's convolution and normalisation, or None.
+        identity: without a projection, whether x itself is the shortcut, or there is none.
+        sync_group: name of the process group over which statistics are taken; "" for this
+            process alone.
+
+    Under autocast x is lowered to its dtype; float32 weights are lowered inside, and their
+    gradients come back in float32 without having been rounded.
+
+    Returns (N, K, P, Q), channels_last, of x's dtype, and for each layer, the projection last, its
+    (6, K) terms (rows: `resnet_fused.backends.training`), not differentiable. Raises ValueError
+    for shapes and devices that disagree and where a channel has a single value, TypeError for
+    dtypes.
+    """
+    shortcut = "identity" if identity else "none"
+    if projection is not None:
+        layers, shortcut = (*layers, projection), "projection"
+    x = x.to(autocast_dtype(x)) if isinstance(x, Tensor) and x.is_floating_point() else x
+    y, _, terms = _op(x, *flatten(layers), shortcut, sync_group)
+    return y, terms

@@ -1,0 +1,179 @@
+"""The stem in training: max_pool(relu(bn(conv(x)))) with batch statistics, one op each way.
+
+Kept for backward: the raw convolution result and six numbers per channel; neither the activation
+nor the positions of the maxima, which are found again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.training import Activation, RawGradient
+from ..parameters import MaxPool
+from .checks import check_activation, pool_shape
+from .training_layers import (
+    LAYERS_SCHEMA,
+    Layer,
+    LayerArguments,
+    autocast_dtype,
+    check_layer,
+    convolutions,
+    define,
+    differentiate,
+    empty_nhwc,
+    flatten,
+    kernels,
+    layer_slopes,
+    layer_terms,
+)
+
+
+def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    layers, pool, sync_group = LayerArguments(*arguments[:8]), arguments[8:11], arguments[11]
+    _shapes(x, layers, MaxPool(*pool), sync_group)
+    pieces = kernels(x)
+    (conv,) = convolutions(layers.weights, layers.windows)
+    raw, moments = pieces.conv_stats(x, conv, not layers.frozen[0])
+    terms = layer_terms(pieces, layers, 0, moments, sync_group)
+    return pieces.bn_relu_pool(Activation(raw, terms), MaxPool(*pool)), raw, terms
+
+
+def _shapes(
+    x: Tensor, layers: LayerArguments, pool: MaxPool, sync_group: str
+) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+    """Checks everything; shapes of the convolution's result and of the pooled one."""
+    check_activation("input", x)
+    shape = check_layer("conv", x.shape, x, layers, 0, sync_group)
+    return shape, pool_shape(shape, pool)
+
+
+def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    layers, pool, sync_group = LayerArguments(*arguments[:8]), arguments[8:11], arguments[11]
+    raw, pooled = _shapes(x, layers, MaxPool(*pool), sync_group)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return empty_nhwc(x, pooled), empty_nhwc(x, raw), x.new_empty((6, raw[1]), dtype=wide)
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    raw: Tensor,
+    terms: Tensor,
+    weight: Tensor,
+    windows: list[int],
+    frozen: bool,
+    pool_kernel: int,
+    pool_stride: int,
+    pool_padding: int,
+    sync_group: str,
+    needs_x: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pieces = kernels(grad)
+    (conv,) = convolutions([weight], windows)
+    pool = MaxPool(pool_kernel, pool_stride, pool_padding)
+    g, sums = pieces.pool_gradient(grad, Activation(raw, terms), pool)
+    slopes, gamma, beta = layer_slopes(pieces, sums, terms, frozen, sync_group)
+    gradient = RawGradient(g, raw, slopes, frozen)
+    weight_grad = pieces.wgrad(gradient, x, conv) if needs_weight else x.new_empty(0)
+    x_grad = x.new_empty(0)
+    if needs_x:
+        x_grad, _ = pieces.dgrad(gradient, conv, x.shape, None, None)
+    return x_grad, weight_grad, gamma, beta
+
+
+def _fake_backward(
+    grad: Tensor,
+    x: Tensor,
+    raw: Tensor,
+    terms: Tensor,
+    weight: Tensor,
+    windows: list[int],
+    frozen: bool,
+    pool_kernel: int,
+    pool_stride: int,
+    pool_padding: int,
+    sync_group: str,
+    needs_x: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        empty_nhwc(x, x.shape) if needs_x else x.new_empty(0),
+        empty_nhwc(weight, weight.shape) if needs_weight else x.new_empty(0),
+        terms.new_empty(terms.shape[1]),
+        terms.new_empty(terms.shape[1]),
+    )
+
+
+_op = define(
+    "stem_training",
+    f"(Tensor x, {LAYERS_SCHEMA}, int pool_kernel, int pool_stride, int pool_padding, "
+    "str sync_group) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+)
+_backward_op = define(
+    "stem_training_backward",
+    "(Tensor grad, Tensor x, Tensor raw, Tensor terms, Tensor weight, int[] windows, bool frozen, "
+    "int pool_kernel, int pool_stride, int pool_padding, str sync_group, bool needs_x, "
+    "bool needs_weight) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, *arguments = inputs
+    layers = LayerArguments(*arguments[:8])
+    _, raw, terms = output
+    ctx.mark_non_differentiable(raw, terms)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, raw, terms, layers.weights[0])
+    ctx.rest = layers.windows, layers.frozen[0], *arguments[8:]
+    ctx.dtypes = layers.bn_weights[0].dtype, layers.bn_biases[0].dtype
+    ctx.given = len(layers.given_means)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    given, rest = [None] * ctx.given, (None,) * 7
+    if grad is None:
+        return (None, [None], [None], [None], given, list(given), *rest)
+    needs_x, needs_weight, needs_gamma, needs_beta = ctx.needs_input_grad[:4]
+    x_grad, weight, gamma, beta = _backward_op(
+        grad, *ctx.saved_tensors, *ctx.rest, needs_x, needs_weight[0]
+    )
+    return (
+        x_grad if needs_x else None,
+        [weight if needs_weight[0] else None],
+        [gamma.to(ctx.dtypes[0]) if needs_gamma[0] else None],
+        [beta.to(ctx.dtypes[1]) if needs_beta[0] else None],
+        given,
+        list(given),
+        *rest,
+    )
+
+
+differentiate("stem_training", _save, _differentiate, "stem_training_backward")
+
+
+def stem_training(
+    x: Tensor, layer: Layer, pool: MaxPool | None = None, sync_group: str = ""
+) -> tuple[Tensor, Tensor]:
+    """max_pool(relu(bn(conv(x)))) with batch statistics, differentiable.
+
+    Args:
+        x: (N, C, H, W), floating, any layout.
+        layer: the convolution and its normalisation.
+        pool: the pooling window; 3×3, stride 2, padding 1 if None.
+        sync_group: name of the process group over which statistics are taken; "" for this
+            process alone.
+
+    Autocast, the result and errors are those of `residual_block_training`: the pooled (N, K, P, Q)
+    and the layer's (6, K) terms. Of equal values in a window, the first takes the gradient.
+    """
+    x = x.to(autocast_dtype(x)) if isinstance(x, Tensor) and x.is_floating_point() else x
+    y, _, terms = _op(x, *flatten([layer]), *(pool or MaxPool()), sync_group)
+    return y, terms

@@ -1,0 +1,229 @@
+"""What the training ops share: layers, their checks, statistics, and synchronisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..backends.training import TrainingKernels
+from ..parameters import BatchNorm, Convolution
+from ..reference.training import ReferenceTraining
+from .checks import check_batch_norm, convolution_shape
+from .dispatch import choose
+from .registry import library
+
+_WINDOW = 7  # integers that describe a convolution: stride, padding, dilation, groups
+
+LAYERS_SCHEMA = (
+    "Tensor[] weights, Tensor[] bn_weights, Tensor[] bn_biases, Tensor[] given_means, "
+    "Tensor[] given_vars, int[] windows, bool[] frozen, float[] eps"
+)
+
+
+class Layer(NamedTuple):
+    """A convolution and its normalisation, in training.
+
+    conv: its weight is of the input's dtype or float32.
+    weight, bias: (K,) of the normalisation, any floating dtype.
+    given: mean and variance to normalise with (frozen batch norm), or None for the batch's own.
+    """
+
+    conv: Convolution
+    weight: Tensor
+    bias: Tensor
+    eps: float = 1e-5
+    given: tuple[Tensor, Tensor] | None = None
+
+
+class LayerArguments(NamedTuple):
+    """Layers as the op schemas take them (`LAYERS_SCHEMA`)."""
+
+    weights: list[Tensor]
+    bn_weights: list[Tensor]
+    bn_biases: list[Tensor]
+    given_means: list[Tensor]
+    given_vars: list[Tensor]
+    windows: list[int]
+    frozen: list[bool]
+    eps: list[float]
+
+
+def flatten(layers: Sequence[Layer]) -> LayerArguments:
+    """Schema arguments of layers."""
+    given = [layer.given for layer in layers if layer.given is not None]
+    return LayerArguments(
+        [layer.conv.weight for layer in layers],
+        [layer.weight for layer in layers],
+        [layer.bias for layer in layers],
+        [mean for mean, _ in given],
+        [var for _, var in given],
+        [
+            int(n)
+            for conv, *_ in layers
+            for n in (*conv.stride, *conv.padding, *conv.dilation, conv.groups)
+        ],
+        [layer.given is not None for layer in layers],
+        [layer.eps for layer in layers],
+    )
+
+
+def convolutions(weights: Sequence[Tensor], windows: Sequence[int]) -> list[Convolution]:
+    """The convolutions of flattened layers."""
+    found = []
+    for i, weight in enumerate(weights):
+        w = windows[i * _WINDOW : (i + 1) * _WINDOW]
+        found.append(Convolution(weight, (w[0], w[1]), (w[2], w[3]), (w[4], w[5]), w[6]))
+    return found
+
+
+def check_layer(
+    name: str, shape: Sequence[int], x: Tensor, layers: LayerArguments, i: int, sync_group: str
+) -> tuple[int, int, int, int]:
+    """Checks layer `i` for an input of the given shape that is like `x`; its result's shape."""
+    conv = convolutions(layers.weights, layers.windows)[i]
+    if conv.weight.dtype not in (x.dtype, torch.float32):
+        raise TypeError(
+            f"{name}.weight is {conv.weight.dtype} and the input {x.dtype}; convert one of them "
+            "(model.to(dtype) or x.to(dtype)) or use torch.autocast."
+        )
+    if conv.weight.device != x.device:
+        raise ValueError(
+            f"{name}.weight is on {conv.weight.device} and the input on {x.device}; "
+            "move one of them."
+        )
+    like = torch.empty(shape, dtype=conv.weight.dtype, device="meta")
+    result = convolution_shape(name, like, conv._replace(weight=conv.weight.to("meta")))
+    vectors = [layers.bn_weights[i], layers.bn_biases[i]]
+    if layers.frozen[i]:
+        given = sum(layers.frozen[:i])
+        vectors += [layers.given_means[given], layers.given_vars[given]]
+    for weight, bias in zip(vectors[::2], vectors[1::2], strict=True):
+        check_batch_norm(f"{name}.bn", BatchNorm(weight, bias, None, None), result[1], x)
+    if not layers.frozen[i] and not sync_group and result[0] * result[2] * result[3] == 1:
+        raise ValueError(
+            "Expected more than 1 value per channel when training, got input size "
+            f"{list(result)}; use a larger batch or image, or freeze the normalisation."
+        )
+    return result
+
+
+def kernels(x: Tensor) -> TrainingKernels:
+    """The training pieces of the backend chosen for `x`, else the plain PyTorch ones."""
+    found: TrainingKernels | None = getattr(choose(x), "training", None)
+    return ReferenceTraining() if found is None else found
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_kernels(device: str, dtype: torch.dtype) -> bool:
+    sample = torch.empty(0, device=device, dtype=dtype)
+    return getattr(choose(sample), "training", None) is not None
+
+
+def trains_fused(x: Any, sync_group: str = "") -> bool:
+    """Whether training should run `x` through the training ops instead of module by module.
+
+    True where the backend chosen for `x`, in the dtype it is computed in, has training kernels, and
+    on the CPU where statistics are synchronised, which `nn.SyncBatchNorm` refuses there.
+    """
+    if not isinstance(x, Tensor) or not x.dtype.is_floating_point or 0 in x.shape:
+        return False
+    if sync_group and x.device.type == "cpu":
+        return True
+    return bool(_has_kernels(x.device.type, autocast_dtype(x)))
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype to compute in: autocast's where it is on."""
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def _gather(parts: Tensor, sync_group: str) -> Tensor:
+    """One part of each rank, in rank order, which is the same on all ranks."""
+    from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]
+        _resolve_process_group,
+    )
+
+    group = _resolve_process_group(sync_group)  # type: ignore[arg-type]
+    parts = parts.contiguous()
+    ranks = [torch.empty_like(parts) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(ranks, parts, group=group)
+    return torch.cat(ranks)
+
+
+def layer_terms(
+    pieces: TrainingKernels,
+    layers: LayerArguments,
+    i: int,
+    moments: Tensor | None,
+    sync_group: str,
+) -> Tensor:
+    """Terms of layer `i`: from given statistics, the batch's, or those of all ranks' batches."""
+    if moments is None:
+        given = sum(layers.frozen[:i])
+        mean, var = layers.given_means[given], layers.given_vars[given]
+        mean = mean.to(torch.promote_types(mean.dtype, torch.float32))
+        moments = torch.stack([mean, var.to(mean.dtype), torch.ones_like(mean)])[None]
+    elif sync_group:
+        moments = _gather(pieces.merge_moments(moments), sync_group)
+    return pieces.bn_terms(moments, layers.bn_weights[i], layers.bn_biases[i], layers.eps[i])
+
+
+def layer_slopes(
+    pieces: TrainingKernels, sums: Tensor, terms: Tensor, frozen: bool, sync_group: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Slopes, which cover all ranks, and this rank's gradients of bn weight and bias."""
+    total = sums
+    if sync_group and not frozen:
+        sums = pieces.merge_sums(sums)
+        total = _gather(sums, sync_group)
+    return pieces.bn_slopes(sums, total, terms, frozen)
+
+
+def empty_nhwc(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """An uninitialised channels_last tensor of that shape, otherwise like `like`."""
+    return torch.empty(
+        shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+    )
+
+
+def define(
+    name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Registers an op with its own schema and returns it; it runs on its input's device."""
+
+    def run_there(x: Tensor, *arguments: Any) -> Any:
+        with torch.cuda.device_of(x):
+            return run(x, *arguments)
+
+    library.define(name + schema)
+    library.impl(name, run_there, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"resnet_fused::{name}", fake, lib=library)
+    op: Callable[..., Any] = getattr(torch.ops.resnet_fused, name).default
+    return op
+
+
+def differentiate(
+    name: str,
+    setup: Callable[..., None],
+    backward: Callable[..., tuple[Any, ...]],
+    backward_name: str,
+) -> None:
+    """Registers the gradient of an op, itself an op, and that there is no second one."""
+
+    def refuse(*_: Any) -> None:
+        raise NotImplementedError(
+            f"resnet_fused.{name} has no second derivative; run the model with "
+            'resnet_fused.use_backend("reference") for gradients of gradients.'
+        )
+
+    torch.library.register_autograd(
+        f"resnet_fused::{name}", backward, setup_context=setup, lib=library
+    )
+    torch.library.register_autograd(f"resnet_fused::{backward_name}", refuse, lib=library)
