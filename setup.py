@@ -3,6 +3,8 @@
 The CUDA part follows RESNET_FUSED_CUDA (see build_backend.py). RESNET_FUSED_CUDA_ARCHS lists the
 architectures to compile, as in "80;90a"; PTX of the oldest and the newest portable one is added,
 so that a GPU between or above them runs too. The machine's own GPU is never looked at.
+RESNET_FUSED_HOST_SIM=on adds resnet_fused._C_sim, in which tests run the CUDA kernels' source on
+the host; it needs no CUDA, but x86-64 Linux.
 """
 
 from __future__ import annotations
@@ -88,6 +90,14 @@ def choose_cuda() -> Cuda:
     return Cuda(nvcc, found[0][1:], tuple(real), ptx, f"nvcc {found[0][1:]}")
 
 
+def host_simulator_wanted() -> bool:
+    """RESNET_FUSED_HOST_SIM: whether resnet_fused._C_sim is built beside resnet_fused._C."""
+    wanted = os.environ.get("RESNET_FUSED_HOST_SIM", "off").strip().lower()
+    if wanted not in ("on", "off"):
+        raise SystemExit(f"RESNET_FUSED_HOST_SIM={wanted!r} is not understood; set it to on or off")
+    return wanted == "on"
+
+
 class CMakeBuild(build_ext):
     """Configures and builds CMakeLists.txt; the module lands where setuptools expects it."""
 
@@ -113,6 +123,7 @@ class CMakeBuild(build_ext):
             f"-DRESNET_FUSED_VERSION={version}",
             f"-DRESNET_FUSED_CUDA_NOTE={cuda.note}",
             f"-DRESNET_FUSED_CUDA={'ON' if cuda.nvcc else 'OFF'}",
+            f"-DRESNET_FUSED_HOST_SIM={'ON' if host_simulator_wanted() else 'OFF'}",
         ]
         environment = dict(os.environ)
         if cuda.nvcc:

@@ -23,7 +23,12 @@ VARIABLES = (
     Variable(
         "RESNET_FUSED_CUDA_ARCHS",
         "80;86;89;90a;100a;120",
-        "build: CUDA architectures, separated by semicolons; PTX of the newest is added",
+        "build: CUDA architectures, separated by semicolons; PTX of the oldest and newest is added",
+    ),
+    Variable(
+        "RESNET_FUSED_HOST_SIM",
+        "off",
+        "build: on adds the simulator that tests the CUDA kernels without a GPU",
     ),
     Variable("RESNET_FUSED_TUNE", "on", "run: on measures kernel candidates once, off never does"),
     Variable(

@@ -42,6 +42,7 @@ TARGETS = [
     pytest.param(("reference", "cpu"), id="reference"),
     pytest.param(("cpu", "cpu"), id="cpu"),
     pytest.param(("triton", "cpu"), id="triton-interpreted"),
+    pytest.param(("cuda_sim", "cpu"), id="cuda-simulated"),
     pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
     pytest.param(("cuda", "cuda"), id="cuda", marks=pytest.mark.gpu),
 ]

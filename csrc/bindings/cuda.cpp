@@ -1,17 +1,26 @@
 // Bindings of the CUDA kernels: addresses, sizes and a stream's handle in, an exception out.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
+#include <initializer_list>
 #include <limits>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
 #include "kernels/cuda/bn_add_relu.h"
+#include "kernels/cuda/conv_sm80.h"
 #include "register.h"
 
 namespace py = pybind11;
+using resnet_fused::BatchNorm;
 using resnet_fused::BnAddRelu;
+using resnet_fused::ConvBn;
+using resnet_fused::ConvolutionBn;
+using resnet_fused::ConvTile;
 using resnet_fused::DType;
 using resnet_fused::Vector;
 
@@ -53,6 +62,13 @@ Vector vector(const char* name, const py::object& argument) {
   return {pointer<const void>(address), dtype};
 }
 
+BatchNorm batch_norm(const py::object& mean, const py::object& var, const py::object& weight,
+                     const py::object& bias, double eps) {
+  if (mean.is_none() || var.is_none()) throw std::invalid_argument("mean and var are needed");
+  return {vector("mean", mean), vector("var", var), vector("weight", weight), vector("bias", bias),
+          static_cast<float>(eps)};
+}
+
 void bn_add_relu(std::uintptr_t out, std::uintptr_t x, std::uintptr_t residual, DType dtype,
                  std::int64_t rows, std::int64_t channels, const py::object& mean,
                  const py::object& var, const py::object& weight, const py::object& bias,
@@ -63,22 +79,121 @@ void bn_add_relu(std::uintptr_t out, std::uintptr_t x, std::uintptr_t residual, 
   }
   if (rows == 0 || channels == 0) return;
   if (out == 0 || x == 0) throw std::invalid_argument("out or x is a null pointer");
-  if (mean.is_none() || var.is_none()) throw std::invalid_argument("mean and var are needed");
   const BnAddRelu arguments{pointer(out),
                             pointer<const void>(x),
                             pointer<const void>(residual),
                             dtype,
                             rows,
                             channels,
-                            vector("mean", mean),
-                            vector("var", var),
-                            vector("weight", weight),
-                            vector("bias", bias),
-                            static_cast<float>(eps),
+                            batch_norm(mean, var, weight, bias, eps),
                             relu};
   py::gil_scoped_release unlocked;
   check_cuda("bn_add_relu",
              resnet_fused::bn_add_relu(arguments, device, pointer<CUstream_st>(stream)));
+}
+
+using Pair = std::array<std::int64_t, 2>;
+
+// The kernels compute positions and channels in 32 bits, with room for a sum of two.
+constexpr std::int64_t kMaxSize = std::int64_t{1} << 29;
+
+int size(const char* name, std::int64_t value, std::int64_t least) {
+  if (value < least || value >= kMaxSize) {
+    throw std::invalid_argument(std::string(name) + " must be at least " + std::to_string(least) +
+                                " and below 2^29, found " + std::to_string(value));
+  }
+  return static_cast<int>(value);
+}
+
+void check_elements(const char* name, std::initializer_list<std::int64_t> sizes) {
+  std::int64_t elements = 1;
+  for (const std::int64_t s : sizes) {
+    if (s > 0 && elements > (std::int64_t{1} << 60) / s) {
+      throw std::invalid_argument(std::string(name) + " has too many elements");
+    }
+    elements *= s;
+  }
+}
+
+ConvolutionBn convolution_bn(std::uintptr_t x, std::uintptr_t weight, const Pair& image,
+                             std::int64_t channels, const Pair& kernel, const Pair& stride,
+                             const Pair& padding, const Pair& dilation, const py::object& mean,
+                             const py::object& var, const py::object& bn_weight,
+                             const py::object& bias, double eps) {
+  if (x == 0 || weight == 0) throw std::invalid_argument("x or weight is a null pointer");
+  ConvolutionBn conv;
+  conv.x = pointer<const void>(x);
+  conv.weight = pointer<const void>(weight);
+  conv.height = size("height", image[0], 0);
+  conv.width = size("width", image[1], 0);
+  conv.channels = size("channels", channels, 0);
+  conv.kernel_h = size("kernel height", kernel[0], 1);
+  conv.kernel_w = size("kernel width", kernel[1], 1);
+  conv.stride_h = size("vertical stride", stride[0], 1);
+  conv.stride_w = size("horizontal stride", stride[1], 1);
+  conv.padding_h = size("vertical padding", padding[0], 0);
+  conv.padding_w = size("horizontal padding", padding[1], 0);
+  conv.dilation_h = size("vertical dilation", dilation[0], 1);
+  conv.dilation_w = size("horizontal dilation", dilation[1], 1);
+  conv.bn = batch_norm(mean, var, bn_weight, bias, eps);
+  return conv;
+}
+
+// What one convolution must have in common with the result.
+void check_convolution(const ConvolutionBn& conv, const ConvBn& result) {
+  const auto positions = [](std::int64_t in, std::int64_t kernel, std::int64_t stride,
+                            std::int64_t padding, std::int64_t dilation) {
+    const std::int64_t reach = dilation * (kernel - 1) + 1;
+    if (in + 2 * padding < reach) return std::int64_t{0};
+    return (in + 2 * padding - reach) / stride + 1;
+  };
+  if (positions(conv.height, conv.kernel_h, conv.stride_h, conv.padding_h, conv.dilation_h) !=
+          result.out_height ||
+      positions(conv.width, conv.kernel_w, conv.stride_w, conv.padding_w, conv.dilation_w) !=
+          result.out_width) {
+    throw std::invalid_argument("the convolution of a " + std::to_string(conv.height) + " x " +
+                                std::to_string(conv.width) + " image is not of size " +
+                                std::to_string(result.out_height) + " x " +
+                                std::to_string(result.out_width));
+  }
+  if (conv.channels % result.groups != 0 || result.out_channels % result.groups != 0) {
+    throw std::invalid_argument("groups must divide channels and out_channels");
+  }
+  check_elements("x", {result.batch, conv.height, conv.width, conv.channels});
+  check_elements("weight", {result.out_channels, conv.kernel_h, conv.kernel_w, conv.channels});
+}
+
+void conv_bn(std::uintptr_t out, std::uintptr_t residual, DType dtype, std::int64_t batch,
+             const Pair& out_image, std::int64_t out_channels, std::int64_t groups,
+             const ConvolutionBn& conv, const std::optional<ConvolutionBn>& projection, bool relu,
+             ConvTile tile, int device, std::uintptr_t stream) {
+  const ConvBn arguments{pointer(out),
+                         pointer<const void>(residual),
+                         dtype,
+                         size("batch", batch, 0),
+                         size("out_height", out_image[0], 0),
+                         size("out_width", out_image[1], 0),
+                         size("out_channels", out_channels, 0),
+                         size("groups", groups, 1),
+                         conv,
+                         projection.value_or(ConvolutionBn{}),
+                         relu};
+  if (out == 0) throw std::invalid_argument("out is a null pointer");
+  check_elements("out", {batch, out_image[0], out_image[1], out_channels});
+  size("out_height * out_width", out_image[0] * out_image[1], 0);
+  check_convolution(conv, arguments);
+  if (projection) {
+    if (groups != 1 || residual != 0) {
+      throw std::invalid_argument("a projection needs groups = 1 and excludes a residual");
+    }
+    check_convolution(*projection, arguments);
+  }
+  if (!resnet_fused::conv_bn_offers(arguments, tile)) {
+    throw std::invalid_argument("this tile does not compute such a convolution; use automatic");
+  }
+  py::gil_scoped_release unlocked;
+  check_cuda("conv_bn",
+             resnet_fused::conv_bn(arguments, tile, device, pointer<CUstream_st>(stream)));
 }
 
 }  // namespace
@@ -98,6 +213,33 @@ void register_cuda_kernels(py::module_& module) {
              "addresses of (rows, channels) matrices of `dtype`; residual is 0 for none; out may\n"
              "be x or residual. The others are (address, DType), weight and bias or None.\n"
              "Raises ValueError for impossible sizes, RuntimeError for what CUDA reports.");
+
+  py::enum_<ConvTile>(module, "ConvTile", "Output positions x channels that a block computes.")
+      .value("automatic", ConvTile::kAuto)
+      .value("m64n64", ConvTile::k64x64)
+      .value("m128n64", ConvTile::k128x64)
+      .value("m128n128", ConvTile::k128x128);
+
+  py::class_<ConvolutionBn>(module, "ConvolutionBn",
+                            "A convolution with zero padding and its batch norm: addresses of x\n"
+                            "(batch, *image, channels) and weight (out_channels, *kernel,\n"
+                            "channels / groups); mean, var, bn_weight and bias are (address,\n"
+                            "DType), the last two or None.")
+      .def(py::init(&convolution_bn), py::arg("x"), py::arg("weight"), py::arg("image"),
+           py::arg("channels"), py::arg("kernel"), py::arg("stride"), py::arg("padding"),
+           py::arg("dilation"), py::arg("mean"), py::arg("var"), py::arg("bn_weight"),
+           py::arg("bias"), py::arg("eps"));
+
+  module.def("cuda_conv_bn", &conv_bn, py::arg("out"), py::arg("residual"), py::arg("dtype"),
+             py::arg("batch"), py::arg("out_image"), py::arg("out_channels"), py::arg("groups"),
+             py::arg("conv"), py::arg("projection"), py::arg("relu"), py::arg("tile"),
+             py::arg("device"), py::arg("stream"),
+             "out = relu?(bn(conv(x)) + residual), or relu?(bn(conv(x)) + bn(projection(x'))),\n"
+             "queued on `stream` of `device`. out and residual are addresses of (batch,\n"
+             "*out_image, out_channels) tensors of `dtype`, which x and weight have too; residual\n"
+             "is 0 for none and may be out; projection is a ConvolutionBn, with groups = 1, or\n"
+             "None. Raises ValueError for impossible sizes or a tile that does not serve them,\n"
+             "RuntimeError for what CUDA reports.");
 
   module.def(
       "cuda_check_device",

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import BackendUnavailableError
 from ..parameters import BatchNorm, Convolution, MaxPool
 
-NAMES = ("cuda", "triton", "cpu", "reference")
+NAMES = ("cuda", "triton", "cpu", "cuda_sim", "reference")
 # Best first, for each type of device.
 PREFERENCE = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
 

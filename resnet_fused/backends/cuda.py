@@ -1,9 +1,16 @@
-"""Backend `cuda`: torch's convolutions (cuDNN, NHWC), our CUDA kernels for what follows them."""
+"""Backend `cuda`: our CUDA kernels, and torch's convolutions (cuDNN, NHWC) where those are ahead.
+
+Our implicit GEMM takes every convolution of whole 16-byte chunks on tensor cores: float16 and
+bfloat16, one group, channels that are multiples of 8. cuDNN takes the others (the stem's three
+channels, small groups, float32 with or without TF32), followed by our normalisation kernel.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +27,7 @@ class CudaBackend:
 
     def __init__(self, extension: ModuleType) -> None:
         self._extension = extension
+        self._tile = extension.ConvTile.automatic
         self._dtypes = {
             torch.float32: extension.DType.float32,
             torch.float16: extension.DType.float16,
@@ -55,33 +63,125 @@ class CudaBackend:
             residual = residual.contiguous(memory_format=torch.channels_last)
         if out is None:
             out = torch.empty_like(x, memory_format=torch.channels_last)
-        # Held in a list, as the kernel's arguments are bare addresses.
-        vectors = [None if v is None else self._vector(v) for v in bn[:4]]
-        with torch.cuda.device(x.device):
-            self._extension.cuda_bn_add_relu(
-                out.data_ptr(),
-                x.data_ptr(),
-                0 if residual is None else residual.data_ptr(),
-                self._dtypes[x.dtype],
-                x.numel() // x.shape[1],
-                x.shape[1],
-                *(None if v is None else (v.data_ptr(), self._dtypes[v.dtype]) for v in vectors),
-                bn.eps,
-                relu,
-                x.device.index,
-                torch.cuda.current_stream(x.device).cuda_stream,
-            )
+        vectors = self._vectors(bn)
+        self._run(
+            self._extension.cuda_bn_add_relu,
+            out,
+            [x, residual, *vectors],
+            out.data_ptr(),
+            x.data_ptr(),
+            _address(residual),
+            self._dtypes[x.dtype],
+            x.numel() // x.shape[1],
+            x.shape[1],
+            *map(self._typed_address, vectors),
+            bn.eps,
+            relu,
+        )
         return out
 
-    def _vector(self, v: Tensor) -> Tensor:
-        """Dense, and in a type that the kernel reads (a float64 parameter is rounded)."""
-        return (v if v.dtype in self._dtypes else v.float()).contiguous()
+    def _run(
+        self,
+        kernel: Callable[..., None],
+        out: Tensor,
+        read: Sequence[Tensor | None],
+        *arguments: Any,
+    ) -> None:
+        """Queues `kernel(*arguments)` on the current stream of the tensors' device.
+
+        The arguments are bare addresses; `out` and `read` are the tensors behind them, which the
+        caller thus keeps alive until the kernel is queued.
+        """
+        with torch.cuda.device(out.device):
+            stream = torch.cuda.current_stream(out.device).cuda_stream
+            kernel(*arguments, out.device.index, stream)
+
+    def _vectors(self, bn: BatchNorm) -> list[Tensor | None]:
+        """Dense, and in types that the kernels read (a float64 parameter is rounded)."""
+        return [
+            None if v is None else (v if v.dtype in self._dtypes else v.float()).contiguous()
+            for v in bn[:4]
+        ]
+
+    def _typed_address(self, vector: Tensor | None) -> tuple[int, Any] | None:
+        return None if vector is None else (vector.data_ptr(), self._dtypes[vector.dtype])
+
+    def _left_to_cudnn(self, x: Tensor, conv: Convolution) -> bool:
+        return (
+            x.dtype == torch.float32
+            or conv.groups > 1
+            or conv.weight.shape[0] % 8 > 0
+            or conv.weight.shape[1] % 8 > 0
+        )
 
     def conv_bn(
         self, x: Tensor, conv: Convolution, bn: BatchNorm, residual: Tensor | None, relu: bool
     ) -> Tensor:
-        convolved = _convolve(x, conv)
-        return self._bn_add_relu(convolved, bn, residual, relu, out=convolved)
+        if self._left_to_cudnn(x, conv):
+            convolved = _convolve(x, conv)
+            return self._bn_add_relu(convolved, bn, residual, relu, out=convolved)
+        return self._conv_bn((x, conv, bn), None, residual, relu)
+
+    def _conv_bn(
+        self,
+        main: tuple[Tensor, Convolution, BatchNorm],
+        projection: tuple[Tensor, Convolution, BatchNorm] | None,
+        residual: Tensor | None,
+        relu: bool,
+    ) -> Tensor:
+        x, conv, _ = main
+        if residual is not None:
+            residual = residual.contiguous(memory_format=torch.channels_last)
+        image = [
+            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for size, kernel, stride, padding, dilation in zip(
+                x.shape[2:], conv.weight.shape[2:], *conv[1:4], strict=True
+            )
+        ]
+        out = torch.empty(
+            (x.shape[0], conv.weight.shape[0], *image),
+            dtype=x.dtype,
+            device=x.device,
+            memory_format=torch.channels_last,
+        )
+        product, read = self._product(*main)
+        projected, also_read = (None, []) if projection is None else self._product(*projection)
+        self._run(
+            self._extension.cuda_conv_bn,
+            out,
+            [residual, *read, *also_read],
+            out.data_ptr(),
+            _address(residual),
+            self._dtypes[x.dtype],
+            out.shape[0],
+            image,
+            out.shape[1],
+            conv.groups,
+            product,
+            projected,
+            relu,
+            self._tile,
+        )
+        return out
+
+    def _product(
+        self, x: Tensor, conv: Convolution, bn: BatchNorm
+    ) -> tuple[Any, list[Tensor | None]]:
+        """The kernel's description of one convolution, and the tensors it refers to."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        weight = conv.weight.contiguous(memory_format=torch.channels_last)
+        vectors = self._vectors(bn)
+        product = self._extension.ConvolutionBn(
+            x.data_ptr(),
+            weight.data_ptr(),
+            tuple(x.shape[2:]),
+            x.shape[1],
+            tuple(weight.shape[2:]),
+            *conv[1:4],
+            *map(self._typed_address, vectors),
+            bn.eps,
+        )
+        return product, [x, weight, *vectors]
 
     def conv_bn_projection(
         self,
@@ -92,8 +192,14 @@ class CudaBackend:
         projection: Convolution,
         projection_bn: BatchNorm,
     ) -> Tensor:
-        projected = self.conv_bn(shortcut, projection, projection_bn, None, relu=False)
-        return self.conv_bn(x, conv, bn, projected, relu=True)
+        if (
+            conv.groups * projection.groups > 1
+            or self._left_to_cudnn(x, conv)
+            or self._left_to_cudnn(shortcut, projection)
+        ):
+            projected = self.conv_bn(shortcut, projection, projection_bn, None, relu=False)
+            return self.conv_bn(x, conv, bn, projected, relu=True)
+        return self._conv_bn((x, conv, bn), (shortcut, projection, projection_bn), None, True)
 
     def stem(self, x: Tensor, conv: Convolution, bn: BatchNorm, pool: MaxPool) -> Tensor:
         out = F.max_pool2d(self.conv_bn(x, conv, bn, None, relu=True), *pool)
@@ -101,6 +207,10 @@ class CudaBackend:
 
     def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x.mean((2, 3)), weight, bias)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _convolve(x: Tensor, conv: Convolution) -> Tensor:

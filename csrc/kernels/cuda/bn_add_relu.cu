@@ -2,24 +2,23 @@
 //
 // Algorithm: the NHWC tensor is a (rows, channels) matrix. A thread owns V neighbouring channels,
 // V * sizeof(T) = 16 bytes, and walks down the rows with their mean, scale and bias in fp32
-// registers; the block computes these once, in shared memory, from the live parameters. x - mean is
-// taken first, as it is exact where a large mean meets a small variance; folding the mean into a
-// shift would cancel there.
+// registers; the block computes these once, in shared memory, from the live parameters
+// (batch_norm.cuh).
 // Tile: 256 threads = (channel vectors of a row, at most 256) x (rows), 2 rows in flight a thread;
 // grid.y covers wider rows, grid.x strides over the rows. Channels that are no multiple of V, or
 // pointers off 16 bytes, take the same kernel with V = 1.
 // Memory: reads x (and residual) once, writes out once, each access 16 bytes a thread and
 // contiguous over a warp; the parameters come from L2. Shared memory: 16 bytes a channel, <= 32 KB.
 // Versus PyTorch's separate ops: 2 or 3 tensors moved instead of 4 (BN, ReLU) or 7 (BN, add, ReLU).
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
-#include <type_traits>
 
+#include "kernels/cuda/batch_norm.cuh"
 #include "kernels/cuda/bn_add_relu.h"
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/numbers.cuh"
+#include "kernels/cuda/ptx.cuh"
 
 namespace resnet_fused {
 namespace {
@@ -29,84 +28,28 @@ constexpr int kRowsInFlight = 2;
 constexpr int kResidentBlocks = 3;  // per multiprocessor: 80 registers a thread, no spills
 constexpr int kBlocksPerMultiprocessor = 2 * kResidentBlocks;
 
-__device__ float to_float(float v) { return v; }
-__device__ float to_float(__half v) { return __half2float(v); }
-__device__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
-
-template <typename T>
-__device__ T from_float(float v) {
-  if constexpr (std::is_same_v<T, float>) {
-    return v;
-  } else if constexpr (std::is_same_v<T, __half>) {
-    return __float2half_rn(v);
-  } else {
-    return __float2bfloat16_rn(v);
-  }
-}
-
-template <typename T, int V>
-struct alignas(sizeof(T) * V) Pack {
-  T value[V];
-};
-
 // The linear index of this thread in its block, and the step that visits all.
 __device__ int thread_index() { return threadIdx.y * blockDim.x + threadIdx.x; }
 __device__ int thread_count() { return blockDim.x * blockDim.y; }
 
-template <typename T>
-__device__ void convert(float* to, const T* from, int count) {
-#pragma unroll 1
-  for (int i = thread_index(); i < count; i += thread_count()) to[i] = to_float(from[i]);
-}
-
-// Brings `count` parameters, from channel `first` on, to shared memory as fp32. A thread keeps to
-// its own entries. The type is switched on outside the loops, which keeps the code small.
-__device__ void load(float* to, const Vector& from, float absent, std::int64_t first, int count) {
-  if (from.data == nullptr) {
-#pragma unroll 1
-    for (int i = thread_index(); i < count; i += thread_count()) to[i] = absent;
-  } else if (from.dtype == DType::kFloat16) {
-    convert(to, static_cast<const __half*>(from.data) + first, count);
-  } else if (from.dtype == DType::kBFloat16) {
-    convert(to, static_cast<const __nv_bfloat16*>(from.data) + first, count);
-  } else {
-    convert(to, static_cast<const float*>(from.data) + first, count);
-  }
-}
-
 template <typename T, int V, bool kResidual>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks) bn_add_relu_kernel(const BnAddRelu a) {
   using Packed = Pack<T, V>;
-  extern __shared__ float parameters[];
+  constexpr bool kExact = sizeof(T) == sizeof(float);
   const int stored = blockDim.x * V;
-  float* means = parameters;
-  float* scales = means + stored;
-  float* biases = scales + stored;
-  float* variances = biases + stored;
-
   const std::int64_t first_channel = std::int64_t(blockIdx.y) * stored;
   const std::int64_t left = a.channels - first_channel;
   const int count = left < stored ? static_cast<int>(left) : stored;
-  load(means, a.mean, 0.0f, first_channel, count);
-  load(variances, a.var, 1.0f, first_channel, count);
-  load(scales, a.weight, 1.0f, first_channel, count);
-  load(biases, a.bias, 0.0f, first_channel, count);
-#pragma unroll 1
-  for (int i = thread_index(); i < count; i += thread_count()) {
-    scales[i] /= sqrtf(variances[i] + a.eps);
-  }
+  load_terms(0, a.bn, first_channel, count, stored, thread_index(), thread_count());
   __syncthreads();
 
   const std::int64_t width = a.channels / V;
   const std::int64_t column = std::int64_t(blockIdx.y) * blockDim.x + threadIdx.x;
   if (column >= width) return;
-  float mean[V], scale[V], bias[V];
+  Terms terms[V];
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    const int channel = threadIdx.x * V + i;
-    mean[i] = means[channel];
-    scale[i] = scales[channel];
-    bias[i] = biases[channel];
+    terms[i] = ptx::load_shared<Terms>((threadIdx.x * V + i) * kTermBytes);
   }
   // Written so that a NaN passes, as it does through PyTorch's ReLU.
   const float floor = a.relu ? 0.0f : -INFINITY;
@@ -125,8 +68,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) bn_add_relu_kernel(
     for (int k = 0; k < kRowsInFlight; ++k) {
       const std::int64_t row = first + k * stride;
       if (row < a.rows) {
-        loaded[k] = x[row * width];
-        if constexpr (kResidual) added[k] = residual[row * width];
+        loaded[k] = ptx::load_global(x + row * width);
+        if constexpr (kResidual) added[k] = ptx::load_global(residual + row * width);
       }
     }
 #pragma unroll
@@ -136,28 +79,29 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) bn_add_relu_kernel(
         Packed result;
 #pragma unroll
         for (int i = 0; i < V; ++i) {
-          float y = fmaf(to_float(loaded[k].value[i]) - mean[i], scale[i], bias[i]);
+          float y = normalise<kExact>(to_float(loaded[k].value[i]), terms[i]);
           if constexpr (kResidual) y += to_float(added[k].value[i]);
           result.value[i] = from_float<T>(y < floor ? floor : y);
         }
-        out[row * width] = result;
+        ptx::store_global(out + row * width, result);
       }
     }
   }
 }
 
+using Kernel = void (*)(BnAddRelu);
+
 template <typename T, int V>
-const void* kernel_for(bool residual) {
-  return residual ? reinterpret_cast<const void*>(&bn_add_relu_kernel<T, V, true>)
-                  : reinterpret_cast<const void*>(&bn_add_relu_kernel<T, V, false>);
+Kernel kernel_for(bool residual) {
+  return residual ? &bn_add_relu_kernel<T, V, true> : &bn_add_relu_kernel<T, V, false>;
 }
 
 template <typename T>
-const void* kernel_for(bool residual, bool vectorised) {
+Kernel kernel_for(bool residual, bool vectorised) {
   return vectorised ? kernel_for<T, 16 / sizeof(T)>(residual) : kernel_for<T, 1>(residual);
 }
 
-const void* kernel_for(DType dtype, bool residual, bool vectorised) {
+Kernel kernel_for(DType dtype, bool residual, bool vectorised) {
   switch (dtype) {
     case DType::kFloat16:
       return kernel_for<__half>(residual, vectorised);
@@ -171,12 +115,6 @@ const void* kernel_for(DType dtype, bool residual, bool vectorised) {
 bool aligned(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0; }
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
-// The launch's own status; clears what a failed call leaves behind for the next query.
-cudaError_t settled(cudaError_t status) {
-  if (status != cudaSuccess) static_cast<void>(cudaGetLastError());
-  return status;
-}
 
 }  // namespace
 
@@ -202,18 +140,17 @@ cudaError_t bn_add_relu(const BnAddRelu& arguments, int device, cudaStream_t str
   if (across > 65535) return cudaErrorInvalidConfiguration;  // over 16 million channels
   const dim3 grid(static_cast<unsigned>(std::min(useful, wanted)), static_cast<unsigned>(across));
 
-  BnAddRelu copy = arguments;
-  void* parameters[] = {&copy};
-  const void* kernel = kernel_for(arguments.dtype, arguments.residual != nullptr, vectorised);
-  const std::size_t shared = 4 * sizeof(float) * block.x * (vectorised ? lanes : 1);
-  return settled(cudaLaunchKernel(kernel, grid, block, parameters, shared, stream));
+  const Kernel kernel = kernel_for(arguments.dtype, arguments.residual != nullptr, vectorised);
+  const std::size_t shared = kTermBytes * block.x * (vectorised ? lanes : 1);
+  return launch(kernel, grid, block, shared, stream, arguments);
 }
 
 cudaError_t bn_add_relu_loadable(int device) {
   cudaError_t status = cudaSetDevice(device);
   if (status != cudaSuccess) return settled(status);
   cudaFuncAttributes attributes;
-  return settled(cudaFuncGetAttributes(&attributes, kernel_for(DType::kFloat32, false, true)));
+  return settled(cudaFuncGetAttributes(
+      &attributes, reinterpret_cast<const void*>(kernel_for(DType::kFloat32, false, true))));
 }
 
 }  // namespace resnet_fused

@@ -5,15 +5,9 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/tensor.h"
+
 namespace resnet_fused {
-
-enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
-
-// One value per channel, of any of the types; null means absent.
-struct Vector {
-  const void* data = nullptr;
-  DType dtype = DType::kFloat32;
-};
 
 struct BnAddRelu {
   void* out;             // (rows, channels) of `dtype`; may be x or residual itself
@@ -22,11 +16,7 @@ struct BnAddRelu {
   DType dtype;
   std::int64_t rows;
   std::int64_t channels;
-  Vector mean;
-  Vector var;
-  Vector weight;  // null: 1
-  Vector bias;    // null: 0
-  float eps;
+  BatchNorm bn;
   bool relu;
 };
 

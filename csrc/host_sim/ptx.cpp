@@ -1,0 +1,100 @@
+#include "host_sim/ptx.h"
+
+namespace resnet_fused::ptx {
+namespace {
+
+struct MatrixLoad {
+  std::uint32_t* to;
+  std::uint32_t row;
+};
+
+void load_matrices(void* const (&lanes)[32]) {
+  host_sim::Statistics& statistics = host_sim::statistics();
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    unsigned banks = 0;  // groups of 4 banks, which a 16-byte row fills
+    for (int row = 0; row < 8; ++row) {
+      const int lane = 8 * matrix + row;
+      const std::uint32_t offset = static_cast<const MatrixLoad*>(lanes[lane])->row;
+      std::uint32_t words[4];
+      std::memcpy(words, host_sim::shared_to_read(offset, 16, lane), 16);
+      for (int k = 0; k < 4; ++k)
+        static_cast<MatrixLoad*>(lanes[4 * row + k])->to[matrix] = words[k];
+      banks |= 1u << offset / 16 % 8;
+    }
+    ++statistics.matrix_loads;
+    statistics.bank_conflicts += 8 - __builtin_popcount(banks);
+  }
+}
+
+struct Product {
+  float* d;
+  const std::uint32_t* a;
+  const std::uint32_t* b;
+};
+
+float to_float(__half v) { return __half2float(v); }
+float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+template <typename T>
+float low(std::uint32_t pair) {
+  return to_float(T{static_cast<std::uint16_t>(pair)});
+}
+
+template <typename T>
+float high(std::uint32_t pair) {
+  return to_float(T{static_cast<std::uint16_t>(pair >> 16)});
+}
+
+template <typename T>
+void multiply(void* const (&lanes)[32]) {
+  float a[16][16], b[16][8], d[16][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const Product& registers = *static_cast<const Product*>(lanes[lane]);
+    const int g = lane / 4, t = lane % 4;
+    for (int k = 0; k < 4; ++k) {
+      const int row = g + k % 2 * 8, depth = 2 * t + k / 2 * 8;
+      a[row][depth] = low<T>(registers.a[k]);
+      a[row][depth + 1] = high<T>(registers.a[k]);
+    }
+    for (int k = 0; k < 2; ++k) {
+      b[2 * t + 8 * k][g] = low<T>(registers.b[k]);
+      b[2 * t + 8 * k + 1][g] = high<T>(registers.b[k]);
+    }
+    for (int k = 0; k < 4; ++k) d[g + k / 2 * 8][2 * t + k % 2] = registers.d[k];
+  }
+  for (int row = 0; row < 16; ++row) {
+    for (int depth = 0; depth < 16; ++depth) {
+      for (int column = 0; column < 8; ++column) {
+        d[row][column] += a[row][depth] * b[depth][column];
+      }
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    const int g = lane / 4, t = lane % 4;
+    float* to = static_cast<const Product*>(lanes[lane])->d;
+    for (int k = 0; k < 4; ++k) to[k] = d[g + k / 2 * 8][2 * t + k % 2];
+  }
+  ++host_sim::statistics().products;
+}
+
+}  // namespace
+
+void ldmatrix_x4(std::uint32_t (&to)[4], std::uint32_t row) {
+  MatrixLoad operands{to, row};
+  host_sim::collective("ldmatrix", &load_matrices, &operands);
+}
+
+template <>
+void mma_m16n8k16<__half>(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t* b) {
+  Product operands{d, a, b};
+  host_sim::collective("mma.m16n8k16.f16", &multiply<__half>, &operands);
+}
+
+template <>
+void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const std::uint32_t (&a)[4],
+                                 const std::uint32_t* b) {
+  Product operands{d, a, b};
+  host_sim::collective("mma.m16n8k16.bf16", &multiply<__nv_bfloat16>, &operands);
+}
+
+}  // namespace resnet_fused::ptx

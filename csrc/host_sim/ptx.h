@@ -1,0 +1,64 @@
+// The functions of kernels/cuda/ptx.cuh, modelled on the host: same names, same meaning.
+//
+// Memory accesses are checked by the simulator. The PTX ISA leaves open in which order and with
+// which intermediate precision mma adds; here each product is exact and added to the fp32
+// accumulator in order of depth, rounded to nearest.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "host_sim/simulator.h"
+
+namespace resnet_fused::ptx {
+
+template <typename V>
+V load_shared(std::uint32_t offset) {
+  V value;
+  std::memcpy(&value, host_sim::shared_to_read(offset, sizeof(V)), sizeof(V));
+  return value;
+}
+
+template <typename V>
+void store_shared(std::uint32_t offset, const V& value) {
+  std::memcpy(host_sim::shared_to_write(offset, sizeof(V)), &value, sizeof(V));
+}
+
+template <typename V>
+V load_global(const V* from) {
+  V value;
+  std::memcpy(&value, host_sim::global_to_read(from, sizeof(V)), sizeof(V));
+  return value;
+}
+
+template <typename V>
+void store_global(V* to, const V& value) {
+  std::memcpy(host_sim::global_to_write(to, sizeof(V)), &value, sizeof(V));
+}
+
+inline void cp_async_16(std::uint32_t to, const void* from, bool valid) {
+  host_sim::copy_async(to, from, 16, valid ? 16 : 0);
+}
+
+inline void cp_async_commit() { host_sim::commit_copies(); }
+
+template <int kPending>
+void cp_async_wait() {
+  host_sim::wait_for_copies(kPending);
+}
+
+void ldmatrix_x4(std::uint32_t (&to)[4], std::uint32_t row);
+
+template <typename T>
+void mma_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t* b);
+template <>
+void mma_m16n8k16<__half>(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t* b);
+template <>
+void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const std::uint32_t (&a)[4],
+                                 const std::uint32_t* b);
+
+}  // namespace resnet_fused::ptx

@@ -1,0 +1,238 @@
+#include <cuda_runtime_api.h>
+
+#include <map>
+
+#include "host_sim/tests/primitives.h"
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/numbers.cuh"
+#include "kernels/cuda/ptx.cuh"
+
+namespace host_sim::tests {
+namespace {
+
+namespace ptx = resnet_fused::ptx;
+using Quad = resnet_fused::Pack<std::uint32_t, 4>;
+
+struct Arguments {
+  const std::uint32_t* in;
+  std::uint32_t* out;
+};
+
+__device__ float as_float(std::uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+__device__ std::uint32_t as_bits(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+// in: 32 row offsets, then what shared memory holds. out: 4 registers a lane.
+__global__ void ldmatrix(const Arguments a) {
+  for (int i = threadIdx.x; i < 256; i += blockDim.x) {
+    ptx::store_shared(4 * i, ptx::load_global(a.in + 32 + i));
+  }
+  __syncthreads();
+  std::uint32_t registers[4];
+  ptx::ldmatrix_x4(registers, ptx::load_global(a.in + threadIdx.x));
+  for (int k = 0; k < 4; ++k) ptx::store_global(a.out + 4 * threadIdx.x + k, registers[k]);
+}
+
+// in: a lane's 4 registers of a, 2 of b, 4 of d, lane after lane. out: 4 of d a lane.
+template <typename T>
+__global__ void mma(const Arguments a) {
+  const std::uint32_t* in = a.in + 10 * threadIdx.x;
+  std::uint32_t left[4], right[2];
+  float d[4];
+  for (int k = 0; k < 4; ++k) left[k] = ptx::load_global(in + k);
+  for (int k = 0; k < 2; ++k) right[k] = ptx::load_global(in + 4 + k);
+  for (int k = 0; k < 4; ++k) d[k] = as_float(ptx::load_global(in + 6 + k));
+  ptx::mma_m16n8k16<T>(d, left, right);
+  for (int k = 0; k < 4; ++k) ptx::store_global(a.out + 4 * threadIdx.x + k, as_bits(d[k]));
+}
+
+// in: a float. out: as binary16, as bfloat16, and both back.
+__global__ void convert(const Arguments a) {
+  const float value = as_float(ptx::load_global(a.in));
+  const __half half = resnet_fused::from_float<__half>(value);
+  const __nv_bfloat16 bfloat = resnet_fused::from_float<__nv_bfloat16>(value);
+  ptx::store_global(a.out, std::uint32_t{half.bits});
+  ptx::store_global(a.out + 1, std::uint32_t{bfloat.bits});
+  ptx::store_global(a.out + 2, as_bits(resnet_fused::to_float(half)));
+  ptx::store_global(a.out + 3, as_bits(resnet_fused::to_float(bfloat)));
+}
+
+// Three groups of one copy each, the second of nothing; each is read once it must have landed.
+__global__ void copy_groups(const Arguments a) {
+  ptx::cp_async_16(0, a.in, true);
+  ptx::cp_async_commit();
+  ptx::cp_async_16(16, a.in, false);
+  ptx::cp_async_commit();
+  ptx::cp_async_16(32, a.in + 4, true);
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<2>();
+  ptx::store_global(a.out, ptx::load_shared<std::uint32_t>(0));
+  ptx::cp_async_wait<1>();
+  ptx::store_global(a.out + 1, ptx::load_shared<std::uint32_t>(16));
+  ptx::cp_async_wait<0>();
+  ptx::store_global(a.out + 2, ptx::load_shared<std::uint32_t>(44));
+}
+
+__global__ void copy_read_one_group_early(const Arguments a) {
+  ptx::cp_async_16(0, a.in, true);
+  ptx::cp_async_commit();
+  ptx::cp_async_16(16, a.in + 4, true);
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<1>();
+  ptx::store_global(a.out, ptx::load_shared<std::uint32_t>(16));
+}
+
+__global__ void copy_never_awaited(const Arguments a) {
+  ptx::cp_async_16(0, a.in, true);
+  ptx::cp_async_commit();
+}
+
+// A thread waits for its own copies only: without a barrier, the other's may be on the way.
+__global__ void copy_of_another_thread(const Arguments a) {
+  ptx::cp_async_16(16 * threadIdx.x, a.in, true);
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<0>();
+  const std::uint32_t other = 16 * (threadIdx.x ^ 1);
+  ptx::store_global(a.out + threadIdx.x, ptx::load_shared<std::uint32_t>(other));
+}
+
+// The block's words in reverse order.
+template <bool kBarrier>
+__global__ void reverse(const Arguments a) {
+  ptx::store_shared(4 * threadIdx.x, ptx::load_global(a.in + threadIdx.x));
+  if (kBarrier) __syncthreads();
+  const int from = blockDim.x - 1 - threadIdx.x;
+  ptx::store_global(a.out + threadIdx.x, ptx::load_shared<std::uint32_t>(4 * from));
+}
+
+// Overwrites what neighbours may still be reading.
+__global__ void overwrite_too_early(const Arguments a) {
+  ptx::store_shared(4 * threadIdx.x, std::uint32_t{threadIdx.x});
+  __syncthreads();
+  const std::uint32_t next = 4 * ((threadIdx.x + 1) % blockDim.x);
+  const std::uint32_t read = ptx::load_shared<std::uint32_t>(next);
+  ptx::store_shared(4 * threadIdx.x, read);
+  ptx::store_global(a.out + threadIdx.x, read);
+}
+
+// Threads that have left are not waited for.
+__global__ void barrier_of_the_others(const Arguments a) {
+  if (threadIdx.x >= 32) return;
+  ptx::store_shared(4 * threadIdx.x, std::uint32_t{threadIdx.x});
+  __syncthreads();
+  ptx::store_global(a.out + threadIdx.x, ptx::load_shared<std::uint32_t>(4 * (31 - threadIdx.x)));
+}
+
+__global__ void barrier_that_one_lane_misses(const Arguments a) {
+  std::uint32_t registers[4];
+  if (threadIdx.x == 7) {
+    ptx::ldmatrix_x4(registers, 0);
+  } else {
+    __syncthreads();
+  }
+  ptx::store_global(a.out, registers[0]);
+}
+
+__global__ void diverged(const Arguments a) {
+  std::uint32_t registers[4] = {};
+  float d[4] = {};
+  if (threadIdx.x == 3) {
+    ptx::mma_m16n8k16<__half>(d, registers, registers);
+  } else {
+    ptx::ldmatrix_x4(registers, 0);
+  }
+  ptx::store_global(a.out, registers[0]);
+}
+
+// 8 rows of 64 bytes, of which lane 8 j + i reads chunk j of row i; in: their 128 words. A writer
+// and a reader that permute the chunks alike find every word, without bank conflicts.
+template <bool kWritten, bool kRead>
+__global__ void swizzle(const Arguments a) {
+  const auto offset = [](int row, int chunk, bool permuted) {
+    return 64 * row + 16 * (permuted ? chunk ^ (row / 2 % 4) : chunk);
+  };
+  const Quad* rows = reinterpret_cast<const Quad*>(a.in);
+  const int row = threadIdx.x / 4, chunk = threadIdx.x % 4;
+  ptx::store_shared(offset(row, chunk, kWritten), ptx::load_global(rows + threadIdx.x));
+  __syncthreads();
+  std::uint32_t registers[4];
+  ptx::ldmatrix_x4(registers, offset(threadIdx.x % 8, threadIdx.x / 8, kRead));
+  for (int k = 0; k < 4; ++k) ptx::store_global(a.out + 4 * threadIdx.x + k, registers[k]);
+}
+
+// out[i] = in[i - 1] + in[i + 1] with zeros around, of 32 words.
+template <int kLast>
+__global__ void halo(const Arguments a) {
+  const int i = threadIdx.x;
+  const std::uint32_t left = i > 0 ? ptx::load_global(a.in + i - 1) : 0;
+  const std::uint32_t right = i < kLast ? ptx::load_global(a.in + i + 1) : 0;
+  ptx::store_global(a.out + i, left + right);
+}
+
+__global__ void read_uninitialised(const Arguments a) {
+  ptx::store_global(a.out, ptx::load_shared<std::uint32_t>(0));
+}
+
+__global__ void shared_out_of_bounds(const Arguments) { ptx::store_shared(1024, 0u); }
+__global__ void shared_misaligned(const Arguments) { ptx::store_shared(8, Quad{}); }
+__global__ void write_the_input(const Arguments a) {
+  ptx::store_global(const_cast<std::uint32_t*>(a.in), 0u);
+}
+
+struct Test {
+  void (*kernel)(Arguments);
+  unsigned threads;
+};
+
+const std::map<std::string, Test> kTests = {
+    {"ldmatrix", {&ldmatrix, 32}},
+    {"mma f16", {&mma<__half>, 32}},
+    {"mma bf16", {&mma<__nv_bfloat16>, 32}},
+    {"convert", {&convert, 1}},
+    {"copy groups", {&copy_groups, 1}},
+    {"copy read one group early", {&copy_read_one_group_early, 1}},
+    {"copy never awaited", {&copy_never_awaited, 1}},
+    {"copy of another thread", {&copy_of_another_thread, 2}},
+    {"reverse", {&reverse<true>, 96}},
+    {"reverse without barrier", {&reverse<false>, 96}},
+    {"overwrite too early", {&overwrite_too_early, 64}},
+    {"barrier of the others", {&barrier_of_the_others, 96}},
+    {"barrier that one lane misses", {&barrier_that_one_lane_misses, 64}},
+    {"diverged", {&diverged, 32}},
+    {"swizzle", {&swizzle<true, true>, 32}},
+    {"no swizzle", {&swizzle<false, false>, 32}},
+    {"swizzle forgotten by the reader", {&swizzle<true, false>, 32}},
+    {"halo", {&halo<31>, 32}},
+    {"halo off by one", {&halo<32>, 32}},
+    {"read uninitialised", {&read_uninitialised, 1}},
+    {"shared out of bounds", {&shared_out_of_bounds, 1}},
+    {"shared misaligned", {&shared_misaligned, 1}},
+    {"write the input", {&write_the_input, 1}},
+};
+
+}  // namespace
+
+std::vector<std::uint32_t> run(const std::string& name, const std::vector<std::uint32_t>& in,
+                               std::size_t outputs) {
+  const Test& test = kTests.at(name);
+  // In whole 16-byte rows, as asynchronous copies want them.
+  std::vector<Quad> aligned((in.size() + 3) / 4);
+  std::memcpy(aligned.data(), in.data(), in.size() * sizeof(in[0]));
+  std::vector<std::uint32_t> out(outputs, 0xffffffffu);
+  clear_buffers();
+  register_buffer(aligned.data(), in.size() * sizeof(in[0]), false);
+  register_buffer(out.data(), out.size() * sizeof(out[0]), true);
+  const Arguments arguments{reinterpret_cast<const std::uint32_t*>(aligned.data()), out.data()};
+  resnet_fused::launch(test.kernel, dim3(1), dim3(test.threads), 1024, nullptr, arguments);
+  return out;
+}
+
+}  // namespace host_sim::tests

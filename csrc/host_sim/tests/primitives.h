@@ -1,0 +1,16 @@
+// Small kernels over single primitives, right and wrong, for the simulator's own tests.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace host_sim::tests {
+
+// Runs the kernel of that name over `in` and returns its `outputs` words. Every word that it leaves
+// alone is 0xffffffff. Throws std::out_of_range for an unknown name, and what the kernel's run
+// does.
+std::vector<std::uint32_t> run(const std::string& name, const std::vector<std::uint32_t>& in,
+                               std::size_t outputs);
+
+}  // namespace host_sim::tests

@@ -1,0 +1,473 @@
+// Implicit GEMM on tensor cores: mma.sync, ldmatrix and cp.async, as sm_80 and later have them.
+//
+// Algorithm: out[m, k] = sum over taps (r, s) and channels c of x[pixel(m) + (r, s), c] *
+// weight[k, r, s, c], m running over batch x out_height x out_width. No matrix of pixels is ever
+// formed: a step of the K loop takes one tap and one slice of channels, and each thread copies its
+// 16-byte chunks of both operands straight from the NHWC and KRSC tensors to shared memory
+// (cp.async, zero-filled beyond the image, the channels, the rows). kStages - 1 steps are in flight
+// while the one before them is multiplied: ldmatrix and mma.m16n8k16 with fp32 accumulators; for
+// fp32 tensors fused multiply-adds, each product and sum rounded as fp32. The epilogue
+// (epilogue.cuh) normalises, adds, rectifies and rounds once. A block end with projection runs a
+// second K loop over the shortcut, with its own geometry and batch norm, and adds before the store.
+// Channels per group that are no multiple of 16 bytes are loaded one by one into the same chunks.
+//
+// Tiles (positions x channels x bytes of depth, warps, stages): 64 x 64 x 128, 4, 3;
+// 128 x 64 x 64, 4, 4; 128 x 128 x 64, 8, 4; fp32: 64 x 64 x 64, 8, 4. Blocks that share positions
+// are neighbours in the grid, so that x comes from memory once and then from L2.
+//
+// Shared memory: kStages x (positions + channels) rows of 64 or 128 bytes, then the terms of the
+// batch norms; the epilogue's staging lies over the stages. A row's 16-byte chunks are permuted
+// (swizzle below), so that 8 rows of one logical chunk, which ldmatrix reads at a time, and the 128
+// bytes that 8 neighbouring threads write, each fill all 32 banks once.
+//
+// Memory: x, weight, residual, shortcut and out once each, the floor, as far as L2 holds what the
+// taps and the blocks of one row of tiles share; every access is 16 bytes a thread.
+#include <limits>
+
+#include "kernels/cuda/conv_sm80.h"
+#include "kernels/cuda/epilogue.cuh"
+#include "kernels/cuda/launch.h"
+
+namespace resnet_fused {
+namespace {
+
+constexpr int kChunkBytes = 16;
+
+__host__ __device__ __forceinline__ bool aligned(const void* pointer) {
+  return reinterpret_cast<std::uintptr_t>(pointer) % kChunkBytes == 0;
+}
+
+// kWarpsM x kWarpsN warps compute kM x kN results, kRowBytes of depth a step; registers are bounded
+// so that kBlocks blocks fit a multiprocessor.
+template <int kM_, int kN_, int kRowBytes_, int kWarpsM_, int kWarpsN_, int kStages_, int kBlocks_>
+struct Tile {
+  static constexpr int kM = kM_, kN = kN_, kRowBytes = kRowBytes_;
+  static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kStages = kStages_,
+                       kBlocks = kBlocks_;
+  static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
+  static constexpr int kChunks = kRowBytes / kChunkBytes;  // of a row
+  static constexpr int kRowsAtOnce = kThreads / kChunks;   // that the block copies
+  static constexpr int kStageBytes = (kM + kN) * kRowBytes;
+  static_assert(kM % kRowsAtOnce == 0 && kN % kRowsAtOnce == 0);
+
+  static constexpr int shared_bytes(bool projection) {
+    return kStages * kStageBytes + (projection ? 2 : 1) * kN * static_cast<int>(kTermBytes);
+  }
+  static_assert(kM * kN * static_cast<int>(sizeof(float)) <= kStages * kStageBytes);
+};
+
+using Tile64x64 = Tile<64, 64, 128, 2, 2, 3, 3>;
+using Tile128x64 = Tile<128, 64, 64, 2, 2, 4, 2>;
+using Tile128x128 = Tile<128, 128, 64, 2, 4, 4, 2>;
+using TileNarrow = Tile<64, 64, 64, 2, 2, 3, 2>;  // channels one by one
+using TileFloat = Tile<64, 64, 64, 4, 2, 4, 2>;
+
+// The byte offset of a chunk in an operand of rows of kRowBytes.
+template <int kRowBytes>
+__device__ __forceinline__ std::uint32_t swizzle(int row, int chunk) {
+  static_assert(kRowBytes == 64 || kRowBytes == 128);
+  const int permuted = chunk ^ (kRowBytes == 128 ? row % 8 : row / 2 % 4);
+  return row * kRowBytes + permuted * kChunkBytes;
+}
+
+// One thread's part of copying both operands: the chunk `column` of every kRowsAtOnce-th row.
+template <typename T, typename Tile, bool kVectorised>
+class Gather {
+ public:
+  __device__ __forceinline__ Gather(const ConvBn& a, const ConvolutionBn& conv,
+                                    std::int64_t first_position, int group, int first_channel)
+      : conv_(conv),
+        channels_(conv.channels / a.groups),
+        column_(threadIdx.x % Tile::kChunks),
+        row_(threadIdx.x / Tile::kChunks) {
+    const int area = a.out_height * a.out_width;
+#pragma unroll
+    for (int i = 0; i < kRowsM; ++i) {
+      const std::int64_t position = first_position + row_ + i * Tile::kRowsAtOnce;
+      const std::int64_t image = position / area;
+      const int pixel = static_cast<int>(position - image * area);
+      const int p = pixel / a.out_width;
+      h_[i] = image < a.batch ? p * conv.stride_h - conv.padding_h : kOutside;
+      w_[i] = (pixel - p * a.out_width) * conv.stride_w - conv.padding_w;
+      x_[i] =
+          ((image * conv.height + h_[i]) * conv.width + w_[i]) * conv.channels + group * channels_;
+    }
+    const int out_channels = a.out_channels / a.groups;
+#pragma unroll
+    for (int i = 0; i < kRowsN; ++i) {
+      const int channel = first_channel + row_ + i * Tile::kRowsAtOnce;
+      const std::int64_t k = std::int64_t(group) * out_channels + channel;
+      weight_[i] = channel < out_channels ? k * conv.kernel_h * conv.kernel_w * channels_ : -1;
+    }
+  }
+
+  // How many times `copy` is to be called.
+  __device__ __forceinline__ int steps() const {
+    return conv_.kernel_h * conv_.kernel_w * ((channels_ + kDepth - 1) / kDepth);
+  }
+
+  // Starts the copies of the next step, to the operands at `stage`.
+  __device__ __forceinline__ void copy(std::uint32_t stage) {
+    const T* const x = static_cast<const T*>(conv_.x);
+    const T* const weight = static_cast<const T*>(conv_.weight);
+    const int c = first_ + column_ * kLanes;
+    const int h = r_ * conv_.dilation_h;
+    const int w = s_ * conv_.dilation_w;
+    const std::int64_t x_tap = (std::int64_t(h) * conv_.width + w) * conv_.channels + c;
+    const std::int64_t weight_tap = std::int64_t(r_ * conv_.kernel_w + s_) * channels_ + c;
+#pragma unroll
+    for (int i = 0; i < kRowsM; ++i) {
+      const bool inside = static_cast<unsigned>(h_[i] + h) < static_cast<unsigned>(conv_.height) &&
+                          static_cast<unsigned>(w_[i] + w) < static_cast<unsigned>(conv_.width);
+      copy_chunk(stage, i, x, x_[i] + x_tap, inside ? channels_ - c : 0);
+    }
+    stage += Tile::kM * Tile::kRowBytes;
+#pragma unroll
+    for (int i = 0; i < kRowsN; ++i) {
+      copy_chunk(stage, i, weight, weight_[i] + weight_tap, weight_[i] >= 0 ? channels_ - c : 0);
+    }
+    first_ += kDepth;
+    if (first_ >= channels_) {
+      first_ = 0;
+      if (++s_ == conv_.kernel_w) {
+        s_ = 0;
+        ++r_;
+      }
+    }
+  }
+
+ private:
+  static constexpr int kLanes = kChunkBytes / sizeof(T);
+  static constexpr int kDepth = Tile::kRowBytes / sizeof(T);
+  static constexpr int kRowsM = Tile::kM / Tile::kRowsAtOnce;
+  static constexpr int kRowsN = Tile::kN / Tile::kRowsAtOnce;
+  static constexpr int kOutside = -(1 << 30);  // above which no tap brings it back
+
+  // Row i of this thread takes `left` elements, at most a chunk, and zeros after them.
+  __device__ __forceinline__ void copy_chunk(std::uint32_t operand, int i, const T* from,
+                                             std::int64_t offset, int left) const {
+    const std::uint32_t to =
+        operand + swizzle<Tile::kRowBytes>(row_ + i * Tile::kRowsAtOnce, column_);
+    if constexpr (kVectorised) {
+      ptx::cp_async_16(to, left > 0 ? from + offset : from, left > 0);
+    } else {
+      Pack<T, kLanes> chunk{};
+#pragma unroll
+      for (int e = 0; e < kLanes; ++e) {
+        if (e < left) chunk.value[e] = ptx::load_global(from + offset + e);
+      }
+      ptx::store_shared(to, chunk);
+    }
+  }
+
+  const ConvolutionBn& conv_;
+  const int channels_;  // of a group
+  const int column_, row_;
+  int h_[kRowsM], w_[kRowsM];      // the pixel under tap (0, 0)
+  std::int64_t x_[kRowsM];         // its offset
+  std::int64_t weight_[kRowsN];    // of the output channel; -1 beyond the last
+  int r_ = 0, s_ = 0, first_ = 0;  // the next step's tap and channel
+};
+
+// A warp's part of the tile in the layout of mma.m16n8k16 (see Accumulators in epilogue.cuh).
+template <typename T, typename Tile>
+class TensorCore {
+ public:
+  static constexpr int kWarpM = Tile::kM / Tile::kWarpsM, kWarpN = Tile::kN / Tile::kWarpsN;
+  static constexpr int kRows = kWarpM / 8, kColumns = kWarpN / 8, kRun = 2;
+
+  __device__ __forceinline__ int row(int i) const { return first_row() + 8 * i + lane() / 4; }
+  __device__ __forceinline__ int column(int j) const {
+    return first_column() + 8 * j + lane() % 4 * 2;
+  }
+  __device__ __forceinline__ float& at(int i, int j, int e) { return d_[i / 2][j][i % 2 * 2 + e]; }
+
+  // Adds the product of the operands at `stage`.
+  __device__ __forceinline__ void multiply(std::uint32_t stage) {
+    // The rows that this lane names to ldmatrix: of a, both row halves, then both depth halves; of
+    // b, both depth halves, then the next 8 channels.
+    const int a_row = first_row() + lane() % 16, a_half = lane() / 16;
+    const int b_row = first_column() + lane() / 16 * 8 + lane() % 8, b_half = lane() / 8 % 2;
+    const std::uint32_t b_operand = stage + Tile::kM * Tile::kRowBytes;
+#pragma unroll
+    for (int chunk = 0; chunk < Tile::kChunks; chunk += 2) {
+      std::uint32_t a[kWarpM / 16][4], b[kWarpN / 16][4];
+#pragma unroll
+      for (int i = 0; i < kWarpM / 16; ++i) {
+        ptx::ldmatrix_x4(a[i], stage + swizzle<Tile::kRowBytes>(a_row + 16 * i, chunk + a_half));
+      }
+#pragma unroll
+      for (int j = 0; j < kWarpN / 16; ++j) {
+        ptx::ldmatrix_x4(b[j],
+                         b_operand + swizzle<Tile::kRowBytes>(b_row + 16 * j, chunk + b_half));
+      }
+#pragma unroll
+      for (int i = 0; i < kWarpM / 16; ++i) {
+#pragma unroll
+        for (int j = 0; j < kWarpN / 8; ++j) {
+          ptx::mma_m16n8k16<T>(d_[i][j], a[i], &b[j / 2][j % 2 * 2]);
+        }
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ static int lane() { return threadIdx.x % 32; }
+  __device__ __forceinline__ static int first_row() {
+    return threadIdx.x / 32 / Tile::kWarpsN * kWarpM;
+  }
+  __device__ __forceinline__ static int first_column() {
+    return threadIdx.x / 32 % Tile::kWarpsN * kWarpN;
+  }
+
+  float d_[kWarpM / 16][kWarpN / 8][4] = {};
+};
+
+// The same for fp32: threads in a square, each with every 16th row and column. Each step is summed
+// by itself first, which loses less than one long sum.
+template <typename Tile>
+class MultiplyAdd {
+ public:
+  static constexpr int kSide = 16;
+  static constexpr int kRows = Tile::kM / kSide, kColumns = Tile::kN / kSide, kRun = 1;
+  static_assert(Tile::kThreads == kSide * kSide);
+
+  __device__ __forceinline__ int row(int i) const { return kSide * i + threadIdx.x / kSide; }
+  __device__ __forceinline__ int column(int j) const { return kSide * j + threadIdx.x % kSide; }
+  __device__ __forceinline__ float& at(int i, int j, int) { return d_[i][j]; }
+
+  __device__ __forceinline__ void multiply(std::uint32_t stage) {
+    using Quad = Pack<float, 4>;
+    const std::uint32_t b_operand = stage + Tile::kM * Tile::kRowBytes;
+    float partial[kRows][kColumns] = {};
+#pragma unroll
+    for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
+      Quad a[kRows], b[kColumns];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        a[i] = ptx::load_shared<Quad>(stage + swizzle<Tile::kRowBytes>(row(i), chunk));
+      }
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        b[j] = ptx::load_shared<Quad>(b_operand + swizzle<Tile::kRowBytes>(column(j), chunk));
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+          for (int j = 0; j < kColumns; ++j) {
+            partial[i][j] = fmaf(a[i].value[e], b[j].value[e], partial[i][j]);
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) d_[i][j] += partial[i][j];
+    }
+  }
+
+ private:
+  float d_[kRows][kColumns] = {};
+};
+
+template <typename T, typename Tile>
+struct AccumulatorsOf {
+  using Type = TensorCore<T, Tile>;
+};
+template <typename Tile>
+struct AccumulatorsOf<float, Tile> {
+  using Type = MultiplyAdd<Tile>;
+};
+
+// The K loop: acc += all that `gather` brings. Returns behind a barrier, the stages free again.
+template <typename Tile, typename Gather, typename Accumulators>
+__device__ __forceinline__ void accumulate(Gather& gather, Accumulators& acc) {
+  const int steps = gather.steps();
+#pragma unroll
+  for (int stage = 0; stage < Tile::kStages - 1; ++stage) {
+    if (stage < steps) gather.copy(stage * Tile::kStageBytes);
+    ptx::cp_async_commit();
+  }
+  std::uint32_t multiplied = 0, copied = (Tile::kStages - 1) * Tile::kStageBytes;
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    ptx::cp_async_wait<Tile::kStages - 2>();
+    __syncthreads();  // this step's copies of all threads are here, and the last stage is read
+    if (step + Tile::kStages - 1 < steps) gather.copy(copied);
+    ptx::cp_async_commit();
+    acc.multiply(multiplied);
+    copied = multiplied;
+    multiplied += Tile::kStageBytes;
+    if (multiplied == Tile::kStages * Tile::kStageBytes) multiplied = 0;
+  }
+  __syncthreads();
+}
+
+// Grid: (tiles of positions x tiles of channels, the latter first; groups).
+template <typename T, typename Tile, bool kVectorised, bool kProjection>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
+    conv_bn_kernel(const __grid_constant__ ConvBn a) {
+  using Accumulators = typename AccumulatorsOf<T, Tile>::Type;
+  using Copies = Gather<T, Tile, kVectorised>;
+  constexpr bool kExact = sizeof(T) == sizeof(float);
+  constexpr std::uint32_t kTerms = Tile::kStages * Tile::kStageBytes;
+  constexpr std::uint32_t kProjectionTerms = kTerms + Tile::kN * kTermBytes;
+
+  const int group = blockIdx.y;
+  const int columns = a.out_channels / a.groups;
+  const unsigned tiles_across = (columns + Tile::kN - 1) / Tile::kN;
+  const std::int64_t first_row = std::int64_t(blockIdx.x / tiles_across) * Tile::kM;
+  const int first_column = blockIdx.x % tiles_across * Tile::kN;
+  const std::int64_t channel = std::int64_t(group) * columns + first_column;
+  const int count = columns - first_column;
+
+  load_terms(kTerms, a.conv.bn, channel, count, Tile::kN, threadIdx.x, Tile::kThreads);
+  Accumulators acc;
+  Copies copies(a, a.conv, first_row, group, first_column);
+  accumulate<Tile>(copies, acc);
+  normalise<kExact>(acc, kTerms);
+  if constexpr (kProjection) {
+    load_terms(kProjectionTerms, a.projection.bn, channel, count, Tile::kN, threadIdx.x,
+               Tile::kThreads);
+    Accumulators projected;
+    Copies projection(a, a.projection, first_row, group, first_column);
+    accumulate<Tile>(projection, projected);
+    normalise<kExact>(projected, kProjectionTerms);
+#pragma unroll
+    for (int i = 0; i < Accumulators::kRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < Accumulators::kColumns; ++j) {
+#pragma unroll
+        for (int e = 0; e < Accumulators::kRun; ++e) acc.at(i, j, e) += projected.at(i, j, e);
+      }
+    }
+  }
+
+  const std::int64_t offset = std::int64_t(group) * columns * sizeof(T);
+  const bool vectorised =
+      columns * sizeof(T) % kChunkBytes == 0 && aligned(a.out) && aligned(a.residual);
+  const Output to{static_cast<char*>(a.out) + offset,
+                  a.residual == nullptr ? nullptr : static_cast<const char*>(a.residual) + offset,
+                  a.batch * a.out_height * a.out_width,
+                  a.out_channels,
+                  columns,
+                  a.relu,
+                  vectorised};
+  store_tile<T, Tile::kM, Tile::kN, Tile::kThreads>(to, acc, 0, first_row, first_column);
+}
+
+using Kernel = void (*)(ConvBn);
+
+template <typename T, typename Tile, bool kVectorised>
+Kernel kernel_of(bool projection) {
+  return projection ? &conv_bn_kernel<T, Tile, kVectorised, true>
+                    : &conv_bn_kernel<T, Tile, kVectorised, false>;
+}
+
+// A kernel and the size of its blocks; `kernel` is null where there is none.
+struct Choice {
+  Kernel kernel = nullptr;
+  int positions = 0, channels = 0, threads = 0, shared_bytes = 0;
+
+  template <typename Tile>
+  static Choice of(Kernel kernel, bool projection) {
+    return {kernel, Tile::kM, Tile::kN, Tile::kThreads, Tile::shared_bytes(projection)};
+  }
+};
+
+template <typename T>
+Choice choose_half(ConvTile tile, bool vectorised, bool projection) {
+  switch (tile) {
+    case ConvTile::k64x64:
+      return vectorised
+                 ? Choice::of<Tile64x64>(kernel_of<T, Tile64x64, true>(projection), projection)
+                 : Choice::of<TileNarrow>(kernel_of<T, TileNarrow, false>(projection), projection);
+    case ConvTile::k128x64:
+      if (!vectorised) return {};
+      return Choice::of<Tile128x64>(kernel_of<T, Tile128x64, true>(projection), projection);
+    case ConvTile::k128x128:
+      if (!vectorised || projection) return {};
+      return Choice::of<Tile128x128>(&conv_bn_kernel<T, Tile128x128, true, false>, projection);
+    default:
+      return {};
+  }
+}
+
+Choice choose_float(ConvTile tile, bool vectorised, bool projection) {
+  if (tile != ConvTile::k64x64) return {};
+  return Choice::of<TileFloat>(vectorised ? kernel_of<float, TileFloat, true>(projection)
+                                          : kernel_of<float, TileFloat, false>(projection),
+                               projection);
+}
+
+bool vectorised(const ConvBn& a, const ConvolutionBn& conv) {
+  const int bytes = conv.channels / a.groups * (a.dtype == DType::kFloat32 ? 4 : 2);
+  return bytes % kChunkBytes == 0 && aligned(conv.x) && aligned(conv.weight);
+}
+
+Choice choose(const ConvBn& a, ConvTile tile) {
+  const bool projection = a.projection.x != nullptr;
+  const bool whole = vectorised(a, a.conv) && (!projection || vectorised(a, a.projection));
+  switch (a.dtype) {
+    case DType::kFloat16:
+      return choose_half<__half>(tile, whole, projection);
+    case DType::kBFloat16:
+      return choose_half<__nv_bfloat16>(tile, whole, projection);
+    default:
+      return choose_float(tile, whole, projection);
+  }
+}
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// Blocks in the grid's first dimension.
+std::int64_t blocks(const ConvBn& a, const Choice& choice) {
+  return ceil_div(a.batch * a.out_height * a.out_width, choice.positions) *
+         ceil_div(a.out_channels / a.groups, choice.channels);
+}
+
+// The largest tile that still gives every multiprocessor a block, and is not half empty.
+Choice choose_automatically(const ConvBn& a, int multiprocessors) {
+  for (const ConvTile tile : {ConvTile::k128x128, ConvTile::k128x64}) {
+    const Choice choice = choose(a, tile);
+    if (choice.kernel != nullptr && 2 * a.out_channels / a.groups > choice.channels &&
+        blocks(a, choice) * a.groups >= multiprocessors) {
+      return choice;
+    }
+  }
+  return choose(a, ConvTile::k64x64);
+}
+
+}  // namespace
+
+bool conv_bn_offers(const ConvBn& arguments, ConvTile tile) {
+  return tile == ConvTile::kAuto || choose(arguments, tile).kernel != nullptr;
+}
+
+cudaError_t conv_bn(const ConvBn& arguments, ConvTile tile, int device, cudaStream_t stream) {
+  const ConvBn& a = arguments;
+  if (a.batch == 0 || a.out_height == 0 || a.out_width == 0 || a.out_channels == 0) {
+    return cudaSuccess;
+  }
+  // The runtime is linked statically, so it has a current device of its own to set.
+  cudaError_t status = cudaSetDevice(device);
+  if (status != cudaSuccess) return settled(status);
+  int multiprocessors = 0;
+  status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (status != cudaSuccess) return settled(status);
+
+  const Choice choice =
+      tile == ConvTile::kAuto ? choose_automatically(a, multiprocessors) : choose(a, tile);
+  if (choice.kernel == nullptr) return cudaErrorInvalidValue;
+  const std::int64_t across = blocks(a, choice);
+  if (across > std::numeric_limits<int>::max() || a.groups > 65535) {
+    return cudaErrorInvalidConfiguration;
+  }
+  const dim3 grid(static_cast<unsigned>(across), static_cast<unsigned>(a.groups));
+  return launch(choice.kernel, grid, dim3(choice.threads), choice.shared_bytes, stream, a);
+}
+
+}  // namespace resnet_fused

@@ -1,0 +1,40 @@
+// Launching a kernel that takes one structure: on a GPU, or in the host simulator.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+
+#ifdef RESNET_FUSED_HOST_SIM
+#include "host_sim/simulator.h"
+#endif
+
+namespace resnet_fused {
+
+// The status of a call; clears what a failed one leaves behind for the next query.
+inline cudaError_t settled(cudaError_t status) {
+  if (status != cudaSuccess) static_cast<void>(cudaGetLastError());
+  return status;
+}
+
+template <typename Arguments>
+cudaError_t launch(void (*kernel)(Arguments), dim3 grid, dim3 block, std::size_t shared_bytes,
+                   cudaStream_t stream, Arguments arguments) {
+#ifdef RESNET_FUSED_HOST_SIM
+  static_cast<void>(stream);
+  host_sim::launch(grid, block, shared_bytes, [&] { kernel(arguments); });
+  return cudaSuccess;
+#else
+  const void* function = reinterpret_cast<const void*>(kernel);
+  constexpr std::size_t kWithoutAsking = 48 * 1024;  // of dynamic shared memory
+  if (shared_bytes > kWithoutAsking) {
+    const cudaError_t status = cudaFuncSetAttribute(
+        function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (status != cudaSuccess) return settled(status);
+  }
+  void* parameters[] = {&arguments};
+  return settled(cudaLaunchKernel(function, grid, block, parameters, shared_bytes, stream));
+#endif
+}
+
+}  // namespace resnet_fused

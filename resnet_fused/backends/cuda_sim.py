@@ -1,0 +1,70 @@
+"""Backend `cuda_sim`: the CUDA kernels' own source, run on the host over CPU tensors.
+
+For tests: every op of the CUDA backend with its memory accesses, barriers and layouts checked (see
+csrc/host_sim/simulator.h), a few million times slower than a GPU. Built by RESNET_FUSED_HOST_SIM=on
+and never chosen automatically.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BackendUnavailableError
+from ..parameters import Convolution
+from . import Backend
+from .cuda import CudaBackend
+
+_MODULE = "resnet_fused._C_sim"
+
+
+class SimulatedBackend(CudaBackend):
+    """The CUDA backend with a simulated GPU that leaves nothing to cuDNN.
+
+    An error that the simulator finds in a kernel is raised as RuntimeError.
+    """
+
+    name = "cuda_sim"
+
+    def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type != "cpu":
+            return f"it simulates a GPU over CPU tensors and the input is on {device}"
+        if dtype not in self._dtypes:
+            return f"the CUDA kernels do not serve {dtype}; use float32, float16 or bfloat16"
+        return None
+
+    def _left_to_cudnn(self, x: Tensor, conv: Convolution) -> bool:
+        return False
+
+    def _run(
+        self,
+        kernel: Callable[..., None],
+        out: Tensor,
+        read: Sequence[Tensor | None],
+        *arguments: Any,
+    ) -> None:
+        buffers = [(t.data_ptr(), t.nbytes, False) for t in read if t is not None]
+        self._extension.set_buffers([*buffers, (out.data_ptr(), out.nbytes, True)])
+        kernel(*arguments, 0, 0)
+
+
+def load() -> ModuleType:
+    """The simulator's extension; BackendUnavailableError, with the fix, where it is not built."""
+    try:
+        return importlib.import_module(_MODULE)
+    except ModuleNotFoundError as error:
+        if error.name != _MODULE:
+            raise
+        raise BackendUnavailableError(
+            "backend 'cuda_sim' is not built: it is a developer's tool; in a source tree run "
+            "`RESNET_FUSED_HOST_SIM=on pip install -e .`"
+        ) from error
+
+
+def create() -> Backend:
+    return SimulatedBackend(load())
