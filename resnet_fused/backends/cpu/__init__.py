@@ -6,6 +6,9 @@ extension is there and faster, as its own kernels: Winograd for 3×3 in float32,
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,16 +23,32 @@ from .memory import keep_freed_memory
 from .native import PooledStem, WinogradConvolution
 from .onednn import OPERATORS, FoldedConvolution
 
+PackedConvolution = FoldedConvolution | WinogradConvolution
+
+# Layers below both run as PyTorch's own ops: what fusion saves there is no more than its overhead,
+# and with few weights the rounding of folded ones is a single draw, not an average.
+_SMALL_RESULT = 1 << 14
+_SMALL_WEIGHT = 1 << 16
+
+
+def _is_small(x: Tensor, conv: Convolution) -> bool:
+    if x.numel() == 0:
+        return True
+    (_, _, height, width), (out_channels, *_) = x.shape, conv.weight.shape
+    result = x.shape[0] * out_channels * (height // conv.stride[0]) * (width // conv.stride[1])
+    return result < _SMALL_RESULT and conv.weight.numel() < _SMALL_WEIGHT
+
 
 class CpuBackend:
     name = "cpu"
 
     def __init__(self) -> None:
         extension = None if _extension.available() else _extension.load()
-        self._convolutions: LiveCache[FoldedConvolution | WinogradConvolution]
-        self._convolutions = LiveCache(extension)
+        self._convolutions: LiveCache[PackedConvolution] = LiveCache(extension)
         self._stems: LiveCache[PooledStem] = LiveCache(extension)
-        self._kernels = extension if extension is not None and extension.cpu_isa() else None
+        kernels = extension if extension is not None and extension.cpu_isa() else None
+        self._kernels = kernels
+        self._winograd = functools.partial(WinogradConvolution, kernels) if kernels else None
         self._bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -49,7 +68,7 @@ class CpuBackend:
     def conv_bn(
         self, x: Tensor, conv: Convolution, bn: BatchNorm, residual: Tensor | None, relu: bool
     ) -> Tensor:
-        if x.numel() == 0:
+        if _is_small(x, conv):
             return reference.conv_bn(x, conv, bn, residual, relu)
         packed = self._pack(x, conv, bn)
         return packed(x, relu) if residual is None else packed.add(x, residual, relu)
@@ -63,14 +82,14 @@ class CpuBackend:
         projection: Convolution,
         projection_bn: BatchNorm,
     ) -> Tensor:
-        if x.numel() == 0 or shortcut.numel() == 0:
+        if _is_small(x, conv) or shortcut.numel() == 0:
             return reference.conv_bn_projection(x, conv, bn, shortcut, projection, projection_bn)
         projected = self._pack(shortcut, projection, projection_bn)(shortcut, False)
         return self._pack(x, conv, bn).add_into(x, projected, True)
 
     def stem(self, x: Tensor, conv: Convolution, bn: BatchNorm, pool: MaxPool) -> Tensor:
         kernels = self._kernels
-        if kernels is None or not PooledStem.serves(kernels, conv, pool):
+        if kernels is None or not PooledStem.serves(kernels, conv, pool) or _is_small(x, conv):
             return F.max_pool2d(self.conv_bn(x, conv, bn, None, True), *pool)
         keep_freed_memory()
         packed = self._stems.get(
@@ -81,20 +100,16 @@ class CpuBackend:
     def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return reference.head(x, weight, bias)
 
-    def _pack(
-        self, x: Tensor, conv: Convolution, bn: BatchNorm
-    ) -> FoldedConvolution | WinogradConvolution:
+    def _pack(self, x: Tensor, conv: Convolution, bn: BatchNorm) -> PackedConvolution:
         keep_freed_memory()
-        kernels = self._kernels
-
-        def pack() -> FoldedConvolution | WinogradConvolution:
-            if kernels is not None and winograd:
-                return WinogradConvolution(kernels, conv, bn)
-            return FoldedConvolution(conv, bn)
-
-        winograd = kernels is not None and WinogradConvolution.serves(x, conv)
-        form = (winograd, *map(tuple, conv[1:4]), conv.groups, bn.eps)
-        return self._convolutions.get((conv.weight, *bn[:4]), form, pack)
+        kind: Callable[[Convolution, BatchNorm], PackedConvolution] = FoldedConvolution
+        if self._winograd is not None and WinogradConvolution.serves(x, conv):
+            kind = self._winograd
+        return self._convolutions.get(
+            (conv.weight, *bn[:4]),
+            (kind, *map(tuple, conv[1:4]), conv.groups, bn.eps),
+            lambda: kind(conv, bn),
+        )
 
 
 def create() -> Backend:

@@ -24,9 +24,9 @@ _SIZES = 256
 
 def scale_and_shift(bn: BatchNorm) -> tuple[Tensor, Tensor]:
     """`bn` as x * scale + shift, in float64."""
-    scale = (bn.var.double() + bn.eps).rsqrt()
+    scale = 1 / (bn.var.double() + bn.eps).sqrt()
     if bn.weight is not None:
-        scale = scale * bn.weight.double()
+        scale = bn.weight.double() * scale
     shift = -bn.mean.double() * scale
     if bn.bias is not None:
         shift = shift + bn.bias.double()
@@ -63,7 +63,7 @@ def balanced_bfloat16(weight: Tensor) -> Tensor:
 
 
 class FoldedConvolution:
-    """act(conv(x) * scale + shift (+ residual)) as one oneDNN primitive; inference only."""
+    """relu?(conv(x) * scale + shift (+ residual)) as one oneDNN primitive; inference only."""
 
     def __init__(self, conv: Convolution, bn: BatchNorm) -> None:
         """Folds `bn` into `conv`; float32 and bfloat16 weights."""
@@ -82,26 +82,7 @@ class FoldedConvolution:
         # times slower. So: one copy for each layout, and which one each size wants.
         self._layouts: dict[bytes, Tensor] = {}
         self._by_size: dict[torch.Size, Tensor] = {}
-        self._weight = weight
-
-    def _packed(self, size: torch.Size) -> Tensor:
-        packed = self._by_size.get(size)
-        if packed is None:
-            packed = self._pack(size)
-        return packed
-
-    def _pack(self, size: torch.Size) -> Tensor:
-        with torch.inference_mode(False), torch.no_grad():
-            weight = self._weight.to_dense() if self._weight.is_mkldnn else self._weight
-            packed = torch.ops.mkldnn._reorder_convolution_weight(
-                weight, *self._geometry, list(size)
-            )
-            layout = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).numpy())
-        self._weight = packed = self._layouts.setdefault(layout, packed)
-        if len(self._by_size) >= _SIZES:
-            self._by_size.clear()
-        self._by_size[size] = packed
-        return packed
+        self._latest = weight
 
     def __call__(self, x: Tensor, relu: bool) -> Tensor:
         """(N, C, H, W) -> relu?(conv(x) * scale + shift), a new (N, K, P, Q), channels_last."""
@@ -140,3 +121,20 @@ class FoldedConvolution:
         activation = "relu" if relu else None
         packed = self._packed(x.shape)
         return packed, self._rounded_shift, *self._geometry, "add", None, activation, [], ""
+
+    def _packed(self, size: torch.Size) -> Tensor:
+        packed = self._by_size.get(size)
+        return self._pack(size) if packed is None else packed
+
+    def _pack(self, size: torch.Size) -> Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            weight = self._latest
+            packed = torch.ops.mkldnn._reorder_convolution_weight(
+                weight.to_dense() if weight.is_mkldnn else weight, *self._geometry, list(size)
+            )
+            layout = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).numpy())
+        self._latest = packed = self._layouts.setdefault(layout, packed)
+        if len(self._by_size) >= _SIZES:
+            self._by_size.clear()
+        self._by_size[size] = packed
+        return packed

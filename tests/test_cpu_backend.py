@@ -1,0 +1,444 @@
+"""The cpu backend at sizes that its primitives serve: numerics, stale caches, memory, absence."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import resnet_fused.backends.cpu as cpu
+from resnet_fused import _extension, backends
+from resnet_fused.backends.cpu.onednn import FoldedConvolution, balanced_bfloat16
+from resnet_fused.errors import BackendUnavailableError
+from resnet_fused.ops import BatchNorm, Convolution, MaxPool
+from resnet_fused.reference import ops as reference
+from resnet_fused.testing.cases import (
+    ConvCase,
+    generator,
+    make_batch_norm,
+    make_convolution,
+    make_integers,
+    make_residual,
+)
+from resnet_fused.testing.numerics import check_op, relative_error
+
+pytestmark = pytest.mark.skipif(
+    backends.unavailable("cpu") is not None, reason=str(backends.unavailable("cpu"))
+)
+
+# Rounding the folded weights is one draw for each weight, and these layers have few: 10% of noise.
+NOISE = 1.1
+
+LARGE = {
+    "pointwise": ConvCase(2, 64, 28, 28, 256),
+    "pointwise strided": ConvCase(2, 64, 31, 28, 128, stride=2),
+    "3x3": ConvCase(2, 64, 28, 28, 64, 3, 1, 1),
+    "3x3 odd": ConvCase(3, 48, 27, 13, 80, 3, 1, 1),
+    "3x3 strided": ConvCase(2, 64, 29, 28, 128, 3, 2, 1),
+    "3x3 dilated": ConvCase(1, 64, 28, 23, 64, 3, 1, 2, 2),
+    "5x5": ConvCase(1, 32, 29, 28, 64, 5, 1, 2),
+    "grouped": ConvCase(2, 128, 28, 28, 128, 3, 1, 1, groups=32),
+    "wide weight, small map": ConvCase(1, 256, 3, 3, 256, 3, 1, 1),
+}
+
+
+@pytest.fixture(params=[True, False], ids=["extension", "onednn"])
+def backend(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> cpu.CpuBackend:
+    """The backend with the compiled extension, and as it is without one."""
+    if not request.param:
+        monkeypatch.setattr(_extension, "available", lambda: "left out by the test")
+    elif reason := _extension.available():
+        pytest.skip(reason)
+    return cpu.CpuBackend()
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest, backend: cpu.CpuBackend) -> torch.dtype:
+    if reason := backend.unsupported(torch.device("cpu"), request.param):
+        pytest.skip(reason)
+    return request.param
+
+
+def non_negative(x: Tensor) -> Tensor:
+    """As a ReLU leaves what a convolution inside a ResNet reads."""
+    return x.relu()
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_conv_bn_meets_the_contract(name: str, backend: cpu.CpuBackend, dtype: torch.dtype) -> None:
+    rng = generator(1)
+    x, conv, bn = make_convolution(LARGE[name], rng, dtype)
+    x = non_negative(x)
+    for residual in (None, make_residual(LARGE[name], x, rng)):
+        for relu in (False, True):
+            arguments = [x, conv, bn, residual, relu]
+            out = check_op(backend.conv_bn, reference.conv_bn, arguments, noise=NOISE)
+            assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_conv_bn_is_exact_on_integers(
+    name: str, backend: cpu.CpuBackend, dtype: torch.dtype
+) -> None:
+    rng = generator()
+    x, conv, bn = make_integers(LARGE[name], rng, dtype)
+    residual = make_residual(LARGE[name], x, rng).round_()
+    out = backend.conv_bn(x, conv, bn, residual, True)
+    truth = reference.conv_bn(
+        x.double(), conv._replace(weight=conv.weight.double()), bn, residual.double(), True
+    )
+    # Larger sums than 256 are rounded by bfloat16, once.
+    assert torch.equal(out, truth.to(dtype))
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_projection_meets_the_contract(
+    kernel: int, backend: cpu.CpuBackend, dtype: torch.dtype
+) -> None:
+    rng = generator(2)
+    case = ConvCase(2, 64, 28, 28, 128, kernel, 1, kernel // 2)
+    x, conv, bn = make_convolution(case, rng, dtype)
+    wide = ConvCase(2, 64, 56, 55, 128, stride=2)
+    shortcut, projection, projection_bn = make_convolution(wide, rng, dtype)
+    arguments = [
+        *(non_negative(x), conv, bn),
+        *(non_negative(shortcut), projection, projection_bn),
+    ]
+    check_op(backend.conv_bn_projection, reference.conv_bn_projection, arguments, noise=NOISE)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (97, 131)])
+def test_stem_meets_the_contract(
+    size: tuple[int, int], backend: cpu.CpuBackend, dtype: torch.dtype
+) -> None:
+    x, conv, bn = make_convolution(ConvCase(2, 3, *size, 64, 7, 2, 3), generator(3), dtype)
+    for layout in (x, x.contiguous()):
+        out = check_op(backend.stem, reference.stem, [layout, conv, bn, MaxPool()], noise=NOISE)
+        assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_balanced_rounding_stays_beside_each_weight_and_cancels() -> None:
+    weight = torch.randn(64, 64, 3, 3, generator=generator())
+    nearest, balanced = weight.bfloat16().float(), balanced_bfloat16(weight).float()
+    step = torch.ldexp(torch.ones_like(weight), weight.frexp().exponent - 8)
+    assert ((balanced - weight).abs() <= step).all()
+    assert torch.equal(balanced_bfloat16(nearest).float(), nearest)
+    sums = [(rounded - weight).flatten(1).sum(1).abs().mean() for rounded in (nearest, balanced)]
+    assert sums[1] < sums[0] / 10
+
+
+def test_balanced_rounding_beats_the_nearest_behind_a_relu() -> None:
+    """Over enough channels for the noise to vanish, the error is below PyTorch's own."""
+    x, conv, bn = make_convolution(ConvCase(4, 256, 14, 14, 1024), generator(), torch.bfloat16)
+    bn = bn._replace(weight=torch.ones_like(bn.mean))
+    check_op(
+        lambda *a: FoldedConvolution(*a[1:3])(a[0], a[4]),
+        reference.conv_bn,
+        [non_negative(x), conv, bn, None, True],
+        noise=1.0,
+    )
+
+
+class Layer(nn.Module):
+    """A convolution and its BN, large enough to be packed."""
+
+    def __init__(self, dtype: torch.dtype, kernel: int = 3) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(32, 64, kernel, padding=kernel // 2, bias=False)
+        self.bn = nn.BatchNorm2d(64).eval()
+        self.to(dtype)
+
+    def arguments(self) -> tuple[Convolution, BatchNorm]:
+        conv, bn = self.conv, self.bn
+        assert bn.running_mean is not None
+        assert bn.running_var is not None
+        padding = (conv.kernel_size[0] // 2,) * 2
+        return (
+            Convolution(conv.weight, (1, 1), padding),
+            BatchNorm(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps),
+        )
+
+
+def other_state(layer: Layer) -> dict[str, Tensor]:
+    rng = generator(9)
+    return {
+        key: torch.rand(value.shape, generator=rng).to(value.dtype)
+        for key, value in layer.state_dict().items()
+    }
+
+
+def sgd_step(layer: Layer) -> None:
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for parameter in layer.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+
+def no_grad_edit(layer: Layer) -> None:
+    with torch.no_grad():
+        layer.conv.weight[3, 1].mul_(2)
+
+
+def data_edit(layer: Layer) -> None:
+    layer.conv.weight.data.mul_(0.9)
+
+
+def one_bit(layer: Layer) -> None:
+    layer.conv.weight.data.view(-1)[-1:].mul_(-1)
+
+
+def bias_data_edit(layer: Layer) -> None:
+    layer.bn.bias.data.add_(1)
+
+
+def numpy_edit(layer: Layer) -> None:
+    bits = torch.int32 if layer.conv.weight.dtype == torch.float32 else torch.int16
+    layer.conv.weight.detach().view(bits).numpy()[0, 0, 0, 0] = 0
+
+
+def replaced_parameter(layer: Layer) -> None:
+    layer.conv.weight = nn.Parameter(layer.conv.weight.detach() * 2)
+
+
+def swapped_data(layer: Layer) -> None:
+    layer.conv.weight.data = layer.conv.weight.data.flip(0)
+
+
+def statistics_edit(layer: Layer) -> None:
+    assert layer.bn.running_mean is not None
+    layer.bn.running_mean.copy_(torch.ones(64))
+
+
+def replaced_buffer(layer: Layer) -> None:
+    assert layer.bn.running_var is not None
+    layer.bn.running_var = layer.bn.running_var * 2
+
+
+def other_eps(layer: Layer) -> None:
+    layer.bn.eps = 0.5
+
+
+def no_affine(layer: Layer) -> None:
+    layer.bn.weight = None  # type: ignore[assignment]
+
+
+EDITS: list[Callable[[Layer], object]] = [
+    lambda layer: layer.load_state_dict(other_state(layer)),
+    sgd_step,
+    no_grad_edit,
+    data_edit,
+    one_bit,
+    bias_data_edit,
+    numpy_edit,
+    replaced_parameter,
+    swapped_data,
+    statistics_edit,
+    replaced_buffer,
+    other_eps,
+    no_affine,
+]
+EDIT_NAMES = ["load_state_dict", *(edit.__name__ for edit in EDITS[1:])]
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("edit", EDITS, ids=EDIT_NAMES)
+def test_every_edit_is_seen(
+    edit: Callable[[Layer], object], kernel: int, backend: cpu.CpuBackend, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    layer = Layer(dtype, kernel)
+    x = torch.rand(2, 32, 16, 16).to(dtype).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        layer.bn.weight.uniform_(0.5, 1.5)
+        before = backend.conv_bn(x, *layer.arguments(), None, True)
+    edit(layer)
+    with torch.no_grad():
+        after = backend.conv_bn(x, *layer.arguments(), None, True)
+        fresh = cpu.CpuBackend().conv_bn(x, *layer.arguments(), None, True)
+    assert torch.equal(after, fresh)
+    assert not torch.equal(after, before)
+
+
+def test_the_stem_sees_edits_too(backend: cpu.CpuBackend, dtype: torch.dtype) -> None:
+    x, conv, bn = make_convolution(ConvCase(2, 3, 64, 64, 64, 7, 2, 3), generator(), dtype)
+    before = backend.stem(x, conv, bn, MaxPool())
+    conv.weight.data.mul_(2)
+    after = backend.stem(x, conv, bn, MaxPool())
+    assert relative_error(after, before.double()) > 0.1
+    assert torch.equal(after, cpu.CpuBackend().stem(x, conv, bn, MaxPool()))
+
+
+def test_unchanged_weights_are_packed_once(
+    backend: cpu.CpuBackend, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = Layer(dtype, 1)
+    packed = []
+    create = FoldedConvolution.__init__
+
+    def counted(self: FoldedConvolution, *arguments: object) -> None:
+        packed.append(self)
+        create(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(FoldedConvolution, "__init__", counted)
+    for size in (16, 24, 16):
+        x = torch.rand(4, 32, size, size).to(dtype)
+        with torch.no_grad():
+            backend.conv_bn(x, *layer.arguments(), None, True)
+    assert len(packed) == 1
+
+
+def test_a_deleted_model_frees_its_packed_weights(
+    backend: cpu.CpuBackend, dtype: torch.dtype
+) -> None:
+    layer = Layer(dtype)
+    x = torch.rand(2, 32, 16, 16).to(dtype)
+    with torch.no_grad():
+        backend.conv_bn(x, *layer.arguments(), None, True)
+    weight = weakref.ref(layer.conv.weight)
+    assert len(backend._convolutions) == 1
+    del layer
+    gc.collect()
+    assert weight() is None
+    assert len(backend._convolutions) == 0
+
+
+def test_modes_of_inference_mix(backend: cpu.CpuBackend, dtype: torch.dtype) -> None:
+    """Packed in inference mode and used outside, inference tensors, and the reverse."""
+    layer = Layer(dtype)
+    x = torch.rand(2, 32, 16, 16).to(dtype)
+    with torch.inference_mode():
+        inside = backend.conv_bn(x, *layer.arguments(), None, True)
+        weight = layer.conv.weight.clone()
+        of_inference_tensors = backend.conv_bn(
+            x, layer.arguments()[0]._replace(weight=weight), layer.arguments()[1], None, True
+        )
+    with torch.no_grad():
+        outside = backend.conv_bn(x, *layer.arguments(), None, True)
+    assert torch.equal(inside, outside)
+    assert torch.equal(of_inference_tensors, outside)
+
+
+def test_strided_weights_and_other_sizes(backend: cpu.CpuBackend, dtype: torch.dtype) -> None:
+    rng = generator()
+    x, conv, bn = make_integers(ConvCase(2, 32, 28, 28, 64, 3, 1, 1), rng, dtype)
+    wide = torch.zeros(64, 32, 3, 6, dtype=dtype)
+    wide[..., ::2] = conv.weight
+    sliced = conv._replace(weight=wide[..., ::2])
+    for crop in (28, 7, 20, 28):
+        part = x[:, :, :crop, :crop]
+        expected = reference.conv_bn(part, conv, bn, None, False)
+        assert torch.equal(backend.conv_bn(part, conv, bn, None, False), expected)
+        assert torch.equal(backend.conv_bn(part, sliced, bn, None, False), expected)
+
+
+def test_the_callers_tensors_are_left_alone(backend: cpu.CpuBackend, dtype: torch.dtype) -> None:
+    rng = generator()
+    case = LARGE["3x3"]
+    x, conv, bn = make_convolution(case, rng, dtype)
+    residual = make_residual(case, x, rng)
+    wide = ConvCase(2, 64, 28, 28, 64)
+    shortcut, projection, projection_bn = make_convolution(wide, rng, dtype)
+    tensors = [x, residual, shortcut, conv.weight, projection.weight, *bn[:4], *projection_bn[:4]]
+    before = [t.clone() for t in tensors if t is not None]
+    backend.conv_bn(x, conv, bn, residual, True)
+    backend.conv_bn(x, conv, bn, x, True)
+    backend.conv_bn_projection(x, conv, bn, shortcut, projection, projection_bn)
+    after = [t for t in tensors if t is not None]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_threads_share_the_cache(backend: cpu.CpuBackend, dtype: torch.dtype) -> None:
+    layers = [Layer(dtype) for _ in range(4)]
+    x = torch.rand(2, 32, 16, 16).to(dtype)
+    with torch.no_grad():
+        expected = [cpu.CpuBackend().conv_bn(x, *v.arguments(), None, True) for v in layers]
+    wrong: list[object] = []
+
+    def work() -> None:
+        try:
+            with torch.no_grad():
+                for _ in range(10):
+                    for layer, truth in zip(layers, expected, strict=True):
+                        out = backend.conv_bn(x, *layer.arguments(), None, True)
+                        if not torch.equal(out, truth):
+                            wrong.append(out)
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert len(backend._convolutions) == 4
+
+
+def test_small_layers_are_pytorchs_own(backend: cpu.CpuBackend, dtype: torch.dtype) -> None:
+    x, conv, bn = make_convolution(ConvCase(1, 16, 8, 8, 16, 3, 1, 1), generator(), dtype)
+    expected = reference.conv_bn(x, conv, bn, None, True)
+    assert torch.equal(backend.conv_bn(x, conv, bn, None, True), expected)
+    assert len(backend._convolutions) == 0
+
+
+def test_what_it_does_not_serve_has_a_reason() -> None:
+    backend = cpu.CpuBackend()
+    here = torch.device("cpu")
+    assert "float16" in str(backend.unsupported(here, torch.float16))
+    assert "float64" in str(backend.unsupported(here, torch.float64))
+    assert "meta" in str(backend.unsupported(torch.device("meta"), torch.float32))
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert "mkldnn.enabled" in str(backend.unsupported(here, torch.float32))
+
+
+def test_absent_onednn_or_operators_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "OPERATORS", ("_no_such_operator",))
+    with pytest.raises(BackendUnavailableError, match="mkldnn::_no_such_operator"):
+        cpu.create()
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with pytest.raises(BackendUnavailableError, match="oneDNN"):
+        cpu.create()
+
+
+FAULTS = """
+import resource, torch, resnet_fused
+model, x = resnet_fused.resnet18().eval(), torch.randn(16, 3, 224, 224)
+with torch.inference_mode(), resnet_fused.use_backend("cpu"):
+    for _ in range(3):
+        model(x)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    model(x)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts page faults of glibc's malloc")
+def test_activations_memory_is_kept_between_calls() -> None:
+    faults = {}
+    for setting in ("on", "off"):
+        result = subprocess.run(
+            [sys.executable, "-c", FAULTS],
+            env={**os.environ, "RESNET_FUSED_CPU_KEEP_MEMORY": setting},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        faults[setting] = int(result.stdout)
+    assert faults["on"] < 500
+    assert faults["off"] > 10 * faults["on"]
+
+
+def test_batch_norm_alone_takes_statistics_of_any_float(backend: cpu.CpuBackend) -> None:
+    x = torch.randn(2, 8, 5, 5, generator=generator()).bfloat16()
+    bn = make_batch_norm(8, generator(1))
+    check_op(backend.bn_add_relu, reference.bn_add_relu, [x, bn, x, True])
