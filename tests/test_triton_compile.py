@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+import resnet_fused
 from resnet_fused.parameters import BatchNorm, Convolution, MaxPool
 
 pytest.importorskip("triton")
@@ -42,14 +43,56 @@ TARGETS = {
     100: Target(148, 227 * 1024, "tcgen05.mma"),
     120: Target(170, 99 * 1024, "mma.sync"),
 }
+INSTRUCTIONS = sorted({target.instruction for target in TARGETS.values()})
 DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
     "tf32": torch.float32,
 }
-# Newer chips run the same kernels in both 16-bit types; one compiles in the other's stead.
-CASES = [(80, "float16"), (90, "float16"), (90, "bfloat16"), (100, "bfloat16"), (120, "float16")]
+# The 16-bit types differ in one letter of an instruction: both only where it matters most.
+CASES = [
+    (80, "float16"),
+    (90, "float16"),
+    (90, "bfloat16"),
+    (90, "tf32"),
+    (90, "float32"),
+    (100, "bfloat16"),
+    (120, "float16"),
+]
+
+
+@pytest.mark.parametrize(("capability", "dtype"), CASES, ids=[f"sm_{c}-{d}" for c, d in CASES])
+def test_kernels_of_resnet50(capability: int, dtype: str) -> None:
+    """No spilled register, tensor cores in use, 16-byte copies, no division in a loop."""
+    root = str(Path(resnet_fused.__file__).parents[1])
+    environment = {**os.environ, "RESNET_FUSED_TUNE": "off", "PYTHONPATH": root}
+    environment.pop("TRITON_INTERPRET", None)
+    result = subprocess.run(
+        [sys.executable, __file__, str(capability), dtype],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert result.returncode == 0, result.stderr
+    kernels = [json.loads(line) for line in result.stdout.splitlines()]
+    assert {kernel["kernel"] for kernel in kernels} == {
+        "stem_kernel",
+        "conv_bn_kernel",
+        "conv_bn_projection_kernel",
+        "head_kernel",
+    }
+    for kernel in kernels:
+        assert kernel["spilled"] == 0, kernel
+        assert kernel["loops"] > 0, kernel
+        assert kernel["divisions"] == 0, kernel
+        if "conv" in kernel["kernel"]:
+            assert kernel["copies"] == [16], kernel
+        if dtype != "float32" and kernel["kernel"] != "head_kernel":
+            assert TARGETS[capability].instruction in kernel["instructions"], kernel
+        elif dtype not in ("float32", "tf32"):
+            # 16 images a tile are too few for the newer chips' warp-group instructions.
+            assert "mma.sync" in kernel["instructions"], kernel
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -182,17 +225,14 @@ def _worker(capability: int, dtype_name: str) -> None:
                 target=GPUTarget("cuda", capability, 32),
                 options=options(config),
             )
-            if folder := os.environ.get("RESNET_FUSED_TEST_PTX"):
-                path = Path(folder, f"{capability}-{dtype_name}-{name}".replace(" ", "-"))
-                path.with_suffix(".ptx").write_text(compiled.asm["ptx"])
-                path.with_suffix(".ttgir").write_text(compiled.asm["ttgir"])
             print(
                 json.dumps(
                     {
                         "name": f"{name} {config.blocks} {config.warps} warps",
                         "kernel": kernel.__name__,
-                        "tensor_core": target.instruction in compiled.asm["ptx"],
+                        "instructions": [i for i in INSTRUCTIONS if i in compiled.asm["ptx"]],
                         "copies": _copy_widths(compiled.asm["ptx"]),
+                        **_loops(compiled.asm["ptx"]),
                         "shared": compiled.metadata.shared,
                         **_resources(compiled.asm["cubin"]),
                     }
@@ -205,6 +245,17 @@ def _copy_widths(ptx: str) -> list[int]:
     """The distinct sizes, in bytes, of asynchronous copies into shared memory."""
     copy = r"cp\.async\.c[ag]\.shared\.global\s*\[[^\]]*\],\s*\[[^\]]*\],\s*(\w+)"
     return sorted({int(size, 0) for size in re.findall(copy, ptx)})
+
+
+def _loops(ptx: str) -> dict[str, int]:
+    """How many loops there are (a label and a jump back to it), and integer divisions in them."""
+    bodies = []
+    for label in re.finditer(r"^(\$\w+):", ptx, re.MULTILINE):
+        jumps = list(re.finditer(rf"\bbra(?:\.uni)?\s+{re.escape(label[1])};", ptx))
+        if jumps and jumps[-1].start() > label.start():
+            bodies.append(ptx[label.start() : jumps[-1].start()])
+    divisions = sum(len(re.findall(r"\b(?:div|rem)\.[su]\d\d", body)) for body in bodies)
+    return {"loops": len(bodies), "divisions": divisions}
 
 
 def _resources(cubin: bytes) -> dict[str, int]:

@@ -136,7 +136,7 @@ def test_an_interrupted_write_leaves_the_old_file(
     def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tuning.json, "dump", interrupted)
+    monkeypatch.setattr(json, "dump", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cache.put("b", LARGE)
     monkeypatch.undo()
@@ -218,7 +218,7 @@ def test_the_rule_decides_where_measuring_cannot(
     if reason != "off":  # nothing was recorded: once it can be, it is measured
         monkeypatch.undo()
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-        monkeypatch.setattr(tuning.settings, "tuning_enabled", lambda: True)
+        monkeypatch.setattr(settings, "tuning_enabled", lambda: True)
         monkeypatch.setattr(tuner, "_look_up_or_measure", lambda *arguments: LARGE)
         assert tuner.choose((reason,), GPU, lambda: [SMALL, LARGE], lambda c: None) == LARGE
 

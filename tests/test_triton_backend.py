@@ -1,0 +1,418 @@
+"""What is particular to the Triton backend: tiles, packs, offset widths, fallbacks, its absence.
+
+That its ops mean what they should is tested for every backend alike in test_ops.py. Here the same
+kernels run with tiles smaller than the tensors, interpreted on the CPU and compiled on a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import conftest
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from resnet_fused import ops, use_backend
+from resnet_fused.backends import triton as package
+from resnet_fused.backends.triton import convolution, elementwise, head, launching, stem
+from resnet_fused.backends.triton.tuning import Config, Tuner
+from resnet_fused.errors import BackendUnavailableError
+from resnet_fused.ops import MaxPool
+from resnet_fused.reference import ops as reference
+from resnet_fused.testing.cases import (
+    ConvCase,
+    generator,
+    make_batch_norm,
+    make_convolution,
+    make_integers,
+    make_residual,
+)
+from resnet_fused.testing.numerics import cast, check_op
+
+# Results of a few hundred elements: one rounding more or less shows in the norm.
+NOISE = 1.1
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", id="interpreted"),
+        pytest.param("cuda", id="gpu", marks=pytest.mark.gpu),
+    ]
+)
+def device(request: pytest.FixtureRequest, dtype: torch.dtype) -> Iterator[str]:
+    conftest.require("triton", request.param, dtype)
+    with use_backend("triton"):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fills what the backend allocates with NaN, so that an element left unwritten shows."""
+    empty = torch.empty
+
+    def poisoned(*arguments: Any, **options: Any) -> Tensor:
+        tensor = empty(*arguments, **options)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture
+def force(monkeypatch: pytest.MonkeyPatch) -> Callable[[Config], None]:
+    """Makes every launch use one configuration."""
+
+    def use(config: Config) -> None:
+        monkeypatch.setattr(Tuner, "choose", lambda *arguments: config)
+
+    return use
+
+
+TILED = {
+    "pointwise": ConvCase(2, 40, 5, 7, 40),
+    "pointwise strided": ConvCase(2, 24, 9, 6, 40, stride=2),
+    "3x3": ConvCase(1, 40, 6, 7, 33, 3, 1, 1),
+    "3x3 strided": ConvCase(2, 16, 9, 8, 40, 3, 2, 1),
+    "3x3 dilated": ConvCase(1, 17, 9, 8, 16, 3, 1, 2, 2),
+    "wide groups": ConvCase(1, 80, 5, 5, 96, 3, 1, 1, groups=2),
+    "packed groups": ConvCase(1, 64, 5, 6, 64, 3, 1, 1, groups=16),
+    "packed groups of unlike size": ConvCase(1, 18, 7, 5, 36, 3, 2, 1, groups=9),
+}
+
+
+@pytest.mark.parametrize("name", TILED)
+@pytest.mark.parametrize("warps", [4, 8])
+def test_tiles_smaller_than_the_result(
+    name: str, warps: int, device: str, dtype: torch.dtype, force: Callable[[Config], None]
+) -> None:
+    """Several tiles in every direction, and several steps; 8 warps because flattened convolution
+    loops have been miscompiled there (the interpreter has no warps and runs this once)."""
+    if device == "cpu" and warps == 8:
+        pytest.skip("the interpreter has no warps")
+    case = TILED[name]
+    rng = generator()
+    x, conv, bn = make_convolution(case, rng, dtype, device)
+    residual = make_residual(case, x, rng)
+    block_c = 32 if case.groups > 2 else 16
+    force(Config((16 if device == "cpu" else 64, 16, block_c), warps, 3))
+    check_op(ops.conv_bn, reference.conv_bn, [x, conv, bn, residual, True], noise=NOISE)
+
+
+def test_tiles_wide_enough_to_be_finished_in_slices(
+    device: str, dtype: torch.dtype, force: Callable[[Config], None]
+) -> None:
+    case = ConvCase(1, 16, 5, 5, 150)
+    x, conv, bn = make_convolution(case, generator(), dtype, device)
+    force(Config((32, 128, 16), 4, 2))
+    check_op(ops.conv_bn, reference.conv_bn, [x, conv, bn, None, True], noise=NOISE)
+    shortcut, projection, projection_bn = make_convolution(case, generator(1), dtype, device)
+    arguments = [x, conv, bn, shortcut, projection, projection_bn]
+    check_op(ops.conv_bn_projection, reference.conv_bn_projection, arguments, noise=NOISE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["3x3", "pointwise"])
+def test_every_candidate_is_right(name: str, dtype: torch.dtype) -> None:
+    """All tile shapes that tuning may choose, on a shape that fills more than one of each."""
+    conftest.require("triton", "cuda", dtype)
+    case = {
+        "3x3": ConvCase(4, 96, 17, 15, 320, 3, 1, 1),
+        "pointwise": ConvCase(4, 576, 17, 15, 320),
+    }[name]
+    x, conv, bn = make_convolution(case, generator(), dtype, "cuda")
+    pool = convolution._FMA if dtype == torch.float32 else convolution._TENSOR_CORE
+    for config in pool:
+        with pytest.MonkeyPatch.context() as patch, use_backend("triton"):
+            patch.setattr(torch.backends.cudnn, "allow_tf32", False)
+            patch.setattr(Tuner, "choose", lambda *arguments, config=config: config)
+            check_op(
+                ops.conv_bn,
+                reference.conv_bn,
+                [x, conv, bn, None, True],
+                noise=NOISE,
+                what=str(config),
+            )
+
+
+def _arguments(name: str, dtype: torch.dtype, device: str) -> list[Any]:
+    """Integer-valued arguments of the op, so that any two ways to compute it agree exactly."""
+    rng = generator()
+    if name == "conv_bn":
+        case = ConvCase(2, 19, 7, 5, 21, 3, 2, 1)
+        x, conv, bn = make_integers(case, rng, dtype, device)
+        return [x, conv, bn, make_residual(case, x, rng).round_(), True]
+    if name == "conv_bn grouped":
+        x, conv, bn = make_integers(
+            ConvCase(2, 16, 5, 5, 16, 3, 1, 1, groups=4), rng, dtype, device
+        )
+        return [x, conv, bn, None, True]
+    if name == "conv_bn_projection":
+        main = make_integers(ConvCase(2, 19, 4, 3, 21), rng, dtype, device)
+        return [*main, *make_integers(ConvCase(2, 11, 7, 6, 21, stride=2), rng, dtype, device)]
+    if name == "stem":
+        return [
+            *make_integers(ConvCase(2, 3, 19, 21, 20, 7, 2, 3), rng, dtype, device),
+            MaxPool(),
+        ]
+    x, conv, bn = make_integers(ConvCase(2, 19, 5, 4, 19), rng, dtype, device)
+    if name == "bn_add_relu":
+        return [x, bn, x.clone(), True]
+    return [x[..., :4, :], conv.weight[:, :, 0, 0], bn.weight]  # head: 16 positions
+
+
+OPS = ["conv_bn", "conv_bn grouped", "conv_bn_projection", "stem", "bn_add_relu", "head"]
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_64_bit_offsets_change_nothing(
+    name: str, device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op = getattr(ops, name.split()[0])
+    arguments = _arguments(name, dtype, device)
+    narrow = op(*arguments)
+    launches: list[bool] = []
+    for module in (convolution, elementwise, head, stem):
+
+        def launch(*positional: Any, **constants: Any) -> None:
+            launches.append(constants["WIDE"])
+            launching.launch(*positional, **constants)
+
+        monkeypatch.setattr(module, "launch", launch)
+    monkeypatch.setattr(launching, "_NARROW_ELEMENTS", 0)
+    wide = op(*arguments)
+    assert launches
+    assert all(launches)
+    assert torch.equal(wide, narrow)
+    assert not torch.isnan(wide).any()
+
+
+def test_offsets_are_wide_where_a_view_reaches_far() -> None:
+    assert not launching.is_wide(torch.zeros(1).expand(2**20, 2**20))  # one element, many times
+    far = torch.empty((2, 2**16, 2**15), dtype=torch.int8, device="meta")
+    assert launching.is_wide(far)
+    assert not launching.is_wide(far[0, : 2**15])
+
+
+def _kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels launched from now on."""
+    names: list[str] = []
+
+    def launch(kernel: Any, *arguments: Any, **constants: Any) -> None:
+        names.append(kernel.__name__)
+        launching.launch(kernel, *arguments, **constants)
+
+    for module in (convolution, elementwise, head, stem):
+        monkeypatch.setattr(module, "launch", launch)
+    return names
+
+
+def test_the_stem_and_a_projecting_block_end_are_one_launch_each(
+    device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = _kernels(monkeypatch)
+    ops.stem(*_arguments("stem", dtype, device))
+    ops.conv_bn_projection(*_arguments("conv_bn_projection", dtype, device))
+    ops.head(*_arguments("head", dtype, device))
+    assert names == ["stem_kernel", "conv_bn_projection_kernel", "head_kernel"]
+
+
+PROJECTION_FALLBACKS = {
+    "3x3": ConvCase(1, 6, 8, 7, 20, 3, 2, 1),
+    "padded": ConvCase(1, 6, 4, 3, 20, padding=1, stride=2),
+    "grouped": ConvCase(1, 8, 7, 6, 20, stride=2, groups=4),
+}
+
+
+@pytest.mark.parametrize("name", PROJECTION_FALLBACKS)
+def test_other_projections_take_two_launches(
+    name: str, device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = generator()
+    case = PROJECTION_FALLBACKS[name]
+    shortcut, projection, projection_bn = make_convolution(case, rng, dtype, device)
+    x, conv, bn = make_convolution(
+        ConvCase(1, 24, *case.output_size, 20, 3, 1, 1), rng, dtype, device
+    )
+    names = _kernels(monkeypatch)
+    arguments = [x, conv, bn, shortcut, projection, projection_bn]
+    # The shortcut is rounded on its way through memory, as PyTorch rounds it.
+    check_op(ops.conv_bn_projection, reference.conv_bn_projection, arguments, noise=NOISE)
+    assert names == ["conv_bn_kernel"] * 2
+
+
+STEM_FALLBACKS = {
+    "other pool": (ConvCase(1, 3, 14, 15, 16, 7, 2, 3), MaxPool(2, 2, 0)),
+    "overlapping pool": (ConvCase(1, 3, 14, 15, 16, 3, 1, 1), MaxPool(5, 2, 2)),
+    "wide rows": (ConvCase(1, 16, 14, 15, 16, 5, 2, 2), MaxPool()),
+    "grouped": (ConvCase(1, 4, 14, 15, 16, 3, 2, 1, groups=2), MaxPool()),
+}
+
+
+@pytest.mark.parametrize("name", STEM_FALLBACKS)
+def test_other_stems_take_two_launches(
+    name: str, device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, pool = STEM_FALLBACKS[name]
+    arguments = [*make_convolution(case, generator(), dtype, device), pool]
+    names = _kernels(monkeypatch)
+    check_op(ops.stem, reference.stem, arguments, noise=NOISE)
+    assert names == ["conv_bn_kernel", "max_pool_kernel"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [Config((8, 16, 16), 4, 1), Config((16, 8, 32), 8, 2), Config((16, 16, 16), 8, 2)],
+    ids=["8x16", "16x8", "16x16"],
+)
+def test_stem_tiles(
+    config: Config, device: str, dtype: torch.dtype, force: Callable[[Config], None]
+) -> None:
+    """Several patches in each direction, the last ones cut, and two channel tiles."""
+    force(config)
+    case = ConvCase(1, 3, 45, 39, 24, 7, 2, 3)
+    x, conv, bn = make_convolution(case, generator(), dtype, device)
+    check_op(ops.stem, reference.stem, [x, conv, bn, MaxPool()], noise=NOISE)
+    dilated = conv._replace(dilation=(2, 1), padding=(5, 0), stride=(1, 2))
+    check_op(ops.stem, reference.stem, [x, dilated, bn, MaxPool()], noise=NOISE)
+
+
+@pytest.mark.parametrize("pool", [MaxPool(), MaxPool(2, 2, 0)], ids=["fused", "pooled apart"])
+def test_not_a_number_passes_the_stem_as_in_pytorch(
+    pool: MaxPool, device: str, dtype: torch.dtype
+) -> None:
+    x, conv, bn = make_integers(ConvCase(1, 3, 24, 22, 16, 7, 2, 3), generator(), dtype, device)
+    x[0, 1, 12, 13] = float("nan")
+    out = ops.stem(x, conv, bn, pool)
+    expected = reference.stem(x, conv, bn, pool)
+    assert torch.isnan(out).any()
+    assert torch.equal(torch.isnan(out), torch.isnan(expected))
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_infinities_stay_infinite(relu: bool, device: str, dtype: torch.dtype) -> None:
+    x = torch.tensor([torch.inf, -torch.inf, torch.nan, 1.0], device=device)
+    x = x.to(dtype).reshape(4, 1, 1, 1).repeat(1, 5, 1, 1)
+    bn = make_batch_norm(5, generator(), dtype, device)
+    out = ops.bn_add_relu(x, bn, None, relu)
+    expected = reference.bn_add_relu(x, bn, None, relu)
+    infinite = torch.isinf(expected)
+    assert torch.equal(out[infinite], expected[infinite])
+    assert torch.equal(torch.isnan(out), torch.isnan(expected))
+
+
+def test_parameters_in_another_dtype_than_the_input(device: str, dtype: torch.dtype) -> None:
+    """Whole numbers, which all dtypes hold, so that the results are equal bit for bit."""
+    x, conv, bn = make_integers(ConvCase(2, 16, 5, 5, 16), generator(), dtype, device)
+    expected = ops.conv_bn(x, conv, bn, None, True)
+    for other in (torch.float16, torch.float32, torch.float64):
+        vectors = cast(bn, other)
+        assert torch.equal(ops.conv_bn(x, conv, vectors, None, True), expected)
+
+
+def test_the_same_bits_every_time(device: str, dtype: torch.dtype) -> None:
+    x, conv, bn = make_convolution(ConvCase(2, 48, 9, 9, 40, 3, 1, 1), generator(), dtype, device)
+    first = ops.conv_bn(x, conv, bn, None, True)
+    for _ in range(3):
+        assert torch.equal(ops.conv_bn(x, conv, bn, None, True), first)
+
+
+def test_a_batch_norm_is_read_live(device: str, dtype: torch.dtype) -> None:
+    x, conv, bn = make_integers(ConvCase(1, 16, 4, 4, 16), generator(), dtype, device)
+    before = ops.conv_bn(x, conv, bn, None, False)
+    assert bn.bias is not None
+    bn.bias.data.add_(1)
+    conv.weight.data.neg_()
+    assert torch.equal(
+        ops.conv_bn(x, conv, bn, None, False), reference.conv_bn(x, conv, bn, None, False)
+    )
+    assert not torch.equal(before, ops.conv_bn(x, conv, bn, None, False))
+
+
+@pytest.fixture
+def _tf32_settings() -> Iterator[None]:
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    yield
+    cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+@pytest.mark.usefixtures("_tf32_settings")
+def test_tf32_only_where_the_settings_allow_it() -> None:
+    for allowed, expected in ((False, "ieee"), (True, "tf32")):
+        torch.backends.cudnn.allow_tf32 = allowed
+        torch.backends.cuda.matmul.allow_tf32 = not allowed
+        assert launching.convolution_precision(torch.float32) == expected
+        assert launching.matmul_precision(torch.float32) != expected
+        assert launching.convolution_precision(torch.float16) == "ieee"
+        assert launching.matmul_precision(torch.bfloat16) == "ieee"
+
+
+def test_unsupported_tensors_are_named() -> None:
+    backend = package.create()
+    assert "float64" in str(backend.unsupported(torch.device("cpu"), torch.float64))
+    if not torch.cuda.is_available():
+        assert backend.unsupported(torch.device("cpu"), torch.float32) is None
+        assert "bfloat16" in str(backend.unsupported(torch.device("cpu"), torch.bfloat16))
+        assert "interprets CPU" in str(backend.unsupported(torch.device("meta"), torch.float32))
+
+
+def test_without_triton_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BackendUnavailableError, match="pip install triton"):
+        package.create()
+
+
+def test_without_gpu_and_interpreter_the_error_says_what_is_missing() -> None:
+    script = (
+        "import os, resnet_fused\n"
+        "os.environ['CUDA_VISIBLE_DEVICES'] = ''\n"
+        "try:\n"
+        "    resnet_fused.use_backend('triton')\n"
+        "except resnet_fused.errors.BackendUnavailableError as error:\n"
+        "    print(error)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    assert "needs a CUDA GPU" in result.stdout
+    assert "TRITON_INTERPRET=1" in result.stdout
+
+
+@pytest.mark.gpu
+def test_in_a_cuda_graph_and_on_another_stream(dtype: torch.dtype) -> None:
+    """Capturing neither measures nor synchronises, and replays read parameters live."""
+    x, conv, bn = make_integers(ConvCase(2, 64, 9, 9, 64, 3, 1, 1), generator(), dtype, "cuda")
+    with use_backend("triton"):
+        expected = ops.conv_bn(x, conv, bn, None, True)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            out = ops.conv_bn(x, conv, bn, None, True)
+        stream.synchronize()
+        assert torch.equal(out, expected)
+        graph = torch.cuda.CUDAGraph()
+        unseen = x[:1]  # a batch that nothing was measured for
+        with torch.cuda.graph(graph):
+            out = ops.conv_bn(unseen, conv, bn, None, True)
+        graph.replay()
+        assert torch.equal(out, expected[:1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_a_device_that_is_not_the_current_one(dtype: torch.dtype) -> None:
+    x, conv, bn = make_integers(ConvCase(1, 16, 5, 5, 16), generator(), dtype, "cuda:1")
+    with use_backend("triton"):
+        out = ops.conv_bn(x, conv, bn, None, True)
+    assert out.device == x.device
+    assert torch.equal(out, reference.conv_bn(x, conv, bn, None, True))
