@@ -80,7 +80,9 @@ def parse(arguments: Sequence[str] | None, contestants: Sequence[Contestant]) ->
         choices=_DTYPES,
         help="CPU: float32, and bfloat16 where it has it; GPU: bfloat16",
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (a GPU if there is one)")
+    parser.add_argument(
+        "--device", type=_device, help="cpu, cuda, cuda:1 … (a GPU if there is one)"
+    )
     parser.add_argument("--size", type=int, default=224, help="pixels a side (%(default)s)")
     parser.add_argument(
         "--peers",
@@ -92,26 +94,28 @@ def parse(arguments: Sequence[str] | None, contestants: Sequence[Contestant]) ->
     )
     parser.add_argument("--images", type=Path, help="folder of photographs (scikit-image's)")
     parser.add_argument("--weights", help="torchvision's name, e.g. DEFAULT, or a file (random)")
-    parser.add_argument("--rounds", type=int, help="rounds of all contestants (10; quick: 3)")
+    parser.add_argument("--rounds", type=int, help="rounds of all contestants (8; with --quick: 3)")
     parser.add_argument("--quick", action="store_true", help="few short rounds, one dtype")
     parser.add_argument("--json", type=Path, help="write machine, versions and all samples here")
     parser.add_argument("--plot", type=Path, help="write a bar chart here (PNG, SVG or PDF)")
     options = parser.parse_args(arguments)
-    options.device = torch.device(
-        options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    )
-    if options.device.type not in ("cpu", "cuda"):
-        parser.error(f"--device {options.device}: only cpu and cuda are known")
+    options.device = options.device or _device("cuda" if torch.cuda.is_available() else "cpu")
     if options.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no GPU; see python -m resnet_fused.env")
     gpu = options.device.type == "cuda"
     options.batch = options.batch or ([1, 32, 256] if gpu else [8])
     options.dtype = options.dtype or _usual_dtypes(options.device, options.quick)
-    options.rounds = options.rounds or (3 if options.quick else 10)
+    options.rounds = options.rounds or (3 if options.quick else 8)
     options.round_seconds = 0.3 if gpu else 0.6
     if min(*options.batch, options.rounds, options.size, 1) < 1:
         parser.error("--batch, --rounds and --size must be positive")
     return options
+
+
+def _device(name: str) -> torch.device:
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{name!r} is neither cpu nor cuda")
+    return torch.device(name)
 
 
 def _usual_dtypes(device: torch.device, quick: bool) -> list[str]:

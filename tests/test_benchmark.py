@@ -1,0 +1,284 @@
+"""The benchmark, end to end on a tiny input: what it records, and that its gate holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision", reason="the benchmark's peers are torchvision's models")
+pytest.importorskip("skimage", reason="the benchmark's photographs come with scikit-image")
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+
+import contestants  # noqa: E402
+import photographs  # noqa: E402
+import report  # noqa: E402
+import throughput  # noqa: E402
+import torchvision  # noqa: E402
+from contestants import Call, Contestant, Task  # noqa: E402
+
+from resnet_fused.testing.roofline import Layer, Peaks, floor_seconds, layers  # noqa: E402
+from resnet_fused.testing.timing import quantile, summarise  # noqa: E402
+
+TINY = ["--arch", "resnet18", "--size", "64", "--device", "cpu", "--dtype", "float32"]
+ROUNDS = 2
+
+
+# Contestants of known merit; workers import them from here.
+
+
+def build_exact(task: Task) -> Call:
+    model = task.torchvision(torch.float64)
+    return lambda: model(task.images.double()).float()
+
+
+def build_wrong(task: Task) -> Call:
+    model = task.torchvision()
+    return lambda: model(task.images) * 1.001
+
+
+def build_missing(task: Task) -> Call:
+    raise contestants.UnavailableError("nobody wrote it; pip install it")
+
+
+def build_broken(task: Task) -> Call:
+    raise RuntimeError("it broke\nin two lines")
+
+
+def build_dying(task: Task) -> Call:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("unreachable")
+
+
+EAGER = next(c for c in contestants.CONTESTANTS if c.key == "eager")
+EXACT = Contestant("exact", "exact", build_exact, ours=True)
+WRONG = Contestant("wrong", "wrong", build_wrong, ours=True)
+OTHERS = (
+    Contestant("far-off", "far off", build_wrong),
+    Contestant("missing", "missing", build_missing),
+    Contestant("broken", "broken", build_broken),
+    Contestant("dying", "dying", build_dying),
+    Contestant("slow", "slow", build_exact, slow=True),
+    Contestant("elsewhere", "elsewhere", build_exact, devices=("cuda",)),
+)
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[dict[str, dict[str, Any]]]]:
+    """The whole record, and each comparison's entries by key."""
+    record = json.loads(path.read_text())
+    return record, [{e["key"]: e for e in c["entries"]} for c in record["comparisons"]]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+    """Exit code and folder of a run of every kind of contestant."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    files = ["--json", str(folder / "out.json"), "--plot", str(folder / "plots" / "out.png")]
+    arguments = [*TINY, "--batch", "2", "--rounds", str(ROUNDS), "--quick", *files]
+    return throughput.main(arguments, (EXACT, EAGER, *OTHERS)), folder
+
+
+def test_record_holds_all_samples_and_what_follows_from_them(finished: tuple[int, Path]) -> None:
+    code, folder = finished
+    record, (entries,) = read(folder / "out.json")
+    assert code == 0
+    for key in ("exact", "eager"):
+        entry = entries[key]
+        assert entry["status"] == "measured"
+        assert len(entry["rounds"]) == ROUNDS
+        assert all(len(times) >= 2 and min(times) > 0 for times in entry["rounds"])
+        rates = [2 * len(times) / sum(times) for times in entry["rounds"]]
+        assert entry["rate"] == pytest.approx(sum(rates) / ROUNDS)  # the median of two
+        assert min(rates) <= entry["rate_p10"] <= entry["rate_p90"] <= max(rates)
+        assert entry["latency_p50"] <= entry["latency_p99"]
+        assert entry["memory"] > 50e6
+        assert entry["cold_start"] > 0
+        floor = record["comparisons"][0]["floor"]
+        assert entry["floor_share"] == pytest.approx(floor * entry["rate"] / 2)
+    assert entries["eager"]["speedup"] == pytest.approx(
+        entries["exact"]["rate"] / entries["eager"]["rate"]
+    )
+    assert entries["exact"]["error"] < entries["eager"]["error"] < 1e-4
+    assert record["machine"]["cores"] >= 1
+    assert record["versions"]["torch"]
+    assert record["options"]["batch"] == [2]
+    assert record["photographs"][0] == "chelsea"
+    assert {"commit", "dirty", "date", "load_average"} <= record.keys()
+
+
+def test_who_cannot_run_is_listed_with_the_reason(finished: tuple[int, Path]) -> None:
+    record, (entries,) = read(finished[1] / "out.json")
+    found = {key: (e["status"], e["reason"]) for key, e in entries.items() if e["rate"] is None}
+    assert found.pop("far-off")[0] == "wrong"
+    assert found == {
+        "missing": ("unavailable", "nobody wrote it; pip install it"),
+        "broken": ("failed", "RuntimeError: it broke in two lines"),
+        "dying": ("failed", "process died of SIGKILL (out of memory?)"),
+        "slow": ("unavailable", "takes long to build; not in --quick"),
+    }
+    comparison = record["comparisons"][0]
+    rows = [report.Entry(**entry) for entry in comparison.pop("entries")]
+    text = report.table(report.Comparison(entries=rows, **comparison))
+    assert "failed: broken – RuntimeError: it broke in two lines" in text
+    assert "1.00×" in text
+
+
+def test_chart_is_drawn(finished: tuple[int, Path]) -> None:
+    from PIL import Image
+
+    image = Image.open(finished[1] / "plots" / "out.png").convert("RGB")
+    colours = {colour for _, colour in image.getcolors(2**24) or []}
+    assert (0xD9, 0x48, 0x0F) in colours  # a bar of ours
+    assert (0xAD, 0xB5, 0xBD) in colours  # a bar of a peer
+
+
+def test_red_gate_states_no_speedup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.json"
+    arguments = [*TINY, "--batch", "1", "--rounds", "1", "--json", str(out)]
+    code = throughput.main(arguments, (WRONG, EXACT, EAGER))
+    _, (entries,) = read(out)
+    assert code == 1
+    assert entries["wrong"]["status"] == "wrong"
+    assert entries["wrong"]["error"] == pytest.approx(1e-3, rel=0.01)
+    assert entries["wrong"]["rounds"] == entries["exact"]["rounds"] == []
+    assert entries["eager"]["rate"] > 0
+    assert all(entry["speedup"] is None for entry in entries.values())
+    assert "RED GATE" in capsys.readouterr().out
+
+
+def test_interrupt_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out.json"
+    time_round = throughput._Race._time
+
+    def interrupted(race: throughput._Race, entry: report.Entry) -> None:
+        if entry.rounds:
+            raise KeyboardInterrupt
+        time_round(race, entry)
+
+    monkeypatch.setattr(throughput._Race, "_time", interrupted)
+    arguments = [*TINY, "--batch", "1", "--rounds", "5", "--json", str(out)]
+    assert throughput.main(arguments, (EXACT,)) == 130
+    record, (entries,) = read(out)
+    assert record["interrupted"]
+    assert len(entries["exact"]["rounds"]) == 1
+    assert entries["exact"]["rate"] > 0
+
+
+def test_program_measures_our_cpu_backend(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    program = [sys.executable, str(BENCHMARKS / "throughput.py"), *TINY, "--batch", "1", "2"]
+    options = ["--rounds", "1", "--peers", "none", "--json", str(out)]
+    done = subprocess.run([*program, *options], capture_output=True, text=True)
+    record, comparisons = read(out)
+    # On so small a net whose rounding errors are smaller is chance; that the gate acts on it isn't.
+    green = True
+    for comparison, entries in zip(record["comparisons"], comparisons, strict=True):
+        assert list(entries) == ["cpu"]
+        ours = entries["cpu"]
+        assert ours["error"] is not None, ours["reason"]
+        assert ours["error"] < 2 * comparison["eager_error"]
+        right = ours["error"] <= comparison["eager_error"]
+        assert ours["status"] == ("measured" if right else "wrong")
+        assert ours["speedup"] == (1.0 if right else None)
+        green = green and right
+    assert [comparison["batch"] for comparison in record["comparisons"]] == [1, 2]
+    assert done.returncode == (0 if green else 1), done.stderr
+    assert "resnet18 · float32 · batch 2 · 64×64 · cpu" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--peers", "nobody"], "invalid choice: 'nobody'"),
+        (["--arch", "alexnet"], "invalid choice: 'alexnet'"),
+        (["--device", "tpu"], "tpu"),
+        (["--batch", "0"], "must be positive"),
+        (["--rounds", "-1"], "must be positive"),
+    ],
+)
+def test_bad_options_are_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        throughput.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_empty_image_folder_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert throughput.main([*TINY, "--images", str(tmp_path)]) == 2
+    assert f"--images {tmp_path} holds no" in capsys.readouterr().err
+
+
+def test_photographs_are_distinct_and_reproducible() -> None:
+    def batch(size: int) -> torch.Tensor:
+        preset = torchvision.models.ResNet50_Weights.DEFAULT.transforms()
+        return photographs.preprocess(photographs.find(None), size, 64, preset).images
+
+    images = batch(12)
+    assert images.shape == (12, 3, 64, 64)
+    assert torch.equal(images[:7], batch(7))
+    distances = torch.pdist(images.flatten(1))
+    assert distances.min() > 1
+    assert -3 < images.min() < images.max() < 3  # normalised
+
+
+def test_work_of_resnet50_by_hand() -> None:
+    with torch.device("meta"):
+        work = {layer.name: layer for layer in layers(_resnet50(), 256, 224)}
+    operations = sum(layer.operations for layer in work.values()) / 256
+    assert operations == pytest.approx(8.178e9, rel=1e-4)  # 4.089 G multiply-adds
+    traffic = 2 * sum(layer.elements for layer in work.values()) / 256
+    weights = 2 * sum(p.numel() for p in _resnet50().parameters() if p.dim() > 1) / 256
+    pooled = 2 * (49 + 1) * 2048  # average pool
+    assert traffic - weights - pooled == pytest.approx(50.6e6, rel=1e-3)
+    # 1×1, 64 -> 256 at 56×56, and the projection 64 -> 256 of the block's input beside it.
+    pixels = 256 * 56 * 56
+    assert work["layer1.0.conv3"] == Layer(
+        "layer1.0.conv3",
+        2 * pixels * (64 + 64) * 256,
+        pixels * (64 + 64 + 256) + (64 + 64) * 256,
+    )
+    # 3×3 with stride 2, 128 -> 128, and an identity block's end, which reads its shortcut.
+    assert work["layer2.0.conv2"].elements == 256 * 128 * (56**2 + 28**2) + 9 * 128**2
+    assert work["layer2.1.conv3"].elements == 256 * 28**2 * (128 + 512 + 512) + 128 * 512
+    assert "layer2.0.downsample.0" not in work
+
+
+def _resnet50() -> torch.nn.Module:
+    with torch.device("meta"):
+        model: torch.nn.Module = torchvision.models.resnet50().eval()
+    return model
+
+
+def test_work_is_counted_on_the_meta_device_only() -> None:
+    with pytest.raises(ValueError, match="meta device"):
+        layers(torch.nn.Conv2d(3, 8, 1), 1, 8)
+
+
+def test_floor_takes_the_larger_of_memory_and_arithmetic() -> None:
+    peaks = Peaks(bandwidth=100.0, arithmetic=1000.0)
+    memory_bound, compute_bound = Layer("a", 10, 50), Layer("b", 5000, 50)
+    assert memory_bound.seconds(peaks, 2) == 1.0
+    assert compute_bound.seconds(peaks, 2) == 5.0
+    assert floor_seconds([memory_bound, compute_bound], peaks, 2) == 6.0
+
+
+def test_summary_by_hand() -> None:
+    summary = summarise([[1.0, 1.0], [2.0, 2.0], [4.0, 4.0]], batch=8)
+    assert summary.rate == 4.0
+    assert summary.rate_low == pytest.approx(2.4)
+    assert summary.rate_high == pytest.approx(7.2)
+    assert summary.latency_p50 == 2.0
+    assert quantile([3.0, 1.0, 2.0], 1.0) == 3.0
+    with pytest.raises(ValueError, match="must not be empty"):
+        quantile([], 0.5)
