@@ -15,7 +15,7 @@ from .onednn import scale_and_shift
 
 _LANES = 16  # channel counts that are no multiple of it leave vector lanes idle
 _STEM_LANES = 32
-_SMALLEST = 5  # smaller maps fill too few Winograd tiles
+_SMALLEST = 2  # a single pixel wants one tap of nine
 
 
 def _pair(values: tuple[int, int]) -> tuple[int, int]:

@@ -41,6 +41,10 @@ def balanced_bfloat16(weight: Tensor) -> Tensor:
     After a ReLU the inputs have a positive mean, by which the row's summed error is multiplied.
     Moving the point at which this row's weights round up changes only those that lie halfway, and
     takes that part away: 7% less total error, measured over ResNet's shapes.
+
+    What is left is the same at every pixel, so the average pool does not shrink it as it shrinks
+    PyTorch's roundings: the logits' error is 1.4 times PyTorch's at 224×224, 1.1 at 97×131,
+    and only a kernel that applies the scale to its float32 sums can remove that.
     """
     rows = weight.flatten(1)
     # Steps between neighbouring bfloat16 values, spread by the golden ratio: bfloat16 weights times
