@@ -20,11 +20,11 @@ from torch import Tensor
 from ..backends.training import Activation, RawGradient
 from ..parameters import Convolution
 from .checks import check_activation
+from .registry import autocast_dtype
 from .training_layers import (
     LAYERS_SCHEMA,
     Layer,
     LayerArguments,
-    autocast_dtype,
     check_layer,
     convolutions,
     define,

@@ -72,7 +72,7 @@ class Op:
 
     def __call__(self, *arguments: Any) -> Tensor:
         device = arguments[0].device.type
-        if torch.is_autocast_enabled(device):
+        if _autocasts(device):
             dtype = torch.get_autocast_dtype(device)
             arguments = tuple(_autocast(argument, dtype) for argument in arguments)
         return self._overload(*self._flatten(arguments))
@@ -141,10 +141,25 @@ class Op:
         return tuple(gradients)
 
 
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype to compute in: autocast's where it is on."""
+    if x.dtype == torch.float64 or not _autocasts(x.device.type):
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
+
+
 def _autocast(argument: Any, dtype: torch.dtype) -> Any:
     """Tensors and weights in autocast's dtype; BN parameters stay as they are, read in float32."""
     if isinstance(argument, Convolution):
         return argument._replace(weight=argument.weight.to(dtype))
-    if isinstance(argument, Tensor) and argument.dtype != torch.float64:
+    if (
+        isinstance(argument, Tensor)
+        and argument.is_floating_point()
+        and argument.dtype != torch.float64
+    ):
         return argument.to(dtype)
     return argument

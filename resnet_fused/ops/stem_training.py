@@ -14,11 +14,11 @@ from torch import Tensor
 from ..backends.training import Activation, RawGradient
 from ..parameters import MaxPool
 from .checks import check_activation, pool_shape
+from .registry import autocast_dtype
 from .training_layers import (
     LAYERS_SCHEMA,
     Layer,
     LayerArguments,
-    autocast_dtype,
     check_layer,
     convolutions,
     define,

@@ -14,7 +14,7 @@ from ..parameters import BatchNorm, Convolution
 from ..reference.training import ReferenceTraining
 from .checks import check_batch_norm, convolution_shape
 from .dispatch import choose
-from .registry import library
+from .registry import autocast_dtype, library
 
 _WINDOW = 7  # integers that describe a convolution: stride, padding, dilation, groups
 
@@ -117,10 +117,13 @@ def kernels(x: Tensor) -> TrainingKernels:
     return ReferenceTraining() if found is None else found
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_kernels(device: str, dtype: torch.dtype) -> bool:
     sample = torch.empty(0, device=device, dtype=dtype)
     return getattr(choose(sample), "training", None) is not None
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import all of torch._dynamo.
+_has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def trains_fused(x: Any, sync_group: str = "") -> bool:
@@ -134,14 +137,6 @@ def trains_fused(x: Any, sync_group: str = "") -> bool:
     if sync_group and x.device.type == "cpu":
         return True
     return bool(_has_kernels(x.device.type, autocast_dtype(x)))
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype to compute in: autocast's where it is on."""
-    device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
 
 
 def _gather(parts: Tensor, sync_group: str) -> Tensor:
