@@ -268,6 +268,16 @@ _FMA = (
 _MEASURED = 7
 
 
+def _cut(blocks: tuple[int, ...], gemm: Gemm) -> tuple[int, int, int]:
+    """Tile sizes no larger than the problem's columns and channels ask for."""
+    block_m, block_n, block_c = blocks
+    return (
+        block_m,
+        min(block_n, max(16, triton.next_power_of_2(gemm.columns))),
+        min(block_c, max(16, triton.next_power_of_2(gemm.channels))),
+    )
+
+
 def candidates(gemm: Gemm, itemsize: int, precision: str, limits: Machine) -> list[Config]:
     """Launch configurations worth measuring, the best by rule first.
 
@@ -275,6 +285,9 @@ def candidates(gemm: Gemm, itemsize: int, precision: str, limits: Machine) -> li
     plus its operands' traffic (64 products' worth for each row or column). Tiles over 128×128
     fill a processor alone, so they are left to inner dimensions long enough to hide an epilogue.
     """
+    if limits.interpreted:  # its time goes with the number of steps more than with their size
+        block_m = min(128, max(16, triton.next_power_of_2(gemm.rows)))
+        return [Config(_cut((block_m, 256, 128), gemm), 4, 1)]
     fma = itemsize == 4 and precision == "ieee"
     fitting: dict[Config, float] = {}
     for (block_m, block_n, block_c), warps, stages in _FMA if fma else _TENSOR_CORE:
@@ -284,8 +297,7 @@ def candidates(gemm: Gemm, itemsize: int, precision: str, limits: Machine) -> li
             continue
         if block_m * block_n > 128 * 128 and gemm.taps * gemm.channels < 512:
             continue
-        block_n = min(block_n, max(16, triton.next_power_of_2(gemm.columns)))
-        block_c = min(block_c, max(16, triton.next_power_of_2(gemm.channels)))
+        block_m, block_n, block_c = _cut((block_m, block_n, block_c), gemm)
         if stages * (block_m + block_n) * block_c * itemsize > limits.shared_bytes:
             continue
         tiles = triton.cdiv(gemm.rows, block_m) * triton.cdiv(gemm.columns, block_n) * gemm.packs

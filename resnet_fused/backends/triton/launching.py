@@ -20,13 +20,14 @@ class Machine(NamedTuple):
 
     processors: int
     shared_bytes: int  # that one program may use
+    interpreted: bool = False
 
 
 @functools.cache
 def machine(device: torch.device) -> Machine:
-    """Limits of `device`; the interpreter runs programs one by one, like a single processor."""
+    """Limits of `device`; of the interpreter, which runs programs one by one, on the CPU."""
     if device.type != "cuda":
-        return Machine(1, 227 * 1024)
+        return Machine(1, 227 * 1024, interpreted=True)
     properties = torch.cuda.get_device_properties(device)
     return Machine(properties.multi_processor_count, properties.shared_memory_per_block_optin)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from ...parameters import BatchNorm, Convolution, MaxPool
 from .convolution import conv_bn, output_size
 from .elementwise import max_pool
-from .launching import convolution_precision, dense, empty_nhwc, is_wide, launch
+from .launching import convolution_precision, dense, empty_nhwc, is_wide, launch, machine
 from .primitives import normalise, rectify
 from .tuning import Config, Tuner, batch_bucket
 
@@ -202,7 +202,7 @@ def stem(tuner: Tuner, x: Tensor, conv: Convolution, bn: BatchNorm, pool: MaxPoo
             BLOCK_T=max(16, triton.next_power_of_2(s * channels)),
         )  # fmt: skip
 
-    fma = x.element_size() == 4 and precision == "ieee"
+    fma = x.element_size() == 4 and precision == "ieee" and not machine(x.device).interpreted
     key = (
         "stem", x.dtype, precision, batch_bucket(batch), height, width, channels, filters,
         r, s, *conv.stride, *conv.padding, *conv.dilation, planar, wide,
