@@ -1,8 +1,8 @@
 # Everyday commands. They use the active environment; `make develop` fills it.
 .PHONY: develop test lint format bench env clean
 
-develop:  ## editable install with the extension in the tree
-	pip install -e '.[bench,test]'
+develop:  ## editable install, with the extension and the simulator of CUDA kernels in the tree
+	RESNET_FUSED_HOST_SIM=on pip install -e '.[bench,test]'
 
 test:  ## what CI runs after lint
 	pytest -n 2

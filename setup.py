@@ -139,6 +139,9 @@ class CMakeBuild(build_ext):
             if (library / "libcudart_static.a").exists():
                 paths = [str(library), *environment.get("LIBRARY_PATH", "").split(os.pathsep)]
                 environment["LIBRARY_PATH"] = os.pathsep.join(filter(None, paths))
+        if not host_simulator_wanted():
+            for outdated in target.parent.glob("_C_sim*"):  # of an earlier build in this folder
+                outdated.unlink()
         self._run(folder, options, environment)
 
     def _run(self, folder: Path, options: list[str], environment: dict[str, str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ if not torch.cuda.is_available():
     # Read when triton is first imported, so it is set before anything can import it.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from resnet_fused import backends, use_backend
+from resnet_fused import _extension, backends, use_backend
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,6 +29,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def cache_directory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
     """Keeps the tuning cache of the person who runs the tests out of them."""
     monkeypatch.setenv("RESNET_FUSED_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def extension() -> ModuleType:
+    """The compiled extension, where it holds CUDA code."""
+    if reason := _extension.available():
+        pytest.skip(reason)
+    module = _extension.load()
+    info = module.build_info()
+    if not info["cuda"]:
+        pytest.skip(f"the extension holds no CUDA code: {info['cuda_note']}")
+    return module
 
 
 def require(name: str, device: str, dtype: torch.dtype) -> None:

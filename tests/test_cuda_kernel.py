@@ -5,19 +5,16 @@ The backend `cuda` as a whole is held to the contract with every other backend i
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from machine_code import cuobjdump
 from torch import Tensor
 
-from resnet_fused import _extension, backends, ops, use_backend
+from resnet_fused import backends, ops, use_backend
 from resnet_fused.parameters import BatchNorm
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.numerics import cast, relative_error
@@ -25,37 +22,11 @@ from resnet_fused.testing.numerics import cast, relative_error
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@pytest.fixture(scope="module")
-def extension() -> ModuleType:
-    if reason := _extension.available():
-        pytest.skip(reason)
-    module = _extension.load()
-    info = module.build_info()
-    if not info["cuda"]:
-        pytest.skip(f"the extension holds no CUDA code: {info['cuda_note']}")
-    return module
-
-
 # Machine code
 
 
-def _cuobjdump(extension: ModuleType, *options: str) -> str:
-    folders = [os.environ.get("PATH", "")]
-    try:
-        import triton
-    except ImportError:
-        pass
-    else:
-        folders.insert(0, str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin"))
-    program = shutil.which("cuobjdump", path=os.pathsep.join(folders))
-    if program is None:
-        pytest.skip("no cuobjdump, neither in triton's package nor in PATH")
-    command = [program, *options, str(extension.__file__)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
 def test_holds_code_for_every_architecture_it_reports(extension):
-    listing = _cuobjdump(extension, "--list-elf", "--list-ptx")
+    listing = cuobjdump(extension, "--list-elf", "--list-ptx")
     info = extension.build_info()
     compiled = set(re.findall(r"sm_(\w+)\.cubin", listing))
     assert compiled == set(info["cuda_architectures"].split())
@@ -63,7 +34,7 @@ def test_holds_code_for_every_architecture_it_reports(extension):
 
 
 def test_spills_nothing_and_leaves_room_for_three_blocks(extension):
-    usage = _cuobjdump(extension, "--dump-resource-usage")
+    usage = cuobjdump(extension, "--dump-resource-usage")
     found = re.findall(r"bn_add_relu_kernel\w*:\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
     assert len(found) == 12 * len(extension.build_info()["cuda_architectures"].split())
     for registers, stack, local in found:
@@ -72,7 +43,7 @@ def test_spills_nothing_and_leaves_room_for_three_blocks(extension):
 
 
 def test_moves_sixteen_bytes_an_access(extension):
-    functions = _cuobjdump(extension, "--dump-sass").split("Function : ")[1:]
+    functions = cuobjdump(extension, "--dump-sass").split("Function : ")[1:]
     # Mangled template arguments: type, elements a vector, whether a residual is added.
     kernels = [
         (found[1], found[2] == "1", body)

@@ -25,9 +25,10 @@ from . import Backend
 class CudaBackend:
     name = "cuda"
 
-    def __init__(self, extension: ModuleType) -> None:
+    def __init__(self, extension: ModuleType, tile: Any = None) -> None:
+        """`tile`: the ConvTile that every convolution takes; by default each has its own."""
         self._extension = extension
-        self._tile = extension.ConvTile.automatic
+        self._tile = extension.ConvTile.automatic if tile is None else tile
         self._dtypes = {
             torch.float32: extension.DType.float32,
             torch.float16: extension.DType.float16,

@@ -54,15 +54,16 @@ __global__ void mma(const Arguments a) {
   for (int k = 0; k < 4; ++k) ptx::store_global(a.out + 4 * threadIdx.x + k, as_bits(d[k]));
 }
 
-// in: a float. out: as binary16, as bfloat16, and both back.
+// in: a float a thread. out: each as binary16, as bfloat16, and both back.
 __global__ void convert(const Arguments a) {
-  const float value = as_float(ptx::load_global(a.in));
+  const float value = as_float(ptx::load_global(a.in + threadIdx.x));
   const __half half = resnet_fused::from_float<__half>(value);
   const __nv_bfloat16 bfloat = resnet_fused::from_float<__nv_bfloat16>(value);
-  ptx::store_global(a.out, std::uint32_t{half.bits});
-  ptx::store_global(a.out + 1, std::uint32_t{bfloat.bits});
-  ptx::store_global(a.out + 2, as_bits(resnet_fused::to_float(half)));
-  ptx::store_global(a.out + 3, as_bits(resnet_fused::to_float(bfloat)));
+  std::uint32_t* out = a.out + 4 * threadIdx.x;
+  ptx::store_global(out, std::uint32_t{half.bits});
+  ptx::store_global(out + 1, std::uint32_t{bfloat.bits});
+  ptx::store_global(out + 2, as_bits(resnet_fused::to_float(half)));
+  ptx::store_global(out + 3, as_bits(resnet_fused::to_float(bfloat)));
 }
 
 // Three groups of one copy each, the second of nothing; each is read once it must have landed.
@@ -168,7 +169,7 @@ __global__ void swizzle(const Arguments a) {
   for (int k = 0; k < 4; ++k) ptx::store_global(a.out + 4 * threadIdx.x + k, registers[k]);
 }
 
-// out[i] = in[i - 1] + in[i + 1] with zeros around, of 32 words.
+// out[i] = in[i - 1] + in[i + 1] with zeros around, of 96 words.
 template <int kLast>
 __global__ void halo(const Arguments a) {
   const int i = threadIdx.x;
@@ -196,7 +197,7 @@ const std::map<std::string, Test> kTests = {
     {"ldmatrix", {&ldmatrix, 32}},
     {"mma f16", {&mma<__half>, 32}},
     {"mma bf16", {&mma<__nv_bfloat16>, 32}},
-    {"convert", {&convert, 1}},
+    {"convert", {&convert, 1024}},
     {"copy groups", {&copy_groups, 1}},
     {"copy read one group early", {&copy_read_one_group_early, 1}},
     {"copy never awaited", {&copy_never_awaited, 1}},
@@ -210,8 +211,8 @@ const std::map<std::string, Test> kTests = {
     {"swizzle", {&swizzle<true, true>, 32}},
     {"no swizzle", {&swizzle<false, false>, 32}},
     {"swizzle forgotten by the reader", {&swizzle<true, false>, 32}},
-    {"halo", {&halo<31>, 32}},
-    {"halo off by one", {&halo<32>, 32}},
+    {"halo", {&halo<95>, 96}},
+    {"halo off by one", {&halo<96>, 96}},
     {"read uninitialised", {&read_uninitialised, 1}},
     {"shared out of bounds", {&shared_out_of_bounds, 1}},
     {"shared misaligned", {&shared_misaligned, 1}},

@@ -12,7 +12,7 @@
 // Channels per group that are no multiple of 16 bytes are loaded one by one into the same chunks.
 //
 // Tiles (positions x channels x bytes of depth, warps, stages): 64 x 64 x 128, 4, 3;
-// 128 x 64 x 64, 4, 4; 128 x 128 x 64, 8, 4; fp32: 64 x 64 x 64, 8, 4. Blocks that share positions
+// 128 x 64 x 64, 4, 4; 128 x 128 x 64, 4, 4; fp32: 64 x 64 x 64, 8, 4. Blocks that share positions
 // are neighbours in the grid, so that x comes from memory once and then from L2.
 //
 // Shared memory: kStages x (positions + channels) rows of 64 or 128 bytes, then the terms of the
@@ -58,9 +58,10 @@ struct Tile {
 
 using Tile64x64 = Tile<64, 64, 128, 2, 2, 3, 3>;
 using Tile128x64 = Tile<128, 64, 64, 2, 2, 4, 2>;
-using Tile128x128 = Tile<128, 128, 64, 2, 4, 4, 2>;
+using Tile128x128 = Tile<128, 128, 64, 2, 2, 4, 2>;
 using TileNarrow = Tile<64, 64, 64, 2, 2, 3, 2>;  // channels one by one
 using TileFloat = Tile<64, 64, 64, 4, 2, 4, 2>;
+using TileFloatProjection = Tile<64, 64, 64, 4, 2, 4, 1>;
 
 // The byte offset of a chunk in an operand of rows of kRowBytes.
 template <int kRowBytes>
@@ -191,11 +192,7 @@ class TensorCore {
     const std::uint32_t b_operand = stage + Tile::kM * Tile::kRowBytes;
 #pragma unroll
     for (int chunk = 0; chunk < Tile::kChunks; chunk += 2) {
-      std::uint32_t a[kWarpM / 16][4], b[kWarpN / 16][4];
-#pragma unroll
-      for (int i = 0; i < kWarpM / 16; ++i) {
-        ptx::ldmatrix_x4(a[i], stage + swizzle<Tile::kRowBytes>(a_row + 16 * i, chunk + a_half));
-      }
+      std::uint32_t b[kWarpN / 16][4];
 #pragma unroll
       for (int j = 0; j < kWarpN / 16; ++j) {
         ptx::ldmatrix_x4(b[j],
@@ -203,9 +200,11 @@ class TensorCore {
       }
 #pragma unroll
       for (int i = 0; i < kWarpM / 16; ++i) {
+        std::uint32_t a[4];
+        ptx::ldmatrix_x4(a, stage + swizzle<Tile::kRowBytes>(a_row + 16 * i, chunk + a_half));
 #pragma unroll
         for (int j = 0; j < kWarpN / 8; ++j) {
-          ptx::mma_m16n8k16<T>(d_[i][j], a[i], &b[j / 2][j % 2 * 2]);
+          ptx::mma_m16n8k16<T>(d_[i][j], a, &b[j / 2][j % 2 * 2]);
         }
       }
     }
@@ -242,22 +241,19 @@ class MultiplyAdd {
     float partial[kRows][kColumns] = {};
 #pragma unroll
     for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
-      Quad a[kRows], b[kColumns];
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        a[i] = ptx::load_shared<Quad>(stage + swizzle<Tile::kRowBytes>(row(i), chunk));
-      }
+      Quad b[kColumns];
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
         b[j] = ptx::load_shared<Quad>(b_operand + swizzle<Tile::kRowBytes>(column(j), chunk));
       }
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
+      for (int i = 0; i < kRows; ++i) {
+        const Quad a = ptx::load_shared<Quad>(stage + swizzle<Tile::kRowBytes>(row(i), chunk));
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) {
+        for (int j = 0; j < kColumns; ++j) {
 #pragma unroll
-          for (int j = 0; j < kColumns; ++j) {
-            partial[i][j] = fmaf(a[i].value[e], b[j].value[e], partial[i][j]);
+          for (int e = 0; e < 4; ++e) {
+            partial[i][j] = fmaf(a.value[e], b[j].value[e], partial[i][j]);
           }
         }
       }
@@ -361,36 +357,35 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 
 using Kernel = void (*)(ConvBn);
 
-template <typename T, typename Tile, bool kVectorised>
-Kernel kernel_of(bool projection) {
-  return projection ? &conv_bn_kernel<T, Tile, kVectorised, true>
-                    : &conv_bn_kernel<T, Tile, kVectorised, false>;
-}
-
 // A kernel and the size of its blocks; `kernel` is null where there is none.
 struct Choice {
   Kernel kernel = nullptr;
   int positions = 0, channels = 0, threads = 0, shared_bytes = 0;
-
-  template <typename Tile>
-  static Choice of(Kernel kernel, bool projection) {
-    return {kernel, Tile::kM, Tile::kN, Tile::kThreads, Tile::shared_bytes(projection)};
-  }
 };
+
+template <typename T, typename Tile, bool kVectorised, bool kProjection>
+Choice choice_of() {
+  return {&conv_bn_kernel<T, Tile, kVectorised, kProjection>, Tile::kM, Tile::kN, Tile::kThreads,
+          Tile::shared_bytes(kProjection)};
+}
 
 template <typename T>
 Choice choose_half(ConvTile tile, bool vectorised, bool projection) {
   switch (tile) {
     case ConvTile::k64x64:
-      return vectorised
-                 ? Choice::of<Tile64x64>(kernel_of<T, Tile64x64, true>(projection), projection)
-                 : Choice::of<TileNarrow>(kernel_of<T, TileNarrow, false>(projection), projection);
+      if (vectorised) {
+        return projection ? choice_of<T, Tile64x64, true, true>()
+                          : choice_of<T, Tile64x64, true, false>();
+      }
+      return projection ? choice_of<T, TileNarrow, false, true>()
+                        : choice_of<T, TileNarrow, false, false>();
     case ConvTile::k128x64:
       if (!vectorised) return {};
-      return Choice::of<Tile128x64>(kernel_of<T, Tile128x64, true>(projection), projection);
+      return projection ? choice_of<T, Tile128x64, true, true>()
+                        : choice_of<T, Tile128x64, true, false>();
     case ConvTile::k128x128:
       if (!vectorised || projection) return {};
-      return Choice::of<Tile128x128>(&conv_bn_kernel<T, Tile128x128, true, false>, projection);
+      return choice_of<T, Tile128x128, true, false>();
     default:
       return {};
   }
@@ -398,9 +393,12 @@ Choice choose_half(ConvTile tile, bool vectorised, bool projection) {
 
 Choice choose_float(ConvTile tile, bool vectorised, bool projection) {
   if (tile != ConvTile::k64x64) return {};
-  return Choice::of<TileFloat>(vectorised ? kernel_of<float, TileFloat, true>(projection)
-                                          : kernel_of<float, TileFloat, false>(projection),
-                               projection);
+  if (projection) {
+    return vectorised ? choice_of<float, TileFloatProjection, true, true>()
+                      : choice_of<float, TileFloatProjection, false, true>();
+  }
+  return vectorised ? choice_of<float, TileFloat, true, false>()
+                    : choice_of<float, TileFloat, false, false>();
 }
 
 bool vectorised(const ConvBn& a, const ConvolutionBn& conv) {

@@ -1,8 +1,10 @@
 // The instructions that the kernels use beyond plain C++: the only file with PTX in it.
 //
-// Sections are those of NVIDIA's "Parallel Thread Execution ISA". Shared memory is named by byte
-// offsets into the block's dynamic shared memory, and every access goes through these functions,
-// so that a kernel compiled against csrc/host_sim runs with each of its accesses checked.
+// Quoted are the sections of NVIDIA's "Parallel Thread Execution ISA", whose numbers change between
+// versions; those on data movement begin "Data Movement and Conversion Instructions". Shared memory
+// is named by byte offsets into the block's dynamic shared memory, and every access goes through
+// these functions, so that a kernel compiled against csrc/host_sim runs with each of its accesses
+// checked.
 #pragma once
 
 #ifdef RESNET_FUSED_HOST_SIM
@@ -13,6 +15,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 namespace resnet_fused::ptx {
@@ -22,7 +25,7 @@ __device__ __forceinline__ unsigned char* shared_memory() {
   return arena;
 }
 
-// The address in the shared state space (5.1.8) that instructions take.
+// The address that instructions take ("Shared State Space").
 __device__ __forceinline__ std::uint32_t shared_address(std::uint32_t offset) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(shared_memory())) + offset;
 }
@@ -43,12 +46,21 @@ __device__ __forceinline__ V load_global(const V* from) {
   return *from;
 }
 
+// "st", spelled out for 16 bytes because the compiler splits such a store of 16-bit elements.
 template <typename V>
 __device__ __forceinline__ void store_global(V* to, const V& value) {
-  *to = value;
+  if constexpr (sizeof(V) == 16) {
+    uint4 bits;
+    memcpy(&bits, &value, sizeof(bits));
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
+                 : "memory");
+  } else {
+    *to = value;
+  }
 }
 
-// cp.async, 9.7.9.25.3.1: 16 bytes from global to shared memory, past L1; zeros and no access to
+// "cp.async": 16 bytes from global to shared memory, past L1; zeros and no access to
 // global memory where `valid` is false. Both addresses are multiples of 16.
 __device__ __forceinline__ void cp_async_16(std::uint32_t to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
@@ -56,19 +68,20 @@ __device__ __forceinline__ void cp_async_16(std::uint32_t to, const void* from, 
                : "memory");
 }
 
-// cp.async.commit_group, 9.7.9.25.3.2: what this thread has issued since the last one is a group.
+// "cp.async.commit_group": what this thread has issued since the last one is a group.
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// cp.async.wait_group, 9.7.9.25.3.3: all but this thread's `kPending` latest groups have landed.
+// "cp.async.wait_group": all but this thread's `kPending` latest groups have landed.
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// ldmatrix, 9.7.14.5.15: four 8x8 matrices of 16-bit elements. Lane l names the row l % 8 of matrix
-// l / 8 and receives, of each matrix, elements 2 * (l % 4) and the next of row l / 4.
+// "Warp-level matrix load instruction: ldmatrix": four 8x8 matrices of 16-bit elements. Lane l
+// names row l % 8 of matrix l / 8 and receives, of each matrix, elements 2 * (l % 4) and the next
+// of row l / 4.
 __device__ __forceinline__ void ldmatrix_x4(std::uint32_t (&to)[4], std::uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -76,8 +89,9 @@ __device__ __forceinline__ void ldmatrix_x4(std::uint32_t (&to)[4], std::uint32_
                : "memory");
 }
 
-// mma.m16n8k16, 9.7.14.5.8: d += a * b, a (16, 16) by rows, b (16, 8) by columns, of T = __half or
-// __nv_bfloat16; d (16, 8) in fp32. With g = lane / 4 and t = lane % 4, registers hold
+// "Matrix Fragments for mma.m16n8k16 with floating point type": d += a * b, a (16, 16) by rows, b
+// (16, 8) by columns, of T = __half or __nv_bfloat16; d (16, 8) in fp32. With g = lane / 4 and t =
+// lane % 4, registers hold
 //   a: (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8), each with its right neighbour;
 //   b: (2t, g), (2t + 8, g), each with the one below;
 //   d: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
@@ -85,15 +99,13 @@ template <typename T>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4],
                                              const std::uint32_t* b) {
   if constexpr (std::is_same_v<T, __half>) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   } else {
     static_assert(std::is_same_v<T, __nv_bfloat16>);
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));

@@ -1,0 +1,365 @@
+"""The CUDA convolution kernels: their machine code, their sources, and their results, simulated.
+
+test_ops.py holds them to the contract with every backend; here are the cases that only they have.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from machine_code import cuobjdump
+from torch import Tensor
+
+import resnet_fused
+from resnet_fused import backends, use_backend
+from resnet_fused.backends.cuda import CudaBackend
+from resnet_fused.backends.cuda_sim import SimulatedBackend, load
+from resnet_fused.parameters import BatchNorm, Convolution
+from resnet_fused.reference import ops as reference
+from resnet_fused.testing.cases import (
+    CONV_CASES,
+    ConvCase,
+    generator,
+    make_convolution,
+    make_integers,
+    make_residual,
+    randomise_statistics,
+)
+from resnet_fused.testing.numerics import assert_contract, cast, check_op
+
+ROOT = Path(__file__).resolve().parents[1]
+HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+TILES = ("m64n64", "m128n64", "m128n128")
+# Per architecture: for each 16-bit type 3 tiles, 2 with projection, and 2 for single channels;
+# for float32 both kinds of channels with and without projection.
+KERNELS = 2 * (3 + 2 + 2) + 4
+
+
+# Machine code
+
+
+@pytest.fixture(scope="session")
+def architectures(extension: ModuleType) -> list[str]:
+    return extension.build_info()["cuda_architectures"].split()
+
+
+def test_nothing_spills(extension, architectures):
+    usage = cuobjdump(extension, "--dump-resource-usage")
+    found = re.findall(r"conv_bn_kernel\w*:\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
+    assert len(found) == KERNELS * len(architectures)
+    assert {(stack, local) for _, stack, local in found} == {("0", "0")}
+
+
+def test_tensor_core_kernels_use_their_instructions(extension, architectures):
+    """Matrix products, matrix loads, asynchronous 16-byte copies; 16 bytes in each store."""
+    functions = cuobjdump(extension, "--dump-sass").split("Function : ")[1:]
+    kernels = [f for f in functions if re.match(r"\w*conv_bn_kernelI\w*(__half|bfloat16)", f)]
+    assert len(kernels) == (KERNELS - 4) * len(architectures)
+    for body in kernels:
+        vectorised = re.match(r"\w*?conv_bn_kernelI\w*?EEELb(\d)E", body)
+        assert vectorised is not None
+        for instruction in ("HMMA.16816.F32", "LDSM.16.M88.4", "STG.E.128"):
+            assert instruction in body
+        assert ("LDGSTS.E.BYPASS" in body) == (vectorised[1] == "1")
+        assert "LDL" not in body
+        assert "STL" not in body
+
+
+# Sources
+
+
+SOURCES = sorted((ROOT / "csrc" / "kernels").glob("*/*.c*"))
+KERNEL_FILES = [path for path in SOURCES if path.suffix in (".cpp", ".cu")]
+
+
+@pytest.mark.parametrize("path", KERNEL_FILES, ids=lambda path: path.name)
+def test_kernels_include_no_framework(path):
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    folders = [ROOT / "csrc" / "host_sim" / "include", ROOT / "csrc"]
+    command = [compiler, "-std=c++17", "-DRESNET_FUSED_HOST_SIM", "-M", "-xc++", path]
+    command += [f"-I{folder}" for folder in folders]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    included = done.stdout.replace("\\\n", " ").split()[1:]
+    assert str(path) in included
+    for header in included:
+        assert not re.search(r"torch|pybind11|Python\.h|/bindings/", header.removeprefix(str(ROOT)))
+
+
+def test_only_one_file_holds_assembly():
+    holders = [
+        path.name
+        for path in (ROOT / "csrc" / "kernels" / "cuda").iterdir()
+        if re.search(r"\basm\b", path.read_text())
+    ]
+    assert holders == ["ptx.cuh"]
+
+
+# Results
+
+
+@pytest.fixture
+def simulator() -> ModuleType:
+    if reason := backends.unavailable("cuda_sim"):
+        pytest.skip(reason)
+    module = load()
+    module.take_statistics()
+    return module
+
+
+@pytest.fixture(params=HALVES.values(), ids=HALVES)
+def half(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=TILES)
+def tiled(request: pytest.FixtureRequest, simulator: ModuleType) -> SimulatedBackend:
+    """The backend with one tile for every convolution."""
+    return SimulatedBackend(simulator, getattr(simulator.ConvTile, request.param))
+
+
+# Several tiles in each direction, tails in all of them, and the windows of ResNets.
+TILE_CASES = {
+    "pointwise": ConvCase(2, 72, 13, 11, 136),
+    "pointwise strided": ConvCase(1, 64, 27, 23, 72, stride=2),
+    "3x3": ConvCase(1, 40, 14, 13, 136, 3, 1, 1),
+    "3x3 strided": ConvCase(2, 32, 21, 15, 64, 3, 2, 1),
+    "uneven outputs": ConvCase(1, 16, 9, 17, 131, 3, 1, 1),
+    "grouped": ConvCase(1, 48, 12, 12, 160, 3, 1, 1, groups=2),
+}
+
+
+def truth(*arguments: Any) -> Tensor:
+    return reference.conv_bn(*(cast(argument, torch.float64) for argument in arguments))
+
+
+@pytest.mark.parametrize("name", TILE_CASES)
+def test_tiles_are_exact_on_integers_and_free_of_bank_conflicts(simulator, tiled, half, name):
+    case = TILE_CASES[name]
+    rng = generator()
+    x, conv, bn = make_integers(case, rng, half)
+    residual = make_residual(case, x, rng).round_()
+    expected = truth(x, conv, bn, residual, True)
+    assert torch.equal(tiled.conv_bn(x, conv, bn, residual, True).double(), expected)
+    counts = simulator.take_statistics()
+    assert counts["matrix_loads"] > 0
+    assert counts["bank_conflicts"] == 0
+
+
+@pytest.mark.parametrize("name", TILE_CASES)
+def test_tiles_keep_the_contract(tiled, half, name):
+    x, conv, bn = make_convolution(TILE_CASES[name], generator(), half)
+    check_op(tiled.conv_bn, reference.conv_bn, [x, conv, bn, None, False])
+
+
+@pytest.mark.parametrize("tile", TILES[:2])
+def test_projection_tiles_keep_the_contract(simulator, half, tile):
+    backend = SimulatedBackend(simulator, getattr(simulator.ConvTile, tile))
+    rng = generator()
+    x, conv, bn = make_convolution(ConvCase(1, 40, 12, 13, 136), rng, half)
+    shortcut, projection, projection_bn = make_convolution(
+        ConvCase(1, 72, 24, 25, 136, stride=2), rng, half
+    )
+    arguments = [x, conv, bn, shortcut, projection, projection_bn]
+    check_op(backend.conv_bn_projection, reference.conv_bn_projection, arguments)
+
+
+def test_projection_runs_in_one_kernel(simulator, half):
+    """Two K loops of one step each, and no rounding of the shortcut between them."""
+    backend = backends.get("cuda_sim")
+    x, conv, bn = make_convolution(ConvCase(1, 64, 4, 4, 64), generator(), half)
+    backend.conv_bn_projection(x, conv, bn, x, conv, bn)
+    counts = simulator.take_statistics()
+    assert counts["waits"] == 2
+    assert counts["barriers"] == 2 * 2 + 1
+
+
+def test_larger_tiles_refuse_what_they_do_not_compute(simulator):
+    x, conv, bn = make_convolution(CONV_CASES["channel tails"], generator(), torch.float16)
+    for name in TILES[1:]:
+        backend = SimulatedBackend(simulator, getattr(simulator.ConvTile, name))
+        with pytest.raises(ValueError, match="tile"):
+            backend.conv_bn(x, conv, bn, None, False)
+
+
+def address(tensor: Tensor) -> int:
+    return tensor.data_ptr()
+
+
+def call(
+    simulator: ModuleType, x: Tensor, conv: Convolution, bn: BatchNorm, /, **changes: Any
+) -> None:
+    """The binding itself: no residual and an automatic tile, unless `changes` say otherwise."""
+    dtypes = {d: getattr(simulator.DType, str(d)[6:]) for d in (torch.float32, *HALVES.values())}
+    image = changes.pop("image", tuple(x.shape[2:]))
+    vectors = [None if v is None else (address(v), dtypes[v.dtype]) for v in bn[:4]]
+    product = {
+        "x": address(x),
+        "weight": address(conv.weight),
+        "image": image,
+        "channels": x.shape[1],
+        "kernel": tuple(conv.weight.shape[2:]),
+        "stride": conv.stride,
+        "padding": conv.padding,
+        "dilation": conv.dilation,
+        **dict(zip(("mean", "var", "bn_weight", "bias"), vectors, strict=True)),
+        "eps": bn.eps,
+    }
+    for key in [k for k in changes if k in product]:
+        product[key] = changes.pop(key)
+    arguments = {
+        "out": 16,
+        "residual": 0,
+        "dtype": dtypes[x.dtype],
+        "batch": x.shape[0],
+        "out_image": image,
+        "out_channels": conv.weight.shape[0],
+        "groups": conv.groups,
+        "conv": simulator.ConvolutionBn(**product),
+        "projection": None,
+        "relu": True,
+        "tile": simulator.ConvTile.automatic,
+        "device": 0,
+        "stream": 0,
+    }
+    simulator.cuda_conv_bn(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize("channels", [64, 19])
+def test_out_may_be_the_residual(simulator, half, channels):
+    case = ConvCase(2, 24, 9, 9, channels, 3, 1, 1)
+    rng = generator()
+    x, conv, bn = make_integers(case, rng, half)
+    both = make_residual(case, x, rng).round_()
+    expected = truth(x, conv, bn, both, True)
+    tensors = [x, conv.weight, *bn[:4]]
+    simulator.set_buffers(
+        [*((address(t), t.nbytes, False) for t in tensors), (address(both), both.nbytes, True)]
+    )
+    call(simulator, x, conv, bn, out=address(both), residual=address(both))
+    assert torch.equal(both.double(), expected)
+
+
+@pytest.mark.parametrize("shifted", ["x", "weight", "residual"])
+def test_pointers_off_sixteen_bytes(simulator, half, shifted):
+    def moved(tensor: Tensor) -> Tensor:
+        storage = torch.zeros(tensor.numel() + 1, dtype=tensor.dtype)[1:]
+        return storage.as_strided(tensor.shape, tensor.stride(), 1).copy_(tensor)
+
+    case = TILE_CASES["3x3"]
+    rng = generator()
+    x, conv, bn = make_integers(case, rng, half)
+    residual = make_residual(case, x, rng).round_()
+    expected = truth(x, conv, bn, residual, True)
+    if shifted == "x":
+        x = moved(x)
+    elif shifted == "weight":
+        conv = conv._replace(weight=moved(conv.weight))
+    else:
+        residual = moved(residual)
+    out = backends.get("cuda_sim").conv_bn(x, conv, bn, residual, True)
+    assert torch.equal(out.double(), expected)
+
+
+def test_more_than_two_to_the_31_elements(simulator):
+    """Of 4.3 GB of zeros, which no page backs, the four corners are read."""
+    side, channels = 2**14 + 1, 8
+    memory = np.zeros((1, side, side, channels), np.int16)
+    x = torch.from_numpy(memory).view(torch.bfloat16).permute(0, 3, 1, 2)
+    assert x.numel() > 2**31
+    corners = torch.randint(-9, 10, (1, channels, 2, 2), generator=generator()).bfloat16()
+    stride = side - 1
+    x[:, :, ::stride, ::stride] = corners
+    conv = Convolution(
+        torch.randint(-1, 2, (8, channels, 1, 1), generator=generator()).bfloat16(),
+        (stride, stride),
+    )
+    bn = BatchNorm(torch.zeros(8), torch.ones(8), None, None, 0.0)
+    out = backends.get("cuda_sim").conv_bn(x, conv, bn, None, False)
+    expected = truth(corners, conv._replace(stride=(1, 1)), bn, None, False)
+    assert torch.equal(out.double(), expected)
+
+
+@pytest.mark.parametrize("channels", [16, 19], ids=["copies", "one by one"])
+def test_halo_off_by_one_is_caught(simulator, half, channels):
+    """The kernel is told of a row more than the image has: it must not read it unnoticed."""
+    case = ConvCase(1, channels, 8, 8, 16, 3, 1, 1)
+    x, conv, bn = make_convolution(case, generator(), half)
+    out = torch.empty(1, 16, 9, 8, dtype=half)
+    tensors = [x, conv.weight, *bn[:4]]
+    simulator.set_buffers(
+        [*((address(t), t.nbytes, False) for t in tensors), (address(out), out.nbytes, True)]
+    )
+    with pytest.raises(simulator.Fault, match=r"reads .* out of bounds of global memory"):
+        call(simulator, x, conv, bn, out=address(out), image=(9, 8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"out": 0}, "out is a null pointer"),
+        ({"x": 0}, "x or weight is a null pointer"),
+        ({"mean": None}, "mean and var are needed"),
+        ({"channels": -8}, "channels must be at least 0"),
+        ({"stride": (0, 1)}, "vertical stride must be at least 1"),
+        ({"padding": (0, -1)}, "horizontal padding must be at least 0"),
+        ({"out_image": (8, 9)}, "not of size 8 x 9"),
+        ({"image": (2**29, 8)}, "height must be at least 0 and below 2"),
+        ({"groups": 3}, "groups must divide"),
+        ({"batch": 2**29 - 1, "image": (2**20, 2**9)}, "out has too many elements"),
+    ],
+)
+def test_binding_refuses(simulator, changes, message):
+    case = ConvCase(1, 16, 8, 8, 16, 3, 1, 1)
+    x, conv, bn = make_convolution(case, generator(), torch.float16)
+    with pytest.raises(ValueError, match=message):
+        call(simulator, x, conv, bn, **changes)
+
+
+def test_projection_excludes_residual_and_groups(simulator):
+    x, conv, bn = make_convolution(ConvCase(1, 16, 8, 8, 16), generator(), torch.float16)
+    vector = (16, simulator.DType.float32)
+    projection = simulator.ConvolutionBn(
+        16, 16, (8, 8), 16, (1, 1), (1, 1), (0, 0), (1, 1), vector, vector, None, None, 1e-5
+    )
+    for changes in ({"residual": 16}, {"groups": 2}):
+        with pytest.raises(ValueError, match="a projection needs groups = 1"):
+            call(simulator, x, conv, bn, projection=projection, **changes)
+
+
+def test_all_of_resnet50_but_the_stem_is_ours(simulator, half):
+    backend = CudaBackend(simulator)
+    image = torch.zeros(1, dtype=half)
+    left = [
+        name
+        for name, module in torchvision.models.resnet50().named_modules()
+        if isinstance(module, torch.nn.Conv2d)
+        and backend._left_to_cudnn(image, Convolution(module.weight, groups=module.groups))
+    ]
+    assert left == ["conv1"]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_whole_networks_keep_the_contract(simulator, half, name):
+    torch.manual_seed(0)
+    theirs = randomise_statistics(getattr(torchvision.models, name)()).eval()
+    ours = getattr(resnet_fused, name)().eval()
+    ours.load_state_dict(theirs.state_dict())
+    ours, theirs = ours.to(half), theirs.to(half)
+    x = torch.randn(2, 3, 33, 33, generator=generator()).to(half)
+    with torch.no_grad(), use_backend("cuda_sim"):
+        result = ours(x)
+    assert simulator.take_statistics()["bank_conflicts"] == 0
+    with torch.no_grad():
+        assert_contract(result, theirs(x), copy.deepcopy(theirs).double()(x.double()))

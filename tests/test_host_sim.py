@@ -1,0 +1,278 @@
+"""The host simulator itself: its primitives worked out from the PTX ISA, and mistakes to be caught.
+
+The kernels' results over it are in test_cuda_conv.py, and with other backends' in test_ops.py.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from resnet_fused import backends
+from resnet_fused.backends.cuda_sim import SimulatedBackend, load
+from resnet_fused.parameters import Convolution
+from resnet_fused.testing.cases import generator, make_batch_norm
+
+DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
+UNTOUCHED = 0xFFFFFFFF
+
+
+@pytest.fixture
+def simulator() -> Iterator[ModuleType]:
+    if reason := backends.unavailable("cuda_sim"):
+        pytest.skip(reason)
+    module = load()
+    module.take_statistics()
+    yield module
+    module.plant()
+
+
+def words(tensor: Tensor) -> list[int]:
+    """The tensor's memory as unsigned 32-bit words."""
+    raw = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    return list(struct.unpack(f"<{len(raw) // 4}I", raw))
+
+
+def floats(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64).to(torch.int32).view(torch.float32)
+
+
+# What each primitive does
+
+
+def test_ldmatrix_hands_row_elements_to_lanes(simulator):
+    """PTX ISA, ldmatrix: lane l gets elements 2 (l % 4) and the next of row l / 4, matrix after
+    matrix; lanes 8 m to 8 m + 7 name the rows of matrix m."""
+    memory = [1000 + i for i in range(256)]
+    rows = [16 * ((5 * lane + 3) % 64) for lane in range(32)]
+    out = simulator.run_primitive("ldmatrix", rows + memory, 128)
+    for lane in range(32):
+        for matrix in range(4):
+            row = rows[8 * matrix + lane // 4]
+            assert out[4 * lane + matrix] == memory[row // 4 + lane % 4]
+
+
+def a_elements(lane: int) -> list[tuple[int, int]]:
+    """PTX ISA, fragments of mma.m16n8k16 for .f16 and .bf16: (row, column) of a0..a7."""
+    group, member = lane // 4, lane % 4
+    return [
+        (group + (0 if i in (0, 1, 4, 5) else 8), member * 2 + (i & 1) + (8 if i >= 4 else 0))
+        for i in range(8)
+    ]
+
+
+def b_elements(lane: int) -> list[tuple[int, int]]:
+    group, member = lane // 4, lane % 4
+    return [(member * 2 + (i & 1) + (8 if i >= 2 else 0), group) for i in range(4)]
+
+
+def c_elements(lane: int) -> list[tuple[int, int]]:
+    group, member = lane // 4, lane % 4
+    return [(group + (8 if i >= 2 else 0), member * 2 + (i & 1)) for i in range(4)]
+
+
+def mma(simulator: ModuleType, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    kind = "bf16" if a.dtype == torch.bfloat16 else "f16"
+    registers = []
+    for lane in range(32):
+        for matrix, elements in ((a, a_elements), (b, b_elements), (c, c_elements)):
+            registers += words(torch.stack([matrix[at] for at in elements(lane)]))
+    values = floats(simulator.run_primitive(f"mma {kind}", registers, 128))
+    d = torch.full((16, 8), float("nan"))
+    for lane in range(32):
+        for i, at in enumerate(c_elements(lane)):
+            d[at] = values[4 * lane + i]
+    return d
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_mma_multiplies_integers_exactly(simulator, dtype):
+    rng = generator()
+    a, b, c = (
+        torch.randint(-9, 10, shape, generator=rng).float()
+        for shape in ((16, 16), (16, 8), (16, 8))
+    )
+    assert torch.equal(mma(simulator, a.to(dtype), b.to(dtype), c), a @ b + c)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_mma_accumulates_in_float32(simulator, dtype):
+    rng = generator()
+    a, b = (torch.randn(shape, generator=rng).to(dtype) for shape in ((16, 16), (16, 8)))
+    c = torch.randn(16, 8, generator=rng)
+    truth = a.double() @ b.double() + c.double()
+    magnitude = a.double().abs() @ b.double().abs() + c.double().abs()
+    # 16 additions, each off by at most half a unit in the last place of a partial sum.
+    assert ((mma(simulator, a, b, c).double() - truth).abs() <= 16 * 2**-24 * magnitude).all()
+
+
+def convert(simulator: ModuleType, values: Tensor) -> Tensor:
+    """(values, 4): the bits of binary16 and bfloat16, and of both as float32 again."""
+    rows = []
+    for chunk in values.split(1024):
+        padded = torch.zeros(1024)
+        padded[: len(chunk)] = chunk
+        out = simulator.run_primitive("convert", words(padded), 4096)
+        rows.append(torch.tensor(out).view(1024, 4)[: len(chunk)])
+    return torch.cat(rows)
+
+
+def check_conversions(simulator: ModuleType, values: Tensor) -> None:
+    out = convert(simulator, values)
+    for column, dtype in enumerate((torch.float16, torch.bfloat16)):
+        expected = values.to(dtype)
+        bits = out[:, column].to(torch.int16).view(dtype)
+        assert torch.equal(bits.isnan(), expected.isnan())
+        number = ~expected.isnan()
+        assert torch.equal(bits[number].view(torch.int16), expected[number].view(torch.int16))
+        back = out[:, 2 + column].to(torch.int32).view(torch.float32)
+        assert torch.equal(back[number], expected[number].float())
+
+
+def test_every_16_bit_number_converts_there_and_back(simulator):
+    every = torch.arange(-(2**15), 2**15).to(torch.int16)
+    for dtype in (torch.float16, torch.bfloat16):
+        check_conversions(simulator, every.view(dtype).float())
+
+
+def test_conversion_rounds_to_nearest_even(simulator):
+    """Around every boundary between neighbouring binary16 numbers, which holds bfloat16's too."""
+    below = torch.arange(0, 0x7C00).to(torch.int16).view(torch.float16).float()
+    above = torch.arange(1, 0x7C01).to(torch.int16).view(torch.float16).float()
+    above[-1] = 65536.0  # what infinity stands for in the last interval
+    middle = (below + above) / 2
+    beside = [torch.nextafter(middle, torch.full_like(middle, to)) for to in (0.0, 1e9)]
+    check_conversions(simulator, torch.cat([middle, *beside, -middle]))
+    check_conversions(simulator, torch.tensor([1e-45, 3e38, -3.4e38, 2.0**-25, 1.1754944e-38]))
+
+
+def test_copies_land_at_the_wait_for_their_group(simulator):
+    out = simulator.run_primitive("copy groups", list(range(10, 18)), 3)
+    assert out == [10, 0, 17]
+
+
+def test_barrier_shows_every_write(simulator):
+    numbers = list(range(96))
+    assert simulator.run_primitive("reverse", numbers, 96) == numbers[::-1]
+
+
+def test_barrier_does_not_wait_for_threads_that_left(simulator):
+    out = simulator.run_primitive("barrier of the others", [0], 96)
+    assert out == list(range(31, -1, -1)) + [UNTOUCHED] * 64
+
+
+def test_halo_reads_within_bounds(simulator):
+    out = simulator.run_primitive("halo", list(range(96)), 96)
+    assert out == [1, *(2 * i for i in range(1, 95)), 94]
+
+
+def test_shared_memory_starts_as_nan(simulator):
+    assert floats(simulator.run_primitive("read uninitialised", [0], 1)).isnan()
+
+
+# Bank conflicts
+
+
+def test_swizzle_finds_every_word_without_conflicts(simulator):
+    expected = simulator.run_primitive("no swizzle", list(range(128)), 128)
+    conflicts = simulator.take_statistics()
+    # Rows of 64 bytes: of 8 rows, every other one starts in the same bank.
+    assert conflicts["matrix_loads"] == 4
+    assert conflicts["bank_conflicts"] == 4 * 6
+    assert simulator.run_primitive("swizzle", list(range(128)), 128) == expected
+    assert simulator.take_statistics()["bank_conflicts"] == 0
+
+
+def test_swizzle_forgotten_by_the_reader_shows(simulator):
+    expected = simulator.run_primitive("swizzle", list(range(128)), 128)
+    assert simulator.run_primitive("swizzle forgotten by the reader", list(range(128)), 128) != (
+        expected
+    )
+
+
+# Mistakes that must not pass
+
+FAULTS = {
+    "reverse without barrier": r"thread .* races for byte \d+ .*it writes what thread \d+ read",
+    "overwrite too early": r"races for byte \d+ .*writes what thread \d+ read",
+    "copy read one group early": r"reads byte 16 .* asynchronous copy of thread 0 .* in flight",
+    "copy never awaited": r"exits with 1 asynchronous copies that it never waited for",
+    "copy of another thread": r"in flight|races",
+    "barrier that one lane misses": r"deadlock .*threads 0-6 wait at __syncthreads; threads 7-7 "
+    r"wait at ldmatrix; threads 8-63 wait at __syncthreads",
+    "diverged": r"is at mma.m16n8k16.f16 while other lanes of its warp are at ldmatrix",
+    "halo off by one": r"thread \(95, 0, 0\) of block \(0, 0, 0\) reads 4 bytes out of bounds",
+    "shared out of bounds": r"writes 4 bytes at 1024 of shared memory, which has 1024",
+    "shared misaligned": r"writes 16 bytes at 8 of shared memory, which is no multiple",
+    "write the input": r"writes 4 bytes out of bounds .*read-only",
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_is_reported(simulator, name):
+    with pytest.raises(simulator.Fault, match=FAULTS[name]):
+        simulator.run_primitive(name, list(range(96)), 96)
+
+
+def test_simulator_goes_on_after_a_fault(simulator):
+    for name in FAULTS:
+        with pytest.raises(simulator.Fault):
+            simulator.run_primitive(name, list(range(96)), 96)
+        assert simulator.run_primitive("reverse", list(range(96)), 96) == list(range(95, -1, -1))
+
+
+def test_unknown_kernel_is_refused(simulator):
+    with pytest.raises(IndexError):
+        simulator.run_primitive("nothing", [0], 1)
+
+
+Runner = Callable[[], Tensor]
+
+# Tile, dtype, channels and width of the window: several steps, the last of which has its operands
+# where the epilogue or the projection writes next, so that the barrier between them is needed.
+BLOCKS = {
+    "m64n64": ("m64n64", torch.bfloat16, 64, 4),
+    "m128n64": ("m128n64", torch.bfloat16, 64, 3),
+    "m128n128": ("m128n128", torch.float16, 64, 3),
+    "projection": ("m64n64", torch.bfloat16, 64, 4),
+    "float32": ("m64n64", torch.float32, 24, 3),
+}
+
+
+@pytest.fixture(params=BLOCKS)
+def one_block(request: pytest.FixtureRequest, simulator: ModuleType) -> Runner:
+    """A convolution that one block of the kernel computes."""
+    tile, dtype, channels, width = BLOCKS[request.param]
+    backend = SimulatedBackend(simulator, getattr(simulator.ConvTile, tile))
+    rng = generator()
+    x = torch.randn(1, channels, 5, 8, generator=rng).to(dtype)
+    conv = Convolution(torch.randn(24, channels, 1, width, generator=rng).to(dtype))
+    bn = make_batch_norm(24, rng)
+    if request.param == "projection":
+        return lambda: backend.conv_bn_projection(x, conv, bn, x, conv, bn)
+    return lambda: backend.conv_bn(x, conv, bn, None, False)
+
+
+def test_every_barrier_of_a_convolution_is_needed(simulator, one_block):
+    one_block()
+    barriers = simulator.take_statistics()["barriers"]
+    assert barriers >= 6
+    for skipped in range(barriers):
+        simulator.plant(skipped_barrier=skipped)
+        with pytest.raises(simulator.Fault, match=r"races|in flight"):
+            one_block()
+
+
+def test_every_wait_of_a_convolution_is_needed(simulator, one_block):
+    one_block()
+    waits = simulator.take_statistics()["waits"]
+    assert waits >= 4
+    for skipped in range(waits):
+        simulator.plant(skipped_wait=skipped)
+        with pytest.raises(simulator.Fault, match="in flight"):
+            one_block()
