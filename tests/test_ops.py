@@ -163,7 +163,7 @@ def test_conv_bn_projection_with_a_3x3_projection(device: str, dtype: torch.dtyp
 STEMS = {
     "resnet": (ConvCase(2, 3, 32, 32, 64, 7, 2, 3), MaxPool(3, 2, 1)),
     "odd size": (ConvCase(1, 3, 37, 23, 64, 7, 2, 3), MaxPool(3, 2, 1)),
-    "one pixel": (ConvCase(1, 3, 1, 1, 16, 7, 2, 3), MaxPool(3, 2, 1)),
+    "one pixel": (ConvCase(9, 3, 1, 1, 64, 7, 2, 3), MaxPool(3, 2, 1)),
     "other channels": (ConvCase(1, 5, 15, 14, 20, 7, 2, 3), MaxPool(3, 2, 1)),
     "small windows": (ConvCase(1, 3, 11, 12, 16, 3, 1, 1), MaxPool(2, 2, 0)),
 }
