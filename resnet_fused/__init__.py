@@ -23,6 +23,7 @@ from .models import (
     wide_resnet101_2,
 )
 from .ops import available_backends, use_backend
+from .training import freeze_batch_norm, kept_activation_bytes
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,8 @@ __all__ = [
     "ResNet",
     "ResnetFusedError",
     "available_backends",
+    "freeze_batch_norm",
+    "kept_activation_bytes",
     "models",
     "ops",
     "resnet18",

@@ -11,15 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from ..backends.training import (
-    COUNT,
-    INVSTD,
-    MEAN,
-    SCALE,
-    SHIFT,
-    Activation,
-    RawGradient,
-)
+from ..backends.training import MEAN, SCALE, SHIFT, Activation, RawGradient
 from ..parameters import Convolution, MaxPool
 
 
@@ -28,8 +20,8 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(positions, channels)."""
-    return _wide(x).movedim(1, -1).flatten(0, 2)
+    """(positions, channels) in float64, in which PyTorch's batch norm sums on the CPU."""
+    return x.double().movedim(1, -1).flatten(0, 2)
 
 
 def _like_channels(vector: Tensor) -> Tensor:
@@ -47,7 +39,8 @@ def _value(x: Tensor | Activation) -> Tensor:
 
 def _sums(g: Tensor, x: Activation) -> Tensor:
     rows = _rows(g)
-    return torch.stack([rows.sum(0), (rows * (_rows(x.raw) - x.terms[MEAN])).sum(0)])[None]
+    sums = torch.stack([rows.sum(0), (rows * (_rows(x.raw) - x.terms[MEAN])).sum(0)])[None]
+    return sums.to(x.terms.dtype)
 
 
 def _raw_gradient(gradient: RawGradient) -> Tensor:
@@ -73,22 +66,23 @@ class ReferenceTraining:
         rows = _rows(raw)
         mean = rows.mean(0)
         squares = (rows - mean).square().sum(0)
-        return raw, torch.stack([mean, squares, torch.full_like(mean, len(rows))])[None]
+        moments = torch.stack([mean, squares, torch.full_like(mean, len(rows))])[None]
+        return raw, moments.to(_wide(raw).dtype)
 
     def merge_moments(self, moments: Tensor) -> Tensor:
-        mean, squares, count = moments.unbind(1)
+        mean, squares, count = moments.double().unbind(1)
         total = count.sum(0)
         # Deviations from the first part's mean, not from zero: large means would cancel.
         merged = mean[0] + (count * (mean - mean[0])).sum(0) / total
         squares = squares.sum(0) + (count * (mean - merged).square()).sum(0)
-        return torch.stack([merged, squares, total])[None]
+        return torch.stack([merged, squares, total])[None].to(moments.dtype)
 
     def bn_terms(self, moments: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        mean, squares, count = self.merge_moments(moments)[0].unbind(0)
+        mean, squares, count = self.merge_moments(moments.double())[0].unbind(0)
         invstd = (squares / count + eps).rsqrt()
         unbiased = squares / (count - 1).clamp(min=1)
-        weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
-        return torch.stack([mean, weight * invstd, bias, invstd, unbiased, count])
+        terms = [mean, weight.double() * invstd, bias.double(), invstd, unbiased, count]
+        return torch.stack(terms).to(moments.dtype)
 
     def bn_add_relu(self, main: Activation, shortcut: Tensor | Activation | None) -> Tensor:
         out = _normalised(main)
@@ -108,14 +102,15 @@ class ReferenceTraining:
     def bn_slopes(
         self, sums: Tensor, total: Tensor, terms: Tensor, frozen: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        sum_g, sum_centred = sums.sum(0).unbind(0)
-        total_g, total_centred = total.sum(0).unbind(0)
-        scale, invstd, count = terms[SCALE], terms[INVSTD], terms[COUNT]
+        sum_g, sum_centred = sums.double().sum(0).unbind(0)
+        total_g, total_centred = total.double().sum(0).unbind(0)
+        mean, scale, _, invstd, _, count = terms.double().unbind(0)
         b = -scale * invstd.square() * total_centred / count
         d = -scale * total_g / count
         if frozen:
             b, d = torch.zeros_like(b), torch.zeros_like(d)
-        return torch.stack([scale, b, d, terms[MEAN]]), invstd * sum_centred, sum_g
+        slopes = torch.stack([scale, b, d, mean]).to(terms.dtype)
+        return slopes, (invstd * sum_centred).to(terms.dtype), sum_g.to(terms.dtype)
 
     def dgrad(
         self,
@@ -144,9 +139,11 @@ class ReferenceTraining:
         return out.contiguous(memory_format=torch.channels_last)
 
     def pool_gradient(self, grad: Tensor, x: Activation, pool: MaxPool) -> tuple[Tensor, Tensor]:
-        value = _value(x)
-        with torch.enable_grad():
-            leaf = value.detach().requires_grad_()
-            (g,) = torch.autograd.grad(F.max_pool2d(leaf, *pool), leaf, grad)
+        value = _wide(_value(x))
+        _, indices = F.max_pool2d(value, *pool, return_indices=True)
+        window = [[size, size] for size in (*pool, 1)]
+        g = torch.ops.aten.max_pool2d_with_indices_backward(
+            _wide(grad), value, *window, False, indices
+        ).to(grad.dtype)
         g = torch.where(value > 0, g, 0).contiguous(memory_format=torch.channels_last)
         return g, _sums(g, x)

@@ -4,7 +4,7 @@ block's end, and the gradient that enters the block there.
 Algorithm: every reduction is a sum over parts in a fixed order, so that the same inputs give the
 same bits. Moments merge stably: first the mean of all parts, as a deviation from the first part's,
 then the squared deviations from it (Chan, Golub and LeVeque, 1979); nothing large is subtracted
-from something large. Parts are few, so they are summed in float64. Where there are many, a first
+from something large. Vectors are short, so they are computed in float64 and rounded once. Where there are many, a first
 launch merges chunks of them side by side.
 Tiles: merging (32 parts × 32 channels); the passes over activations (BLOCK_M × BLOCK_C).
 Memory traffic: the passes read and write each tensor once; vectors are negligible.
@@ -36,7 +36,7 @@ _TILES = 4  # row tiles that one program of a reducing pass goes through
 
 @triton.jit
 def merged_moments(moments, first, last, K, channel, valid):
-    """Moments of the parts first..last-1 of (parts, 3, K) together, per channel."""
+    """Float64 moments of the parts first..last-1 of (parts, 3, K) together, per channel."""
     part = tl.arange(0, _STEP)
     origin = tl.load(moments + first * 3 * K + channel, valid, other=0.0)
     count = tl.zeros((_STEP, channel.shape[0]), tl.float64)
@@ -56,12 +56,12 @@ def merged_moments(moments, first, last, K, channel, valid):
         deviation = tl.load(place, mask, other=0.0) - mean[None, :]
         n = tl.load(place + 2 * K, mask, other=0.0)
         squares += tl.load(place + K, mask, other=0.0) + n * deviation * deviation
-    return mean.to(tl.float32), tl.sum(squares, 0).to(tl.float32), total.to(tl.float32)
+    return mean, tl.sum(squares, 0), total
 
 
 @triton.jit
 def merged_sums(sums, first, last, K, channel, valid):
-    """Both sums of the parts first..last-1 of (parts, 2, K), per channel."""
+    """Both sums, in float64, of the parts first..last-1 of (parts, 2, K), per channel."""
     part = tl.arange(0, _STEP)
     sum_g = tl.zeros((_STEP, channel.shape[0]), tl.float64)
     sum_centred = sum_g
@@ -70,7 +70,7 @@ def merged_sums(sums, first, last, K, channel, valid):
         place = sums + (start + part)[:, None] * (2 * K) + channel[None, :]
         sum_g += tl.load(place, mask, other=0.0)
         sum_centred += tl.load(place + K, mask, other=0.0)
-    return tl.sum(sum_g, 0).to(tl.float32), tl.sum(sum_centred, 0).to(tl.float32)
+    return tl.sum(sum_g, 0), tl.sum(sum_centred, 0)
 
 
 @triton.jit
@@ -108,14 +108,13 @@ def bn_terms_kernel(moments, gamma, beta, out, eps, parts, K, BLOCK_C: tl.conste
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     valid = channel < K
     mean, squares, count = merged_moments(moments, 0, parts, K, channel, valid)
-    variance = tl.div_rn(squares, tl.maximum(count, 1.0))
-    invstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+    invstd = 1.0 / tl.sqrt(squares / tl.maximum(count, 1.0) + eps)
     place = out + channel
     tl.store(place, mean, valid)
-    tl.store(place + K, tl.load(gamma + channel, valid, other=0.0).to(tl.float32) * invstd, valid)
+    tl.store(place + K, tl.load(gamma + channel, valid, other=0.0).to(tl.float64) * invstd, valid)
     tl.store(place + 2 * K, tl.load(beta + channel, valid, other=0.0).to(tl.float32), valid)
     tl.store(place + 3 * K, invstd, valid)
-    tl.store(place + 4 * K, tl.div_rn(squares, tl.maximum(count - 1.0, 1.0)), valid)
+    tl.store(place + 4 * K, squares / tl.maximum(count - 1.0, 1.0), valid)
     tl.store(place + 5 * K, count, valid)
 
 
@@ -142,13 +141,13 @@ def bn_slopes_kernel(
     invstd = tl.load(terms + 3 * K + channel, valid, other=0.0)
     tl.store(gamma_grad + channel, invstd * sum_centred, valid)
     tl.store(beta_grad + channel, sum_g, valid)
-    b = tl.zeros_like(scale)
+    b = tl.zeros((BLOCK_C,), tl.float64)
     d = b
     if not FROZEN:
         count = tl.load(terms + 5 * K + channel, valid, other=1.0)
         total_g, total_centred = merged_sums(total, 0, total_parts, K, channel, valid)
-        b = -scale * invstd * invstd * tl.div_rn(total_centred, count)
-        d = -scale * tl.div_rn(total_g, count)
+        b = -scale * invstd * invstd * (total_centred / count)
+        d = -scale * (total_g / count)
     place = slopes + channel
     tl.store(place, scale, valid)
     tl.store(place + K, b, valid)

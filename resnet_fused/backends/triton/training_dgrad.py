@@ -229,6 +229,9 @@ def dgrad(
         )  # fmt: skip
         return sums
 
+    # Two operands are held in registers while they are combined: higher tiles spill.
+    options = candidates(gemm, g.element_size(), precision, machine(g.device))
+    options = [option for option in options if option.blocks[0] <= 128]
     config = choose(
         tuner,
         (
@@ -242,7 +245,7 @@ def dgrad(
             *shape_key(g, conv),
         ),
         g.device,
-        candidates(gemm, g.element_size(), precision, machine(g.device)),
+        options,
         run,
     )
     return out, run(config)

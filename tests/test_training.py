@@ -1,0 +1,476 @@
+"""The training ops: results and gradients by the numerics contract, registration, statistics.
+
+Without a GPU the Triton kernels run interpreted, slowly: shapes are small. The yardstick in float32
+on the CPU is batch norm written as PyTorch's own float32 ops: `F.batch_norm` on the CPU accumulates
+in float64, which PyTorch does on no GPU and in no other dtype's truth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import require
+from torch import Tensor
+
+from resnet_fused import use_backend
+from resnet_fused.backends.training import COUNT, MEAN, UNBIASED_VAR, Activation
+from resnet_fused.ops import Convolution, Layer, MaxPool, residual_block_training, stem_training
+from resnet_fused.ops.training_layers import flatten
+from resnet_fused.testing.cases import generator
+from resnet_fused.testing.numerics import relative_error
+
+Result = tuple[Tensor, list[Tensor]]  # an op's result and its gradients
+NOISE = 1.1  # tensors of a few hundred elements
+
+
+class BlockCase(NamedTuple):
+    """A residual block: (kernel, out channels, stride, dilation, groups) of each layer."""
+
+    layers: tuple[tuple[int, int, int, int, int], ...]
+    shortcut: str = "identity"
+    given: tuple[bool, ...] = ()
+    shape: tuple[int, int, int, int] = (2, 24, 6, 7)
+
+
+BOTTLENECK = ((1, 16, 1, 1, 1), (3, 16, 1, 1, 1), (1, 24, 1, 1, 1))
+STRIDED = ((1, 16, 1, 1, 1), (3, 16, 2, 1, 1), (1, 40, 1, 1, 1))
+CASES = {
+    "bottleneck": BlockCase(BOTTLENECK),
+    "bottleneck projection": BlockCase(STRIDED, "projection"),
+    "bottleneck frozen": BlockCase(BOTTLENECK, given=(True, True, True)),
+    "bottleneck partly frozen": BlockCase(STRIDED, "projection", (True, False, True, False)),
+    "bottleneck grouped": BlockCase(((1, 16, 1, 1, 1), (3, 16, 2, 1, 4), (1, 24, 1, 1, 1)), "none"),
+    "bottleneck dilated": BlockCase(((1, 16, 1, 1, 1), (3, 16, 1, 2, 1), (1, 24, 1, 1, 1))),
+    "dilated and strided": BlockCase(((3, 19, 2, 2, 1),), "none", shape=(1, 5, 9, 8)),
+    "basic": BlockCase(((3, 24, 1, 1, 1), (3, 24, 1, 1, 1))),
+    "basic projection": BlockCase(((3, 33, 2, 1, 1), (3, 33, 1, 1, 1)), "projection"),
+    "basic frozen": BlockCase(((3, 24, 1, 1, 1), (3, 24, 1, 1, 1)), given=(True, True)),
+    "lone layer": BlockCase(((3, 8, 1, 1, 1),), "none", shape=(4, 1, 9, 8)),
+    "odd kernel": BlockCase(((5, 17, 3, 1, 1),), "none", shape=(1, 9, 11, 7)),
+}
+
+
+def _convolution(
+    rng: torch.Generator, channels: int, spec: tuple[int, int, int, int, int]
+) -> Convolution:
+    kernel, filters, stride, dilation, groups = spec
+    shape = (filters, channels // groups, kernel, kernel)
+    weight = torch.randn(shape, generator=rng) * (2 / (shape[1] * kernel**2)) ** 0.5
+    padding = dilation * (kernel // 2)
+    return Convolution(weight, (stride, stride), (padding, padding), (dilation, dilation), groups)
+
+
+def _layer(
+    rng: torch.Generator, channels: int, spec: tuple[int, int, int, int, int], given: bool
+) -> Layer:
+    conv = _convolution(rng, channels, spec)
+    filters = spec[1]
+    weight = torch.rand(filters, generator=rng) + 0.5
+    weight[::4] *= -1
+    bias = 0.3 * torch.randn(filters, generator=rng)
+    mean, var = torch.randn(filters, generator=rng), torch.rand(filters, generator=rng) + 0.3
+    return Layer(conv, weight, bias, 1e-5, (mean, var) if given else None)
+
+
+def _block(case: BlockCase) -> tuple[Tensor, list[Layer], Tensor]:
+    """Input, layers (a projection's last) and the result's gradient, float32."""
+    rng = generator()
+    x = torch.randn(case.shape, generator=rng).relu()
+    given = case.given or (False,) * 4
+    layers = []
+    channels = case.shape[1]
+    for spec, fixed in zip(case.layers, given, strict=False):
+        layers.append(_layer(rng, channels, spec, fixed))
+        channels = spec[1]
+    if case.shortcut == "projection":
+        stride = max(spec[2] for spec in case.layers)
+        spec = (1, channels, stride, 1, 1)
+        layers.append(_layer(rng, case.shape[1], spec, given[len(case.layers)]))
+    with torch.no_grad():
+        y = _unfused_block(x, layers, case.shortcut)
+    return x, layers, torch.randn(y.shape, generator=rng)
+
+
+def _normalise(x: Tensor, layer: Layer) -> Tensor:
+    mean, var = layer.given or (None, None)
+    if x.dtype != torch.float32 or x.is_cuda:
+        return F.batch_norm(
+            x, mean, var, layer.weight, layer.bias, training=mean is None, eps=layer.eps
+        )
+    if mean is None or var is None:
+        mean = x.mean((0, 2, 3))
+        var = (x - mean[:, None, None]).square().mean((0, 2, 3))
+    scale = layer.weight * (var + layer.eps).rsqrt()
+    return (x - mean[:, None, None]) * scale[:, None, None] + layer.bias[:, None, None]
+
+
+def _convolve(x: Tensor, conv: Convolution) -> Tensor:
+    return F.conv2d(x, conv.weight, None, *conv[1:])
+
+
+def _unfused_block(x: Tensor, layers: Sequence[Layer], shortcut: str) -> Tensor:
+    other: Tensor | float = x if shortcut == "identity" else 0.0
+    if shortcut == "projection":
+        *layers, projection = layers
+        other = _normalise(_convolve(x, projection.conv), projection)
+    out = x
+    for layer in layers[:-1]:
+        out = F.relu(_normalise(_convolve(out, layer.conv), layer))
+    return F.relu(_normalise(_convolve(out, layers[-1].conv), layers[-1]) + other)
+
+
+def _fused_block(x: Tensor, layers: Sequence[Layer], shortcut: str) -> Tensor:
+    projection = None
+    if shortcut == "projection":
+        *layers, projection = layers
+    return residual_block_training(x, layers, projection, shortcut == "identity")[0]
+
+
+def _unfused_stem(x: Tensor, layers: Sequence[Layer], pool: MaxPool) -> Tensor:
+    (layer,) = layers
+    return F.max_pool2d(F.relu(_normalise(_convolve(x, layer.conv), layer)), *pool)
+
+
+def _fused_stem(x: Tensor, layers: Sequence[Layer], pool: MaxPool) -> Tensor:
+    return stem_training(x, layers[0], pool)[0]
+
+
+def _leaves(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
+    return [x, *(t for layer in layers for t in (layer.conv.weight, layer.weight, layer.bias))]
+
+
+def _prepare(
+    x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, device: str = "cpu", wide: bool = False
+) -> tuple[Tensor, list[Layer]]:
+    """Leaves rounded to `dtype`; `wide`: those rounded values in float64."""
+    vectors = torch.promote_types(dtype, torch.float32)
+
+    def leaf(tensor: Tensor, kind: torch.dtype) -> Tensor:
+        tensor = tensor.to(device, kind)
+        return (tensor.double() if wide else tensor.clone()).requires_grad_()  # keeps the layout
+
+    x = x.contiguous(memory_format=torch.channels_last)
+    return leaf(x, dtype), [
+        Layer(
+            layer.conv._replace(weight=leaf(layer.conv.weight, dtype)),
+            leaf(layer.weight, vectors),
+            leaf(layer.bias, vectors),
+            layer.eps,
+            layer.given and tuple(leaf(v, vectors).detach() for v in layer.given),  # type: ignore[arg-type]
+        )
+        for layer in layers
+    ]
+
+
+def _run(
+    function: Callable[..., Tensor],
+    x: Tensor,
+    layers: Sequence[Layer],
+    rest: Any,
+    grad: Tensor,
+) -> Result:
+    y = function(x, layers, rest)
+    # Gradients of constant zero (batch norm takes out what they act on) are left to the others.
+    return y, list(torch.autograd.grad(y, _leaves(x, layers), grad.to(y.dtype)))
+
+
+def _assert_contract(ours: Result, eager: Result, truth: Result) -> None:
+    """Errors, pooled over the tensors of a kind: single vectors have too few elements."""
+    kinds = {
+        "result": ([ours[0]], [eager[0]], [truth[0]]),
+        "input gradient": (ours[1][:1], eager[1][:1], truth[1][:1]),
+        "weight gradients": (ours[1][1::3], eager[1][1::3], truth[1][1::3]),
+        "batch norm gradients": tuple(
+            [g for i, g in enumerate(r[1]) if i and i % 3 != 1] for r in (ours, eager, truth)
+        ),
+    }
+    for kind, (found, usual, right) in kinds.items():
+        for a, b in zip(found, usual, strict=True):
+            assert a.dtype == b.dtype, kind
+        error, allowed = (
+            sum(relative_error(a, t) ** 2 for a, t in zip(tensors, right, strict=True)) ** 0.5
+            for tensors in (found, usual)
+        )
+        assert error <= NOISE * allowed, f"{kind}: error {error:.3e}, PyTorch's {allowed:.3e}"
+
+
+TARGETS = [
+    pytest.param(("triton", "cpu", torch.float32), id="interpreted-float32"),
+    pytest.param(("triton", "cpu", torch.float16), id="interpreted-float16"),
+    pytest.param(("reference", "cpu", torch.float32), id="reference-float32"),
+    *(
+        pytest.param(
+            ("triton", "cuda", dtype), id=f"triton-{str(dtype)[6:]}", marks=pytest.mark.gpu
+        )
+        for dtype in (torch.float32, torch.float16, torch.bfloat16)
+    ),
+]
+
+
+@pytest.fixture(params=TARGETS)
+def target(request: pytest.FixtureRequest) -> Iterator[tuple[str, torch.dtype]]:
+    """(device, dtype), with the backend chosen."""
+    backend, device, dtype = request.param
+    require(backend, device, dtype)
+    with use_backend(backend):
+        yield device, dtype
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_block_by_the_contract(name: str, target: tuple[str, torch.dtype]) -> None:
+    device, dtype = target
+    case = CASES[name]
+    x, layers, grad = _block(case)
+    grad = grad.to(device, dtype)
+    results = [
+        _run(function, *_prepare(x, layers, dtype, device, wide), case.shortcut, grad)
+        for function, wide in (
+            (_fused_block, False),
+            (_unfused_block, False),
+            (_unfused_block, True),
+        )
+    ]
+    _assert_contract(*results)
+    assert results[0][0].is_contiguous(memory_format=torch.channels_last)
+
+
+STEMS = {
+    "resnet": ((7, 16, 2, 1, 1), (3, 3, 27, 22), MaxPool(), False),
+    "frozen": ((7, 16, 2, 1, 1), (2, 3, 21, 18), MaxPool(), True),
+    "overlapping pool": ((3, 8, 1, 1, 1), (1, 17, 9, 10), MaxPool(5, 2, 2), False),
+    "pool with gaps": ((3, 8, 1, 1, 1), (2, 4, 9, 10), MaxPool(2, 3, 0), False),
+}
+
+
+@pytest.mark.parametrize("name", STEMS)
+def test_stem_by_the_contract(name: str, target: tuple[str, torch.dtype]) -> None:
+    device, dtype = target
+    spec, shape, pool, given = STEMS[name]
+    rng = generator()
+    x = torch.randn(shape, generator=rng)
+    layers = [_layer(rng, shape[1], spec, given)]
+    grad = torch.randn(_unfused_stem(x, layers, pool).shape, generator=rng).to(device, dtype)
+    results = [
+        _run(function, *_prepare(x, layers, dtype, device, wide), pool, grad)
+        for function, wide in ((_fused_stem, False), (_unfused_stem, False), (_unfused_stem, True))
+    ]
+    _assert_contract(*results)
+
+
+def test_equal_values_in_a_pooling_window_give_to_the_first(
+    target: tuple[str, torch.dtype],
+) -> None:
+    """Integers collide often: the input's gradient shows who took what."""
+    device, dtype = target
+    rng = generator()
+    x = torch.randint(-1, 2, (2, 16, 9, 9), generator=rng).to(device, dtype)
+    weight = torch.eye(16).reshape(16, 16, 1, 1).to(device, dtype)
+    sign = torch.where(torch.arange(16) % 2 == 0, 1.0, -1.0).to(device)
+    ones, zeros = torch.ones(16, device=device), torch.zeros(16, device=device)
+    layers = [Layer(Convolution(weight), sign, ones, 0.0, (zeros, ones))]
+    grad = torch.randint(-4, 5, (2, 16, 5, 5), generator=rng).to(device, dtype)
+    ours, eager = (
+        _run(function, *_prepare(x, layers, dtype, device), MaxPool(), grad)
+        for function in (_fused_stem, _unfused_stem)
+    )
+    assert torch.equal(ours[0], eager[0])
+    for a, b in zip(ours[1], eager[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["bottleneck projection", "bottleneck frozen", "basic"])
+def test_block_gradients_are_exact_in_float64(name: str) -> None:
+    case = CASES[name]._replace(shape=(2, 4, 4, 3))
+    specs = tuple((k, 4, s, d, 1) for k, _, s, d, _ in case.layers)
+    x, layers, _ = _block(case._replace(layers=specs))
+    x, layers = _prepare(x, layers, torch.float64)
+    _gradcheck(_fused_block, x, layers, case.shortcut)
+
+
+def test_stem_gradients_are_exact_in_float64() -> None:
+    rng = generator()
+    x, layers = _prepare(
+        torch.randn(2, 2, 7, 6, generator=rng), [_layer(rng, 2, (3, 3, 1, 1, 1), False)],
+        torch.float64,
+    )  # fmt: skip
+    _gradcheck(_fused_stem, x, layers, MaxPool())
+
+
+def _gradcheck(function: Callable[..., Tensor], x: Tensor, layers: list[Layer], rest: Any) -> None:
+    def call(*leaves: Tensor) -> Tensor:
+        x, *vectors = leaves
+        swapped = [
+            layer._replace(conv=layer.conv._replace(weight=w), weight=g, bias=b)
+            for layer, w, g, b in zip(
+                layers, vectors[::3], vectors[1::3], vectors[2::3], strict=True
+            )
+        ]
+        return function(x, swapped, rest)
+
+    assert torch.autograd.gradcheck(call, tuple(_leaves(x, layers)), fast_mode=True)
+
+
+def test_no_second_derivative() -> None:
+    x, layers, _ = _block(CASES["lone layer"])
+    x, layers = _prepare(x, layers, torch.float32)
+    (grad,) = torch.autograd.grad(_fused_block(x, layers, "none").sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_opcheck(backend: str) -> None:
+    require(backend, "cpu", torch.float32)
+    x, layers, grad = _block(CASES["bottleneck partly frozen"])
+    x, layers = _prepare(x, layers, torch.float32)
+    ops = torch.ops.resnet_fused
+    with use_backend(backend):
+        arguments = (x, *flatten(layers), "projection", "")
+        torch.library.opcheck(ops.residual_block_training.default, arguments)
+        detached = [
+            [v.detach() for v in a] if isinstance(a, list) and isinstance(a[0], Tensor) else a
+            for a in flatten(layers)
+        ]
+        y, kept, terms = ops.residual_block_training(x.detach(), *detached, "projection", "")
+        weights, windows, frozen = detached[0], detached[5], detached[6]
+        torch.library.opcheck(
+            ops.residual_block_training_backward.default,
+            (
+                grad, x.detach(), y, weights, kept, terms, windows, frozen, "projection", "",
+                True, [True, False, True, True],
+            ),
+            test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+        )  # fmt: skip
+        rng = generator()
+        image = torch.randn(2, 3, 11, 9, generator=rng)
+        image, (layer,) = _prepare(image, [_layer(rng, 3, (3, 8, 2, 1, 1), False)], torch.float32)
+        arguments = (image, *flatten([layer]), *MaxPool(), "")
+        torch.library.opcheck(ops.stem_training.default, arguments)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_statistics_with_a_large_mean(backend: str, dtype: torch.dtype) -> None:
+    """Mean 100, deviation 0.1: E[x²] - E[x]² would keep no digit of the variance."""
+    require(backend, "cpu", dtype)
+    x = (100 + 0.1 * torch.randn(4, 16, 24, 24, generator=generator())).to(dtype)
+    conv = Convolution(torch.eye(16).reshape(16, 16, 1, 1).to(dtype))
+    with use_backend(backend):
+        _, (terms,) = residual_block_training(
+            x, [Layer(conv, torch.ones(16), torch.zeros(16))], identity=False
+        )
+    wide = x.double().movedim(1, 0).flatten(1)
+    torch.testing.assert_close(terms[MEAN].double(), wide.mean(1), rtol=2e-7, atol=0)
+    # The parts' means are rounded to float32, here to 1e-5 of a deviation.
+    torch.testing.assert_close(terms[UNBIASED_VAR].double(), wide.var(1), rtol=1e-5, atol=0)
+    assert terms[COUNT].eq(4 * 24 * 24).all()
+
+
+def test_many_parts_merge_as_one() -> None:
+    """More row tiles than one launch merges, each part with its own mean and count."""
+    require("triton", "cpu", torch.float32)
+    from resnet_fused.backends.triton import training_batch_norm as kernels
+    from resnet_fused.reference.training import ReferenceTraining
+
+    rng = generator()
+    parts = torch.rand(700, 3, 37, generator=rng)
+    parts[:, 0] += 50 * torch.randn(700, 1, generator=rng)
+    parts[:, 2] = torch.randint(1, 128, (700, 1), generator=rng).float()
+    truth = ReferenceTraining().merge_moments(parts.double())
+    torch.testing.assert_close(kernels.merge_moments(parts).double(), truth, rtol=3e-7, atol=0)
+    sums = torch.randn(700, 2, 37, generator=rng)
+    torch.testing.assert_close(
+        kernels.merge_sums(sums).double(), sums.double().sum(0, keepdim=True), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_same_bits_every_time(target: tuple[str, torch.dtype]) -> None:
+    device, dtype = target
+    x, layers, grad = _block(CASES["bottleneck projection"])
+    first, second = (
+        _run(
+            _fused_block, *_prepare(x, layers, dtype, device), "projection", grad.to(device, dtype)
+        )
+        for _ in range(2)
+    )
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+
+
+def test_weight_gradient_in_parts() -> None:
+    """Positions split among programs, summed in order: the same as in one piece."""
+    require("triton", "cpu", torch.float32)
+    from resnet_fused.backends.training import RawGradient
+    from resnet_fused.backends.triton import training_wgrad
+    from resnet_fused.backends.triton.tuning import Config, Tuner
+    from resnet_fused.reference.training import ReferenceTraining
+
+    rng = generator()
+    x = torch.randn(3, 16, 9, 9, generator=rng)
+    conv = _convolution(rng, 16, (3, 16, 1, 1, 1))
+    raw, g = torch.randn(2, 3, 16, 9, 9, generator=rng)
+    gradient = RawGradient(g, raw, torch.randn(4, 16, generator=rng), False)
+    operand = Activation(x, torch.randn(6, 16, generator=rng))
+    wide = RawGradient(g.double(), raw.double(), gradient.slopes.double(), False)
+    truth = ReferenceTraining().wgrad(
+        wide,
+        Activation(x.double(), operand.terms.double()),
+        conv._replace(weight=conv.weight.double()),
+    )
+    for parts in (1, 4, 7):
+        config = Config((16, 64, 32, parts), 4, 2)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training_wgrad, "candidates", lambda *_, c=config: [c])
+            ours = training_wgrad.wgrad(Tuner(), gradient, operand, conv)
+        assert relative_error(ours, truth) < 2e-6
+
+
+MISTAKES: dict[str, tuple[Callable[[Tensor, Layer], object], type[Exception], str]] = {
+    "one value per channel": (
+        lambda x, layer: residual_block_training(x[:1, :, :1, :1], [layer]),
+        ValueError,
+        "Expected more than 1 value per channel",
+    ),
+    "identity shape": (
+        lambda x, layer: residual_block_training(
+            x, [layer._replace(conv=layer.conv._replace(stride=(2, 2)))]
+        ),
+        ValueError,
+        "the shortcut has shape",
+    ),
+    "weight dtype": (
+        lambda x, layer: residual_block_training(
+            x, [layer._replace(conv=layer.conv._replace(weight=layer.conv.weight.double()))]
+        ),
+        TypeError,
+        r"layers\[0\].weight is torch.float64",
+    ),
+    "channels": (
+        lambda x, layer: residual_block_training(x[:, :3], [layer]),
+        ValueError,
+        "input has 3 channels",
+    ),
+    "bn length": (
+        lambda x, layer: residual_block_training(x, [layer._replace(weight=layer.weight[:2])]),
+        ValueError,
+        r"layers\[0\].bn",
+    ),
+    "dimensions": (
+        lambda x, layer: stem_training(x[0], layer),
+        ValueError,
+        "4-dimensional",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_named(name: str) -> None:
+    call, error, message = MISTAKES[name]
+    rng = generator()
+    layer = _layer(rng, 4, (1, 4, 1, 1, 1), False)
+    with pytest.raises(error, match=message):
+        call(torch.randn(2, 4, 5, 5, generator=rng), layer)

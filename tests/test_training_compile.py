@@ -1,0 +1,181 @@
+"""Ahead-of-time compilation of the training kernels for GPUs that need not be present.
+
+The training ops themselves run on tensors without memory at ResNet-50's shapes, batch 256, as in
+`test_triton_compile`; what they would launch is compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_triton_compile import (
+    BATCH,
+    DTYPES,
+    INSTRUCTIONS,
+    TARGETS,
+    _convolution,
+    _loops,
+    _meta,
+    _resources,
+    _signature,
+)
+
+import resnet_fused
+from resnet_fused.ops.training_layers import Layer, flatten
+
+pytest.importorskip("triton")
+
+KERNELS = {
+    "conv_stats_kernel",
+    "merge_moments_kernel",
+    "bn_terms_kernel",
+    "bn_add_relu_kernel",
+    "relu_gradient_kernel",
+    "merge_sums_kernel",
+    "bn_slopes_kernel",
+    "dgrad_kernel",
+    "wgrad_kernel",
+    "sum_parts_kernel",
+    "bn_relu_pool_kernel",
+    "pool_gradient_kernel",
+}
+OPS = ("resnet_fused.ops.block_training", "resnet_fused.ops.stem_training")
+PRODUCTS = {"conv_stats_kernel", "dgrad_kernel", "wgrad_kernel"}
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_training_kernels_of_resnet50(capability: int) -> None:
+    """No spilled register anywhere, and tensor cores in every product."""
+    root = str(Path(resnet_fused.__file__).parents[1])
+    environment = {**os.environ, "RESNET_FUSED_TUNE": "off", "PYTHONPATH": root}
+    environment.pop("TRITON_INTERPRET", None)
+    result = subprocess.run(
+        [sys.executable, __file__, str(capability), "bfloat16"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert result.returncode == 0, result.stderr
+    kernels = [json.loads(line) for line in result.stdout.splitlines()]
+    assert {kernel["kernel"] for kernel in kernels} == KERNELS
+    for kernel in kernels:
+        assert kernel["spilled"] == 0, kernel
+        if kernel["kernel"] in PRODUCTS:
+            assert kernel["instructions"], kernel
+
+
+def _layer(k: int, c: int, size: int, stride: int, given: bool) -> Layer:
+    conv = _convolution(k, c, size, stride, torch.float32)
+    vector = _meta(k, dtype=torch.float32)
+    return Layer(conv, vector, vector, 1e-5, (vector, vector) if given else None)
+
+
+def _steps(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Forward and backward of the stem and of the blocks, each stage's shapes once."""
+    block_training, stem_training = map(import_module, OPS)
+
+    def stem() -> None:
+        x = _meta(BATCH, 3, 224, 224, dtype=dtype)
+        layers = flatten([_layer(64, 3, 7, 2, False)])
+        y, raw, terms = stem_training._forward(x, *layers, 3, 2, 1, "")
+        stem_training._backward(
+            y, x, raw, terms, layers.weights[0], layers.windows, False, 3, 2, 1, "", False, True
+        )
+
+    def block(width: int, c: int, size: int, stride: int, given: bool) -> None:
+        x = _meta(BATCH, c, size, size, dtype=dtype)
+        layers = [
+            _layer(width, c, 1, 1, given),
+            _layer(width, width, 3, stride, given),
+            _layer(4 * width, width, 1, 1, given),
+        ]
+        shortcut = "identity"
+        if c != 4 * width:
+            layers.append(_layer(4 * width, c, 1, stride, given))
+            shortcut = "projection"
+        flat = flatten(layers)
+        y, kept, terms = block_training._forward(x, *flat, shortcut, "")
+        needs = [True] * len(layers)
+        block_training._backward(
+            y, x, y, flat.weights, kept, terms, flat.windows, flat.frozen, shortcut, "", True, needs
+        )
+
+    yield "stem", stem
+    yield "stage 1 projection", lambda: block(64, 64, 56, 1, False)
+    yield "stage 1", lambda: block(64, 256, 56, 1, False)
+    yield "stage 2 projection", lambda: block(128, 256, 56, 2, False)
+    yield "stage 2", lambda: block(128, 512, 28, 1, False)
+    yield "stage 3", lambda: block(256, 1024, 14, 1, False)
+    yield "stage 4", lambda: block(512, 2048, 7, 1, False)
+    yield "stage 3, frozen", lambda: block(256, 1024, 14, 1, True)
+
+
+def _worker(capability: int, dtype: str) -> None:
+    """Compiles what a training step of ResNet-50 launches; a JSON line per distinct kernel."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from resnet_fused.backends.triton import (
+        training,
+        training_batch_norm,
+        training_convolution,
+        training_dgrad,
+        training_pool,
+        training_wgrad,
+    )
+    from resnet_fused.backends.triton.launching import Machine, options
+    from resnet_fused.backends.triton.tuning import Tuner
+
+    launches: list[Any] = []
+    for module in (
+        training_batch_norm, training_convolution, training_dgrad, training_pool, training_wgrad,
+    ):  # fmt: skip
+        module.launch = lambda *a, **k: launches.append((a, k))  # type: ignore[attr-defined]
+        if hasattr(module, "machine"):
+            module.machine = lambda _: Machine(*TARGETS[capability][:2])  # type: ignore[attr-defined]
+    pieces = training.TritonTraining(Tuner())
+    for ops in map(import_module, OPS):
+        ops.kernels = lambda _: pieces  # type: ignore[attr-defined]
+    seen = set()
+    for name, step in _steps(DTYPES[dtype]):
+        launches.clear()
+        step()
+        for (kernel, _, config, *arguments), constants in launches:
+            signature, constants, attributes = _signature(kernel, tuple(arguments), constants)
+            identity = repr((kernel.__name__, signature, constants, attributes, config))
+            if identity in seen:
+                continue
+            seen.add(identity)
+            compiled = triton.compile(
+                ASTSource(kernel, signature, constants, attributes),
+                target=GPUTarget("cuda", capability, 32),
+                options=options(config),
+            )
+            ptx = compiled.asm["ptx"]
+            print(
+                json.dumps(
+                    {
+                        "name": f"{name} {config.blocks} {config.warps} warps",
+                        "kernel": kernel.__name__,
+                        "instructions": [i for i in INSTRUCTIONS if i in ptx],
+                        **_loops(ptx),
+                        "shared": compiled.metadata.shared,
+                        **_resources(compiled.asm["cubin"]),
+                    }
+                ),
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    _worker(int(sys.argv[1]), sys.argv[2])
