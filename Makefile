@@ -1,5 +1,5 @@
 # Everyday commands. They use the active environment; `make develop` fills it.
-.PHONY: develop test lint format bench env clean
+.PHONY: develop test lint format bench layers gpu-proof env clean
 
 develop:  ## editable install, with the extension and the simulator of CUDA kernels in the tree
 	RESNET_FUSED_HOST_SIM=on pip install -e '.[bench,test]'
@@ -20,6 +20,12 @@ format:
 
 bench:  ## ours beside every peer that is installed
 	python benchmarks/throughput.py
+
+layers:  ## each fused op of ResNet-50 by itself
+	python benchmarks/layers.py
+
+gpu-proof:  ## everything that only a GPU can show, with result files
+	bash benchmarks/gpu_proof.sh
 
 env:  ## compiler, architectures, backends, versions
 	python -m resnet_fused.env

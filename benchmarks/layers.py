@@ -1,0 +1,299 @@
+"""Each fused op of a network by itself: time, rate, and how near to the machine's floor.
+
+    python benchmarks/layers.py                              ResNet-50, this machine's defaults
+    python benchmarks/layers.py --batch 256 --dtype bfloat16 --json out.json
+
+The ops are recorded from one forward pass. Each distinct shape is held against float64 by the
+numerics contract on every backend (one that fails is not timed) and then measured, beside the
+vendor library's own convolution (cuDNN's fused ops on a GPU, oneDNN's on a CPU, batch norm folded
+into the weights beforehand).
+The share of the floor is max(bytes / bandwidth, operations / peak) over the time: bytes count
+every operand and the result once, both peaks are measured in the run. A network's operands are
+often in cache when an op starts; here they are as the previous round left them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout runs uninstalled too
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from tqdm import tqdm
+
+import resnet_fused
+from resnet_fused import available_backends, backends
+from resnet_fused.parameters import BatchNorm, Convolution
+from resnet_fused.reference import ops as reference
+from resnet_fused.testing import machine
+from resnet_fused.testing.cases import randomise_statistics
+from resnet_fused.testing.numerics import check_op
+from resnet_fused.testing.roofline import Peaks
+from resnet_fused.testing.timing import iterations_for, times_of
+
+_SECONDS = 0.15  # of calls in a round
+_GATE_IMAGES = 4  # float64 convolutions of a whole batch would take longer than everything else
+
+
+class Layer(NamedTuple):
+    """A recorded op: its name, arguments as backends take them, and how often it is called."""
+
+    op: str
+    arguments: tuple[Any, ...]
+    calls: int
+
+    def convolutions(self) -> list[tuple[Tensor, Convolution, BatchNorm]]:
+        """(input, convolution, batch norm) of the main path and of a projection."""
+        if self.op == "head":
+            return []
+        triples = [self.arguments[:3]]
+        if self.op == "conv_bn_projection":
+            triples.append(self.arguments[3:])
+        return triples
+
+    def residual(self) -> Tensor | None:
+        return self.arguments[3] if self.op == "conv_bn" else None
+
+    def title(self) -> str:
+        """For people: op, window/stride, channels, size of the map."""
+        if self.op == "head":
+            return f"head {self.arguments[1].shape[1]}→{self.arguments[1].shape[0]}"
+        x, conv, _ = self.convolutions()[0]
+        filters, channels, height, width = conv.weight.shape
+        added = " + shortcut" if self.residual() is not None else ""
+        return (
+            f"{self.op} {height}×{width}/{conv.stride[0]} {channels}→{filters} "
+            f"on {x.shape[2]}×{x.shape[3]}{added}"
+        )
+
+    def floor(self, out: Tensor, peaks: Peaks) -> tuple[int, int, float]:
+        """(operations, bytes, seconds) that the op takes at the least."""
+        if self.op == "head":
+            x, weight = self.arguments[:2]
+            operations, moved = 2 * out.numel() * x.shape[1], x.nbytes + weight.nbytes
+        else:
+            operations, moved = 0, 0
+            for x, conv, _ in self.convolutions():
+                positions = _convolve(x[:1].to("meta"), conv, "meta").numel() * x.shape[0]
+                operations += 2 * positions * conv.weight[0].numel()
+                moved += x.nbytes + conv.weight.nbytes
+        residual = self.residual()
+        moved += out.nbytes + (0 if residual is None else residual.nbytes)
+        return operations, moved, max(moved / peaks.bandwidth, operations / peaks.arithmetic)
+
+
+def _convolve(x: Tensor, conv: Convolution, device: str) -> Tensor:
+    return F.conv2d(x, conv.weight.to(device), None, *conv[1:])
+
+
+def record(architecture: str, x: Tensor) -> list[Layer]:
+    """The distinct ops of one forward pass on `x`, in the order of their first call."""
+    calls: dict[Any, list[Any]] = {}
+
+    class Recorder:
+        def __getattr__(self, op: str) -> Callable[..., Tensor]:
+            def run(*arguments: Any) -> Tensor:
+                key = (op, *map(_signature, arguments))
+                calls.setdefault(key, [op, arguments, 0])[2] += 1
+                return getattr(reference, op)(*arguments)
+
+            return run
+
+    torch.manual_seed(0)
+    model = randomise_statistics(getattr(resnet_fused, architecture)()).eval().to(x)
+    with mock.patch("resnet_fused.ops.registry.choose", return_value=Recorder()):
+        model(x)
+    return [Layer(*call) for call in calls.values()]
+
+
+def _signature(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_signature, value))
+    return value
+
+
+def library_call(layer: Layer) -> Callable[[], object] | None:
+    """The vendor's fused convolution(s) for `layer`, weights folded; None where it has none."""
+    if layer.op == "head":
+        return None
+    folded = []
+    for x, conv, bn in layer.convolutions():
+        mean, var, gamma, beta = (v.float() for v in bn[:4] if v is not None)
+        weight, bias = fuse_conv_bn_weights(
+            conv.weight.float(), None, mean, var, bn.eps, gamma, beta
+        )
+        nhwc = weight.detach().to(x.dtype, memory_format=torch.channels_last)
+        folded.append((x, conv, nhwc, bias.detach().to(x.dtype)))
+    build = _cudnn if folded[0][0].is_cuda else _onednn
+    return build(layer, folded)
+
+
+def _cudnn(layer: Layer, folded: list[tuple[Any, ...]]) -> Callable[[], object]:
+    x, conv, weight, bias = folded[0]
+    stride, padding, dilation, groups = conv[1:]
+
+    def run() -> object:
+        residual = layer.residual()
+        if layer.op == "conv_bn_projection":
+            shortcut, projection, other, offset = folded[1]
+            residual = F.conv2d(shortcut, other, offset, *projection[1:])
+        if residual is not None:
+            return torch.cudnn_convolution_add_relu(
+                x, weight, residual, 1.0, bias, stride, padding, dilation, groups
+            )
+        out = torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, groups)
+        return F.max_pool2d(out, *layer.arguments[3]) if layer.op == "stem" else out
+
+    return run
+
+
+def _onednn(layer: Layer, folded: list[tuple[Any, ...]]) -> Callable[[], object]:
+    ops = torch.ops.mkldnn
+    packed = []
+    for x, conv, weight, bias in folded:
+        window = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
+        weight = ops._reorder_convolution_weight(weight, *window, list(x.shape))
+        packed.append((x.contiguous(memory_format=torch.channels_last), weight, bias, *window))
+
+    def run() -> object:
+        residual = layer.residual()
+        if layer.op == "conv_bn_projection":
+            residual = ops._convolution_pointwise(*packed[1], "none", [], "")
+        if residual is not None:
+            x, *rest = packed[0]
+            return ops._convolution_pointwise.binary(x, residual, *rest, "add", 1.0, "relu", [], "")
+        out = ops._convolution_pointwise(*packed[0], "relu", [], "")
+        return F.max_pool2d(out, *layer.arguments[3]) if layer.op == "stem" else out
+
+    return run
+
+
+def _is_activation(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and argument.dim() == 4
+
+
+def measure(layer: Layer, names: list[str], rounds: int, peaks: Peaks) -> dict[str, Any]:
+    """One row: every backend's times and the library's, rounds in turn."""
+    device = layer.arguments[0].device
+    meaning = getattr(reference, layer.op)
+    contestants: dict[str, Callable[[], object]] = {}
+    wrong: dict[str, str] = {}
+    few = [a[:_GATE_IMAGES] if _is_activation(a) else a for a in layer.arguments]
+    for name in names:
+        op = getattr(backends.get(name), layer.op)
+        try:
+            check_op(op, meaning, few, what=layer.title())
+        except AssertionError as error:
+            wrong[name] = str(error)
+        else:
+            contestants[name] = partial(op, *layer.arguments)
+    if call := library_call(layer):
+        contestants["library"] = call
+    out = meaning(*layer.arguments)
+    counts = {key: iterations_for(call, device, _SECONDS) for key, call in contestants.items()}
+    samples: dict[str, list[float]] = {key: [] for key in contestants}
+    for _ in range(rounds):
+        for key, call in contestants.items():
+            samples[key].append(statistics.median(times_of(call, device, counts[key])))
+    operations, moved, floor = layer.floor(out, peaks)
+    return {
+        "layer": layer.title(),
+        "calls": layer.calls,
+        "operations": operations,
+        "bytes": moved,
+        "floor_seconds": floor,
+        "seconds": samples,
+        "wrong": wrong,
+    }
+
+
+def table(rows: list[dict[str, Any]], names: list[str]) -> str:
+    """The rows as text: milliseconds a call, rates, share of the floor, time over the library's."""
+    lines = [
+        f"{'layer':58}{'×':>3} {'backend':>9}{'ms':>9}{'TFLOP/s':>9}{'GB/s':>8}{'floor':>7}"
+        f"{'× library':>11}"
+    ]
+    for row in rows:
+        library = row["seconds"].get("library")
+        for name in names:
+            if name in row["wrong"]:
+                lines.append(f"{row['layer']:58}{row['calls']:>3} {name:>9}  {row['wrong'][name]}")
+                continue
+            seconds = statistics.median(row["seconds"][name])
+            ratio = f"{statistics.median(library) / seconds:.2f}" if library else "–"
+            lines.append(
+                f"{row['layer']:58}{row['calls']:>3} {name:>9}{seconds * 1e3:>9.3f}"
+                f"{row['operations'] / seconds / 1e12:>9.3f}{row['bytes'] / seconds / 1e9:>8.0f}"
+                f"{row['floor_seconds'] / seconds:>7.0%}{ratio:>11}"
+            )
+    for name in [*names, "library"]:
+        measured = [row for row in rows if name in row["seconds"]]
+        total = sum(row["calls"] * statistics.median(row["seconds"][name]) for row in measured)
+        lines.append(f"{name}: {total * 1e3:.2f} ms for all calls of {len(measured)} shapes")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--arch", default="resnet50", choices=resnet_fused.models.__all__[1:])
+    parser.add_argument("--batch", type=int, default=256 if gpu else 8)
+    parser.add_argument("--size", type=int, default=224, help="pixels per side (%(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"))
+    parser.add_argument("--device", default="cuda" if gpu else "cpu")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample here")
+    options = parser.parse_args()
+
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    shape = (options.batch, 3, options.size, options.size)
+    names = [
+        name
+        for name in backends.PREFERENCE[device.type]
+        if name in set(available_backends()) - {"reference"}
+        and backends.get(name).unsupported(device, dtype) is None
+    ]
+    if not names:
+        sys.exit(f"no backend serves {options.dtype} on {device}; see python -m resnet_fused.env")
+    with torch.inference_mode():
+        x = torch.randn(shape).to(device, dtype).contiguous(memory_format=torch.channels_last)
+        peaks = machine.measure_peaks(device, dtype)
+        rows = [
+            measure(layer, names, options.rounds, peaks)
+            for layer in tqdm(record(options.arch, x), unit="layer", leave=False)
+        ]
+    print(table(rows, names))
+    if options.json:
+        record_ = {
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **machine.commit(Path(__file__).parent),
+            "options": {key: str(value) for key, value in vars(options).items()},
+            "machine": machine.describe(device),
+            "versions": machine.versions("resnet-fused", "torch", "triton", "numpy"),
+            "peaks": peaks._asdict(),
+            "rows": rows,
+        }
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(record_, indent=1) + "\n")
+    if any(row["wrong"] for row in rows):
+        sys.exit("some results break the numerics contract, so they were not timed")
+
+
+if __name__ == "__main__":
+    main()
