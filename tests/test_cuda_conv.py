@@ -311,7 +311,7 @@ def test_halo_off_by_one_is_caught(simulator, half, channels):
         ({"out": 0}, "out is a null pointer"),
         ({"x": 0}, "x or weight is a null pointer"),
         ({"mean": None}, "mean and var are needed"),
-        ({"channels": -8}, "channels must be at least 0"),
+        ({"channels": 0}, "channels must be at least 1"),
         ({"stride": (0, 1)}, "vertical stride must be at least 1"),
         ({"padding": (0, -1)}, "horizontal padding must be at least 0"),
         ({"out_image": (8, 9)}, "not of size 8 x 9"),

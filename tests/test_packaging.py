@@ -211,10 +211,11 @@ def test_on_builds_the_architectures_asked_for(source, plain):
     ("steering", "message"),
     [
         ({"RESNET_FUSED_CUDA": "maybe"}, "'maybe' is not understood; set it to auto, on or off"),
+        ({"RESNET_FUSED_HOST_SIM": "maybe"}, "'maybe' is not understood; set it to on or off"),
         ({"CUDACXX": "/nowhere/nvcc"}, "CUDACXX='/nowhere/nvcc' is no program"),
         ({"CUDACXX": "false"}, "Point CUDACXX at a working nvcc"),
     ],
-    ids=["mode", "missing compiler", "broken compiler"],
+    ids=["mode", "simulator", "missing compiler", "broken compiler"],
 )
 def test_bad_settings_stop_the_build(source, plain, steering, message):
     result = build_wheel(source, {**plain, **steering})

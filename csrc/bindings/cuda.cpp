@@ -126,7 +126,7 @@ ConvolutionBn convolution_bn(std::uintptr_t x, std::uintptr_t weight, const Pair
   conv.weight = pointer<const void>(weight);
   conv.height = size("height", image[0], 0);
   conv.width = size("width", image[1], 0);
-  conv.channels = size("channels", channels, 0);
+  conv.channels = size("channels", channels, 1);
   conv.kernel_h = size("kernel height", kernel[0], 1);
   conv.kernel_w = size("kernel width", kernel[1], 1);
   conv.stride_h = size("vertical stride", stride[0], 1);

@@ -15,8 +15,8 @@
 // 128 x 64 x 64, 4, 4; 128 x 128 x 64, 4, 4; fp32: 64 x 64 x 64, 8, 4. Blocks that share positions
 // are neighbours in the grid, so that x comes from memory once and then from L2.
 //
-// Shared memory: kStages x (positions + channels) rows of 64 or 128 bytes, then the terms of the
-// batch norms; the epilogue's staging lies over the stages. A row's 16-byte chunks are permuted
+// Shared memory: kStages x (positions + channels) rows of 64 or 128 bytes, then the terms of one
+// batch norm; the epilogue's staging lies over the stages. A row's 16-byte chunks are permuted
 // (swizzle below), so that 8 rows of one logical chunk, which ldmatrix reads at a time, and the 128
 // bytes that 8 neighbouring threads write, each fill all 32 banks once.
 //
@@ -50,9 +50,7 @@ struct Tile {
   static constexpr int kStageBytes = (kM + kN) * kRowBytes;
   static_assert(kM % kRowsAtOnce == 0 && kN % kRowsAtOnce == 0);
 
-  static constexpr int shared_bytes(bool projection) {
-    return kStages * kStageBytes + (projection ? 2 : 1) * kN * static_cast<int>(kTermBytes);
-  }
+  static constexpr int kSharedBytes = kStages * kStageBytes + kN * static_cast<int>(kTermBytes);
   static_assert(kM * kN * static_cast<int>(sizeof(float)) <= kStages * kStageBytes);
 };
 
@@ -278,7 +276,8 @@ struct AccumulatorsOf<float, Tile> {
   using Type = MultiplyAdd<Tile>;
 };
 
-// The K loop: acc += all that `gather` brings. Returns behind a barrier, the stages free again.
+// The K loop: acc += all that `gather` brings, in at least one step. What was in shared memory
+// before is behind a barrier after it; other threads may still read the stages.
 template <typename Tile, typename Gather, typename Accumulators>
 __device__ __forceinline__ void accumulate(Gather& gather, Accumulators& acc) {
   const int steps = gather.steps();
@@ -299,7 +298,6 @@ __device__ __forceinline__ void accumulate(Gather& gather, Accumulators& acc) {
     multiplied += Tile::kStageBytes;
     if (multiplied == Tile::kStages * Tile::kStageBytes) multiplied = 0;
   }
-  __syncthreads();
 }
 
 // Grid: (tiles of positions x tiles of channels, the latter first; groups).
@@ -310,7 +308,6 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   using Copies = Gather<T, Tile, kVectorised>;
   constexpr bool kExact = sizeof(T) == sizeof(float);
   constexpr std::uint32_t kTerms = Tile::kStages * Tile::kStageBytes;
-  constexpr std::uint32_t kProjectionTerms = kTerms + Tile::kN * kTermBytes;
 
   const int group = blockIdx.y;
   const int columns = a.out_channels / a.groups;
@@ -325,13 +322,14 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   Copies copies(a, a.conv, first_row, group, first_column);
   accumulate<Tile>(copies, acc);
   normalise<kExact>(acc, kTerms);
+  __syncthreads();  // stages and terms are free
   if constexpr (kProjection) {
-    load_terms(kProjectionTerms, a.projection.bn, channel, count, Tile::kN, threadIdx.x,
-               Tile::kThreads);
+    load_terms(kTerms, a.projection.bn, channel, count, Tile::kN, threadIdx.x, Tile::kThreads);
     Accumulators projected;
     Copies projection(a, a.projection, first_row, group, first_column);
     accumulate<Tile>(projection, projected);
-    normalise<kExact>(projected, kProjectionTerms);
+    normalise<kExact>(projected, kTerms);
+    __syncthreads();
 #pragma unroll
     for (int i = 0; i < Accumulators::kRows; ++i) {
 #pragma unroll
@@ -366,7 +364,7 @@ struct Choice {
 template <typename T, typename Tile, bool kVectorised, bool kProjection>
 Choice choice_of() {
   return {&conv_bn_kernel<T, Tile, kVectorised, kProjection>, Tile::kM, Tile::kN, Tile::kThreads,
-          Tile::shared_bytes(kProjection)};
+          Tile::kSharedBytes};
 }
 
 template <typename T>

@@ -13,7 +13,8 @@ namespace resnet_fused {
 struct ConvolutionBn {
   const void* x = nullptr;       // (batch, height, width, channels)
   const void* weight = nullptr;  // (out_channels, kernel_h, kernel_w, channels / groups)
-  int height = 0, width = 0, channels = 0;
+  int height = 0, width = 0;
+  int channels = 1;  // at least 1 in each group
   int kernel_h = 1, kernel_w = 1;
   int stride_h = 1, stride_w = 1;
   int padding_h = 0, padding_w = 0;

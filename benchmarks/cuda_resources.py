@@ -1,0 +1,258 @@
+"""Writes the tables of docs/cuda_kernels.md: what the compiler and the layers' shapes say.
+
+    python benchmarks/cuda_resources.py
+
+Registers come from the machine code in resnet_fused._C (cuobjdump of triton's wheel or from PATH),
+blocks per multiprocessor from CUDA's limits per architecture, bytes from ResNet-50's layers. No GPU
+is needed and nothing is timed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torchvision
+from torch import nn
+
+from resnet_fused import _extension
+from resnet_fused.testing import roofline
+
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "cuda_kernels.md"
+MARK = "<!-- From here on written by benchmarks/cuda_resources.py. -->\n"
+BATCH = 256
+
+
+class Limits(NamedTuple):
+    """Of a multiprocessor (CUDA programming guide, technical specifications)."""
+
+    shared: int  # KiB
+    warps: int
+    blocks: int
+
+
+LIMITS = {
+    "80": Limits(164, 64, 32),
+    "86": Limits(100, 48, 16),
+    "89": Limits(100, 48, 24),
+    "90a": Limits(228, 64, 32),
+    "100a": Limits(228, 64, 32),
+    "120": Limits(100, 48, 24),
+}
+RESERVED = 1024  # bytes of shared memory that the system takes per block, from sm_80 on
+
+
+class Kernel(NamedTuple):
+    """One instantiation of the convolution kernel, as its mangled name tells it."""
+
+    dtype: str
+    positions: int
+    channels: int
+    row_bytes: int
+    warps: int
+    stages: int
+    vectorised: bool
+    projection: bool
+
+    @property
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory: the stages, and 16 bytes a channel of batch norm."""
+        stage = (self.positions + self.channels) * self.row_bytes
+        return self.stages * stage + 16 * self.channels
+
+    def blocks(self, registers: int, limits: Limits) -> int:
+        """Blocks that fit a multiprocessor; registers are given out to warps by the 256."""
+        per_warp = -(-registers * 32 // 256) * 256
+        return min(
+            65536 // per_warp // self.warps,
+            limits.shared * 1024 // (self.shared + RESERVED),
+            limits.warps // self.warps,
+            limits.blocks,
+        )
+
+
+def _kernel(name: str) -> Kernel | None:
+    found = re.search(
+        r"conv_bn_kernelI(f|6__half|13__nv_bfloat16)NS0_4TileI((?:Li\d+E)+)EELb([01])ELb([01])E",
+        name,
+    )
+    if found is None:
+        return None
+    dtype = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}[found[1]]
+    m, n, row_bytes, warps_m, warps_n, stages, _ = map(int, re.findall(r"Li(\d+)E", found[2]))
+    flags = found[3] == "1", found[4] == "1"
+    return Kernel(dtype, m, n, row_bytes, warps_m * warps_n, stages, *flags)
+
+
+def registers() -> dict[Kernel, dict[str, int]]:
+    """Registers of each convolution kernel per architecture, as the machine code records them."""
+    import triton
+
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    program = shutil.which("cuobjdump", path=f"{folder}{os.pathsep}{os.environ['PATH']}")
+    if program is None:
+        raise SystemExit("no cuobjdump, neither in triton's package nor in PATH")
+    command = [program, "--dump-resource-usage", str(_extension.load().__file__)]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found: dict[Kernel, dict[str, int]] = {}
+    for part in re.split(r"^arch = sm_", usage, flags=re.MULTILINE)[1:]:
+        architecture = part.split(maxsplit=1)[0]
+        for name, count in re.findall(r"Function (\w+):\s+REG:(\d+)", part):
+            if kernel := _kernel(name):
+                found.setdefault(kernel, {})[architecture] = int(count)
+    if not found:
+        raise SystemExit(
+            "resnet_fused._C holds no CUDA kernels; build it with RESNET_FUSED_CUDA=on"
+        )
+    return found
+
+
+def kernel_table() -> Iterator[str]:
+    architectures = list(LIMITS)
+    yield "| type | tile | channels | projection | threads | shared memory | registers | blocks |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for kernel, counts in sorted(registers().items()):
+        blocks = [kernel.blocks(counts[a], LIMITS[a]) for a in architectures]
+        cells = [
+            kernel.dtype,
+            f"{kernel.positions} × {kernel.channels}",
+            "16 bytes" if kernel.vectorised else "one by one",
+            "yes" if kernel.projection else "",
+            str(32 * kernel.warps),
+            f"{kernel.shared / 1024:g} KiB",
+            " / ".join(str(counts[a]) for a in architectures),
+            " / ".join(map(str, blocks)),
+        ]
+        yield "| " + " | ".join(cells) + " |"
+
+
+class Product(NamedTuple):
+    """One convolution of a layer: its geometry per axis, and channels."""
+
+    image: int
+    positions: int
+    kernel: int
+    stride: int
+    padding: int
+    channels: int
+    out_channels: int
+
+    def loads(self, tile: tuple[int, int]) -> int:
+        """Elements that blocks of `tile` copy to shared memory; padding costs no access."""
+        inside = sum(
+            0 <= p * self.stride - self.padding + r < self.image
+            for p in range(self.positions)
+            for r in range(self.kernel)
+        )
+        down = -(-BATCH * self.positions**2 // tile[0])
+        across = -(-self.out_channels // tile[1])
+        x = BATCH * inside**2 * self.channels * across
+        return x + down * self.kernel**2 * self.channels * self.out_channels
+
+
+def products(model: nn.Module) -> dict[str, Product]:
+    """Every convolution of `model` by name; computes nothing."""
+    found: dict[str, Product] = {}
+
+    def record(name: str) -> Callable[..., None]:
+        def hook(module: nn.Conv2d, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+            found[name] = Product(
+                inputs[0].shape[3],
+                output.shape[3],
+                module.kernel_size[0],
+                module.stride[0],
+                int(module.padding[0]),
+                module.in_channels,
+                module.out_channels,
+            )
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(record(name))
+    with torch.no_grad():
+        model(torch.empty(1, 3, 224, 224, device="meta"))
+    return found
+
+
+def layer_table() -> Iterator[str]:
+    with torch.device("meta"):
+        model = torchvision.models.resnet50().eval()
+    floors = {layer.name: layer for layer in roofline.layers(model, BATCH, 224)}
+    of = products(model)
+    tiles = ((64, 64), (128, 64), (128, 128))
+    yield (
+        "| layers | window | image → result | floor | "
+        + " | ".join(f"{m} × {n}" for m, n in tiles)
+        + " |"
+    )
+    yield "|---|---|---|---|---|---|---|"
+    rows: dict[tuple[Any, ...], list[str]] = {}
+    for name, layer in floors.items():
+        if name not in of or name == "conv1":
+            continue
+        projection = of.get(name.rsplit(".", 1)[0] + ".downsample.0")
+        if not name.endswith("conv3"):
+            projection = None
+        rows.setdefault((of[name], projection, layer.elements), []).append(name)
+    for (product, projection, elements), names in rows.items():
+        stored = BATCH * product.positions**2 * product.out_channels
+        streamed = stored * (2 if names[0].endswith("conv3") and projection is None else 1)
+        moved = []
+        for tile in tiles:
+            both = product.loads(tile) + (projection.loads(tile) if projection else 0)
+            fits = projection is None or tile != tiles[-1]
+            moved.append(f"{2 * (both + streamed) / 1e6:.0f}" if fits else "")
+        label = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+        stride = f"/{product.stride}" if product.stride > 1 else ""
+        yield (
+            "| "
+            + " | ".join(
+                [
+                    label + (" + downsample" if projection else ""),
+                    f"{product.kernel} × {product.kernel}{stride}",
+                    f"{product.image}² × {product.channels} → "
+                    f"{product.positions}² × {product.out_channels}",
+                    f"{2 * elements / 1e6:.0f}",
+                    *moved,
+                ]
+            )
+            + " |"
+        )
+
+
+def main() -> None:
+    compiler = _extension.load().build_info()["cuda_note"]
+    text = DOCUMENT.read_text().split(MARK)[0]
+    lines = [
+        "## Registers, shared memory and blocks per multiprocessor",
+        "",
+        f"Compiled by {compiler}. Registers of a thread and blocks that fit a multiprocessor are",
+        f"those of sm_{' / sm_'.join(LIMITS)}. Nothing spills.",
+        "",
+        *kernel_table(),
+        "",
+        f"## ResNet-50 at 224², batch {BATCH}, 16-bit: megabytes",
+        "",
+        "The floor counts x, weights, residual or shortcut, and result once each, from memory. The",
+        "last columns are what the blocks of each tile ask for in total. What exceeds the floor is",
+        "asked for again, by the taps of a window and by the blocks that share positions or",
+        "channels, and comes from L2 as far as it holds them. A shortcut's projection has no",
+        "128 × 128 tile.",
+        "",
+        *layer_table(),
+        "",
+    ]
+    DOCUMENT.write_text(text + MARK + "\n" + "\n".join(lines))
+    print(f"wrote {DOCUMENT}")
+
+
+if __name__ == "__main__":
+    main()
