@@ -56,7 +56,9 @@ def _freeze(name: str, module: nn.BatchNorm2d | nn.SyncBatchNorm) -> FrozenBatch
         module.num_features, module.eps, module.momentum, module.affine, device="meta"
     )
     for key, parameter in module._parameters.items():
-        frozen._parameters[key] = None if parameter is None else parameter.requires_grad_(False)
+        if parameter is not None:
+            parameter.requires_grad_(False)
+        frozen._parameters[key] = parameter
     frozen._buffers.update(module._buffers)
     return frozen.eval()
 

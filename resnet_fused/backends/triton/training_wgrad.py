@@ -26,13 +26,12 @@ from .tuning import Config, Tuner
 
 _SUM = Config((1024,), 4, 1)
 _TENSOR_CORE = (
-    Config((128, 128, 64), 8, 2),
     Config((128, 128, 32), 8, 3),
     Config((128, 64, 32), 4, 3),
     Config((64, 128, 32), 4, 3),
-    Config((64, 64, 64), 4, 3),
-    Config((32, 32, 64), 4, 3),
-    Config((16, 16, 64), 4, 3),
+    Config((64, 64, 32), 4, 3),
+    Config((32, 32, 32), 4, 3),
+    Config((16, 16, 32), 4, 3),
 )
 _FMA = (
     Config((64, 64, 16), 4, 2),

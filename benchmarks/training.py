@@ -1,0 +1,288 @@
+"""One training step of a ResNet (forward, loss, backward, SGD with momentum), ours and peers.
+
+    python benchmarks/training.py --model resnet50 --batch 64 128 256 --json out.json --plot out.png
+
+Gate first: 20 steps from one seed in float32 on small images, where each loss must lie as near to
+that of a float64 run as eager PyTorch's does. Nothing is timed on a red gate. Then each
+contestant trains on random images under autocast, one after the other in the same process; times
+are read from CUDA events, memory from the allocator, kept bytes from saved-tensor hooks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from tqdm import tqdm
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout runs uninstalled too
+
+import resnet_fused
+from resnet_fused.testing import machine, roofline
+from resnet_fused.testing.timing import times_of
+
+GATE_STEPS = 20
+
+
+@dataclass
+class Row:
+    """One contestant at one batch size. Times in seconds, memory in bytes."""
+
+    model: str
+    batch: int
+    contestant: str
+    step: float | None = None
+    images_per_second: float | None = None
+    peak_memory: int | None = None
+    kept_bytes: int | None = None
+    floor_share: float | None = None
+    speedup_over: float | None = None
+    failure: str | None = None
+
+
+def _eager(model: nn.Module) -> nn.Module:
+    return model
+
+
+def _channels_last(model: nn.Module) -> nn.Module:
+    return model.to(memory_format=torch.channels_last)
+
+
+def _compiled(mode: str | None) -> Callable[[nn.Module], nn.Module]:
+    def compile_model(model: nn.Module) -> nn.Module:
+        return torch.compile(_channels_last(model), mode=mode)  # type: ignore[return-value]
+
+    return compile_model
+
+
+# name -> (library, what is done to the model)
+CONTESTANTS: dict[str, tuple[Any, Callable[[nn.Module], nn.Module]]] = {
+    "resnet_fused": (resnet_fused, _eager),
+    "resnet_fused compiled": (resnet_fused, _compiled(None)),
+    "eager NCHW": (torchvision.models, _eager),
+    "eager channels_last": (torchvision.models, _channels_last),
+    "torch.compile": (torchvision.models, _compiled(None)),
+    "torch.compile max-autotune": (torchvision.models, _compiled("max-autotune")),
+}
+
+
+def training_step(
+    model: nn.Module, x: Tensor, target: Tensor, dtype: torch.dtype | None
+) -> Callable[[], Tensor]:
+    """A call that trains `model` for one step and returns the loss; autocast to `dtype`."""
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0.05, momentum=0.9, fused=x.is_cuda and dtype is not None
+    )
+
+    def step() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        enabled = dtype is not None
+        with torch.autocast(x.device.type, dtype or torch.bfloat16, enabled=enabled):
+            loss = F.cross_entropy(model(x), target)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def gate(name: str, device: torch.device) -> dict[str, Any]:
+    """Losses of 20 float32 steps, ours and eager's, against float64.
+
+    A small step of training amplifies rounding, ours and eager's alike, so the errors of all
+    losses are pooled before they are compared.
+    """
+    torch.manual_seed(0)
+    eager = getattr(torchvision.models, name)(num_classes=10).to(device).train()
+    ours = getattr(resnet_fused, name)(num_classes=10).to(device).train()
+    ours.load_state_dict(eager.state_dict())
+    truth = copy.deepcopy(eager).double()
+    x = torch.randn(8, 3, 64, 64, device=device)
+    target = torch.arange(8, device=device)
+    losses = {}
+    for key, model, image in (
+        ("ours", ours, x),
+        ("eager", eager, x),
+        ("truth", truth, x.double()),
+    ):
+        step = training_step(model, image, target, None)
+        losses[key] = [float(step()) for _ in tqdm(range(GATE_STEPS), desc=f"gate {key}")]
+    error, allowed = (
+        sum((a - b) ** 2 for a, b in zip(losses[key], losses["truth"], strict=True)) ** 0.5
+        for key in ("ours", "eager")
+    )
+    return {"model": name, "error": error, "allowed": allowed, "green": error <= 1.1 * allowed}
+
+
+def measure(row: Row, size: int, device: torch.device, dtype: torch.dtype, seconds: float) -> None:
+    """Fills in `row`; a contestant that cannot run says why."""
+    library, prepare = CONTESTANTS[row.contestant]
+    torch.manual_seed(0)
+    x = torch.randn(row.batch, 3, size, size, device=device)
+    if row.contestant != "eager NCHW":
+        x = x.contiguous(memory_format=torch.channels_last)
+    target = torch.randint(0, 1000, (row.batch,), device=device)
+    try:
+        plain = getattr(library, row.model)().to(device).train()
+        with torch.autocast(device.type, dtype):
+            row.kept_bytes = resnet_fused.kept_activation_bytes(plain, x).total
+        step = training_step(prepare(plain), x, target, dtype)
+        for _ in range(3):
+            step()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        first = statistics.median(times_of(step, device, 3))
+        times = times_of(step, device, max(3, round(seconds / first)))
+        row.step = statistics.median(times)
+        row.images_per_second = row.batch / row.step
+        if device.type == "cuda":
+            row.peak_memory = torch.cuda.max_memory_allocated(device)
+    except (RuntimeError, ImportError) as error:
+        row.failure = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    finally:
+        torch.compiler.reset()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def floor_seconds(name: str, batch: int, size: int, peaks: roofline.Peaks) -> float:
+    """Three times the floor of a fused forward in 16 bits: backward has two products for each of
+    the forward's, and moves each activation and its gradient."""
+    with torch.device("meta"):
+        model = getattr(torchvision.models, name)().eval()
+    return 3 * roofline.floor_seconds(roofline.layers(model, batch, size), peaks, 2)
+
+
+def compare(rows: list[Row], floors: dict[tuple[str, int], float]) -> None:
+    """Shares of the floor, and how much faster our best is than each contestant."""
+    for row in rows:
+        if row.step is None:
+            continue
+        if floor := floors.get((row.model, row.batch)):
+            row.floor_share = floor / row.step
+        ours = [
+            other.step
+            for other in rows
+            if other.contestant.startswith("resnet_fused")
+            and (other.model, other.batch) == (row.model, row.batch)
+            and other.step is not None
+        ]
+        if ours:
+            row.speedup_over = row.step / min(ours)
+
+
+def table(rows: list[Row]) -> str:
+    """The rows, for people."""
+    lines = [
+        "| model | batch | contestant | images/s | step ms | kept MB | peak MB | floor | ours × |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
+
+    def cell(value: float | None, scale: float, digits: int) -> str:
+        return "–" if value is None else f"{value * scale:.{digits}f}"
+
+    for row in rows:
+        lines.append(
+            f"| {row.model} | {row.batch} | {row.contestant} | {cell(row.images_per_second, 1, 0)} "
+            f"| {row.failure or cell(row.step, 1e3, 2)} | {cell(row.kept_bytes, 1e-6, 0)} "
+            f"| {cell(row.peak_memory, 1e-6, 0)} | {cell(row.floor_share, 100, 1)}% "
+            f"| {cell(row.speedup_over, 1, 2)} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Images/s of every contestant, one group of bars for each model and batch."""
+    import matplotlib.pyplot as plt
+
+    groups = list(dict.fromkeys((row.model, row.batch) for row in rows))
+    names = list(dict.fromkeys(row.contestant for row in rows))
+    figure, axes = plt.subplots(figsize=(3 + 2.5 * len(groups), 4.5), layout="constrained")
+    for i, name in enumerate(names):
+        rates = {(r.model, r.batch): r.images_per_second or 0 for r in rows if r.contestant == name}
+        places = [g + 0.8 * i / len(names) for g in range(len(groups))]
+        axes.bar(places, [rates.get(g, 0) for g in groups], 0.8 / len(names), label=name)
+    axes.set_xticks([g + 0.35 for g in range(len(groups))], [f"{m}, batch {b}" for m, b in groups])
+    axes.set_ylabel("training images/s")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", nargs="+", default=["resnet50"])
+    parser.add_argument("--batch", nargs="+", type=int, default=[64])
+    parser.add_argument("--size", type=int, default=224, help="height and width of the images")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of timing per contestant")
+    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    torch.backends.cudnn.allow_tf32 = False  # the gate is float32; autocast is not affected
+    gates = [gate(name, device) for name in options.model]
+    for result in gates:
+        print(f"gate {result}", flush=True)
+    if not all(result["green"] for result in gates):
+        print("The gate is red: nothing is timed.", file=sys.stderr)
+        return 1
+    torch.backends.cudnn.benchmark = True
+    peaks = machine.measure_peaks(device, dtype)
+    rows = [
+        Row(name, batch, contestant)
+        for name in options.model
+        for batch in options.batch
+        for contestant in options.only
+    ]
+    floors = {
+        (row.model, row.batch): floor_seconds(row.model, row.batch, options.size, peaks)
+        for row in rows
+    }
+    for row in tqdm(rows, desc="contestants"):
+        measure(row, options.size, device, dtype, options.seconds)
+        tqdm.write(
+            f"{row.model} {row.batch} {row.contestant}: {row.images_per_second or row.failure}"
+        )
+    compare(rows, floors)
+    print(table(rows))
+    if options.json:
+        result = {
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "machine": machine.describe(device),
+            "versions": machine.versions("torch", "torchvision", "triton"),
+            "commit": machine.commit(Path(__file__).parent),
+            "dtype": options.dtype,
+            "size": options.size,
+            "peaks": peaks._asdict(),
+            "gates": gates,
+            "rows": [asdict(row) for row in rows],
+        }
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    if options.plot:
+        plot(rows, options.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,101 @@
+"""Synchronised batch norm: two gloo processes against one on the joined batch."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import require
+from torch import Tensor, nn
+
+from resnet_fused import BasicBlock, Bottleneck, use_backend
+from resnet_fused.models import ResNet
+from resnet_fused.testing.cases import generator, randomise_statistics
+from resnet_fused.testing.numerics import relative_error
+
+SPLIT = 3  # of 5 images the first process gets 3: counts differ
+
+
+def _model() -> nn.Module:
+    """A stem-like block chain: a projection block and an identity block, random statistics."""
+    torch.manual_seed(0)
+    projection = nn.Sequential(nn.Conv2d(8, 32, 1, 2, bias=False), nn.BatchNorm2d(32))
+    first = Bottleneck(8, 8, 2, projection)
+    return randomise_statistics(nn.Sequential(first, Bottleneck(32, 8))).train()
+
+
+def _data() -> tuple[Tensor, Tensor]:
+    rng = generator()
+    return torch.randn(5, 8, 6, 6, generator=rng), torch.randn(5, 32, 3, 3, generator=rng)
+
+
+def _step(model: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    """Everything that must agree: result, gradients, running statistics."""
+    x = x.clone().requires_grad_()
+    out = model(x)
+    out.backward(grad)
+    found = {"result": out.detach(), "x": x.grad}
+    found |= {name: p.grad for name, p in model.named_parameters()}
+    found |= dict(model.named_buffers())
+    return found
+
+
+def _worker(rank: int, backend: str | None, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(_model())
+    x, grad = _data()
+    part = slice(None, SPLIT) if rank == 0 else slice(SPLIT, None)
+    with use_backend(backend):
+        found = _step(model, x[part], grad[part])
+    # Summed as DistributedDataParallel would, which refuses this layer on the CPU.
+    for name, _ in model.named_parameters():
+        dist.all_reduce(found[name])
+    torch.save(found, folder / f"rank{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("backend", [None, "triton"])
+def test_two_processes_equal_one_on_the_joined_batch(backend: str | None, tmp_path: Path) -> None:
+    if backend is not None:
+        require(backend, "cpu", torch.float32)
+    expected = _step(copy.deepcopy(_model()), *_data())
+    mp.spawn(_worker, (backend, tmp_path), nprocs=2)
+    ranks = [torch.load(tmp_path / f"rank{rank}") for rank in range(2)]
+    for key, value in expected.items():
+        if key in ("result", "x"):
+            found = torch.cat([rank[key] for rank in ranks])
+        else:
+            assert torch.equal(ranks[0][key], ranks[1][key]), key
+            found = ranks[0][key]
+        # Both are float32, summed in different orders.
+        assert relative_error(found, value) < 1e-5, key
+
+
+def _stem_worker(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(_network())
+    x = torch.randn(4, 3, 32, 32, generator=generator())[rank * 2 : rank * 2 + 2]
+    torch.save((model(x).detach(), model.bn1.running_var), folder / f"rank{rank}")
+    dist.destroy_process_group()
+
+
+def _network() -> nn.Module:
+    torch.manual_seed(0)
+    return ResNet(BasicBlock, (1, 1, 1, 1), num_classes=7).train()
+
+
+def test_a_whole_network_synchronises(tmp_path: Path) -> None:
+    model = _network()
+    expected = model(torch.randn(4, 3, 32, 32, generator=generator()))
+    mp.spawn(_stem_worker, (tmp_path,), nprocs=2)
+    ranks = [torch.load(tmp_path / f"rank{rank}") for rank in range(2)]
+    found = torch.cat([out for out, _ in ranks])
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(ranks[0][1], ranks[1][1])
+    torch.testing.assert_close(ranks[0][1], model.bn1.running_var)
