@@ -5,8 +5,12 @@ The kernels' results over it are in test_cuda_conv.py, and with other backends' 
 
 from __future__ import annotations
 
+import ctypes
+import shutil
 import struct
+import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -173,6 +177,78 @@ def test_halo_reads_within_bounds(simulator):
 
 def test_shared_memory_starts_as_nan(simulator):
     assert floats(simulator.run_primitive("read uninitialised", [0], 1)).isnan()
+
+
+# The same primitives on hardware
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The primitives as nvcc compiles them, for this machine's GPU or for any of compute 8.0."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc in PATH")
+    csrc = Path(__file__).resolve().parents[1] / "csrc"
+    library = tmp_path_factory.mktemp("primitives") / "primitives.so"
+    command = [nvcc, "-std=c++17", "-shared", "-Xcompiler=-fPIC", f"-I{csrc}", "-o", library]
+    target = "native" if torch.cuda.is_available() else "sm_80"
+    source = csrc / "host_sim" / "tests" / "primitives.cu"
+    subprocess.run([*command, f"-arch={target}", source], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def random_words(count: int) -> list[int]:
+    return torch.randint(0, 2**32, (count,), generator=generator()).tolist()
+
+
+def ldmatrix_input() -> list[int]:
+    return [16 * row for row in torch.randperm(64, generator=generator())[:32].tolist()] + (
+        random_words(256)
+    )
+
+
+def mma_input(dtype: torch.dtype) -> list[int]:
+    """Integers, as the ISA leaves the order of additions open."""
+    rng = generator()
+    registers = []
+    for _ in range(32):
+        halves = torch.randint(-9, 10, (12,), generator=rng).to(dtype)
+        registers += words(halves) + words(torch.randint(-99, 100, (4,), generator=rng).float())
+    return registers
+
+
+CONFORMANCE = {
+    "ldmatrix": (ldmatrix_input, 128),
+    "mma f16": (lambda: mma_input(torch.float16), 128),
+    "mma bf16": (lambda: mma_input(torch.bfloat16), 128),
+    "convert": (lambda: words(torch.randn(1024, generator=generator()) * 1e-4), 4096),
+    "copy groups": (lambda: random_words(8), 3),
+    "reverse": (lambda: random_words(96), 96),
+    "barrier of the others": (lambda: [0], 96),
+    "swizzle": (lambda: random_words(128), 128),
+    "halo": (lambda: random_words(96), 96),
+}
+
+
+def test_primitives_compile_for_a_gpu(compiled):
+    assert compiled.run_primitive
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CONFORMANCE)
+def test_hardware_gives_the_same_bits(simulator, compiled, name):
+    make, outputs = CONFORMANCE[name]
+    given = make()
+    out = (ctypes.c_uint32 * outputs)()
+    status = compiled.run_primitive(
+        name.encode(),
+        (ctypes.c_uint32 * len(given))(*given),
+        ctypes.c_size_t(len(given)),
+        out,
+        ctypes.c_size_t(outputs),
+    )
+    assert status == 0, f"CUDA error {status}"
+    assert list(out) == simulator.run_primitive(name, given, outputs)
 
 
 # Bank conflicts

@@ -1,5 +1,7 @@
+// Compiled for the simulator, and by nvcc for a GPU, with which the simulator is compared.
 #include <cuda_runtime_api.h>
 
+#include <cstring>
 #include <map>
 
 #include "host_sim/tests/primitives.h"
@@ -13,6 +15,9 @@ namespace {
 namespace ptx = resnet_fused::ptx;
 using Quad = resnet_fused::Pack<std::uint32_t, 4>;
 
+constexpr std::size_t kSharedBytes = 1024;
+constexpr std::uint32_t kUntouched = 0xffffffffu;
+
 struct Arguments {
   const std::uint32_t* in;
   std::uint32_t* out;
@@ -20,13 +25,15 @@ struct Arguments {
 
 __device__ float as_float(std::uint32_t bits) {
   float value;
-  std::memcpy(&value, &bits, sizeof(value));
+  memcpy(&value, &bits, sizeof(value));
   return value;
 }
 
-__device__ std::uint32_t as_bits(float value) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
+// The value's bits, above them zeros.
+template <typename V>
+__device__ std::uint32_t as_bits(V value) {
+  std::uint32_t bits = 0;
+  memcpy(&bits, &value, sizeof(value));
   return bits;
 }
 
@@ -60,8 +67,8 @@ __global__ void convert(const Arguments a) {
   const __half half = resnet_fused::from_float<__half>(value);
   const __nv_bfloat16 bfloat = resnet_fused::from_float<__nv_bfloat16>(value);
   std::uint32_t* out = a.out + 4 * threadIdx.x;
-  ptx::store_global(out, std::uint32_t{half.bits});
-  ptx::store_global(out + 1, std::uint32_t{bfloat.bits});
+  ptx::store_global(out, as_bits(half));
+  ptx::store_global(out + 1, as_bits(bfloat));
   ptx::store_global(out + 2, as_bits(resnet_fused::to_float(half)));
   ptx::store_global(out + 3, as_bits(resnet_fused::to_float(bfloat)));
 }
@@ -221,19 +228,49 @@ const std::map<std::string, Test> kTests = {
 
 }  // namespace
 
+#ifdef RESNET_FUSED_HOST_SIM
+
 std::vector<std::uint32_t> run(const std::string& name, const std::vector<std::uint32_t>& in,
                                std::size_t outputs) {
   const Test& test = kTests.at(name);
   // In whole 16-byte rows, as asynchronous copies want them.
   std::vector<Quad> aligned((in.size() + 3) / 4);
   std::memcpy(aligned.data(), in.data(), in.size() * sizeof(in[0]));
-  std::vector<std::uint32_t> out(outputs, 0xffffffffu);
+  std::vector<std::uint32_t> out(outputs, kUntouched);
   clear_buffers();
   register_buffer(aligned.data(), in.size() * sizeof(in[0]), false);
   register_buffer(out.data(), out.size() * sizeof(out[0]), true);
   const Arguments arguments{reinterpret_cast<const std::uint32_t*>(aligned.data()), out.data()};
-  resnet_fused::launch(test.kernel, dim3(1), dim3(test.threads), 1024, nullptr, arguments);
+  resnet_fused::launch(test.kernel, dim3(1), dim3(test.threads), kSharedBytes, nullptr, arguments);
   return out;
 }
+
+#else
+
+// On the current GPU, for comparison. Returns CUDA's status.
+extern "C" int run_primitive(const char* name, const std::uint32_t* in, std::size_t inputs,
+                             std::uint32_t* out, std::size_t outputs) {
+  const Test& test = kTests.at(name);
+  const std::vector<std::uint32_t> untouched(outputs, kUntouched);
+  std::uint32_t* memory = nullptr;
+  const std::size_t in_bytes = (inputs + 3) / 4 * sizeof(Quad);
+  const std::size_t out_bytes = outputs * sizeof(out[0]);
+  cudaError_t status = cudaMalloc(&memory, in_bytes + out_bytes);
+  if (status != cudaSuccess) return status;
+  std::uint32_t* const result = memory + in_bytes / sizeof(out[0]);
+  status = cudaMemcpy(memory, in, inputs * sizeof(in[0]), cudaMemcpyDefault);
+  if (status == cudaSuccess) {
+    status = cudaMemcpy(result, untouched.data(), out_bytes, cudaMemcpyDefault);
+  }
+  if (status == cudaSuccess) {
+    status = resnet_fused::launch(test.kernel, dim3(1), dim3(test.threads), kSharedBytes, nullptr,
+                                  Arguments{memory, result});
+  }
+  if (status == cudaSuccess) status = cudaMemcpy(out, result, out_bytes, cudaMemcpyDefault);
+  static_cast<void>(cudaFree(memory));
+  return status;
+}
+
+#endif
 
 }  // namespace host_sim::tests
