@@ -1,4 +1,3 @@
-# ruff: noqa: N803  (compile-time arguments and sizes of the literature are capitals)
 """relu?(bn(conv(x)) (+ residual)) and relu(bn(conv(x)) + bn(projection(shortcut))), fused.
 
 Algorithm: implicit GEMM on NHWC activations and KRSC weights; a program computes BLOCK_M output

@@ -1,4 +1,3 @@
-# ruff: noqa: N803  (compile-time arguments and sizes of the literature are capitals)
 """relu?(bn(x) (+ residual)) and max pooling, NHWC: one pass over memory each.
 
 A program handles BLOCK_M positions × BLOCK_C channels, so batch norm parameters are read once per

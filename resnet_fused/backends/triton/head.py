@@ -1,4 +1,3 @@
-# ruff: noqa: N803  (compile-time arguments and sizes of the literature are capitals)
 """linear(global_average_pool(x)) in one kernel.
 
 Algorithm: a program computes BLOCK_M images × BLOCK_N classes. For each block of channels it

@@ -1,4 +1,3 @@
-# ruff: noqa: N803  (compile-time arguments and sizes of the literature are capitals)
 """Device functions that the Triton kernels share: indices, batch norm, the convolution's main loop.
 
 Activations are NHWC in memory, weights KRSC (both channels_last), accumulators float32. A

@@ -1,4 +1,3 @@
-# ruff: noqa: N803  (compile-time arguments and sizes of the literature are capitals)
 """max_pool(relu(bn(conv(x)))) with a 3×3, stride 2, padding 1 pool: the stem in one kernel.
 
 Algorithm: a program computes a TILE_H × TILE_W patch of the convolution's output for BLOCK_N
