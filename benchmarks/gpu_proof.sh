@@ -43,8 +43,8 @@ layers() {
 }
 
 training() {
-  part training python benchmarks/training.py --device cuda --batch 64 128 256 \
-    --json "$results/training.json" --plot "$results/training.png"
+  part training python benchmarks/training.py --model resnet50 resnet18 --batch 64 256 \
+    --seconds 1 --json "$results/training.json" --plot "$results/training.png"
 }
 
 sanitizer() {
