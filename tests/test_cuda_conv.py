@@ -185,6 +185,12 @@ def test_projection_runs_in_one_kernel(simulator, half):
     assert counts["barriers"] == 2 * 2 + 1
 
 
+def test_simulator_and_extension_load_into_one_process(simulator, extension):
+    """Both bind the same C++ types, which pybind11 would by default register once a process."""
+    assert simulator.DType.float16 is not extension.DType.float16
+    assert simulator.ConvolutionBn is not extension.ConvolutionBn
+
+
 def test_larger_tiles_refuse_what_they_do_not_compute(simulator):
     x, conv, bn = make_convolution(CONV_CASES["channel tails"], generator(), torch.float16)
     for name in TILES[1:]:

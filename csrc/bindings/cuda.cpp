@@ -199,7 +199,8 @@ void conv_bn(std::uintptr_t out, std::uintptr_t residual, DType dtype, std::int6
 }  // namespace
 
 void register_cuda_kernels(py::module_& module) {
-  py::enum_<DType>(module, "DType")
+  // Types local to the module, as the simulator's module has the same ones in the same process.
+  py::enum_<DType>(module, "DType", py::module_local())
       .value("float32", DType::kFloat32)
       .value("float16", DType::kFloat16)
       .value("bfloat16", DType::kBFloat16);
@@ -214,13 +215,14 @@ void register_cuda_kernels(py::module_& module) {
              "be x or residual. The others are (address, DType), weight and bias or None.\n"
              "Raises ValueError for impossible sizes, RuntimeError for what CUDA reports.");
 
-  py::enum_<ConvTile>(module, "ConvTile", "Output positions x channels that a block computes.")
+  py::enum_<ConvTile>(module, "ConvTile", py::module_local(),
+                      "Output positions x channels that a block computes.")
       .value("automatic", ConvTile::kAuto)
       .value("m64n64", ConvTile::k64x64)
       .value("m128n64", ConvTile::k128x64)
       .value("m128n128", ConvTile::k128x128);
 
-  py::class_<ConvolutionBn>(module, "ConvolutionBn",
+  py::class_<ConvolutionBn>(module, "ConvolutionBn", py::module_local(),
                             "A convolution with zero padding and its batch norm: addresses of x\n"
                             "(batch, *image, channels) and weight (out_channels, *kernel,\n"
                             "channels / groups); mean, var, bn_weight and bias are (address,\n"

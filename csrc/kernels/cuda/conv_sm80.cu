@@ -276,16 +276,21 @@ struct AccumulatorsOf<float, Tile> {
   using Type = MultiplyAdd<Tile>;
 };
 
-// The K loop: acc += all that `gather` brings, in at least one step. What was in shared memory
-// before is behind a barrier after it; other threads may still read the stages.
+// Starts the first steps of the K loop, into stages that nobody reads any more.
+template <typename Tile, typename Gather>
+__device__ __forceinline__ void start(Gather& gather) {
+#pragma unroll
+  for (int stage = 0; stage < Tile::kStages - 1; ++stage) {
+    if (stage < gather.steps()) gather.copy(stage * Tile::kStageBytes);
+    ptx::cp_async_commit();
+  }
+}
+
+// The K loop: acc += all that `gather` brings, in at least one step, so that what was stored before
+// lies behind a barrier. At the end, other threads may still read the stages.
 template <typename Tile, typename Gather, typename Accumulators>
 __device__ __forceinline__ void accumulate(Gather& gather, Accumulators& acc) {
   const int steps = gather.steps();
-#pragma unroll
-  for (int stage = 0; stage < Tile::kStages - 1; ++stage) {
-    if (stage < steps) gather.copy(stage * Tile::kStageBytes);
-    ptx::cp_async_commit();
-  }
   std::uint32_t multiplied = 0, copied = (Tile::kStages - 1) * Tile::kStageBytes;
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
@@ -317,16 +322,18 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   const std::int64_t channel = std::int64_t(group) * columns + first_column;
   const int count = columns - first_column;
 
+  Copies copies(a, a.conv, first_row, group, first_column);
+  start<Tile>(copies);
   load_terms(kTerms, a.conv.bn, channel, count, Tile::kN, threadIdx.x, Tile::kThreads);
   Accumulators acc;
-  Copies copies(a, a.conv, first_row, group, first_column);
   accumulate<Tile>(copies, acc);
   normalise<kExact>(acc, kTerms);
   __syncthreads();  // stages and terms are free
   if constexpr (kProjection) {
+    Copies projection(a, a.projection, first_row, group, first_column);
+    start<Tile>(projection);
     load_terms(kTerms, a.projection.bn, channel, count, Tile::kN, threadIdx.x, Tile::kThreads);
     Accumulators projected;
-    Copies projection(a, a.projection, first_row, group, first_column);
     accumulate<Tile>(projection, projected);
     normalise<kExact>(projected, kTerms);
     __syncthreads();
