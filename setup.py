@@ -98,10 +98,15 @@ def host_simulator_wanted() -> bool:
     return wanted == "on"
 
 
+_SIMULATOR = "resnet_fused._C_sim"
+
+
 class CMakeBuild(build_ext):
     """Configures and builds CMakeLists.txt; the module lands where setuptools expects it."""
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.name == _SIMULATOR:
+            return  # one CMake run builds both
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -170,7 +175,9 @@ class CMakeBuild(build_ext):
             ) from error
 
 
+_NAMES = ["resnet_fused._C"] + ([_SIMULATOR] if host_simulator_wanted() else [])
+
 setup(
-    ext_modules=[Extension("resnet_fused._C", sources=[])],
+    ext_modules=[Extension(name, sources=[]) for name in _NAMES],
     cmdclass={"build_ext": CMakeBuild},
 )
