@@ -9,6 +9,9 @@ from types import ModuleType
 from .errors import BackendUnavailableError
 
 _NAME = f"{__package__}._C"
+# The calls that this Python code makes into the extension, as a number: raised here and in
+# csrc/bindings/module.cpp with every change of a bound function's name, arguments or meaning.
+INTERFACE = 2
 
 
 @functools.cache
@@ -16,7 +19,7 @@ def _load() -> ModuleType | str:
     import torch  # noqa: F401  (first, so that the extension shares the OpenMP pool torch brings)
 
     try:
-        return importlib.import_module(_NAME)
+        module = importlib.import_module(_NAME)
     except ModuleNotFoundError as error:
         if error.name != _NAME:
             raise
@@ -30,6 +33,14 @@ def _load() -> ModuleType | str:
             "another system, so reinstall the package here with "
             "`pip install --force-reinstall --no-deps .`"
         )
+    found = getattr(module, "INTERFACE", 1)
+    if found == INTERFACE:
+        return module
+    return (
+        f"the compiled extension resnet_fused._C has interface {found}, and this Python code needs "
+        f"{INTERFACE}; it was built from other sources, so build it anew with `pip install .`, or "
+        "in a source tree with `pip install -e .`"
+    )
 
 
 def load() -> ModuleType:

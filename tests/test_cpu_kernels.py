@@ -1,4 +1,4 @@
-"""The CPU kernels by themselves: Winograd convolution, stem and fingerprints in resnet_fused._C."""
+"""The CPU kernels by themselves: convolutions, stem, head, fingerprints in resnet_fused._C."""
 
 from __future__ import annotations
 
@@ -10,9 +10,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused.testing.numerics import relative_error
+from resnet_fused import _extension
+from resnet_fused.backends.cpu.native import Vectors, bn_add_relu, head
+from resnet_fused.parameters import BatchNorm, Convolution
+from resnet_fused.reference import ops as reference
+from resnet_fused.testing.cases import (
+    CONV_CASES,
+    ConvCase,
+    generator,
+    make_batch_norm,
+    make_convolution,
+    make_integers,
+    make_residual,
+)
+from resnet_fused.testing.numerics import cast, check_op, relative_error
 
-_C = pytest.importorskip("resnet_fused._C", reason="the extension is not built")
+if reason := _extension.available():
+    pytest.skip(reason, allow_module_level=True)
+_C = _extension.load()
 
 ISAS = ("avx2", "avx512")
 NHWC = torch.channels_last
@@ -24,6 +39,17 @@ def isa(request: pytest.FixtureRequest) -> str:
     if have not in ISAS or ISAS.index(request.param) > ISAS.index(have):
         pytest.skip(f"this processor has {have or 'neither AVX2 nor AVX-512'}")
     return request.param
+
+
+@pytest.fixture(params=["float32-avx2", "float32-avx512", "bfloat16-avx512"])
+def kernel(request: pytest.FixtureRequest) -> tuple[torch.dtype, str]:
+    dtype, isa = request.param.split("-")
+    have = _C.cpu_isa()
+    if have not in ISAS or ISAS.index(isa) > ISAS.index(have):
+        pytest.skip(f"this processor has {have or 'neither AVX2 nor AVX-512'}")
+    if dtype == "bfloat16" and not _C.cpu_convolves_bf16():
+        pytest.skip("this processor lacks AVX512_BF16")
+    return getattr(torch, dtype), isa
 
 
 @pytest.fixture
@@ -39,6 +65,17 @@ def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return x * scale[:, None, None] + shift[:, None, None]
+
+
+def batch_norm(scale: Tensor, shift: Tensor) -> tuple:
+    """x * scale + shift, as the kernels take a batch norm."""
+    zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+    vectors = Vectors(BatchNorm(zero, one, scale, shift, 0.0))
+    KEPT.append(vectors)
+    return vectors.arguments
+
+
+KEPT: list[Vectors] = []  # until the process ends: the arguments are addresses
 
 
 class Conv(NamedTuple):
@@ -76,8 +113,7 @@ class Conv(NamedTuple):
         _C.winograd_conv(
             x.data_ptr(),
             packed.data_ptr(),
-            self.scale.data_ptr(),
-            self.shift.data_ptr(),
+            batch_norm(self.scale, self.shift),
             0 if residual is None else residual.data_ptr(),
             out.data_ptr(),
             batch,
@@ -221,7 +257,8 @@ def test_winograd_of_an_empty_batch_is_empty():
     ("change", "message"),
     [
         ({"x": 0}, "x is a null pointer"),
-        ({"scale": 0}, "scale is a null pointer"),
+        ({"bn": ((0, 1, 4), (4, 1, 4), None, None, 0.0)}, "mean is a null pointer"),
+        ({"bn": ((4, 1, 4), (4, 1, 3), None, None, 0.0)}, "var has elements of 3 bytes"),
         ({"out_channels": 0}, "out_channels must be at least 1"),
         ({"height": -1}, "negative size -1"),
         ({"batch": 2**62}, r"more than 2\^48 elements"),
@@ -237,8 +274,7 @@ def test_winograd_refuses_impossible_arguments(change, message):
     arguments = {
         "x": x.data_ptr(),
         "packed": packed.data_ptr(),
-        "scale": vector.data_ptr(),
-        "shift": vector.data_ptr(),
+        "bn": batch_norm(vector, vector),
         "residual": 0,
         "out": out.data_ptr(),
         "batch": 1,
@@ -254,6 +290,222 @@ def test_winograd_refuses_impossible_arguments(change, message):
         _C.winograd_conv(**arguments)
 
 
+def direct(
+    x: Tensor, conv: Convolution, bn: BatchNorm, residual: Tensor | None, isa: str
+) -> Tensor:
+    """relu(bn(conv(x)) (+ residual)) by the direct kernel, into memory full of NaN."""
+    out_channels, channels, *size = conv.weight.shape
+    bf16 = x.dtype == torch.bfloat16
+    packed = torch.empty(
+        _C.conv_weight_bytes(channels, out_channels, size, bf16) // 2, dtype=torch.bfloat16
+    ).fill_(float("nan"))
+    _C.conv_transform_weights(
+        conv.weight.data_ptr(),
+        conv.weight.stride(),
+        packed.data_ptr(),
+        channels,
+        out_channels,
+        size,
+        bf16,
+    )
+    shape = reference.conv_bn(x.double(), cast(conv, torch.float64), bn, None, True).shape
+    out = poisoned(*shape, dtype=x.dtype)
+    vectors = Vectors(bn)
+    batch, _, height, width = x.shape
+    _C.conv_bn(
+        x.contiguous(memory_format=NHWC).data_ptr(),
+        packed.data_ptr(),
+        vectors.arguments,
+        0 if residual is None else residual.data_ptr(),
+        out.data_ptr(),
+        batch,
+        height,
+        width,
+        channels,
+        out_channels,
+        size,
+        *conv[1:4],
+        True,
+        bf16,
+        isa,
+    )
+    return out
+
+
+# Beside the common shapes: several chunks of a sum, strips and tasks, and tails of each.
+DIRECT = {
+    **{name: case for name, case in CONV_CASES.items() if case.groups == 1},
+    "long sums": ConvCase(1, 300, 6, 5, 70, 3, 1, 1),
+    "many rows": ConvCase(3, 24, 31, 29, 40, 3, 2, 1),
+    "many strips": ConvCase(1, 130, 4, 4, 600),
+    "odd sums": ConvCase(2, 129, 9, 9, 33),
+}
+
+
+@pytest.mark.parametrize("name", DIRECT)
+@pytest.mark.parametrize("add", [True, False], ids=["residual", "plain"])
+def test_direct_convolution_is_exact_on_integers(name, add, kernel):
+    dtype, isa = kernel
+    rng = generator()
+    x, conv, bn = make_integers(DIRECT[name], rng, dtype)
+    residual = make_residual(DIRECT[name], x, rng).round_() if add else None
+    truth = reference.conv_bn(
+        x.double(),
+        cast(conv, torch.float64),
+        bn,
+        residual.double() if add else None,
+        True,
+    )
+    assert torch.equal(direct(x, conv, bn, residual, isa), truth.to(dtype))
+
+
+@pytest.mark.parametrize("name", ["long sums", "many rows", "many strips", "odd sums"])
+@pytest.mark.parametrize("layout", [NHWC, torch.contiguous_format], ids=["nhwc", "nchw"])
+def test_direct_convolution_is_as_accurate_as_eager(name, layout, kernel):
+    """As eager in either memory format, which sums in other orders."""
+    dtype, isa = kernel
+    rng = generator()
+    x, conv, bn = make_convolution(DIRECT[name], rng, dtype)
+    arguments = [x.relu(), conv, bn, make_residual(DIRECT[name], x, rng), True]
+    check_op(
+        lambda x, conv, bn, residual, relu: direct(x, conv, bn, residual, isa),
+        lambda x, *rest: reference.conv_bn(x.contiguous(memory_format=layout), *rest),
+        arguments,
+    )
+
+
+def test_direct_convolution_gives_the_same_bits_with_any_number_of_threads(threads, kernel):
+    dtype, isa = kernel
+    results = []
+    for case in (DIRECT["many rows"], DIRECT["many strips"], DIRECT["long sums"]):
+        x, conv, bn = make_convolution(case, generator(), dtype)
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(direct(x, conv, bn, None, isa))
+        assert all(torch.equal(result, results[-1]) for result in results[-3:])
+
+
+def test_direct_convolution_passes_nan_on_only_where_it_is_read(kernel):
+    dtype, isa = kernel
+    x, conv, bn = make_convolution(ConvCase(1, 33, 9, 9, 40, 3, 1, 1), generator(), dtype)
+    x[0, 32, 4, 4] = float("nan")
+    expected = reference.conv_bn(x.float(), cast(conv, torch.float32), bn, None, True).isnan()
+    assert expected.any()
+    assert torch.equal(direct(x, conv, bn, None, isa).isnan(), expected)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_batch_norm_is_read_in_any_type_and_stride(stored):
+    x, conv, bn = make_convolution(CONV_CASES["3x3"], generator(), torch.float32)
+    rounded = BatchNorm(*(v.to(stored) for v in bn[:4]), bn.eps)
+    wide = BatchNorm(*torch.stack(rounded[:4], 1).unbind(1), bn.eps)
+    assert wide.mean.stride() == (4,)
+    plain = BatchNorm(*(v.double() for v in rounded[:4]), bn.eps)
+    expected = direct(x, conv, plain, None, "")
+    assert torch.equal(direct(x, conv, rounded, None, ""), expected)
+    assert torch.equal(direct(x, conv, wide, None, ""), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": 0}, "x is a null pointer"),
+        ({"kernel": (0, 1)}, "kernel sizes must be at least 1"),
+        ({"stride": (1, 0)}, "stride and dilation must be at least 1"),
+        ({"padding": (-1, 0)}, "padding at least 0"),
+        ({"batch": -1}, "negative size -1"),
+        ({"out": "x"}, "out overlaps x"),
+        ({"residual": "out + 4"}, "out overlaps residual"),
+    ],
+    ids=str,
+)
+def test_direct_convolution_refuses_impossible_arguments(change, message):
+    x, out, vector = torch.zeros(1, 16, 4, 4), torch.zeros(1, 16, 4, 4), torch.ones(16)
+    packed = torch.zeros(_C.conv_weight_bytes(16, 16, (1, 1), False), dtype=torch.uint8)
+    arguments = {
+        "x": x.data_ptr(),
+        "packed": packed.data_ptr(),
+        "bn": batch_norm(vector, vector),
+        "residual": 0,
+        "out": out.data_ptr(),
+        "batch": 1,
+        "height": 4,
+        "width": 4,
+        "in_channels": 16,
+        "out_channels": 16,
+        "kernel": (1, 1),
+        "stride": (1, 1),
+        "padding": (0, 0),
+        "dilation": (1, 1),
+        "relu": True,
+        "bf16": False,
+    }
+    aliases = {"x": x.data_ptr(), "out + 4": out.data_ptr() + 4}
+    arguments |= {
+        name: aliases.get(value, value) if isinstance(value, str) else value
+        for name, value in change.items()
+    }
+    with pytest.raises(ValueError, match=message):
+        _C.conv_bn(**arguments)
+
+
+@pytest.mark.parametrize("shape", [(2, 64, 7, 5), (1, 19, 3, 1), (3, 5, 40, 41)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "apart"])
+def test_batch_norm_pass_rounds_once(shape, dtype, in_place):
+    x = torch.randn(shape, generator=generator()).to(dtype).contiguous(memory_format=NHWC)
+    bn, residual = make_batch_norm(shape[1], generator(1)), torch.flip(x, (0,))
+    for other in (None, residual):
+        own = x.clone()
+        out = bn_add_relu(_C, own, bn, other, True, in_place)
+        assert (out.data_ptr() == own.data_ptr()) == in_place
+        arguments = [x, bn, other, True]
+        check_op(lambda *_, out=out: out, reference.bn_add_relu, arguments)
+        truth = reference.bn_add_relu(*cast(arguments, torch.float64))
+        # A unit in the last place of the largest value, where every step may round in float32.
+        spacing = torch.finfo(dtype).eps * truth.abs() * (0.51 if dtype == torch.bfloat16 else 2)
+        assert ((out.double() - truth).abs() <= spacing + 1e-6).all()
+
+
+def test_bfloat16_is_rounded_to_the_nearest_even():
+    """Every upper half with lower halves around its midpoint, NaN and infinities among them."""
+    upper = torch.arange(-(2**15), 2**15, dtype=torch.int32)[:, None] << 16
+    lower = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)
+    values = (upper | lower).view(torch.float32).flatten()
+    normal = values[~((values.abs() > 0) & (values.abs() < torch.finfo(torch.float32).tiny))]
+    x = torch.ones(1, normal.numel(), 1, 1, dtype=torch.bfloat16)
+    zero = torch.zeros(normal.numel())
+    bn = BatchNorm(zero, zero + 1, zero, normal, 0.0)
+    out = bn_add_relu(_C, x, bn, None, False).flatten()
+    expected = normal.bfloat16()
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out.nan_to_num(1.0), expected.nan_to_num(1.0))
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 2048, 7, 7, 1000), (5, 512, 4, 5, 10), (2, 37, 1, 3, 51)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_head_meets_the_contract(shape, dtype):
+    batch, channels, height, width, classes = shape
+    rng = generator()
+    x = torch.randn(batch, channels, height, width, generator=rng).relu().to(dtype)
+    wide = torch.randn(classes, 2 * channels, generator=rng).to(dtype) * channels**-0.5
+    bias = torch.randn(classes, generator=rng).to(dtype)
+    for weight in (wide[:, :channels], wide[:, ::2]):
+        for arguments in ([x, weight, bias], [x, weight, None]):
+            check_op(lambda *a: head(_C, *a), reference.head, arguments)
+
+
+def test_head_gives_the_same_bits_with_any_number_of_threads_and_images(threads):
+    x = torch.randn(7, 300, 5, 5, generator=generator())
+    weight, bias = torch.randn(101, 300, generator=generator(1)), torch.zeros(101)
+    expected = torch.cat([head(_C, image, weight, bias) for image in x.split(1)])
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        assert torch.equal(head(_C, x, weight, bias), expected)
+
+
 def stem_eager(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     y = affine(F.conv2d(x, weight, stride=2, padding=3), scale, shift)
     return F.max_pool2d(y.relu(), 3, 2, 1)
@@ -267,20 +519,20 @@ def stem(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, isa: str = "")
     pooled = [((size + 1) // 2 + 1) // 2 for size in (height, width)]
     out = poisoned(batch, channels, *pooled, dtype=x.dtype)
     x = x.contiguous(memory_format=NHWC)
-    pointers = (t.data_ptr() for t in (x, packed, scale, shift, out))
-    _C.stem_conv_pool(*pointers, batch, height, width, channels, bf16, isa)
+    bn = batch_norm(scale, shift)
+    _C.stem_conv_pool(
+        x.data_ptr(),
+        packed.data_ptr(),
+        bn,
+        out.data_ptr(),
+        batch,
+        height,
+        width,
+        channels,
+        bf16,
+        isa,
+    )
     return out
-
-
-@pytest.fixture(params=["float32-avx2", "float32-avx512", "bfloat16-avx512"])
-def stem_kernel(request: pytest.FixtureRequest) -> tuple[torch.dtype, str]:
-    dtype, isa = request.param.split("-")
-    have = _C.cpu_isa()
-    if have not in ISAS or ISAS.index(isa) > ISAS.index(have):
-        pytest.skip(f"this processor has {have or 'neither AVX2 nor AVX-512'}")
-    if dtype == "bfloat16" and not _C.stem_supports_bf16():
-        pytest.skip("this processor lacks AVX512_BF16")
-    return getattr(torch, dtype), isa
 
 
 STEM_SHAPES = [
@@ -296,9 +548,9 @@ STEM_SHAPES = [
 
 
 @pytest.mark.parametrize("shape", STEM_SHAPES, ids=str)
-def test_stem_is_exact_on_integers(shape, stem_kernel):
+def test_stem_is_exact_on_integers(shape, kernel):
     torch.manual_seed(4)
-    (batch, height, width, channels), (dtype, isa) = shape, stem_kernel
+    (batch, height, width, channels), (dtype, isa) = shape, kernel
     x = torch.randint(-2, 3, (batch, 3, height, width)).to(dtype)
     weight = torch.randint(-1, 2, (channels, 3, 7, 7)).to(dtype)
     scale = torch.randint(-2, 3, (channels,)).float()
@@ -308,9 +560,9 @@ def test_stem_is_exact_on_integers(shape, stem_kernel):
 
 
 @pytest.mark.parametrize("shape", [(1, 224, 224, 64), (2, 97, 131, 64)], ids=str)
-def test_stem_is_as_accurate_as_eager(shape, stem_kernel):
+def test_stem_is_as_accurate_as_eager(shape, kernel):
     torch.manual_seed(5)
-    (batch, height, width, channels), (dtype, isa) = shape, stem_kernel
+    (batch, height, width, channels), (dtype, isa) = shape, kernel
     x = torch.randn(batch, 3, height, width).to(dtype)
     weight = (torch.randn(channels, 3, 7, 7) * 0.1).to(dtype)
     scale, shift = torch.randn(channels), torch.randn(channels)
@@ -320,9 +572,9 @@ def test_stem_is_as_accurate_as_eager(shape, stem_kernel):
     assert error <= relative_error(eager, truth)
 
 
-def test_stem_takes_weights_of_any_strides_and_any_number_of_threads(threads, stem_kernel):
+def test_stem_takes_weights_of_any_strides_and_any_number_of_threads(threads, kernel):
     torch.manual_seed(6)
-    dtype, isa = stem_kernel
+    dtype, isa = kernel
     x, weight = torch.randn(1, 3, 75, 50).to(dtype), torch.randn(64, 3, 7, 7).to(dtype)
     scale, shift = torch.randn(64), torch.randn(64)
     strided = weight.contiguous(memory_format=NHWC)
@@ -334,8 +586,8 @@ def test_stem_takes_weights_of_any_strides_and_any_number_of_threads(threads, st
     assert all(torch.equal(result, results[0]) for result in results[1:])
 
 
-def test_stem_passes_nan_on(stem_kernel):
-    dtype, isa = stem_kernel
+def test_stem_passes_nan_on(kernel):
+    dtype, isa = kernel
     x, weight = torch.randn(1, 3, 40, 40).to(dtype), torch.randn(32, 3, 7, 7).to(dtype)
     x[0, 1, 20, 20] = float("nan")
     out = stem(x, weight, torch.ones(32), torch.zeros(32), isa)
@@ -344,12 +596,13 @@ def test_stem_passes_nan_on(stem_kernel):
 
 
 def test_stem_refuses_impossible_arguments():
+    bn = batch_norm(torch.ones(64), torch.ones(64))
     with pytest.raises(ValueError, match="multiple of 32, found 48"):
         _C.stem_weight_bytes(48, False)
     with pytest.raises(ValueError, match="x is a null pointer"):
-        _C.stem_conv_pool(0, 4, 4, 4, 4, 1, 8, 8, 64, False)
+        _C.stem_conv_pool(0, 4, bn, 4, 1, 8, 8, 64, False)
     with pytest.raises(ValueError, match="out overlaps x"):
-        _C.stem_conv_pool(64, 64, 64, 64, 64, 1, 8, 8, 64, False)
+        _C.stem_conv_pool(64, 64, bn, 64, 1, 8, 8, 64, False)
 
 
 def fingerprint(tensor: Tensor) -> int:

@@ -10,9 +10,16 @@
 #include <cstdint>
 #include <new>
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <cpuid.h>
+#endif
+
 namespace resnet_fused::cpu {
 
 enum class Isa { kNone, kAvx2, kAvx512 };
+enum class Format { kFloat32, kBFloat16 };  // of activations and weights in memory
+
+using BFloat16 = std::uint16_t;  // its bits
 
 // The best set this processor and operating system offer.
 inline Isa best_isa() {
@@ -23,6 +30,27 @@ inline Isa best_isa() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
 #endif
   return Isa::kNone;
+}
+
+// Whether a convolution can run in this format: bfloat16 needs AVX512_BF16, fp32 any Isa but kNone.
+inline bool convolves(Format format, Isa isa) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (format == Format::kBFloat16) {
+    return isa == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16");
+  }
+#endif
+  return format == Format::kFloat32 && isa != Isa::kNone;
+}
+
+// Whether the processor multiplies bfloat16 in tiles (CPUID leaf 7, EDX bit 22; Intel SDM), several
+// times faster than in vectors.
+inline bool has_amx_bf16() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 22 & 1) != 0;
+#else
+  return false;
+#endif
 }
 
 // Grow-only, page-aligned memory, one per thread and never returned before the thread ends, so

@@ -10,7 +10,7 @@
 // 32 registers; AVX2: 6 x 16, 12 of 16) through all 7 rows; a strip of weights (18 KB) stays in L1.
 //
 // One task is a band of pooled rows of one image, done by one thread. Its scratch is two rings: 8
-// input rows with their zero borders, and the last 3 rows of relu(conv * scale + shift) in fp32,
+// input rows with their zero borders, and the last 3 rows of relu(bn(conv)) in fp32,
 // which are pooled straight into the output. Memory traffic: x is read once, the pooled output, a
 // quarter of the convolution's, is written once; one convolution row is computed twice per border
 // between bands.
@@ -35,8 +35,8 @@ constexpr int kBorder = 3;    // zero pixels around x
 constexpr int kRowRing = 8;   // input rows kept, >= kFilter
 constexpr int kPoolRing = 3;  // convolution rows kept
 
-constexpr int taps_per_row(StemFormat format) {
-  return format == StemFormat::kFloat32 ? kFilter * kChannels : (kFilter * kChannels + 1) / 2;
+constexpr int taps_per_row(Format format) {
+  return format == Format::kFloat32 ? kFilter * kChannels : (kFilter * kChannels + 1) / 2;
 }
 
 struct Band {
@@ -53,11 +53,11 @@ struct Band {
 namespace resnet_fused::cpu {
 namespace {
 
-using Task = void (*)(const Stem&, const Band&);
+using Task = void (*)(const Stem&, const Terms&, const Band&);
 
-Task task_for(StemFormat format, Isa isa) {
+Task task_for(Format format, Isa isa) {
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (format == StemFormat::kBFloat16) return avx512bf16::stem_task;
+  if (format == Format::kBFloat16) return avx512bf16::stem_task;
   return isa == Isa::kAvx512 ? avx512::stem_task : avx2::stem_task;
 #else
   (void)format, (void)isa;
@@ -67,22 +67,13 @@ Task task_for(StemFormat format, Isa isa) {
 
 }  // namespace
 
-bool stem_supports(StemFormat format, Isa isa) {
-#if defined(__x86_64__) && defined(__GNUC__)
-  if (format == StemFormat::kBFloat16) {
-    return isa == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16");
-  }
-#endif
-  return isa != Isa::kNone;
-}
-
-std::int64_t stem_weight_words(std::int64_t out_channels, StemFormat format) {
+std::int64_t stem_weight_words(std::int64_t out_channels, Format format) {
   return kFilter * taps_per_row(format) * out_channels;
 }
 
 void stem_transform_weights(const void* weight, const std::int64_t strides[4], void* packed,
-                            std::int64_t out_channels, StemFormat format) {
-  const std::size_t size = format == StemFormat::kFloat32 ? 4 : 2;
+                            std::int64_t out_channels, Format format) {
+  const std::size_t size = format == Format::kFloat32 ? 4 : 2;
   const std::int64_t per_tap = 4 / size;
   const int taps = taps_per_row(format);
   auto* const to = static_cast<unsigned char*>(packed);
@@ -112,11 +103,12 @@ void stem_conv_pool(const Stem& stem, Isa isa) {
   const std::int64_t wanted = ceil_div(2 * threads, stem.batch);
   const std::int64_t rows = std::max(ceil_div(pooled, wanted), std::int64_t{4});
   const std::int64_t bands = ceil_div(pooled, rows);
+  const Terms terms(stem.bn, stem.out_channels, kStemStrip);
   const Task task = task_for(stem.format, isa);
 #pragma omp parallel for schedule(dynamic, 1)
   for (std::int64_t i = 0; i < stem.batch * bands; ++i) {
     const std::int64_t first = i % bands * rows;
-    task(stem, {i / bands, first, std::min(first + rows, pooled)});
+    task(stem, terms, {i / bands, first, std::min(first + rows, pooled)});
   }
 }
 

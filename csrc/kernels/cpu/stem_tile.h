@@ -1,31 +1,6 @@
 // The vector code of stem.cpp, included once per instruction set by for_each_isa.h.
 #include "vec.h"
 
-#ifdef ISA_BF16
-constexpr StemFormat kFormat = StemFormat::kBFloat16;
-using Element = std::uint16_t;
-
-ISA_INLINE Vec multiply_add(std::uint32_t pair, const std::uint32_t* pairs, Vec sum) {
-  const __m512i a = _mm512_set1_epi32(static_cast<int>(pair)), b = _mm512_loadu_si512(pairs);
-  return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-}
-
-ISA_INLINE void store_element(Element* out, Vec v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), (__m256i)_mm512_cvtneps_pbh((__m512)v));
-}
-#else
-constexpr StemFormat kFormat = StemFormat::kFloat32;
-using Element = float;
-
-ISA_INLINE Vec multiply_add(std::uint32_t tap, const std::uint32_t* taps, Vec sum) {
-  float factor;
-  std::memcpy(&factor, &tap, sizeof factor);
-  return sum + splat(factor) * load(reinterpret_cast<const float*>(taps));
-}
-
-ISA_INLINE void store_element(Element* out, Vec v) { store(out, v); }
-#endif
-
 constexpr int kTaps = taps_per_row(kFormat);
 constexpr int kStep = 2 * kChannels * sizeof(Element) / 4;  // words between output pixels
 constexpr int kPixels = kLanes == 16 ? 14 : 6;              // of the micro-kernel
@@ -34,11 +9,12 @@ constexpr int kVecs = 2;
 // The larger, or NaN where either is, as torch.max_pool2d has it.
 ISA_INLINE Vec maximum(Vec a, Vec b) { return (a >= b) | (a != a) ? a : b; }
 
-// relu(conv * scale + shift) for kPixels pixels and kVecs vectors of channels.
+// relu(bn(conv)) for kPixels pixels and kVecs vectors of channels.
 ISA inline __attribute__((noinline)) void convolve(const std::uint32_t* const rows[kFilter],
                                                    std::int64_t offset, const std::uint32_t* packed,
-                                                   const float* scale, const float* shift,
-                                                   float* to, std::int64_t to_stride) {
+                                                   const float* mean, const float* scale,
+                                                   const float* bias, float* to,
+                                                   std::int64_t to_stride) {
   Vec sum[kPixels][kVecs] = {};
   for (int row = 0; row < kFilter; ++row) {
     const std::uint32_t* x = rows[row] + offset;
@@ -49,7 +25,7 @@ ISA inline __attribute__((noinline)) void convolve(const std::uint32_t* const ro
       for (int p = 0; p < kPixels; ++p) {
 #pragma GCC unroll 2
         for (int j = 0; j < kVecs; ++j) {
-          sum[p][j] = multiply_add(x[p * kStep], packed + j * kLanes, sum[p][j]);
+          sum[p][j] = multiply_add(x[p * kStep], load_words(packed + j * kLanes), sum[p][j]);
         }
       }
     }
@@ -58,8 +34,9 @@ ISA inline __attribute__((noinline)) void convolve(const std::uint32_t* const ro
   for (int p = 0; p < kPixels; ++p) {
 #pragma GCC unroll 2
     for (int j = 0; j < kVecs; ++j) {
-      const Vec value = sum[p][j] * load(scale + j * kLanes) + load(shift + j * kLanes);
-      store(to + p * to_stride + j * kLanes, relu(value));
+      const std::int64_t k = j * kLanes;
+      const Vec value = (sum[p][j] - load(mean + k)) * load(scale + k) + load(bias + k);
+      store(to + p * to_stride + k, relu(value));
     }
   }
 }
@@ -77,12 +54,12 @@ ISA_INLINE void pool_row(const float* const rows[kPoolRing], std::int64_t count,
           best = maximum(best, load(rows[row] + column * channels + k));
         }
       }
-      store_element(out, best);
+      store(out, best);
     }
   }
 }
 
-ISA void stem_task(const Stem& stem, const Band& band) {
+ISA void stem_task(const Stem& stem, const Terms& terms, const Band& band) {
   const std::int64_t channels = stem.out_channels;
   const std::int64_t conv_height = stem_halved(stem.height), conv_width = stem_halved(stem.width);
   const std::int64_t computed = round_up(conv_width, kPixels);
@@ -126,7 +103,7 @@ ISA void stem_task(const Stem& stem, const Band& band) {
                                           k / kStemStrip * kStemStrip * kFilter * kTaps +
                                           k % kStemStrip;
       for (std::int64_t x = 0; x < conv_width; x += kPixels) {
-        convolve(rows, x * kStep, packed, stem.scale + k, stem.shift + k,
+        convolve(rows, x * kStep, packed, terms.mean() + k, terms.scale() + k, terms.bias() + k,
                  conv_row + x * channels + k, channels);
       }
     }

@@ -1,9 +1,12 @@
 // One vector register of ISA_LANES floats, inside an instruction set's namespace; included first by
-// every `*_tile.h`. Partial loads fill with zeros; partial stores leave the rest untouched.
+// every `*_tile.h`. Numbers in memory are fp32 or bfloat16, in registers always fp32. Partial loads
+// fill with zeros; partial stores leave the rest untouched.
 #define ISA_INLINE ISA inline __attribute__((always_inline))
 
 constexpr int kLanes = ISA_LANES;
 typedef float Vec __attribute__((vector_size(ISA_LANES * 4)));
+typedef std::uint32_t VecBits __attribute__((vector_size(ISA_LANES * 4)));
+typedef BFloat16 VecHalves __attribute__((vector_size(ISA_LANES * 2)));
 
 ISA_INLINE Vec splat(float value) { return value - Vec{}; }
 
@@ -13,21 +16,66 @@ ISA_INLINE Vec load(const float* p) {
   return v;
 }
 
+ISA_INLINE Vec load(const BFloat16* p) {
+  VecHalves halves;
+  std::memcpy(&halves, p, sizeof halves);
+  return (Vec)(__builtin_convertvector(halves, VecBits) << 16);
+}
+
 ISA_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
-ISA_INLINE Vec load(const float* p, std::int64_t count) {
+// Rounds to the nearest, ties to even; NaN stays NaN.
+ISA_INLINE void store(BFloat16* p, Vec v) {
+#ifdef ISA_BF16
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
+  const VecBits bits = (VecBits)v;
+  const VecBits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const VecBits kept = v == v ? rounded : bits >> 16 | 0x40;
+  const VecHalves halves = __builtin_convertvector(kept, VecHalves);
+  std::memcpy(p, &halves, sizeof halves);
+#endif
+}
+
+template <typename Element>
+ISA_INLINE Vec load(const Element* p, std::int64_t count) {
   if (count >= kLanes) return load(p);
-  float padded[kLanes] = {};
+  Element padded[kLanes] = {};
   for (std::int64_t i = 0; i < count; ++i) padded[i] = p[i];
   return load(padded);
 }
 
-ISA_INLINE void store(float* p, Vec v, std::int64_t count) {
+template <typename Element>
+ISA_INLINE void store(Element* p, Vec v, std::int64_t count) {
   if (count >= kLanes) return store(p, v);
-  float padded[kLanes];
+  Element padded[kLanes];
   store(padded, v);
   for (std::int64_t i = 0; i < count; ++i) p[i] = padded[i];
 }
 
 // max(v, 0) that keeps NaN, as torch.relu does.
 ISA_INLINE Vec relu(Vec v) { return v < Vec{} ? Vec{} : v; }
+
+// What a convolution multiplies: 32-bit words, each one fp32 number or a pair of bfloat16 ones.
+#ifdef ISA_BF16
+constexpr Format kFormat = Format::kBFloat16;
+using Element = BFloat16;
+
+ISA_INLINE Vec multiply_add(std::uint32_t pair, Vec pairs, Vec sum) {
+  const __m512i a = _mm512_set1_epi32(static_cast<int>(pair));
+  return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)pairs);
+}
+#else
+constexpr Format kFormat = Format::kFloat32;
+using Element = float;
+
+ISA_INLINE Vec multiply_add(std::uint32_t word, Vec words, Vec sum) {
+  float factor;
+  std::memcpy(&factor, &word, sizeof factor);
+  return sum + splat(factor) * words;
+}
+#endif
+
+ISA_INLINE Vec load_words(const std::uint32_t* p) {
+  return load(reinterpret_cast<const float*>(p));
+}

@@ -12,7 +12,7 @@
 // of output channels, done by one thread without leaving its L2 cache:
 //   1. V of all tiles and channels                     16 * tiles * C floats
 //   2. for each block of 64 output channels: 16 matrix products into M (16 * tiles * 64 floats),
-//      then Y, scale, shift, residual, ReLU straight to the output.
+//      then Y, batch norm, residual, ReLU straight to the output.
 // The micro-kernel keeps a tile of rows x columns of M in registers (AVX-512: 6 x 64, 24 of 32
 // registers; AVX2: 6 x 16, 12 of 16) over kChunk input channels; the chunk of U (4 KB) stays in L1
 // for all tiles of the task. Memory traffic: x and the residual are read once (plus the tiles'
@@ -76,7 +76,7 @@ Plan make_plan(const WinogradConv& conv, std::int64_t threads) {
   return plan;
 }
 
-using Task = void (*)(const WinogradConv&, const Plan&, std::int64_t tile_task,
+using Task = void (*)(const WinogradConv&, const Plan&, const Terms&, std::int64_t tile_task,
                       std::int64_t block_task);
 
 Task task_for(Isa isa) {
@@ -137,12 +137,13 @@ void winograd_conv(const WinogradConv& conv, Isa isa) {
   const std::int64_t threads = 1;
 #endif
   const Plan plan = make_plan(conv, threads);
+  const Terms terms(conv.bn, conv.out_channels, 16);
   const Task task = task_for(isa);
   const std::int64_t tasks = plan.tile_tasks * plan.block_tasks;
   // Tasks that share a part of U follow each other.
 #pragma omp parallel for schedule(dynamic, 1) if (tasks > 1)
   for (std::int64_t i = 0; i < tasks; ++i) {
-    task(conv, plan, i % plan.tile_tasks, i / plan.tile_tasks);
+    task(conv, plan, terms, i % plan.tile_tasks, i / plan.tile_tasks);
   }
 }
 

@@ -1,10 +1,11 @@
 // 3x3, stride 1, padding 1 convolution by Winograd's F(2x2, 3x3), with the epilogue
-//   out = relu?(conv(x) * scale[k] + shift[k] (+ residual))
+//   out = relu?(bn(conv(x)) (+ residual))
 // NHWC, fp32. Implementation and figures: winograd.cpp.
 #pragma once
 
 #include <cstdint>
 
+#include "batch_norm.h"
 #include "isa.h"
 
 namespace resnet_fused::cpu {
@@ -12,11 +13,10 @@ namespace resnet_fused::cpu {
 struct WinogradConv {
   const float* x;         // (batch, height, width, in_channels)
   const float* packed;    // from winograd_transform_weights
-  const float* scale;     // (out_channels)
-  const float* shift;     // (out_channels)
   const float* residual;  // like out, may be out itself; nullptr: none
   float* out;             // (batch, height, width, out_channels), must not overlap x
   std::int64_t batch, height, width, in_channels, out_channels;
+  BatchNorm bn;
   bool relu;
 };
 

@@ -131,8 +131,9 @@ ISA_INLINE void multiply_plane(std::int64_t rows, const float* v, std::int64_t v
 }
 
 // Y = A^T M A and the epilogue, for the channels [k, k + count) of one tile.
-ISA_INLINE void transform_output(const WinogradConv& conv, const TilePlace& at, const float* m,
-                                 std::int64_t plane, std::int64_t k, std::int64_t count) {
+ISA_INLINE void transform_output(const WinogradConv& conv, const Terms& terms, const TilePlace& at,
+                                 const float* m, std::int64_t plane, std::int64_t k,
+                                 std::int64_t count) {
   Vec half[2][4];  // A^T M
   for (int j = 0; j < 4; ++j) {
     const Vec m0 = load(m + j * plane), m1 = load(m + (4 + j) * plane);
@@ -140,22 +141,23 @@ ISA_INLINE void transform_output(const WinogradConv& conv, const TilePlace& at, 
     half[0][j] = m0 + m1 + m2;
     half[1][j] = m1 - m2 - m3;
   }
-  const Vec scale = load(conv.scale + k, count), shift = load(conv.shift + k, count);
+  const Vec mean = load(terms.mean() + k), scale = load(terms.scale() + k);
+  const Vec bias = load(terms.bias() + k);
   for (int i = 0; i < 2 && at.row + i < conv.height; ++i) {
     const Vec* h = half[i];
     const Vec y[2] = {h[0] + h[1] + h[2], h[1] - h[2] - h[3]};
     for (int j = 0; j < 2 && at.column + j < conv.width; ++j) {
       const std::int64_t pixel = (at.image * conv.height + at.row + i) * conv.width + at.column + j;
       const std::int64_t offset = pixel * conv.out_channels + k;
-      Vec value = y[j] * scale + shift;
+      Vec value = (y[j] - mean) * scale + bias;
       if (conv.residual != nullptr) value += load(conv.residual + offset, count);
       store(conv.out + offset, conv.relu ? relu(value) : value, count);
     }
   }
 }
 
-ISA void winograd_task(const WinogradConv& conv, const Plan& plan, std::int64_t tile_task,
-                       std::int64_t block_task) {
+ISA void winograd_task(const WinogradConv& conv, const Plan& plan, const Terms& terms,
+                       std::int64_t tile_task, std::int64_t block_task) {
   const std::int64_t first_tile = tile_task * plan.tiles_per_task;
   const std::int64_t rows = std::min(plan.tiles_per_task, plan.tiles - first_tile);
   const std::int64_t v_plane = plan.tiles_per_task * plan.padded_channels + kSkew;
@@ -182,7 +184,7 @@ ISA void winograd_task(const WinogradConv& conv, const Plan& plan, std::int64_t 
       const TilePlace at = place_of(plan, first_tile + t);
       const std::int64_t end = std::min(k_end - k, kBlock);
       for (std::int64_t j = 0; j < end; j += kLanes) {
-        transform_output(conv, at, m + t * kBlock + j, m_plane, k + j, end - j);
+        transform_output(conv, terms, at, m + t * kBlock + j, m_plane, k + j, end - j);
       }
     }
   }

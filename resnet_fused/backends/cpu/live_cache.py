@@ -1,10 +1,9 @@
 """A cache of packed weights that is never stale: every use verifies the content packed from.
 
 Version counters cannot tell: `p.data.mul_()`, as moving-average code writes it, and edits through
-a numpy view move none, and inference tensors have none. So each look-up reads the parameters
-themselves. With the compiled extension it hashes them (64 bits, one pass at memory speed: 3.5 ms
-for the 102 MB of a float32 ResNet-50, about 1% of a forward pass of batch 8 on the same 2 cores);
-without it, it compares them with a private copy, which is exact and costs 9 ms and the copy.
+a numpy view move none, and inference tensors have none. So each look-up hashes the weight itself
+(64 bits, one pass at memory speed: 3.5 ms for the 102 MB of a float32 ResNet-50, about 1% of a
+forward pass of batch 8 on the same 2 cores).
 
 An entry belongs to one weight tensor, is found by that object's identity, and goes when it goes.
 """
@@ -12,7 +11,7 @@ An entry belongs to one weight tensor, is found by that object's identity, and g
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from types import ModuleType
 from typing import Any, Generic, TypeVar
 
@@ -20,10 +19,6 @@ import torch
 from torch import Tensor
 
 Packed = TypeVar("Packed")
-
-
-def _metadata(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    return tuple(None if t is None else (t.dtype, t.shape, t.stride()) for t in tensors)
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -35,93 +30,46 @@ def _dense(tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
-class _Fingerprints:
-    """Content of some tensors as 64-bit hashes of their memory."""
-
-    def __init__(self, tensors: Sequence[Tensor | None], extension: ModuleType) -> None:
-        self._extension = extension
-        self._seen = self._look(tensors)
-
-    def _look(self, tensors: Sequence[Tensor | None]) -> tuple[Any, list[int]]:
-        dense = [_dense(t) for t in tensors if t is not None]
-        spans = [(t.data_ptr(), t.nbytes) for t in dense]
-        return _metadata(tensors), self._extension.fingerprints(spans)
-
-    def hold(self, tensors: Sequence[Tensor | None]) -> bool:
-        return self._seen == self._look(tensors)
-
-
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-class _Snapshot:
-    """Content of some tensors as a copy, compared bit for bit (so that NaN equals itself)."""
-
-    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
-        self._metadata = _metadata(tensors)
-        self._bits = [self._view(t).clone() for t in tensors if t is not None]
-
-    @staticmethod
-    def _view(tensor: Tensor) -> Tensor:
-        return tensor.detach().view(_BITS[tensor.itemsize])
-
-    def hold(self, tensors: Sequence[Tensor | None]) -> bool:
-        present = [t for t in tensors if t is not None]
-        return self._metadata == _metadata(tensors) and all(
-            torch.equal(bits, self._view(t)) for bits, t in zip(self._bits, present, strict=True)
-        )
-
-
 class _Slot(Generic[Packed]):
     """What was packed from one weight tensor, which it does not keep alive."""
 
     def __init__(self, owner: weakref.ref[Tensor]) -> None:
         self.owner = owner
-        self.packed: dict[Hashable, tuple[_Fingerprints | _Snapshot, Packed]] = {}
+        self.packed: dict[Hashable, tuple[Any, Packed]] = {}
 
 
 class LiveCache(Generic[Packed]):
-    """Packed forms of weights, each verified against the parameters it was made from.
+    """Packed forms of weights, each verified against the weight it was made from.
 
     Threads may share it: entries are replaced whole, so a race costs at most a second packing.
     """
 
-    def __init__(self, extension: ModuleType | None) -> None:
-        self._extension = extension
+    def __init__(self, extension: ModuleType) -> None:
+        self._fingerprint = extension.fingerprint
         self._slots: dict[int, _Slot[Packed]] = {}
 
     def __len__(self) -> int:
         """How many weight tensors have packed forms."""
         return len(self._slots)
 
-    def get(
-        self,
-        sources: Sequence[Tensor | None],
-        form: Hashable,
-        pack: Callable[[], Packed],
-    ) -> Packed:
-        """The packed `form` of `sources[0]`, made by `pack` if there is none for their content.
-
-        sources: every tensor that `pack` reads; the first is the weight that owns the entry.
-        form: what else the result depends on.
-        """
-        weight = sources[0]
-        assert weight is not None
+    def get(self, weight: Tensor, form: Hashable, pack: Callable[[], Packed]) -> Packed:
+        """The packed `form` of `weight`, made by `pack` if there is none for its content."""
         slot = self._slots.get(id(weight))
         if slot is None or slot.owner() is not weight:
             slot = self._open(weight)
+        # Taken before packing: an edit during it is then seen by the next look-up.
+        content = self._content(weight)
         entry = slot.packed.get(form)
-        if entry is not None and entry[0].hold(sources):
+        if entry is not None and entry[0] == content:
             return entry[1]
-        # Recorded before packing: an edit during it is then seen by the next look-up.
-        content = (
-            _Snapshot(sources)
-            if self._extension is None
-            else _Fingerprints(sources, self._extension)
-        )
         packed = pack()
         slot.packed[form] = (content, packed)
         return packed
+
+    def _content(self, weight: Tensor) -> tuple[Any, ...]:
+        dense = _dense(weight)
+        hashed = self._fingerprint(dense.data_ptr(), dense.nbytes)
+        return weight.dtype, weight.shape, weight.stride(), hashed
 
     def _open(self, weight: Tensor) -> _Slot[Packed]:
         key, slots = id(weight), self._slots

@@ -1,21 +1,22 @@
 """The package's own CPU kernels: where they apply, and their weights and arguments.
 
-BN's scale and shift are applied in float32 to float32 sums, so nothing is folded.
+Packed weights are the weights in another order; batch norm is read live and applied in float32.
 """
 
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...parameters import BatchNorm, Convolution, MaxPool
-from .onednn import scale_and_shift
 
-_LANES = 16  # channel counts that are no multiple of it leave vector lanes idle
+_LANES = 16  # Winograd's channel counts that are no multiple of it leave vector lanes idle
 _STEM_LANES = 32
-_SMALLEST = 2  # a single pixel wants one tap of nine
+_SMALLEST = 2  # of Winograd's maps: a single pixel wants one tap of nine
+_READ_AS_THEY_ARE = (torch.float32, torch.bfloat16, torch.float64)
 
 
 def _pair(values: tuple[int, int]) -> tuple[int, int]:
@@ -23,28 +24,170 @@ def _pair(values: tuple[int, int]) -> tuple[int, int]:
     return values[0], values[1]
 
 
-def _float_scale_and_shift(bn: BatchNorm) -> tuple[Tensor, Tensor]:
-    scale, shift = scale_and_shift(bn)
-    return scale.float(), shift.float()
+class Vectors:
+    """A batch norm as the kernels take it; keeps alive what they point to."""
+
+    def __init__(self, bn: BatchNorm) -> None:
+        self._kept = [v if v is None or v.dtype in _READ_AS_THEY_ARE else v.float() for v in bn[:4]]
+        self.arguments = (
+            *(None if v is None else (v.data_ptr(), v.stride(0), v.itemsize) for v in self._kept),
+            bn.eps,
+        )
 
 
-class WinogradConvolution:
-    """relu?(conv3×3(x) * scale + shift (+ residual)) by Winograd's F(2×2, 3×3), float32."""
+def _nhwc(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
 
-    def __init__(self, extension: ModuleType, conv: Convolution, bn: BatchNorm) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            self._run = extension.winograd_conv
-            self._out_channels, self._in_channels = conv.weight.shape[:2]
-            self._scale, self._shift = _float_scale_and_shift(bn)
-            channels = (self._in_channels, self._out_channels)
-            self._packed = torch.empty(extension.winograd_weight_floats(*channels))
-            extension.winograd_transform_weights(
-                conv.weight.data_ptr(), conv.weight.stride(), self._packed.data_ptr(), *channels
+
+def _empty(x: Tensor, channels: int, height: int, width: int) -> Tensor:
+    return torch.empty(
+        (x.shape[0], channels, height, width), dtype=x.dtype, memory_format=torch.channels_last
+    )
+
+
+def bn_add_relu(
+    extension: ModuleType,
+    x: Tensor,
+    bn: BatchNorm,
+    residual: Tensor | None,
+    relu: bool,
+    in_place: bool = False,
+) -> Tensor:
+    """relu?(bn(x) (+ residual)) in one pass; float32 and bfloat16, on every processor.
+
+    in_place: overwrite `x`, which then is channels_last.
+    """
+    x, vectors = _nhwc(x), Vectors(bn)
+    out = x if in_place else torch.empty_like(x)
+    if residual is not None:
+        residual = _nhwc(residual)
+    extension.bn_add_relu(
+        x.data_ptr(),
+        vectors.arguments,
+        0 if residual is None else residual.data_ptr(),
+        out.data_ptr(),
+        x.numel() // x.shape[1],
+        x.shape[1],
+        relu,
+        x.dtype == torch.bfloat16,
+    )
+    return out
+
+
+def head(extension: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """linear(global_average_pool(x)), (N, C, H, W) -> (N, classes); on every processor."""
+    x = _nhwc(x)
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
+    batch, channels, height, width = x.shape
+    out = torch.empty((batch, weight.shape[0]), dtype=x.dtype)
+    extension.head(
+        x.data_ptr(),
+        weight.data_ptr(),
+        weight.stride(0),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        batch,
+        height * width,
+        channels,
+        weight.shape[0],
+        x.dtype == torch.bfloat16,
+    )
+    return out
+
+
+class _Kernel:
+    """relu?(bn(conv(x)) (+ residual)) by a kernel of the extension, on weights packed for it."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        bn: BatchNorm,
+        residual: Tensor | None,
+        relu: bool,
+        in_place: bool = False,
+    ) -> Tensor:
+        """(N, C, H, W) -> (N, K, P, Q), channels_last.
+
+        in_place: return the result in the memory of `residual`, which then is channels_last.
+        """
+        x, vectors = _nhwc(x), Vectors(bn)
+        if residual is not None:
+            residual = _nhwc(residual)
+        out = residual if in_place else None
+        if out is None:
+            out = self._new_result(x)
+        self._run(x, vectors.arguments, 0 if residual is None else residual.data_ptr(), out, relu)
+        return out
+
+    def _new_result(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _run(self, x: Tensor, bn: Any, residual: int, out: Tensor, relu: bool) -> None:
+        raise NotImplementedError
+
+
+class DirectConvolution(_Kernel):
+    """Any convolution of one group, float32 and bfloat16."""
+
+    def __init__(self, extension: ModuleType, conv: Convolution) -> None:
+        weight = conv.weight
+        self._kernel = extension.conv_bn
+        self._out_channels, channels, *size = weight.shape
+        self._bfloat16 = weight.dtype == torch.bfloat16
+        self._window = (tuple(size), *map(_pair, conv[1:4]))
+        sizes = (channels, self._out_channels, tuple(size), self._bfloat16)
+        self._packed = torch.empty(extension.conv_weight_bytes(*sizes), dtype=torch.uint8)
+        extension.conv_transform_weights(
+            weight.data_ptr(), weight.stride(), self._packed.data_ptr(), *sizes
+        )
+
+    def _new_result(self, x: Tensor) -> Tensor:
+        height, width = (
+            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for size, kernel, stride, padding, dilation in zip(
+                x.shape[2:], *self._window, strict=True
             )
+        )
+        return _empty(x, self._out_channels, height, width)
+
+    def _run(self, x: Tensor, bn: Any, residual: int, out: Tensor, relu: bool) -> None:
+        batch, channels, height, width = x.shape
+        self._kernel(
+            x.data_ptr(),
+            self._packed.data_ptr(),
+            bn,
+            residual,
+            out.data_ptr(),
+            batch,
+            height,
+            width,
+            channels,
+            self._out_channels,
+            *self._window,
+            relu,
+            self._bfloat16,
+        )
+
+
+class WinogradConvolution(_Kernel):
+    """3×3 with stride and padding 1 by Winograd's F(2×2, 3×3), float32."""
+
+    def __init__(self, extension: ModuleType, conv: Convolution) -> None:
+        weight = conv.weight
+        self._kernel = extension.winograd_conv
+        self._out_channels, channels = weight.shape[:2]
+        sizes = (channels, self._out_channels)
+        self._packed = torch.empty(extension.winograd_weight_floats(*sizes))
+        extension.winograd_transform_weights(
+            weight.data_ptr(), weight.stride(), self._packed.data_ptr(), *sizes
+        )
 
     @staticmethod
     def serves(x: Tensor, conv: Convolution) -> bool:
-        """Whether it computes this convolution, and faster and more exactly than oneDNN."""
+        """Whether it computes this convolution, and faster than the direct kernel."""
         weight = conv.weight
         return (
             weight.dtype == torch.float32
@@ -56,63 +199,43 @@ class WinogradConvolution:
             and min(x.shape[2:]) >= _SMALLEST
         )
 
-    def __call__(self, x: Tensor, relu: bool) -> Tensor:
-        """(N, C, H, W) -> a new (N, K, H, W), channels_last."""
-        return self._into(self._empty(x), x, 0, relu)
+    def _new_result(self, x: Tensor) -> Tensor:
+        return _empty(x, self._out_channels, *x.shape[2:])
 
-    def add(self, x: Tensor, residual: Tensor, relu: bool) -> Tensor:
-        """With `residual` added before the activation, a new tensor."""
-        residual = residual.contiguous(memory_format=torch.channels_last)
-        return self._into(self._empty(x), x, residual.data_ptr(), relu)
-
-    def add_into(self, x: Tensor, residual: Tensor, relu: bool) -> Tensor:
-        """The same in the memory of `residual`, which is channels_last."""
-        return self._into(residual, x, residual.data_ptr(), relu)
-
-    def _empty(self, x: Tensor) -> Tensor:
-        shape = (x.shape[0], self._out_channels, *x.shape[2:])
-        return torch.empty(shape, memory_format=torch.channels_last)
-
-    def _into(self, out: Tensor, x: Tensor, residual: int, relu: bool) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
-        self._run(
+    def _run(self, x: Tensor, bn: Any, residual: int, out: Tensor, relu: bool) -> None:
+        batch, channels, height, width = x.shape
+        self._kernel(
             x.data_ptr(),
             self._packed.data_ptr(),
-            self._scale.data_ptr(),
-            self._shift.data_ptr(),
+            bn,
             residual,
             out.data_ptr(),
-            x.shape[0],
-            *x.shape[2:],
-            self._in_channels,
+            batch,
+            height,
+            width,
+            channels,
             self._out_channels,
             relu,
         )
-        return out
 
 
 class PooledStem:
-    """max_pool(relu(conv7×7(x) * scale + shift)) in one pass, float32 and bfloat16."""
+    """max_pool(relu(bn(conv7×7(x)))) in one pass, float32 and bfloat16."""
 
-    def __init__(self, extension: ModuleType, conv: Convolution, bn: BatchNorm) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            self._run = extension.stem_conv_pool
-            self._out_channels = conv.weight.shape[0]
-            self._bfloat16 = conv.weight.dtype == torch.bfloat16
-            self._scale, self._shift = _float_scale_and_shift(bn)
-            size = extension.stem_weight_bytes(self._out_channels, self._bfloat16)
-            self._packed = torch.empty(size, dtype=torch.uint8)
-            extension.stem_transform_weights(
-                conv.weight.data_ptr(),
-                conv.weight.stride(),
-                self._packed.data_ptr(),
-                self._out_channels,
-                self._bfloat16,
-            )
+    def __init__(self, extension: ModuleType, conv: Convolution) -> None:
+        weight = conv.weight
+        self._kernel = extension.stem_conv_pool
+        self._out_channels = weight.shape[0]
+        self._bfloat16 = weight.dtype == torch.bfloat16
+        sizes = (self._out_channels, self._bfloat16)
+        self._packed = torch.empty(extension.stem_weight_bytes(*sizes), dtype=torch.uint8)
+        extension.stem_transform_weights(
+            weight.data_ptr(), weight.stride(), self._packed.data_ptr(), *sizes
+        )
 
     @staticmethod
-    def serves(extension: ModuleType, conv: Convolution, pool: MaxPool) -> bool:
-        """Whether it computes this stem: a ResNet's, on this processor."""
+    def serves(conv: Convolution, pool: MaxPool) -> bool:
+        """Whether it computes this stem: a ResNet's."""
         weight = conv.weight
         return (
             weight.shape[1:] == (3, 7, 7)
@@ -120,24 +243,18 @@ class PooledStem:
             and conv.groups == 1
             and weight.shape[0] % _STEM_LANES == 0
             and tuple(pool) == (3, 2, 1)
-            and (weight.dtype == torch.float32 or extension.stem_supports_bf16())
         )
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, bn: BatchNorm) -> Tensor:
         """(N, 3, H, W) -> (N, K, P, Q), channels_last."""
-        x = x.contiguous(memory_format=torch.channels_last)
+        x, vectors = _nhwc(x), Vectors(bn)
         batch, _, height, width = x.shape
-        pooled = ((height + 3) // 4, (width + 3) // 4)  # halved twice, rounded up
-        out = torch.empty(
-            (batch, self._out_channels, *pooled),
-            dtype=x.dtype,
-            memory_format=torch.channels_last,
-        )
-        self._run(
+        # Halved twice, rounded up.
+        out = _empty(x, self._out_channels, (height + 3) // 4, (width + 3) // 4)
+        self._kernel(
             x.data_ptr(),
             self._packed.data_ptr(),
-            self._scale.data_ptr(),
-            self._shift.data_ptr(),
+            vectors.arguments,
             out.data_ptr(),
             batch,
             height,

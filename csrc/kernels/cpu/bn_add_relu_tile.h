@@ -1,0 +1,28 @@
+// The vector code of bn_add_relu.cpp, included once per instruction set by for_each_isa.h.
+#include "vec.h"
+
+template <typename Number>
+ISA_INLINE void finish_pixels(const BnAddRelu& op, const Terms& terms, std::int64_t first,
+                              std::int64_t last) {
+  for (std::int64_t pixel = first; pixel < last; ++pixel) {
+    const std::int64_t offset = pixel * op.channels;
+    for (std::int64_t c = 0; c < op.channels; c += kLanes) {
+      const std::int64_t valid = op.channels - c;
+      const Vec x = load(static_cast<const Number*>(op.x) + offset + c, valid);
+      Vec value = (x - load(terms.mean() + c)) * load(terms.scale() + c) + load(terms.bias() + c);
+      if (op.residual != nullptr) {
+        value += load(static_cast<const Number*>(op.residual) + offset + c, valid);
+      }
+      store(static_cast<Number*>(op.out) + offset + c, op.relu ? relu(value) : value, valid);
+    }
+  }
+}
+
+ISA void bn_add_relu_task(const BnAddRelu& op, const Terms& terms, std::int64_t first,
+                          std::int64_t last) {
+  if (op.format == Format::kFloat32) {
+    finish_pixels<float>(op, terms, first, last);
+  } else {
+    finish_pixels<BFloat16>(op, terms, first, last);
+  }
+}
