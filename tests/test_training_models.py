@@ -22,7 +22,6 @@ from resnet_fused.testing.cases import generator, randomise_statistics
 from resnet_fused.testing.numerics import relative_error
 from resnet_fused.training import kept_activation_bytes
 
-
 NOISE = 1.1  # the models' results are 40 numbers
 
 
