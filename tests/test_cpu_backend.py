@@ -418,14 +418,18 @@ def test_an_absent_or_foreign_extension_is_named(monkeypatch: pytest.MonkeyPatch
     assert "pip install" in found
 
 
+# Results of 51 MB: glibc gives every block above 32 MB back to the system at once.
 FAULTS = """
-import resource, torch, resnet_fused
-model, x = resnet_fused.resnet18().eval(), torch.randn(16, 3, 224, 224)
-with torch.inference_mode(), resnet_fused.use_backend("cpu"):
-    for _ in range(3):
-        model(x)
+import resource, torch
+from resnet_fused import ops, use_backend
+x, one = torch.randn(16, 64, 56, 56), torch.ones(256)
+conv = ops.Convolution(torch.randn(256, 64, 1, 1))
+with torch.inference_mode(), use_backend("cpu"):
+    for _ in range(5):
+        ops.conv_bn(x, conv, ops.BatchNorm(one, one, one, one))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    model(x)
+    for _ in range(5):
+        ops.conv_bn(x, conv, ops.BatchNorm(one, one, one, one))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
@@ -442,8 +446,8 @@ def test_activations_memory_is_kept_between_calls() -> None:
             check=True,
         )
         faults[setting] = int(result.stdout)
-    assert faults["on"] < 500
-    assert faults["off"] > 10 * faults["on"]
+    assert faults["on"] < 1000
+    assert faults["off"] > 10000
 
 
 def test_batch_norm_alone_takes_statistics_of_any_float(backend: cpu.CpuBackend) -> None:

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 namespace resnet_fused::cpu {
@@ -21,21 +22,36 @@ struct BatchNorm {
   double eps;
 };
 
+// The terms of some consecutive channels.
+template <typename Number>
+struct TermsAt {
+  const Number *mean, *scale, *bias;
+};
+
 // (value - mean) * scale + bias. The mean comes off first: folded into the bias it would cancel
 // where it is large beside the deviation.
 class Terms {
  public:
-  // In fp64 from the parameters, each term rounded once; zeros follow the last channel as far as a
+  // Computed in fp64 from the parameters; zeros follow the last channel as far as a
   // multiple of `padded_to`.
   Terms(const BatchNorm& bn, std::int64_t channels, std::int64_t padded_to);
 
-  const float* mean() const { return values_.data(); }
-  const float* scale() const { return values_.data() + padded_; }
-  const float* bias() const { return values_.data() + 2 * padded_; }
+  // Number is float, for results in bfloat16, or double, for results in fp32.
+  template <typename Number>
+  TermsAt<Number> at(std::int64_t channel) const {
+    const Number* values;
+    if constexpr (std::is_same_v<Number, float>) {
+      values = floats_.data() + channel;
+    } else {
+      values = doubles_.data() + channel;
+    }
+    return {values, values + padded_, values + 2 * padded_};
+  }
 
  private:
   std::int64_t padded_;
-  std::vector<float> values_;
+  std::vector<double> doubles_;
+  std::vector<float> floats_;
 };
 
 }  // namespace resnet_fused::cpu

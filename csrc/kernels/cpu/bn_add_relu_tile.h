@@ -9,11 +9,11 @@ ISA_INLINE void finish_pixels(const BnAddRelu& op, const Terms& terms, std::int6
     for (std::int64_t c = 0; c < op.channels; c += kLanes) {
       const std::int64_t valid = op.channels - c;
       const Vec x = load(static_cast<const Number*>(op.x) + offset + c, valid);
-      Vec value = (x - load(terms.mean() + c)) * load(terms.scale() + c) + load(terms.bias() + c);
-      if (op.residual != nullptr) {
-        value += load(static_cast<const Number*>(op.residual) + offset + c, valid);
-      }
-      store(static_cast<Number*>(op.out) + offset + c, op.relu ? relu(value) : value, valid);
+      const Vec added = op.residual == nullptr
+                            ? Vec{}
+                            : load(static_cast<const Number*>(op.residual) + offset + c, valid);
+      store(static_cast<Number*>(op.out) + offset + c,
+            normalise(x, terms.at<Precise<Number>>(c), added, op.relu), valid);
     }
   }
 }

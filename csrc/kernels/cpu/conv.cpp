@@ -2,17 +2,18 @@
 // runs over the window's numbers, tap by tap and channel by channel.
 //
 // One task is a run of rows times a run of strips of 32 columns, done by one thread. For each chunk
-// of 128 words (128 fp32 or 256 bfloat16 numbers) of the sum it
+// of the sum (64 fp32 words or 256 words of two bfloat16 numbers) it
 //   1. copies that part of each row's window side by side, zeros outside the image (L2),
-//   2. for each strip multiplies it with the chunk of packed weights, [strip][word][32 columns]
-//      (16 KB, which stays in L1 for all rows), adding to fp32 sums kept in L2;
-// the last chunk's sums never leave the registers before scale, shift, residual and ReLU.
+//   2. for each tile of rows, which stays in L1, multiplies it strip by strip with the packed
+//      weights, [strip][word][32 columns], adding to fp32 sums kept in L2;
+// the last chunk's sums never leave the registers before batch norm, residual and ReLU, and that
+// tile's lines of residual and result are prefetched while it is summed.
 // The micro-kernel keeps rows x columns of sums in registers (AVX-512: 14 x 32, 28 of 32 registers;
 // AVX2: 6 x 16, 12 of 16): two vectors of weights are loaded for 14 words broadcast from rows. In
-// bfloat16 a word is a pair and a step one VDPBF16PS: exact products, fp32 sums.
+// bfloat16 a step is one VDPBF16PS: exact products, fp32 sums.
 //
-// A sum has chunks of equal length first and then their sums, so that its rounding error grows with
-// 128 + terms / 128, not with the number of terms; it depends on neither tiles nor threads.
+// Summed in chunks, then over chunks, an fp32 sum's rounding error grows with 64 + terms / 64, not
+// with the number of terms. It depends on neither tiles nor threads.
 // Memory traffic: x and the residual are read and out is written once (the window's overlap comes
 // from cache), the weights once per task. Copying costs one load and store per 64 bytes and task,
 // against 32 multiply-adds a strip.
@@ -21,6 +22,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -34,9 +36,8 @@ namespace resnet_fused::cpu {
 namespace {
 
 constexpr std::int64_t kStrip = 32;         // columns
-constexpr std::int64_t kRowWords = 136;     // of a copied row: not all rows in one cache set
-constexpr std::int64_t kMaxTaskRows = 112;  // copied rows take 60 KB,
-constexpr std::int64_t kMaxTaskStrips = 8;  // sums 115 KB, a chunk of weights 131 KB
+constexpr std::int64_t kMaxTaskRows = 112;  // copied rows take 118 KB in bfloat16,
+constexpr std::int64_t kMaxTaskStrips = 8;  // sums 115 KB, a chunk of weights 262 KB
 
 struct Plan {
   std::int64_t out_height, out_width, rows;

@@ -4,7 +4,8 @@
 constexpr int kRows = kLanes == 16 ? 14 : 6;  // of the micro-kernel
 constexpr int kVecs = 2;
 constexpr int kTileLines = kVecs * kLanes * sizeof(Element) / 64;  // cache lines of a tile's row
-constexpr std::int64_t kChunk = kFormat == Format::kFloat32 ? 64 : 128;  // words
+constexpr std::int64_t kChunk = kFormat == Format::kFloat32 ? 64 : 256;  // words
+constexpr std::int64_t kRowWords = kChunk + 8;  // of a copied row: not all rows in one cache set
 constexpr int kPerWord = 4 / sizeof(Element);
 
 // Where an output pixel's window begins, in the padded image's terms.
@@ -17,8 +18,8 @@ struct Pixel {
 struct Tile {
   float* sums;  // of the tile alone
   bool first, last;
-  const float *mean, *scale, *bias;
-  const Element* residual;  // at the tile's first pixel and channel, as out
+  TermsAt<Precise<Element>> terms;  // from the tile's first channel on
+  const Element* residual;          // at the tile's first pixel and channel, as out
   Element* out;
   std::int64_t channels;  // from one pixel to the next
   std::int64_t valid;     // channels of out from the tile's first on
@@ -73,9 +74,10 @@ ISA inline __attribute__((noinline)) void multiply(const std::uint32_t* a, const
 #pragma GCC unroll 2
     for (int j = 0; j < kVecs; ++j) {
       const std::int64_t k = j * kLanes, valid = tile.valid - k;
-      Vec value = (sum[r][j] - load(tile.mean + k)) * load(tile.scale + k) + load(tile.bias + k);
-      if (residual != nullptr) value += load(residual + k, valid);
-      store(out + k, tile.relu ? relu(value) : value, valid);
+      const Vec added = residual == nullptr ? Vec{} : load(residual + k, valid);
+      const auto& [mean, scale, bias] = tile.terms;
+      store(out + k, normalise(sum[r][j], {mean + k, scale + k, bias + k}, added, tile.relu),
+            valid);
     }
     if (residual != nullptr) residual += tile.channels;
   }
@@ -162,9 +164,7 @@ ISA void conv_task(const Conv& conv, const Plan& plan, const Terms& terms, std::
         const Tile tile{sums + j * rows + row * kVecs * kLanes,
                         begin == 0,
                         begin + depth == plan.words,
-                        terms.mean() + k,
-                        terms.scale() + k,
-                        terms.bias() + k,
+                        terms.at<Precise<Element>>(k),
                         conv.residual == nullptr
                             ? nullptr
                             : static_cast<const Element*>(conv.residual) + offset,

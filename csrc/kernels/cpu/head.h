@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "batch_norm.h"
 #include "isa.h"
 
 namespace resnet_fused::cpu {

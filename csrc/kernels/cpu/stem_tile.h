@@ -12,9 +12,8 @@ ISA_INLINE Vec maximum(Vec a, Vec b) { return (a >= b) | (a != a) ? a : b; }
 // relu(bn(conv)) for kPixels pixels and kVecs vectors of channels.
 ISA inline __attribute__((noinline)) void convolve(const std::uint32_t* const rows[kFilter],
                                                    std::int64_t offset, const std::uint32_t* packed,
-                                                   const float* mean, const float* scale,
-                                                   const float* bias, float* to,
-                                                   std::int64_t to_stride) {
+                                                   const Terms& terms, std::int64_t first,
+                                                   float* to, std::int64_t to_stride) {
   Vec sum[kPixels][kVecs] = {};
   for (int row = 0; row < kFilter; ++row) {
     const std::uint32_t* x = rows[row] + offset;
@@ -35,8 +34,8 @@ ISA inline __attribute__((noinline)) void convolve(const std::uint32_t* const ro
 #pragma GCC unroll 2
     for (int j = 0; j < kVecs; ++j) {
       const std::int64_t k = j * kLanes;
-      const Vec value = (sum[p][j] - load(mean + k)) * load(scale + k) + load(bias + k);
-      store(to + p * to_stride + k, relu(value));
+      store(to + p * to_stride + k,
+            normalise(sum[p][j], terms.at<Precise<Element>>(first + k), Vec{}, true));
     }
   }
 }
@@ -103,8 +102,7 @@ ISA void stem_task(const Stem& stem, const Terms& terms, const Band& band) {
                                           k / kStemStrip * kStemStrip * kFilter * kTaps +
                                           k % kStemStrip;
       for (std::int64_t x = 0; x < conv_width; x += kPixels) {
-        convolve(rows, x * kStep, packed, terms.mean() + k, terms.scale() + k, terms.bias() + k,
-                 conv_row + x * channels + k, channels);
+        convolve(rows, x * kStep, packed, terms, k, conv_row + x * channels + k, channels);
       }
     }
     const std::int64_t pooled = y / 2;  // complete after its odd row, or the last

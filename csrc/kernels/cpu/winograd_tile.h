@@ -141,17 +141,14 @@ ISA_INLINE void transform_output(const WinogradConv& conv, const Terms& terms, c
     half[0][j] = m0 + m1 + m2;
     half[1][j] = m1 - m2 - m3;
   }
-  const Vec mean = load(terms.mean() + k), scale = load(terms.scale() + k);
-  const Vec bias = load(terms.bias() + k);
   for (int i = 0; i < 2 && at.row + i < conv.height; ++i) {
     const Vec* h = half[i];
     const Vec y[2] = {h[0] + h[1] + h[2], h[1] - h[2] - h[3]};
     for (int j = 0; j < 2 && at.column + j < conv.width; ++j) {
       const std::int64_t pixel = (at.image * conv.height + at.row + i) * conv.width + at.column + j;
       const std::int64_t offset = pixel * conv.out_channels + k;
-      Vec value = (y[j] - mean) * scale + bias;
-      if (conv.residual != nullptr) value += load(conv.residual + offset, count);
-      store(conv.out + offset, conv.relu ? relu(value) : value, count);
+      const Vec added = conv.residual == nullptr ? Vec{} : load(conv.residual + offset, count);
+      store(conv.out + offset, normalise(y[j], terms.at<double>(k), added, conv.relu), count);
     }
   }
 }
