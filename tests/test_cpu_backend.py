@@ -422,10 +422,11 @@ def test_an_absent_or_foreign_extension_is_named(monkeypatch: pytest.MonkeyPatch
 FAULTS = """
 import resource, torch
 from resnet_fused import ops, use_backend
-x, one = torch.randn(16, 64, 56, 56), torch.ones(256)
+x = torch.randn(16, 64, 56, 56).contiguous(memory_format=torch.channels_last)
+one = torch.ones(256)
 conv = ops.Convolution(torch.randn(256, 64, 1, 1))
 with torch.inference_mode(), use_backend("cpu"):
-    for _ in range(5):
+    for _ in range(10):
         ops.conv_bn(x, conv, ops.BatchNorm(one, one, one, one))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(5):
