@@ -50,14 +50,14 @@ def pair(name: str, **arguments) -> tuple[nn.Module, nn.Module]:
 
 
 def check_against_torchvision(
-    ours: nn.Module, theirs: nn.Module, x: torch.Tensor, dtype: torch.dtype
+    ours: nn.Module, theirs: nn.Module, x: torch.Tensor, dtype: torch.dtype, noise: float = 1.0
 ) -> None:
     """The numerics contract for a network: its weights and images rounded to the dtype first."""
     ours, theirs, x = ours.to(dtype), theirs.to(dtype), x.to(dtype)
     with torch.no_grad():
         result, eager = ours(x), theirs(x)
         truth = copy.deepcopy(theirs).double()(x.double())
-    assert_contract(result, eager, truth)
+    assert_contract(result, eager, truth, noise=noise)
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -118,13 +118,16 @@ def test_on_a_gpu(name: str, backend: str, dtype: torch.dtype) -> None:
     ids=["dilated", "frozen", "group norm", "no running statistics"],
 )
 def test_constructor_arguments(arguments: dict) -> None:
-    """In torchvision's channels_last: some of these run PyTorch's own kernels in that layout."""
+    """In torchvision's channels_last: some of these run PyTorch's own kernels in that layout.
+
+    Where only the head is fused both errors are almost the same number, hence the noise.
+    """
     torch.manual_seed(0)
     theirs = torchvision.models.resnet50(**arguments).eval().to(memory_format=torch.channels_last)
     ours = resnet_fused.resnet50(**arguments).eval()
     ours.load_state_dict(theirs.state_dict())
     x = images(2, 64, 64).contiguous(memory_format=torch.channels_last)
-    check_against_torchvision(ours, theirs, x, torch.float32)
+    check_against_torchvision(ours, theirs, x, torch.float32, noise=1.1)
 
 
 def test_batch_norm_without_affine_parameters() -> None:
