@@ -52,6 +52,7 @@ OPS = ("resnet_fused.ops.block_training", "resnet_fused.ops.stem_training")
 PRODUCTS = {"conv_stats_kernel", "dgrad_kernel", "wgrad_kernel"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_training_kernels_of_resnet50(capability: int) -> None:
     """No spilled register anywhere, and tensor cores in every product."""

@@ -4,8 +4,8 @@ block's end, and the gradient that enters the block there.
 Algorithm: every reduction is a sum over parts in a fixed order, so that the same inputs give the
 same bits. Moments merge stably: first the mean of all parts, as a deviation from the first part's,
 then the squared deviations from it (Chan, Golub and LeVeque, 1979); nothing large is subtracted
-from something large. Vectors are short, so they are computed in float64 and rounded once. Where there are many, a first
-launch merges chunks of them side by side.
+from something large. Vectors are short, so they are computed in float64 and rounded once. Where
+there are many, a first launch merges chunks of them side by side.
 Tiles: merging (32 parts × 32 channels); the passes over activations (BLOCK_M × BLOCK_C).
 Memory traffic: the passes read and write each tensor once; vectors are negligible.
 """
