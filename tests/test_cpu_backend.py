@@ -9,6 +9,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -436,11 +437,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts page faults of glibc's malloc")
-def test_activations_memory_is_kept_between_calls() -> None:
+def test_activations_memory_is_kept_between_calls(tmp_path: Path) -> None:
     faults = {}
     for setting in ("on", "off"):
         result = subprocess.run(
             [sys.executable, "-c", FAULTS],
+            cwd=tmp_path,  # a checkout there would hide the installed package
             env={**os.environ, "RESNET_FUSED_CPU_KEEP_MEMORY": setting},
             capture_output=True,
             text=True,

@@ -344,7 +344,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_importing_loads_no_backend_and_asks_for_no_gpu() -> None:
+def test_importing_loads_no_backend_and_asks_for_no_gpu(tmp_path: Path) -> None:
     code = (
         "import sys, resnet_fused, torch; "
         "assert not torch.cuda.is_initialized(); "
@@ -352,4 +352,4 @@ def test_importing_loads_no_backend_and_asks_for_no_gpu() -> None:
         "'resnet_fused._C', 'resnet_fused.backends.cpu', 'resnet_fused.backends.triton', "
         "'resnet_fused.backends.cuda'))]; assert not found, found"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
