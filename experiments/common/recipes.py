@@ -1,0 +1,100 @@
+"""The paper's recipes, 4.2 for CIFAR-10 and 3.4 for ImageNet, and their scaled-down forms.
+
+On the embedded digits the same recipe runs for far fewer iterations: every number that is a count
+of iterations shrinks in proportion, and images are not mirrored.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .augmentation import centre_crop, padded_crops, scaled_crops, whole
+from .data import Images, size
+from .schedules import Cosine, Milestones, Plateau
+from .training import Recipe
+
+
+def cifar(
+    images: Images,
+    iterations: int = 64_000,
+    batch: int = 128,
+    learning_rate: float = 0.1,
+    warm_up: bool = False,
+) -> Recipe:
+    """4.2: rate 0.1, divided by 10 after 1/2 and 3/4 of the iterations (32k and 48k of 64k).
+
+    warm_up: a tenth of the rate until the training error is under 80 % (for 110 layers).
+    """
+    every = max(25, iterations // 160)
+    return Recipe(
+        iterations=iterations,
+        batch=batch,
+        schedule=lambda optimizer: Milestones(
+            optimizer,
+            (iterations // 2, iterations * 3 // 4),
+            learning_rate / 10 if warm_up else None,
+        ),
+        augment=padded_crops(images),
+        view=whole(images),
+        record_every=every // 4,
+        evaluate_every=every,
+        learning_rate=learning_rate,
+    )
+
+
+def imagenet(
+    images: Images,
+    crop: int,
+    epoch: int,
+    iterations: int,
+    batch: int = 256,
+    learning_rate: float = 0.1,
+    patience: int = 5,
+) -> Recipe:
+    """3.4: rate 0.1, divided by 10 when the test error has not fallen for `patience` epochs.
+
+    epoch: iterations between two measurements on the test set.
+    """
+    return Recipe(
+        iterations=iterations,
+        batch=batch,
+        schedule=lambda optimizer: Plateau(optimizer, patience),
+        augment=scaled_crops(images, crop),
+        view=centre_crop(images, crop),
+        record_every=max(1, epoch // 4),
+        evaluate_every=epoch,
+        learning_rate=learning_rate,
+    )
+
+
+def modern(
+    images: Images,
+    crop: int,
+    epoch: int,
+    iterations: int,
+    batch: int = 256,
+    learning_rate: float = 0.1,
+) -> Recipe:
+    """A cosine with a rise of a twentieth of the iterations, label smoothing 0.1, mixup 0.2 and a
+    moving average of the weights over about a fiftieth of the iterations."""
+    return Recipe(
+        iterations=iterations,
+        batch=batch,
+        schedule=lambda optimizer: Cosine(optimizer, iterations, max(1, iterations // 20)),
+        augment=scaled_crops(images, crop),
+        view=centre_crop(images, crop),
+        record_every=max(1, epoch // 4),
+        evaluate_every=epoch,
+        learning_rate=learning_rate,
+        label_smoothing=0.1,
+        average=1 - 1 / max(2, iterations // 50),
+        mixup=0.2,
+    )
+
+
+def of_the_paper(images: Images, iterations: int, batch: int, **changes: Any) -> Recipe:
+    """3.4 for photographs of many sizes, 4.2 for small images; `changes` as each of them takes."""
+    if images.side is None:
+        epoch = max(1, size(images.train) // batch)
+        return imagenet(images, 224, epoch, iterations, batch, **changes)
+    return cifar(images, iterations, batch, **changes)

@@ -1,0 +1,374 @@
+"""The training loop: one network, one recipe, one checkpoint.
+
+Everything that is drawn at random follows from the seed and the number of the iteration, so a run
+that was killed and started again ends with the same bits as one that was not, and processes that
+share a batch see the images that one process would.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Subset
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from .augmentation import Transform
+from .data import Images, Pairs, TrainingBatches, Transformed, size
+from .errors import ExperimentError
+from .launch import Launch, seed_of, share, synchronise_batch_norm, total
+from .schedules import Schedule
+
+# A row of the history: iteration, learning_rate, training_loss, training_error, and where they
+# were measured test_loss, test_error, test_top5_error and what a probe added. Errors in percent.
+Row = dict[str, float]
+Probe = Callable[[nn.Module, int], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: SGD with momentum, and what comes with it.
+
+    iterations: optimizer steps. batch: images in each, of all processes together.
+    schedule: makes the learning rate's schedule for an optimizer.
+    augment, view: transforms of a training and a test image.
+    record_every, evaluate_every: iterations between two rows of the history, and between two
+        measurements on the test set.
+    average: decay of an exponential moving average of the weights, which is then what is tested.
+    mixup: alpha of the Beta distribution that mixes pairs of images (arXiv 1710.09412).
+    """
+
+    iterations: int
+    batch: int
+    schedule: Callable[[torch.optim.Optimizer], Schedule]
+    augment: Transform
+    view: Transform
+    record_every: int
+    evaluate_every: int
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    label_smoothing: float = 0.0
+    average: float | None = None
+    mixup: float = 0.0
+
+    def facts(self) -> dict[str, int | float | None]:
+        """What of it is a number: a checkpoint of other numbers is not gone on from."""
+        found = vars(self)
+        return {key: value for key, value in found.items() if not callable(value)}
+
+
+@dataclass
+class Result:
+    """A finished training: the network that was tested, its history, and how long it took."""
+
+    name: str
+    model: nn.Module
+    history: list[Row]
+    seconds: float
+
+    @property
+    def last(self) -> Row:
+        """The last row, in which everything was measured."""
+        return self.history[-1]
+
+
+@dataclass
+class _Progress:
+    """What a run has come to: with the states of model and optimizer, all that it goes on from."""
+
+    iteration: int = 0
+    seconds: float = 0.0
+    window: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    history: list[Row] = field(default_factory=list)
+
+
+def train(
+    name: str,
+    build: Callable[[], nn.Module],
+    images: Images,
+    recipe: Recipe,
+    launch: Launch,
+    seed: int | None = None,
+    probe: Probe | None = None,
+) -> Result:
+    """Trains what `build` makes, or goes on from its checkpoint `launch.out`/checkpoints/`name`.pt.
+
+    build: called with torch's generator seeded; parameters that need no gradient stay as they are.
+    seed: instead of the launch's.
+    probe: called with the network and the iteration when its gradients of a recorded iteration
+        are complete; its numbers join the row.
+
+    Raises ExperimentError for a checkpoint that is of another run or cannot be read, a batch that
+    does not divide among the processes, and a loss that is no longer finite.
+    """
+    seed = launch.seed if seed is None else seed
+    return _Training(name, build, images, recipe, launch, seed, probe).run()
+
+
+class _Training:
+    def __init__(
+        self,
+        name: str,
+        build: Callable[[], nn.Module],
+        images: Images,
+        recipe: Recipe,
+        launch: Launch,
+        seed: int,
+        probe: Probe | None,
+    ) -> None:
+        self.name, self.images, self.recipe = name, images, recipe
+        self.launch, self.seed, self.probe = launch, seed, probe
+        torch.manual_seed(seed_of(seed, "weights"))
+        model = build().to(launch.device).to(memory_format=torch.channels_last)
+        self.model = self.parallel = synchronise_batch_norm(model, launch).train()
+        self.average: AveragedModel | None = None
+        if recipe.average is not None:
+            decay = get_ema_multi_avg_fn(recipe.average)
+            self.average = AveragedModel(self.model, multi_avg_fn=decay, use_buffers=True)
+        self.optimizer = torch.optim.SGD(
+            [p for p in self.model.parameters() if p.requires_grad],
+            recipe.learning_rate,
+            recipe.momentum,
+            weight_decay=recipe.weight_decay,
+        )
+        self.schedule = recipe.schedule(self.optimizer)
+        self.scaler = torch.amp.GradScaler(
+            launch.device.type, enabled=launch.dtype == torch.float16
+        )
+        self.progress = _Progress()
+        self.checkpoint = launch.out / "checkpoints" / f"{name}.pt"
+        self._load()
+        self.window = torch.tensor(self.progress.window, dtype=torch.float64, device=launch.device)
+
+    def run(self) -> Result:
+        state = self.progress
+        if state.iteration < self.recipe.iterations:
+            if self.launch.world > 1:
+                # Batch norm's buffers are equal everywhere already.
+                self.parallel = DistributedDataParallel(self.model, broadcast_buffers=False)
+            started = saved = time.monotonic()
+            before = state.seconds
+            for image, label in self._batches():
+                self._step(image, label)
+                now = time.monotonic()
+                state.seconds = before + now - started
+                last = state.iteration == self.recipe.iterations
+                if last or now - saved >= self.launch.checkpoint_seconds:
+                    self._save()
+                    saved = now
+        tested = self.model if self.average is None else self.average.module
+        return Result(self.name, tested.eval(), state.history, state.seconds)
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        share(self.recipe.batch, self.launch)
+        order = TrainingBatches(
+            size(self.images.train),
+            self.recipe.batch,
+            self.progress.iteration,
+            self.recipe.iterations,
+            self.seed,
+            self.launch.rank,
+            self.launch.world,
+        )
+        loader = DataLoader(
+            Transformed(self.images.train, self.recipe.augment, self.seed),
+            batch_sampler=order,
+            num_workers=self.launch.workers,
+            pin_memory=self.launch.device.type == "cuda",
+        )
+        bar = tqdm(
+            loader,
+            desc=self.name,
+            initial=self.progress.iteration,
+            total=self.recipe.iterations,
+            disable=not self.launch.leads,
+        )
+        for image, label in bar:
+            yield to_device(image, self.launch), label.to(self.launch.device)
+            if history := self.progress.history:
+                errors = {k: f"{v:.1f}%" for k, v in history[-1].items() if k.endswith("error")}
+                bar.set_postfix(errors, refresh=False)
+
+    def _step(self, image: Tensor, label: Tensor) -> None:
+        recipe, state = self.recipe, self.progress
+        state.iteration += 1
+        # Whatever draws in this iteration (mixup, dropout) is a function of its number.
+        torch.manual_seed(seed_of(self.seed, "step", state.iteration, self.launch.rank))
+        target = label
+        if recipe.mixup:
+            mix = v2.MixUp(alpha=recipe.mixup, num_classes=self.images.classes)
+            image, target = mix(image, label)
+            image = image.contiguous(memory_format=torch.channels_last)
+        self.optimizer.zero_grad(set_to_none=True)
+        with autocast(self.launch):
+            logits = self.parallel(image)
+        loss = F.cross_entropy(logits.float(), target, label_smoothing=recipe.label_smoothing)
+        self.scaler.scale(loss).backward()
+        recorded = (
+            state.iteration in (1, recipe.iterations)
+            or state.iteration % recipe.record_every == 0
+            or state.iteration % recipe.evaluate_every == 0
+        )
+        row: Row = {
+            "iteration": state.iteration,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+        }
+        if recorded and self.probe is not None:
+            self.scaler.unscale_(self.optimizer)
+            row.update(self.probe(self.model, state.iteration))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        wrong = (logits.detach().argmax(1) != label).sum()
+        seen = torch.tensor(float(len(label)), device=label.device)
+        sums = torch.stack([loss.detach().double() * seen, wrong.double(), seen.double()])
+        # Over all processes, so that the first one's checkpoint holds everything.
+        self.window += total(sums)
+        if recorded:
+            self._record(row)
+        self.schedule.after_iteration(row.get("training_error"), row.get("test_error"))
+
+    def _record(self, row: Row) -> None:
+        recipe, state = self.recipe, self.progress
+        loss, wrong, seen = self.window.tolist()
+        self.window.zero_()
+        row["training_loss"], row["training_error"] = loss / seen, 100 * wrong / seen
+        if not torch.isfinite(torch.tensor(loss)):
+            raise ExperimentError(
+                f"{self.name}: the loss at iteration {state.iteration} is {loss / seen}; a lower "
+                "learning rate, or --dtype float32, may keep it finite."
+            )
+        if state.iteration % recipe.evaluate_every == 0 or state.iteration == recipe.iterations:
+            tested = self.model if self.average is None else self.average.module
+            row.update(evaluate(tested, self.images.test, recipe.view, self.launch))
+            self.model.train()
+        state.history.append(row)
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "seed": self.seed,
+            "data": self.images.description,
+            "dtype": str(self.launch.dtype),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            **self.recipe.facts(),
+        }
+
+    def _save(self) -> None:
+        if not self.launch.leads:
+            return
+        self.progress.window = self.window.tolist()
+        state = {
+            "facts": self._facts(),
+            "progress": vars(self.progress),
+            "model": self.model.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+        write_whole(self.checkpoint, lambda file: torch.save(state, file))
+
+    def _load(self) -> None:
+        if not self.checkpoint.exists():
+            return
+        advice = "delete it to begin anew, or give another --out."
+        try:
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            found = state["facts"]
+        except Exception as error:  # damaged files raise anything
+            raise ExperimentError(
+                f"{self.checkpoint} cannot be read ({error}); {advice}"
+            ) from error
+        expected = self._facts()
+        for key in expected:
+            if found.get(key) != expected[key]:
+                raise ExperimentError(
+                    f"{self.checkpoint} is of another run: its {key} is {found.get(key)!r}, here "
+                    f"it is {expected[key]!r}; {advice}"
+                )
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.progress = _Progress(**state["progress"])
+
+
+def to_device(image: Tensor, launch: Launch) -> Tensor:
+    """A batch of images where and as the network wants it."""
+    return image.to(launch.device, memory_format=torch.channels_last, non_blocking=True)
+
+
+def autocast(launch: Launch) -> torch.autocast:
+    """Autocast to the launch's dtype."""
+    enabled = launch.dtype != torch.float32
+    return torch.autocast(launch.device.type, launch.dtype, enabled=enabled)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, pairs: Pairs, view: Transform, launch: Launch, batch: int = 256
+) -> dict[str, float]:
+    """test_loss, and test_error and test_top5_error in percent; in eval mode, on all processes."""
+    model.eval()
+    mine = Subset(pairs, range(launch.rank, size(pairs), launch.world))
+    keyed = Transformed(mine, view, launch.seed)
+    loader = DataLoader(
+        keyed,
+        batch_sampler=[
+            [(0, index) for index in range(first, min(first + batch, len(mine)))]
+            for first in range(0, len(mine), batch)
+        ],
+        num_workers=launch.workers,
+    )
+    sums = torch.zeros(4, dtype=torch.float64, device=launch.device)
+    for image, label_ in loader:
+        label = label_.to(launch.device)
+        with autocast(launch):
+            logits = model(to_device(image, launch)).float()
+        best = logits.topk(min(5, logits.shape[1])).indices == label[:, None]
+        loss = F.cross_entropy(logits, label, reduction="sum")
+        hits = [best[:, 0].sum().double(), best.any(1).sum().double()]
+        sums += torch.stack([loss.double(), *hits, torch.tensor(len(label), device=label.device)])
+    loss_sum, top1, top5, count = total(sums).tolist()
+    if not count:
+        raise ExperimentError("there are no images to test.")
+    return {
+        "test_loss": loss_sum / count,
+        "test_error": 100 * (1 - top1 / count),
+        "test_top5_error": 100 * (1 - top5 / count),
+    }
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets `write` make the file beside `path`, then puts it there in one step.
+
+    Whoever reads `path`, whenever this process is killed, finds the old file or the new one whole.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    write(part)
+    with part.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    with contextlib.suppress(OSError):  # the folder's entry too, where the system can
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
