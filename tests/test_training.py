@@ -329,18 +329,18 @@ def test_opcheck(backend: str) -> None:
     x, layers = _prepare(x, layers, torch.float32)
     ops = torch.ops.resnet_fused
     with use_backend(backend):
-        arguments = (x, *flatten(layers), "projection", "")
+        arguments = (x, *flatten(layers), "projection", 1, "")
         torch.library.opcheck(ops.residual_block_training.default, arguments)
         detached = [
             [v.detach() for v in a] if isinstance(a, list) and isinstance(a[0], Tensor) else a
             for a in flatten(layers)
         ]
-        y, kept, terms = ops.residual_block_training(x.detach(), *detached, "projection", "")
+        y, kept, terms = ops.residual_block_training(x.detach(), *detached, "projection", 1, "")
         weights, windows, frozen = detached[0], detached[5], detached[6]
         torch.library.opcheck(
             ops.residual_block_training_backward.default,
             (
-                grad, x.detach(), y, weights, kept, terms, windows, frozen, "projection", "",
+                grad, x.detach(), y, weights, kept, terms, windows, frozen, "projection", 1, "",
                 True, [True, False, True, True],
             ),
             test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),

@@ -104,10 +104,22 @@ def _steps(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
             layers.append(_layer(4 * width, c, 1, stride, given))
             shortcut = "projection"
         flat = flatten(layers)
-        y, kept, terms = block_training._forward(x, *flat, shortcut, "")
+        y, kept, terms = block_training._forward(x, *flat, shortcut, 1, "")
         needs = [True] * len(layers)
         block_training._backward(
-            y, x, y, flat.weights, kept, terms, flat.windows, flat.frozen, shortcut, "", True, needs
+            y,
+            x,
+            y,
+            flat.weights,
+            kept,
+            terms,
+            flat.windows,
+            flat.frozen,
+            shortcut,
+            1,
+            "",
+            True,
+            needs,
         )
 
     yield "stem", stem

@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import _extension
 from ..errors import BackendUnavailableError
 from ..parameters import BatchNorm, Convolution, MaxPool
+from ..reference.ops import pad_channels
 from . import Backend
 
 
@@ -120,6 +121,8 @@ class CudaBackend:
     ) -> Tensor:
         if self._left_to_cudnn(x, conv):
             convolved = _convolve(x, conv)
+            if residual is not None:
+                residual = pad_channels(residual, conv.weight.shape[0])
             return self._bn_add_relu(convolved, bn, residual, relu, out=convolved)
         return self._conv_bn((x, conv, bn), None, residual, relu)
 
@@ -132,7 +135,7 @@ class CudaBackend:
     ) -> Tensor:
         x, conv, _ = main
         if residual is not None:
-            residual = residual.contiguous(memory_format=torch.channels_last)
+            residual = pad_channels(residual, conv.weight.shape[0])
         image = [
             (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
             for size, kernel, stride, padding, dilation in zip(

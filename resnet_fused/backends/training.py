@@ -54,7 +54,11 @@ class TrainingKernels(Protocol):
         """Terms of the normalisation with the merged moments."""
 
     def bn_add_relu(self, main: Activation, shortcut: Tensor | Activation | None) -> Tensor:
-        """relu(main's normalisation + shortcut, itself normalised if it has terms)."""
+        """relu(main's normalisation + shortcut, itself normalised if it has terms).
+
+        A shortcut without terms has any strides, and may have fewer channels than the result:
+        nothing is added to the others.
+        """
 
     def relu_gradient(
         self, grad: Tensor, y: Tensor, branches: list[Activation]
@@ -77,8 +81,12 @@ class TrainingKernels(Protocol):
         shape: torch.Size,
         below: Activation | None,
         add: Tensor | None,
+        add_stride: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The gradient (+ add) of a convolution's input of the given shape.
+
+        With `add_stride`, add (N, >= C, P, Q) belongs to every so manieth row and column, and its
+        first C channels count: the gradient of a strided identity that was padded with channels.
 
         Where the input is the activation `below`, its ReLU's mask is applied and the sums of its
         normalisation are returned too.

@@ -36,7 +36,8 @@ from .training_layers import (
     layer_terms,
 )
 
-_SHORTCUTS = ("none", "identity", "projection")
+# "padded" is the identity at every shortcut_stride-th position, zero in the channels it lacks.
+_SHORTCUTS = ("none", "identity", "padded", "projection")
 
 
 def _main_layers(layers: Sequence[object], shortcut: str) -> int:
@@ -56,13 +57,20 @@ def _keeps(convs: Sequence[Convolution], shortcut: str) -> list[bool]:
     ]
 
 
+def _identity(x: Tensor, shortcut: str, stride: int) -> Tensor:
+    """The input as the shortcut takes it."""
+    return x[:, :, ::stride, ::stride] if shortcut == "padded" else x
+
+
 def _shapes(
-    x: Tensor, layers: LayerArguments, shortcut: str, sync_group: str
+    x: Tensor, layers: LayerArguments, shortcut: str, stride: int, sync_group: str
 ) -> list[tuple[int, int, int, int]]:
     """Checks everything; shapes of all layers' results."""
     check_activation("input", x)
     if shortcut not in _SHORTCUTS:
         raise ValueError(f"shortcut must be one of {_SHORTCUTS}, found {shortcut!r}.")
+    if stride < 1:
+        raise ValueError(f"padded_stride must be positive, found {stride}.")
     count = _main_layers(layers.weights, shortcut)
     shapes: list[tuple[int, int, int, int]] = []
     for i in range(len(layers.weights)):
@@ -70,8 +78,12 @@ def _shapes(
         name = "projection" if i == count else f"layers[{i}]"
         shapes.append(check_layer(name, source, x, layers, i, sync_group))
     result = shapes[count - 1]
-    other = {"none": result, "identity": tuple(x.shape), "projection": shapes[-1]}[shortcut]
-    if other != result:
+    other = tuple(_identity(x, shortcut, stride).shape)
+    if shortcut == "padded":
+        other = (other[0], max(other[1], result[1]), *other[2:])
+    if shortcut == "projection":
+        other = shapes[-1]
+    if shortcut != "none" and other != result:
         raise ValueError(
             f"the shortcut has shape {tuple(other)} and the main path {tuple(result)}; their "
             "sizes, channels and strides must agree."
@@ -80,9 +92,9 @@ def _shapes(
 
 
 def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    layers = LayerArguments(*arguments[:-2])
-    shortcut, sync_group = arguments[-2:]
-    _shapes(x, layers, shortcut, sync_group)
+    layers = LayerArguments(*arguments[:-3])
+    shortcut, stride, sync_group = arguments[-3:]
+    _shapes(x, layers, shortcut, stride, sync_group)
     pieces = kernels(x)
     convs = convolutions(layers.weights, layers.windows)
     count = _main_layers(convs, shortcut)
@@ -92,16 +104,20 @@ def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor], list[Ten
         raw, moments = pieces.conv_stats(operand, conv, not layers.frozen[i])
         terms = layer_terms(pieces, layers, i, moments, sync_group)
         activations.append(Activation(raw, terms))
-    other = {"none": None, "identity": x, "projection": activations[-1]}[shortcut]
+    other: Tensor | Activation | None = None
+    if shortcut == "projection":
+        other = activations[-1]
+    elif shortcut != "none":
+        other = _identity(x, shortcut, stride)
     y = pieces.bn_add_relu(activations[count - 1], other)
     kept = [a.raw for a, keep in zip(activations, _keeps(convs, shortcut), strict=True) if keep]
     return y, kept, [a.terms for a in activations]
 
 
 def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    layers = LayerArguments(*arguments[:-2])
-    shortcut, sync_group = arguments[-2:]
-    shapes = _shapes(x, layers, shortcut, sync_group)
+    layers = LayerArguments(*arguments[:-3])
+    shortcut, stride, sync_group = arguments[-3:]
+    shapes = _shapes(x, layers, shortcut, stride, sync_group)
     convs = convolutions(layers.weights, layers.windows)
     wide = torch.promote_types(x.dtype, torch.float32)
     keeps = _keeps(convs, shortcut)
@@ -122,6 +138,7 @@ def _backward(
     windows: list[int],
     frozen: list[bool],
     shortcut: str,
+    stride: int,
     sync_group: str,
     needs_x: bool,
     needs_weights: list[bool],
@@ -153,7 +170,7 @@ def _backward(
     ends = [count - 1] if shortcut != "projection" else [count - 1, count]
     g, sums = pieces.relu_gradient(grad, y, [activations[i] for i in ends])
     gradient = raw_gradient(count - 1, g, sums[0])
-    shortcut_grad = g if shortcut == "identity" else None
+    shortcut_grad = g if shortcut in ("identity", "padded") else None
     if shortcut == "projection":
         projected = raw_gradient(count, g, sums[1])
         if needs_weights[count]:
@@ -171,7 +188,8 @@ def _backward(
         weight_grads[0] = pieces.wgrad(gradient, x, convs[0])
     x_grad = x.new_empty(0)
     if needs_x:
-        x_grad, _ = pieces.dgrad(gradient, convs[0], x.shape, None, shortcut_grad)
+        add_stride = stride if shortcut == "padded" else None
+        x_grad, _ = pieces.dgrad(gradient, convs[0], x.shape, None, shortcut_grad, add_stride)
     return x_grad, weight_grads, gammas, betas
 
 
@@ -185,6 +203,7 @@ def _fake_backward(
     windows: list[int],
     frozen: list[bool],
     shortcut: str,
+    stride: int,
     sync_group: str,
     needs_x: bool,
     needs_weights: list[bool],
@@ -202,15 +221,16 @@ def _fake_backward(
 
 _op = define(
     "residual_block_training",
-    f"(Tensor x, {LAYERS_SCHEMA}, str shortcut, str sync_group) -> (Tensor, Tensor[], Tensor[])",
+    f"(Tensor x, {LAYERS_SCHEMA}, str shortcut, int shortcut_stride, str sync_group) "
+    "-> (Tensor, Tensor[], Tensor[])",
     _forward,
     _fake_forward,
 )
 _backward_op = define(
     "residual_block_training_backward",
     "(Tensor grad, Tensor x, Tensor y, Tensor[] weights, Tensor[] kept, Tensor[] terms, "
-    "int[] windows, bool[] frozen, str shortcut, str sync_group, bool needs_x, "
-    "bool[] needs_weights) -> (Tensor, Tensor[], Tensor[], Tensor[])",
+    "int[] windows, bool[] frozen, str shortcut, int shortcut_stride, str sync_group, "
+    "bool needs_x, bool[] needs_weights) -> (Tensor, Tensor[], Tensor[], Tensor[])",
     _backward,
     _fake_backward,
 )
@@ -218,13 +238,13 @@ _backward_op = define(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     x, *arguments = inputs
-    layers = LayerArguments(*arguments[:-2])
+    layers = LayerArguments(*arguments[:-3])
     y, kept, terms = output
     ctx.mark_non_differentiable(*kept, *terms)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, y, *layers.weights, *kept, *terms)
     ctx.sizes = len(layers.weights), len(kept)
-    ctx.rest = layers.windows, layers.frozen, *arguments[-2:]
+    ctx.rest = layers.windows, layers.frozen, *arguments[-3:]
     ctx.dtypes = [[v.dtype for v in vs] for vs in (layers.bn_weights, layers.bn_biases)]
     ctx.given = len(layers.given_means)
 
@@ -232,7 +252,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
 def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     count, kept = ctx.sizes
     if grad is None:
-        return (None, *([None] * n for n in (*(count,) * 3, *(ctx.given,) * 2)), *(None,) * 5)
+        return (None, *([None] * n for n in (*(count,) * 3, *(ctx.given,) * 2)), *(None,) * 6)
     x, y, *saved = ctx.saved_tensors
     needs_x, needs_weights, needs_gammas, needs_betas = ctx.needs_input_grad[:4]
     x_grad, weights, gammas, betas = _backward_op(
@@ -262,7 +282,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         wanted(betas, needs_betas),
         nothing,
         list(nothing),
-        *(None,) * 5,
+        *(None,) * 6,
     )
 
 
@@ -275,6 +295,7 @@ def residual_block_training(
     projection: Layer | None = None,
     identity: bool = True,
     sync_group: str = "",
+    padded_stride: int | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """relu(F(x) + shortcut(x)) with batch statistics, differentiable, kept bytes at a minimum.
 
@@ -285,6 +306,8 @@ def residual_block_training(
         identity: without a projection, whether x itself is the shortcut, or there is none.
         sync_group: name of the process group over which statistics are taken; "" for this
             process alone.
+        padded_stride: makes the identity the paper's option A: x at every so manieth row and
+            column, with nothing added to the channels that it lacks.
 
     Under autocast x is lowered to its dtype; float32 weights are lowered inside, and their
     gradients come back in float32 without having been rounded.
@@ -294,9 +317,11 @@ def residual_block_training(
     for shapes and devices that disagree and where a channel has a single value, TypeError for
     dtypes.
     """
-    shortcut = "identity" if identity else "none"
+    shortcut = "none"
+    if identity:
+        shortcut = "identity" if padded_stride is None else "padded"
     if projection is not None:
         layers, shortcut = (*layers, projection), "projection"
     x = x.to(autocast_dtype(x)) if isinstance(x, Tensor) and x.is_floating_point() else x
-    y, _, terms = _op(x, *flatten(layers), shortcut, sync_group)
+    y, _, terms = _op(x, *flatten(layers), shortcut, padded_stride or 1, sync_group)
     return y, terms

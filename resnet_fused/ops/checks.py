@@ -34,13 +34,22 @@ def check_like(name: str, tensor: Tensor, x: Tensor) -> None:
         )
 
 
-def check_residual(residual: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
-    """`residual` must be shaped, typed and placed like the result."""
+def check_residual(
+    residual: Tensor | None, shape: tuple[int, ...], x: Tensor, narrow: bool = False
+) -> None:
+    """`residual` must be shaped (`narrow`: or have fewer channels), typed and placed like the
+    result."""
     if residual is None:
         return
     check_like("residual", residual, x)
-    if tuple(residual.shape) != tuple(shape):
-        raise ValueError(f"residual must have shape {tuple(shape)}, found {tuple(residual.shape)}.")
+    found = tuple(residual.shape)
+    if narrow and len(found) == 4 and 0 < found[1] <= shape[1]:
+        found = (found[0], shape[1], *found[2:])
+    if found != tuple(shape):
+        raise ValueError(
+            f"residual must have shape {tuple(shape)}"
+            f"{' or fewer channels' if narrow else ''}, found {tuple(residual.shape)}."
+        )
 
 
 def check_batch_norm(name: str, bn: BatchNorm, channels: int, x: Tensor) -> None:

@@ -15,7 +15,7 @@ def _output_shape(
 ) -> tuple[int, ...]:
     shape = convolution_shape("conv", x, conv)
     check_batch_norm("bn", bn, shape[1], x)
-    check_residual(residual, shape, x)
+    check_residual(residual, shape, x, narrow=True)
     return shape
 
 
@@ -33,6 +33,7 @@ def conv_bn(
     bn: BatchNorm,
     residual: Tensor | None = None,
     relu: bool = False,
+    pad_residual: bool = False,
 ) -> Tensor:
     """relu?(bn(conv(x)) (+ residual)) in one kernel where the backend has one.
 
@@ -41,10 +42,18 @@ def conv_bn(
         conv: weight (K, C/groups, R, S) of x's dtype; any kernel size, stride, padding, dilation
             and number of groups.
         bn: statistics and affine parameters of K channels, read live, applied in float32.
-        residual: (N, K, P, Q), added after the normalisation; x's dtype and device.
+        residual: (N, K, P, Q), added after the normalisation; x's dtype and device. Any strides:
+            `block_input[:, :, ::2, ::2]` is read in place by backends that fuse it.
         relu: whether to clamp at zero.
+        pad_residual: accept a residual of fewer channels, (N, D, P, Q), and add nothing to those
+            from D on (the paper's shortcut option A, section 3.3).
 
     Returns (N, K, P, Q), channels_last, of x's dtype. Raises ValueError for shapes and devices
     that disagree and TypeError for dtypes that do.
     """
+    if residual is not None and not pad_residual and residual.shape[1] < conv.weight.shape[0]:
+        raise ValueError(
+            f"residual has {residual.shape[1]} channels and the result {conv.weight.shape[0]}; "
+            "pad_residual=True adds nothing to the others."
+        )
     return _op(x, conv, bn, residual, relu)

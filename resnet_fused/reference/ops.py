@@ -37,10 +37,19 @@ def bn_add_relu(x: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool) -
     return out.contiguous(memory_format=torch.channels_last)
 
 
+def pad_channels(x: Tensor, channels: int) -> Tensor:
+    """x (N, D, H, W) with zeros in its channels from D on: (N, channels, H, W), channels_last."""
+    if x.shape[1] < channels:
+        x = F.pad(x, (0, 0, 0, 0, 0, channels - x.shape[1]))
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def conv_bn(
     x: Tensor, conv: Convolution, bn: BatchNorm, residual: Tensor | None, relu: bool
 ) -> Tensor:
-    """relu?(bn(conv(x)) (+ residual)); x (N, C, H, W), residual (N, K, P, Q)."""
+    """relu?(bn(conv(x)) (+ residual)); x (N, C, H, W), residual (N, D, P, Q), zero from D on."""
+    if residual is not None:
+        residual = pad_channels(residual, conv.weight.shape[0])
     return bn_add_relu(_convolve(x, conv), bn, residual, relu)
 
 

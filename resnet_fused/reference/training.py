@@ -13,6 +13,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from ..backends.training import MEAN, SCALE, SHIFT, Activation, RawGradient
 from ..parameters import Convolution, MaxPool
+from .ops import pad_channels
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -87,6 +88,8 @@ class ReferenceTraining:
     def bn_add_relu(self, main: Activation, shortcut: Tensor | Activation | None) -> Tensor:
         out = _normalised(main)
         if shortcut is not None:
+            if isinstance(shortcut, Tensor):
+                shortcut = pad_channels(shortcut, out.shape[1])
             out = out + (shortcut if isinstance(shortcut, Tensor) else _normalised(shortcut))
         return F.relu(out).to(main.raw.dtype)
 
@@ -119,11 +122,14 @@ class ReferenceTraining:
         shape: torch.Size,
         below: Activation | None,
         add: Tensor | None,
+        add_stride: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         dc = _raw_gradient(gradient)
         out = conv2d_input(shape, conv.weight.to(dc.dtype), dc, *conv[1:])
-        if add is not None:
+        if add is not None and add_stride is None:
             out = out + add
+        elif add is not None:
+            out[:, :, ::add_stride, ::add_stride] += add[:, : shape[1]]
         if below is not None:
             out = torch.where(_normalised(below) > 0, out, 0)
         out = out.contiguous(memory_format=torch.channels_last)

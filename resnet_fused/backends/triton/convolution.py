@@ -6,7 +6,8 @@ positions × BLOCK_N output channels, 16-byte asynchronous copies feeding tensor
 parameters, adds, rectifies, rounds once and stores.
 Tiles: 128×256, 256×128, 128×128 and smaller; BLOCK_C input channels a step (64 for 16-bit types).
 Memory traffic: x once (again from L2 for each column tile and each tap), the weights from L2, the
-residual once, the result once. The projected shortcut stays in registers.
+residual once, in place where it is a strided view (shortcut option A), the result once. The
+projected shortcut stays in registers.
 
 Small groups (ResNeXt: 4 to 32 channels each) are packed so that one tile covers up to 32 channels:
 its weights are block-diagonal. A NaN or infinity in x therefore reaches all channels of a pack,
@@ -31,8 +32,9 @@ from .launching import (
     launch,
     machine,
     nhwc,
+    strided_operand,
 )
-from .primitives import convolve, normalise, rectify, tile_index
+from .primitives import convolve, normalise, rectify, strided_rows, tile_index
 from .tuning import Config, Tuner, batch_bucket
 
 _PACKED_CHANNELS = 32
@@ -52,6 +54,8 @@ def finish(
     other_acc,
     other_bn,
     residual,
+    residual_row,
+    residual_channels,
     out,
     row,
     in_rows,
@@ -66,6 +70,8 @@ def finish(
 ):
     """The epilogue: stores relu?(bn(acc) (+ other_bn(other_acc)) (+ residual)).
 
+    `residual_row`: where the residual's rows begin, of `residual_channels` channels each; None
+    where it is laid out like the result.
     Wide tiles are finished in slices, else the terms of all columns are live at once and spill.
     """
     if BLOCK_N > SLICE:
@@ -75,12 +81,13 @@ def finish(
         if other_acc is not None:
             other_left, other_right = halves(other_acc, BLOCK_M, BLOCK_N)
         finish(
-            left, bn, other_left, other_bn, residual, out, row, in_rows,
-            first_column, first_channel, out_channels, K, RELU, EXACT, BLOCK_M, BLOCK_N // 2,
+            left, bn, other_left, other_bn, residual, residual_row, residual_channels,
+            out, row, in_rows, first_column, first_channel, out_channels, K, RELU,
+            EXACT, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
         finish(
-            right, bn, other_right, other_bn, residual, out, row, in_rows,
-            first_column + BLOCK_N // 2, first_channel, out_channels, K, RELU,
+            right, bn, other_right, other_bn, residual, residual_row, residual_channels,
+            out, row, in_rows, first_column + BLOCK_N // 2, first_channel, out_channels, K, RELU,
             EXACT, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
     else:
@@ -93,7 +100,12 @@ def finish(
         offset = row[:, None] * K + channel[None, :]
         mask = in_rows[:, None] & valid[None, :]
         if residual is not None:
-            value += tl.load(residual + offset, mask, other=0.0).to(tl.float32)
+            place = offset
+            present = mask
+            if residual_row is not None:
+                place = residual_row[:, None] + channel[None, :]
+                present = mask & (channel < residual_channels)[None, :]
+            value += tl.load(residual + place, present, other=0.0).to(tl.float32)
         if RELU:
             value = rectify(value)
         tl.store(out + offset, value.to(out.dtype.element_ty), mask)
@@ -108,6 +120,10 @@ def conv_bn_kernel(
     gamma,
     beta,
     residual,
+    residual_channels,
+    residual_n,
+    residual_h,
+    residual_w,
     out,
     eps,
     rows,
@@ -140,7 +156,8 @@ def conv_bn_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Grid: (tiles of rows × out_channels, packs). A pack (all channels where groups = 1) maps its
-    `in_channels` to its `out_channels`; C and K count the channels of all packs."""
+    `in_channels` to its `out_channels`; C and K count the channels of all packs. residual_channels
+    and the residual's strides are None where it is laid out like the result."""
     row, first_column = tile_index(rows, out_channels, BLOCK_M, BLOCK_N, WIDE)
     pack = tl.program_id(1)
     column = first_column + tl.arange(0, BLOCK_N)
@@ -151,9 +168,12 @@ def conv_bn_kernel(
         R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W,
         POINTWISE, PADDED, GROUP_IN, GROUP_OUT, EVEN, WIDE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_C,
     )  # fmt: skip
+    residual_row = None
+    if residual_channels is not None:
+        residual_row = strided_rows(row, P, Q, residual_n, residual_h, residual_w)
     finish(
-        acc, (mean, var, gamma, beta, eps), None, None, residual, out,
-        row, row < rows, first_column, pack * out_channels, out_channels, K, RELU,
+        acc, (mean, var, gamma, beta, eps), None, None, residual, residual_row, residual_channels,
+        out, row, row < rows, first_column, pack * out_channels, out_channels, K, RELU,
         out.dtype.element_ty == tl.float32 and PRECISION == "ieee", BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
@@ -225,7 +245,7 @@ def conv_bn_projection_kernel(
     finish(
         acc, (mean, var, gamma, beta, eps), projected,
         (projection_mean, projection_var, projection_gamma, projection_beta, projection_eps),
-        None, out, row, row < rows, first_column, 0, K, K, True,
+        None, None, None, out, row, row < rows, first_column, 0, K, K, True,
         out.dtype.element_ty == tl.float32 and PRECISION == "ieee", BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
@@ -351,17 +371,17 @@ def conv_bn(
 ) -> Tensor:
     """relu?(bn(conv(x)) (+ residual)): see `resnet_fused.reference.ops.conv_bn`."""
     x, weight = nhwc(x), nhwc(conv.weight)
-    residual = None if residual is None else nhwc(residual)
     batch, channels, height, width = x.shape
     filters, group_in, r, s = weight.shape
     p, q = output_size(x, conv)
     out = empty_nhwc((batch, filters, p, q), x)
+    residual, layout = strided_operand(residual, out)
     group_out = filters // conv.groups
     packed = _groups_per_pack(conv.groups, group_in, group_out)
     packs = conv.groups // packed
     gemm = Gemm(batch * p * q, packed * group_out, packed * group_in, r * s, packs)
     window = _window(conv)
-    wide = is_wide(x, weight, out)
+    wide = is_wide(x, weight, out, *([] if residual is None else [residual]))
     precision = convolution_precision(x.dtype)
 
     def run(config: Config) -> None:
@@ -369,7 +389,7 @@ def conv_bn(
         tiles = triton.cdiv(gemm.rows, block_m) * triton.cdiv(gemm.columns, block_n)
         launch(
             conv_bn_kernel, (tiles, packs), config,
-            x, weight, *dense(bn), residual, out, bn.eps,
+            x, weight, *dense(bn), residual, *layout, out, bn.eps,
             gemm.rows, height, width, channels, p, q, filters, gemm.channels, gemm.columns,
             RELU=relu, **window,
             GROUP_IN=group_in if packed > 1 else 0, GROUP_OUT=group_out if packed > 1 else 0,
@@ -380,6 +400,7 @@ def conv_bn(
     key = (
         "conv_bn", x.dtype, precision, batch_bucket(batch), height, width, channels, filters,
         r, s, *conv.stride, *conv.padding, *conv.dilation, conv.groups, residual is not None, wide,
+        *layout[:1],
     )  # fmt: skip
     config = tuner.choose(
         key,

@@ -53,6 +53,19 @@ def nhwc(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
+def strided_operand(
+    tensor: Tensor | None, out: Tensor
+) -> tuple[Tensor | None, tuple[int | None, ...]]:
+    """An operand of `out`'s shape, or of fewer channels, and (channels, strides of n, h and w) to
+    read it by; all None where it is laid out like `out`. Copied only if its channels are apart."""
+    if tensor is not None and tensor.stride(1) != 1:
+        tensor = nhwc(tensor)
+    if tensor is None or (tensor.shape == out.shape and nhwc(tensor) is tensor):
+        return tensor, (None,) * 4
+    stride_n, _, stride_h, stride_w = tensor.stride()
+    return tensor, (tensor.shape[1], stride_n, stride_h, stride_w)
+
+
 def dense(bn: BatchNorm) -> tuple[Tensor | None, ...]:
     """The (mean, var, weight, bias) of `bn`, each contiguous."""
     return tuple(None if vector is None else vector.contiguous() for vector in bn[:4])

@@ -36,6 +36,13 @@ def split_position(row, P, Q):
 
 
 @triton.jit
+def strided_rows(row, P, Q, stride_n, stride_h, stride_w):
+    """Where the channels of flat positions n·P·Q + p·Q + q begin in a tensor of these strides."""
+    image, p, q = split_position(row, P, Q)
+    return image * stride_n + p * stride_h + q * stride_w
+
+
+@triton.jit
 def batch_norm_terms(bn, channel, mask):
     """Float32 (mean, scale, what scale's rounding lost, shift) of the given channels.
 

@@ -42,8 +42,9 @@ class TritonTraining:
         shape: torch.Size,
         below: Activation | None,
         add: Tensor | None,
+        add_stride: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        return dgrad(self._tuner, gradient, conv, shape, below, add)
+        return dgrad(self._tuner, gradient, conv, shape, below, add, add_stride)
 
     def wgrad(self, gradient: RawGradient, x: Tensor | Activation, conv: Convolution) -> Tensor:
         return wgrad(self._tuner, gradient, x, conv)

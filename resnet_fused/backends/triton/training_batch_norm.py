@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..training import Activation
-from .launching import empty_nhwc, is_wide, launch, nhwc
-from .primitives import rectify, tile_index
+from .launching import empty_nhwc, is_wide, launch, nhwc, strided_operand
+from .primitives import rectify, strided_rows, tile_index
 from .training_convolution import channel_terms
 from .tuning import Config
 
@@ -161,14 +161,21 @@ def bn_add_relu_kernel(
     terms,
     shortcut,
     shortcut_terms,
+    shortcut_channels,
+    shortcut_n,
+    shortcut_h,
+    shortcut_w,
     out,
     rows,
+    P,
+    Q,
     K,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Grid: (tiles of rows × K,). shortcut may be None; shortcut_terms None: added as it is."""
+    """Grid: (tiles of rows × K,). shortcut may be None; shortcut_terms None: added as it is.
+    shortcut_channels and its strides are None where it is laid out like the result."""
     row, first_channel = tile_index(rows, K, BLOCK_M, BLOCK_C, WIDE)
     channel = first_channel + tl.arange(0, BLOCK_C)
     valid = channel < K
@@ -178,7 +185,13 @@ def bn_add_relu_kernel(
     value = tl.load(raw + offset, mask, other=0.0).to(tl.float32) - mean[None, :]
     value = value * scale[None, :] + shift[None, :]
     if shortcut is not None:
-        other = tl.load(shortcut + offset, mask, other=0.0).to(tl.float32)
+        place = offset
+        present = mask
+        if shortcut_channels is not None:
+            place = strided_rows(row, P, Q, shortcut_n, shortcut_h, shortcut_w)[:, None]
+            place = place + channel[None, :]
+            present = mask & (channel < shortcut_channels)[None, :]
+        other = tl.load(shortcut + place, present, other=0.0).to(tl.float32)
         if shortcut_terms is not None:
             mean, scale, shift = channel_terms(shortcut_terms, K, channel, valid)
             other = (other - mean[None, :]) * scale[None, :] + shift[None, :]
@@ -308,16 +321,16 @@ def bn_add_relu(main: Activation, shortcut: Tensor | Activation | None) -> Tenso
     """See `TrainingKernels.bn_add_relu`."""
     raw = nhwc(main.raw)
     other, other_terms = shortcut if isinstance(shortcut, Activation) else (shortcut, None)
-    other = None if other is None else nhwc(other)
     out = empty_nhwc(tuple(raw.shape), raw)
-    channels = raw.shape[1]
+    other, layout = strided_operand(other, out)
+    channels, height, width = raw.shape[1:]
     rows = raw.numel() // channels
     config = _tile(channels)
     block_m, block_c = config.blocks
     launch(
         bn_add_relu_kernel, (triton.cdiv(rows, block_m) * triton.cdiv(channels, block_c),), config,
-        raw, main.terms, other, other_terms, out, rows, channels,
-        WIDE=is_wide(raw), BLOCK_M=block_m, BLOCK_C=block_c,
+        raw, main.terms, other, other_terms, *layout, out, rows, height, width, channels,
+        WIDE=is_wide(raw, *([] if other is None else [other])), BLOCK_M=block_m, BLOCK_C=block_c,
     )  # fmt: skip
     return out
 

@@ -4,8 +4,9 @@ previous one.
 Algorithm: the transposed convolution as an implicit GEMM: rows are input positions, columns input
 channels, and the inner dimension runs over taps and output channels. The prologue forms batch
 norm's gradient a·g + b·(raw - mean) + d, per channel, between load and tensor cores. The epilogue
-adds another branch's gradient, or masks with the previous layer's ReLU (its sign computed again
-from that layer's raw result) and takes the two sums that the previous batch norm's gradient needs.
+adds another branch's gradient (that of a strided identity only where it was read), or masks with
+the previous layer's ReLU (its sign computed again from that layer's raw result) and takes the two
+sums that the previous batch norm's gradient needs.
 A strided convolution falls into stride² classes of positions that meet disjoint taps; a program
 belongs to one class and runs over its taps only.
 Tiles: BLOCK_M positions × BLOCK_N input channels, BLOCK_C output channels a step.
@@ -63,6 +64,9 @@ def dgrad_kernel(
     group_in,
     group_out,
     tiles_m,
+    add_p,
+    add_q,
+    add_channels,
     R: tl.constexpr,
     S: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -73,6 +77,7 @@ def dgrad_kernel(
     DILATION_W: tl.constexpr,
     CLASS_H: tl.constexpr,
     CLASS_W: tl.constexpr,
+    ADD_STRIDE: tl.constexpr,
     POINTWISE: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
@@ -86,6 +91,8 @@ def dgrad_kernel(
     CLASS_H, CLASS_W: the strides, or 1 where positions are not told apart (dilation) and taps that
     fall between outputs read as zero. raw is None where the normalisation is frozen; add or below
     or both are None. sums: (classes × tiles_m, 2, C). EVEN: BLOCK_C divides group_out.
+    ADD_STRIDE: 0 where `add` is laid out like the result, else `add`, (add_p, add_q, add_channels),
+    belongs to every so manieth row and column.
     """
     class_h = tl.program_id(2) // CLASS_W
     class_w = tl.program_id(2) % CLASS_W
@@ -167,7 +174,16 @@ def dgrad_kernel(
     place = position[:, None] * C + channel[None, :]
     mask = in_rows[:, None] & in_columns[None, :]
     if add is not None:
-        acc += tl.load(add + place, mask, other=0.0).to(tl.float32)
+        if ADD_STRIDE == 0:
+            acc += tl.load(add + place, mask, other=0.0).to(tl.float32)
+        else:
+            reached = (h % ADD_STRIDE == 0) & (w % ADD_STRIDE == 0)
+            source = (image * add_p + h // ADD_STRIDE) * add_q + w // ADD_STRIDE
+            acc += tl.load(
+                add + source[:, None] * add_channels + channel[None, :],
+                mask & reached[:, None],
+                other=0.0,
+            ).to(tl.float32)
     if below is not None:
         mean, scale, shift = channel_terms(below_terms, C, channel, in_columns)
         deviation = tl.load(below + place, mask, other=0.0).to(tl.float32) - mean[None, :]
@@ -189,6 +205,7 @@ def dgrad(
     shape: torch.Size,
     below: Activation | None,
     add: Tensor | None,
+    add_stride: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """See `resnet_fused.backends.training.TrainingKernels.dgrad`."""
     g = nhwc(gradient.grad)
@@ -202,6 +219,7 @@ def dgrad(
     below_raw = None if below is None else nhwc(below.raw)
     below_terms = None if below is None else below.terms
     add = None if add is None else nhwc(add)
+    add_shape = (1, 1, 1) if add is None else (*add.shape[2:], add.shape[1])
     class_h, class_w = (
         stride if dilation == 1 else 1
         for stride, dilation in zip(conv.stride, conv.dilation, strict=True)
@@ -209,7 +227,7 @@ def dgrad(
     rows = batch * triton.cdiv(height, class_h) * triton.cdiv(width, class_w)
     taps = triton.cdiv(r, class_h) * triton.cdiv(s, class_w)
     gemm = Gemm(rows, group_in, group_out, taps, conv.groups * class_h * class_w, accumulators=2)
-    wide = is_wide(g, weight, out)
+    wide = is_wide(g, weight, out, *([] if add is None else [add]))
     precision = convolution_precision(g.dtype)
 
     def run(config: Config) -> Tensor | None:
@@ -223,7 +241,8 @@ def dgrad(
             (tiles_m * triton.cdiv(group_in, block_n), conv.groups, class_h * class_w),
             config, g, raw, gradient.slopes, weight, add, below_raw, below_terms, out, sums,
             batch, height, width, channels, p, q, filters, group_in, group_out, tiles_m,
-            **window(conv), CLASS_H=class_h, CLASS_W=class_w, POINTWISE=is_pointwise(conv),
+            *add_shape, **window(conv), CLASS_H=class_h, CLASS_W=class_w,
+            ADD_STRIDE=add_stride or 0, POINTWISE=is_pointwise(conv),
             EVEN=group_out % block_c == 0, WIDE=wide, PRECISION=precision,
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
         )  # fmt: skip
@@ -241,6 +260,7 @@ def dgrad(
             raw is None,
             below is None,
             add is None,
+            add_stride,
             wide,
             *shape_key(g, conv),
         ),
