@@ -7,10 +7,13 @@ Importing compiles nothing, looks for no GPU and needs no extension: backends lo
 """
 
 from . import models, ops
-from .blocks import BasicBlock, Bottleneck
+from .blocks import BasicBlock, Bottleneck, PaddedIdentity, PlainBlock
 from .errors import BackendUnavailableError, CheckpointError, ResnetFusedError
 from .models import (
     ResNet,
+    cifar,
+    plain18,
+    plain34,
     resnet18,
     resnet34,
     resnet50,
@@ -23,6 +26,7 @@ from .models import (
     wide_resnet101_2,
 )
 from .ops import available_backends, use_backend
+from .responses import record_responses
 from .training import freeze_batch_norm, kept_activation_bytes
 
 __version__ = "0.1.0"
@@ -32,13 +36,19 @@ __all__ = [
     "BasicBlock",
     "Bottleneck",
     "CheckpointError",
+    "PaddedIdentity",
+    "PlainBlock",
     "ResNet",
     "ResnetFusedError",
     "available_backends",
+    "cifar",
     "freeze_batch_norm",
     "kept_activation_bytes",
     "models",
     "ops",
+    "plain18",
+    "plain34",
+    "record_responses",
     "resnet18",
     "resnet34",
     "resnet50",

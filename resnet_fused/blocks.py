@@ -1,4 +1,4 @@
-"""BasicBlock and Bottleneck (paper, Fig. 5): which ops, in which order.
+"""BasicBlock, Bottleneck and PlainBlock (paper, Fig. 5 and section 3.3): which ops, in which order.
 
 Constructor arguments, submodule names and numerics are torchvision's, so weights move freely.
 """
@@ -15,6 +15,7 @@ from .ops.block_training import residual_block_training
 from .ops.conv_bn import conv_bn
 from .ops.conv_bn_projection import conv_bn_projection
 from .ops.training_layers import trains_fused
+from .parameters import BatchNorm, Convolution
 
 # torch.fx records the ops as they are called here instead of tracing into them.
 torch.fx.wrap("conv_bn")
@@ -35,17 +36,55 @@ def conv1x1(inplanes: int, planes: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inplanes, planes, 1, stride, bias=False)
 
 
+class PaddedIdentity(nn.Module):
+    """Shortcut option A (paper, section 3.3): x at every stride-th position, channels zero-padded.
+
+    It has no parameters. As a block's `downsample` it is fused: the block's last kernel reads x in
+    place, and no padded copy is made.
+
+    Args:
+        inplanes, outplanes: channels of x and of the result, whose last ones are zero.
+        stride: rows and columns from one sample to the next.
+
+    Raises ValueError where channels would have to be dropped.
+    """
+
+    def __init__(self, inplanes: int, outplanes: int, stride: int = 1) -> None:
+        super().__init__()
+        if outplanes < inplanes:
+            raise ValueError(
+                f"shortcut option A pads channels and cannot drop any: {inplanes} come in and "
+                f"outplanes is {outplanes}; use a projection (option B)."
+            )
+        self.inplanes, self.outplanes, self.stride = inplanes, outplanes, stride
+
+    def sampled(self, x: Tensor) -> Tensor:
+        """The positions that are read, a view (N, inplanes, P, Q)."""
+        return x[:, :, :: self.stride, :: self.stride]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, inplanes, H, W) -> (N, outplanes, ⌈H/stride⌉, ⌈W/stride⌉)."""
+        return reference.ops.pad_channels(self.sampled(x), self.outplanes)
+
+    def extra_repr(self) -> str:
+        return f"{self.inplanes}, {self.outplanes}, stride={self.stride}"
+
+
 class ResidualBlock(nn.Module):
     """relu(F(x) + shortcut(x)); F is `layers()`, each convolution with its BN, ReLU between.
 
     Where all of F normalises with given statistics (eval mode, frozen BN), each layer is one fused
-    op and the last takes the shortcut with it: the identity, or a strided projection accumulated
-    in the same kernel. In training mode the block is one op, where the backend trains fused.
-    Otherwise the modules run one by one.
+    op and the last takes the shortcut with it: the identity, read in place where it is strided and
+    padded, or a strided projection accumulated in the same kernel. In training mode the block is
+    one op, where the backend trains fused. Otherwise the modules run one by one.
     """
 
     relu: nn.Module
     downsample: nn.Module | None
+    # Whether anything is added to F(x); if so, downsample(x), or x itself where it is None.
+    has_shortcut = True
+    # Called with each layer's index and response; see `resnet_fused.record_responses`.
+    on_response: Callable[[int, Tensor], None] | None = None
 
     def layers(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
         """The (convolution, normalisation) pairs of F, in order."""
@@ -53,27 +92,59 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, inplanes, H, W) -> (N, planes × expansion, P, Q)."""
-        if self.training and (out := self._train(x)) is not None:
+        if self.training and self.on_response is None and (out := self._train(x)) is not None:
             return out
         layers = [fusion.conv_bn(conv, bn) for conv, bn in self.layers()]
         fused = [layer for layer in layers if layer is not None]
         if len(fused) < len(layers) or not fusion.is_relu(self.relu):
             return reference.modules.residual_block(self, x)
+        if self.on_response is not None:
+            return self._respond(x, fused)
         *inner, (conv, bn) = fused
         out = x
         for inner_conv, inner_bn in inner:
             out = conv_bn(out, inner_conv, inner_bn, relu=True)
+        if not self.has_shortcut:
+            return conv_bn(out, conv, bn, relu=True)
         if self.downsample is None:
             return conv_bn(out, conv, bn, residual=x, relu=True)
+        if (identity := self._padded_identity()) is not None:
+            sampled = identity.sampled(x)
+            return conv_bn(out, conv, bn, residual=sampled, relu=True, pad_residual=True)
         projection = fusion.projection(self.downsample)
         if projection is None:
             return conv_bn(out, conv, bn, residual=self.downsample(x), relu=True)
         return conv_bn_projection(out, conv, bn, x, *projection)
 
+    def shortcut(self, x: Tensor) -> Tensor | None:
+        """What is added to F(x), or None; the modules, unfused."""
+        if not self.has_shortcut:
+            return None
+        return x if self.downsample is None else self.downsample(x)
+
+    def _padded_identity(self) -> PaddedIdentity | None:
+        module = self.downsample
+        if type(module) is PaddedIdentity and fusion.untouched(module):
+            return module
+        return None
+
+    def _respond(self, x: Tensor, layers: list[tuple[Convolution, BatchNorm]]) -> Tensor:
+        """Each convolution and its normalisation fused; ReLU and addition after the response."""
+        assert self.on_response is not None
+        out = x
+        for i, (conv, bn) in enumerate(layers):
+            out = conv_bn(self.relu(out) if i else out, conv, bn)
+            self.on_response(i, out)
+        shortcut = self.shortcut(x)
+        return self.relu(out if shortcut is None else out + shortcut)
+
     def _train(self, x: Tensor) -> Tensor | None:
         """The block as one op, forward and backward, or None where it has to run by modules."""
         pairs = list(self.layers())
-        if self.downsample is not None:
+        identity = self._padded_identity()
+        projected = self.has_shortcut and self.downsample is not None and identity is None
+        if projected:
+            assert self.downsample is not None
             projection = fusion.projection_modules(self.downsample)
             if projection is None:
                 return None
@@ -82,9 +153,16 @@ class ResidualBlock(nn.Module):
         if plan is None or not fusion.is_relu(self.relu) or not trains_fused(x, plan.sync_group):
             return None
         layers, shortcut = plan.layers, None
-        if self.downsample is not None:
+        if projected:
             *layers, shortcut = layers
-        out, terms = residual_block_training(x, layers, shortcut, sync_group=plan.sync_group)
+        out, terms = residual_block_training(
+            x,
+            layers,
+            shortcut,
+            self.has_shortcut,
+            plan.sync_group,
+            None if identity is None else identity.stride,
+        )
         fusion.track_statistics([bn for _, bn in pairs], terms)
         return out
 
@@ -106,14 +184,15 @@ class BasicBlock(ResidualBlock):
         norm_layer: NormLayer | None = None,
     ) -> None:
         super().__init__()
+        name = type(self).__name__
         if groups != 1 or base_width != 64:
             raise ValueError(
-                f"BasicBlock has groups=1 and base_width=64 only, found groups={groups} and "
+                f"{name} has groups=1 and base_width=64 only, found groups={groups} and "
                 f"base_width={base_width}; use Bottleneck."
             )
         if dilation > 1:
             raise NotImplementedError(
-                f"BasicBlock has dilation=1 only, found {dilation}; use Bottleneck."
+                f"{name} has dilation=1 only, found {dilation}; use Bottleneck."
             )
         norm_layer = norm_layer or nn.BatchNorm2d
         self.conv1 = conv3x3(inplanes, planes, stride)
@@ -128,10 +207,16 @@ class BasicBlock(ResidualBlock):
         return (self.conv1, self.bn1), (self.conv2, self.bn2)
 
 
+class PlainBlock(BasicBlock):
+    """3×3, 3×3 without a shortcut: two layers of a plain network (paper, section 3.3)."""
+
+    has_shortcut = False
+
+
 class Bottleneck(ResidualBlock):
     """1×1, 3×3, 1×1: the block of ResNet-50 and deeper (paper, Fig. 5 right).
 
-    The stride stands on the 3×3, as in torchvision ("v1.5"); the paper puts it on the first 1×1.
+    stride_in: "3x3", as in torchvision ("v1.5"), or "1x1", the paper's place for the stride.
     """
 
     expansion = 4
@@ -146,13 +231,17 @@ class Bottleneck(ResidualBlock):
         base_width: int = 64,
         dilation: int = 1,
         norm_layer: NormLayer | None = None,
+        stride_in: str = "3x3",
     ) -> None:
         super().__init__()
+        if stride_in not in ("3x3", "1x1"):
+            raise ValueError(f'stride_in must be "3x3" or "1x1", found {stride_in!r}.')
         norm_layer = norm_layer or nn.BatchNorm2d
         width = int(planes * (base_width / 64.0)) * groups
-        self.conv1 = conv1x1(inplanes, width)
+        first, middle = (stride, 1) if stride_in == "1x1" else (1, stride)
+        self.conv1 = conv1x1(inplanes, width, first)
         self.bn1 = norm_layer(width)
-        self.conv2 = conv3x3(width, width, stride, groups, dilation)
+        self.conv2 = conv3x3(width, width, middle, groups, dilation)
         self.bn2 = norm_layer(width)
         self.conv3 = conv1x1(width, planes * self.expansion)
         self.bn3 = norm_layer(planes * self.expansion)

@@ -117,7 +117,8 @@ def training_plan(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> TrainingPlan 
     groups: set[str] = set()
     for conv, bn in pairs:
         convolution_ = convolution(conv)
-        if convolution_ is None or not isinstance(bn.weight, Tensor):
+        weight = getattr(bn, "weight", None)  # nn.Identity has none
+        if convolution_ is None or not isinstance(weight, Tensor):
             return None
         given = batch_norm(bn)
         if given is None:
@@ -127,7 +128,7 @@ def training_plan(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> TrainingPlan 
         layers.append(
             Layer(
                 convolution_,
-                bn.weight,
+                weight,
                 cast("Tensor", bn.bias),
                 cast("float", bn.eps),
                 None if given is None else (given.mean, given.var),

@@ -137,8 +137,8 @@ def test_batch_norm_without_affine_parameters() -> None:
     randomise_statistics(ours)
     x = images(2, 64, 64)
     with torch.no_grad():
-        truth = reference.resnet(copy.deepcopy(ours).double(), x.double())
-        assert_contract(ours(x), reference.resnet(ours, x), truth)
+        truth = reference.network(copy.deepcopy(ours).double(), x.double())
+        assert_contract(ours(x), reference.network(ours, x), truth)
 
 
 def test_training_is_torchvisions() -> None:
@@ -284,7 +284,7 @@ def test_reference_network_is_torchvisions_bit_for_bit() -> None:
     ours, theirs = pair("resnet18")
     x = images(2, 40, 40).double()
     with torch.no_grad():
-        result = reference.resnet(ours.double(), x)
+        result = reference.network(ours.double(), x)
         assert relative_error(result, theirs.double()(x)) < 1e-14
 
 

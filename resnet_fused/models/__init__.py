@@ -1,7 +1,10 @@
-"""Networks: the torchvision-compatible family."""
+"""Networks: the torchvision-compatible family, the paper's plain and CIFAR networks."""
 
+from . import cifar
 from .resnet import (
     ResNet,
+    plain18,
+    plain34,
     resnet18,
     resnet34,
     resnet50,
@@ -16,6 +19,9 @@ from .resnet import (
 
 __all__ = [
     "ResNet",
+    "cifar",
+    "plain18",
+    "plain34",
     "resnet18",
     "resnet34",
     "resnet50",

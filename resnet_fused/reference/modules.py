@@ -13,31 +13,37 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from ..blocks import ResidualBlock
-    from ..models.resnet import ResNet
+    from ..models.network import ResidualNetwork
 
 
 def residual_block(block: ResidualBlock, x: Tensor) -> Tensor:
-    """relu(F(x) + shortcut(x)), F the block's convolutions with BN, and ReLU between (eq. 1, 2)."""
-    *inner, (conv, bn) = block.layers()
+    """relu(F(x) (+ shortcut(x))), F the convolutions and BN with ReLU between (eq. 1, 2)."""
     out = x
-    for inner_conv, inner_bn in inner:
-        out = block.relu(inner_bn(inner_conv(out)))
-    out = bn(conv(out))
-    out += x if block.downsample is None else block.downsample(x)
+    for i, (conv, bn) in enumerate(block.layers()):
+        out = bn(conv(block.relu(out) if i else out))
+        if block.on_response is not None:
+            block.on_response(i, out)
+    shortcut = block.shortcut(x)
+    if shortcut is not None:
+        out += shortcut
     return block.relu(out)
 
 
-def stem(model: ResNet, x: Tensor) -> Tensor:
-    """conv1, bn1, relu, maxpool."""
-    return model.maxpool(model.relu(model.bn1(model.conv1(x))))
+def stem(model: ResidualNetwork, x: Tensor) -> Tensor:
+    """conv1, bn1, relu, maxpool where there is one."""
+    out = model.bn1(model.conv1(x))
+    if model.on_response is not None:
+        model.on_response(0, out)
+    out = model.relu(out)
+    return out if model.maxpool is None else model.maxpool(out)
 
 
-def head(model: ResNet, x: Tensor) -> Tensor:
+def head(model: ResidualNetwork, x: Tensor) -> Tensor:
     """avgpool, flatten, fc."""
     return model.fc(torch.flatten(model.avgpool(x), 1))
 
 
-def resnet(model: ResNet, x: Tensor) -> Tensor:
+def network(model: ResidualNetwork, x: Tensor) -> Tensor:
     """The whole network, unfused."""
     x = stem(model, x)
     for block in model.blocks():

@@ -1,0 +1,323 @@
+"""What every network here is: a stem, stages of blocks, average pooling and a classifier."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .. import fusion, reference
+from ..blocks import (
+    BasicBlock,
+    Bottleneck,
+    NormLayer,
+    PaddedIdentity,
+    ResidualBlock,
+    conv1x1,
+)
+from ..ops.block_training import residual_block_training
+from ..ops.conv_bn import conv_bn
+from ..ops.head import head
+from ..ops.stem import stem
+from ..ops.stem_training import stem_training
+from ..ops.training_layers import trains_fused
+from .weights import WeightsSource, load_weights
+
+torch.fx.wrap("conv_bn")
+torch.fx.wrap("head")
+torch.fx.wrap("stem")
+
+
+class StageShape(NamedTuple):
+    """`blocks` blocks of `planes` channels (times the block's expansion), the first strided."""
+
+    planes: int
+    blocks: int
+    stride: int = 1
+    dilate: bool = False  # instead of striding
+
+
+class Stage(nn.Sequential):
+    """Residual blocks in a row; `run` > 0 checkpoints every so many of them.
+
+    Of a checkpointed run only the input is kept for backward, where the run is computed again.
+    """
+
+    run = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.run or not torch.is_grad_enabled():
+            return cast("Tensor", super().forward(x))
+        blocks = list(self)
+        for start in range(0, len(blocks), self.run):
+            part = blocks[start : start + self.run]
+            x = checkpoint(
+                _in_turn,
+                part,
+                x,
+                use_reentrant=False,
+                context_fn=partial(_forward_and_again, part),
+            )
+        return x
+
+
+def _in_turn(blocks: Sequence[nn.Module], x: Tensor) -> Tensor:
+    for block in blocks:
+        x = block(x)
+    return x
+
+
+def _forward_and_again(
+    blocks: Sequence[nn.Module],
+) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+    return contextlib.nullcontext(), _untracked(blocks)
+
+
+@contextlib.contextmanager
+def _untracked(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """While the blocks are computed again, their running statistics are left alone."""
+    norms: list[Any] = [
+        module
+        for block in blocks
+        for module in block.modules()
+        if getattr(module, "track_running_stats", False) and module.training
+    ]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+class ResidualNetwork(nn.Module):
+    """A stem, stages `layer1`, `layer2`, ..., average pooling and a fully connected layer.
+
+    Submodule names are torchvision's. Arguments, beside those of `resnet_fused.ResNet`:
+        stem: the first convolution, `conv1`.
+        pool: `maxpool` behind it, or None.
+        stages: what each stage is made of.
+
+    Convolution weights are laid out channels_last, which changes no value and no key.
+    """
+
+    # Called with 0 and the stem's response; see `resnet_fused.record_responses`.
+    on_response: Callable[[int, Tensor], None] | None = None
+    conv1: nn.Module
+    bn1: nn.Module
+    relu: nn.Module
+    maxpool: nn.Module | None
+    avgpool: nn.Module
+    fc: nn.Module
+
+    def __init__(
+        self,
+        stem: nn.Conv2d,
+        pool: nn.MaxPool2d | None,
+        block: type[BasicBlock | Bottleneck],
+        stages: Sequence[StageShape],
+        num_classes: int,
+        zero_init_residual: bool = False,
+        groups: int = 1,
+        width_per_group: int = 64,
+        norm_layer: NormLayer | None = None,
+        shortcut: str = "B",
+        stride_in: str = "3x3",
+        checkpoint: bool = False,
+    ) -> None:
+        super().__init__()
+        if shortcut not in ("A", "B", "C"):
+            raise ValueError(f'shortcut must be "A", "B" or "C", found {shortcut!r}.')
+        if stride_in != "3x3" and issubclass(block, BasicBlock):
+            raise ValueError(
+                f"stride_in={stride_in!r} needs bottleneck blocks (ResNet-50 and deeper): "
+                f"{block.__name__} has 3×3 convolutions only."
+            )
+        self._norm_layer = norm_layer or nn.BatchNorm2d
+        self._shortcut = shortcut
+        self.inplanes = stem.out_channels
+        self.dilation = 1
+        self.groups = groups
+        self.base_width = width_per_group
+        self.conv1 = stem
+        self.bn1 = self._norm_layer(stem.out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = pool
+        placement: dict[str, Any] = {} if stride_in == "3x3" else {"stride_in": stride_in}
+        self._stages = [f"layer{i}" for i in range(1, len(stages) + 1)]
+        for name, shape in zip(self._stages, stages, strict=True):
+            setattr(self, name, self._make_layer(block, shape, placement))
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.fc = nn.Linear(self.inplanes, num_classes)
+        self._initialise(zero_init_residual)
+        self.to(memory_format=torch.channels_last)
+        if checkpoint:
+            run = math.isqrt(sum(shape.blocks for shape in stages))
+            for stage in self.stages():
+                stage.run = max(run, 1)
+
+    def _make_layer(
+        self,
+        block: type[BasicBlock | Bottleneck],
+        shape: StageShape,
+        placement: dict[str, Any],
+    ) -> Stage:
+        first_dilation, stride = self.dilation, shape.stride
+        if shape.dilate:
+            self.dilation *= stride
+            stride = 1
+        outplanes = shape.planes * block.expansion
+        sizes = (self.groups, self.base_width)
+        stage: list[nn.Module] = []
+        for i in range(shape.blocks):
+            stride, dilation = (1, self.dilation) if i else (stride, first_dilation)
+            downsample = self._make_shortcut(outplanes, stride) if block.has_shortcut else None
+            stage.append(
+                block(
+                    self.inplanes,
+                    shape.planes,
+                    stride,
+                    downsample,
+                    *sizes,
+                    dilation,
+                    self._norm_layer,
+                    **placement,
+                )
+            )
+            self.inplanes = outplanes
+        return Stage(*stage)
+
+    def _make_shortcut(self, outplanes: int, stride: int) -> nn.Module | None:
+        """The module between a block's input and its addition, None for the identity."""
+        if stride == 1 and self.inplanes == outplanes and self._shortcut != "C":
+            return None
+        if self._shortcut == "A":
+            return PaddedIdentity(self.inplanes, outplanes, stride)
+        return nn.Sequential(conv1x1(self.inplanes, outplanes, stride), self._norm_layer(outplanes))
+
+    def _initialise(self, zero_init_residual: bool) -> None:
+        """He initialisation of the convolutions (arXiv 1502.01852), BN at one and zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)) and module.affine:
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
+        if zero_init_residual:
+            for block in self.blocks():
+                _, last_norm = block.layers()[-1]
+                if isinstance(weight := getattr(last_norm, "weight", None), Tensor):
+                    nn.init.zeros_(weight)
+
+    def stages(self) -> Iterator[Stage]:
+        """The stages, from the input to the output."""
+        for name in self._stages:
+            yield getattr(self, name)
+
+    def blocks(self) -> Iterator[ResidualBlock]:
+        """Every residual block, from the input to the output."""
+        for stage in self.stages():
+            yield from cast("Iterator[ResidualBlock]", stage)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, num_classes) of images x (N, 3, H, W) of the weights' dtype and device.
+
+        Any memory layout and any H, W that leave at least one pixel per stage. In eval mode the
+        layers run as fused ops, in training mode the stem and each block, where the backend trains
+        fused; raises ValueError or TypeError for an input that does not fit.
+        """
+        x = self._stem(x)
+        for stage in self.stages():
+            x = stage(x)
+        return self._head(x)
+
+    def _stem(self, x: Tensor) -> Tensor:
+        if self.training and self.on_response is None and (out := self._train_stem(x)) is not None:
+            return out
+        layer = fusion.conv_bn(self.conv1, self.bn1)
+        if layer is None or not fusion.is_relu(self.relu):
+            return reference.modules.stem(self, x)
+        if self.on_response is not None:
+            response = conv_bn(x, *layer)
+            self.on_response(0, response)
+            out = self.relu(response)
+            return out if self.maxpool is None else self.maxpool(out)
+        if self.maxpool is None:
+            return conv_bn(x, *layer, relu=True)
+        pool = fusion.max_pool(self.maxpool)
+        if pool is None:
+            return self.maxpool(conv_bn(x, *layer, relu=True))
+        return stem(x, *layer, pool)
+
+    def _train_stem(self, x: Tensor) -> Tensor | None:
+        """The stem as one op, forward and backward, or None where it has to run by modules."""
+        plan = fusion.training_plan([(self.conv1, self.bn1)])
+        pool = None if self.maxpool is None else fusion.max_pool(self.maxpool)
+        if plan is None or not fusion.is_relu(self.relu):
+            return None
+        if (self.maxpool is not None and pool is None) or not trains_fused(x, plan.sync_group):
+            return None
+        if pool is not None:
+            out, terms = stem_training(x, plan.layers[0], pool, plan.sync_group)
+        else:
+            out, (terms,) = residual_block_training(
+                x, plan.layers, identity=False, sync_group=plan.sync_group
+            )
+        fusion.track_statistics([self.bn1], [terms])
+        return out
+
+    def _head(self, x: Tensor) -> Tensor:
+        fused = (
+            not self.training
+            and type(self.avgpool) is nn.AdaptiveAvgPool2d
+            and self.avgpool.output_size in (1, (1, 1))
+            and type(self.fc) is nn.Linear
+            and fusion.untouched(self.avgpool, self.fc)
+        )
+        if not fused:
+            return reference.modules.head(self, x)
+        assert isinstance(self.fc, nn.Linear)
+        return head(x, self.fc.weight, self.fc.bias)
+
+
+_Network = TypeVar("_Network", bound=ResidualNetwork)
+
+
+def build(
+    network: Callable[..., _Network],
+    name: str,
+    block: type[BasicBlock | Bottleneck],
+    layers: Sequence[int],
+    weights: WeightsSource,
+    progress: bool,
+    **kwargs: Any,
+) -> _Network:
+    """Builds a network and loads its weights.
+
+    Every constructor of a network takes the same arguments:
+        weights: None for random ones; a torchvision weights enum member or its name, where
+            torchvision has the network (the file is downloaded and its hash checked); the path of
+            a checkpoint; or a state dict. `num_classes` follows the weights unless it is given.
+        progress: whether a download shows its progress.
+        **kwargs: arguments of the network's class.
+
+    Raises ValueError for unknown names and arguments that do not apply, CheckpointError for files
+    that cannot be read and RuntimeError (from `load_state_dict`) for weights of another network.
+    """
+    if not block.has_shortcut:
+        for argument in {"shortcut", "zero_init_residual"} & set(kwargs):
+            raise ValueError(f"{argument} does not apply to {name}: it has no shortcuts.")
+    state = load_weights(name, weights, progress)
+    if state is not None and "fc.weight" in state:
+        kwargs.setdefault("num_classes", state["fc.weight"].shape[0])
+    model = network(block, layers, **kwargs)
+    if state is not None:
+        model.load_state_dict(state)
+    return model
