@@ -187,7 +187,8 @@ class _CpuSyncBatchNorm(nn.BatchNorm2d):
         mean = _summed(x.float().mean(axes)) / world
         centred = x.float() - mean[:, None, None]
         var = _summed(centred.square().mean(axes)) / world
-        self._track(mean.detach(), var.detach(), world * x.numel() // x.shape[1])
+        if self.track_running_stats:  # off while activations are computed again
+            self._track(mean.detach(), var.detach(), world * x.numel() // x.shape[1])
         scale = (var + self.eps).rsqrt() * self.weight
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
@@ -206,10 +207,12 @@ def synchronise_batch_norm(model: nn.Module, launch: Launch) -> nn.Module:
     """`model` with batch statistics taken over all processes; itself where there is one."""
     if launch.world == 1:
         return model
-    if launch.device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
+    for name, module in list(model.named_modules()):
+        if type(module) is not nn.BatchNorm2d:  # frozen ones are of another type
+            continue
+        if launch.device.type == "cuda":
+            model.set_submodule(name, nn.SyncBatchNorm.convert_sync_batchnorm(module))
+        else:
             module.__class__ = _CpuSyncBatchNorm  # same parameters, buffers and keys
     return model
 

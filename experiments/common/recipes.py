@@ -6,6 +6,7 @@ of iterations shrinks in proportion, and images are not mirrored.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from .augmentation import centre_crop, padded_crops, scaled_crops, whole
@@ -20,19 +21,21 @@ def cifar(
     batch: int = 128,
     learning_rate: float = 0.1,
     warm_up: bool = False,
+    milestones: Sequence[int] | None = None,
 ) -> Recipe:
     """4.2: rate 0.1, divided by 10 after 1/2 and 3/4 of the iterations (32k and 48k of 64k).
 
+    milestones: iterations to divide the rate at, instead of those.
     warm_up: a tenth of the rate until the training error is under 80 % (for 110 layers).
     """
     every = max(25, iterations // 160)
+    if milestones is None:
+        milestones = (iterations // 2, iterations * 3 // 4)
     return Recipe(
         iterations=iterations,
         batch=batch,
         schedule=lambda optimizer: Milestones(
-            optimizer,
-            (iterations // 2, iterations * 3 // 4),
-            learning_rate / 10 if warm_up else None,
+            optimizer, milestones, learning_rate / 10 if warm_up else None
         ),
         augment=padded_crops(images),
         view=whole(images),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shlex
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -101,6 +102,12 @@ class Report:
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
         if self._launch.leads:
             write_whole(self._launch.out / name, write)
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """ "mean ± standard deviation", as in Table 6; the mean alone of a single value."""
+    mean = f"{statistics.mean(values):.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:

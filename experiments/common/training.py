@@ -83,6 +83,13 @@ class Result:
         """The last row, in which everything was measured."""
         return self.history[-1]
 
+    @property
+    def training_error(self) -> float:
+        """The mean over the last tenth of the iterations: a single row's is of a few batches."""
+        begin = 0.9 * self.last["iteration"]
+        rows = [row["training_error"] for row in self.history if row["iteration"] > begin]
+        return sum(rows) / len(rows)
+
 
 @dataclass
 class _Progress:
@@ -156,8 +163,7 @@ class _Training:
         state = self.progress
         if state.iteration < self.recipe.iterations:
             if self.launch.world > 1:
-                # Batch norm's buffers are equal everywhere already.
-                self.parallel = DistributedDataParallel(self.model, broadcast_buffers=False)
+                self.parallel = DistributedDataParallel(self.model)
             started = saved = time.monotonic()
             before = state.seconds
             for image, label in self._batches():
