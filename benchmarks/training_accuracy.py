@@ -67,7 +67,7 @@ def main() -> int:
     device = torch.device(options.device)
     if device.type == "cpu":
         reference = backends.get("reference")
-        reference.training = ReferenceTraining()  # type: ignore[attr-defined]
+        reference.training = ReferenceTraining()  # type: ignore[misc]
         resnet_fused.use_backend("reference")
     images, labels = digits(device)
     results: dict[str, list[float]] = {"resnet_fused": [], "torchvision": []}

@@ -15,8 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .backends.training import MEAN, UNBIASED_VAR
-from .ops.training_layers import Layer
+from .ops.training_layers import Layer, batch_statistics
 from .parameters import BatchNorm, Convolution, MaxPool
 
 
@@ -157,14 +156,15 @@ def track_statistics(norms: Sequence[nn.Module], terms: Sequence[Tensor]) -> Non
     terms: the layers' (6, K) terms from the op.
     """
     by_weight: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
-    for bn, batch in zip(norms, terms, strict=True):
+    for bn, layer_terms in zip(norms, terms, strict=True):
         if not isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)) or not bn.training:
             continue
         if not bn.track_running_stats or bn.running_mean is None or bn.running_var is None:
             continue
         if bn.num_batches_tracked is not None:
             bn.num_batches_tracked.add_(1)
-        pairs = ((bn.running_mean, batch[MEAN]), (bn.running_var, batch[UNBIASED_VAR]))
+        mean, var = batch_statistics(layer_terms)
+        pairs = ((bn.running_mean, mean), (bn.running_var, var))
         if bn.momentum is None:  # the average of all batches, its count on the device
             assert bn.num_batches_tracked is not None
             for running, new in pairs:

@@ -22,6 +22,19 @@ class Convolution(NamedTuple):
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
 
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """(P, Q) of the result for an image of that size; less than 1 where no window fits."""
+        r, s = self.weight.shape[2:]
+        return (
+            _windows(height, r, self.stride[0], self.padding[0], self.dilation[0]),
+            _windows(width, s, self.stride[1], self.padding[1], self.dilation[1]),
+        )
+
+    def is_pointwise(self) -> bool:
+        """Whether it is a plain matrix product: 1×1, stride 1, no padding."""
+        window = (*self.weight.shape[2:], *self.stride, *self.padding)
+        return window == (1, 1, 1, 1, 0, 0)
+
 
 class BatchNorm(NamedTuple):
     """Batch normalisation with given statistics: (x - mean) / sqrt(var + eps) * weight + bias.
@@ -43,3 +56,15 @@ class MaxPool(NamedTuple):
     kernel: int = 3
     stride: int = 2
     padding: int = 1
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """The pooled size of a map of that size; less than 1 where no window fits."""
+        return (
+            _windows(height, self.kernel, self.stride, self.padding),
+            _windows(width, self.kernel, self.stride, self.padding),
+        )
+
+
+def _windows(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> int:
+    """How many windows fit along one dimension."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import BackendUnavailableError
 from ..parameters import BatchNorm, Convolution, MaxPool
+from .training import TrainingKernels
 
 NAMES = ("cuda", "triton", "cpu", "cuda_sim", "reference")
 # Best first, for each type of device.
@@ -26,6 +27,10 @@ class Backend(Protocol):
     """One way to compute every op. Meanings: `resnet_fused.reference.ops`, same signatures."""
 
     name: str
+
+    @property
+    def training(self) -> TrainingKernels | None:
+        """The pieces of fused training, or None where models train module by module."""
 
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why tensors of this device and dtype cannot be served, or None."""

@@ -25,6 +25,7 @@ from . import Backend
 
 class CudaBackend:
     name = "cuda"
+    training = None
 
     def __init__(self, extension: ModuleType, tile: Any = None) -> None:
         """`tile`: the ConvTile that every convolution takes; by default each has its own."""
@@ -136,12 +137,7 @@ class CudaBackend:
         x, conv, _ = main
         if residual is not None:
             residual = pad_channels(residual, conv.weight.shape[0])
-        image = [
-            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-            for size, kernel, stride, padding, dilation in zip(
-                x.shape[2:], conv.weight.shape[2:], *conv[1:4], strict=True
-            )
-        ]
+        image = conv.output_size(*x.shape[2:])
         out = torch.empty(
             (x.shape[0], conv.weight.shape[0], *image),
             dtype=x.dtype,

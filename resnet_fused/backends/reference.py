@@ -10,6 +10,7 @@ from . import Backend
 
 class ReferenceBackend:
     name = "reference"
+    training = None
     bn_add_relu = staticmethod(ops.bn_add_relu)
     conv_bn = staticmethod(ops.conv_bn)
     conv_bn_projection = staticmethod(ops.conv_bn_projection)

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..backends.training import Activation, RawGradient
 from ..parameters import Convolution
 from .checks import check_activation
-from .registry import autocast_dtype
+from .registry import autocast_dtype, empty_result
 from .training_layers import (
     LAYERS_SCHEMA,
     Layer,
@@ -29,7 +29,6 @@ from .training_layers import (
     convolutions,
     define,
     differentiate,
-    empty_nhwc,
     flatten,
     kernels,
     layer_slopes,
@@ -122,8 +121,8 @@ def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor], lis
     wide = torch.promote_types(x.dtype, torch.float32)
     keeps = _keeps(convs, shortcut)
     return (
-        empty_nhwc(x, shapes[_main_layers(convs, shortcut) - 1]),
-        [empty_nhwc(x, shape) for shape, keep in zip(shapes, keeps, strict=True) if keep],
+        empty_result(x, shapes[_main_layers(convs, shortcut) - 1]),
+        [empty_result(x, shape) for shape, keep in zip(shapes, keeps, strict=True) if keep],
         [x.new_empty((6, shape[1]), dtype=wide) for shape in shapes],
     )
 
@@ -209,9 +208,9 @@ def _fake_backward(
     needs_weights: list[bool],
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     return (
-        empty_nhwc(x, x.shape) if needs_x else x.new_empty(0),
+        empty_result(x, x.shape) if needs_x else x.new_empty(0),
         [
-            empty_nhwc(weight, weight.shape) if needed else x.new_empty(0)
+            empty_result(weight, weight.shape) if needed else x.new_empty(0)
             for weight, needed in zip(weights, needs_weights, strict=True)
         ],
         [terms.new_empty(terms.shape[1]) for terms in all_terms],

@@ -70,10 +70,6 @@ def check_batch_norm(name: str, bn: BatchNorm, channels: int, x: Tensor) -> None
             )
 
 
-def _windows(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> int:
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-
-
 def convolution_shape(name: str, x: Tensor, conv: Convolution) -> tuple[int, int, int, int]:
     """Checks the convolution `name` of `x` and returns its (N, K, P, Q)."""
     check_activation("input" if name == "conv" else name, x)
@@ -99,10 +95,7 @@ def convolution_shape(name: str, x: Tensor, conv: Convolution) -> tuple[int, int
             f"{tuple(weight.shape)} with groups={conv.groups} expects "
             f"{weight.shape[1] * conv.groups}."
         )
-    height, width = (
-        _windows(x.shape[d + 2], weight.shape[d + 2], conv.stride[d], conv.padding[d], dilation)
-        for d, dilation in enumerate(conv.dilation)
-    )
+    height, width = conv.output_size(*x.shape[2:])
     if height < 1 or width < 1:
         raise ValueError(
             f"input of {x.shape[2]}×{x.shape[3]} is smaller than the window of {name} "
@@ -119,9 +112,8 @@ def pool_shape(shape: tuple[int, int, int, int], pool: MaxPool) -> tuple[int, in
             f"{pool} is not a pooling window: kernel and stride must be positive "
             "and padding at most half the kernel."
         )
-    batch, channels, height, width = shape
-    height = _windows(height, pool.kernel, pool.stride, pool.padding)
-    width = _windows(width, pool.kernel, pool.stride, pool.padding)
+    batch, channels = shape[:2]
+    height, width = pool.output_size(*shape[2:])
     if height < 1 or width < 1:
         raise ValueError(f"a map of {shape[2]}×{shape[3]} is smaller than the window of {pool}.")
     return batch, channels, height, width

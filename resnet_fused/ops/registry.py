@@ -75,16 +75,7 @@ class Op:
         if _autocasts(device):
             dtype = torch.get_autocast_dtype(device)
             arguments = tuple(_autocast(argument, dtype) for argument in arguments)
-        return self._overload(*self._flatten(arguments))
-
-    def _flatten(self, arguments: Sequence[Any]) -> list[Any]:
-        flat: list[Any] = []
-        for argument in arguments:
-            if isinstance(argument, (Convolution, BatchNorm, MaxPool)):
-                flat.extend(argument)
-            else:
-                flat.append(argument)
-        return flat
+        return self._overload(*_flatten(arguments))
 
     def _group(self, flat: Sequence[Any]) -> list[Any]:
         arguments: list[Any] = []
@@ -96,18 +87,14 @@ class Op:
             position += width
         return arguments
 
-    def _empty(self, x: Tensor, shape: Sequence[int]) -> Tensor:
-        layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
-        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-
     def _fake(self, *flat: Any) -> Tensor:
-        return self._empty(flat[0], self._output_shape(*self._group(flat)))
+        return empty_result(flat[0], self._output_shape(*self._group(flat)))
 
     def _run(self, *flat: Any) -> Tensor:
         arguments = self._group(flat)
         shape = self._output_shape(*arguments)
         if 0 in shape:
-            return self._empty(flat[0], shape)
+            return empty_result(flat[0], shape)
         return getattr(choose(flat[0]), self.name)(*arguments)
 
     def _save(self, ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
@@ -139,6 +126,21 @@ class Op:
         for i, gradient in zip(wanted, found, strict=True):
             gradients[i] = gradient
         return tuple(gradients)
+
+
+def empty_result(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """An uninitialised result of that shape, channels_last if it is an image, else like `like`."""
+    layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+def _flatten(arguments: Sequence[Any]) -> list[Any]:
+    """Arguments as the schema takes them: groups give way to their fields."""
+    flat: list[Any] = []
+    for argument in arguments:
+        grouped = isinstance(argument, (Convolution, BatchNorm, MaxPool))
+        flat.extend(argument if grouped else (argument,))
+    return flat
 
 
 def _autocasts(device: str) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..backends.training import Activation, RawGradient
 from ..parameters import MaxPool
 from .checks import check_activation, pool_shape
-from .registry import autocast_dtype
+from .registry import autocast_dtype, empty_result
 from .training_layers import (
     LAYERS_SCHEMA,
     Layer,
@@ -23,7 +23,6 @@ from .training_layers import (
     convolutions,
     define,
     differentiate,
-    empty_nhwc,
     flatten,
     kernels,
     layer_slopes,
@@ -54,7 +53,7 @@ def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     layers, pool, sync_group = LayerArguments(*arguments[:8]), arguments[8:11], arguments[11]
     raw, pooled = _shapes(x, layers, MaxPool(*pool), sync_group)
     wide = torch.promote_types(x.dtype, torch.float32)
-    return empty_nhwc(x, pooled), empty_nhwc(x, raw), x.new_empty((6, raw[1]), dtype=wide)
+    return empty_result(x, pooled), empty_result(x, raw), x.new_empty((6, raw[1]), dtype=wide)
 
 
 def _backward(
@@ -101,8 +100,8 @@ def _fake_backward(
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
-        empty_nhwc(x, x.shape) if needs_x else x.new_empty(0),
-        empty_nhwc(weight, weight.shape) if needs_weight else x.new_empty(0),
+        empty_result(x, x.shape) if needs_x else x.new_empty(0),
+        empty_result(weight, weight.shape) if needs_weight else x.new_empty(0),
         terms.new_empty(terms.shape[1]),
         terms.new_empty(terms.shape[1]),
     )

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..backends.training import TrainingKernels
+from ..backends.training import MEAN, UNBIASED_VAR, TrainingKernels
 from ..parameters import BatchNorm, Convolution
 from ..reference.training import ReferenceTraining
 from .checks import check_batch_norm, convolution_shape
@@ -113,13 +113,13 @@ def check_layer(
 
 def kernels(x: Tensor) -> TrainingKernels:
     """The training pieces of the backend chosen for `x`, else the plain PyTorch ones."""
-    found: TrainingKernels | None = getattr(choose(x), "training", None)
+    found = choose(x).training
     return ReferenceTraining() if found is None else found
 
 
 def _has_kernels(device: str, dtype: torch.dtype) -> bool:
     sample = torch.empty(0, device=device, dtype=dtype)
-    return getattr(choose(sample), "training", None) is not None
+    return choose(sample).training is not None
 
 
 # What torch.compiler.assume_constant_result sets; calling that would import all of torch._dynamo.
@@ -170,6 +170,11 @@ def layer_terms(
     return pieces.bn_terms(moments, layers.bn_weights[i], layers.bn_biases[i], layers.eps[i])
 
 
+def batch_statistics(terms: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance (K,) in a layer's terms: what running statistics take in."""
+    return terms[MEAN], terms[UNBIASED_VAR]
+
+
 def layer_slopes(
     pieces: TrainingKernels, sums: Tensor, terms: Tensor, frozen: bool, sync_group: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,13 +184,6 @@ def layer_slopes(
         sums = pieces.merge_sums(sums)
         total = _gather(sums, sync_group)
     return pieces.bn_slopes(sums, total, terms, frozen)
-
-
-def empty_nhwc(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """An uninitialised channels_last tensor of that shape, otherwise like `like`."""
-    return torch.empty(
-        shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
-    )
 
 
 def define(

@@ -25,6 +25,7 @@ PackedConvolution = DirectConvolution | WinogradConvolution | OneDnnConvolution
 
 class CpuBackend:
     name = "cpu"
+    training = None
 
     def __init__(self) -> None:
         extension = _extension.load()

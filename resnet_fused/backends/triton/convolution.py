@@ -332,7 +332,7 @@ def _groups_per_pack(groups: int, group_in: int, group_out: int) -> int:
     return max(n for n in range(1, min(most, groups) + 1) if groups % n == 0)
 
 
-def _window(conv: Convolution) -> dict[str, Any]:
+def window(conv: Convolution) -> dict[str, Any]:
     """The compile-time description of a convolution's window."""
     return {
         "R": conv.weight.shape[2],
@@ -343,27 +343,8 @@ def _window(conv: Convolution) -> dict[str, Any]:
         "PAD_W": conv.padding[1],
         "DILATION_H": conv.dilation[0],
         "DILATION_W": conv.dilation[1],
-        "POINTWISE": tuple(conv.weight.shape[2:]) == (1, 1)
-        and tuple(conv.stride) == (1, 1)
-        and tuple(conv.padding) == (0, 0),
-        "PADDED": max(conv.padding) > 0,
+        "POINTWISE": conv.is_pointwise(),
     }
-
-
-def output_size(x: Tensor, conv: Convolution) -> tuple[int, int]:
-    """(P, Q) of the convolution of `x`."""
-    height, width = (
-        (
-            x.shape[d + 2]
-            + 2 * conv.padding[d]
-            - conv.dilation[d] * (conv.weight.shape[d + 2] - 1)
-            - 1
-        )
-        // conv.stride[d]
-        + 1
-        for d in (0, 1)
-    )
-    return height, width
 
 
 def conv_bn(
@@ -373,14 +354,13 @@ def conv_bn(
     x, weight = nhwc(x), nhwc(conv.weight)
     batch, channels, height, width = x.shape
     filters, group_in, r, s = weight.shape
-    p, q = output_size(x, conv)
+    p, q = conv.output_size(height, width)
     out = empty_nhwc((batch, filters, p, q), x)
     residual, layout = strided_operand(residual, out)
     group_out = filters // conv.groups
     packed = _groups_per_pack(conv.groups, group_in, group_out)
     packs = conv.groups // packed
     gemm = Gemm(batch * p * q, packed * group_out, packed * group_in, r * s, packs)
-    window = _window(conv)
     wide = is_wide(x, weight, out, *([] if residual is None else [residual]))
     precision = convolution_precision(x.dtype)
 
@@ -391,7 +371,7 @@ def conv_bn(
             conv_bn_kernel, (tiles, packs), config,
             x, weight, *dense(bn), residual, *layout, out, bn.eps,
             gemm.rows, height, width, channels, p, q, filters, gemm.channels, gemm.columns,
-            RELU=relu, **window,
+            RELU=relu, **window(conv), PADDED=max(conv.padding) > 0,
             GROUP_IN=group_in if packed > 1 else 0, GROUP_OUT=group_out if packed > 1 else 0,
             EVEN=gemm.channels % block_c == 0, WIDE=wide, PRECISION=precision,
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
@@ -442,10 +422,9 @@ def conv_bn_projection(
     batch, channels, height, width = x.shape
     shortcut_channels, shortcut_height, shortcut_width = shortcut.shape[1:]
     filters, _, r, s = weight.shape
-    p, q = output_size(x, conv)
+    p, q = conv.output_size(height, width)
     out = empty_nhwc((batch, filters, p, q), x)
     gemm = Gemm(batch * p * q, filters, channels, r * s, accumulators=2)
-    window = _window(conv)
     wide = is_wide(x, weight, shortcut, projection_weight, out)
     precision = convolution_precision(x.dtype)
 
@@ -457,7 +436,7 @@ def conv_bn_projection(
             x, weight, *dense(bn), shortcut, projection_weight, *dense(projection_bn), out,
             bn.eps, projection_bn.eps, gemm.rows, height, width, channels, p, q, filters,
             shortcut_height, shortcut_width, shortcut_channels,
-            **window,
+            **window(conv), PADDED=max(conv.padding) > 0,
             PROJECTION_STRIDE_H=projection.stride[0], PROJECTION_STRIDE_W=projection.stride[1],
             EVEN=channels % block_c == 0, SHORTCUT_EVEN=shortcut_channels % block_c == 0,
             WIDE=wide, PRECISION=precision,

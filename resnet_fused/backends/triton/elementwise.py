@@ -121,7 +121,7 @@ def max_pool(x: Tensor, pool: MaxPool) -> Tensor:
     """`F.max_pool2d(x, *pool)`, channels_last."""
     x = nhwc(x)
     batch, channels, height, width = x.shape
-    p, q = ((size + 2 * pool.padding - pool.kernel) // pool.stride + 1 for size in (height, width))
+    p, q = pool.output_size(height, width)
     out = empty_nhwc((batch, channels, p, q), x)
     rows = batch * p * q
     grid, blocks = _tiles(rows, channels)

@@ -113,6 +113,36 @@ def is_inside(index, size):
 
 
 @triton.jit
+def next_step(
+    r,
+    s,
+    c,
+    channels,
+    first_s,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STEP_R: tl.constexpr,
+    STEP_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The tap and first channel that follow (r, s, c) in a convolution's loop.
+
+    Taps and channel blocks form one loop, so that its software pipeline never drains; the tap
+    advances by comparison, because a division per step is slow and because Triton has
+    miscompiled loops that recover indices by // and % at 8 warps (pytorch #173068).
+    """
+    c += BLOCK_C
+    if R * S > 1:
+        next_s = c >= channels
+        c = tl.where(next_s, 0, c)
+        s = tl.where(next_s, s + STEP_S, s)
+        next_r = s >= S
+        s = tl.where(next_r, first_s, s)
+        r = tl.where(next_r, r + STEP_R, r)
+    return r, s, c
+
+
+@triton.jit
 def convolve(
     x,
     weight,
@@ -153,10 +183,6 @@ def convolve(
 
     GROUP_IN > 0 packs several small groups into one tile: `weight` is then (…, GROUP_IN), the
     tile's `channels` (<= BLOCK_C) span whole groups, and weights between unlike groups read as 0.
-
-    Taps and channel blocks form one loop, so that its software pipeline never drains; the tap
-    advances by comparison, because a division per step is slow and because Triton has
-    miscompiled loops that recover indices by // and % at 8 warps (pytorch #173068).
     """
     inner = tl.arange(0, BLOCK_C)
     if POINTWISE:
@@ -211,13 +237,5 @@ def convolve(
         else:
             b = tl.load(weight_tile + weight_step, in_channels[:, None], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
-
-        c += BLOCK_C
-        if R * S > 1:
-            next_s = c >= channels
-            c = tl.where(next_s, 0, c)
-            s = tl.where(next_s, s + 1, s)
-            next_r = s >= S
-            s = tl.where(next_r, 0, s)
-            r = tl.where(next_r, r + 1, r)
+        r, s, c = next_step(r, s, c, channels, 0, R, S, 1, 1, BLOCK_C)
     return acc

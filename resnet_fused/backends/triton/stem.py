@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...parameters import BatchNorm, Convolution, MaxPool
-from .convolution import conv_bn, output_size
+from .convolution import conv_bn
 from .elementwise import max_pool
 from .launching import convolution_precision, dense, empty_nhwc, is_wide, launch, machine
 from .primitives import normalise, rectify
@@ -179,8 +179,8 @@ def stem(tuner: Tuner, x: Tensor, conv: Convolution, bn: BatchNorm, pool: MaxPoo
         return max_pool(conv_bn(tuner, x, conv, bn, None, True), pool)
 
     batch, _, height, width = x.shape
-    p, q = output_size(x, conv)
-    pooled_h, pooled_w = (p - 1) // 2 + 1, (q - 1) // 2 + 1
+    p, q = conv.output_size(height, width)
+    pooled_h, pooled_w = pool.output_size(p, q)
     out = empty_nhwc((batch, filters, pooled_h, pooled_w), x)
     precision = convolution_precision(x.dtype)
     wide = is_wide(x, out)

@@ -13,6 +13,7 @@ per tile and channel of statistics.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ from torch import Tensor
 
 from ...parameters import Convolution
 from ..training import Activation
-from .convolution import Gemm, candidates, output_size
+from .convolution import Gemm, candidates, window
 from .launching import convolution_precision, empty_nhwc, is_wide, launch, machine, nhwc
-from .primitives import is_inside, rectify, split_position, tile_index
+from .primitives import is_inside, next_step, rectify, split_position, tile_index
 from .tuning import Config, Tuner, batch_bucket
 
 FLAT_CHANNELS = 16  # below which taps and channels are one inner index
@@ -157,14 +158,7 @@ def conv_stats_kernel(
         b = tl.load(b_tile) if EVEN and not FLAT else tl.load(b_tile, in_inner[:, None], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
         if not FLAT:
-            c += BLOCK_C
-            if R * S > 1:
-                next_s = c >= group_in
-                c = tl.where(next_s, 0, c)
-                s = tl.where(next_s, s + 1, s)
-                next_r = s >= S
-                s = tl.where(next_r, 0, s)
-                r = tl.where(next_r, r + 1, r)
+            r, s, c = next_step(r, s, c, group_in, 0, R, S, 1, 1, BLOCK_C)
 
     rounded = acc.to(out.dtype.element_ty)
     mask = in_rows[:, None] & in_columns[None, :]
@@ -179,29 +173,6 @@ def conv_stats_kernel(
         tl.store(place + 2 * K, tl.zeros_like(mean) + count, in_columns)
 
 
-def window(conv: Convolution) -> dict[str, Any]:
-    """The compile-time description of a convolution's window."""
-    return {
-        "R": conv.weight.shape[2],
-        "S": conv.weight.shape[3],
-        "STRIDE_H": conv.stride[0],
-        "STRIDE_W": conv.stride[1],
-        "PAD_H": conv.padding[0],
-        "PAD_W": conv.padding[1],
-        "DILATION_H": conv.dilation[0],
-        "DILATION_W": conv.dilation[1],
-    }
-
-
-def is_pointwise(conv: Convolution) -> bool:
-    """Whether the convolution is a plain matrix product."""
-    return (
-        tuple(conv.weight.shape[2:]) == (1, 1)
-        and tuple(conv.stride) == (1, 1)
-        and tuple(conv.padding) == (0, 0)
-    )
-
-
 def shape_key(x: Tensor, conv: Convolution) -> tuple[Any, ...]:
     """What a measured choice depends on, besides the kernel."""
     return (
@@ -211,13 +182,17 @@ def shape_key(x: Tensor, conv: Convolution) -> tuple[Any, ...]:
 
 
 def choose(
-    tuner: Tuner, key: tuple[Any, ...], device: torch.device, options: list[Config], run: Any
+    tuner: Tuner,
+    key: tuple[Any, ...],
+    device: torch.device,
+    options: Callable[[], list[Config]],
+    run: Callable[[Config], object],
 ) -> Config:
     """A measured configuration; by rule alone where PyTorch is asked to be deterministic, because
     tile sizes decide the order of sums and a new measurement may decide for others."""
     if torch.are_deterministic_algorithms_enabled():
-        return options[0]
-    return tuner.choose(key, device, lambda: options, run)
+        return options()[0]
+    return tuner.choose(key, device, options, run)
 
 
 def conv_stats(
@@ -228,7 +203,7 @@ def conv_stats(
     raw, weight = nhwc(raw), nhwc(conv.weight.to(raw.dtype))
     batch, channels, height, width = raw.shape
     filters, group_in, r, s = weight.shape
-    p, q = output_size(raw, conv)
+    p, q = conv.output_size(height, width)
     out = empty_nhwc((batch, filters, p, q), raw)
     group_out = filters // conv.groups
     flat = group_in < FLAT_CHANNELS and r * s > 1
@@ -245,9 +220,9 @@ def conv_stats(
         launch(
             conv_stats_kernel, (tiles_m * triton.cdiv(group_out, block_n), conv.groups), config,
             raw, terms, weight, out, moments, rows, height, width, channels, p, q, filters,
-            group_in, group_out, **window(conv), POINTWISE=is_pointwise(conv),
-            PADDED=max(conv.padding) > 0, FLAT=flat, EVEN=group_in % block_c == 0, WIDE=wide,
-            PRECISION=precision, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
+            group_in, group_out, **window(conv), PADDED=max(conv.padding) > 0, FLAT=flat,
+            EVEN=group_in % block_c == 0, WIDE=wide, PRECISION=precision,
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
         )  # fmt: skip
         return moments
 
@@ -256,7 +231,7 @@ def conv_stats(
         tuner,
         ("conv_stats", *shape_key(raw, conv), terms is not None, wide),
         raw.device,
-        candidates(gemm, raw.element_size(), precision, machine(raw.device)),
+        lambda: candidates(gemm, raw.element_size(), precision, machine(raw.device)),
         run,
     )
     return out, run(config)

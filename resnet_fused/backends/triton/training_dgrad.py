@@ -23,10 +23,10 @@ from torch import Tensor
 
 from ...parameters import Convolution
 from ..training import Activation, RawGradient
-from .convolution import Gemm, candidates
+from .convolution import Gemm, candidates, window
 from .launching import convolution_precision, empty_nhwc, is_wide, launch, machine, nhwc
-from .primitives import is_inside, split_position, tile_index
-from .training_convolution import channel_terms, choose, is_pointwise, shape_key, window
+from .primitives import is_inside, next_step, split_position, tile_index
+from .training_convolution import channel_terms, choose, shape_key
 from .tuning import Config, Tuner
 
 
@@ -162,14 +162,7 @@ def dgrad_kernel(
             other=0.0,
         )
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        k += BLOCK_C
-        if R * S > 1:
-            next_s = k >= group_out
-            k = tl.where(next_s, 0, k)
-            s = tl.where(next_s, s + CLASS_W, s)
-            next_r = s >= S
-            s = tl.where(next_r, first_s, s)
-            r = tl.where(next_r, r + CLASS_H, r)
+        r, s, k = next_step(r, s, k, group_out, first_s, R, S, CLASS_H, CLASS_W, BLOCK_C)
 
     place = position[:, None] * C + channel[None, :]
     mask = in_rows[:, None] & in_columns[None, :]
@@ -242,30 +235,25 @@ def dgrad(
             config, g, raw, gradient.slopes, weight, add, below_raw, below_terms, out, sums,
             batch, height, width, channels, p, q, filters, group_in, group_out, tiles_m,
             *add_shape, **window(conv), CLASS_H=class_h, CLASS_W=class_w,
-            ADD_STRIDE=add_stride or 0, POINTWISE=is_pointwise(conv),
+            ADD_STRIDE=add_stride or 0,
             EVEN=group_out % block_c == 0, WIDE=wide, PRECISION=precision,
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
         )  # fmt: skip
         return sums
 
-    # Two operands are held in registers while they are combined: higher tiles spill.
-    options = candidates(gemm, g.element_size(), precision, machine(g.device))
-    options = [option for option in options if option.blocks[0] <= 128]
+    def options() -> list[Config]:
+        """Two operands are held in registers while they are combined: higher tiles spill."""
+        found = candidates(gemm, g.element_size(), precision, machine(g.device))
+        return [option for option in found if option.blocks[0] <= 128]
+
     config = choose(
         tuner,
         (
-            "dgrad",
-            height,
-            width,
-            raw is None,
-            below is None,
-            add is None,
-            add_stride,
-            wide,
+            "dgrad", height, width, raw is None, below is None, add is None, add_stride, wide,
             *shape_key(g, conv),
         ),
         g.device,
         options,
         run,
-    )
+    )  # fmt: skip
     return out, run(config)

@@ -150,7 +150,7 @@ def bn_relu_pool(x: Activation, pool: MaxPool) -> Tensor:
     """See `resnet_fused.backends.training.TrainingKernels.bn_relu_pool`."""
     raw = nhwc(x.raw)
     batch, channels, height, width = raw.shape
-    p, q = ((size + 2 * pool.padding - pool.kernel) // pool.stride + 1 for size in (height, width))
+    p, q = pool.output_size(height, width)
     out = empty_nhwc((batch, channels, p, q), raw)
     config = _tile(channels)
     block_m, block_c = config.blocks

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from ...parameters import Convolution
 from ..training import Activation, RawGradient
+from .convolution import window
 from .launching import Machine, convolution_precision, is_wide, launch, machine, nhwc
 from .primitives import is_inside, rectify, split_position
-from .training_convolution import channel_terms, choose, is_pointwise, shape_key, window
+from .training_convolution import channel_terms, choose, shape_key
 from .training_dgrad import raw_gradient
 from .tuning import Config, Tuner
 
@@ -191,7 +192,7 @@ def wgrad(tuner: Tuner, gradient: RawGradient, x: Tensor | Activation, conv: Con
             (triton.cdiv(group_out, block_m) * triton.cdiv(columns, block_n), parts, conv.groups),
             config, g, raw, gradient.slopes, value, terms, partial, rows, rows_per_part,
             height, width, channels, p, q, filters, group_in, group_out,
-            **window(conv), POINTWISE=is_pointwise(conv), ONE_TAP=group_in % block_n == 0,
+            **window(conv), ONE_TAP=group_in % block_n == 0,
             WIDE=wide, PRECISION=precision, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
         )  # fmt: skip
         return partial
@@ -200,7 +201,7 @@ def wgrad(tuner: Tuner, gradient: RawGradient, x: Tensor | Activation, conv: Con
         tuner,
         ("wgrad", height, width, raw is None, terms is None, wide, *shape_key(g, conv)),
         g.device,
-        candidates(
+        lambda: candidates(
             group_out, columns, conv.groups, rows,
             g.element_size() == 4 and precision == "ieee", g.element_size(), machine(g.device),
         ),
