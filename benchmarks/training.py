@@ -271,7 +271,7 @@ def main(arguments: list[str]) -> int:
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "machine": machine.describe(device),
             "versions": machine.versions("torch", "torchvision", "triton"),
-            "commit": machine.commit(Path(__file__).parent),
+            **machine.commit(Path(__file__).parent),
             "dtype": options.dtype,
             "size": options.size,
             "peaks": peaks._asdict(),

@@ -14,6 +14,7 @@ import argparse
 import json
 import statistics
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -84,7 +85,14 @@ def main() -> int:
     summary = {"accuracy": results, "mean": means, "spread": spread, "same": same}
     print(json.dumps(summary, indent=1))
     if options.json:
-        facts = {"machine": machine.describe(device), "steps": STEPS, "batch": BATCH}
+        facts = {
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "machine": machine.describe(device),
+            "versions": machine.versions("torch", "torchvision", "triton", "scikit-learn"),
+            **machine.commit(Path(__file__).parent),
+            "steps": STEPS,
+            "batch": BATCH,
+        }
         options.json.write_text(json.dumps({**facts, **summary}, indent=1) + "\n")
     return 0 if same else 1
 

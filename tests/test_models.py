@@ -280,7 +280,7 @@ def test_odd_inputs() -> None:
             ours(x)
 
 
-def test_reference_network_is_torchvisions_bit_for_bit() -> None:
+def test_reference_network_is_torchvisions_in_float64() -> None:
     ours, theirs = pair("resnet18")
     x = images(2, 40, 40).double()
     with torch.no_grad():

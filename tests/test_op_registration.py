@@ -11,6 +11,7 @@ from torch import Tensor
 
 from resnet_fused import BackendUnavailableError, available_backends, ops, use_backend
 from resnet_fused.ops import BatchNorm, Convolution, MaxPool
+from resnet_fused.ops.dispatch import choose
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import ConvCase, generator, make_convolution
 
@@ -249,9 +250,13 @@ def test_a_backend_refuses_what_it_cannot_compute() -> None:
 
 
 def test_use_backend_restores_the_previous_choice() -> None:
-    x, conv, bn = make_convolution(ConvCase(1, 8, 5, 5, 8), generator(), torch.float64)
+    x = torch.zeros(1, 8, 5, 5)
+    automatic = choose(x).name
     with use_backend("reference"):
         with use_backend(None):
-            ops.conv_bn(x, conv, bn)
-        ops.conv_bn(x, conv, bn)
-    ops.conv_bn(x, conv, bn)
+            assert choose(x).name == automatic
+        assert choose(x).name == "reference"
+        with pytest.raises(ZeroDivisionError), use_backend(None):
+            raise ZeroDivisionError
+        assert choose(x).name == "reference"
+    assert choose(x).name == automatic

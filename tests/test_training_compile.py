@@ -1,38 +1,26 @@
-"""Ahead-of-time compilation of the training kernels for GPUs that need not be present.
-
-The training ops themselves run on tensors without memory at ResNet-50's shapes, batch 256, as in
-`test_triton_compile`; what they would launch is compiled.
-"""
+"""Ahead-of-time compilation of the training kernels at ResNet-50's shapes, batch 256."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from test_triton_compile import (
-    BATCH,
+from ahead_of_time import (
     DTYPES,
-    INSTRUCTIONS,
-    TARGETS,
-    _convolution,
-    _loops,
-    _meta,
-    _resources,
-    _signature,
+    compile_launches,
+    compiled_kernels,
+    meta,
+    meta_convolution,
 )
 
-import resnet_fused
 from resnet_fused.ops.training_layers import Layer, flatten
 
 pytest.importorskip("triton")
+
+BATCH = 256
 
 KERNELS = {
     "conv_stats_kernel",
@@ -56,17 +44,7 @@ PRODUCTS = {"conv_stats_kernel", "dgrad_kernel", "wgrad_kernel"}
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_training_kernels_of_resnet50(capability: int) -> None:
     """No spilled register anywhere, and tensor cores in every product."""
-    root = str(Path(resnet_fused.__file__).parents[1])
-    environment = {**os.environ, "RESNET_FUSED_TUNE": "off", "PYTHONPATH": root}
-    environment.pop("TRITON_INTERPRET", None)
-    result = subprocess.run(
-        [sys.executable, __file__, str(capability), "bfloat16"],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert result.returncode == 0, result.stderr
-    kernels = [json.loads(line) for line in result.stdout.splitlines()]
+    kernels = compiled_kernels(__file__, capability, "bfloat16")
     assert {kernel["kernel"] for kernel in kernels} == KERNELS
     for kernel in kernels:
         assert kernel["spilled"] == 0, kernel
@@ -75,8 +53,8 @@ def test_training_kernels_of_resnet50(capability: int) -> None:
 
 
 def _layer(k: int, c: int, size: int, stride: int, given: bool) -> Layer:
-    conv = _convolution(k, c, size, stride, torch.float32)
-    vector = _meta(k, dtype=torch.float32)
+    conv = meta_convolution(k, c, size, stride, torch.float32)
+    vector = meta(k, dtype=torch.float32)
     return Layer(conv, vector, vector, 1e-5, (vector, vector) if given else None)
 
 
@@ -85,7 +63,7 @@ def _steps(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     block_training, stem_training = map(import_module, OPS)
 
     def stem() -> None:
-        x = _meta(BATCH, 3, 224, 224, dtype=dtype)
+        x = meta(BATCH, 3, 224, 224, dtype=dtype)
         layers = flatten([_layer(64, 3, 7, 2, False)])
         y, raw, terms = stem_training._forward(x, *layers, 3, 2, 1, "")
         stem_training._backward(
@@ -93,7 +71,7 @@ def _steps(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
         )
 
     def block(width: int, c: int, size: int, stride: int, given: bool) -> None:
-        x = _meta(BATCH, c, size, size, dtype=dtype)
+        x = meta(BATCH, c, size, size, dtype=dtype)
         layers = [
             _layer(width, c, 1, 1, given),
             _layer(width, width, 3, stride, given),
@@ -133,11 +111,7 @@ def _steps(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def _worker(capability: int, dtype: str) -> None:
-    """Compiles what a training step of ResNet-50 launches; a JSON line per distinct kernel."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+    """Compiles what a training step of ResNet-50 launches."""
     from resnet_fused.backends.triton import (
         training,
         training_batch_norm,
@@ -146,48 +120,15 @@ def _worker(capability: int, dtype: str) -> None:
         training_pool,
         training_wgrad,
     )
-    from resnet_fused.backends.triton.launching import Machine, options
     from resnet_fused.backends.triton.tuning import Tuner
 
-    launches: list[Any] = []
-    for module in (
+    modules = (
         training_batch_norm, training_convolution, training_dgrad, training_pool, training_wgrad,
-    ):  # fmt: skip
-        module.launch = lambda *a, **k: launches.append((a, k))  # type: ignore[attr-defined]
-        if hasattr(module, "machine"):
-            module.machine = lambda _: Machine(*TARGETS[capability][:2])  # type: ignore[attr-defined]
+    )  # fmt: skip
     pieces = training.TritonTraining(Tuner())
     for ops in map(import_module, OPS):
         ops.kernels = lambda _: pieces  # type: ignore[attr-defined]
-    seen = set()
-    for name, step in _steps(DTYPES[dtype]):
-        launches.clear()
-        step()
-        for (kernel, _, config, *arguments), constants in launches:
-            signature, constants, attributes = _signature(kernel, tuple(arguments), constants)
-            identity = repr((kernel.__name__, signature, constants, attributes, config))
-            if identity in seen:
-                continue
-            seen.add(identity)
-            compiled = triton.compile(
-                ASTSource(kernel, signature, constants, attributes),
-                target=GPUTarget("cuda", capability, 32),
-                options=options(config),
-            )
-            ptx = compiled.asm["ptx"]
-            print(
-                json.dumps(
-                    {
-                        "name": f"{name} {config.blocks} {config.warps} warps",
-                        "kernel": kernel.__name__,
-                        "instructions": [i for i in INSTRUCTIONS if i in ptx],
-                        **_loops(ptx),
-                        "shared": compiled.metadata.shared,
-                        **_resources(compiled.asm["cubin"]),
-                    }
-                ),
-                flush=True,
-            )
+    compile_launches(capability, modules, _steps(DTYPES[dtype]))
 
 
 if __name__ == "__main__":

@@ -1,55 +1,30 @@
-"""Ahead-of-time compilation of the Triton kernels for GPUs that need not be present.
-
-The backend itself is run on tensors without memory (device `meta`) at ResNet-50's shapes, batch
-256, and its launches are compiled instead of started, so what is checked is what would run.
-Compilation happens in worker processes: here the kernels may be interpreted objects.
-"""
+"""Ahead-of-time compilation of the Triton backend's ops at ResNet-50's shapes, batch 256."""
 
 from __future__ import annotations
 
 import functools
-import json
-import os
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from ahead_of_time import (
+    DTYPES,
+    TARGETS,
+    compile_launches,
+    compiled_kernels,
+    meta,
+    meta_convolution,
+)
 
-import resnet_fused
-from resnet_fused.parameters import BatchNorm, Convolution, MaxPool
+from resnet_fused.parameters import BatchNorm, MaxPool
 
 pytest.importorskip("triton")
 
 BATCH = 256
 
 
-class Target(NamedTuple):
-    """A GPU: its limits, and the PTX instruction of its tensor cores."""
-
-    processors: int
-    shared_bytes: int
-    instruction: str
-
-
-TARGETS = {
-    80: Target(108, 163 * 1024, "mma.sync"),
-    90: Target(132, 227 * 1024, "wgmma.mma_async"),
-    100: Target(148, 227 * 1024, "tcgen05.mma"),
-    120: Target(170, 99 * 1024, "mma.sync"),
-}
-INSTRUCTIONS = sorted({target.instruction for target in TARGETS.values()})
-DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "tf32": torch.float32,
-}
 # The 16-bit types differ in one letter of an instruction, so one stands for both.
 CASES = [
     (80, "float16"),
@@ -64,17 +39,7 @@ CASES = [
 @pytest.mark.parametrize(("capability", "dtype"), CASES, ids=[f"sm_{c}-{d}" for c, d in CASES])
 def test_kernels_of_resnets(capability: int, dtype: str) -> None:
     """No spilled register, tensor cores in use, 16-byte copies, no division in a loop."""
-    root = str(Path(resnet_fused.__file__).parents[1])
-    environment = {**os.environ, "RESNET_FUSED_TUNE": "off", "PYTHONPATH": root}
-    environment.pop("TRITON_INTERPRET", None)
-    result = subprocess.run(
-        [sys.executable, __file__, str(capability), dtype],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert result.returncode == 0, result.stderr
-    kernels = [json.loads(line) for line in result.stdout.splitlines()]
+    kernels = compiled_kernels(__file__, capability, dtype)
     assert {kernel["kernel"] for kernel in kernels} == {
         "stem_kernel",
         "conv_bn_kernel",
@@ -97,20 +62,9 @@ def test_kernels_of_resnets(capability: int, dtype: str) -> None:
             assert "mma.sync" in kernel["instructions"], kernel
 
 
-def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    tensor = torch.empty(shape, dtype=dtype, device="meta")
-    return tensor.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else tensor
-
-
 def _batch_norm(channels: int) -> BatchNorm:
-    mean, var, weight, bias = (_meta(channels, dtype=torch.float32) for _ in range(4))
+    mean, var, weight, bias = (meta(channels, dtype=torch.float32) for _ in range(4))
     return BatchNorm(mean, var, weight, bias)
-
-
-def _convolution(k: int, c: int, size: int, stride: int, dtype: torch.dtype) -> Convolution:
-    padding = (size - 1) // 2
-    weight = _meta(k, c, size, size, dtype=dtype)
-    return Convolution(weight, (stride, stride), (padding, padding))
 
 
 def _resnet(backend: Any, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -122,21 +76,21 @@ def _resnet(backend: Any, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[]
         out = (BATCH, k, size // stride, size // stride)
         return functools.partial(
             backend.conv_bn,
-            _meta(BATCH, c, size, size, dtype=dtype),
-            _convolution(k, c // groups, kernel, stride, dtype)._replace(groups=groups),
+            meta(BATCH, c, size, size, dtype=dtype),
+            meta_convolution(k, c // groups, kernel, stride, dtype)._replace(groups=groups),
             _batch_norm(k),
-            _meta(*out, dtype=dtype) if add else None,
+            meta(*out, dtype=dtype) if add else None,
             True,
         )
 
     def projection(width: int, c: int, size: int, stride: int) -> Callable[[], object]:
         return functools.partial(
             backend.conv_bn_projection,
-            _meta(BATCH, width, size // stride, size // stride, dtype=dtype),
-            _convolution(4 * width, width, 1, 1, dtype),
+            meta(BATCH, width, size // stride, size // stride, dtype=dtype),
+            meta_convolution(4 * width, width, 1, 1, dtype),
             _batch_norm(4 * width),
-            _meta(BATCH, c, size, size, dtype=dtype),
-            _convolution(4 * width, c, 1, stride, dtype),
+            meta(BATCH, c, size, size, dtype=dtype),
+            meta_convolution(4 * width, c, 1, stride, dtype),
             _batch_norm(4 * width),
         )
 
@@ -145,7 +99,7 @@ def _resnet(backend: Any, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[]
         functools.partial(
             backend.stem,
             torch.empty(BATCH, 3, 224, 224, dtype=dtype, device="meta"),
-            _convolution(64, 3, 7, 2, dtype),
+            meta_convolution(64, 3, 7, 2, dtype),
             _batch_norm(64),
             MaxPool(),
         ),
@@ -164,9 +118,9 @@ def _resnet(backend: Any, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[]
         "elementwise",
         functools.partial(
             backend.bn_add_relu,
-            _meta(BATCH, 256, 56, 56, dtype=dtype),
+            meta(BATCH, 256, 56, 56, dtype=dtype),
             _batch_norm(256),
-            _meta(BATCH, 256, 56, 56, dtype=dtype),
+            meta(BATCH, 256, 56, 56, dtype=dtype),
             True,
         ),
     )
@@ -174,114 +128,20 @@ def _resnet(backend: Any, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[]
         "head",
         functools.partial(
             backend.head,
-            _meta(BATCH, 2048, 7, 7, dtype=dtype),
-            _meta(1000, 2048, dtype=dtype),
-            _meta(1000, dtype=dtype),
+            meta(BATCH, 2048, 7, 7, dtype=dtype),
+            meta(1000, 2048, dtype=dtype),
+            meta(1000, dtype=dtype),
         ),
     )
 
 
-def _signature(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> Any:
-    """(signature, constants, attributes) as Triton's launcher derives them: integers 1 and None
-    become constants, multiples of 16 and allocations are known to be aligned."""
-    types = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-    signature, attributes = {}, {}
-    for position, name in enumerate(kernel.arg_names):
-        value = arguments[position] if position < len(arguments) else constants[name]
-        aligned = False
-        if position >= len(arguments) or value is None or (type(value) is int and value == 1):
-            signature[name] = "constexpr"
-            constants = {**constants, name: value}
-        elif isinstance(value, torch.Tensor):
-            signature[name] = "*" + types[value.dtype]
-            aligned = True
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32"
-            aligned = value % 16 == 0
-        if aligned:
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    return signature, constants, attributes
-
-
-def _worker(capability: int, dtype_name: str) -> None:
-    """Compiles what ResNet-50 launches and prints a JSON line per distinct kernel."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def _worker(capability: int, dtype: str) -> None:
+    """Compiles what a ResNet-50 launches."""
     from resnet_fused.backends.triton import backend, convolution, elementwise, head, stem
-    from resnet_fused.backends.triton.launching import Machine, options
 
-    target = TARGETS[capability]
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = dtype_name == "tf32"
-    launches: list[Any] = []
-    for module in (convolution, elementwise, head, stem):
-        module.launch = lambda *a, **k: launches.append((a, k))  # type: ignore[attr-defined]
-        if hasattr(module, "machine"):
-            module.machine = lambda device: Machine(*target[:2])  # type: ignore[attr-defined]
-    seen = set()
-    for name, call in _resnet(backend.TritonBackend(), DTYPES[dtype_name]):
-        launches.clear()
-        call()
-        for (kernel, _, config, *arguments), constants in launches:
-            signature, constants, attributes = _signature(kernel, tuple(arguments), constants)
-            identity = repr((kernel.__name__, signature, constants, attributes, config))
-            if identity in seen:
-                continue
-            seen.add(identity)
-            compiled = triton.compile(
-                ASTSource(kernel, signature, constants, attributes),
-                target=GPUTarget("cuda", capability, 32),
-                options=options(config),
-            )
-            print(
-                json.dumps(
-                    {
-                        "name": f"{name} {config.blocks} {config.warps} warps",
-                        "kernel": kernel.__name__,
-                        "instructions": [i for i in INSTRUCTIONS if i in compiled.asm["ptx"]],
-                        "copies": _copy_widths(compiled.asm["ptx"]),
-                        **_loops(compiled.asm["ptx"]),
-                        "shared": compiled.metadata.shared,
-                        **_resources(compiled.asm["cubin"]),
-                    }
-                ),
-                flush=True,
-            )
-
-
-def _copy_widths(ptx: str) -> list[int]:
-    """The distinct sizes, in bytes, of asynchronous copies into shared memory."""
-    copy = r"cp\.async\.c[ag]\.shared\.global\s*\[[^\]]*\],\s*\[[^\]]*\],\s*(\w+)"
-    return sorted({int(size, 0) for size in re.findall(copy, ptx)})
-
-
-def _loops(ptx: str) -> dict[str, int]:
-    """How many loops there are (a label and a jump back to it), and integer divisions in them."""
-    bodies = []
-    for label in re.finditer(r"^(\$\w+):", ptx, re.MULTILINE):
-        jumps = list(re.finditer(rf"\bbra(?:\.uni)?\s+{re.escape(label[1])};", ptx))
-        if jumps and jumps[-1].start() > label.start():
-            bodies.append(ptx[label.start() : jumps[-1].start()])
-    divisions = sum(len(re.findall(r"\b(?:div|rem)\.[su]\d\d", body)) for body in bodies)
-    return {"loops": len(bodies), "divisions": divisions}
-
-
-def _resources(cubin: bytes) -> dict[str, int]:
-    """Registers and spilled bytes (stack and local memory) of the one kernel in `cubin`."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
-    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return {"registers": usage["REG"], "spilled": usage["STACK"] + usage["LOCAL"]}
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+    calls = _resnet(backend.TritonBackend(), DTYPES[dtype])
+    compile_launches(capability, (convolution, elementwise, head, stem), calls)
 
 
 if __name__ == "__main__":

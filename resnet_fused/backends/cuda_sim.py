@@ -1,7 +1,7 @@
 """Backend `cuda_sim`: the CUDA kernels' own source, run on the host over CPU tensors.
 
 For tests: every op of the CUDA backend with its memory accesses, barriers and layouts checked (see
-csrc/host_sim/simulator.h), a few million times slower than a GPU. Built by RESNET_FUSED_HOST_SIM=on
+csrc/host_sim/simulator.h), far too slow for anything else. Built by RESNET_FUSED_HOST_SIM=on
 and never chosen automatically.
 """
 
