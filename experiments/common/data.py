@@ -245,7 +245,8 @@ def _check_cifar(file: Path, md5: str) -> bool:
     return False
 
 
-def _open_image(path: str) -> Image.Image:
+def open_image(path: str) -> Image.Image:
+    """The image in RGB; raises DataError where the file is no whole image."""
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
@@ -258,9 +259,9 @@ def image_folders(root: Path) -> Images:
     official = bool(list(root.glob("ILSVRC2012_*")))
     try:
         train, test = (
-            datasets.ImageNet(str(root), part, loader=_open_image)
+            datasets.ImageNet(str(root), part, loader=open_image)
             if official
-            else datasets.ImageFolder(str(root / part), loader=_open_image)
+            else datasets.ImageFolder(str(root / part), loader=open_image)
             for part in ("train", "val")
         )
     except (RuntimeError, OSError, ModuleNotFoundError) as error:

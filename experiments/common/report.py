@@ -9,16 +9,23 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from resnet_fused.testing import machine
 
-from .data import Images
+from .checkpoint import write_whole
 from .launch import Launch
-from .training import Result, Row, write_whole
+from .training import Result, Row
 
 _PACKAGES = ("torch", "torchvision", "scikit-learn", "triton")
 _COLOURS = ("#1971c2", "#e8590c", "#2f9e44", "#9c36b5", "#c92a2a", "#0b7285", "#868e96", "#5c940d")
+
+
+class Described(Protocol):
+    """A data set that says what it is."""
+
+    @property
+    def description(self) -> str: ...
 
 
 class Report:
@@ -75,7 +82,7 @@ class Report:
             pyplot.close(figure)
         self._parts.append(f"![{caption}]({name}.png)\n\n*{caption}*")
 
-    def save(self, images: Images, results: Sequence[Result]) -> None:
+    def save(self, images: Described, results: Sequence[Result]) -> None:
         """report.md, which ends with the data, the machine, versions, the commit and times."""
         launch = self._launch
         facts = machine.describe(launch.device)

@@ -7,13 +7,9 @@ share a batch see the images that one process would.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +21,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from .augmentation import Transform
+from .checkpoint import Checkpoint
 from .data import Images, Pairs, TrainingBatches, Transformed, size
 from .errors import ExperimentError
 from .launch import Launch, seed_of, share, synchronise_batch_norm, total
@@ -154,9 +151,27 @@ class _Training:
         self.scaler = torch.amp.GradScaler(
             launch.device.type, enabled=launch.dtype == torch.float16
         )
-        self.progress = _Progress()
-        self.checkpoint = launch.out / "checkpoints" / f"{name}.pt"
-        self._load()
+        parts = {
+            "model": self.model,
+            "average": self.average,
+            "optimizer": self.optimizer,
+            "schedule": self.schedule,
+            "scaler": self.scaler,
+        }
+        facts = {
+            "name": name,
+            "seed": seed,
+            "data": images.description,
+            "dtype": str(launch.dtype),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            **recipe.facts(),
+        }
+        self.checkpoint = Checkpoint(
+            launch.out / "checkpoints" / f"{name}.pt",
+            {key: part for key, part in parts.items() if part is not None},
+            facts,
+        )
+        self.progress = _Progress(**(self.checkpoint.load() or {}))
         self.window = torch.tensor(self.progress.window, dtype=torch.float64, device=launch.device)
 
     def run(self) -> Result:
@@ -172,7 +187,9 @@ class _Training:
                 state.seconds = before + now - started
                 last = state.iteration == self.recipe.iterations
                 if last or now - saved >= self.launch.checkpoint_seconds:
-                    self._save()
+                    state.window = self.window.tolist()
+                    if self.launch.leads:
+                        self.checkpoint.save(vars(state))
                     saved = now
         tested = self.model if self.average is None else self.average.module
         return Result(self.name, tested.eval(), state.history, state.seconds)
@@ -263,57 +280,6 @@ class _Training:
             self.model.train()
         state.history.append(row)
 
-    def _facts(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "seed": self.seed,
-            "data": self.images.description,
-            "dtype": str(self.launch.dtype),
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            **self.recipe.facts(),
-        }
-
-    def _save(self) -> None:
-        if not self.launch.leads:
-            return
-        self.progress.window = self.window.tolist()
-        state = {
-            "facts": self._facts(),
-            "progress": vars(self.progress),
-            "model": self.model.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
-        write_whole(self.checkpoint, lambda file: torch.save(state, file))
-
-    def _load(self) -> None:
-        if not self.checkpoint.exists():
-            return
-        advice = "delete it to begin anew, or give another --out."
-        try:
-            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            found = state["facts"]
-        except Exception as error:  # damaged files raise anything
-            raise ExperimentError(
-                f"{self.checkpoint} cannot be read ({error}); {advice}"
-            ) from error
-        expected = self._facts()
-        for key in expected:
-            if found.get(key) != expected[key]:
-                raise ExperimentError(
-                    f"{self.checkpoint} is of another run: its {key} is {found.get(key)!r}, here "
-                    f"it is {expected[key]!r}; {advice}"
-                )
-        self.model.load_state_dict(state["model"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.progress = _Progress(**state["progress"])
-
 
 def to_device(image: Tensor, launch: Launch) -> Tensor:
     """A batch of images where and as the network wants it."""
@@ -359,22 +325,3 @@ def evaluate(
         "test_error": 100 * (1 - top1 / count),
         "test_top5_error": 100 * (1 - top5 / count),
     }
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` make the file beside `path`, then puts it there in one step.
-
-    Whoever reads `path`, whenever this process is killed, finds the old file or the new one whole.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    write(part)
-    with part.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    with contextlib.suppress(OSError):  # the folder's entry too, where the system can
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

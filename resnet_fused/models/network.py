@@ -238,6 +238,15 @@ class ResidualNetwork(nn.Module):
             x = stage(x)
         return self._head(x)
 
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Each stage's result (N, C, H / its stride, W / its stride), for x as in `forward`.
+
+        Differentiable, and fused as in `forward`: what detectors and dense predictions build on.
+        A stage may be replaced, by `nn.Identity` for example.
+        """
+        x = self._stem(x)
+        return [x := stage(x) for stage in self.stages()]
+
     def _stem(self, x: Tensor) -> Tensor:
         if self.training and self.on_response is None and (out := self._train_stem(x)) is not None:
             return out
