@@ -37,6 +37,17 @@ def _arguments(name: str, dtype: torch.dtype) -> list[Any]:
 NAMES = ["bn_add_relu", "conv_bn", "conv_bn_projection", "stem", "head"]
 
 
+def test_gradient_of_a_strided_narrower_residual() -> None:
+    """Through the op and the slices that make the residual, exactly."""
+    x, conv, bn, _, _ = _arguments("conv_bn", torch.float64)
+    block_input = torch.randn(2, 5, 11, 12, generator=generator(1), dtype=torch.float64)
+
+    def function(block_input: Tensor) -> Tensor:
+        return ops.conv_bn(x, conv, bn, block_input[:, :, ::2, ::2], True, pad_residual=True)
+
+    assert torch.autograd.gradcheck(function, (block_input.requires_grad_(),), fast_mode=True)
+
+
 def _flat(arguments: list[Any]) -> list[Any]:
     flat: list[Any] = []
     for argument in arguments:
@@ -207,6 +218,18 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: ops.conv_bn(_x(1, 3, 8, 8), Convolution(WEIGHT), _bn(4), _x(1, 4, 8, 8)),
         ValueError,
         r"residual must have shape \(1, 4, 6, 6\)",
+    ),
+    "residual channels": (
+        lambda: ops.conv_bn(_x(1, 3, 8, 8), Convolution(WEIGHT), _bn(4), _x(1, 3, 6, 6)),
+        ValueError,
+        r"residual has 3 channels and the result 4; pad_residual",
+    ),
+    "padded residual too wide": (
+        lambda: ops.conv_bn(
+            _x(1, 3, 8, 8), Convolution(WEIGHT), _bn(4), _x(1, 5, 6, 6), False, pad_residual=True
+        ),
+        ValueError,
+        r"shape \(1, 4, 6, 6\) or fewer channels, found \(1, 5, 6, 6\)",
     ),
     "projection size": (
         lambda: ops.conv_bn_projection(

@@ -131,6 +131,38 @@ def test_conv_bn_adds_the_input_itself(device: str, dtype: torch.dtype) -> None:
     check_op(ops.conv_bn, reference.conv_bn, [x, conv, bn, x, True], noise=NOISE)
 
 
+# The block's input's channels, rows and columns, and its stride; the result has 37 × 5 × 4.
+IDENTITIES = {
+    "strided": (37, 9, 8, 2),
+    "strided, padded": (19, 10, 7, 2),
+    "padded": (16, 5, 4, 1),
+    "one channel": (1, 13, 11, 3),
+}
+
+
+@pytest.mark.parametrize("layout", ["nhwc", "nchw", "sliced"])
+@pytest.mark.parametrize("name", IDENTITIES)
+def test_conv_bn_adds_a_strided_narrower_residual(
+    name: str, layout: str, device: str, dtype: torch.dtype
+) -> None:
+    """Shortcut option A: integers, so that one element from a wrong place shows."""
+    channels, height, width, stride = IDENTITIES[name]
+    rng = generator()
+    x, conv, bn = make_integers(ConvCase(2, 8, 5, 4, 37, 3, 1, 1), rng, dtype, device)
+    block_input = torch.randint(-9, 10, (2, 40, height, width), generator=rng).to(device, dtype)
+    if layout == "nhwc":
+        block_input = block_input[:, :channels]
+    if layout != "nchw":
+        block_input = block_input.contiguous(memory_format=torch.channels_last)
+    identity = block_input[:, :channels, ::stride, ::stride]
+    out = ops.conv_bn(x, conv, bn, identity, True, pad_residual=True)
+    linear = reference.conv_bn(
+        x.double(), conv._replace(weight=conv.weight.double()), bn, None, False
+    )
+    linear[:, :channels] += identity
+    assert torch.equal(out.double(), linear.clamp(min=0))
+
+
 PROJECTIONS = {
     "bottleneck": (ConvCase(2, 16, 5, 5, 64), 2, (10, 9)),
     "bottleneck stride 1": (ConvCase(2, 16, 6, 5, 64), 1, (6, 5)),

@@ -51,6 +51,14 @@ CASES = {
     "basic": BlockCase(((3, 24, 1, 1, 1), (3, 24, 1, 1, 1))),
     "basic projection": BlockCase(((3, 33, 2, 1, 1), (3, 33, 1, 1, 1)), "projection"),
     "basic frozen": BlockCase(((3, 24, 1, 1, 1), (3, 24, 1, 1, 1)), given=(True, True)),
+    "basic padded": BlockCase(((3, 40, 2, 1, 1), (3, 40, 1, 1, 1)), "padded", shape=(2, 24, 7, 8)),
+    "bottleneck padded": BlockCase(
+        ((1, 16, 2, 1, 1), (3, 16, 1, 1, 1), (1, 40, 1, 1, 1)), "padded"
+    ),
+    "padded, same size": BlockCase(((3, 16, 1, 1, 1), (1, 40, 1, 1, 1)), "padded"),
+    "padded, frozen": BlockCase(
+        ((3, 24, 3, 1, 1), (3, 24, 1, 1, 1)), "padded", (True, True), (1, 24, 7, 8)
+    ),
     "lone layer": BlockCase(((3, 48, 1, 1, 1),), "none", shape=(4, 1, 9, 8)),
     "odd kernel": BlockCase(((5, 17, 3, 1, 1),), "none", shape=(1, 9, 11, 7)),
 }
@@ -116,6 +124,11 @@ def _convolve(x: Tensor, conv: Convolution) -> Tensor:
 
 def _unfused_block(x: Tensor, layers: Sequence[Layer], shortcut: str) -> Tensor:
     other: Tensor | float = x if shortcut == "identity" else 0.0
+    if shortcut == "padded":
+        stride = _stride(layers)
+        other = F.avg_pool2d(x, 1, stride)  # of single pixels: every stride-th
+        missing = len(layers[-1].weight) - x.shape[1]
+        other = torch.cat([other, other[:, :1].expand(-1, missing, -1, -1) * 0], 1)
     if shortcut == "projection":
         *layers, projection = layers
         other = _normalise(_convolve(x, projection.conv), projection)
@@ -125,11 +138,18 @@ def _unfused_block(x: Tensor, layers: Sequence[Layer], shortcut: str) -> Tensor:
     return F.relu(_normalise(_convolve(out, layers[-1].conv), layers[-1]) + other)
 
 
+def _stride(layers: Sequence[Layer]) -> int:
+    return max(layer.conv.stride[0] for layer in layers)
+
+
 def _fused_block(x: Tensor, layers: Sequence[Layer], shortcut: str) -> Tensor:
     projection = None
     if shortcut == "projection":
         *layers, projection = layers
-    return residual_block_training(x, layers, projection, shortcut == "identity")[0]
+    stride = _stride(layers) if shortcut == "padded" else None
+    return residual_block_training(x, layers, projection, shortcut != "none", padded_stride=stride)[
+        0
+    ]
 
 
 def _unfused_stem(x: Tensor, layers: Sequence[Layer], pool: MaxPool) -> Tensor:
@@ -282,7 +302,9 @@ def test_equal_values_in_a_pooling_window_give_to_the_first(
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["bottleneck projection", "bottleneck frozen", "basic"])
+@pytest.mark.parametrize(
+    "name", ["bottleneck projection", "bottleneck frozen", "basic", "basic padded"]
+)
 def test_block_gradients_are_exact_in_float64(name: str) -> None:
     case = CASES[name]._replace(shape=(2, 4, 4, 3))
     specs = tuple((k, 4, s, d, 1) for k, _, s, d, _ in case.layers)
@@ -441,6 +463,16 @@ MISTAKES: dict[str, tuple[Callable[[Tensor, Layer], object], type[Exception], st
         ),
         ValueError,
         "the shortcut has shape",
+    ),
+    "padded shape": (
+        lambda x, layer: residual_block_training(x, [layer], padded_stride=2),
+        ValueError,
+        r"the shortcut has shape \(2, 4, 3, 3\)",
+    ),
+    "padded stride": (
+        lambda x, layer: residual_block_training(x, [layer], padded_stride=-1),
+        ValueError,
+        "padded_stride must be positive",
     ),
     "weight dtype": (
         lambda x, layer: residual_block_training(

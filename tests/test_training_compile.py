@@ -70,7 +70,9 @@ def _steps(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
             y, x, raw, terms, layers.weights[0], layers.windows, False, 3, 2, 1, "", False, True
         )
 
-    def block(width: int, c: int, size: int, stride: int, given: bool) -> None:
+    def block(
+        width: int, c: int, size: int, stride: int, given: bool, padded: bool = False
+    ) -> None:
         x = meta(BATCH, c, size, size, dtype=dtype)
         layers = [
             _layer(width, c, 1, 1, given),
@@ -78,11 +80,13 @@ def _steps(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
             _layer(4 * width, width, 1, 1, given),
         ]
         shortcut = "identity"
-        if c != 4 * width:
+        if padded:
+            shortcut = "padded"
+        elif c != 4 * width:
             layers.append(_layer(4 * width, c, 1, stride, given))
             shortcut = "projection"
         flat = flatten(layers)
-        y, kept, terms = block_training._forward(x, *flat, shortcut, 1, "")
+        y, kept, terms = block_training._forward(x, *flat, shortcut, stride, "")
         needs = [True] * len(layers)
         block_training._backward(
             y,
@@ -94,7 +98,7 @@ def _steps(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
             flat.windows,
             flat.frozen,
             shortcut,
-            1,
+            stride,
             "",
             True,
             needs,
@@ -105,6 +109,7 @@ def _steps(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "stage 1", lambda: block(64, 256, 56, 1, False)
     yield "stage 2 projection", lambda: block(128, 256, 56, 2, False)
     yield "stage 2", lambda: block(128, 512, 28, 1, False)
+    yield "stage 2 shortcut option A", lambda: block(128, 256, 56, 2, False, padded=True)
     yield "stage 3", lambda: block(256, 1024, 14, 1, False)
     yield "stage 4", lambda: block(512, 2048, 7, 1, False)
     yield "stage 3, frozen", lambda: block(256, 1024, 14, 1, True)

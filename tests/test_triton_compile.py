@@ -113,6 +113,17 @@ def _resnet(backend: Any, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[]
     yield "stage 3 3x3", conv(256, 14, 256, 3, 1, False)
     yield "stage 4 3x3", conv(512, 7, 512, 3, 1, False)
     yield "stage 4 expand", conv(512, 7, 2048, 1, 1, True)
+    yield (
+        "stage 2 shortcut option A",
+        functools.partial(
+            backend.conv_bn,
+            meta(BATCH, 128, 28, 28, dtype=dtype),
+            meta_convolution(128, 128, 3, 1, dtype),
+            _batch_norm(128),
+            meta(BATCH, 64, 56, 56, dtype=dtype)[:, :, ::2, ::2],
+            True,
+        ),
+    )
     yield "stage 1 of ResNeXt 3x3", conv(128, 56, 128, 3, 1, False, groups=32)
     yield (
         "elementwise",

@@ -81,20 +81,24 @@ def _forward_and_again(
 
 @contextlib.contextmanager
 def _untracked(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """While the blocks are computed again, their running statistics are left alone."""
+    """While the blocks are computed again, their running statistics stay what they are.
+
+    They are still passed on, so that as many tensors are saved as in the first forward.
+    """
     norms: list[Any] = [
         module
         for block in blocks
         for module in block.modules()
         if getattr(module, "track_running_stats", False) and module.training
     ]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 class ResidualNetwork(nn.Module):

@@ -47,15 +47,25 @@ def load_weights(
     return _download(architecture, _entry(architecture, name), progress)
 
 
+def _entries(architecture: str) -> Any:
+    """torchvision's enum of weights of that architecture."""
+    from torchvision.models import get_model_weights, list_models
+
+    if architecture not in list_models():
+        raise ValueError(
+            f"there are no published weights of {architecture}; give a path or a state dict."
+        )
+    return get_model_weights(architecture)
+
+
 def _entry(architecture: str, name: str) -> Enum:
     try:
-        from torchvision.models import get_model_weights
+        entries = _entries(architecture)
     except ImportError as error:
         raise ValueError(
             f"weights={name!r} is no file, and torchvision, which knows weights by name, "
             "is not installed; run `pip install torchvision` or give a path."
         ) from error
-    entries = get_model_weights(architecture)
     member = name.removeprefix(f"{entries.__name__}.")
     if member not in entries.__members__:
         raise ValueError(
@@ -66,9 +76,7 @@ def _entry(architecture: str, name: str) -> Enum:
 
 
 def _download(architecture: str, weights: Enum, progress: bool) -> Mapping[str, Any]:
-    from torchvision.models import get_model_weights
-
-    entries = get_model_weights(architecture)
+    entries = _entries(architecture)
     if not isinstance(weights, entries):
         raise ValueError(
             f"weights={weights} belong to another model; {architecture} takes {entries.__name__}."
