@@ -179,22 +179,168 @@ def test_shared_memory_starts_as_nan(simulator):
     assert floats(simulator.run_primitive("read uninitialised", [0], 1)).isnan()
 
 
+# The same for what only sm_90a has
+
+
+def halves(values: list[int], dtype: torch.dtype = torch.float16) -> Tensor:
+    """The elements in 32-bit words, two in each."""
+    return torch.tensor(values, dtype=torch.int64).to(torch.int32).view(dtype)
+
+
+def unswizzled(values: list[int], rows: int) -> Tensor:
+    """(rows, 64) elements of 128-byte rows whose 16-byte chunks were permuted: PTX ISA, swizzling
+    modes, 128 bytes: chunk c of row r lies where chunk c xor (r mod 8) would."""
+    chunks = halves(values).view(rows, 8, 8)
+    order = torch.tensor([[chunk ^ row % 8 for chunk in range(8)] for row in range(rows)])
+    return torch.stack([chunks[row][order[row]].flatten() for row in range(rows)])
+
+
+def signed(value: int) -> int:
+    return value % 2**32
+
+
+def test_mbarrier_phases_hand_words_over(simulator):
+    """Two mbarriers of 32 arrivals, waited for by alternating parity."""
+    numbers = list(range(128))
+    expected = [32 * turn + 31 - lane for turn in range(4) for lane in range(32)]
+    assert simulator.run_primitive("mbarrier", numbers, 128) == expected
+
+
+@pytest.mark.parametrize("first", [(0, 0), (8, 3), (-8, -2), (16, 7), (24, 0), (0, 10)])
+def test_tiles_land_swizzled_with_zeros_around(simulator, first):
+    matrix = torch.arange(1, 241).half().view(10, 24)
+    column, row = first
+    out = simulator.run_primitive(
+        "tile", [signed(column), signed(row), 0, 0, *words(matrix)], 8 * 32
+    )
+    around = torch.zeros(40, 160).half()
+    around[10:20, 48:72] = matrix
+    expected = around[10 + row : 18 + row, 48 + column : 112 + column]
+    assert torch.equal(unswizzled(out, 8), expected)
+
+
+# Channel, width, height and batch of the first pixel, and the offsets of a tap: (0, 0) to (1, 2).
+PIXELS = [
+    (0, -1, -2, 0, 0, 0),
+    (8, 3, 1, 0, 1, 2),
+    (0, 5, 3, 1, 0, 1),
+    (-8, 1, 5, 2, 1, 0),
+]
+
+
+@pytest.mark.parametrize("first", PIXELS)
+def test_pixels_are_those_of_a_convolution(simulator, first):
+    """A window of 2 x 3 with steps 2 and 1 over 7 x 6 pixels, padded by 1 and 2 (width x height).
+
+    The expected column comes from padding and slicing: the pixels under the tap, in the order of
+    the output positions, from the first one on, and zeros after the last image.
+    """
+    channel, w, h, n, offset_w, offset_h = first
+    image = torch.arange(1, 3 * 6 * 7 * 16 + 1).bfloat16().view(torch.float16).view(3, 6, 7, 16)
+    padded = torch.zeros(3, 6 + 4, 7 + 2, 16).half()
+    padded[:, 2:8, 1:8] = image
+    under_tap = padded[:, offset_h : offset_h + 8, offset_w : offset_w + 8 : 2].reshape(-1, 16)
+    start = (n * 8 + h + 2) * 4 + (w + 1) // 2
+    column = torch.zeros(40, 80).half()
+    taken = under_tap[start : start + 40]
+    column[: len(taken), 8:24] = taken
+    given = [*(signed(v) for v in first), 0, 0, *words(image)]
+    out = simulator.run_primitive("pixels", given, 40 * 32)
+    assert torch.equal(unswizzled(out, 40), column[:, 8 + channel : 72 + channel])
+
+
+@pytest.mark.parametrize("first", [(0, 0), (8, 2), (-8, -3)])
+def test_stores_write_what_lies_within_the_tensor(simulator, first):
+    box = torch.arange(1, 513).half().view(8, 64)
+    column, row = first
+    out = simulator.run_primitive("store", [signed(column), signed(row), 0, 0, *words(box)], 6 * 12)
+    expected = halves([UNTOUCHED] * 6 * 200).view(24, 100).clone()
+    expected[8 + row : 16 + row, 8 + column : 72 + column] = box
+    expected = expected[8:14, 8:32]
+    got = halves(out).view(6, 24)
+    assert torch.equal(got.view(torch.int16), expected.view(torch.int16))
+
+
+def wgmma_d(values: list[int], columns: int) -> Tensor:
+    """PTX ISA, D fragment of wgmma.m64nNk16: value i of a thread of the warpgroup."""
+    numbers = floats(values).view(128, columns // 2)
+    d = torch.full((64, columns), float("nan"))
+    for thread in range(128):
+        for i in range(columns // 2):
+            row = 16 * (thread // 32) + thread % 32 // 4 + 8 * (i // 2 % 2)
+            d[row, 8 * (i // 4) + thread % 4 * 2 + i % 2] = numbers[thread, i]
+    return d
+
+
+# Type, columns, and whether the product is added to what the registers held: their numbers.
+WGMMA = {
+    "wgmma f16 n64": (torch.float16, 64, False),
+    "wgmma f16 n128": (torch.float16, 128, True),
+    "wgmma bf16 n64": (torch.bfloat16, 64, True),
+    "wgmma bf16 n128": (torch.bfloat16, 128, False),
+}
+
+
+@pytest.mark.parametrize("name", WGMMA)
+def test_wgmma_multiplies_integers_exactly(simulator, name):
+    dtype, columns, adds = WGMMA[name]
+    rng = generator()
+    a, b = (torch.randint(-9, 10, (rows, 64), generator=rng).to(dtype) for rows in (64, columns))
+    out = simulator.run_primitive(name, words(torch.cat([a, b])), 128 * columns // 2)
+    expected = a.float() @ b.float().T
+    if adds:
+        held = words(torch.arange(columns // 2).float().repeat(128))
+        expected += wgmma_d(held, columns)
+    assert torch.equal(wgmma_d(out, columns), expected)
+
+
+def test_wgmma_reads_the_order_that_threads_wrote(simulator):
+    """Rows of 16 of 64 elements, their chunks permuted by hand; and in no such order."""
+    rng = generator()
+    a, b = (torch.randint(-9, 10, (64, 64), generator=rng).half() for _ in range(2))
+    given = words(torch.cat([a, b]))
+    expected = a[:, :16].float() @ b[:, :16].float().T
+    out = simulator.run_primitive("wgmma of written operands", given, 128 * 32)
+    assert torch.equal(wgmma_d(out, 64), expected)
+    out = simulator.run_primitive("wgmma of operands without swizzle", given, 128 * 32)
+    assert not torch.equal(wgmma_d(out, 64), expected)
+
+
+def test_named_barriers_order_their_own_threads(simulator):
+    numbers = list(range(128))
+    expected = [*range(63, -1, -1), *range(127, 63, -1)]
+    assert simulator.run_primitive("named barriers", numbers, 128) == expected
+
+
 # The same primitives on hardware
+
+
+def compile_primitives(folder: Path, architecture: str, *sources: str) -> ctypes.CDLL:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc in PATH")
+    csrc = Path(__file__).resolve().parents[1] / "csrc"
+    library = folder / "primitives.so"
+    command = [nvcc, "-std=c++17", "-shared", "-Xcompiler=-fPIC", f"-I{csrc}", "-o", library]
+    files = [csrc / "host_sim" / "tests" / "primitives.cu", *(csrc / source for source in sources)]
+    definitions = ["-DRESNET_FUSED_SM90"] if sources else []
+    subprocess.run([*command, *definitions, architecture, *files], check=True)
+    return ctypes.CDLL(str(library))
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The primitives as nvcc compiles them, for this machine's GPU or for any of compute 8.0."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("no nvcc in PATH")
-    csrc = Path(__file__).resolve().parents[1] / "csrc"
-    library = tmp_path_factory.mktemp("primitives") / "primitives.so"
-    command = [nvcc, "-std=c++17", "-shared", "-Xcompiler=-fPIC", f"-I{csrc}", "-o", library]
-    target = "native" if torch.cuda.is_available() else "sm_80"
-    source = csrc / "host_sim" / "tests" / "primitives.cu"
-    subprocess.run([*command, f"-arch={target}", source], check=True)
-    return ctypes.CDLL(str(library))
+    architecture = "-arch=native" if torch.cuda.is_available() else "-arch=sm_80"
+    return compile_primitives(tmp_path_factory.mktemp("primitives"), architecture)
+
+
+@pytest.fixture(scope="module")
+def compiled_sm90(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """With those that only sm_90a has."""
+    sources = ("host_sim/tests/primitives_sm90.cu", "kernels/cuda/tensor_map.cpp")
+    architecture = "-gencode=arch=compute_90a,code=sm_90a"
+    return compile_primitives(tmp_path_factory.mktemp("primitives"), architecture, *sources)
 
 
 def random_words(count: int) -> list[int]:
@@ -230,14 +376,56 @@ CONFORMANCE = {
 }
 
 
+def wgmma_input(name: str) -> list[int]:
+    dtype, columns, _ = WGMMA[name]
+    return words(torch.randint(-9, 10, (64 + columns, 64), generator=generator()).to(dtype))
+
+
+CONFORMANCE_SM90 = {
+    "mbarrier": (lambda: random_words(128), 128),
+    "tile": (lambda: [8, signed(-3), 0, 0, *random_words(120)], 8 * 32),
+    "pixels": (lambda: [8, 3, 1, 0, 1, 2, 0, 0, *random_words(3 * 6 * 7 * 8)], 40 * 32),
+    "store": (lambda: [signed(-8), 2, 0, 0, *random_words(256)], 6 * 12),
+    "wgmma f16 n64": (lambda: wgmma_input("wgmma f16 n64"), 128 * 32),
+    "wgmma f16 n128": (lambda: wgmma_input("wgmma f16 n128"), 128 * 64),
+    "wgmma bf16 n64": (lambda: wgmma_input("wgmma bf16 n64"), 128 * 32),
+    "wgmma bf16 n128": (lambda: wgmma_input("wgmma bf16 n128"), 128 * 64),
+    "wgmma of written operands": (lambda: wgmma_input("wgmma f16 n64"), 128 * 32),
+    "named barriers": (lambda: random_words(128), 128),
+}
+
+
 def test_primitives_compile_for_a_gpu(compiled):
     assert compiled.run_primitive
+
+
+def test_sm90_primitives_compile(compiled_sm90):
+    assert compiled_sm90.run_primitive
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CONFORMANCE)
 def test_hardware_gives_the_same_bits(simulator, compiled, name):
-    make, outputs = CONFORMANCE[name]
+    compare_with_hardware(simulator, compiled, name, *CONFORMANCE[name])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
+    reason="only GPUs of compute capability 9.0 have these instructions",
+)
+@pytest.mark.parametrize("name", CONFORMANCE_SM90)
+def test_hopper_gives_the_same_bits(simulator, compiled_sm90, name):
+    compare_with_hardware(simulator, compiled_sm90, name, *CONFORMANCE_SM90[name])
+
+
+def compare_with_hardware(
+    simulator: ModuleType,
+    compiled: ctypes.CDLL,
+    name: str,
+    make: Callable[[], list[int]],
+    outputs: int,
+) -> None:
     given = make()
     out = (ctypes.c_uint32 * outputs)()
     status = compiled.run_primitive(
@@ -288,11 +476,54 @@ FAULTS = {
     "write the input": r"writes 4 bytes out of bounds .*read-only",
 }
 
+# The same for what only sm_90a has, with the number of words that the kernels are given.
+FAULTS_SM90 = {
+    "mbarrier not waited for": (128, r"races for byte \d+ .*(writes|reads) what thread \d+"),
+    "mbarrier used too early": (128, "no mbarrier|thread 0 initialised with no barrier between"),
+    "tile not waited for": (
+        124,
+        "has an asynchronous operation write what thread .* read|in flight",
+    ),
+    "tile of more bytes than expected": (
+        124,
+        r"deadlock .*threads 0-63 wait at the mbarrier at \d+ \(phase 0, 0 arrivals and 0 bytes "
+        r"missing; more bytes than expected have come\)",
+    ),
+    "tile of fewer bytes than expected": (124, r"deadlock .*0 arrivals and 16 bytes missing\)"),
+    "tile announced twice": (124, r"arrives at the mbarrier .*, whose arrivals are complete"),
+    "tile counted by an unfenced mbarrier": (124, "with no fence.mbarrier_init"),
+    "tile off by one": (124, "reads 16 bytes out of bounds of global memory"),
+    "store unfenced": (
+        260,
+        r"has an asynchronous operation read byte \d+ of shared memory, which thread \d+ wrote, "
+        "with no fence.proxy.async between",
+    ),
+    "store overwritten": (
+        260,
+        r"writes byte 0 .* while a bulk store of thread 0 from it is in flight",
+    ),
+    "store not waited for": (260, r"writes byte 0 .* while a bulk store of thread 0 from it is in"),
+    "wgmma of operands not waited for": (4096, r"read byte 0 .* while a bulk copy .* to it is in"),
+    "wgmma unfenced": (4096, "registers that it has used since the last wgmma.fence"),
+    "wgmma overwritten": (4096, r"writes byte \d+ .* while wgmma of threads 0-127 from it is in"),
+    "wgmma not waited for": (4096, "exits with wgmma that it never waited for"),
+    "wgmma of unfenced operands": (4096, r"thread \d+ wrote, with no fence.proxy.async between"),
+    "named barriers for too many": (128, "deadlock .*wait at bar.sync 1; .*wait at bar.sync 2"),
+}
+
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_is_reported(simulator, name):
     with pytest.raises(simulator.Fault, match=FAULTS[name]):
         simulator.run_primitive(name, list(range(96)), 96)
+
+
+@pytest.mark.parametrize("name", FAULTS_SM90)
+def test_fault_in_what_sm90_has_is_reported(simulator, name):
+    count, message = FAULTS_SM90[name]
+    given = [0, 4, *range(count - 2)] if "tile" in name else list(range(count))
+    with pytest.raises(simulator.Fault, match=message):
+        simulator.run_primitive(name, given, 4096)
 
 
 def test_simulator_goes_on_after_a_fault(simulator):
@@ -339,7 +570,7 @@ def test_every_barrier_of_a_convolution_is_needed(simulator, one_block):
     barriers = simulator.take_statistics()["barriers"]
     assert barriers >= 6
     for skipped in range(barriers):
-        simulator.plant(skipped_barrier=skipped)
+        simulator.plant({"skipped_barrier": skipped})
         with pytest.raises(simulator.Fault, match=r"races|in flight"):
             one_block()
 
@@ -349,6 +580,6 @@ def test_every_wait_of_a_convolution_is_needed(simulator, one_block):
     waits = simulator.take_statistics()["waits"]
     assert waits >= 4
     for skipped in range(waits):
-        simulator.plant(skipped_wait=skipped)
+        simulator.plant({"skipped_wait": skipped})
         with pytest.raises(simulator.Fault, match="in flight"):
             one_block()

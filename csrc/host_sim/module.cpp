@@ -2,6 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <map>
+#include <string>
+
 #include "bindings/register.h"
 #include "host_sim/simulator.h"
 #include "host_sim/tests/primitives.h"
@@ -23,13 +26,29 @@ PYBIND11_MODULE(_C_sim, module) {
       "Makes these (address, bytes, writable) all of the global memory that kernels may touch.");
 
   module.def(
+      "set_capability", [](int capability) { host_sim::capability() = capability; },
+      py::arg("capability"), "The compute capability of the simulated GPU, as in 90.");
+
+  module.def(
       "plant",
-      [](int skipped_barrier, int skipped_wait) {
-        host_sim::plant({skipped_barrier, skipped_wait});
+      [](const std::map<std::string, int>& mistakes) {
+        host_sim::Plant plant;
+        const std::map<std::string, int*> fields = {
+            {"skipped_barrier", &plant.skipped_barrier},
+            {"skipped_named_barrier", &plant.skipped_named_barrier},
+            {"skipped_wait", &plant.skipped_wait},
+            {"skipped_mbarrier_wait", &plant.skipped_mbarrier_wait},
+            {"skipped_product_wait", &plant.skipped_product_wait},
+            {"skipped_store_wait", &plant.skipped_store_wait},
+            {"skipped_proxy_fence", &plant.skipped_proxy_fence},
+            {"bytes_not_expected", &plant.bytes_not_expected},
+        };
+        for (const auto& [name, value] : mistakes) *fields.at(name) = value;
+        host_sim::plant(plant);
       },
-      py::kw_only(), py::arg("skipped_barrier") = -1, py::arg("skipped_wait") = -1,
-      "Makes every thread of later launches skip its barrier, or its cp.async wait, of that\n"
-      "number, counted from 0; none by default.");
+      py::arg("mistakes") = std::map<std::string, int>{},
+      "Makes every thread of later launches skip its barrier, wait or fence of that number,\n"
+      "counted from 0, as the fields of host_sim::Plant say; nothing by default.");
 
   module.def(
       "take_statistics",
@@ -42,10 +61,15 @@ PYBIND11_MODULE(_C_sim, module) {
         result["matrix_loads"] = counts.matrix_loads;
         result["bank_conflicts"] = counts.bank_conflicts;
         result["products"] = counts.products;
+        result["bulk_copies"] = counts.bulk_copies;
+        result["named_barriers"] = counts.named_barriers;
+        result["mbarrier_waits"] = counts.mbarrier_waits;
+        result["product_waits"] = counts.product_waits;
+        result["store_waits"] = counts.store_waits;
+        result["proxy_fences"] = counts.proxy_fences;
         return result;
       },
-      "Counts since the last call: barriers and cp.async waits of thread 0 of each block, 8x8\n"
-      "matrices read by ldmatrix, their rows that met another in a bank, mma instructions.");
+      "Counts since the last call, as host_sim::Statistics describes them.");
 
   module.def("run_primitive", &host_sim::tests::run, py::arg("name"), py::arg("words"),
              py::arg("outputs"), "Runs a kernel of csrc/host_sim/tests/primitives.cu.");

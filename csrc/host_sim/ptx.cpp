@@ -8,7 +8,7 @@ struct MatrixLoad {
   std::uint32_t row;
 };
 
-void load_matrices(void* const (&lanes)[32]) {
+void load_matrices(void* const* lanes) {
   host_sim::Statistics& statistics = host_sim::statistics();
   for (int matrix = 0; matrix < 4; ++matrix) {
     unsigned banks = 0;  // groups of 4 banks, which a 16-byte row fills
@@ -46,7 +46,7 @@ float high(std::uint32_t pair) {
 }
 
 template <typename T>
-void multiply(void* const (&lanes)[32]) {
+void multiply(void* const* lanes) {
   float a[16][16], b[16][8], d[16][8];
   for (int lane = 0; lane < 32; ++lane) {
     const Product& registers = *static_cast<const Product*>(lanes[lane]);

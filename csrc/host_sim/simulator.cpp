@@ -10,14 +10,14 @@
 #include <string>
 #include <vector>
 
+#include "host_sim/async.h"
 #include "host_sim/fiber.h"
 
 namespace host_sim {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
-constexpr int kWord = 4;  // bytes: the grain of the race check
+constexpr int kNamedBarriers = 16;
 
 struct Buffer {
   std::uintptr_t first, last;  // [first, last)
@@ -37,38 +37,41 @@ struct Thread {
   Context context;
   const char* waits_at;  // null: can run
   bool exited;
-  int barriers, waits;
+  int barriers, named_barriers, waits;
   std::vector<Copy> copies;
   std::vector<std::size_t> groups;
+  Time committed;  // groups so far
 };
 
-struct Warp {
-  std::uint32_t ready;    // lanes that can run
-  std::uint32_t arrived;  // lanes at `instruction`
-  Instruction instruction;
-  const char* name;
-  void* operands[kWarp];
+// Lanes of a warp or warpgroup that are at the same instruction.
+struct Gathering {
+  int arrived = 0;
+  Instruction instruction = nullptr;
+  const char* name = nullptr;
+  void* operands[kWarpgroup];
 };
 
-// Who last touched a word of shared memory, and in which epoch: between which barriers.
-struct Word {
-  std::uint64_t written = 0, read = 0;
-  std::int16_t writer = 0, reader = 0;  // reader kSeveral: more than one thread
-  bool in_flight = false;
+struct NamedBarrier {
+  char name[16];
+  int count = 0;  // 0: nobody waits
+  std::vector<int> threads;
+  View view;
 };
-constexpr std::int16_t kSeveral = -1;
 
 struct Machine {
   std::mutex mutex;
   std::vector<Buffer> buffers;
   Plant planted;
   Statistics statistics;
+  int capability = 80;
 
   // The block that runs.
   Dim3 grid, block, block_index;
   const std::function<void()>* kernel = nullptr;
   std::vector<Thread> threads;
-  std::vector<Warp> warps;
+  std::vector<std::uint32_t> ready;  // lanes that can run, by warp
+  std::vector<Gathering> warps, warpgroups;
+  NamedBarrier named_barriers[kNamedBarriers];
   std::unique_ptr<Stacks> stacks;
   Context scheduler;
   std::exception_ptr failure;
@@ -76,8 +79,8 @@ struct Machine {
 
   std::vector<unsigned char> shared;
   std::size_t shared_bytes = 0;
-  std::vector<Word> words;
-  std::uint64_t epoch = 0;
+  Races races;
+  std::vector<std::string> agents;  // the first one follows the last thread
 };
 
 Machine machine;
@@ -111,15 +114,17 @@ std::string whereabouts() {
 // the scheduler is at the end of the block or at a fault.
 void run_next(Context& from, int warp, int lane) {
   const int warps = static_cast<int>(machine.warps.size());
-  for (int k = 0; k < warps; ++k) {
-    const int w = warp + k < warps ? warp + k : warp + k - warps;
-    std::uint32_t ready = machine.warps[w].ready;
-    if (ready == 0) continue;
-    if (k == 0 && (ready & (~0u << lane)) != 0) ready &= ~0u << lane;
-    running = &machine.threads[w * kWarp + __builtin_ctz(ready)];
-    switch_context(from, running->context);
-    return;
-  }
+  do {
+    for (int k = 0; k < warps; ++k) {
+      const int w = warp + k < warps ? warp + k : warp + k - warps;
+      std::uint32_t ready = machine.ready[w];
+      if (ready == 0) continue;
+      if (k == 0 && (ready & (~0u << lane)) != 0) ready &= ~0u << lane;
+      running = &machine.threads[w * kWarp + __builtin_ctz(ready)];
+      if (&running->context != &from) switch_context(from, running->context);
+      return;
+    }
+  } while (async::land_one());
   if (machine.alive > 0) {
     machine.failure = std::make_exception_ptr(
         Fault("deadlock in block " + text(machine.block_index) + ": " + whereabouts()));
@@ -127,23 +132,16 @@ void run_next(Context& from, int warp, int lane) {
   switch_context(from, machine.scheduler);
 }
 
-void wait_at(const char* name) {
-  running->waits_at = name;
-  machine.warps[running->warp].ready &= ~(1u << running->lane);
-  Thread& self = *running;
-  run_next(self.context, self.warp, self.lane);
-}
-
 void release(Thread& thread) {
   thread.waits_at = nullptr;
-  machine.warps[thread.warp].ready |= 1u << thread.lane;
+  machine.ready[thread.warp] |= 1u << thread.lane;
 }
 
 // Barriers wait for those that live, so the last arrival or the last exit completes one.
 void complete_barrier() {
   if (machine.at_barrier == 0 || machine.at_barrier < machine.alive) return;
   machine.at_barrier = 0;
-  ++machine.epoch;
+  machine.races.join_all();
   for (Thread& thread : machine.threads) {
     if (!thread.exited) release(thread);
   }
@@ -155,12 +153,13 @@ void thread_main() {
     if (!running->copies.empty()) {
       fault("exits with %zu asynchronous copies that it never waited for", running->copies.size());
     }
+    async::finish_thread();
   } catch (...) {
     machine.failure = std::current_exception();
   }
   if (machine.failure) switch_context(running->context, machine.scheduler);
   running->exited = true;
-  machine.warps[running->warp].ready &= ~(1u << running->lane);
+  machine.ready[running->warp] &= ~(1u << running->lane);
   --machine.alive;
   complete_barrier();
   run_next(running->context, running->warp, running->lane);
@@ -169,7 +168,18 @@ void thread_main() {
 
 void run_block() {
   const int count = static_cast<int>(machine.threads.size());
-  std::fill(machine.warps.begin(), machine.warps.end(), Warp{});
+  for (Gathering& gathering : machine.warps) gathering.arrived = 0;
+  for (Gathering& gathering : machine.warpgroups) gathering.arrived = 0;
+  for (int i = 0; i < kNamedBarriers; ++i) {
+    NamedBarrier& named = machine.named_barriers[i];
+    std::snprintf(named.name, sizeof(named.name), "bar.sync %d", i);
+    named.count = 0;
+    named.threads.clear();
+  }
+  machine.ready.assign(machine.warps.size(), 0);
+  machine.agents.clear();
+  machine.races.start(count, machine.shared_bytes);
+  async::start_block(count);
   for (int i = 0; i < count; ++i) {
     Thread& thread = machine.threads[i];
     const Dim3& block = machine.block;
@@ -179,19 +189,20 @@ void run_block() {
     thread.lane = i % kWarp;
     thread.context = machine.stacks->start(i, &thread_main);
     thread.exited = false;
-    thread.barriers = thread.waits = 0;
+    thread.barriers = thread.named_barriers = thread.waits = 0;
+    thread.committed = 0;
     thread.copies.clear();
     thread.groups.clear();
     release(thread);
   }
   std::memset(machine.shared.data(), 0xff, machine.shared_bytes);
-  ++machine.epoch;
   machine.alive = count;
   machine.at_barrier = 0;
   machine.failure = nullptr;
   run_next(machine.scheduler, 0, 0);
   running = nullptr;
   if (machine.failure) std::rethrow_exception(machine.failure);
+  async::finish_block();
 }
 
 std::uint32_t check_shared(std::uint32_t offset, std::uint32_t bytes, const char* what) {
@@ -202,7 +213,7 @@ std::uint32_t check_shared(std::uint32_t offset, std::uint32_t bytes, const char
   if (offset % bytes != 0) {
     fault("%s %u bytes at %u of shared memory, which is no multiple of that", what, bytes, offset);
   }
-  return offset / kWord;
+  return offset / Races::kWord;
 }
 
 void check_global(const void* pointer, std::uint32_t bytes, bool write) {
@@ -228,49 +239,48 @@ void check_global(const void* pointer, std::uint32_t bytes, bool write) {
         nearest->last - nearest->first, nearest->writable ? "" : " and read-only");
 }
 
-[[noreturn]] void race(std::uint32_t word, const char* doing, int other, const char* did) {
-  const std::string who = other == kSeveral ? "several threads" : "thread " + std::to_string(other);
-  fault("races for byte %u of shared memory: it %s what %s %s, with no barrier between",
-        word * kWord, doing, who.c_str(), did);
-}
-
-[[noreturn]] void in_flight(std::uint32_t word, const char* doing, int writer) {
-  fault("%s byte %u of shared memory while an asynchronous copy of thread %d to it is in flight",
-        doing, word * kWord, writer);
-}
-
-void note_read(std::uint32_t word, std::int16_t thread) {
-  Word& w = machine.words[word];
-  if (w.in_flight) in_flight(word, "reads", w.writer);
-  if (w.written == machine.epoch && w.writer != thread) race(word, "reads", w.writer, "wrote");
-  if (w.read != machine.epoch) {
-    w.read = machine.epoch;
-    w.reader = thread;
-  } else if (w.reader != thread) {
-    w.reader = kSeveral;
+// Faults if an access, which `doing` names, has met another one.
+void report(const Clash& clash, std::uint32_t word, const char* doing) {
+  if (clash.kind == Clash::kNone) return;
+  const std::uint32_t byte = word * Races::kWord;
+  const int count = static_cast<int>(machine.threads.size());
+  const bool agent = clash.other >= count;
+  const std::string who =
+      agent ? machine.agents[clash.other - count] : "thread " + std::to_string(clash.other);
+  if (clash.kind == Clash::kUnfenced) {
+    fault("%s byte %u of shared memory, which %s wrote, with no fence.proxy.async between", doing,
+          byte, who.c_str());
   }
+  const bool wrote = clash.kind == Clash::kWithWrite;
+  if (agent) {
+    fault("%s byte %u of shared memory while %s %s it is in flight", doing, byte, who.c_str(),
+          wrote ? "to" : "from");
+  }
+  fault("races for byte %u of shared memory: it %s what %s %s, with no barrier between", byte,
+        doing, who.c_str(), wrote ? "wrote" : "read");
 }
 
-void note_write(std::uint32_t word, std::int16_t thread) {
-  Word& w = machine.words[word];
-  if (w.in_flight) in_flight(word, "writes", w.writer);
-  if (w.written == machine.epoch && w.writer != thread) race(word, "writes", w.writer, "wrote");
-  if (w.read == machine.epoch && w.reader != thread) race(word, "writes", w.reader, "read");
-  w.written = machine.epoch;
-  w.writer = thread;
-}
-
-std::uint32_t words_of(std::uint32_t bytes) { return (bytes + kWord - 1) / kWord; }
+std::uint32_t words_of(std::uint32_t bytes) { return (bytes + Races::kWord - 1) / Races::kWord; }
 
 void land(const Copy& copy) {
   unsigned char* to = machine.shared.data() + copy.to;
   std::memcpy(to, copy.from, copy.source_bytes);
   std::memset(to + copy.source_bytes, 0, copy.bytes - copy.source_bytes);
-  for (std::uint32_t k = 0; k < words_of(copy.bytes); ++k) {
-    Word& word = machine.words[copy.to / kWord + k];
-    word.in_flight = false;
-    word.written = machine.epoch;
+}
+
+void check_aligned_range(std::uint32_t offset, std::uint32_t bytes, const char* doing) {
+  if (offset % Races::kWord != 0 || offset > machine.shared_bytes ||
+      bytes > machine.shared_bytes - offset) {
+    fault("%s %u bytes at %u of shared memory, which has %zu", doing, bytes, offset,
+          machine.shared_bytes);
   }
+}
+
+// Carries out the instruction for which the last of `lanes` threads has come.
+void carry_out(Gathering& gathering, int first, int lanes) {
+  gathering.instruction(gathering.operands);
+  gathering.arrived = 0;
+  for (int lane = 0; lane < lanes; ++lane) release(machine.threads[first + lane]);
 }
 
 }  // namespace
@@ -286,12 +296,12 @@ void launch(Dim3 grid, Dim3 block, std::size_t shared_bytes, const std::function
   machine.kernel = &kernel;
   machine.threads.resize(count);
   machine.warps.resize((count + kWarp - 1) / kWarp);
+  machine.warpgroups.resize((count + kWarpgroup - 1) / kWarpgroup);
   if (machine.stacks == nullptr || machine.stacks->count() < static_cast<int>(count)) {
     machine.stacks = std::make_unique<Stacks>(count);
   }
   machine.shared_bytes = shared_bytes;
   machine.shared.resize(std::max(machine.shared.size(), shared_bytes));
-  machine.words.assign(std::max<std::size_t>(machine.words.size(), words_of(shared_bytes)), Word{});
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x; ++x) {
@@ -318,6 +328,8 @@ void plant(const Plant& mistakes) {
   machine.planted = mistakes;
 }
 
+int& capability() { return machine.capability; }
+
 Statistics& statistics() { return machine.statistics; }
 
 const Dim3& thread_index() { return running->index; }
@@ -336,37 +348,72 @@ void barrier(const char* name) {
   }
 }
 
-void collective(const char* name, Instruction instruction, void* operands) {
-  Warp& warp = machine.warps[running->warp];
-  if (warp.arrived == 0) {
-    warp.instruction = instruction;
-    warp.name = name;
-  } else if (warp.instruction != instruction) {
-    fault("is at %s while other lanes of its warp are at %s", name, warp.name);
+void named_barrier(int number, int count) {
+  Statistics& statistics = machine.statistics;
+  statistics.named_barriers =
+      std::max<std::int64_t>(statistics.named_barriers, running->named_barriers + 1);
+  if (running->named_barriers++ == machine.planted.skipped_named_barrier) return;
+  if (number < 0 || number >= kNamedBarriers || count <= 0 || count % kWarp != 0) {
+    fault("waits for %d threads at barrier %d; there are 16, for whole warps", count, number);
   }
-  warp.operands[running->lane] = operands;
-  warp.arrived |= 1u << running->lane;
-  if (warp.arrived != ~0u) {
-    wait_at(name);
+  NamedBarrier& named = machine.named_barriers[number];
+  if (named.count == 0) {
+    named.count = count;
+    named.view = machine.races.nothing();
+  }
+  if (named.count != count) {
+    fault("waits for %d threads at barrier %d while others wait there for %d", count, number,
+          named.count);
+  }
+  named.view = machine.races.merge(named.view, machine.races.publish(running->number));
+  named.threads.push_back(running->number);
+  if (static_cast<int>(named.threads.size()) < count) {
+    wait_at(named.name);
     return;
   }
-  instruction(warp.operands);
-  warp.arrived = 0;
-  warp.ready = ~0u;
-  Thread* lanes = &machine.threads[running->warp * kWarp];
-  for (int lane = 0; lane < kWarp; ++lane) lanes[lane].waits_at = nullptr;
+  for (const int thread : named.threads) {
+    machine.races.learn(thread, named.view);
+    release(machine.threads[thread]);
+  }
+  named.threads.clear();
+  named.count = 0;
+}
+
+void collective(const char* name, Instruction instruction, void* operands, int lanes) {
+  const int group = running->number / lanes, first = group * lanes;
+  if (first + lanes > static_cast<int>(machine.threads.size())) {
+    fault("is at %s in a group of fewer than %d threads", name, lanes);
+  }
+  Gathering& gathering = lanes == kWarp ? machine.warps[group] : machine.warpgroups[group];
+  if (gathering.arrived == 0) {
+    gathering.instruction = instruction;
+    gathering.name = name;
+  } else if (gathering.instruction != instruction) {
+    fault("is at %s while other lanes of its %s are at %s", name,
+          lanes == kWarp ? "warp" : "warpgroup", gathering.name);
+  }
+  gathering.operands[running->number - first] = operands;
+  if (++gathering.arrived < lanes) {
+    wait_at(name);
+  } else {
+    carry_out(gathering, first, lanes);
+  }
 }
 
 const void* shared_to_read(std::uint32_t offset, std::uint32_t bytes, int lane) {
   const std::uint32_t word = check_shared(offset, bytes, "reads");
   const int thread = lane < 0 ? running->number : running->warp * kWarp + lane;
-  for (std::uint32_t k = 0; k < words_of(bytes); ++k) note_read(word + k, thread);
+  for (std::uint32_t k = word; k < word + words_of(bytes); ++k) {
+    report(machine.races.read(k, thread), k, "reads");
+  }
   return machine.shared.data() + offset;
 }
 
 void* shared_to_write(std::uint32_t offset, std::uint32_t bytes) {
   const std::uint32_t word = check_shared(offset, bytes, "writes");
-  for (std::uint32_t k = 0; k < words_of(bytes); ++k) note_write(word + k, running->number);
+  for (std::uint32_t k = word; k < word + words_of(bytes); ++k) {
+    report(machine.races.write(k, running->number), k, "writes");
+  }
   return machine.shared.data() + offset;
 }
 
@@ -384,14 +431,22 @@ void copy_async(std::uint32_t to, const void* from, std::uint32_t bytes,
                 std::uint32_t source_bytes) {
   const std::uint32_t word = check_shared(to, bytes, "copies asynchronously");
   if (source_bytes > 0) check_global(from, source_bytes, false);
-  for (std::uint32_t k = 0; k < words_of(bytes); ++k) {
-    note_write(word + k, running->number);
-    machine.words[word + k].in_flight = true;
+  Races& races = machine.races;
+  const Actor agent = races.copy_agent(running->number);
+  const std::size_t known = agent - machine.threads.size();
+  if (known == machine.agents.size()) {
+    machine.agents.push_back("an asynchronous copy of thread " + std::to_string(running->number));
+  }
+  for (std::uint32_t k = word; k < word + words_of(bytes); ++k) {
+    report(races.copy(k, {agent, running->committed + 1}, running->number), k, "writes");
   }
   running->copies.push_back({to, from, bytes, source_bytes});
 }
 
-void commit_copies() { running->groups.push_back(running->copies.size()); }
+void commit_copies() {
+  running->groups.push_back(running->copies.size());
+  ++running->committed;
+}
 
 void wait_for_copies(int pending_groups) {
   if (running->number == 0) ++machine.statistics.waits;
@@ -405,6 +460,46 @@ void wait_for_copies(int pending_groups) {
   copies.erase(copies.begin(), copies.begin() + end);
   groups.erase(groups.begin(), groups.begin() + landing);
   for (std::size_t& later : groups) later -= end;
+  machine.races.learn_copies(running->number, running->committed - pending_groups);
+}
+
+int running_thread() { return running->number; }
+
+void wait_at(const char* name) {
+  running->waits_at = name;
+  machine.ready[running->warp] &= ~(1u << running->lane);
+  Thread& self = *running;
+  run_next(self.context, self.warp, self.lane);
+}
+
+void wake(int thread) { release(machine.threads[thread]); }
+
+Races& races() { return machine.races; }
+
+const Plant& planted() { return machine.planted; }
+
+Actor add_agent(const std::string& name) {
+  machine.agents.push_back(name);
+  return machine.races.add_agent();
+}
+
+unsigned char* shared_bytes(std::uint32_t offset, std::uint32_t bytes, const char* doing) {
+  check_aligned_range(offset, bytes, doing);
+  return machine.shared.data() + offset;
+}
+
+void agent_reads(std::uint32_t offset, std::uint32_t bytes, Access agent) {
+  for (std::uint32_t k = offset / Races::kWord; k < (offset + bytes) / Races::kWord; ++k) {
+    const Clash clash = machine.races.read(k, agent, running->number);
+    if (clash.kind != Clash::kNone) report(clash, k, "has an asynchronous operation read");
+  }
+}
+
+void agent_writes(std::uint32_t offset, std::uint32_t bytes, Access agent) {
+  for (std::uint32_t k = offset / Races::kWord; k < (offset + bytes) / Races::kWord; ++k) {
+    const Clash clash = machine.races.write(k, agent, running->number);
+    if (clash.kind != Clash::kNone) report(clash, k, "has an asynchronous operation write");
+  }
 }
 
 void fault(const char* format, ...) {

@@ -35,7 +35,11 @@ enum cudaError_t {
   cudaErrorUnsupportedPtxVersion = 222,
 };
 
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
+};
 
 inline const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
@@ -55,7 +59,25 @@ struct cudaFuncAttributes {};
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
 
 // A small GPU, so that every way to choose a tile is taken by small tensors.
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = 4;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  switch (attribute) {
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = host_sim::capability() / 10;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = host_sim::capability() % 10;
+      break;
+    default:
+      *value = 4;
+      break;
+  }
   return cudaSuccess;
 }
+
+// The driver's functions are those of this folder's cuda.h.
+#define CUDART_VERSION 12050
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess = 0 };
+constexpr unsigned long long cudaEnableDefault = 0;
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned version,
+                                             unsigned long long flags,
+                                             cudaDriverEntryPointQueryResult* result);

@@ -2,7 +2,6 @@
 #include <cuda_runtime_api.h>
 
 #include <cstring>
-#include <map>
 
 #include "host_sim/tests/primitives.h"
 #include "kernels/cuda/launch.h"
@@ -195,36 +194,45 @@ __global__ void write_the_input(const Arguments a) {
   ptx::store_global(const_cast<std::uint32_t*>(a.in), 0u);
 }
 
-struct Test {
-  void (*kernel)(Arguments);
-  unsigned threads;
+template <auto* kKernel, unsigned kThreads>
+cudaError_t launch(const std::uint32_t* in, std::uint32_t* out) {
+  return resnet_fused::launch(kKernel, dim3(1), dim3(kThreads), kSharedBytes, nullptr,
+                              Arguments{in, out});
+}
+
+const Tests kTests = {
+    {"ldmatrix", &launch<&ldmatrix, 32>},
+    {"mma f16", &launch<&mma<__half>, 32>},
+    {"mma bf16", &launch<&mma<__nv_bfloat16>, 32>},
+    {"convert", &launch<&convert, 1024>},
+    {"copy groups", &launch<&copy_groups, 1>},
+    {"copy read one group early", &launch<&copy_read_one_group_early, 1>},
+    {"copy never awaited", &launch<&copy_never_awaited, 1>},
+    {"copy of another thread", &launch<&copy_of_another_thread, 2>},
+    {"reverse", &launch<&reverse<true>, 96>},
+    {"reverse without barrier", &launch<&reverse<false>, 96>},
+    {"overwrite too early", &launch<&overwrite_too_early, 64>},
+    {"barrier of the others", &launch<&barrier_of_the_others, 96>},
+    {"barrier that one lane misses", &launch<&barrier_that_one_lane_misses, 64>},
+    {"diverged", &launch<&diverged, 32>},
+    {"swizzle", &launch<&swizzle<true, true>, 32>},
+    {"no swizzle", &launch<&swizzle<false, false>, 32>},
+    {"swizzle forgotten by the reader", &launch<&swizzle<true, false>, 32>},
+    {"halo", &launch<&halo<95>, 96>},
+    {"halo off by one", &launch<&halo<96>, 96>},
+    {"read uninitialised", &launch<&read_uninitialised, 1>},
+    {"shared out of bounds", &launch<&shared_out_of_bounds, 1>},
+    {"shared misaligned", &launch<&shared_misaligned, 1>},
+    {"write the input", &launch<&write_the_input, 1>},
 };
 
-const std::map<std::string, Test> kTests = {
-    {"ldmatrix", {&ldmatrix, 32}},
-    {"mma f16", {&mma<__half>, 32}},
-    {"mma bf16", {&mma<__nv_bfloat16>, 32}},
-    {"convert", {&convert, 1024}},
-    {"copy groups", {&copy_groups, 1}},
-    {"copy read one group early", {&copy_read_one_group_early, 1}},
-    {"copy never awaited", {&copy_never_awaited, 1}},
-    {"copy of another thread", {&copy_of_another_thread, 2}},
-    {"reverse", {&reverse<true>, 96}},
-    {"reverse without barrier", {&reverse<false>, 96}},
-    {"overwrite too early", {&overwrite_too_early, 64}},
-    {"barrier of the others", {&barrier_of_the_others, 96}},
-    {"barrier that one lane misses", {&barrier_that_one_lane_misses, 64}},
-    {"diverged", {&diverged, 32}},
-    {"swizzle", {&swizzle<true, true>, 32}},
-    {"no swizzle", {&swizzle<false, false>, 32}},
-    {"swizzle forgotten by the reader", {&swizzle<true, false>, 32}},
-    {"halo", {&halo<95>, 96}},
-    {"halo off by one", {&halo<96>, 96}},
-    {"read uninitialised", {&read_uninitialised, 1}},
-    {"shared out of bounds", {&shared_out_of_bounds, 1}},
-    {"shared misaligned", {&shared_misaligned, 1}},
-    {"write the input", {&write_the_input, 1}},
-};
+Launch test(const std::string& name) {
+#ifdef RESNET_FUSED_SM90
+  const auto found = sm90_tests().find(name);
+  if (found != sm90_tests().end()) return found->second;
+#endif
+  return kTests.at(name);
+}
 
 }  // namespace
 
@@ -232,7 +240,7 @@ const std::map<std::string, Test> kTests = {
 
 std::vector<std::uint32_t> run(const std::string& name, const std::vector<std::uint32_t>& in,
                                std::size_t outputs) {
-  const Test& test = kTests.at(name);
+  const Launch launch = test(name);
   // In whole 16-byte rows, as asynchronous copies want them.
   std::vector<Quad> aligned((in.size() + 3) / 4);
   std::memcpy(aligned.data(), in.data(), in.size() * sizeof(in[0]));
@@ -240,8 +248,9 @@ std::vector<std::uint32_t> run(const std::string& name, const std::vector<std::u
   clear_buffers();
   register_buffer(aligned.data(), in.size() * sizeof(in[0]), false);
   register_buffer(out.data(), out.size() * sizeof(out[0]), true);
-  const Arguments arguments{reinterpret_cast<const std::uint32_t*>(aligned.data()), out.data()};
-  resnet_fused::launch(test.kernel, dim3(1), dim3(test.threads), kSharedBytes, nullptr, arguments);
+  const cudaError_t status =
+      launch(reinterpret_cast<const std::uint32_t*>(aligned.data()), out.data());
+  if (status != cudaSuccess) throw Fault("the launch of " + name + " fails");
   return out;
 }
 
@@ -250,7 +259,7 @@ std::vector<std::uint32_t> run(const std::string& name, const std::vector<std::u
 // On the current GPU, for comparison. Returns CUDA's status.
 extern "C" int run_primitive(const char* name, const std::uint32_t* in, std::size_t inputs,
                              std::uint32_t* out, std::size_t outputs) {
-  const Test& test = kTests.at(name);
+  const Launch launch = test(name);
   const std::vector<std::uint32_t> untouched(outputs, kUntouched);
   std::uint32_t* memory = nullptr;
   const std::size_t in_bytes = (inputs + 3) / 4 * sizeof(Quad);
@@ -262,10 +271,7 @@ extern "C" int run_primitive(const char* name, const std::uint32_t* in, std::siz
   if (status == cudaSuccess) {
     status = cudaMemcpy(result, untouched.data(), out_bytes, cudaMemcpyDefault);
   }
-  if (status == cudaSuccess) {
-    status = resnet_fused::launch(test.kernel, dim3(1), dim3(test.threads), kSharedBytes, nullptr,
-                                  Arguments{memory, result});
-  }
+  if (status == cudaSuccess) status = launch(memory, result);
   if (status == cudaSuccess) status = cudaMemcpy(out, result, out_bytes, cudaMemcpyDefault);
   static_cast<void>(cudaFree(memory));
   return status;

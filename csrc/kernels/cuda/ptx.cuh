@@ -1,4 +1,5 @@
-// The instructions that the kernels use beyond plain C++: the only file with PTX in it.
+// The instructions that the kernels use beyond plain C++. All PTX is here and, for what only sm_90a
+// has, in ptx_sm90.cuh.
 //
 // Quoted are the sections of NVIDIA's "Parallel Thread Execution ISA", whose numbers change between
 // versions; those on data movement begin "Data Movement and Conversion Instructions". Shared memory
@@ -21,7 +22,7 @@
 namespace resnet_fused::ptx {
 
 __device__ __forceinline__ unsigned char* shared_memory() {
-  extern __shared__ __align__(128) unsigned char arena[];
+  extern __shared__ __align__(1024) unsigned char arena[];
   return arena;
 }
 

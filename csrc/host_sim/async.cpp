@@ -1,0 +1,480 @@
+#include "host_sim/async.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <vector>
+
+namespace host_sim {
+namespace {
+
+constexpr std::uint32_t kChunk = 16;                         // bytes that move together
+constexpr std::uint64_t kMbarrierBits = 0x6d62617272696572;  // what an mbarrier's bytes hold
+constexpr std::int64_t kMaxBytes = (1 << 20) - 1;            // that a phase can await
+constexpr int kRows = 64, kDepth = 16, kRowBytes = 128;      // of a warpgroup's operands
+constexpr std::uint64_t kSwizzle128 = 1;                     // in a matrix descriptor
+
+struct Mbarrier {
+  char name[160];
+  std::uint32_t count, awaited;  // arrivals of a phase; still missing in this one
+  std::int64_t bytes = 0;        // announced and not yet here
+  Time phases = 0;               // that have ended
+  View arriving, ended;          // what this phase's arrivals know, and the last one's
+  Access initialised;
+  bool fenced = false;
+  Actor agent;
+  std::vector<int> waiting;
+};
+
+// 16 bytes, or fewer where the tensor ends within them.
+struct Chunk {
+  std::uint32_t shared;
+  unsigned char* global;  // null outside
+  std::uint32_t bytes;
+};
+
+struct Load {
+  std::uint32_t mbarrier, bytes;
+  std::vector<Chunk> chunks;
+};
+
+// The results of products under way, for the registers that `d` points to, lane by lane.
+struct Products {
+  std::array<float*, kWarpgroup> d;
+  int n;
+  std::vector<float> values;  // (64, n)
+  Time group;
+  int delivered;  // lanes that have them
+};
+
+struct Warpgroup {
+  Actor agent = -1;
+  std::vector<Products> products;
+};
+
+struct ThreadState {
+  int mbarrier_waits = 0, product_waits = 0, store_waits = 0, proxy_fences = 0;
+  Actor stores = -1;
+  Time stores_committed = 0, stores_done = 0;
+  bool stores_open = false;  // some belong to no group yet
+  Time products_committed = 0;
+  bool registers_fenced = false;
+};
+
+struct State {
+  std::vector<ThreadState> threads;
+  std::vector<Warpgroup> warpgroups;
+  std::map<std::uint32_t, Mbarrier> mbarriers;
+  std::deque<Load> loads;
+} state;
+
+ThreadState& self() { return state.threads[running_thread()]; }
+
+// Counts what a thread does for the n-th time, and whether the plant lets it skip that.
+bool skipped(int& count, std::int64_t& most, int plant) {
+  most = std::max<std::int64_t>(most, count + 1);
+  return count++ == plant;
+}
+
+void describe(std::uint32_t at, Mbarrier& barrier) {
+  const char* more = barrier.bytes < 0 ? "; more bytes than expected have come" : "";
+  std::snprintf(barrier.name, sizeof(barrier.name),
+                "the mbarrier at %u (phase %u, %u arrivals and %lld bytes missing%s)", at,
+                barrier.phases, barrier.awaited,
+                static_cast<long long>(std::max<std::int64_t>(barrier.bytes, 0)), more);
+}
+
+Mbarrier& mbarrier(std::uint32_t at) {
+  const auto found = state.mbarriers.find(at);
+  if (found == state.mbarriers.end()) fault("uses %u of shared memory, which is no mbarrier", at);
+  std::uint64_t bits;
+  std::memcpy(&bits, shared_bytes(at, sizeof(bits), "uses"), sizeof(bits));
+  if (bits != kMbarrierBits) fault("uses the mbarrier at %u, which something has overwritten", at);
+  if (!races().knows(running_thread(), found->second.initialised)) {
+    fault("uses the mbarrier at %u, which thread %d initialised with no barrier between", at,
+          found->second.initialised.who);
+  }
+  return found->second;
+}
+
+void end_phase_if_complete(std::uint32_t at, Mbarrier& barrier) {
+  if (barrier.awaited == 0 && barrier.bytes == 0) {
+    ++barrier.phases;
+    barrier.awaited = barrier.count;
+    barrier.ended = std::move(barrier.arriving);
+    barrier.arriving = races().nothing();
+    for (const int thread : barrier.waiting) wake(thread);
+    barrier.waiting.clear();
+  }
+  describe(at, barrier);
+}
+
+std::uint32_t swizzled(std::uint32_t address, int bits) {
+  return address ^ ((address >> 7 & ((1u << bits) - 1)) << 4);
+}
+
+// The row of one pixel or of one line of a box: chunks from channel `first` on.
+void add_row(const CUtensorMap& map, bool inside, unsigned char* row, std::int64_t first,
+             std::uint32_t& shared, std::vector<Chunk>& to) {
+  const std::int64_t element = static_cast<std::int64_t>(map.stride[0]);
+  const std::int64_t lanes = kChunk / element;
+  for (std::int64_t c = first; c < first + map.box[0]; c += lanes, shared += kChunk) {
+    const std::int64_t left = std::min(lanes, static_cast<std::int64_t>(map.size[0]) - c);
+    const bool some = inside && c >= 0 && left > 0;
+    to.push_back({swizzled(shared, map.swizzle), some ? row + c * element : nullptr,
+                  some ? static_cast<std::uint32_t>(left * element) : 0});
+  }
+}
+
+bool within(std::int64_t coordinate, cuuint64_t size) {
+  return coordinate >= 0 && coordinate < static_cast<std::int64_t>(size);
+}
+
+void add_tile(const CUtensorMap& map, const std::int32_t* first, std::uint32_t shared,
+              std::vector<Chunk>& to) {
+  std::uint32_t index[CUtensorMap::kRanks] = {};
+  for (;;) {
+    bool inside = true;
+    unsigned char* row = map.data;
+    for (int d = 1; d < map.rank; ++d) {
+      const std::int64_t coordinate = std::int64_t{first[d]} + index[d];
+      inside = inside && within(coordinate, map.size[d]);
+      row += coordinate * static_cast<std::int64_t>(map.stride[d]);
+    }
+    add_row(map, inside, row, first[0], shared, to);
+    int d = 1;
+    while (d < map.rank && ++index[d] == map.box[d]) index[d++] = 0;
+    if (d == map.rank) return;
+  }
+}
+
+// "im2col mode": pixels from the first one on, within a box that reaches from `lower` to the
+// image's last pixel + `upper`, line by line and image by image.
+void add_pixels(const CUtensorMap& map, const std::int32_t* first, const std::uint16_t* offsets,
+                std::uint32_t shared, std::vector<Chunk>& to) {
+  std::int64_t w = first[1], h = first[2], n = first[3];
+  const auto last = [&](int k) { return static_cast<std::int64_t>(map.size[k + 1]) - 1; };
+  if (w < map.lower[0] || w > last(0) + map.upper[0] || h < map.lower[1] ||
+      h > last(1) + map.upper[1]) {
+    fault("starts a copy at pixel (%d, %d), outside its tensor map's box", first[2], first[1]);
+  }
+  for (std::uint32_t pixel = 0; pixel < map.box[1]; ++pixel) {
+    const std::int64_t x = w + offsets[0], y = h + offsets[1];
+    const bool inside = within(x, map.size[1]) && within(y, map.size[2]) && within(n, map.size[3]);
+    unsigned char* row = map.data + x * static_cast<std::int64_t>(map.stride[1]) +
+                         y * static_cast<std::int64_t>(map.stride[2]) +
+                         n * static_cast<std::int64_t>(map.stride[3]);
+    add_row(map, inside, row, first[0], shared, to);
+    if ((w += map.step[0]) > last(0) + map.upper[0]) {
+      w = map.lower[0];
+      if ((h += map.step[1]) > last(1) + map.upper[1]) {
+        h = map.lower[1];
+        ++n;
+      }
+    }
+  }
+}
+
+// Checks the box's place in shared memory, and returns its size.
+std::uint32_t check_box(const CUtensorMap& map, std::uint32_t at) {
+  std::uint32_t bytes = static_cast<std::uint32_t>(map.stride[0]);
+  for (int d = 0; d < (map.im2col ? 2 : map.rank); ++d) bytes *= map.box[d];
+  if (at % 128 != 0) fault("copies a tensor to or from %u, no multiple of 128", at);
+  shared_bytes(at, bytes, "copies a tensor of");
+  ++statistics().bulk_copies;
+  return bytes;
+}
+
+void check_global(const Chunk& chunk, std::uint32_t element, bool write) {
+  const std::uint32_t step = chunk.bytes == kChunk ? kChunk : element;
+  for (std::uint32_t k = 0; k < chunk.bytes; k += step) {
+    write ? static_cast<void>(global_to_write(chunk.global + k, step))
+          : static_cast<void>(global_to_read(chunk.global + k, step));
+  }
+}
+
+float to_float(__half v) { return __half2float(v); }
+float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+// "Matrix Descriptor Format": an operand of rows of 16 elements, K-major, in 128-byte rows whose
+// chunks are permuted; groups of 8 rows lie `stride` apart.
+template <typename T>
+void read_operand(std::uint64_t descriptor, int rows, Access agent, float* to) {
+  const auto field = [&](int shift) {
+    return static_cast<std::uint32_t>(descriptor >> shift & 0x3fff) << 4;
+  };
+  const std::uint32_t start = field(0), stride = field(32);
+  if (descriptor >> 62 != kSwizzle128 || (descriptor >> 49 & 7) != 0) {
+    fault("names a matrix by a descriptor that is not modelled: swizzle %llu, base offset %llu",
+          static_cast<unsigned long long>(descriptor >> 62),
+          static_cast<unsigned long long>(descriptor >> 49 & 7));
+  }
+  for (int row = 0; row < rows; ++row) {
+    for (std::uint32_t half = 0; half < 2; ++half) {
+      const std::uint32_t at =
+          swizzled(start + row / 8 * stride + row % 8 * kRowBytes + half * kChunk, 3);
+      const unsigned char* bytes = shared_bytes(at, kChunk, "multiplies");
+      agent_reads(at, kChunk, agent);
+      T values[8];
+      std::memcpy(values, bytes, sizeof(values));
+      for (const T value : values) *to++ = to_float(value);
+    }
+  }
+}
+
+struct Product {
+  float* d;
+  int n;
+  std::uint64_t a, b;
+  bool accumulate;
+};
+
+// "Register Fragments and Shared Memory Matrix Layouts", D of m64nNk16: its value i of a lane.
+int row_of(int lane, int i) { return lane / 32 * 16 + lane % 32 / 4 + i / 2 % 2 * 8; }
+int column_of(int lane, int i) { return i / 4 * 8 + lane % 4 * 2 + i % 2; }
+
+template <typename T>
+void multiply(void* const* operands) {
+  const auto lane_of = [&](int lane) { return *static_cast<const Product*>(operands[lane]); };
+  const int group = running_thread() / kWarpgroup;
+  Warpgroup& warpgroup = state.warpgroups[group];
+  const Product first = lane_of(0);
+  const Time time = self().products_committed + 1;
+  if (warpgroup.agent < 0) {
+    const int thread = group * kWarpgroup;
+    warpgroup.agent = add_agent("wgmma of threads " + std::to_string(thread) + "-" +
+                                std::to_string(thread + kWarpgroup - 1));
+  }
+  std::vector<Products>& all = warpgroup.products;
+  auto found = std::find_if(all.begin(), all.end(),
+                            [&](const Products& p) { return p.d[0] == first.d && p.n == first.n; });
+  if (found == all.end()) {
+    found = all.insert(all.end(), Products{{}, first.n, std::vector<float>(kRows * first.n), 0, 0});
+    for (int lane = 0; lane < kWarpgroup; ++lane) {
+      if (!state.threads[group * kWarpgroup + lane].registers_fenced) {
+        fault("multiplies into registers that it has used since the last wgmma.fence");
+      }
+      float* const d = found->d[lane] = lane_of(lane).d;
+      for (int i = 0; i < first.n / 2; ++i) {
+        found->values[row_of(lane, i) * first.n + column_of(lane, i)] = d[i];
+        d[i] = std::nanf("");
+      }
+    }
+  }
+  found->group = time;
+  for (int lane = 0; lane < kWarpgroup; ++lane) {
+    const Product p = lane_of(lane);
+    if (p.d != found->d[lane] || p.n != first.n || p.a != first.a || p.b != first.b ||
+        p.accumulate != first.accumulate) {
+      fault("multiplies other matrices than the rest of its warpgroup");
+    }
+  }
+
+  std::vector<float> a(kRows * kDepth), b(first.n * kDepth), column(first.n);
+  read_operand<T>(first.a, kRows, {warpgroup.agent, time}, a.data());
+  read_operand<T>(first.b, first.n, {warpgroup.agent, time}, b.data());
+  if (!first.accumulate) std::fill(found->values.begin(), found->values.end(), 0.0f);
+  for (int depth = 0; depth < kDepth; ++depth) {
+    for (int k = 0; k < first.n; ++k) column[k] = b[k * kDepth + depth];
+    for (int row = 0; row < kRows; ++row) {
+      const float factor = a[row * kDepth + depth];
+      float* const d = found->values.data() + row * first.n;
+      for (int k = 0; k < first.n; ++k) d[k] += factor * column[k];
+    }
+  }
+  ++statistics().products;
+}
+
+}  // namespace
+
+void mbarrier_init(std::uint32_t at, std::uint32_t count) {
+  if (at % 8 != 0) fault("initialises an mbarrier at %u, no multiple of 8", at);
+  if (count == 0 || count >= 1u << 20) fault("initialises an mbarrier for %u arrivals", count);
+  shared_to_write(at, sizeof(kMbarrierBits));
+  std::memcpy(shared_bytes(at, sizeof(kMbarrierBits), "uses"), &kMbarrierBits,
+              sizeof(kMbarrierBits));
+  Mbarrier barrier{};
+  barrier.count = barrier.awaited = count;
+  barrier.arriving = barrier.ended = races().nothing();
+  barrier.initialised = races().now(running_thread());
+  barrier.agent = add_agent("a bulk copy that the mbarrier at " + std::to_string(at) + " counts");
+  describe(at, state.mbarriers[at] = std::move(barrier));
+}
+
+void fence_mbarrier_init() {
+  for (auto& [at, barrier] : state.mbarriers) {
+    if (barrier.initialised.who == running_thread()) barrier.fenced = true;
+  }
+}
+
+void mbarrier_arrive(std::uint32_t at, std::uint32_t expected_bytes) {
+  Mbarrier& barrier = mbarrier(at);
+  if (barrier.awaited == 0) fault("arrives at %s, whose arrivals are complete", barrier.name);
+  if (expected_bytes > 0) {
+    barrier.bytes += std::int64_t{expected_bytes} - planted().bytes_not_expected;
+    if (barrier.bytes > kMaxBytes) {
+      fault("expects %lld bytes at one mbarrier", static_cast<long long>(barrier.bytes));
+    }
+  }
+  barrier.arriving = races().merge(barrier.arriving, races().publish(running_thread()));
+  --barrier.awaited;
+  end_phase_if_complete(at, barrier);
+}
+
+void mbarrier_wait(std::uint32_t at, unsigned parity) {
+  Mbarrier& barrier = mbarrier(at);
+  if (barrier.phases == 0 && parity == 1) return;  // the phase before the first
+  if (skipped(self().mbarrier_waits, statistics().mbarrier_waits,
+              planted().skipped_mbarrier_wait)) {
+    return;
+  }
+  while (barrier.phases % 2 == parity) {
+    barrier.waiting.push_back(running_thread());
+    wait_at(barrier.name);
+  }
+  races().learn(running_thread(), barrier.ended);
+  races().learn(running_thread(), Access{barrier.agent, barrier.phases});
+}
+
+void fence_proxy() {
+  if (!skipped(self().proxy_fences, statistics().proxy_fences, planted().skipped_proxy_fence)) {
+    races().fence(running_thread());
+  }
+}
+
+void load_tensor(std::uint32_t to, const CUtensorMap& map, std::uint32_t at,
+                 const std::int32_t* coordinates, const std::uint16_t* offsets) {
+  if (map.im2col != (offsets != nullptr)) fault("copies in another mode than its tensor map's");
+  Mbarrier& barrier = mbarrier(at);
+  if (!barrier.fenced) fault("counts bytes by %s, with no fence.mbarrier_init", barrier.name);
+  Load load{at, check_box(map, to), {}};
+  if (map.im2col) {
+    add_pixels(map, coordinates, offsets, to, load.chunks);
+  } else {
+    add_tile(map, coordinates, to, load.chunks);
+  }
+  for (const Chunk& chunk : load.chunks) check_global(chunk, map.stride[0], false);
+  agent_writes(to, load.bytes, {barrier.agent, barrier.phases + 1});
+  state.loads.push_back(std::move(load));
+}
+
+void store_tensor(const CUtensorMap& map, std::uint32_t from, const std::int32_t* coordinates) {
+  if (map.im2col) fault("copies in another mode than its tensor map's");
+  const std::uint32_t bytes = check_box(map, from);
+  ThreadState& thread = self();
+  if (thread.stores < 0) {
+    thread.stores = add_agent("a bulk store of thread " + std::to_string(running_thread()));
+  }
+  agent_reads(from, bytes, {thread.stores, thread.stores_committed + 1});
+  std::vector<Chunk> chunks;
+  add_tile(map, coordinates, from, chunks);
+  for (const Chunk& chunk : chunks) {
+    check_global(chunk, map.stride[0], true);
+    if (chunk.bytes > 0) {
+      std::memcpy(chunk.global, shared_bytes(chunk.shared, kChunk, "stores"), chunk.bytes);
+    }
+  }
+  thread.stores_open = true;
+}
+
+void commit_stores() {
+  ++self().stores_committed;
+  self().stores_open = false;
+}
+
+void wait_for_stores(int pending_groups) {
+  ThreadState& thread = self();
+  if (skipped(thread.store_waits, statistics().store_waits, planted().skipped_store_wait)) return;
+  if (thread.stores < 0 || thread.stores_committed <= static_cast<Time>(pending_groups)) return;
+  thread.stores_done = std::max(thread.stores_done, thread.stores_committed - pending_groups);
+  races().learn(running_thread(), Access{thread.stores, thread.stores_done});
+}
+
+template <typename T>
+void multiply_warpgroup(float* d, int n, std::uint64_t a, std::uint64_t b, bool accumulate) {
+  Product product{d, n, a, b, accumulate};
+  collective("wgmma", &multiply<T>, &product, kWarpgroup);
+}
+template void multiply_warpgroup<__half>(float*, int, std::uint64_t, std::uint64_t, bool);
+template void multiply_warpgroup<__nv_bfloat16>(float*, int, std::uint64_t, std::uint64_t, bool);
+
+void fence_products() { self().registers_fenced = true; }
+void commit_products() { ++self().products_committed; }
+
+void wait_for_products(int pending_groups) {
+  ThreadState& thread = self();
+  if (skipped(thread.product_waits, statistics().product_waits, planted().skipped_product_wait)) {
+    return;
+  }
+  if (thread.products_committed <= static_cast<Time>(pending_groups)) return;
+  const Time done = thread.products_committed - pending_groups;
+  const int lane = running_thread() % kWarpgroup;
+  Warpgroup& warpgroup = state.warpgroups[running_thread() / kWarpgroup];
+  for (Products& products : warpgroup.products) {
+    if (products.group > done || products.d[lane] == nullptr) continue;
+    for (int i = 0; i < products.n / 2; ++i) {
+      products.d[lane][i] = products.values[row_of(lane, i) * products.n + column_of(lane, i)];
+    }
+    products.d[lane] = nullptr;
+    ++products.delivered;
+    thread.registers_fenced = false;
+  }
+  warpgroup.products.erase(
+      std::remove_if(warpgroup.products.begin(), warpgroup.products.end(),
+                     [](const Products& p) { return p.delivered == kWarpgroup; }),
+      warpgroup.products.end());
+  if (warpgroup.agent >= 0) races().learn(running_thread(), Access{warpgroup.agent, done});
+}
+
+namespace async {
+
+void start_block(int threads) {
+  state.threads.assign(threads, ThreadState{});
+  state.warpgroups.assign((threads + kWarpgroup - 1) / kWarpgroup, Warpgroup{});
+  state.mbarriers.clear();
+  state.loads.clear();
+}
+
+void finish_thread() {
+  const ThreadState& thread = self();
+  if (thread.stores_open || thread.stores_done < thread.stores_committed) {
+    fault("exits with bulk stores that it never waited for");
+  }
+  for (const Products& products : state.warpgroups[running_thread() / kWarpgroup].products) {
+    if (products.d[running_thread() % kWarpgroup] != nullptr) {
+      fault("exits with wgmma that it never waited for");
+    }
+  }
+}
+
+void finish_block() {
+  if (!state.loads.empty()) {
+    throw Fault("a block ends with " + std::to_string(state.loads.size()) +
+                " bulk copies that nobody waited for");
+  }
+}
+
+bool land_one() {
+  if (state.loads.empty()) return false;
+  const Load& load = state.loads.front();
+  for (const Chunk& chunk : load.chunks) {
+    unsigned char* to = shared_bytes(chunk.shared, kChunk, "copies to");
+    if (chunk.bytes > 0) std::memcpy(to, chunk.global, chunk.bytes);
+    std::memset(to + chunk.bytes, 0, kChunk - chunk.bytes);
+  }
+  Mbarrier& barrier = state.mbarriers.at(load.mbarrier);
+  barrier.bytes -= load.bytes;
+  end_phase_if_complete(load.mbarrier, barrier);
+  state.loads.pop_front();
+  return true;
+}
+
+}  // namespace async
+}  // namespace host_sim

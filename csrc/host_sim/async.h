@@ -1,0 +1,55 @@
+// Models of what sm_90 does asynchronously: mbarriers, bulk copies of tensors, matrix products of a
+// warpgroup. Sections are those of NVIDIA's "Parallel Thread Execution ISA".
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "host_sim/simulator.h"
+
+namespace host_sim {
+
+// "mbarrier": 8 bytes of shared memory that count arrivals and bytes, phase by phase. A phase ends
+// when `count` threads have arrived and as many bytes have come as they announced.
+void mbarrier_init(std::uint32_t at, std::uint32_t count);
+// "fence.mbarrier_init": initialisations become visible to asynchronous operations.
+void fence_mbarrier_init();
+void mbarrier_arrive(std::uint32_t at, std::uint32_t expected_bytes);
+// Waits for the end of the phase of that parity, the first phase having parity 0.
+void mbarrier_wait(std::uint32_t at, unsigned parity);
+
+// "fence.proxy.async".
+void fence_proxy();
+
+// "cp.async.bulk.tensor", one box: in shared memory the rows of its first dimension, one behind the
+// other, their 16-byte chunks permuted as the map's swizzle says; zeros where it leaves the tensor.
+// `coordinates` are the box's first element; for im2col the first pixel and channel, and `offsets`
+// of width and height are added to every pixel. Lands when no thread can run, in order of issue.
+void load_tensor(std::uint32_t to, const CUtensorMap& map, std::uint32_t mbarrier,
+                 const std::int32_t* coordinates, const std::uint16_t* offsets);
+void store_tensor(const CUtensorMap& map, std::uint32_t from, const std::int32_t* coordinates);
+// "cp.async.bulk.commit_group", and "cp.async.bulk.wait_group.read" for all but the last groups.
+void commit_stores();
+void wait_for_stores(int pending_groups);
+
+// "wgmma": d (64, n) = a (64, 16) * b (n, 16)^T, plus d where `accumulate` says so. A thread hands
+// in its registers of d and both descriptors. The registers hold NaN from then until the wait for
+// the product's group.
+template <typename T>
+void multiply_warpgroup(float* d, int n, std::uint64_t a, std::uint64_t b, bool accumulate);
+void fence_products();
+void commit_products();
+void wait_for_products(int pending_groups);
+
+namespace async {
+
+void start_block(int threads);
+// Faults if the running thread leaves anything behind that it must wait for.
+void finish_thread();
+void finish_block();
+// Lets the first of the bulk copies under way arrive; false if there is none.
+bool land_one();
+
+}  // namespace async
+}  // namespace host_sim

@@ -1,0 +1,90 @@
+#include "kernels/cuda/tensor_map.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "kernels/cuda/launch.h"
+
+namespace resnet_fused {
+namespace {
+
+CUtensorMapDataType map_type(DType dtype) {
+  return dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                  : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+}
+
+// A function of the driver, found at run time, so that nothing links libcuda.
+template <typename Function>
+cudaError_t driver_function(const char* name, Function** function) {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result;
+  constexpr int kSince = 12000;
+#if CUDART_VERSION >= 12050
+  const cudaError_t status =
+      cudaGetDriverEntryPointByVersion(name, &found, kSince, cudaEnableDefault, &result);
+#else
+  static_assert(CUDART_VERSION >= kSince);
+  const cudaError_t status = cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result);
+#endif
+  if (status != cudaSuccess) return settled(status);
+  if (result != cudaDriverEntryPointSuccess) return cudaErrorInsufficientDriver;
+  *function = reinterpret_cast<Function*>(found);
+  return cudaSuccess;
+}
+
+cudaError_t status_of(CUresult result) {
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// Bytes from each element to the next in all dimensions but the first.
+std::vector<cuuint64_t> strides_of(std::initializer_list<std::uint64_t> size) {
+  std::vector<cuuint64_t> strides;
+  cuuint64_t bytes = 2;
+  for (const std::uint64_t s : size) strides.push_back(bytes *= s);
+  return strides;
+}
+
+}  // namespace
+
+cudaError_t encode_tiles(CUtensorMap* map, DType dtype, const void* data,
+                         std::initializer_list<std::uint64_t> size,
+                         std::initializer_list<std::uint32_t> box) {
+  decltype(cuTensorMapEncodeTiled)* encode = nullptr;
+  const cudaError_t status = driver_function("cuTensorMapEncodeTiled", &encode);
+  if (status != cudaSuccess) return status;
+  const std::vector<cuuint64_t> sizes(size), strides = strides_of(size);
+  std::vector<cuuint32_t> boxes{kMapChannels};
+  boxes.insert(boxes.end(), box);
+  const std::vector<cuuint32_t> steps(sizes.size(), 1);
+  return status_of(encode(map, map_type(dtype), static_cast<cuuint32_t>(sizes.size()),
+                          const_cast<void*>(data), sizes.data(), strides.data(), boxes.data(),
+                          steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                          CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
+}
+
+bool encodable(const PixelBox& box) {
+  for (int k = 0; k < 2; ++k) {
+    if (std::min(box.lower[k], box.upper[k]) < -128 || std::max(box.lower[k], box.upper[k]) > 127 ||
+        box.step[k] > 8) {
+      return false;
+    }
+  }
+  return true;
+}
+
+cudaError_t encode_pixels(CUtensorMap* map, DType dtype, const void* data,
+                          std::initializer_list<std::uint64_t> size, const PixelBox& box,
+                          std::uint32_t pixels) {
+  decltype(cuTensorMapEncodeIm2col)* encode = nullptr;
+  const cudaError_t status = driver_function("cuTensorMapEncodeIm2col", &encode);
+  if (status != cudaSuccess) return status;
+  const std::vector<cuuint64_t> sizes(size), strides = strides_of(size);
+  const cuuint32_t steps[] = {1, box.step[0], box.step[1], 1};
+  return status_of(encode(map, map_type(dtype), static_cast<cuuint32_t>(sizes.size()),
+                          const_cast<void*>(data), sizes.data(), strides.data(), box.lower,
+                          box.upper, kMapChannels, pixels, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                          CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
+}
+
+}  // namespace resnet_fused

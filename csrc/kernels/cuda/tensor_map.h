@@ -1,0 +1,40 @@
+// Tensor maps: what sm_90's bulk copies know of a dense tensor of 16-bit elements in global memory.
+// Every copy moves rows of 128 bytes, whose 16-byte chunks it permutes by the row's number modulo 8
+// (the 128-byte swizzle), from or to multiples of 1024 bytes of shared memory.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <initializer_list>
+
+#include "kernels/cuda/tensor.h"
+
+namespace resnet_fused {
+
+constexpr int kMapChannels = 64;  // 128 bytes
+
+// Sizes are given fastest dimension first; the first one is a multiple of 8, `data` of 16 bytes.
+// A map for boxes of kMapChannels x `box` elements.
+cudaError_t encode_tiles(CUtensorMap* map, DType dtype, const void* data,
+                         std::initializer_list<std::uint64_t> size,
+                         std::initializer_list<std::uint32_t> box);
+
+// The (width, height) pixels that a convolution's first tap meets: from `lower` to the image's last
+// pixel + `upper`, every `step`-th.
+struct PixelBox {
+  int lower[2], upper[2];
+  std::uint32_t step[2];
+};
+
+// Whether hardware can express it (CUDA driver API, cuTensorMapEncodeIm2col).
+bool encodable(const PixelBox& box);
+
+// A map of an image's `size` (channels, width, height, batch) for columns of kMapChannels x
+// `pixels`.
+cudaError_t encode_pixels(CUtensorMap* map, DType dtype, const void* data,
+                          std::initializer_list<std::uint64_t> size, const PixelBox& box,
+                          std::uint32_t pixels);
+
+}  // namespace resnet_fused
