@@ -44,7 +44,7 @@ def experiment(place: launch.Launch, options: argparse.Namespace) -> None:
         options,
         images.kind,
         ("depths", "runs", "iterations", "batch"),
-        digits=([20, 56, 110], 3, 250, 64),
+        digits=([20, 56, 110], 3, 200, 64),
         cifar=([20, 32, 44, 56, 110], 5, 64_000, 128),
         quick=([8, 14], 2, 12, 16),
     )

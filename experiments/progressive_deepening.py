@@ -161,7 +161,7 @@ def report(place: launch.Launch, images: data.Images, ways: list[Way], half: int
 
     def draw(axes: Any) -> None:
         error_curves(axes, {way.title: way.history for way in ways})
-        axes.axvline(half, color="#868e96", linewidth=0.8, linestyle=":")
+        axes.axvline(half, color="#adb5bd", linewidth=0.8, linestyle=":")
 
     pages.plot(
         "curves",

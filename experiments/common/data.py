@@ -29,6 +29,7 @@ Pairs = Dataset[tuple[Any, int]]
 
 _CIFAR_FOLDER = datasets.CIFAR10.base_folder
 _CIFAR_PUBLISHED_ROWS = 10_000  # images in each of its files
+_UNPACK = "unpack cifar-10-python.tar.gz again."
 # Mean and standard deviation of ImageNet's channels, as torchvision's weights expect them.
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Published with Torch's ResNet training (github.com/facebookarchive/fb.resnet.torch).
@@ -198,50 +199,51 @@ class _Cifar10(datasets.CIFAR10):  # type: ignore[misc]  # torchvision is untype
 
 def cifar10(root: Path) -> Images:
     """CIFAR-10 in `root`/cifar-10-batches-py; smaller sets in the same format are taken too."""
-    published = True
-    names = [name for name, _ in datasets.CIFAR10.train_list + datasets.CIFAR10.test_list]
-    names.append(datasets.CIFAR10.meta["filename"])
-    missing = [name for name in names if not (root / _CIFAR_FOLDER / name).is_file()]
-    if missing:
-        raise DataError(
-            f"{root / _CIFAR_FOLDER / missing[0]} is missing; unpack cifar-10-python.tar.gz "
-            f"from https://www.cs.toronto.edu/~kriz/cifar.html into {root} again."
-        )
-    for name, md5 in datasets.CIFAR10.train_list + datasets.CIFAR10.test_list:
-        published &= _check_cifar(root / _CIFAR_FOLDER / name, md5)
-    try:
-        parts = [_Cifar10(str(root), train=train) for train in (True, False)]
-    except Exception as error:  # the file of class names, which only torchvision reads
-        raise DataError(f"{root / _CIFAR_FOLDER / names[-1]} cannot be read: {error}") from error
+    folder = root / _CIFAR_FOLDER
+    batches = datasets.CIFAR10.train_list + datasets.CIFAR10.test_list
+    names = folder / datasets.CIFAR10.meta["filename"]
+    for file in (*(folder / name for name, _ in batches), names):
+        if not file.is_file():
+            raise DataError(
+                f"{file} is missing; unpack cifar-10-python.tar.gz "
+                f"from https://www.cs.toronto.edu/~kriz/cifar.html into {root} again."
+            )
+    published = [_check_cifar(folder / name, md5) for name, md5 in batches]  # every one
+    _unpickle(names, datasets.CIFAR10.meta["key"])  # torchvision reads it, whatever it holds
     train, test = (
         InMemory(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), part.targets)
-        for part in parts
+        for part in (_Cifar10(str(root), train=train) for train in (True, False))
     )
-    name = "CIFAR-10" if published else "CIFAR-10's format"
+    name = "CIFAR-10" if all(published) else "CIFAR-10's format"
     description = f"{name}, {len(train):,} to train and {len(test):,} to test"
     return _in_memory("cifar", name, description, train, test, mirrors=True)
 
 
-def _check_cifar(file: Path, md5: str) -> bool:
-    """Whether `file` is the published one; raises DataError where it is not a whole one at all."""
-    advice = "unpack cifar-10-python.tar.gz again."
-    if datasets.utils.check_integrity(str(file), md5):
-        return True
+def _unpickle(file: Path, *keys: str) -> list[Any]:
+    """What `file` holds under `keys`; raises DataError where it is corrupt."""
     try:
         found = _NumpyOnly(io.BytesIO(file.read_bytes()), encoding="latin1").load()
-        rows, labels = found["data"], found["labels"]
-        shape, dtype = tuple(rows.shape), str(rows.dtype)
-        whole = shape == (len(labels), 3072) and dtype == "uint8" and len(labels) > 0
-        whole = whole and all(label in range(10) for label in labels)
+        return [found[key] for key in keys]
     except Exception as error:  # damaged pickles raise anything
-        raise DataError(f"{file} is corrupt ({type(error).__name__}: {error}); {advice}") from error
-    if not whole:
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{file} is corrupt ({reason}); {_UNPACK}") from error
+
+
+def _check_cifar(file: Path, md5: str) -> bool:
+    """Whether `file` is the published one; raises DataError where it is not a whole one at all."""
+    if datasets.utils.check_integrity(str(file), md5):
+        return True
+    rows, labels = _unpickle(file, "data", "labels")
+    shape, dtype = getattr(rows, "shape", None), str(getattr(rows, "dtype", type(rows)))
+    whole = isinstance(labels, list) and bool(labels)
+    whole = whole and shape == (len(labels), 3072) and dtype == "uint8"
+    if not (whole and all(label in range(10) for label in labels)):
         raise DataError(
             f"{file} is corrupt: its data is {dtype} of shape {shape} beside {len(labels)} labels, "
-            f"where uint8 of shape (labels, 3072) and labels 0 to 9 belong; {advice}"
+            f"where uint8 of shape (labels, 3072) and labels 0 to 9 belong; {_UNPACK}"
         )
     if len(labels) == _CIFAR_PUBLISHED_ROWS:
-        raise DataError(f"{file} is corrupt: its MD5 is not the published one; {advice}")
+        raise DataError(f"{file} is corrupt: its MD5 is not the published one; {_UNPACK}")
     return False
 
 

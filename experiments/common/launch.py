@@ -184,8 +184,9 @@ class _CpuSyncBatchNorm(nn.BatchNorm2d):
             return super().forward(x)
         world = dist.get_world_size()
         axes = (0, 2, 3)
-        mean = _summed(x.float().mean(axes)) / world
-        centred = x.float() - mean[:, None, None]
+        wide = x.double()  # as PyTorch's batch norm sums on the CPU
+        mean = _summed(wide.mean(axes)) / world
+        centred = wide - mean[:, None, None]
         var = _summed(centred.square().mean(axes)) / world
         if self.track_running_stats:  # off while activations are computed again
             self._track(mean.detach(), var.detach(), world * x.numel() // x.shape[1])
@@ -199,8 +200,9 @@ class _CpuSyncBatchNorm(nn.BatchNorm2d):
         assert self.num_batches_tracked is not None
         assert self.momentum is not None
         self.num_batches_tracked.add_(1)
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(var * (count / max(count - 1, 1)), self.momentum)
+        unbiased = var * (count / max(count - 1, 1))
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
 
 
 def synchronise_batch_norm(model: nn.Module, launch: Launch) -> nn.Module:
