@@ -6,7 +6,7 @@
 Importing compiles nothing, looks for no GPU and needs no extension: backends load when first used.
 """
 
-from . import models, ops
+from . import complexity, models, ops
 from .blocks import BasicBlock, Bottleneck, PaddedIdentity, PlainBlock
 from .errors import BackendUnavailableError, CheckpointError, ResnetFusedError
 from .models import (
@@ -42,6 +42,7 @@ __all__ = [
     "ResnetFusedError",
     "available_backends",
     "cifar",
+    "complexity",
     "freeze_batch_norm",
     "kept_activation_bytes",
     "models",
