@@ -188,7 +188,7 @@ class _CpuSyncBatchNorm(nn.BatchNorm2d):
         mean = _summed(wide.mean(axes)) / world
         centred = wide - mean[:, None, None]
         var = _summed(centred.square().mean(axes)) / world
-        if self.track_running_stats:  # off while activations are computed again
+        if self.track_running_stats:
             self._track(mean.detach(), var.detach(), world * x.numel() // x.shape[1])
         scale = (var + self.eps).rsqrt() * self.weight
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
@@ -197,9 +197,9 @@ class _CpuSyncBatchNorm(nn.BatchNorm2d):
     def _track(self, mean: Tensor, var: Tensor, count: int) -> None:
         assert self.running_mean is not None
         assert self.running_var is not None
-        assert self.num_batches_tracked is not None
         assert self.momentum is not None
-        self.num_batches_tracked.add_(1)
+        if self.num_batches_tracked is not None:  # taken away while a run is computed again
+            self.num_batches_tracked.add_(1)
         unbiased = var * (count / max(count - 1, 1))
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)

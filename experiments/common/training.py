@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .augmentation import Transform
 from .checkpoint import Checkpoint
 from .data import Images, Pairs, TrainingBatches, Transformed, size
-from .errors import ExperimentError
+from .errors import DivergedError, ExperimentError
 from .launch import Launch, seed_of, share, synchronise_batch_norm, total
 from .schedules import Schedule
 
@@ -115,7 +115,7 @@ def train(
         are complete; its numbers join the row.
 
     Raises ExperimentError for a checkpoint that is of another run or cannot be read, a batch that
-    does not divide among the processes, and a loss that is no longer finite.
+    does not divide among the processes; DivergedError for a loss that is no longer finite.
     """
     seed = launch.seed if seed is None else seed
     return _Training(name, build, images, recipe, launch, seed, probe).run()
@@ -270,9 +270,10 @@ class _Training:
         self.window.zero_()
         row["training_loss"], row["training_error"] = loss / seen, 100 * wrong / seen
         if not torch.isfinite(torch.tensor(loss)):
-            raise ExperimentError(
+            raise DivergedError(
                 f"{self.name}: the loss at iteration {state.iteration} is {loss / seen}; a lower "
-                "learning rate, or --dtype float32, may keep it finite."
+                "learning rate, or --dtype float32, may keep it finite.",
+                state.history,
             )
         if state.iteration % recipe.evaluate_every == 0 or state.iteration == recipe.iterations:
             tested = self.model if self.average is None else self.average.module

@@ -1,0 +1,159 @@
+"""Layer responses: how much each layer changes the signal, plain against residual. (Fig. 7)
+
+    python experiments/responses.py                 # embedded digits, minutes on two cores
+    python experiments/responses.py --data CIFAR    # Fig. 7
+    torchrun --nproc-per-node 8 experiments/responses.py --data IMAGENET --workers 12
+
+A response is a 3×3 layer's output after batch norm, before ReLU and addition; its standard
+deviation is taken over the test images. The networks run fused while they are recorded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from common import data, launch, networks, recipes
+from common.report import Report
+from common.training import Recipe, Result, evaluate, train
+from torch import Tensor
+
+from resnet_fused import record_responses
+
+KINDS = {"plain": networks.plain, "residual": networks.residual}
+
+
+@dataclass
+class Responses:
+    """A trained network's standard deviations, by the name of the 3×3 layer."""
+
+    kind: str
+    depth: int
+    result: Result
+    deviations: dict[str, float]
+
+    @property
+    def title(self) -> str:
+        return f"{self.kind}-{self.depth}"
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    options = launch.parser(__doc__, "responses")
+    options.add_argument("--plain", type=int, nargs="+", help="depths of plain networks")
+    options.add_argument("--residual", type=int, nargs="+", help="depths of residual networks")
+    options.add_argument("--iterations", type=int)
+    options.add_argument("--batch", type=int)
+    return options.parse_args(arguments)
+
+
+def experiment(place: launch.Launch, options: argparse.Namespace) -> None:
+    images = data.open_images(place.data, side=16, quick=place.quick)
+    plain, residual, iterations, batch = launch.choose(
+        options,
+        images.kind,
+        ("plain", "residual", "iterations", "batch"),
+        digits=([20, 56], [20, 56, 110], 200, 64),
+        cifar=([20, 56], [20, 56, 110], 64_000, 128),
+        imagenet=([18, 34], [18, 34, 50], 600_000, 256),
+        quick=([8], [8, 14], 12, 16),
+    )
+    found = []
+    for kind, depths in (("plain", plain), ("residual", residual)):
+        for depth in depths:
+            warm_up = {"warm_up": True} if depth >= 110 and images.side is not None else {}
+            recipe = recipes.of_the_paper(images, iterations, batch, **warm_up)
+            result = train(f"{kind}{depth}", KINDS[kind](images, depth), images, recipe, place)
+            found.append(Responses(kind, depth, result, measure(result, images, recipe, place)))
+    report(place, images, found)
+
+
+def _sums(response: Tensor) -> Tensor:
+    """Sum, sum of squares, count: what a standard deviation over batches and processes needs."""
+    wide = response.double()
+    return torch.stack([wide.sum(), wide.square().sum(), wide.new_tensor(wide.numel())])
+
+
+def measure(
+    result: Result, images: data.Images, recipe: Recipe, place: launch.Launch
+) -> dict[str, float]:
+    """Each 3×3 layer's standard deviation over the test images, in the order of the layers."""
+    with record_responses(result.model, _sums) as recorded:
+        evaluate(result.model, images.test, recipe.view, place)
+    deviations = {}
+    for name, batches in recorded.items():
+        if result.model.get_submodule(name).kernel_size == (3, 3):
+            first, second, count = launch.total(torch.stack(batches).sum(0)).tolist()
+            deviations[name] = max(second / count - (first / count) ** 2, 0.0) ** 0.5
+    return deviations
+
+
+def report(place: launch.Launch, images: data.Images, found: list[Responses]) -> None:
+    pages = Report(
+        place,
+        "Layer responses",
+        "Standard deviations of the 3×3 layers' responses after batch norm, before ReLU and "
+        "addition, over the test images (He et al., Fig. 7). The paper finds that residual "
+        "networks respond less than plain ones, and the deeper the less, and takes it as support "
+        "for its motivation: residual functions lie nearer to zero.",
+    )
+
+    def draw(panels: list[Any]) -> None:
+        for responses in found:
+            values = list(responses.deviations.values())
+            style = "--" if responses.kind == "plain" else "-"
+            for axes, ordered in zip(panels, (values, sorted(values, reverse=True)), strict=True):
+                axes.plot(range(1, len(ordered) + 1), ordered, style, label=responses.title)
+        for axes, order in zip(panels, ("in order", "by magnitude"), strict=True):
+            axes.set(title=f"layers {order}", xlabel="3×3 layer", ylim=(0, None))
+            axes.grid(alpha=0.3)
+        panels[0].set(ylabel="standard deviation")
+        panels[1].legend(fontsize=8)
+
+    pages.plot("responses", f"Responses on {images.name}.", draw, panels=2)
+    pages.table(
+        "results",
+        [
+            {
+                "network": responses.title,
+                "3×3 layers": len(responses.deviations),
+                "mean deviation": statistics.mean(responses.deviations.values()),
+                "median": statistics.median(responses.deviations.values()),
+                "largest": max(responses.deviations.values()),
+                "training error (%)": responses.result.training_error,
+                "test error (%)": responses.result.last["test_error"],
+            }
+            for responses in found
+        ],
+    )
+    by_title = {responses.title: responses for responses in found}
+    for responses in found:
+        other = by_title.get(f"residual-{responses.depth}")
+        if responses.kind == "plain" and other is not None:
+            mine, its = (statistics.mean(r.deviations.values()) for r in (responses, other))
+            pages.text(
+                f"With {responses.depth} layers the residual network's mean deviation is "
+                f"{its / mine:.2f} of the plain one's."
+            )
+    pages.csv(
+        "responses",
+        [
+            {"network": r.title, "layer": index, "name": name, "deviation": deviation}
+            for r in found
+            for index, (name, deviation) in enumerate(r.deviations.items(), 1)
+        ],
+    )
+    results = [responses.result for responses in found]
+    pages.histories(results)
+    pages.save(images, results)
+
+
+def main(arguments: list[str]) -> int:
+    return launch.run(experiment, parse(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
