@@ -74,3 +74,19 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def read_weights(path: Path) -> dict[str, Any]:
+    """The network's state in a checkpoint, its moving average where it has one; or else the file.
+
+    Raises ExperimentError for a file that cannot be read.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files raise anything
+        raise ExperimentError(f"{path} cannot be read as weights ({error}).") from error
+    if "average" in state:
+        prefix = "module."
+        average = state["average"].items()
+        return {k.removeprefix(prefix): v for k, v in average if k.startswith(prefix)}
+    return state.get("model", state)

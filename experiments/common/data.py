@@ -90,22 +90,25 @@ class InMemory(Dataset[tuple[Any, int]]):
         return self.images[index], self.labels[index]
 
 
-def open_images(path: Path | None, side: int, quick: bool = False) -> Images:
+def open_images(path: Path | None, side: int, quick: bool = False, train: bool = True) -> Images:
     """The data set in `path`, or the digits enlarged to `side`×`side` where it is None.
 
     quick: only the first images of it, 256 to train and 128 to test.
+    train: whether the training images are needed; without, ImageNet's need not be there, and both
+        parts are its test images.
 
     Raises DataError, naming the file, for anything missing or corrupt.
     """
-    images = _open(path, side)
+    images = _open(path, side, train)
     if quick:
-        train, test = _head(images.train, 256), _head(images.test, 128)
-        note = f"; of them the first {size(train)} and {size(test)}"
-        images = replace(images, train=train, test=test, description=images.description + note)
+        learned, tested = _head(images.train, 256), _head(images.test, 128)
+        note = f"; of them the first {size(learned)} and {size(tested)}"
+        description = images.description + note
+        images = replace(images, train=learned, test=tested, description=description)
     return images
 
 
-def _open(path: Path | None, side: int) -> Images:
+def _open(path: Path | None, side: int, train: bool) -> Images:
     if path is None:
         return digits(side)
     if not path.is_dir():
@@ -118,7 +121,7 @@ def _open(path: Path | None, side: int) -> Images:
         archive = path / datasets.CIFAR10.filename
         raise DataError(f"{archive} is still packed; unpack it: tar -C {path} -xf {archive}")
     if any((path / part).is_dir() for part in ("train", "val")) or list(path.glob("ILSVRC2012_*")):
-        return image_folders(path)
+        return image_folders(path, train)
     raise DataError(
         f"--data {path} holds no data set that is known here: neither {_CIFAR_FOLDER}/ (CIFAR-10, "
         "Python version) nor train/ and val/ with one folder per class, or ILSVRC2012's archives "
@@ -256,31 +259,35 @@ def open_image(path: str) -> Image.Image:
         raise DataError(f"{path} is no whole image ({error}); replace or remove it.") from error
 
 
-def image_folders(root: Path) -> Images:
-    """ImageNet in `root`: the devkit and archives, or train/ and val/ with a folder per class."""
+def image_folders(root: Path, train: bool = True) -> Images:
+    """ImageNet in `root`: the devkit and archives, or train/ and val/ with a folder per class.
+
+    train: False to read val/ only, which then is both parts.
+    """
     official = bool(list(root.glob("ILSVRC2012_*")))
     try:
-        train, test = (
+        learned, tested = (
             datasets.ImageNet(str(root), part, loader=open_image)
             if official
             else datasets.ImageFolder(str(root / part), loader=open_image)
-            for part in ("train", "val")
+            for part in ("train" if train else "val", "val")
         )
     except (RuntimeError, OSError, ModuleNotFoundError) as error:
         raise DataError(f"--data {root}: {error}") from error
-    if train.classes != test.classes:
-        differing = sorted(set(train.classes) ^ set(test.classes), key=str)[0]
+    if learned.classes != tested.classes:
+        differing = sorted(set(learned.classes) ^ set(tested.classes), key=str)[0]
         raise DataError(
             f"{root}/train and {root}/val hold different classes: {differing} is in only one."
         )
-    name = "ImageNet" if official or len(train.classes) == 1000 else "image folders"
+    name = "ImageNet" if official or len(learned.classes) == 1000 else "image folders"
+    trained = f"{len(learned):,} to train and " if train else ""
     return Images(
         "imagenet",
         name,
-        f"{name}, {len(train):,} to train and {len(test):,} to test, {len(train.classes)} classes",
-        train,
-        test,
-        len(train.classes),
+        f"{name}, {trained}{len(tested):,} to test, {len(tested.classes)} classes",
+        learned,
+        tested,
+        len(learned.classes),
         None,
         True,
         torch.tensor(_IMAGENET_MEAN)[:, None, None],
