@@ -34,7 +34,7 @@ from common.checkpoint import Checkpoint, read_weights
 from common.errors import ExperimentError
 from common.report import Report
 from common.training import Result, autocast, train
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
