@@ -28,15 +28,16 @@ double element(const Vector& vector, std::int64_t i) {
 }  // namespace
 
 Terms::Terms(const BatchNorm& bn, std::int64_t channels, std::int64_t padded_to)
-    : padded_(round_up(channels, padded_to)), doubles_(3 * padded_) {
+    : padded_(round_up(channels, padded_to)), values_(3 * padded_) {
   for (std::int64_t k = 0; k < channels; ++k) {
     const double weight = bn.weight.data == nullptr ? 1.0 : element(bn.weight, k);
     const double bias = bn.bias.data == nullptr ? 0.0 : element(bn.bias, k);
-    doubles_[k] = element(bn.mean, k);
-    doubles_[padded_ + k] = weight / std::sqrt(element(bn.var, k) + bn.eps);
-    doubles_[2 * padded_ + k] = bias;
+    const double mean = element(bn.mean, k);
+    const double scale = weight / std::sqrt(element(bn.var, k) + bn.eps);
+    values_[k] = static_cast<float>(mean);
+    values_[padded_ + k] = static_cast<float>(scale);
+    values_[2 * padded_ + k] = static_cast<float>(bias - (mean - values_[k]) * scale);
   }
-  floats_.assign(doubles_.begin(), doubles_.end());
 }
 
 }  // namespace resnet_fused::cpu

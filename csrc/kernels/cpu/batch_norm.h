@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 #include <vector>
 
 namespace resnet_fused::cpu {
@@ -23,35 +22,26 @@ struct BatchNorm {
 };
 
 // The terms of some consecutive channels.
-template <typename Number>
 struct TermsAt {
-  const Number *mean, *scale, *bias;
+  const float *mean, *scale, *bias;
 };
 
 // (value - mean) * scale + bias. The mean comes off first: folded into the bias it would cancel
 // where it is large beside the deviation.
 class Terms {
  public:
-  // Computed in fp64 from the parameters; zeros follow the last channel as far as a
+  // Computed in fp64 from the parameters, then rounded; zeros follow the last channel as far as a
   // multiple of `padded_to`.
   Terms(const BatchNorm& bn, std::int64_t channels, std::int64_t padded_to);
 
-  // Number is float, for results in bfloat16, or double, for results in fp32.
-  template <typename Number>
-  TermsAt<Number> at(std::int64_t channel) const {
-    const Number* values;
-    if constexpr (std::is_same_v<Number, float>) {
-      values = floats_.data() + channel;
-    } else {
-      values = doubles_.data() + channel;
-    }
+  TermsAt at(std::int64_t channel) const {
+    const float* const values = values_.data() + channel;
     return {values, values + padded_, values + 2 * padded_};
   }
 
  private:
   std::int64_t padded_;
-  std::vector<double> doubles_;
-  std::vector<float> floats_;
+  std::vector<float> values_;
 };
 
 }  // namespace resnet_fused::cpu

@@ -1,28 +1,27 @@
 // Implicit GEMM: rows are output pixels of the whole batch, columns output channels, and the sum
 // runs over the window's numbers, tap by tap and channel by channel.
 //
-// One task is a run of rows times a run of strips of 32 columns, done by one thread. For each chunk
-// of the sum (64 fp32 words or 256 words of two bfloat16 numbers) it
-//   1. copies that part of each row's window side by side, zeros outside the image (L2),
-//   2. for each tile of rows, which stays in L1, multiplies it strip by strip with the packed
-//      weights, [strip][word][32 columns], adding to fp32 sums kept in L2;
-// the last chunk's sums never leave the registers before batch norm, residual and ReLU, and that
-// tile's lines of residual and result are prefetched while it is summed.
+// One task is a run of pixels times a run of strips of 32 columns, done by one thread. It reads the
+// pixels' windows where they lie in x if none meets the border, else from its own copy of the lines
+// of x with zeros around (L2). For a few strips of packed weights at a time (L2), and for each tile
+// of pixels, which stays in L1, the micro-kernel then sums over the whole window and ends with
+// batch norm, residual and ReLU: sums never leave the registers in bfloat16, and in fp32 only to be
+// added up in runs of kRun words, so that their rounding error grows with kRun + terms / kRun, not
+// with the number of terms. Lines of the result, the residual and the next tile are
+// prefetched one by one meanwhile.
 // The micro-kernel keeps rows x columns of sums in registers (AVX-512: 14 x 32, 28 of 32 registers;
-// AVX2: 6 x 16, 12 of 16): two vectors of weights are loaded for 14 words broadcast from rows. In
-// bfloat16 a step is one VDPBF16PS: exact products, fp32 sums.
+// AVX2: 6 x 16, 12 of 16): two vectors of weights are loaded for 14 words broadcast from rows. A
+// tile's rows are two runs of up to 7 neighbouring pixels, so that maps 7, 14, 28 and 56 wide fill
+// it, and rows of the window outside the image are skipped. In bfloat16 a step is one VDPBF16PS:
+// exact products, fp32 sums. The order of a sum depends on neither tiles nor threads.
 //
-// Summed in chunks, then over chunks, an fp32 sum's rounding error grows with 64 + terms / 64, not
-// with the number of terms. It depends on neither tiles nor threads.
-// Memory traffic: x and the residual are read and out is written once (the window's overlap comes
-// from cache), the weights once per task. Copying costs one load and store per 64 bytes and task,
-// against 32 multiply-adds a strip.
+// Memory traffic: x and the residual are read and out is written once (a task's copy reads the
+// window's reach again from cache), the weights once per task.
 #include "conv.h"
 
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <type_traits>
 #include <utility>
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -35,15 +34,128 @@
 namespace resnet_fused::cpu {
 namespace {
 
-constexpr std::int64_t kStrip = 32;         // columns
-constexpr std::int64_t kMaxTaskRows = 112;  // copied rows take 118 KB in bfloat16,
-constexpr std::int64_t kMaxTaskStrips = 8;  // sums 115 KB, a chunk of weights 262 KB
+constexpr std::int64_t kStrip = 32;  // columns
+constexpr std::int64_t kMaxTaskHalves = 32;
+constexpr std::int64_t kTaskBytes = 512 << 10;      // of x
+constexpr std::int64_t kTogetherBytes = 256 << 10;  // of weights
+constexpr std::int64_t kWayBytes = 4096;  // lines this far apart share a set of the L1 cache
+
+constexpr int half_rows(int lanes) { return lanes == 16 ? 7 : 3; }
+
+// How a pixel's window lies in memory: rows of `segments` runs of `words` words.
+struct Source {
+  std::int64_t pixel_pitch;  // bytes from one output pixel's window to its neighbour's
+  std::int64_t row_pitch, segment_pitch;
+  std::int64_t segments, words;
+};
+
+// Some neighbouring pixels of one line of the result.
+struct HalfPlace {
+  std::int64_t image, y, x, rows;
+};
 
 struct Plan {
-  std::int64_t out_height, out_width, rows;
-  std::int64_t numbers, words;  // of one sum
-  std::int64_t strips;
-  std::int64_t row_tasks, strip_tasks;
+  std::int64_t out_height, out_width;
+  std::int64_t words;  // of one sum
+  std::int64_t strips, strips_together;
+  std::int64_t halves_per_line, halves;
+  std::int64_t images_together;  // two where a line is an odd number of halves: equal rows meet
+  std::int64_t half_tasks, strip_tasks;
+  bool in_place;
+  std::int64_t steps[2];    // from one output's window to the next, in lines and pixels of the operand
+  std::int64_t pixel_bytes, line_bytes;  // of the operand
+  Source source;
+
+  HalfPlace half(const Conv& conv, std::int64_t index) const {
+    const std::int64_t line = index / halves_per_line, i = index % halves_per_line;
+    const std::int64_t group = line / (images_together * out_height);
+    const std::int64_t in_group = line % (images_together * out_height);
+    const std::int64_t images = std::min(images_together, conv.batch - group * images_together);
+    const std::int64_t rows = out_width / halves_per_line, longer = out_width % halves_per_line;
+    return {group * images_together + in_group % images, in_group / images,
+            i * rows + std::min(i, longer), rows + (i < longer)};
+  }
+};
+
+// The rows of the window at output line y that lie in the image.
+std::pair<std::int64_t, std::int64_t> rows_inside(const Conv& conv, std::int64_t y) {
+  const Window& window = conv.window;
+  const std::int64_t top = y * window.stride[0] - window.padding[0];
+  const std::int64_t first = std::max<std::int64_t>(ceil_div(-top, window.dilation[0]), 0);
+  const std::int64_t last = std::min(
+      ceil_div(std::max<std::int64_t>(conv.height - top, 0), window.dilation[0]), window.kernel[0]);
+  return {std::min(first, last), last};
+}
+
+// The lines of x that a task reads: x itself, or a copy with zeros around.
+class Operand {
+ public:
+  Operand(const Conv& conv, const Plan& plan, std::int64_t begin, std::int64_t end)
+      : conv_(conv), plan_(plan) {
+    if (plan.in_place) return;
+    const HalfPlace first = plan.half(conv, begin), last = plan.half(conv, end - 1);
+    first_image_ = first.image - first.image % plan.images_together;
+    const std::int64_t last_group = last.image / plan.images_together;
+    const std::int64_t images =
+        std::min((last_group + 1) * plan.images_together, conv.batch) - first_image_;
+    // All images get the place of a whole one's lines, the first begins with its first line.
+    const std::int64_t reach = (conv.window.kernel[0] - 1) * conv.window.dilation[0];
+    first_y_ = images <= plan.images_together ? first.y : 0;
+    const std::int64_t last_y = images <= plan.images_together ? last.y : plan.out_height - 1;
+    image_bytes_ = ((last_y - first_y_) * plan.steps[0] + reach + 1) * plan.line_bytes;
+    copy_ = reinterpret_cast<char*>(thread_scratch().floats(images * image_bytes_ / 4 + 16));
+    for (std::int64_t image = first_image_; image < first_image_ + images; ++image) {
+      const std::int64_t group = image / plan.images_together;
+      const std::int64_t from = group == first.image / plan.images_together ? first.y : 0;
+      const std::int64_t to = group == last_group ? last.y : plan.out_height - 1;
+      const std::int64_t until = to * plan.steps[0] + reach;
+      for (std::int64_t line = from * plan.steps[0]; line <= until; ++line) copy_line(image, line);
+    }
+  }
+
+  const char* window(const HalfPlace& place) const {
+    if (plan_.in_place) {
+      return static_cast<const char*>(conv_.x) + place.image * conv_.height * plan_.line_bytes +
+             place.y * plan_.steps[0] * plan_.line_bytes +
+             place.x * plan_.steps[1] * plan_.pixel_bytes;
+    }
+    return copy_ + (place.image - first_image_) * image_bytes_ +
+           (place.y - first_y_) * plan_.steps[0] * plan_.line_bytes +
+           place.x * plan_.steps[1] * plan_.pixel_bytes;
+  }
+
+ private:
+  // Windows of one row or column are copied as far as they are read, others with all between.
+  void copy_line(std::int64_t image, std::int64_t line) {
+    const Window& window = conv_.window;
+    const std::int64_t size = conv_.format == Format::kFloat32 ? 4 : 2;
+    const std::int64_t bytes = conv_.in_channels * size;
+    char* to = copy_ + (image - first_image_) * image_bytes_ +
+               (line - first_y_ * plan_.steps[0]) * plan_.line_bytes;
+    const std::int64_t y = line * (window.kernel[0] == 1 ? window.stride[0] : 1) - window.padding[0];
+    const std::int64_t pixels = plan_.line_bytes / plan_.pixel_bytes;
+    if (y < 0 || y >= conv_.height) {
+      std::memset(to, 0, plan_.line_bytes);
+      return;
+    }
+    const char* const from =
+        static_cast<const char*>(conv_.x) + (image * conv_.height + y) * conv_.width * bytes;
+    const std::int64_t step = window.kernel[1] == 1 ? window.stride[1] : 1;
+    std::int64_t x = -window.padding[1];
+    for (std::int64_t i = 0; i < pixels; ++i, x += step, to += plan_.pixel_bytes) {
+      if (x < 0 || x >= conv_.width) {
+        std::memset(to, 0, plan_.pixel_bytes);
+        continue;
+      }
+      std::memcpy(to, from + x * bytes, bytes);
+      if (bytes % 4 != 0) std::memset(to + bytes, 0, 2);  // the odd half of the last word
+    }
+  }
+
+  const Conv& conv_;
+  const Plan& plan_;
+  std::int64_t first_image_ = 0, first_y_ = 0, image_bytes_ = 0;
+  char* copy_ = nullptr;
 };
 
 }  // namespace
@@ -56,7 +168,7 @@ struct Plan {
 namespace resnet_fused::cpu {
 namespace {
 
-using Task = void (*)(const Conv&, const Plan&, const Terms&, std::int64_t row_task,
+using Task = void (*)(const Conv&, const Plan&, const Terms&, std::int64_t half_task,
                       std::int64_t strip_task);
 
 Task task_for(Format format, Isa isa) {
@@ -73,22 +185,65 @@ constexpr std::int64_t words_of(std::int64_t numbers, Format format) {
   return format == Format::kFloat32 ? numbers : ceil_div(numbers, 2);
 }
 
-Plan make_plan(const Conv& conv, std::int64_t threads) {
+bool is_pointwise(const Window& window) {
+  return window.kernel[0] * window.kernel[1] == 1 && window.stride[0] * window.stride[1] == 1 &&
+         window.padding[0] + window.padding[1] == 0;
+}
+
+// A pointwise convolution of one line: all pixels are neighbours.
+Conv flattened(Conv conv) {
+  if (is_pointwise(conv.window)) {
+    conv.width *= conv.batch * conv.height;
+    conv.batch = conv.height = 1;
+  }
+  return conv;
+}
+
+Plan make_plan(const Conv& conv, int half_rows, std::int64_t threads) {
+  const Window& window = conv.window;
   Plan plan;
-  plan.out_height = conv_output_size(conv.window, 0, conv.height);
-  plan.out_width = conv_output_size(conv.window, 1, conv.width);
-  plan.rows = conv.batch * plan.out_height * plan.out_width;
-  plan.numbers = conv.window.kernel[0] * conv.window.kernel[1] * conv.in_channels;
-  plan.words = words_of(plan.numbers, conv.format);
+  plan.out_height = conv_output_size(window, 0, conv.height);
+  plan.out_width = conv_output_size(window, 1, conv.width);
+  const std::int64_t pixel_words = words_of(conv.in_channels, conv.format);
+  const std::int64_t taps = window.kernel[0] * window.kernel[1];
+  plan.words = taps * pixel_words;
   plan.strips = ceil_div(conv.out_channels, kStrip);
-  // Equal tasks, a multiple of the threads in number. Few rows: the columns are divided instead, so
-  // that each thread reads other weights.
-  plan.row_tasks = ceil_div(plan.rows, kMaxTaskRows);
-  plan.strip_tasks = ceil_div(plan.strips, kMaxTaskStrips);
-  if (plan.row_tasks >= threads) {
-    plan.row_tasks = round_up(plan.row_tasks, threads);
-  } else if (plan.row_tasks * plan.strips >= threads) {
-    plan.strip_tasks = std::min(plan.strips, round_up(plan.strip_tasks, threads));
+  plan.strips_together =
+      std::max<std::int64_t>(kTogetherBytes / (plan.words * kStrip * 4), 1);
+
+  plan.halves_per_line = ceil_div(plan.out_width, half_rows);
+  plan.halves = conv.batch * plan.out_height * plan.halves_per_line;
+  plan.images_together = plan.halves_per_line % 2 == 1 ? 2 : 1;
+
+  plan.pixel_bytes = 4 * pixel_words;
+  plan.in_place = window.padding[0] + window.padding[1] == 0 &&
+                  (conv.format == Format::kFloat32 || conv.in_channels % 2 == 0) &&
+                  window.stride[1] * plan.pixel_bytes % kWayBytes != 0;
+  std::int64_t line_pixels = conv.width;
+  for (int axis = 0; axis < 2; ++axis) plan.steps[axis] = window.stride[axis];
+  if (!plan.in_place) {
+    for (int axis = 0; axis < 2; ++axis) {
+      if (window.kernel[axis] == 1) plan.steps[axis] = 1;
+    }
+    line_pixels = (plan.out_width - 1) * plan.steps[1] + (window.kernel[1] - 1) * window.dilation[1] + 1;
+    if (plan.steps[1] * plan.pixel_bytes % (kWayBytes / 2) == 0) plan.pixel_bytes += 64;
+  }
+  plan.line_bytes = line_pixels * plan.pixel_bytes;
+  const bool whole_rows = window.dilation[1] == 1 && plan.pixel_bytes == 4 * pixel_words;
+  plan.source = {plan.steps[1] * plan.pixel_bytes, window.dilation[0] * plan.line_bytes,
+                 window.dilation[1] * plan.pixel_bytes, whole_rows ? 1 : window.kernel[1],
+                 whole_rows ? window.kernel[1] * pixel_words : pixel_words};
+
+  // Equal tasks, a multiple of the threads in number. Few pixels: the columns are divided instead,
+  // so that each thread reads other weights.
+  const std::int64_t half_bytes = half_rows * plan.steps[0] * plan.source.pixel_pitch;
+  const std::int64_t most = std::clamp<std::int64_t>(kTaskBytes / half_bytes, 4, kMaxTaskHalves);
+  plan.half_tasks = ceil_div(plan.halves, most);
+  plan.strip_tasks = 1;
+  if (plan.half_tasks >= threads) {
+    plan.half_tasks = round_up(plan.half_tasks, threads);
+  } else if (plan.half_tasks * plan.strips >= threads) {
+    plan.strip_tasks = std::min(plan.strips, threads);
   }
   return plan;
 }
@@ -97,7 +252,7 @@ Plan make_plan(const Conv& conv, std::int64_t threads) {
 
 std::int64_t conv_weight_words(std::int64_t in_channels, std::int64_t out_channels,
                                std::int64_t taps, Format format) {
-  return words_of(taps * in_channels, format) * round_up(out_channels, kStrip);
+  return taps * words_of(in_channels, format) * round_up(out_channels, kStrip);
 }
 
 void conv_transform_weights(const void* weight, const std::int64_t strides[4], void* packed,
@@ -105,7 +260,8 @@ void conv_transform_weights(const void* weight, const std::int64_t strides[4], v
                             const std::int64_t kernel[2], Format format) {
   const std::size_t size = format == Format::kFloat32 ? 4 : 2;
   const std::int64_t per_word = 4 / size;
-  const std::int64_t words = words_of(kernel[0] * kernel[1] * in_channels, format);
+  const std::int64_t pixel_words = words_of(in_channels, format);
+  const std::int64_t words = kernel[0] * kernel[1] * pixel_words;
   const std::int64_t strips = ceil_div(out_channels, kStrip);
 #pragma omp parallel for schedule(static)
   for (std::int64_t strip = 0; strip < strips; ++strip) {
@@ -114,10 +270,11 @@ void conv_transform_weights(const void* weight, const std::int64_t strides[4], v
     for (std::int64_t j = 0; j < std::min(kStrip, out_channels - strip * kStrip); ++j) {
       const auto* const from = static_cast<const unsigned char*>(weight) +
                                (strip * kStrip + j) * strides[0] * std::int64_t(size);
-      for (std::int64_t y = 0, i = 0; y < kernel[0]; ++y) {
-        for (std::int64_t x = 0; x < kernel[1]; ++x) {
-          for (std::int64_t c = 0; c < in_channels; ++c, ++i) {
-            const std::int64_t at = (i / per_word * kStrip + j) * per_word + i % per_word;
+      for (std::int64_t y = 0, tap = 0; y < kernel[0]; ++y) {
+        for (std::int64_t x = 0; x < kernel[1]; ++x, ++tap) {
+          for (std::int64_t c = 0; c < in_channels; ++c) {
+            const std::int64_t word = tap * pixel_words + c / per_word;
+            const std::int64_t at = (word * kStrip + j) * per_word + c % per_word;
             const std::int64_t source = c * strides[1] + y * strides[2] + x * strides[3];
             std::memcpy(to + at * size, from + source * std::int64_t(size), size);
           }
@@ -127,21 +284,22 @@ void conv_transform_weights(const void* weight, const std::int64_t strides[4], v
   }
 }
 
-void conv_bn(const Conv& conv, Isa isa) {
+void conv_bn(const Conv& given, Isa isa) {
 #ifdef _OPENMP
   const std::int64_t threads = omp_get_max_threads();
 #else
   const std::int64_t threads = 1;
 #endif
-  const Plan plan = make_plan(conv, threads);
-  if (plan.rows * conv.out_channels == 0) return;
+  const Conv conv = flattened(given);
+  const Plan plan = make_plan(conv, half_rows(isa == Isa::kAvx512 ? 16 : 8), threads);
+  if (plan.halves * conv.out_channels == 0) return;
   const Terms terms(conv.bn, conv.out_channels, kStrip);
   const Task task = task_for(conv.format, isa);
-  const std::int64_t tasks = plan.row_tasks * plan.strip_tasks;
+  const std::int64_t tasks = plan.half_tasks * plan.strip_tasks;
   // Tasks that share weights follow each other.
 #pragma omp parallel for schedule(dynamic, 1) if (tasks > 1)
   for (std::int64_t i = 0; i < tasks; ++i) {
-    task(conv, plan, terms, i % plan.row_tasks, i / plan.row_tasks);
+    task(conv, plan, terms, i % plan.half_tasks, i / plan.half_tasks);
   }
 }
 

@@ -1,180 +1,235 @@
 // The vector code of conv.cpp, included once per instruction set by for_each_isa.h.
 #include "vec.h"
 
-constexpr int kRows = kLanes == 16 ? 14 : 6;  // of the micro-kernel
 constexpr int kVecs = 2;
-constexpr int kTileLines = kVecs * kLanes * sizeof(Element) / 64;  // cache lines of a tile's row
-constexpr std::int64_t kChunk = kFormat == Format::kFloat32 ? 64 : 256;  // words
-constexpr std::int64_t kRowWords = kChunk + 8;  // of a copied row: not all rows in one cache set
-constexpr int kPerWord = 4 / sizeof(Element);
+constexpr int kTileLines = kVecs * kLanes * sizeof(Element) / 64;  // cache lines of a pixel
+// An fp32 sum runs through this many words in registers before it joins the others.
+constexpr std::int64_t kRun = kFormat == Format::kFloat32 ? 64 : std::int64_t{1} << 62;
 
-// Where an output pixel's window begins, in the padded image's terms.
-struct Pixel {
-  const Element* image;
-  std::int64_t y, x;
+// Up to kLanes == 16 ? 7 : 3 neighbouring pixels of a line: where they are read and written.
+struct Half {
+  const char* x;  // the window of the first one
+  std::int64_t pixel;
 };
 
-// What one micro-kernel leaves behind: partial sums, or results.
+// One or two halves of `rows` pixels each, and the window's rows that meet the image.
 struct Tile {
-  float* sums;  // of the tile alone
-  bool first, last;
-  TermsAt<Precise<Element>> terms;  // from the tile's first channel on
-  const Element* residual;          // at the tile's first pixel and channel, as out
-  Element* out;
-  std::int64_t channels;  // from one pixel to the next
-  std::int64_t valid;     // channels of out from the tile's first on
-  bool relu;
+  Half halves[2];
+  int count, rows;
+  std::int64_t first_row, last_row;
+  const char *ahead, *ahead_end;  // lines that the next tile reads, to be fetched meanwhile
 };
 
-// sums (+)= a[Rows][depth] * b[depth][kVecs vectors]; after the last of them the epilogue.
-template <int Rows>
-ISA inline __attribute__((noinline)) void multiply(const std::uint32_t* a, const std::uint32_t* b,
-                                                   std::int64_t depth, const Tile& tile) {
-  if (tile.last) {
-    for (int r = 0; r < Rows; ++r) {
-      for (int line = 0; line < kTileLines; ++line) {
-        const std::int64_t at = r * tile.channels + line * (64 / std::int64_t{sizeof(Element)});
-        if (tile.residual != nullptr) __builtin_prefetch(tile.residual + at);
-        __builtin_prefetch(tile.out + at, 1);
-      }
-    }
-  }
-  Vec sum[Rows][kVecs] = {};
-  for (std::int64_t i = 0; i < depth; ++i, ++a, b += kStrip) {
+// 32 or 16 output channels.
+struct Columns {
+  const std::uint32_t* weights;
+  TermsAt terms;
+  std::int64_t first, valid;
+};
+
+ISA_INLINE std::uint32_t word_at(const char* p) {
+  std::uint32_t word;
+  std::memcpy(&word, p, sizeof word);
+  return word;
+}
+
+// sum += a[rows][count] * b[count][kVecs vectors], moving both on; for each word one line is
+// prefetched, `step` bytes apart.
+template <int kRows, int kHalves>
+ISA_INLINE void accumulate(Vec (&sum)[kRows * kHalves][kVecs], const char* (&a)[2],
+                           std::int64_t stride, const std::uint32_t*& b, std::int64_t count,
+                           const char*& line, std::int64_t step) {
+  const std::int64_t three = 3 * stride, five = 5 * stride;
+  const char *low = a[0], *high = a[1];
+  for (; count > 0; --count, low += 4, high += 4, b += kStrip, line += step) {
+    __builtin_prefetch(line);
     Vec columns[kVecs];
 #pragma GCC unroll 2
     for (int j = 0; j < kVecs; ++j) columns[j] = load_words(b + j * kLanes);
 #pragma GCC unroll 14
-    for (int r = 0; r < Rows; ++r) {
+    for (int r = 0; r < kRows * kHalves; ++r) {
+      const std::int64_t offsets[] = {0, stride, 2 * stride, three, 4 * stride, five, 2 * three};
+      const std::uint32_t word = word_at((r < kRows ? low : high) + offsets[r % kRows]);
+#pragma GCC unroll 2
+      for (int j = 0; j < kVecs; ++j) sum[r][j] = multiply_add(word, columns[j], sum[r][j]);
+    }
+  }
+  a[0] = low;
+  a[1] = high;
+}
+
+// out = relu?(bn(sum) + residual); kWhole: all of the tile's channels are valid.
+template <int kRows, int kHalves, bool kWhole>
+ISA_INLINE void finish(const Vec (&sum)[kRows * kHalves][kVecs], const Conv& conv, const Tile& tile,
+                       const Columns& columns) {
+  static constexpr Element kZeros[kVecs * kLanes] = {};
+  for (int half = 0; half < kHalves; ++half) {
+    const std::int64_t at = tile.halves[half].pixel * conv.out_channels + columns.first;
+    auto* out = static_cast<Element*>(conv.out) + at;
+    const auto* residual = conv.residual == nullptr ? kZeros
+                                                    : static_cast<const Element*>(conv.residual) + at;
+    const std::int64_t next = conv.residual == nullptr ? 0 : conv.out_channels;
+#pragma GCC unroll 7
+    for (int r = 0; r < kRows; ++r, out += conv.out_channels, residual += next) {
 #pragma GCC unroll 2
       for (int j = 0; j < kVecs; ++j) {
-        sum[r][j] = multiply_add(a[r * kRowWords], columns[j], sum[r][j]);
+        const int k = j * kLanes;
+        const std::int64_t valid = kWhole ? kLanes : columns.valid - k;
+        const auto& [mean, scale, bias] = columns.terms;
+        store(out + k,
+              normalise(sum[half * kRows + r][j], {mean + k, scale + k, bias + k},
+                        load(residual + k, valid), conv.relu),
+              valid);
       }
     }
   }
-  if (!tile.first) {
+}
+
+// The lines that the epilogue of a tile needs, one by one: all at once would hold up the weights.
+struct EpilogueLines {
+  const Conv& conv;
+  const Tile& tile;
+  std::int64_t column;
+
+  int stretches() const { return (conv.residual == nullptr ? 1 : 2) * tile.count * kTileLines; }
+
+  // The first of a stretch of tile.rows lines, conv.out_channels numbers apart.
+  const char* stretch(int i) const {
+    const int half = i / kTileLines % tile.count;
+    const void* const base = i < tile.count * kTileLines ? conv.out : conv.residual;
+    return static_cast<const char*>(base) + i % kTileLines * 64 +
+           (tile.halves[half].pixel * conv.out_channels + column) * std::int64_t{sizeof(Element)};
+  }
+};
+
+// One tile's sums over the whole window, and the epilogue.
+template <int kRows, int kHalves>
+ISA inline __attribute__((noinline)) void multiply(const Conv& conv, const Source& source,
+                                                   Tile& tile, const Columns& columns,
+                                                   float* sums) {
+  Vec sum[kRows * kHalves][kVecs] = {};
+  const std::int64_t row_words = source.segments * source.words;
+  std::int64_t position = tile.first_row * row_words;  // in the sum
+  const std::int64_t end = tile.last_row * row_words;
+  bool first_run = true;
+
+  const EpilogueLines lines{conv, tile, columns.first};
+  const int stretches = lines.stretches();
+  int stretch = -1;  // before them, the next tile's lines
+  const char* line = tile.ahead;
+  std::int64_t step = 64;
+  std::int64_t lines_left = std::min((tile.ahead_end - tile.ahead) / 64,
+                                     end - position - std::int64_t{stretches} * kRows);
+  if (lines_left > 0) tile.ahead += 64 * lines_left;
+
+  const std::uint32_t* b = columns.weights + position * kStrip;
+  for (std::int64_t row = tile.first_row; row < tile.last_row; ++row) {
+    for (std::int64_t segment = 0; segment < source.segments; ++segment) {
+      const std::int64_t offset = row * source.row_pitch + segment * source.segment_pitch;
+      const char* a[2] = {tile.halves[0].x + offset, tile.halves[kHalves - 1].x + offset};
+      for (std::int64_t words = source.words; words > 0;) {
+        while (lines_left <= 0) {
+          ++stretch;
+          step = conv.out_channels * std::int64_t{sizeof(Element)};
+          if (stretch < stretches) {
+            line = lines.stretch(stretch);
+            lines_left = kRows;
+          } else {
+            line = a[0];
+            step = 0;
+            lines_left = end;
+          }
+        }
+        std::int64_t count = std::min({words, lines_left, kRun - position % kRun});
+        accumulate<kRows, kHalves>(sum, a, source.pixel_pitch, b, count, line, step);
+        words -= count;
+        lines_left -= count;
+        position += count;
+        if (position % kRun == 0 || position == end) {
+          if (!first_run) {
 #pragma GCC unroll 14
-    for (int r = 0; r < Rows; ++r) {
+            for (int r = 0; r < kRows * kHalves; ++r) {
 #pragma GCC unroll 2
-      for (int j = 0; j < kVecs; ++j) sum[r][j] += load(tile.sums + (r * kVecs + j) * kLanes);
+              for (int j = 0; j < kVecs; ++j) sum[r][j] += load(sums + (r * kVecs + j) * kLanes);
+            }
+          }
+          if (position == end) break;
+          first_run = false;
+#pragma GCC unroll 14
+          for (int r = 0; r < kRows * kHalves; ++r) {
+#pragma GCC unroll 2
+            for (int j = 0; j < kVecs; ++j) {
+              store(sums + (r * kVecs + j) * kLanes, sum[r][j]);
+              sum[r][j] = Vec{};
+            }
+          }
+        }
+      }
     }
   }
-  if (!tile.last) {
-#pragma GCC unroll 14
-    for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 2
-      for (int j = 0; j < kVecs; ++j) store(tile.sums + (r * kVecs + j) * kLanes, sum[r][j]);
-    }
-    return;
-  }
-  const Element* residual = tile.residual;
-  Element* out = tile.out;
-#pragma GCC unroll 14
-  for (int r = 0; r < Rows; ++r, out += tile.channels) {
-#pragma GCC unroll 2
-    for (int j = 0; j < kVecs; ++j) {
-      const std::int64_t k = j * kLanes, valid = tile.valid - k;
-      const Vec added = residual == nullptr ? Vec{} : load(residual + k, valid);
-      const auto& [mean, scale, bias] = tile.terms;
-      store(out + k, normalise(sum[r][j], {mean + k, scale + k, bias + k}, added, tile.relu),
-            valid);
-    }
-    if (residual != nullptr) residual += tile.channels;
+  if (columns.valid >= kVecs * kLanes) {
+    finish<kRows, kHalves, true>(sum, conv, tile, columns);
+  } else {
+    finish<kRows, kHalves, false>(sum, conv, tile, columns);
   }
 }
 
-using Multiply = void (*)(const std::uint32_t*, const std::uint32_t*, std::int64_t, const Tile&);
+using Multiply = void (*)(const Conv&, const Source&, Tile&, const Columns&, float*);
 
-template <int... Indices>
+template <int kHalves, int... Indices>
 constexpr std::array<Multiply, sizeof...(Indices)> multiplies(
     std::integer_sequence<int, Indices...>) {
-  return {multiply<Indices + 1>...};
+  return {multiply<Indices + 1, kHalves>...};
 }
 
-constexpr auto kMultiply = multiplies(std::make_integer_sequence<int, kRows>{});
+constexpr int kHalfRows = half_rows(kLanes);
+constexpr std::array<Multiply, kHalfRows> kMultiply[2] = {
+    multiplies<1>(std::make_integer_sequence<int, kHalfRows>{}),
+    multiplies<2>(std::make_integer_sequence<int, kHalfRows>{})};
 
-ISA_INLINE void copy(const Element* from, std::int64_t count, Element* to) {
-  constexpr std::int64_t kStep = sizeof(Vec) / sizeof(Element);
-  std::int64_t i = 0;
-  for (; i + kStep <= count; i += kStep) std::memcpy(to + i, from + i, sizeof(Vec));
-  for (; i < count; ++i) to[i] = from[i];
-}
-
-// a[row] = the numbers [begin, begin + count) of each row's window, taps outside the image zero.
-ISA_INLINE void gather(const Conv& conv, const Plan& plan, const Pixel* pixels, std::int64_t rows,
-                       std::int64_t begin, std::int64_t count, std::uint32_t* a) {
-  const Window& window = conv.window;
-  const std::int64_t channels = conv.in_channels;
-  const std::int64_t end = std::min(begin + count, plan.numbers);
-  for (std::int64_t i = begin; i < end;) {
-    const std::int64_t tap = i / channels, c = i % channels;
-    const std::int64_t length = std::min(channels - c, end - i);
-    const std::int64_t dy = tap / window.kernel[1] * window.dilation[0];
-    const std::int64_t dx = tap % window.kernel[1] * window.dilation[1];
-    for (std::int64_t row = 0; row < rows; ++row) {
-      const Pixel& pixel = pixels[row];
-      const std::int64_t y = pixel.y + dy, x = pixel.x + dx;
-      Element* const to = reinterpret_cast<Element*>(a + row * kRowWords) + (i - begin);
-      if (y >= 0 && y < conv.height && x >= 0 && x < conv.width) {
-        copy(pixel.image + (y * conv.width + x) * channels + c, length, to);
-      } else {
-        std::memset(to, 0, length * sizeof(Element));
-      }
-    }
-    i += length;
-  }
-  if (end < begin + count) {  // the odd half of the last word
-    for (std::int64_t row = 0; row < rows; ++row) {
-      reinterpret_cast<Element*>(a + row * kRowWords)[end - begin] = Element{};
-    }
-  }
-}
-
-ISA void conv_task(const Conv& conv, const Plan& plan, const Terms& terms, std::int64_t row_task,
+ISA void conv_task(const Conv& conv, const Plan& plan, const Terms& terms, std::int64_t half_task,
                    std::int64_t strip_task) {
-  const std::int64_t first_row = row_task * plan.rows / plan.row_tasks;
-  const std::int64_t rows = (row_task + 1) * plan.rows / plan.row_tasks - first_row;
-  const std::int64_t first_strip = strip_task * plan.strips / plan.strip_tasks;
-  const std::int64_t strips = (strip_task + 1) * plan.strips / plan.strip_tasks - first_strip;
-  const std::int64_t tiles = ceil_div(rows, kRows);
+  const std::int64_t begin = half_task * plan.halves / plan.half_tasks;
+  const std::int64_t end = (half_task + 1) * plan.halves / plan.half_tasks;
+  const Operand operand(conv, plan, begin, end);
 
-  const std::int64_t pixel_floats = ceil_div(rows * sizeof(Pixel), sizeof(float));
-  float* const scratch =
-      thread_scratch().floats(rows * (kRowWords + strips * kStrip) + pixel_floats + 16);
-  auto* const a = reinterpret_cast<std::uint32_t*>(scratch);
-  float* const sums = scratch + rows * kRowWords;
-  auto* const pixels = reinterpret_cast<Pixel*>(
-      scratch + round_up(rows * (kRowWords + strips * kStrip), alignof(Pixel) / sizeof(float)));
-  const std::int64_t image = conv.height * conv.width * conv.in_channels;
-  for (std::int64_t row = 0; row < rows; ++row) {
-    const std::int64_t at = first_row + row, line = at / plan.out_width;
-    pixels[row] = {static_cast<const Element*>(conv.x) + line / plan.out_height * image,
-                   line % plan.out_height * conv.window.stride[0] - conv.window.padding[0],
-                   at % plan.out_width * conv.window.stride[1] - conv.window.padding[1]};
+  std::array<Tile, kMaxTaskHalves> tiles;
+  int count = 0;
+  for (std::int64_t half = begin; half < end; ++count) {
+    Tile& tile = tiles[count];
+    tile = {};
+    for (; tile.count < 2 && half < end; ++half) {
+      const HalfPlace place = plan.half(conv, half);
+      if (tile.count == 1 && place.rows != tile.rows) break;
+      const auto [first, last] = rows_inside(conv, place.y);
+      tile.first_row = tile.count == 0 ? first : std::min(tile.first_row, first);
+      tile.last_row = tile.count == 0 ? last : std::max(tile.last_row, last);
+      tile.rows = static_cast<int>(place.rows);
+      tile.halves[tile.count++] = {operand.window(place),
+                                   (place.image * plan.out_height + place.y) * plan.out_width +
+                                       place.x};
+    }
   }
+  alignas(64) float sums[2 * kHalfRows * kVecs * kLanes];
 
-  for (std::int64_t begin = 0; begin < plan.words; begin += kChunk) {
-    const std::int64_t depth = std::min(kChunk, plan.words - begin);
-    gather(conv, plan, pixels, rows, begin * kPerWord, depth * kPerWord, a);
-    for (std::int64_t t = 0; t < tiles; ++t) {
-      const std::int64_t row = t * rows / tiles, height = (t + 1) * rows / tiles - row;
-      for (std::int64_t j = 0; j < strips * kStrip; j += kVecs * kLanes) {
-        const std::int64_t k = first_strip * kStrip + j;
-        const std::int64_t offset = (first_row + row) * conv.out_channels + k;
-        const Tile tile{sums + j * rows + row * kVecs * kLanes,
-                        begin == 0,
-                        begin + depth == plan.words,
-                        terms.at<Precise<Element>>(k),
-                        conv.residual == nullptr
-                            ? nullptr
-                            : static_cast<const Element*>(conv.residual) + offset,
-                        static_cast<Element*>(conv.out) + offset,
-                        conv.out_channels,
-                        conv.out_channels - k,
-                        conv.relu};
-        const auto* const b = static_cast<const std::uint32_t*>(conv.packed) +
-                              (k / kStrip * plan.words + begin) * kStrip + k % kStrip;
-        kMultiply[height - 1](a + row * kRowWords, b, depth, tile);
+  const std::int64_t first_strip = strip_task * plan.strips / plan.strip_tasks;
+  const std::int64_t last_strip = (strip_task + 1) * plan.strips / plan.strip_tasks;
+  const std::int64_t last = std::min(last_strip * kStrip, round_up(conv.out_channels, kVecs * kLanes));
+  for (std::int64_t strip = first_strip; strip < last_strip; strip += plan.strips_together) {
+    const std::int64_t together = std::min((strip + plan.strips_together) * kStrip, last);
+    for (int i = 0; i < count; ++i) {
+      Tile& tile = tiles[i];
+      if (plan.in_place && strip == first_strip && i + 1 < count) {
+        tile.ahead = tiles[i + 1].halves[0].x;
+        tile.ahead_end = tile.ahead + plan.source.pixel_pitch * tiles[i + 1].rows * tiles[i + 1].count;
+      } else {
+        tile.ahead = tile.ahead_end = nullptr;
+      }
+      for (std::int64_t k = strip * kStrip; k < together; k += kVecs * kLanes) {
+        const Columns columns{
+            static_cast<const std::uint32_t*>(conv.packed) + k / kStrip * plan.words * kStrip + k % kStrip,
+            terms.at(k), k, conv.out_channels - k};
+        kMultiply[tile.count - 1][tile.rows - 1](conv, plan.source, tile, columns, sums);
       }
     }
   }

@@ -56,35 +56,11 @@ ISA_INLINE void store(Element* p, Vec v, std::int64_t count) {
 // max(v, 0) that keeps NaN, as torch.relu does.
 ISA_INLINE Vec relu(Vec v) { return v < Vec{} ? Vec{} : v; }
 
-// relu?(batch norm of v, plus residual), in fp32 for a bfloat16 result.
-ISA_INLINE Vec normalise(Vec v, const TermsAt<float>& terms, Vec residual, bool rectify) {
-  v = (v - load(terms.mean)) * load(terms.scale) + load(terms.bias) + residual;
+// relu?(batch norm of v, plus residual).
+ISA_INLINE Vec normalise(Vec v, const TermsAt& terms, Vec residual, bool rectify) {
+  v = (v - load(terms.mean)) * load(terms.scale) + (load(terms.bias) + residual);
   return rectify ? relu(v) : v;
 }
-
-// The same in fp64 for an fp32 result, which then is rounded once.
-ISA_INLINE Vec normalise(Vec v, const TermsAt<double>& terms, Vec residual, bool rectify) {
-  typedef float Half __attribute__((vector_size(ISA_LANES * 2)));
-  typedef double Wide __attribute__((vector_size(ISA_LANES * 4)));
-  Half halves[2], added[2];
-  std::memcpy(halves, &v, sizeof v);
-  std::memcpy(added, &residual, sizeof v);
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) {
-    Wide mean, scale, bias;
-    std::memcpy(&mean, terms.mean + i * kLanes / 2, sizeof mean);
-    std::memcpy(&scale, terms.scale + i * kLanes / 2, sizeof scale);
-    std::memcpy(&bias, terms.bias + i * kLanes / 2, sizeof bias);
-    const Wide wide = (__builtin_convertvector(halves[i], Wide) - mean) * scale + bias +
-                      __builtin_convertvector(added[i], Wide);
-    halves[i] = __builtin_convertvector(wide, Half);
-  }
-  std::memcpy(&v, halves, sizeof v);
-  return rectify ? relu(v) : v;
-}
-
-template <typename Element>
-using Precise = std::conditional_t<std::is_same_v<Element, float>, double, float>;
 
 // What a convolution multiplies: 32-bit words, each one fp32 number or a pair of bfloat16 ones.
 #ifdef ISA_BF16
