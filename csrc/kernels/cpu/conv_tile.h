@@ -63,6 +63,7 @@ template <int kRows, int kHalves, bool kWhole>
 ISA_INLINE void finish(const Vec (&sum)[kRows * kHalves][kVecs], const Conv& conv, const Tile& tile,
                        const Columns& columns) {
   static constexpr Element kZeros[kVecs * kLanes] = {};
+#pragma GCC unroll 2
   for (int half = 0; half < kHalves; ++half) {
     const std::int64_t at = tile.halves[half].pixel * conv.out_channels + columns.first;
     auto* out = static_cast<Element*>(conv.out) + at;
@@ -86,17 +87,18 @@ ISA_INLINE void finish(const Vec (&sum)[kRows * kHalves][kVecs], const Conv& con
 }
 
 // The lines that the epilogue of a tile needs, one by one: all at once would hold up the weights.
+template <int kHalves>
 struct EpilogueLines {
   const Conv& conv;
   const Tile& tile;
   std::int64_t column;
 
-  int stretches() const { return (conv.residual == nullptr ? 1 : 2) * tile.count * kTileLines; }
+  int stretches() const { return (conv.residual == nullptr ? 1 : 2) * kHalves * kTileLines; }
 
   // The first of a stretch of tile.rows lines, conv.out_channels numbers apart.
   const char* stretch(int i) const {
-    const int half = i / kTileLines % tile.count;
-    const void* const base = i < tile.count * kTileLines ? conv.out : conv.residual;
+    const int half = i / kTileLines % kHalves;
+    const void* const base = i < kHalves * kTileLines ? conv.out : conv.residual;
     return static_cast<const char*>(base) + i % kTileLines * 64 +
            (tile.halves[half].pixel * conv.out_channels + column) * std::int64_t{sizeof(Element)};
   }
@@ -113,7 +115,7 @@ ISA inline __attribute__((noinline)) void multiply(const Conv& conv, const Sourc
   const std::int64_t end = tile.last_row * row_words;
   bool first_run = true;
 
-  const EpilogueLines lines{conv, tile, columns.first};
+  const EpilogueLines<kHalves> lines{conv, tile, columns.first};
   const int stretches = lines.stretches();
   int stretch = -1;  // before them, the next tile's lines
   const char* line = tile.ahead;
