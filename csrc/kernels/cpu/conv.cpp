@@ -185,14 +185,20 @@ constexpr std::int64_t words_of(std::int64_t numbers, Format format) {
   return format == Format::kFloat32 ? numbers : ceil_div(numbers, 2);
 }
 
-bool is_pointwise(const Window& window) {
-  return window.kernel[0] * window.kernel[1] == 1 && window.stride[0] * window.stride[1] == 1 &&
-         window.padding[0] + window.padding[1] == 0;
+// Whether windows may be read where they lie in x.
+bool reads_in_place(const Conv& conv) {
+  const Window& window = conv.window;
+  const std::int64_t pixel_bytes = 4 * words_of(conv.in_channels, conv.format);
+  return window.padding[0] + window.padding[1] == 0 &&
+         (conv.format == Format::kFloat32 || conv.in_channels % 2 == 0) &&
+         window.stride[1] * pixel_bytes % kWayBytes != 0;
 }
 
-// A pointwise convolution of one line: all pixels are neighbours.
+// A pointwise convolution as one of a single line: all pixels are neighbours.
 Conv flattened(Conv conv) {
-  if (is_pointwise(conv.window)) {
+  const Window& window = conv.window;
+  if (window.kernel[0] * window.kernel[1] * window.stride[0] * window.stride[1] == 1 &&
+      reads_in_place(conv)) {
     conv.width *= conv.batch * conv.height;
     conv.batch = conv.height = 1;
   }
@@ -216,9 +222,7 @@ Plan make_plan(const Conv& conv, int half_rows, std::int64_t threads) {
   plan.images_together = plan.halves_per_line % 2 == 1 ? 2 : 1;
 
   plan.pixel_bytes = 4 * pixel_words;
-  plan.in_place = window.padding[0] + window.padding[1] == 0 &&
-                  (conv.format == Format::kFloat32 || conv.in_channels % 2 == 0) &&
-                  window.stride[1] * plan.pixel_bytes % kWayBytes != 0;
+  plan.in_place = reads_in_place(conv);
   std::int64_t line_pixels = conv.width;
   for (int axis = 0; axis < 2; ++axis) plan.steps[axis] = window.stride[axis];
   if (!plan.in_place) {
