@@ -12,12 +12,16 @@ struct Half {
   std::int64_t pixel;
 };
 
+struct Lines {
+  const char *next, *end;
+};
+
 // One or two halves of `rows` pixels each, and the window's rows that meet the image.
 struct Tile {
   Half halves[2];
   int count, rows;
   std::int64_t first_row, last_row;
-  const char *ahead, *ahead_end;  // lines that the next tile reads, to be fetched meanwhile
+  Lines ahead[2];  // to be fetched meanwhile: the next tile's and the next weights
 };
 
 // 32 or 16 output channels.
@@ -117,12 +121,10 @@ ISA inline __attribute__((noinline)) void multiply(const Conv& conv, const Sourc
 
   const EpilogueLines<kHalves> lines{conv, tile, columns.first};
   const int stretches = lines.stretches();
-  int stretch = -1;  // before them, the next tile's lines
-  const char* line = tile.ahead;
-  std::int64_t step = 64;
-  std::int64_t lines_left = std::min((tile.ahead_end - tile.ahead) / 64,
-                                     end - position - std::int64_t{stretches} * kRows);
-  if (lines_left > 0) tile.ahead += 64 * lines_left;
+  int stretch = -3;  // before them, the lines ahead
+  const char* line = nullptr;
+  std::int64_t step = 64, lines_left = 0;
+  std::int64_t spare = end - position - std::int64_t{stretches} * kRows;
 
   const std::uint32_t* b = columns.weights + position * kStrip;
   for (std::int64_t row = tile.first_row; row < tile.last_row; ++row) {
@@ -132,6 +134,16 @@ ISA inline __attribute__((noinline)) void multiply(const Conv& conv, const Sourc
       for (std::int64_t words = source.words; words > 0;) {
         while (lines_left <= 0) {
           ++stretch;
+          if (stretch < 0) {
+            Lines& ahead = tile.ahead[stretch + 2];
+            line = ahead.next;
+            lines_left = std::min((ahead.end - ahead.next) / 64, spare);
+            if (lines_left > 0) {
+              ahead.next += 64 * lines_left;
+              spare -= lines_left;
+            }
+            continue;
+          }
           step = conv.out_channels * std::int64_t{sizeof(Element)};
           if (stretch < stretches) {
             line = lines.stretch(stretch);
@@ -219,14 +231,22 @@ ISA void conv_task(const Conv& conv, const Plan& plan, const Terms& terms, std::
   const std::int64_t last = std::min(last_strip * kStrip, round_up(conv.out_channels, kVecs * kLanes));
   for (std::int64_t strip = first_strip; strip < last_strip; strip += plan.strips_together) {
     const std::int64_t together = std::min((strip + plan.strips_together) * kStrip, last);
+    const std::int64_t strip_bytes = plan.words * kStrip * 4;
+    const auto* const next_weights =
+        static_cast<const char*>(conv.packed) + (strip + plan.strips_together) * strip_bytes;
+    const std::int64_t next_bytes =
+        strip_bytes *
+        std::clamp<std::int64_t>(last_strip - strip - plan.strips_together, 0, plan.strips_together);
     for (int i = 0; i < count; ++i) {
       Tile& tile = tiles[i];
+      tile.ahead[0] = tile.ahead[1] = {};
       if (plan.in_place && strip == first_strip && i + 1 < count) {
-        tile.ahead = tiles[i + 1].halves[0].x;
-        tile.ahead_end = tile.ahead + plan.source.pixel_pitch * tiles[i + 1].rows * tiles[i + 1].count;
-      } else {
-        tile.ahead = tile.ahead_end = nullptr;
+        const Tile& next = tiles[i + 1];
+        tile.ahead[0] = {next.halves[0].x,
+                         next.halves[0].x + plan.source.pixel_pitch * next.rows * next.count};
       }
+      tile.ahead[1] = {next_weights + next_bytes * i / count / 64 * 64,
+                       next_weights + next_bytes * (i + 1) / count / 64 * 64};
       for (std::int64_t k = strip * kStrip; k < together; k += kVecs * kLanes) {
         const Columns columns{
             static_cast<const std::uint32_t*>(conv.packed) + k / kStrip * plan.words * kStrip + k % kStrip,
