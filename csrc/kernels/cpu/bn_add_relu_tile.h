@@ -13,7 +13,7 @@ ISA_INLINE void finish_pixels(const BnAddRelu& op, const Terms& terms, std::int6
                             ? Vec{}
                             : load(static_cast<const Number*>(op.residual) + offset + c, valid);
       store(static_cast<Number*>(op.out) + offset + c,
-            normalise(x, terms.at(c), added, op.relu), valid);
+            normalise(x, terms.at(c), added, least_result(op.relu)), valid);
     }
   }
 }

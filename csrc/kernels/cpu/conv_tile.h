@@ -67,24 +67,25 @@ template <int kRows, int kHalves, bool kWhole>
 ISA_INLINE void finish(const Vec (&sum)[kRows * kHalves][kVecs], const Conv& conv, const Tile& tile,
                        const Columns& columns) {
   static constexpr Element kZeros[kVecs * kLanes] = {};
+  const TermsAt terms = columns.terms;  // copies: what follows may write anywhere
+  const std::int64_t channels = conv.out_channels, all_valid = columns.valid;
+  const Vec least = least_result(conv.relu);
 #pragma GCC unroll 2
   for (int half = 0; half < kHalves; ++half) {
-    const std::int64_t at = tile.halves[half].pixel * conv.out_channels + columns.first;
-    auto* out = static_cast<Element*>(conv.out) + at;
+    const std::int64_t first = tile.halves[half].pixel * channels + columns.first;
+    auto* out = static_cast<Element*>(conv.out) + first;
     const auto* residual = conv.residual == nullptr ? kZeros
-                                                    : static_cast<const Element*>(conv.residual) + at;
-    const std::int64_t next = conv.residual == nullptr ? 0 : conv.out_channels;
+                                                    : static_cast<const Element*>(conv.residual) + first;
+    const std::int64_t next = conv.residual == nullptr ? 0 : channels;
 #pragma GCC unroll 7
-    for (int r = 0; r < kRows; ++r, out += conv.out_channels, residual += next) {
+    for (int r = 0; r < kRows; ++r, out += channels, residual += next) {
 #pragma GCC unroll 2
       for (int j = 0; j < kVecs; ++j) {
         const int k = j * kLanes;
-        const std::int64_t valid = kWhole ? kLanes : columns.valid - k;
-        const auto& [mean, scale, bias] = columns.terms;
+        const std::int64_t valid = kWhole ? kLanes : all_valid - k;
+        const TermsAt at{terms.mean + k, terms.scale + k, terms.bias + k};
         store(out + k,
-              normalise(sum[half * kRows + r][j], {mean + k, scale + k, bias + k},
-                        load(residual + k, valid), conv.relu),
-              valid);
+              normalise(sum[half * kRows + r][j], at, load(residual + k, valid), least), valid);
       }
     }
   }

@@ -35,7 +35,7 @@ ISA inline __attribute__((noinline)) void convolve(const std::uint32_t* const ro
     for (int j = 0; j < kVecs; ++j) {
       const std::int64_t k = j * kLanes;
       store(to + p * to_stride + k,
-            normalise(sum[p][j], terms.at(first + k), Vec{}, true));
+            normalise(sum[p][j], terms.at(first + k), Vec{}, least_result(true)));
     }
   }
 }

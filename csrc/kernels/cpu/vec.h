@@ -19,7 +19,11 @@ ISA_INLINE Vec load(const float* p) {
 ISA_INLINE Vec load(const BFloat16* p) {
   VecHalves halves;
   std::memcpy(&halves, p, sizeof halves);
+#if ISA_LANES == 16  // where compilers convert in halves
+  return (Vec)((VecBits)_mm512_cvtepu16_epi32((__m256i)halves) << 16);
+#else
   return (Vec)(__builtin_convertvector(halves, VecBits) << 16);
+#endif
 }
 
 ISA_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
@@ -53,13 +57,15 @@ ISA_INLINE void store(Element* p, Vec v, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) p[i] = padded[i];
 }
 
-// max(v, 0) that keeps NaN, as torch.relu does.
-ISA_INLINE Vec relu(Vec v) { return v < Vec{} ? Vec{} : v; }
+// The least result with or without a ReLU.
+ISA_INLINE Vec least_result(bool relu) {
+  return splat(relu ? 0.0f : -std::numeric_limits<float>::infinity());
+}
 
-// relu?(batch norm of v, plus residual).
-ISA_INLINE Vec normalise(Vec v, const TermsAt& terms, Vec residual, bool rectify) {
+// max(batch norm of v, plus residual; least), where NaN stays NaN, as torch.relu has it.
+ISA_INLINE Vec normalise(Vec v, const TermsAt& terms, Vec residual, Vec least) {
   v = (v - load(terms.mean)) * load(terms.scale) + (load(terms.bias) + residual);
-  return rectify ? relu(v) : v;
+  return v < least ? least : v;
 }
 
 // What a convolution multiplies: 32-bit words, each one fp32 number or a pair of bfloat16 ones.

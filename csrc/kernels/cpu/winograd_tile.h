@@ -148,7 +148,7 @@ ISA_INLINE void transform_output(const WinogradConv& conv, const Terms& terms, c
       const std::int64_t pixel = (at.image * conv.height + at.row + i) * conv.width + at.column + j;
       const std::int64_t offset = pixel * conv.out_channels + k;
       const Vec added = conv.residual == nullptr ? Vec{} : load(conv.residual + offset, count);
-      store(conv.out + offset, normalise(y[j], terms.at(k), added, conv.relu), count);
+      store(conv.out + offset, normalise(y[j], terms.at(k), added, least_result(conv.relu)), count);
     }
   }
 }
