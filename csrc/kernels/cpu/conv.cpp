@@ -7,8 +7,8 @@
 // of pixels, which stays in L1, the micro-kernel then sums over the whole window and ends with
 // batch norm, residual and ReLU: sums never leave the registers in bfloat16, and in fp32 only to be
 // added up in runs of kRun words, so that their rounding error grows with kRun + terms / kRun, not
-// with the number of terms. Lines of the result, the residual and the next tile are
-// prefetched one by one meanwhile.
+// with the number of terms. Lines of the result, the residual, the next tile and the next weights
+// are prefetched one by one meanwhile.
 // The micro-kernel keeps rows x columns of sums in registers (AVX-512: 14 x 32, 28 of 32 registers;
 // AVX2: 6 x 16, 12 of 16): two vectors of weights are loaded for 14 words broadcast from rows. A
 // tile's rows are two runs of up to 7 neighbouring pixels, so that maps 7, 14, 28 and 56 wide fill
@@ -27,9 +27,6 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
-#endif
-#ifdef _OPENMP
-#include <omp.h>
 #endif
 
 namespace resnet_fused::cpu {
@@ -63,7 +60,8 @@ struct Plan {
   std::int64_t images_together;  // two where a line is an odd number of halves: equal rows meet
   std::int64_t half_tasks, strip_tasks;
   bool in_place;
-  std::int64_t steps[2];    // from one output's window to the next, in lines and pixels of the operand
+  std::int64_t
+      steps[2];  // from one output's window to the next, in lines and pixels of the operand
   std::int64_t pixel_bytes, line_bytes;  // of the operand
   Source source;
 
@@ -133,7 +131,8 @@ class Operand {
     const std::int64_t bytes = conv_.in_channels * size;
     char* to = copy_ + (image - first_image_) * image_bytes_ +
                (line - first_y_ * plan_.steps[0]) * plan_.line_bytes;
-    const std::int64_t y = line * (window.kernel[0] == 1 ? window.stride[0] : 1) - window.padding[0];
+    const std::int64_t y =
+        line * (window.kernel[0] == 1 ? window.stride[0] : 1) - window.padding[0];
     const std::int64_t pixels = plan_.line_bytes / plan_.pixel_bytes;
     if (y < 0 || y >= conv_.height) {
       std::memset(to, 0, plan_.line_bytes);
@@ -215,8 +214,7 @@ Plan make_plan(const Conv& conv, int half_rows, std::int64_t threads) {
   const std::int64_t taps = window.kernel[0] * window.kernel[1];
   plan.words = taps * pixel_words;
   plan.strips = ceil_div(conv.out_channels, kStrip);
-  plan.strips_together =
-      std::max<std::int64_t>(kTogetherBytes / (plan.words * kStrip * 4), 1);
+  plan.strips_together = std::max<std::int64_t>(kTogetherBytes / (plan.words * kStrip * 4), 1);
 
   plan.halves_per_line = ceil_div(plan.out_width, half_rows);
   plan.halves = conv.batch * plan.out_height * plan.halves_per_line;
@@ -230,7 +228,8 @@ Plan make_plan(const Conv& conv, int half_rows, std::int64_t threads) {
     for (int axis = 0; axis < 2; ++axis) {
       if (window.kernel[axis] == 1) plan.steps[axis] = 1;
     }
-    line_pixels = (plan.out_width - 1) * plan.steps[1] + (window.kernel[1] - 1) * window.dilation[1] + 1;
+    line_pixels =
+        (plan.out_width - 1) * plan.steps[1] + (window.kernel[1] - 1) * window.dilation[1] + 1;
     if (plan.steps[1] * plan.pixel_bytes % (kWayBytes / 2) == 0) plan.pixel_bytes += 64;
   }
   plan.line_bytes = line_pixels * plan.pixel_bytes;
@@ -290,13 +289,8 @@ void conv_transform_weights(const void* weight, const std::int64_t strides[4], v
 }
 
 void conv_bn(const Conv& given, Isa isa) {
-#ifdef _OPENMP
-  const std::int64_t threads = omp_get_max_threads();
-#else
-  const std::int64_t threads = 1;
-#endif
   const Conv conv = flattened(given);
-  const Plan plan = make_plan(conv, half_rows(isa == Isa::kAvx512 ? 16 : 8), threads);
+  const Plan plan = make_plan(conv, half_rows(isa == Isa::kAvx512 ? 16 : 8), max_threads());
   if (plan.halves * conv.out_channels == 0) return;
   const Terms terms(conv.bn, conv.out_channels, kStrip);
   const Task task = task_for(conv.format, isa);

@@ -74,8 +74,8 @@ ISA_INLINE void finish(const Vec (&sum)[kRows * kHalves][kVecs], const Conv& con
   for (int half = 0; half < kHalves; ++half) {
     const std::int64_t first = tile.halves[half].pixel * channels + columns.first;
     auto* out = static_cast<Element*>(conv.out) + first;
-    const auto* residual = conv.residual == nullptr ? kZeros
-                                                    : static_cast<const Element*>(conv.residual) + first;
+    const auto* residual =
+        conv.residual == nullptr ? kZeros : static_cast<const Element*>(conv.residual) + first;
     const std::int64_t next = conv.residual == nullptr ? 0 : channels;
 #pragma GCC unroll 7
     for (int r = 0; r < kRows; ++r, out += channels, residual += next) {
@@ -84,8 +84,8 @@ ISA_INLINE void finish(const Vec (&sum)[kRows * kHalves][kVecs], const Conv& con
         const int k = j * kLanes;
         const std::int64_t valid = kWhole ? kLanes : all_valid - k;
         const TermsAt at{terms.mean + k, terms.scale + k, terms.bias + k};
-        store(out + k,
-              normalise(sum[half * kRows + r][j], at, load(residual + k, valid), least), valid);
+        store(out + k, normalise(sum[half * kRows + r][j], at, load(residual + k, valid), least),
+              valid);
       }
     }
   }
@@ -220,24 +220,25 @@ ISA void conv_task(const Conv& conv, const Plan& plan, const Terms& terms, std::
       tile.first_row = tile.count == 0 ? first : std::min(tile.first_row, first);
       tile.last_row = tile.count == 0 ? last : std::max(tile.last_row, last);
       tile.rows = static_cast<int>(place.rows);
-      tile.halves[tile.count++] = {operand.window(place),
-                                   (place.image * plan.out_height + place.y) * plan.out_width +
-                                       place.x};
+      tile.halves[tile.count++] = {
+          operand.window(place),
+          (place.image * plan.out_height + place.y) * plan.out_width + place.x};
     }
   }
   alignas(64) float sums[2 * kHalfRows * kVecs * kLanes];
 
   const std::int64_t first_strip = strip_task * plan.strips / plan.strip_tasks;
   const std::int64_t last_strip = (strip_task + 1) * plan.strips / plan.strip_tasks;
-  const std::int64_t last = std::min(last_strip * kStrip, round_up(conv.out_channels, kVecs * kLanes));
+  const std::int64_t last =
+      std::min(last_strip * kStrip, round_up(conv.out_channels, kVecs * kLanes));
   for (std::int64_t strip = first_strip; strip < last_strip; strip += plan.strips_together) {
     const std::int64_t together = std::min((strip + plan.strips_together) * kStrip, last);
     const std::int64_t strip_bytes = plan.words * kStrip * 4;
     const auto* const next_weights =
         static_cast<const char*>(conv.packed) + (strip + plan.strips_together) * strip_bytes;
     const std::int64_t next_bytes =
-        strip_bytes *
-        std::clamp<std::int64_t>(last_strip - strip - plan.strips_together, 0, plan.strips_together);
+        strip_bytes * std::clamp<std::int64_t>(last_strip - strip - plan.strips_together, 0,
+                                               plan.strips_together);
     for (int i = 0; i < count; ++i) {
       Tile& tile = tiles[i];
       tile.ahead[0] = tile.ahead[1] = {};
@@ -249,9 +250,9 @@ ISA void conv_task(const Conv& conv, const Plan& plan, const Terms& terms, std::
       tile.ahead[1] = {next_weights + next_bytes * i / count / 64 * 64,
                        next_weights + next_bytes * (i + 1) / count / 64 * 64};
       for (std::int64_t k = strip * kStrip; k < together; k += kVecs * kLanes) {
-        const Columns columns{
-            static_cast<const std::uint32_t*>(conv.packed) + k / kStrip * plan.words * kStrip + k % kStrip,
-            terms.at(k), k, conv.out_channels - k};
+        const Columns columns{static_cast<const std::uint32_t*>(conv.packed) +
+                                  k / kStrip * plan.words * kStrip + k % kStrip,
+                              terms.at(k), k, conv.out_channels - k};
         kMultiply[tile.count - 1][tile.rows - 1](conv, plan.source, tile, columns, sums);
       }
     }

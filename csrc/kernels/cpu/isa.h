@@ -13,6 +13,9 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <cpuid.h>
 #endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 namespace resnet_fused::cpu {
 
@@ -87,6 +90,14 @@ class Scratch {
 inline Scratch& thread_scratch() {
   thread_local Scratch scratch;
   return scratch;
+}
+
+inline std::int64_t max_threads() {
+#ifdef _OPENMP
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
 }
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }

@@ -23,9 +23,6 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #endif
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 namespace resnet_fused::cpu {
 namespace {
@@ -96,12 +93,7 @@ void stem_transform_weights(const void* weight, const std::int64_t strides[4], v
 void stem_conv_pool(const Stem& stem, Isa isa) {
   const std::int64_t pooled = stem_halved(stem_halved(stem.height));
   if (stem.batch * pooled * stem.width * stem.out_channels == 0) return;
-#ifdef _OPENMP
-  const std::int64_t threads = omp_get_max_threads();
-#else
-  const std::int64_t threads = 1;
-#endif
-  const std::int64_t wanted = ceil_div(2 * threads, stem.batch);
+  const std::int64_t wanted = ceil_div(2 * max_threads(), stem.batch);
   const std::int64_t rows = std::max(ceil_div(pooled, wanted), std::int64_t{4});
   const std::int64_t bands = ceil_div(pooled, rows);
   const Terms terms(stem.bn, stem.out_channels, kStemStrip);

@@ -3,10 +3,10 @@
 // Every 2x2 output tile comes from a 4x4 input tile d and a 3x3 filter g through 16 products:
 //   V = B^T d B      U = G g G^T      M_e = sum over c of V_e[c] U_e[c, k]      Y = A^T M A
 // 2.25 times fewer multiplications than the direct sum. In fp32 it is also more accurate than
-// oneDNN's direct convolution in NHWC, 2 to 4 times for 64 to 512 channels: a sum has C terms
-// instead of 9 C, taken in chunks of kChunk. (Not so under 16 channels, or on maps of less than 5
-// pixels, where direct sums are short.) U holds quarters of integers when g holds integers, so
-// that such inputs stay exact.
+// oneDNN's direct convolution in NHWC for 64 to 512 channels (tests/test_cpu_kernels.py): a sum has
+// C terms instead of 9 C, taken in chunks of kChunk. (Not so under 16 channels, or on maps of less
+// than 5 pixels, where direct sums are short.) U holds quarters of integers when g holds integers,
+// so that such inputs stay exact.
 //
 // One task is a run of consecutive tiles (rows and images simply follow each other) times a range
 // of output channels, done by one thread without leaving its L2 cache:
@@ -25,10 +25,6 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
-#endif
-
-#ifdef _OPENMP
-#include <omp.h>
 #endif
 
 namespace resnet_fused::cpu {
@@ -136,12 +132,7 @@ void winograd_transform_weights(const float* weight, const std::int64_t strides[
 
 void winograd_conv(const WinogradConv& conv, Isa isa) {
   if (conv.batch * conv.height * conv.width * conv.out_channels == 0) return;
-#ifdef _OPENMP
-  const std::int64_t threads = omp_get_max_threads();
-#else
-  const std::int64_t threads = 1;
-#endif
-  const Plan plan = make_plan(conv, threads);
+  const Plan plan = make_plan(conv, max_threads());
   const Terms terms(conv.bn, conv.out_channels, 16);
   const Task task = task_for(isa);
   const std::int64_t tasks = plan.tile_tasks * plan.block_tasks;

@@ -17,10 +17,8 @@ from ...reference.ops import pad_channels
 from .. import Backend
 from .live_cache import LiveCache
 from .memory import keep_freed_memory
-from .native import DirectConvolution, PooledStem, WinogradConvolution, bn_add_relu, head
+from .native import PackedConvolution, PooledStem, bn_add_relu, head, suits_winograd
 from .onednn import OPERATORS, OneDnnConvolution
-
-PackedConvolution = DirectConvolution | WinogradConvolution | OneDnnConvolution
 
 
 class CpuBackend:
@@ -30,7 +28,7 @@ class CpuBackend:
     def __init__(self) -> None:
         extension = _extension.load()
         self._extension = extension
-        self._convolutions: LiveCache[PackedConvolution] = LiveCache(extension)
+        self._convolutions: LiveCache[PackedConvolution | OneDnnConvolution] = LiveCache(extension)
         self._stems: LiveCache[PooledStem] = LiveCache(extension)
         self._own = set()  # dtypes that our kernels convolve, and as fast as any
         if extension.cpu_isa():
@@ -84,13 +82,18 @@ class CpuBackend:
     def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return head(self._extension, x, weight, bias)
 
-    def _pack(self, x: Tensor, conv: Convolution) -> PackedConvolution:
+    def _pack(self, x: Tensor, conv: Convolution) -> PackedConvolution | OneDnnConvolution:
         keep_freed_memory()
-        kind: type[PackedConvolution] = OneDnnConvolution
-        if conv.groups == 1 and conv.weight.dtype in self._own:
-            kind = WinogradConvolution if WinogradConvolution.serves(x, conv) else DirectConvolution
-        form = (kind, *map(tuple, conv[1:4]), conv.groups)
-        return self._convolutions.get(conv.weight, form, lambda: kind(self._extension, conv))
+        own = conv.groups == 1 and conv.weight.dtype in self._own
+        winograd = own and suits_winograd(x, conv)
+        form = (own, winograd, *map(tuple, conv[1:4]), conv.groups)
+
+        def pack() -> PackedConvolution | OneDnnConvolution:
+            if own:
+                return PackedConvolution(self._extension, conv, winograd)
+            return OneDnnConvolution(self._extension, conv)
+
+        return self._convolutions.get(conv.weight, form, pack)
 
 
 def create() -> Backend:

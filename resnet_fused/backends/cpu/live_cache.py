@@ -2,8 +2,7 @@
 
 Version counters cannot tell: `p.data.mul_()`, as moving-average code writes it, and edits through
 a numpy view move none, and inference tensors have none. So each look-up hashes the weight itself
-(64 bits, one pass at memory speed: 3.5 ms for the 102 MB of a float32 ResNet-50, about 1% of a
-forward pass of batch 8 on the same 2 cores).
+(64 bits, one pass at the speed of memory).
 
 An entry belongs to one weight tensor, is found by that object's identity, and goes when it goes.
 """

@@ -2,9 +2,8 @@
 
 glibc returns freed memory to the system: blocks above 32 MB at once, smaller ones when 64 MB lie
 free at the end of the heap. A forward pass frees and asks again for hundreds of megabytes, and each
-page costs a fault and its clearing: for ResNet-50 in float32 15,600 faults (5% of the time) at
-batch 8, 132,000 (a quarter) at batch 24, none with the settings below. PyTorch's convolutions
-take no output buffer, so a pool of our own could not serve them.
+page costs a fault and its clearing; with the settings below, none. PyTorch's convolutions take no
+output buffer, so a pool of our own could not serve them.
 """
 
 from __future__ import annotations

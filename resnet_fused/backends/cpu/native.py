@@ -1,10 +1,12 @@
 """The package's own CPU kernels: where they apply, and their weights and arguments.
 
-Packed weights are the weights in another order; batch norm is read live and applied in float32.
+Packed weights are the weights in another order, or Winograd's transform of them; batch norm is read
+live and applied in float32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +21,7 @@ _SMALLEST = 2  # of Winograd's maps: a single pixel wants one tap of nine
 _READ_AS_THEY_ARE = (torch.float32, torch.bfloat16, torch.float64)
 
 
-def _pair(values: tuple[int, int]) -> tuple[int, int]:
+def _pair(values: Sequence[int]) -> tuple[int, int]:
     # Dispatched through PyTorch, the schema's int[2] arrive as lists.
     return values[0], values[1]
 
@@ -98,8 +100,29 @@ def head(extension: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None) 
     return out
 
 
-class _Kernel:
-    """relu?(bn(conv(x)) (+ residual)) by a kernel of the extension, on weights packed for it."""
+class PackedConvolution:
+    """relu?(bn(conv(x)) (+ residual)) of one group, on weights packed for the kernel.
+
+    The kernel is Winograd's F(2×2, 3×3) where `suits_winograd`, else the direct one.
+    """
+
+    def __init__(self, extension: ModuleType, conv: Convolution, winograd: bool) -> None:
+        weight = conv.weight
+        out_channels, channels, *kernel = weight.shape
+        self._conv = conv._replace(weight=torch.empty_like(weight, device="meta"))
+        self._window: tuple[tuple[int, int], ...] = ()
+        self._format: tuple[bool, ...] = ()
+        sizes: tuple[Any, ...] = (channels, out_channels)
+        if winograd:
+            self._kernel, pack = extension.winograd_conv, extension.winograd_transform_weights
+            self._packed = torch.empty(extension.winograd_weight_floats(*sizes))
+        else:
+            self._window = (_pair(kernel), *map(_pair, conv[1:4]))
+            self._format = (weight.dtype == torch.bfloat16,)
+            sizes = (*sizes, self._window[0], *self._format)
+            self._kernel, pack = extension.conv_bn, extension.conv_transform_weights
+            self._packed = torch.empty(extension.conv_weight_bytes(*sizes), dtype=torch.uint8)
+        pack(weight.data_ptr(), weight.stride(), self._packed.data_ptr(), *sizes)
 
     def __call__(
         self,
@@ -116,107 +139,40 @@ class _Kernel:
         x, vectors = _nhwc(x), Vectors(bn)
         if residual is not None:
             residual = _nhwc(residual)
+        batch, channels, height, width = x.shape
+        out_channels = self._conv.weight.shape[0]
         out = residual if in_place else None
         if out is None:
-            out = self._new_result(x)
-        self._run(x, vectors.arguments, 0 if residual is None else residual.data_ptr(), out, relu)
-        return out
-
-    def _new_result(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _run(self, x: Tensor, bn: Any, residual: int, out: Tensor, relu: bool) -> None:
-        raise NotImplementedError
-
-
-class DirectConvolution(_Kernel):
-    """Any convolution of one group, float32 and bfloat16."""
-
-    def __init__(self, extension: ModuleType, conv: Convolution) -> None:
-        weight = conv.weight
-        self._kernel = extension.conv_bn
-        self._out_channels, channels, *size = weight.shape
-        self._bfloat16 = weight.dtype == torch.bfloat16
-        self._window = (tuple(size), *map(_pair, conv[1:4]))
-        sizes = (channels, self._out_channels, tuple(size), self._bfloat16)
-        self._packed = torch.empty(extension.conv_weight_bytes(*sizes), dtype=torch.uint8)
-        extension.conv_transform_weights(
-            weight.data_ptr(), weight.stride(), self._packed.data_ptr(), *sizes
-        )
-
-    def _new_result(self, x: Tensor) -> Tensor:
-        height, width = (
-            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-            for size, kernel, stride, padding, dilation in zip(
-                x.shape[2:], *self._window, strict=True
-            )
-        )
-        return _empty(x, self._out_channels, height, width)
-
-    def _run(self, x: Tensor, bn: Any, residual: int, out: Tensor, relu: bool) -> None:
-        batch, channels, height, width = x.shape
+            out = _empty(x, out_channels, *self._conv.output_size(height, width))
         self._kernel(
             x.data_ptr(),
             self._packed.data_ptr(),
-            bn,
-            residual,
+            vectors.arguments,
+            0 if residual is None else residual.data_ptr(),
             out.data_ptr(),
             batch,
             height,
             width,
             channels,
-            self._out_channels,
+            out_channels,
             *self._window,
             relu,
-            self._bfloat16,
+            *self._format,
         )
+        return out
 
 
-class WinogradConvolution(_Kernel):
-    """3×3 with stride and padding 1 by Winograd's F(2×2, 3×3), float32."""
-
-    def __init__(self, extension: ModuleType, conv: Convolution) -> None:
-        weight = conv.weight
-        self._kernel = extension.winograd_conv
-        self._out_channels, channels = weight.shape[:2]
-        sizes = (channels, self._out_channels)
-        self._packed = torch.empty(extension.winograd_weight_floats(*sizes))
-        extension.winograd_transform_weights(
-            weight.data_ptr(), weight.stride(), self._packed.data_ptr(), *sizes
-        )
-
-    @staticmethod
-    def serves(x: Tensor, conv: Convolution) -> bool:
-        """Whether it computes this convolution, and faster than the direct kernel."""
-        weight = conv.weight
-        return (
-            weight.dtype == torch.float32
-            and weight.shape[2:] == (3, 3)
-            and all(_pair(pair) == (1, 1) for pair in conv[1:4])
-            and conv.groups == 1
-            and weight.shape[0] % _LANES == 0
-            and weight.shape[1] % _LANES == 0
-            and min(x.shape[2:]) >= _SMALLEST
-        )
-
-    def _new_result(self, x: Tensor) -> Tensor:
-        return _empty(x, self._out_channels, *x.shape[2:])
-
-    def _run(self, x: Tensor, bn: Any, residual: int, out: Tensor, relu: bool) -> None:
-        batch, channels, height, width = x.shape
-        self._kernel(
-            x.data_ptr(),
-            self._packed.data_ptr(),
-            bn,
-            residual,
-            out.data_ptr(),
-            batch,
-            height,
-            width,
-            channels,
-            self._out_channels,
-            relu,
-        )
+def suits_winograd(x: Tensor, conv: Convolution) -> bool:
+    """Whether Winograd's kernel computes this convolution, and faster than the direct one."""
+    weight = conv.weight
+    return (
+        weight.dtype == torch.float32
+        and weight.shape[2:] == (3, 3)
+        and all(_pair(pair) == (1, 1) for pair in conv[1:4])
+        and weight.shape[0] % _LANES == 0
+        and weight.shape[1] % _LANES == 0
+        and min(x.shape[2:]) >= _SMALLEST
+    )
 
 
 class PooledStem:
