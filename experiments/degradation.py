@@ -38,7 +38,7 @@ def experiment(place: launch.Launch, options: argparse.Namespace) -> None:
         digits=([20, 32, 44, 56], 300, 64),
         cifar=([20, 32, 44, 56, 110], 64_000, 128),
         imagenet=([18, 34], 600_000, 256),
-        quick=([8, 14], 12, 16),
+        quick=([18], 2, 4) if images.side is None else ([8, 14], 12, 16),
     )
     results = {}
     for kind, network in KINDS.items():

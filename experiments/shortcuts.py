@@ -39,7 +39,7 @@ def experiment(place: launch.Launch, options: argparse.Namespace) -> None:
         digits=(20, 4, 200, 64),
         cifar=(56, 5, 64_000, 128),
         imagenet=(34, 1, 600_000, 256),
-        quick=(8, 2, 10, 16),
+        quick=(18, 1, 2, 4) if images.side is None else (8, 2, 10, 16),
     )
     recipe = recipes.of_the_paper(images, iterations, batch)
     results: dict[str, list[Result]] = {option: [] for option in OPTIONS}

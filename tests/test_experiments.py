@@ -396,6 +396,7 @@ def test_a_batch_must_divide_among_processes(tmp_path: Path) -> None:
     [
         ("imagenet", ["--model", "resnet19"], "resnet_fused has no network of that name"),
         ("progressive_deepening", ["--depths", "14", "8"], "the second must be the deeper one"),
+        ("cifar", ["--depths", "21"], "6n+2 layers (8, 14, 20, ...), and 21 is not such a number"),
         ("cifar", ["--batch", "300"], "a batch of 300 needs as many images; there are 256"),
     ],
 )

@@ -21,8 +21,8 @@ from PIL import Image
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
 
-from common import augmentation, data, schedules
-from common.errors import DataError
+from common import augmentation, data, networks, schedules
+from common.errors import DataError, ExperimentError
 
 BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
 
@@ -209,6 +209,24 @@ def test_a_damaged_photograph_is_named(
     given = ["--quick", "--device", "cpu", "--epochs", "1", "--batch", "36", "--recipes", "paper"]
     assert main([*given, "--data", str(root), "--out", str(tmp_path / "out")]) == 2
     assert f"{file} is no whole image" in capsys.readouterr().err
+
+
+def test_networks_suit_the_images(tmp_path: Path) -> None:
+    photographs = data.open_images(write_folders(tmp_path, 1), 12)
+    found = {
+        "plain34": networks.plain(photographs, 34)(),
+        "A34": networks.residual(photographs, 34)(),
+        "B34": networks.residual(photographs, 34, "B")(),
+        "digits": networks.residual(data.digits(8), 20, "C")(),
+    }
+    # Options A and "none" have no parameters; B has three projections with batch norm.
+    counts = {name: networks.parameters(model) for name, model in found.items()}
+    projections = sum(2 * c * c + 2 * 2 * c for c in (64, 128, 256))
+    assert counts["A34"] == counts["plain34"] == counts["B34"] - projections
+    assert found["A34"].fc.out_features == 3
+    assert found["digits"].conv1.stride == (1, 1)
+    with pytest.raises(ExperimentError, match="no plain network of 50 layers for photographs"):
+        networks.plain(photographs, 50)
 
 
 def test_missing_and_differing_folders_are_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -11,25 +12,41 @@ import resnet_fused
 from resnet_fused import cifar
 
 from .data import Images
+from .errors import ExperimentError
 
 
 def plain(images: Images, depth: int, **arguments: Any) -> Callable[[], nn.Module]:
-    """Makes a network without shortcuts: of 3.3 for photographs, of 4.2 for small images."""
-    if images.side is None:
-        make = getattr(resnet_fused, f"plain{depth}")
-        return lambda: make(num_classes=images.classes, **arguments)
-    return lambda: cifar.plain(depth, num_classes=images.classes, **arguments)
+    """Makes a network without shortcuts: of 3.3 for photographs, of 4.2 for small images.
+
+    Raises ExperimentError for a depth that the paper's networks do not have; so does `residual`.
+    """
+    return _network("plain", images, depth, arguments)
 
 
 def residual(
     images: Images, depth: int, shortcut: str = "A", **arguments: Any
 ) -> Callable[[], nn.Module]:
     """Makes a residual network: of Table 1 for photographs, of 4.2 for small images."""
-    arguments.update(num_classes=images.classes, shortcut=shortcut)
+    return _network("resnet", images, depth, {"shortcut": shortcut, **arguments})
+
+
+def _network(
+    kind: str, images: Images, depth: int, arguments: dict[str, Any]
+) -> Callable[[], nn.Module]:
     if images.side is None:
-        make = getattr(resnet_fused, f"resnet{depth}")
-        return lambda: make(**arguments)
-    return lambda: cifar.resnet(depth, **arguments)
+        make = getattr(resnet_fused, f"{kind}{depth}", None)
+        if make is None:
+            raise ExperimentError(
+                f"there is no {kind} network of {depth} layers for photographs; there are 18 and "
+                "34, and residual ones of 50, 101 and 152."
+            )
+        return partial(make, num_classes=images.classes, **arguments)
+    if depth < 8 or (depth - 2) % 6:
+        raise ExperimentError(
+            f"networks for small images have 6n+2 layers (8, 14, 20, ...), and {depth} is not such "
+            "a number."
+        )
+    return partial(getattr(cifar, kind), depth, num_classes=images.classes, **arguments)
 
 
 def parameters(model: nn.Module) -> int:

@@ -28,7 +28,7 @@ def cifar(
     milestones: iterations to divide the rate at, instead of those.
     warm_up: a tenth of the rate until the training error is under 80 % (for 110 layers).
     """
-    every = max(25, iterations // 160)
+    every = max(24, iterations // 640 * 4)
     if milestones is None:
         milestones = (iterations // 2, iterations * 3 // 4)
     return Recipe(

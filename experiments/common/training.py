@@ -262,7 +262,9 @@ class _Training:
         self.window += total(sums)
         if recorded:
             self._record(row)
-        self.schedule.after_iteration(row.get("training_error"), row.get("test_error"))
+        # The first row is of one batch, by whose error nothing is decided.
+        training_error = row.get("training_error") if state.iteration > 1 else None
+        self.schedule.after_iteration(training_error, row.get("test_error"))
 
     def _record(self, row: Row) -> None:
         recipe, state = self.recipe, self.progress
