@@ -34,7 +34,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def experiment(place: launch.Launch, options: argparse.Namespace) -> None:
-    images = data.open_images(place.data, side=12, quick=place.quick)
+    images = data.open_images(place.data, side=8, quick=place.quick)
     if images.side is None:
         raise ExperimentError(
             f"--data {place.data} holds photographs of many sizes; experiments/imagenet.py "
@@ -44,7 +44,7 @@ def experiment(place: launch.Launch, options: argparse.Namespace) -> None:
         options,
         images.kind,
         ("depths", "runs", "iterations", "batch"),
-        digits=([20, 56, 110], 3, 200, 64),
+        digits=([20, 110], 3, 200, 64),
         cifar=([20, 32, 44, 56, 110], 5, 64_000, 128),
         quick=([8, 14], 2, 12, 16),
     )

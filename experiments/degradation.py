@@ -30,12 +30,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def experiment(place: launch.Launch, options: argparse.Namespace) -> None:
-    images = data.open_images(place.data, side=16, quick=place.quick)
+    images = data.open_images(place.data, side=12, quick=place.quick)
     depths, iterations, batch = launch.choose(
         options,
         images.kind,
         ("depths", "iterations", "batch"),
-        digits=([20, 32, 44, 56], 300, 64),
+        digits=([20, 32, 56], 240, 64),
         cifar=([20, 32, 44, 56, 110], 64_000, 128),
         imagenet=([18, 34], 600_000, 256),
         quick=([18], 2, 4) if images.side is None else ([8, 14], 12, 16),

@@ -43,7 +43,7 @@ def experiment(place: launch.Launch, options: argparse.Namespace) -> None:
         options,
         images.kind,
         ("model", "recipes", "epochs", "batch", "crop"),
-        digits=("resnet18", ["paper", "modern"], 12, 64, 32),
+        digits=("resnet18", ["paper", "modern"], 8, 64, 32),
         cifar=("resnet18", ["paper"], 60, 128, 32),
         imagenet=("resnet50", ["paper"], 120, 256, 224),
         quick=("resnet18", ["paper", "modern"], 2, 64, 32),

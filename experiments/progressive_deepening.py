@@ -59,7 +59,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def experiment(place: launch.Launch, options: argparse.Namespace) -> None:
-    images = data.open_images(place.data, side=16, quick=place.quick)
+    images = data.open_images(place.data, side=12, quick=place.quick)
     if images.side is None:
         raise ExperimentError(
             f"--data {place.data} holds photographs of many sizes; this experiment is for "
@@ -69,7 +69,7 @@ def experiment(place: launch.Launch, options: argparse.Namespace) -> None:
         options,
         images.kind,
         ("depths", "iterations", "batch"),
-        digits=([20, 44], 400, 64),
+        digits=([20, 44], 240, 64),
         cifar=([20, 56], 64_000, 128),
         quick=([8, 14], 16, 16),
     )

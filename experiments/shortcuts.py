@@ -31,12 +31,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def experiment(place: launch.Launch, options: argparse.Namespace) -> None:
-    images = data.open_images(place.data, side=16, quick=place.quick)
+    images = data.open_images(place.data, side=12, quick=place.quick)
     depth, runs, iterations, batch = launch.choose(
         options,
         images.kind,
         ("depth", "runs", "iterations", "batch"),
-        digits=(20, 4, 200, 64),
+        digits=(20, 3, 150, 64),
         cifar=(56, 5, 64_000, 128),
         imagenet=(34, 1, 600_000, 256),
         quick=(18, 1, 2, 4) if images.side is None else (8, 2, 10, 16),
