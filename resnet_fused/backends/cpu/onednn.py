@@ -31,7 +31,8 @@ class OneDnnConvolution:
     def __init__(self, extension: ModuleType, conv: Convolution) -> None:
         self._extension = extension
         self._geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
-        # oneDNN picks the layout by the input's size; another layout is right too, yet far slower. So: one copy for each layout, and which one each size wants.
+        # oneDNN picks the layout by the input's size; another layout is right too, yet far
+        # slower. So: one copy for each layout, and which one each size wants.
         self._layouts: dict[bytes, Tensor] = {}
         self._by_size: dict[torch.Size, Tensor] = {}
         # Packed weights outlive the mode they were made in, and the weight's content.
