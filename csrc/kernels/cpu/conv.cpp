@@ -38,6 +38,8 @@ constexpr std::int64_t kTaskBytes = 512 << 10;      // of x
 constexpr std::int64_t kTogetherBytes = 256 << 10;  // of weights
 constexpr std::int64_t kWayBytes = 4096;  // lines this far apart share a set of the L1 cache
 
+constexpr std::int64_t kLongTap = 16;  // words
+
 constexpr int half_rows(int lanes) { return lanes == 16 ? 7 : 3; }
 
 // How a pixel's window lies in memory: rows of `segments` runs of `words` words.
@@ -233,7 +235,9 @@ Plan make_plan(const Conv& conv, int half_rows, std::int64_t threads) {
     if (plan.steps[1] * plan.pixel_bytes % (kWayBytes / 2) == 0) plan.pixel_bytes += 64;
   }
   plan.line_bytes = line_pixels * plan.pixel_bytes;
-  const bool whole_rows = window.dilation[1] == 1 && plan.pixel_bytes == 4 * pixel_words;
+  // Taps of few words are taken together, of many one by one: then those outside are skipped.
+  const bool whole_rows = window.dilation[1] == 1 && plan.pixel_bytes == 4 * pixel_words &&
+                          (pixel_words < kLongTap || window.kernel[1] == 1);
   plan.source = {plan.steps[1] * plan.pixel_bytes, window.dilation[0] * plan.line_bytes,
                  window.dilation[1] * plan.pixel_bytes, whole_rows ? 1 : window.kernel[1],
                  whole_rows ? window.kernel[1] * pixel_words : pixel_words};

@@ -8,8 +8,8 @@ constexpr std::int64_t kRun = kFormat == Format::kFloat32 ? 64 : std::int64_t{1}
 
 // Up to kLanes == 16 ? 7 : 3 neighbouring pixels of a line: where they are read and written.
 struct Half {
-  const char* x;  // the window of the first one
-  std::int64_t pixel;
+  const char* x;               // the window of the first one
+  std::int64_t pixel, column;  // of the result: its number in the batch, and along its line
 };
 
 struct Lines {
@@ -38,8 +38,8 @@ ISA_INLINE std::uint32_t word_at(const char* p) {
 }
 
 // sum += a[rows][count] * b[count][kVecs vectors], moving both on; for each word one line is
-// prefetched, `step` bytes apart.
-template <int kRows, int kHalves>
+// prefetched, `step` bytes apart. Rows whose bit is set in kOutside are left out.
+template <int kRows, int kHalves, int kOutside = 0>
 ISA_INLINE void accumulate(Vec (&sum)[kRows * kHalves][kVecs], const char* (&a)[2],
                            std::int64_t stride, const std::uint32_t*& b, std::int64_t count,
                            const char*& line, std::int64_t step) {
@@ -52,6 +52,7 @@ ISA_INLINE void accumulate(Vec (&sum)[kRows * kHalves][kVecs], const char* (&a)[
     for (int j = 0; j < kVecs; ++j) columns[j] = load_words(b + j * kLanes);
 #pragma GCC unroll 14
     for (int r = 0; r < kRows * kHalves; ++r) {
+      if (kOutside >> r & 1) continue;
       const std::int64_t offsets[] = {0, stride, 2 * stride, three, 4 * stride, five, 2 * three};
       const std::uint32_t word = word_at((r < kRows ? low : high) + offsets[r % kRows]);
 #pragma GCC unroll 2
@@ -60,6 +61,48 @@ ISA_INLINE void accumulate(Vec (&sum)[kRows * kHalves][kVecs], const char* (&a)[
   }
   a[0] = low;
   a[1] = high;
+}
+
+// Bits of a tile's rows at the ends of its halves.
+template <int kRows>
+struct Ends {
+  static constexpr int kFirst[2] = {1, 1 << kRows};
+  static constexpr int kLast[2] = {1 << (kRows - 1), 1 << (2 * kRows - 1)};
+};
+
+// The ends whose tap in this column of the window lies left or right of the image.
+template <int kRows, int kHalves>
+ISA_INLINE int ends_outside(const Conv& conv, const Tile& tile, std::int64_t tap) {
+  const Window& window = conv.window;
+  const std::int64_t shift = tap * window.dilation[1] - window.padding[1];
+  int outside = 0;
+  for (int half = 0; half < kHalves; ++half) {
+    const std::int64_t first = tile.halves[half].column * window.stride[1] + shift;
+    if (first < 0) outside |= Ends<kRows>::kFirst[half];
+    if (first + (kRows - 1) * window.stride[1] >= conv.width) outside |= Ends<kRows>::kLast[half];
+  }
+  return outside;
+}
+
+// accumulate() without the rows in `outside`, where they are the ends of one line, of a half each
+// or of the whole tile; the rest of them multiplies zeros.
+template <int kRows, int kHalves, typename... Arguments>
+ISA_INLINE void accumulate_inside(int outside, Arguments&&... arguments) {
+  if constexpr (kRows == half_rows(kLanes) && kHalves == 2) {
+    using E = Ends<kRows>;
+    constexpr int kBothFirst = E::kFirst[0] | E::kFirst[1], kBothLast = E::kLast[0] | E::kLast[1];
+    switch (outside) {
+      case E::kFirst[0]:
+        return accumulate<kRows, kHalves, E::kFirst[0]>(arguments...);
+      case E::kLast[1]:
+        return accumulate<kRows, kHalves, E::kLast[1]>(arguments...);
+      case kBothFirst:
+        return accumulate<kRows, kHalves, kBothFirst>(arguments...);
+      case kBothLast:
+        return accumulate<kRows, kHalves, kBothLast>(arguments...);
+    }
+  }
+  accumulate<kRows, kHalves>(arguments...);
 }
 
 // out = relu?(bn(sum) + residual); kWhole: all of the tile's channels are valid.
@@ -131,6 +174,8 @@ ISA inline __attribute__((noinline)) void multiply(const Conv& conv, const Sourc
   for (std::int64_t row = tile.first_row; row < tile.last_row; ++row) {
     for (std::int64_t segment = 0; segment < source.segments; ++segment) {
       const std::int64_t offset = row * source.row_pitch + segment * source.segment_pitch;
+      const int outside =
+          source.segments > 1 ? ends_outside<kRows, kHalves>(conv, tile, segment) : 0;
       const char* a[2] = {tile.halves[0].x + offset, tile.halves[kHalves - 1].x + offset};
       for (std::int64_t words = source.words; words > 0;) {
         while (lines_left <= 0) {
@@ -156,7 +201,8 @@ ISA inline __attribute__((noinline)) void multiply(const Conv& conv, const Sourc
           }
         }
         std::int64_t count = std::min({words, lines_left, kRun - position % kRun});
-        accumulate<kRows, kHalves>(sum, a, source.pixel_pitch, b, count, line, step);
+        accumulate_inside<kRows, kHalves>(outside, sum, a, source.pixel_pitch, b, count, line,
+                                          step);
         words -= count;
         lines_left -= count;
         position += count;
@@ -222,7 +268,7 @@ ISA void conv_task(const Conv& conv, const Plan& plan, const Terms& terms, std::
       tile.rows = static_cast<int>(place.rows);
       tile.halves[tile.count++] = {
           operand.window(place),
-          (place.image * plan.out_height + place.y) * plan.out_width + place.x};
+          (place.image * plan.out_height + place.y) * plan.out_width + place.x, place.x};
     }
   }
   alignas(64) float sums[2 * kHalfRows * kVecs * kLanes];
