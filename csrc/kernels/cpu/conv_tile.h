@@ -106,10 +106,9 @@ ISA_INLINE void accumulate_inside(int outside, Arguments&&... arguments) {
 }
 
 // out = relu?(bn(sum) + residual); kWhole: all of the tile's channels are valid.
-template <int kRows, int kHalves, bool kWhole>
+template <int kRows, int kHalves, bool kWhole, bool kAdds>
 ISA_INLINE void finish(const Vec (&sum)[kRows * kHalves][kVecs], const Conv& conv, const Tile& tile,
                        const Columns& columns) {
-  static constexpr Element kZeros[kVecs * kLanes] = {};
   const TermsAt terms = columns.terms;  // copies: what follows may write anywhere
   const std::int64_t channels = conv.out_channels, all_valid = columns.valid;
   const Vec least = least_result(conv.relu);
@@ -117,18 +116,21 @@ ISA_INLINE void finish(const Vec (&sum)[kRows * kHalves][kVecs], const Conv& con
   for (int half = 0; half < kHalves; ++half) {
     const std::int64_t first = tile.halves[half].pixel * channels + columns.first;
     auto* out = static_cast<Element*>(conv.out) + first;
-    const auto* residual =
-        conv.residual == nullptr ? kZeros : static_cast<const Element*>(conv.residual) + first;
-    const std::int64_t next = conv.residual == nullptr ? 0 : channels;
+    const auto* residual = static_cast<const Element*>(conv.residual) + (kAdds ? first : 0);
 #pragma GCC unroll 7
-    for (int r = 0; r < kRows; ++r, out += channels, residual += next) {
+    for (int r = 0; r < kRows; ++r, out += channels) {
 #pragma GCC unroll 2
       for (int j = 0; j < kVecs; ++j) {
         const int k = j * kLanes;
         const std::int64_t valid = kWhole ? kLanes : all_valid - k;
         const TermsAt at{terms.mean + k, terms.scale + k, terms.bias + k};
-        store(out + k, normalise(sum[half * kRows + r][j], at, load(residual + k, valid), least),
-              valid);
+        Vec v = sum[half * kRows + r][j];
+        if constexpr (kAdds) {
+          v = normalise(v, at, load(residual + r * channels + k, valid), least);
+        } else {
+          v = normalise(v, at, least);
+        }
+        store(out + k, v, valid);
       }
     }
   }
@@ -228,11 +230,11 @@ ISA inline __attribute__((noinline)) void multiply(const Conv& conv, const Sourc
       }
     }
   }
-  if (columns.valid >= kVecs * kLanes) {
-    finish<kRows, kHalves, true>(sum, conv, tile, columns);
-  } else {
-    finish<kRows, kHalves, false>(sum, conv, tile, columns);
-  }
+  const bool whole = columns.valid >= kVecs * kLanes, adds = conv.residual != nullptr;
+  if (whole && adds) return finish<kRows, kHalves, true, true>(sum, conv, tile, columns);
+  if (whole) return finish<kRows, kHalves, true, false>(sum, conv, tile, columns);
+  if (adds) return finish<kRows, kHalves, false, true>(sum, conv, tile, columns);
+  finish<kRows, kHalves, false, false>(sum, conv, tile, columns);
 }
 
 using Multiply = void (*)(const Conv&, const Source&, Tile&, const Columns&, float*);

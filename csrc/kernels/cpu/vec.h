@@ -62,10 +62,24 @@ ISA_INLINE Vec least_result(bool relu) {
   return splat(relu ? 0.0f : -std::numeric_limits<float>::infinity());
 }
 
-// max(batch norm of v, plus residual; least), where NaN stays NaN, as torch.relu has it.
+// max(v, least), where NaN stays NaN, as torch.relu has it.
+ISA_INLINE Vec at_least(Vec v, Vec least) {
+#if ISA_LANES == 16  // the second operand where either is NaN
+  return (Vec)_mm512_max_ps((__m512)least, (__m512)v);
+#else
+  return v < least ? least : v;
+#endif
+}
+
+// max(batch norm of v, plus residual; least).
 ISA_INLINE Vec normalise(Vec v, const TermsAt& terms, Vec residual, Vec least) {
   v = (v - load(terms.mean)) * load(terms.scale) + (load(terms.bias) + residual);
-  return v < least ? least : v;
+  return at_least(v, least);
+}
+
+ISA_INLINE Vec normalise(Vec v, const TermsAt& terms, Vec least) {
+  v = (v - load(terms.mean)) * load(terms.scale) + load(terms.bias);
+  return at_least(v, least);
 }
 
 // What a convolution multiplies: 32-bit words, each one fp32 number or a pair of bfloat16 ones.
