@@ -49,8 +49,9 @@ RESERVED = 1024  # bytes of shared memory that the system takes per block, from 
 
 
 class Kernel(NamedTuple):
-    """One instantiation of the convolution kernel, as its mangled name tells it."""
+    """One instantiation of a convolution kernel, as its mangled name tells it."""
 
+    sm90: bool
     dtype: str
     positions: int
     channels: int
@@ -59,12 +60,20 @@ class Kernel(NamedTuple):
     stages: int
     vectorised: bool
     projection: bool
+    claimed: tuple[
+        int, ...
+    ] = ()  # registers of copying and of multiplying threads, where they differ
 
     @property
     def shared(self) -> int:
-        """Bytes of dynamic shared memory: the stages, and 16 bytes a channel of batch norm."""
-        stage = (self.positions + self.channels) * self.row_bytes
-        return self.stages * stage + 16 * self.channels
+        """Bytes of dynamic shared memory: the stages, and 16 bytes a channel of batch norm; on
+        sm_90a two results and two such sets for each batch norm, and the mbarriers."""
+        stages = self.stages * (self.positions + self.channels) * self.row_bytes
+        terms = 16 * self.channels
+        if not self.sm90:
+            return stages + terms
+        results = 2 * 2 * self.positions * self.channels
+        return stages + results + 2 * (1 + self.projection) * terms + 256
 
     def blocks(self, registers: int, limits: Limits) -> int:
         """Blocks that fit a multiprocessor; registers are given out to warps by the 256."""
@@ -79,15 +88,23 @@ class Kernel(NamedTuple):
 
 def _kernel(name: str) -> Kernel | None:
     found = re.search(
-        r"conv_bn_kernelI(f|6__half|13__nv_bfloat16)NS0_4TileI((?:Li\d+E)+)EELb([01])ELb([01])E",
+        r"conv_bn_(sm90_)?kernelI(f|6__half|13__nv_bfloat16)NS0_4TileI((?:Li\d+E)+)EE"
+        r"(?:Lb([01])E)?Lb([01])E",
         name,
     )
     if found is None:
         return None
-    dtype = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}[found[1]]
-    m, n, row_bytes, warps_m, warps_n, stages, _ = map(int, re.findall(r"Li(\d+)E", found[2]))
-    flags = found[3] == "1", found[4] == "1"
-    return Kernel(dtype, m, n, row_bytes, warps_m * warps_n, stages, *flags)
+    sm90, projection = found[1] is not None, found[5] == "1"
+    dtype = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}[found[2]]
+    sizes = list(map(int, re.findall(r"Li(\d+)E", found[3])))
+    if sm90:
+        n, stages, _, copying, multiplying = sizes
+        return Kernel(
+            sm90, dtype, 128, n, 128, 12, stages, True, projection, (copying, multiplying)
+        )
+    m, n, row_bytes, warps_m, warps_n, stages, _ = sizes
+    warps = warps_m * warps_n
+    return Kernel(sm90, dtype, m, n, row_bytes, warps, stages, found[4] == "1", projection)
 
 
 def registers() -> dict[Kernel, dict[str, int]]:
@@ -113,12 +130,13 @@ def registers() -> dict[Kernel, dict[str, int]]:
     return found
 
 
-def kernel_table() -> Iterator[str]:
-    architectures = list(LIMITS)
+def kernel_table(found: dict[Kernel, dict[str, int]]) -> Iterator[str]:
     yield "| type | tile | channels | projection | threads | shared memory | registers | blocks |"
     yield "|---|---|---|---|---|---|---|---|"
-    for kernel, counts in sorted(registers().items()):
+    for kernel, counts in sorted(found.items()):
+        architectures = [a for a in LIMITS if a in counts]
         blocks = [kernel.blocks(counts[a], LIMITS[a]) for a in architectures]
+        numbers = [counts[a] for a in architectures]
         cells = [
             kernel.dtype,
             f"{kernel.positions} × {kernel.channels}",
@@ -126,7 +144,7 @@ def kernel_table() -> Iterator[str]:
             "yes" if kernel.projection else "",
             str(32 * kernel.warps),
             f"{kernel.shared / 1024:g} KiB",
-            " / ".join(str(counts[a]) for a in architectures),
+            " / ".join(map(str, [*numbers, *kernel.claimed])),
             " / ".join(map(str, blocks)),
         ]
         yield "| " + " | ".join(cells) + " |"
@@ -208,8 +226,7 @@ def layer_table() -> Iterator[str]:
         moved = []
         for tile in tiles:
             both = product.loads(tile) + (projection.loads(tile) if projection else 0)
-            fits = projection is None or tile != tiles[-1]
-            moved.append(f"{2 * (both + streamed) / 1e6:.0f}" if fits else "")
+            moved.append(f"{2 * (both + streamed) / 1e6:.0f}")
         label = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
         stride = f"/{product.stride}" if product.stride > 1 else ""
         yield (
@@ -229,6 +246,7 @@ def layer_table() -> Iterator[str]:
 
 
 def main() -> None:
+    found = registers()
     compiler = _extension.load().build_info()["cuda_note"]
     text = DOCUMENT.read_text().split(MARK)[0]
     lines = [
@@ -237,15 +255,20 @@ def main() -> None:
         f"Compiled by {compiler}. Registers of a thread and blocks that fit a multiprocessor are",
         f"those of sm_{' / sm_'.join(LIMITS)}. Nothing spills.",
         "",
-        *kernel_table(),
+        *kernel_table({k: v for k, v in found.items() if not k.sm90}),
+        "",
+        "The kernel for sm_90a: registers of a thread at launch / then of one that copies / of one",
+        "that multiplies.",
+        "",
+        *kernel_table({k: v for k, v in found.items() if k.sm90}),
         "",
         f"## ResNet-50 at 224², batch {BATCH}, 16-bit: megabytes",
         "",
         "The floor counts x, weights, residual or what is read of the shortcut, and result once",
         "each, from memory. The last columns are what the blocks of each tile ask for in total.",
         "What exceeds the floor is asked for again, by the taps of a window and by the blocks that",
-        "share positions or channels, and comes from L2 as far as it holds them. A shortcut's",
-        "projection has no 128 × 128 tile.",
+        "share positions or channels, and comes from L2 as far as it holds them. Only sm_90a's",
+        "kernel has a 128 × 128 tile for a shortcut's projection, and it has no 64 × 64 one.",
         "",
         *layer_table(),
         "",

@@ -30,6 +30,11 @@ VARIABLES = (
         "off",
         "build: on adds the simulator that tests the CUDA kernels without a GPU",
     ),
+    Variable(
+        "RESNET_FUSED_HOST_SIM_CAPABILITY",
+        "80",
+        "run: the compute capability, 80 or 90, of the GPU that backend cuda_sim stands for",
+    ),
     Variable("RESNET_FUSED_TUNE", "on", "run: on measures kernel candidates once, off never does"),
     Variable(
         "RESNET_FUSED_CACHE_DIR",
@@ -55,6 +60,11 @@ def _choice(name: str, default: str, allowed: tuple[str, ...]) -> str:
 def tuning_enabled() -> bool:
     """Whether kernel candidates may be measured (`RESNET_FUSED_TUNE`)."""
     return _choice("RESNET_FUSED_TUNE", "on", ("on", "off")) == "on"
+
+
+def host_sim_capability() -> int:
+    """Ten times the simulated compute capability (`RESNET_FUSED_HOST_SIM_CAPABILITY`)."""
+    return int(_choice("RESNET_FUSED_HOST_SIM_CAPABILITY", "80", ("80", "90")))
 
 
 def cpu_keeps_memory() -> bool:

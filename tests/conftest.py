@@ -56,6 +56,7 @@ TARGETS = [
     pytest.param(("cpu", "cpu"), id="cpu"),
     pytest.param(("triton", "cpu"), id="triton-interpreted"),
     pytest.param(("cuda_sim", "cpu"), id="cuda-simulated"),
+    pytest.param(("cuda_sim", "cpu", 90), id="cuda-simulated-sm90"),
     pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
     pytest.param(("cuda", "cuda"), id="cuda", marks=pytest.mark.gpu),
 ]
@@ -67,9 +68,15 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 @pytest.fixture(params=TARGETS)
-def device(request: pytest.FixtureRequest, dtype: torch.dtype) -> Iterator[str]:
+def device(
+    request: pytest.FixtureRequest, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
     """The device to put tensors on, with one backend after the other chosen for it."""
-    name, device = request.param
+    name, device, *capability = request.param
     require(name, device, dtype)
+    if capability:
+        if dtype == torch.float32:
+            pytest.skip("sm_90a has no kernel of its own for float32")
+        monkeypatch.setenv("RESNET_FUSED_HOST_SIM_CAPABILITY", str(*capability))
     with use_backend(name):
         yield device

@@ -43,6 +43,9 @@ TILES = ("m64n64", "m128n64", "m128n128")
 # Per architecture: for each 16-bit type 3 tiles, 2 with projection, and 2 for single channels;
 # for float32 both kinds of channels with and without projection.
 KERNELS = 2 * (3 + 2 + 2) + 4
+# For sm_90a: for each 16-bit type 2 tiles, with and without projection.
+SM90_TILES = ("m128n64_sm90", "m128n128_sm90")
+SM90_KERNELS = 2 * 2 * 2
 
 
 # Machine code
@@ -73,6 +76,40 @@ def test_tensor_core_kernels_use_their_instructions(extension, architectures):
         assert ("LDGSTS.E.BYPASS" in body) == (vectorised[1] == "1")
         assert "LDL" not in body
         assert "STL" not in body
+
+
+def test_sm90_kernels_spill_nothing(extension, architectures):
+    if "90a" not in architectures:
+        pytest.skip("built without sm_90a")
+    usage = cuobjdump(extension, "--dump-resource-usage", "-arch=sm_90a")
+    found = re.findall(r"conv_bn_sm90_kernel\w*:\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
+    assert len(found) == SM90_KERNELS
+    assert {(stack, local) for _, stack, local in found} == {("0", "0")}
+
+
+def test_sm90_kernels_use_their_instructions(extension, architectures):
+    """Products of a warpgroup, bulk copies in both modes and back, registers handed over."""
+    if "90a" not in architectures:
+        pytest.skip("built without sm_90a")
+    functions = cuobjdump(extension, "--dump-sass", "-arch=sm_90a").split("Function : ")[1:]
+    kernels = [f for f in functions if re.match(r"\w*conv_bn_sm90_kernelI", f)]
+    assert len(kernels) == SM90_KERNELS
+    for body in kernels:
+        columns = re.match(r"\w*?TileILi(\d+)E", body)
+        assert columns is not None
+        for instruction in (
+            rf"HGMMA\.64x{columns[1]}x16\.F32",
+            r"UTMALDG\.2D",
+            r"UTMALDG\.3D",
+            r"UTMALDG\.4D\.IM2COL",
+            r"UTMASTG\.2D",
+            r"USETMAXREG\.DEALLOC",
+            r"USETMAXREG\.TRY_ALLOC",
+        ):
+            assert re.search(instruction, body), instruction
+        assert not re.search(r"LDL|STL|HMMA|LDGSTS", body)
+        # The next product starts before the last one has ended.
+        assert "WARPGROUP.DEPBAR.LE gsb0, 0x1" in body
 
 
 # Sources
@@ -163,6 +200,107 @@ def test_tiles_keep_the_contract(tiled, half, name):
     check_op(tiled.conv_bn, reference.conv_bn, [x, conv, bn, None, False])
 
 
+# Windows that im2col mode must get right; more tiles than blocks, so that every ring turns over.
+SM90_CASES = {
+    **{name: TILE_CASES[name] for name in ("pointwise", "pointwise strided", "3x3", "3x3 strided")},
+    "persistent": ConvCase(2, 72, 33, 35, 200),
+    "dilated": ConvCase(3, 24, 21, 9, 64, 3, 1, 2, 2),
+    "5x5 strided": ConvCase(3, 24, 9, 9, 64, 5, 2, 2),
+    "few channels": ConvCase(2, 8, 6, 5, 8, 3, 1, 1),
+}
+
+
+@pytest.fixture(params=SM90_TILES)
+def sm90(request: pytest.FixtureRequest, simulator: ModuleType) -> SimulatedBackend:
+    """The backend on a simulated Hopper GPU, with one of its tiles for every convolution."""
+    return SimulatedBackend(simulator, getattr(simulator.ConvTile, request.param), capability=90)
+
+
+@pytest.mark.parametrize("name", SM90_CASES)
+def test_sm90_tiles_are_exact_on_integers(simulator, sm90, half, name):
+    case = SM90_CASES[name]
+    rng = generator()
+    x, conv, bn = make_integers(case, rng, half)
+    residual = make_residual(case, x, rng).round_()
+    for added in (residual, None):
+        expected = truth(x, conv, bn, added, True)
+        assert torch.equal(sm90.conv_bn(x, conv, bn, added, True).double(), expected)
+    counts = simulator.take_statistics()
+    assert counts["products"] > 0
+    assert counts["matrix_loads"] == 0
+
+
+@pytest.mark.parametrize("name", SM90_CASES)
+def test_sm90_tiles_keep_the_contract(sm90, half, name):
+    x, conv, bn = make_convolution(SM90_CASES[name], generator(), half)
+    check_op(sm90.conv_bn, reference.conv_bn, [x, conv, bn, None, False])
+
+
+def test_sm90_tells_height_from_width(sm90, half):
+    """A window of 2 x 3 whose strides, paddings and dilations differ, too."""
+    rng = generator()
+    x = torch.randint(-3, 4, (2, 16, 11, 14), generator=rng).to(half)
+    weight = torch.randint(-2, 3, (24, 16, 2, 3), generator=rng).to(half)
+    conv = Convolution(weight, (1, 2), (2, 1), (3, 1))
+    bn = BatchNorm(torch.zeros(24), torch.ones(24), None, None, 0.0)
+    expected = truth(x, conv, bn, None, False)
+    assert torch.equal(sm90.conv_bn(x, conv, bn, None, False).double(), expected)
+
+
+def test_sm90_projection_is_exact_on_integers(sm90, half):
+    rng = generator()
+    x, conv, bn = make_integers(ConvCase(2, 40, 22, 23, 136), rng, half)
+    shortcut, projection, projection_bn = make_integers(
+        ConvCase(2, 72, 44, 45, 136, stride=2), rng, half
+    )
+    arguments = [x, conv, bn, shortcut, projection, projection_bn]
+    expected = reference.conv_bn_projection(*(cast(a, torch.float64) for a in arguments))
+    assert torch.equal(sm90.conv_bn_projection(*arguments).double(), expected)
+
+
+def test_sm90_projection_keeps_the_contract(sm90, half):
+    rng = generator()
+    x, conv, bn = make_convolution(ConvCase(1, 40, 12, 13, 136), rng, half)
+    shortcut, projection, projection_bn = make_convolution(
+        ConvCase(1, 72, 24, 25, 136, stride=2), rng, half
+    )
+    arguments = [x, conv, bn, shortcut, projection, projection_bn]
+    check_op(sm90.conv_bn_projection, reference.conv_bn_projection, arguments)
+
+
+# What tensor maps cannot express, each by one thing only.
+NOT_FOR_SM90 = {
+    "channels": ConvCase(1, 12, 9, 9, 16),
+    "out channels": ConvCase(1, 16, 9, 9, 12),
+    "groups": ConvCase(1, 16, 9, 9, 16, groups=2),
+    "stride": ConvCase(1, 16, 10, 10, 16, stride=9),
+    "dilation": ConvCase(1, 8, 130, 130, 8, 2, 1, 0, 129),
+    "padding": ConvCase(1, 8, 1, 1, 8, 1, 8, 129),
+}
+
+
+@pytest.mark.parametrize("name", NOT_FOR_SM90)
+def test_sm90_leaves_the_rest_to_sm80(simulator, sm90, name):
+    x, conv, bn = make_integers(NOT_FOR_SM90[name], generator(), torch.float16)
+    with pytest.raises(ValueError, match="tile"):
+        sm90.conv_bn(x, conv, bn, None, True)
+    expected = truth(x, conv, bn, None, True)
+    simulator.take_statistics()
+    out = SimulatedBackend(simulator, capability=90).conv_bn(x, conv, bn, None, True)
+    assert torch.equal(out.double(), expected)
+    assert simulator.take_statistics()["bulk_copies"] == 0
+
+
+def test_capability_chooses_the_kernel(simulator, half):
+    x, conv, bn = make_convolution(ConvCase(1, 16, 8, 8, 16, 3, 1, 1), generator(), half)
+    for capability in (80, 90):
+        SimulatedBackend(simulator, capability=capability).conv_bn(x, conv, bn, None, True)
+        assert (simulator.take_statistics()["bulk_copies"] > 0) == (capability == 90)
+    tile = simulator.ConvTile.m128n64_sm90
+    with pytest.raises(RuntimeError, match="invalid argument"):
+        SimulatedBackend(simulator, tile, capability=80).conv_bn(x, conv, bn, None, True)
+
+
 @pytest.mark.parametrize("tile", TILES[:2])
 def test_projection_tiles_keep_the_contract(simulator, half, tile):
     backend = SimulatedBackend(simulator, getattr(simulator.ConvTile, tile))
@@ -243,7 +381,9 @@ def call(
 
 
 @pytest.mark.parametrize("channels", [64, 19])
-def test_out_may_be_the_residual(simulator, half, channels):
+@pytest.mark.parametrize("capability", [80, 90])
+def test_out_may_be_the_residual(simulator, half, channels, capability):
+    simulator.set_capability(capability)
     case = ConvCase(2, 24, 9, 9, channels, 3, 1, 1)
     rng = generator()
     x, conv, bn = make_integers(case, rng, half)
@@ -297,9 +437,14 @@ def test_more_than_two_to_the_31_elements(simulator):
     assert torch.equal(out.double(), expected)
 
 
-@pytest.mark.parametrize("channels", [16, 19], ids=["copies", "one by one"])
-def test_halo_off_by_one_is_caught(simulator, half, channels):
+@pytest.mark.parametrize(
+    ("channels", "capability"),
+    [(16, 80), (19, 80), (16, 90)],
+    ids=["copies", "one by one", "bulk copies"],
+)
+def test_halo_off_by_one_is_caught(simulator, half, channels, capability):
     """The kernel is told of a row more than the image has: it must not read it unnoticed."""
+    simulator.set_capability(capability)
     case = ConvCase(1, channels, 8, 8, 16, 3, 1, 1)
     x, conv, bn = make_convolution(case, generator(), half)
     out = torch.empty(1, 16, 9, 8, dtype=half)
@@ -356,8 +501,10 @@ def test_all_of_resnet50_but_the_stem_is_ours(simulator, half):
     assert left == ["conv1"]
 
 
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_whole_networks_keep_the_contract(simulator, half, name):
+def test_whole_networks_keep_the_contract(simulator, half, name, capability, monkeypatch):
+    monkeypatch.setenv("RESNET_FUSED_HOST_SIM_CAPABILITY", str(capability))
     torch.manual_seed(0)
     theirs = randomise_statistics(getattr(torchvision.models, name)()).eval()
     ours = getattr(resnet_fused, name)().eval()
@@ -366,6 +513,8 @@ def test_whole_networks_keep_the_contract(simulator, half, name):
     x = torch.randn(2, 3, 33, 33, generator=generator()).to(half)
     with torch.no_grad(), use_backend("cuda_sim"):
         result = ours(x)
-    assert simulator.take_statistics()["bank_conflicts"] == 0
+    counts = simulator.take_statistics()
+    assert counts["bank_conflicts"] == 0
+    assert (counts["bulk_copies"] > 0) == (capability == 90)
     with torch.no_grad():
         assert_contract(result, theirs(x), copy.deepcopy(theirs).double()(x.double()))

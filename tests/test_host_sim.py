@@ -9,7 +9,7 @@ import ctypes
 import shutil
 import struct
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -583,3 +583,57 @@ def test_every_wait_of_a_convolution_is_needed(simulator, one_block):
         simulator.plant({"skipped_wait": skipped})
         with pytest.raises(simulator.Fault, match="in flight"):
             one_block()
+
+
+# Rows of 128 positions: 18 tiles of 128 x 64, or 9 of 128 x 128, for the 8 or 4 blocks that the
+# simulated GPU holds, so that the first blocks meet three of them and use each buffer again.
+@pytest.fixture(params=["m128n64_sm90", "m128n128_sm90"])
+def sm90_blocks(request: pytest.FixtureRequest, simulator: ModuleType) -> dict[str, Runner]:
+    """Convolutions for which each block of the kernel for sm_90a computes several tiles."""
+    tile = getattr(simulator.ConvTile, request.param)
+    backend = SimulatedBackend(simulator, tile, capability=90)
+    rng = generator()
+    x = torch.randn(1, 72, 9, 128, generator=rng).half()
+    conv = Convolution(torch.randn(128, 72, 1, 1, generator=rng).half())
+    bn = make_batch_norm(128, rng)
+    residual = torch.randn(1, 128, 9, 128, generator=rng).half()
+    return {
+        "plain": lambda: backend.conv_bn(x, conv, bn, None, False),
+        "residual": lambda: backend.conv_bn(x, conv, bn, residual, False),
+        "projection": lambda: backend.conv_bn_projection(x, conv, bn, x, conv, bn),
+    }
+
+
+def check_needed(simulator: ModuleType, run: Runner, mistake: str, which: Iterable[int]) -> None:
+    for number in which:
+        simulator.plant({mistake: number})
+        with pytest.raises(simulator.Fault):
+            run()
+
+
+@pytest.mark.parametrize("name", ["plain", "residual", "projection"])
+def test_every_wait_of_the_sm90_kernel_is_needed(simulator, sm90_blocks, name):
+    """But for those for what is there anyway: results of the last tiles, and nothing to wait for
+    yet. A skipped wait that passes would change no result here and yet be a race on hardware."""
+    run = sm90_blocks[name]
+    run()
+    counts = simulator.take_statistics()
+    steps = 4 if name == "projection" else 2
+    assert counts["mbarrier_waits"] >= 3 * (steps + 1)
+    # The last one, for the third tile's place, is implied where a tile has as many steps as there
+    # are stages: by then those have gone round.
+    waits = counts["mbarrier_waits"] - (name == "projection")
+    check_needed(simulator, run, "skipped_mbarrier_wait", range(waits))
+    check_needed(simulator, run, "skipped_named_barrier", range(counts["named_barriers"]))
+    check_needed(simulator, run, "skipped_proxy_fence", range(counts["proxy_fences"]))
+    # Of the first tile: before step 1 and at the end; before step 0, no product is under way.
+    check_needed(simulator, run, "skipped_product_wait", (1, 2))
+    # Behind the first tile, one store may be under way; behind the last one, nobody writes again.
+    assert counts["store_waits"] == 4
+    check_needed(simulator, run, "skipped_store_wait", (1, 3))
+
+
+def test_sm90_kernel_expects_all_its_bytes(simulator, sm90_blocks):
+    simulator.plant({"bytes_not_expected": 128})
+    with pytest.raises(simulator.Fault, match=r"deadlock .* more bytes than expected have come"):
+        sm90_blocks["residual"]()

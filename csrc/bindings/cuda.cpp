@@ -12,7 +12,7 @@
 #include <string>
 
 #include "kernels/cuda/bn_add_relu.h"
-#include "kernels/cuda/conv_sm80.h"
+#include "kernels/cuda/conv.h"
 #include "register.h"
 
 namespace py = pybind11;
@@ -216,11 +216,13 @@ void register_cuda_kernels(py::module_& module) {
              "Raises ValueError for impossible sizes, RuntimeError for what CUDA reports.");
 
   py::enum_<ConvTile>(module, "ConvTile", py::module_local(),
-                      "Output positions x channels that a block computes.")
+                      "Output positions x channels that a block computes, and for which GPUs.")
       .value("automatic", ConvTile::kAuto)
       .value("m64n64", ConvTile::k64x64)
       .value("m128n64", ConvTile::k128x64)
-      .value("m128n128", ConvTile::k128x128);
+      .value("m128n128", ConvTile::k128x128)
+      .value("m128n64_sm90", ConvTile::k128x64Sm90)
+      .value("m128n128_sm90", ConvTile::k128x128Sm90);
 
   py::class_<ConvolutionBn>(module, "ConvolutionBn", py::module_local(),
                             "A convolution with zero padding and its batch norm: addresses of x\n"

@@ -1,7 +1,8 @@
 """Backend `cuda`: our CUDA kernels, and torch's convolutions (cuDNN, NHWC) where those are ahead.
 
 Our implicit GEMM takes every convolution of whole 16-byte chunks on tensor cores: float16 and
-bfloat16, one group, channels that are multiples of 8. cuDNN takes the others (the stem's three
+bfloat16, one group, channels that are multiples of 8; on GPUs of compute capability 9.0 in a kernel
+of its own. cuDNN takes the others (the stem's three
 channels, small groups, float32 with or without TF32), followed by our normalisation kernel.
 """
 

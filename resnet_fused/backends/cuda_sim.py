@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import settings
 from ..errors import BackendUnavailableError
 from ..parameters import Convolution
 from . import Backend
@@ -30,6 +31,13 @@ class SimulatedBackend(CudaBackend):
     """
 
     name = "cuda_sim"
+
+    def __init__(
+        self, extension: ModuleType, tile: Any = None, capability: int | None = None
+    ) -> None:
+        """`capability`: ten times the simulated GPU's; by default the setting's, at each call."""
+        super().__init__(extension, tile)
+        self._capability = capability
 
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cpu":
@@ -49,6 +57,7 @@ class SimulatedBackend(CudaBackend):
         *arguments: Any,
     ) -> None:
         buffers = [(t.data_ptr(), t.nbytes, False) for t in read if t is not None]
+        self._extension.set_capability(self._capability or settings.host_sim_capability())
         self._extension.set_buffers([*buffers, (out.data_ptr(), out.nbytes, True)])
         kernel(*arguments, 0, 0)
 

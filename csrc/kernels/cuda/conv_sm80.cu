@@ -446,20 +446,15 @@ Choice choose_automatically(const ConvBn& a, int multiprocessors) {
 
 }  // namespace
 
-bool conv_bn_offers(const ConvBn& arguments, ConvTile tile) {
+bool conv_bn_sm80_offers(const ConvBn& arguments, ConvTile tile) {
   return tile == ConvTile::kAuto || choose(arguments, tile).kernel != nullptr;
 }
 
-cudaError_t conv_bn(const ConvBn& arguments, ConvTile tile, int device, cudaStream_t stream) {
+cudaError_t conv_bn_sm80(const ConvBn& arguments, ConvTile tile, int device, cudaStream_t stream) {
   const ConvBn& a = arguments;
-  if (a.batch == 0 || a.out_height == 0 || a.out_width == 0 || a.out_channels == 0) {
-    return cudaSuccess;
-  }
-  // The runtime is linked statically, so it has a current device of its own to set.
-  cudaError_t status = cudaSetDevice(device);
-  if (status != cudaSuccess) return settled(status);
   int multiprocessors = 0;
-  status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  const cudaError_t status =
+      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (status != cudaSuccess) return settled(status);
 
   const Choice choice =

@@ -1,50 +1,16 @@
-// relu?(bn(conv(x)) (+ residual, or + bn(projection(shortcut)))), for sm_80 and later.
+// The convolution for sm_80 and later.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
-#include <cstdint>
-
-#include "kernels/cuda/tensor.h"
+#include "kernels/cuda/conv.h"
 
 namespace resnet_fused {
-
-// A convolution with zero padding and its batch norm.
-struct ConvolutionBn {
-  const void* x = nullptr;       // (batch, height, width, channels)
-  const void* weight = nullptr;  // (out_channels, kernel_h, kernel_w, channels / groups)
-  int height = 0, width = 0;
-  int channels = 1;  // at least 1 in each group
-  int kernel_h = 1, kernel_w = 1;
-  int stride_h = 1, stride_w = 1;
-  int padding_h = 0, padding_w = 0;
-  int dilation_h = 1, dilation_w = 1;
-  BatchNorm bn;  // of out_channels
-};
-
-struct ConvBn {
-  void* out;  // (batch, out_height, out_width, out_channels) of `dtype`; may be `residual`
-  const void* residual;  // like out, or null; null where there is a projection
-  DType dtype;
-  std::int64_t batch;
-  int out_height, out_width, out_channels;
-  int groups;  // 1 where there is a projection
-  ConvolutionBn conv;
-  ConvolutionBn projection;  // of the shortcut; its x is null where there is none
-  bool relu;
-};
-
-// Output positions x output channels of a block. kAuto chooses by a fixed rule.
-enum class ConvTile : int { kAuto = 0, k64x64 = 1, k128x64 = 2, k128x128 = 3 };
 
 // Whether `tile` can compute `arguments`. k64x64 computes everything; the larger tiles need a
 // 16-bit type, and rows of x and weight that are whole aligned 16 bytes; the largest has no
 // projection.
-bool conv_bn_offers(const ConvBn& arguments, ConvTile tile);
+bool conv_bn_sm80_offers(const ConvBn& arguments, ConvTile tile);
 
-// Queues the kernel on `stream`, which belongs to `device`. Leaves `device` current. The status is
-// cudaErrorInvalidValue for a tile that is not offered and cudaErrorInvalidConfiguration for a
-// result too large for one grid.
-cudaError_t conv_bn(const ConvBn& arguments, ConvTile tile, int device, cudaStream_t stream);
+// As conv_bn, on the current device, for a result that is not empty.
+cudaError_t conv_bn_sm80(const ConvBn& arguments, ConvTile tile, int device, cudaStream_t stream);
 
 }  // namespace resnet_fused

@@ -1,0 +1,61 @@
+#include "kernels/cuda/conv.h"
+
+#include "kernels/cuda/conv_sm80.h"
+#include "kernels/cuda/conv_sm90.h"
+#include "kernels/cuda/launch.h"
+
+namespace resnet_fused {
+namespace {
+
+bool for_sm90(ConvTile tile) {
+  return tile == ConvTile::k128x64Sm90 || tile == ConvTile::k128x128Sm90;
+}
+
+// Whether this build holds code of sm_90a and `device` can run it.
+cudaError_t runs_sm90(int device, bool* runs) {
+#ifdef RESNET_FUSED_SM90
+  int major = 0, minor = 0;
+  cudaError_t status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (status != cudaSuccess) return settled(status);
+  status = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (status != cudaSuccess) return settled(status);
+  *runs = major == 9 && minor == 0;
+#else
+  static_cast<void>(device);
+  *runs = false;
+#endif
+  return cudaSuccess;
+}
+
+}  // namespace
+
+#ifndef RESNET_FUSED_SM90
+bool conv_bn_sm90_offers(const ConvBn&, ConvTile) { return false; }
+cudaError_t conv_bn_sm90(const ConvBn&, ConvTile, int, cudaStream_t) {
+  return cudaErrorInvalidValue;
+}
+#endif
+
+bool conv_bn_offers(const ConvBn& arguments, ConvTile tile) {
+  return for_sm90(tile) ? conv_bn_sm90_offers(arguments, tile)
+                        : conv_bn_sm80_offers(arguments, tile);
+}
+
+cudaError_t conv_bn(const ConvBn& arguments, ConvTile tile, int device, cudaStream_t stream) {
+  const ConvBn& a = arguments;
+  if (a.batch == 0 || a.out_height == 0 || a.out_width == 0 || a.out_channels == 0) {
+    return cudaSuccess;
+  }
+  // The runtime is linked statically, so it has a current device of its own to set.
+  cudaError_t status = cudaSetDevice(device);
+  if (status != cudaSuccess) return settled(status);
+  bool sm90 = false;
+  status = runs_sm90(device, &sm90);
+  if (status != cudaSuccess) return status;
+  if (for_sm90(tile) || (tile == ConvTile::kAuto && sm90 && conv_bn_sm90_offers(a, tile))) {
+    return sm90 ? conv_bn_sm90(a, tile, device, stream) : cudaErrorInvalidValue;
+  }
+  return conv_bn_sm80(a, tile, device, stream);
+}
+
+}  // namespace resnet_fused
