@@ -46,13 +46,13 @@ DTYPES = {
 }
 
 
-def compiled_kernels(worker: str, capability: int, dtype: str) -> list[dict[str, Any]]:
-    """What the script `worker`, run for that GPU and dtype, says of each kernel it compiled."""
+def compiled_kernels(worker: str, capability: int, *rest: str) -> list[dict[str, Any]]:
+    """What the script `worker`, run for that GPU, says of each kernel it compiled."""
     root = str(Path(resnet_fused.__file__).parents[1])
     environment = {**os.environ, "RESNET_FUSED_TUNE": "off", "PYTHONPATH": root}
     environment.pop("TRITON_INTERPRET", None)
     result = subprocess.run(
-        [sys.executable, worker, str(capability), dtype],
+        [sys.executable, worker, str(capability), *rest],
         capture_output=True,
         text=True,
         env=environment,
@@ -102,6 +102,7 @@ def _compile(name: str, kernel: Any, description: Any, config: Any, capability: 
     facts = {
         "name": f"{name} {config.blocks} {config.warps} warps",
         "kernel": kernel.__name__,
+        "rows": config.blocks[0],
         "instructions": [i for i in INSTRUCTIONS if i in ptx],
         "copies": _copy_widths(ptx),
         **_loops(ptx),

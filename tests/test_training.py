@@ -1,12 +1,11 @@
 """The training ops: results and gradients by the numerics contract, registration, statistics.
 
-Without a GPU the Triton kernels run interpreted, slowly: shapes are small. The yardstick in float32
-on the CPU is batch norm written as PyTorch's own float32 ops: `F.batch_norm` on the CPU accumulates
-in float64, which PyTorch does on no GPU and in no other dtype's truth.
+Without a GPU the Triton kernels run interpreted, slowly: shapes are small.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -37,7 +36,7 @@ class BlockCase(NamedTuple):
 
 
 BOTTLENECK = ((1, 16, 1, 1, 1), (3, 16, 1, 1, 1), (1, 24, 1, 1, 1))
-STRIDED = ((1, 16, 1, 1, 1), (3, 16, 2, 1, 1), (1, 40, 1, 1, 1))
+STRIDED = ((1, 32, 1, 1, 1), (3, 32, 2, 1, 1), (1, 72, 1, 1, 1))
 CASES = {
     "bottleneck": BlockCase(BOTTLENECK),
     "bottleneck projection": BlockCase(STRIDED, "projection"),
@@ -45,9 +44,11 @@ CASES = {
     "bottleneck partly frozen": BlockCase(
         STRIDED, "projection", (True, False, True, False), (5, 24, 8, 7)
     ),
-    "bottleneck grouped": BlockCase(((1, 16, 1, 1, 1), (3, 16, 2, 1, 4), (1, 24, 1, 1, 1)), "none"),
+    "bottleneck grouped": BlockCase(
+        ((1, 32, 1, 1, 1), (3, 32, 2, 1, 4), (1, 48, 1, 1, 1)), "none", shape=(4, 24, 8, 7)
+    ),
     "bottleneck dilated": BlockCase(((1, 16, 1, 1, 1), (3, 16, 1, 2, 1), (1, 24, 1, 1, 1))),
-    "dilated and strided": BlockCase(((3, 19, 2, 2, 1),), "none", shape=(1, 5, 9, 8)),
+    "dilated and strided": BlockCase(((3, 35, 2, 2, 1),), "none", shape=(2, 5, 13, 12)),
     "basic": BlockCase(((3, 24, 1, 1, 1), (3, 24, 1, 1, 1))),
     "basic projection": BlockCase(((3, 33, 2, 1, 1), (3, 33, 1, 1, 1)), "projection"),
     "basic frozen": BlockCase(((3, 24, 1, 1, 1), (3, 24, 1, 1, 1)), given=(True, True)),
@@ -88,7 +89,29 @@ def _layer(
 
 def _block(case: BlockCase) -> tuple[Tensor, list[Layer], Tensor]:
     """Input, layers (a projection's last) and the result's gradient, float32."""
-    rng = generator()
+    return _sample(case, generator(_clear_seed(case)))
+
+
+@functools.cache
+def _clear_seed(case: BlockCase) -> int:
+    """Of 60 samples that whose ReLU inputs keep furthest from zero: where rounding decides a sign,
+    that alone outweighs all other errors, ours or PyTorch's."""
+    return max(range(60), key=lambda seed: _least_relu_input(case, generator(seed)))
+
+
+def _least_relu_input(case: BlockCase, rng: torch.Generator) -> float:
+    x, layers, _ = _sample(case, rng)
+    least: list[float] = []
+
+    def relu(value: Tensor) -> Tensor:
+        least.append(value.abs().min().item())
+        return F.relu(value)
+
+    _unfused_block(x, layers, case.shortcut, relu)
+    return min(least)
+
+
+def _sample(case: BlockCase, rng: torch.Generator) -> tuple[Tensor, list[Layer], Tensor]:
     x = torch.randn(case.shape, generator=rng).relu()
     given = case.given or (False,) * 4
     layers = []
@@ -100,29 +123,24 @@ def _block(case: BlockCase) -> tuple[Tensor, list[Layer], Tensor]:
         stride = max(spec[2] for spec in case.layers)
         spec = (1, channels, stride, 1, 1)
         layers.append(_layer(rng, case.shape[1], spec, given[len(case.layers)]))
-    with torch.no_grad():
-        y = _unfused_block(x, layers, case.shortcut)
+    y = _unfused_block(x, layers, case.shortcut)
     return x, layers, torch.randn(y.shape, generator=rng)
 
 
 def _normalise(x: Tensor, layer: Layer) -> Tensor:
     mean, var = layer.given or (None, None)
-    if x.dtype != torch.float32 or x.is_cuda:
-        return F.batch_norm(
-            x, mean, var, layer.weight, layer.bias, training=mean is None, eps=layer.eps
-        )
-    if mean is None or var is None:
-        mean = x.mean((0, 2, 3))
-        var = (x - mean[:, None, None]).square().mean((0, 2, 3))
-    scale = layer.weight * (var + layer.eps).rsqrt()
-    return (x - mean[:, None, None]) * scale[:, None, None] + layer.bias[:, None, None]
+    return F.batch_norm(
+        x, mean, var, layer.weight, layer.bias, training=mean is None, eps=layer.eps
+    )
 
 
 def _convolve(x: Tensor, conv: Convolution) -> Tensor:
     return F.conv2d(x, conv.weight, None, *conv[1:])
 
 
-def _unfused_block(x: Tensor, layers: Sequence[Layer], shortcut: str) -> Tensor:
+def _unfused_block(
+    x: Tensor, layers: Sequence[Layer], shortcut: str, relu: Callable[[Tensor], Tensor] = F.relu
+) -> Tensor:
     other: Tensor | float = x if shortcut == "identity" else 0.0
     if shortcut == "padded":
         stride = _stride(layers)
@@ -134,8 +152,8 @@ def _unfused_block(x: Tensor, layers: Sequence[Layer], shortcut: str) -> Tensor:
         other = _normalise(_convolve(x, projection.conv), projection)
     out = x
     for layer in layers[:-1]:
-        out = F.relu(_normalise(_convolve(out, layer.conv), layer))
-    return F.relu(_normalise(_convolve(out, layers[-1].conv), layers[-1]) + other)
+        out = relu(_normalise(_convolve(out, layer.conv), layer))
+    return relu(_normalise(_convolve(out, layers[-1].conv), layers[-1]) + other)
 
 
 def _stride(layers: Sequence[Layer]) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..training import Activation
 from .launching import empty_nhwc, is_wide, launch, nhwc, strided_operand
 from .primitives import rectify, strided_rows, tile_index
-from .training_convolution import channel_terms
+from .training_convolution import affine, channel_terms, for_sums
 from .tuning import Config
 
 _CHUNK = 64  # parts that one program merges where there are many
@@ -146,7 +146,7 @@ def bn_slopes_kernel(
     if not FROZEN:
         count = tl.load(terms + 5 * K + channel, valid, other=1.0)
         total_g, total_centred = merged_sums(total, 0, total_parts, K, channel, valid)
-        b = -scale * invstd * invstd * (total_centred / count)
+        b = -scale.to(tl.float64) * invstd * invstd * (total_centred / count)
         d = -scale * (total_g / count)
     place = slopes + channel
     tl.store(place, scale, valid)
@@ -182,8 +182,7 @@ def bn_add_relu_kernel(
     offset = row[:, None] * K + channel[None, :]
     mask = (row < rows)[:, None] & valid[None, :]
     mean, scale, shift = channel_terms(terms, K, channel, valid)
-    value = tl.load(raw + offset, mask, other=0.0).to(tl.float32) - mean[None, :]
-    value = value * scale[None, :] + shift[None, :]
+    value = affine(tl.load(raw + offset, mask, other=0.0), mean, scale, shift)
     if shortcut is not None:
         place = offset
         present = mask
@@ -191,11 +190,11 @@ def bn_add_relu_kernel(
             place = strided_rows(row, P, Q, shortcut_n, shortcut_h, shortcut_w)[:, None]
             place = place + channel[None, :]
             present = mask & (channel < shortcut_channels)[None, :]
-        other = tl.load(shortcut + place, present, other=0.0).to(tl.float32)
+        other = tl.load(shortcut + place, present, other=0.0)
         if shortcut_terms is not None:
             mean, scale, shift = channel_terms(shortcut_terms, K, channel, valid)
-            other = (other - mean[None, :]) * scale[None, :] + shift[None, :]
-        value += other
+            other = affine(other, mean, scale, shift)
+        value += other.to(tl.float32)
     tl.store(out + offset, rectify(value).to(out.dtype.element_ty), mask)
 
 
@@ -230,7 +229,7 @@ def relu_gradient_kernel(
     other_mean = mean
     if other_raw is not None:
         other_mean = tl.load(other_terms + channel, valid, other=0.0)
-    sum_g = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    sum_g = for_sums(tl.zeros((BLOCK_M, BLOCK_C), grad.dtype.element_ty))
     centred = sum_g
     other_centred = sum_g
     for tile in range(TILES):
@@ -240,21 +239,20 @@ def relu_gradient_kernel(
         passes = tl.load(y + offset, mask, other=0.0) > 0
         g = tl.where(passes, tl.load(grad + offset, mask, other=0.0), 0.0)
         tl.store(out + offset, g, mask)
-        g = g.to(tl.float32)
+        g = for_sums(g)
         sum_g += g
-        centred += g * (tl.load(raw + offset, mask, other=0.0).to(tl.float32) - mean[None, :])
+        value = tl.load(raw + offset, mask, other=0.0)
+        centred += g * (for_sums(value) - mean[None, :])
         if other_raw is not None:
-            value = tl.load(other_raw + offset, mask, other=0.0).to(tl.float32)
-            other_centred += g * (value - other_mean[None, :])
-    sum_g = tl.sum(sum_g.to(tl.float64), 0).to(tl.float32)
+            value = tl.load(other_raw + offset, mask, other=0.0)
+            other_centred += g * (for_sums(value) - other_mean[None, :])
+    sum_g = tl.sum(sum_g, 0)
     place = block * 2 * K + channel
     tl.store(sums + place, sum_g, valid)
-    tl.store(sums + place + K, tl.sum(centred.to(tl.float64), 0).to(tl.float32), valid)
+    tl.store(sums + place + K, tl.sum(centred, 0), valid)
     if other_raw is not None:
         tl.store(other_sums + place, sum_g, valid)
-        tl.store(
-            other_sums + place + K, tl.sum(other_centred.to(tl.float64), 0).to(tl.float32), valid
-        )
+        tl.store(other_sums + place + K, tl.sum(other_centred, 0), valid)
 
 
 def _tile(channels: int) -> Config:

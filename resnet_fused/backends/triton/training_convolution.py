@@ -41,9 +41,27 @@ def channel_terms(terms, channels, channel, mask):
 
 
 @triton.jit
+def affine(raw, mean, scale, shift):
+    """Float32 (raw - mean) · scale + shift of (rows, channels). Every pass forms the same bits, so
+    that all agree on a ReLU's sign."""
+    return tl.fma(raw.to(tl.float32) - mean[None, :], scale[None, :], shift[None, :])
+
+
+@triton.jit
+def for_sums(values):
+    """`values` in the type that their sums are taken in: float32 sums lose nothing beside the
+    rounding of 16-bit tensors, but would be the largest error of float32 ones."""
+    if values.dtype == tl.float32:
+        return values.to(tl.float64)
+    else:
+        return values.to(tl.float32)
+
+
+@triton.jit
 def tile_moments(tile, in_rows, count):
     """Mean and sum of squared deviations of a (rows, channels) tile's columns; `count` of its
     rows are `in_rows`. Two passes over registers, the second correcting the first one's mean."""
+    tile = for_sums(tile)
     mean = tl.sum(tl.where(in_rows[:, None], tile, 0.0), 0) / count
     deviation = tl.where(in_rows[:, None], tile - mean[None, :], 0.0)
     rest = tl.sum(deviation, 0)
@@ -150,7 +168,7 @@ def conv_stats_kernel(
             weight_step = (r * S + s) * group_in + inner_channel
         if terms is not None:
             mean, scale, shift = channel_terms(terms, C, first_channel + inner_channel, in_inner)
-            active = rectify((a.to(tl.float32) - mean[None, :]) * scale[None, :] + shift[None, :])
+            active = rectify(affine(a, mean, scale, shift))
             if PADDED:
                 active = tl.where(in_image, active, 0.0)
             a = active.to(x.dtype.element_ty)
@@ -160,13 +178,17 @@ def conv_stats_kernel(
         if not FLAT:
             r, s, c = next_step(r, s, c, group_in, 0, R, S, 1, 1, BLOCK_C)
 
-    rounded = acc.to(out.dtype.element_ty)
     mask = in_rows[:, None] & in_columns[None, :]
-    tl.store(out + row[:, None] * K + channel[None, :], rounded, mask)
+    place = out + row[:, None] * K + channel[None, :]
+    tl.store(place, acc.to(out.dtype.element_ty), mask)
     if moments is not None:
+        # Read back in the layout of memory: summing columns in that of the tensor cores' results
+        # takes several times the shuffles between threads.
+        tl.debug_barrier()
+        stored = tl.load(place, mask, other=0.0)
         tile = tl.program_id(0) // tl.cdiv(group_out, BLOCK_N)
         count = tl.sum(in_rows.to(tl.float32), 0)
-        mean, squares = tile_moments(rounded.to(tl.float32), in_rows, count)
+        mean, squares = tile_moments(stored, in_rows, count)
         place = moments + tile * 3 * K + channel
         tl.store(place, mean, in_columns)
         tl.store(place + K, squares, in_columns)

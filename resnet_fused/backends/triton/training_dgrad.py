@@ -26,7 +26,7 @@ from ..training import Activation, RawGradient
 from .convolution import Gemm, candidates, window
 from .launching import convolution_precision, empty_nhwc, is_wide, launch, machine, nhwc
 from .primitives import is_inside, next_step, split_position, tile_index
-from .training_convolution import channel_terms, choose, shape_key
+from .training_convolution import affine, channel_terms, choose, for_sums, shape_key
 from .tuning import Config, Tuner
 
 
@@ -34,12 +34,14 @@ from .tuning import Config, Tuner
 def raw_gradient(g, raw, slopes, channels, channel, mask):
     """a·g + b·(raw - mean) + d in float32, (rows, channel); a·g where raw is None."""
     a = tl.load(slopes + channel, mask, other=0.0)
-    out = g.to(tl.float32) * a[None, :]
+    g = g.to(tl.float32)
+    out = g * a[None, :]
     if raw is not None:
         b = tl.load(slopes + channels + channel, mask, other=0.0)
         d = tl.load(slopes + 2 * channels + channel, mask, other=0.0)
         mean = tl.load(slopes + 3 * channels + channel, mask, other=0.0)
-        out += (raw.to(tl.float32) - mean[None, :]) * b[None, :] + d[None, :]
+        rest = tl.fma(raw.to(tl.float32) - mean[None, :], b[None, :], d[None, :])
+        out = tl.fma(g, a[None, :], rest)
     return out
 
 
@@ -179,14 +181,15 @@ def dgrad_kernel(
             ).to(tl.float32)
     if below is not None:
         mean, scale, shift = channel_terms(below_terms, C, channel, in_columns)
-        deviation = tl.load(below + place, mask, other=0.0).to(tl.float32) - mean[None, :]
-        acc = tl.where(deviation * scale[None, :] + shift[None, :] > 0, acc, 0.0)
+        value = tl.load(below + place, mask, other=0.0)
+        acc = tl.where(mask & (affine(value, mean, scale, shift) > 0), acc, 0.0)
         rounded = acc.to(out.dtype.element_ty)
         tl.store(out + place, rounded, mask)
-        acc = tl.where(mask, rounded.to(tl.float32), 0.0)
+        g = for_sums(rounded)
+        deviation = for_sums(value) - mean[None, :]
         tile = tl.program_id(2) * tiles_m + tl.program_id(0) // tl.cdiv(group_in, BLOCK_N)
-        tl.store(sums + tile * 2 * C + channel, tl.sum(acc, 0), in_columns)
-        tl.store(sums + (tile * 2 + 1) * C + channel, tl.sum(acc * deviation, 0), in_columns)
+        tl.store(sums + tile * 2 * C + channel, tl.sum(g, 0), in_columns)
+        tl.store(sums + (tile * 2 + 1) * C + channel, tl.sum(g * deviation, 0), in_columns)
     else:
         tl.store(out + place, acc.to(out.dtype.element_ty), mask)
 

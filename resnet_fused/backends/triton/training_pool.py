@@ -20,7 +20,7 @@ from ...parameters import MaxPool
 from ..training import Activation
 from .launching import empty_nhwc, is_wide, launch, nhwc
 from .primitives import is_inside, rectify, split_position, tile_index
-from .training_convolution import channel_terms
+from .training_convolution import affine, channel_terms, for_sums
 from .tuning import Config
 
 _ELEMENTS = 2048  # of a tile
@@ -59,7 +59,7 @@ def bn_relu_pool_kernel(
             position = (image * H + h + i) * W + w + j
             mask = inside[:, None] & valid[None, :]
             value = tl.load(raw + position[:, None] * K + channel[None, :], mask, other=0.0)
-            value = (value.to(tl.float32) - mean[None, :]) * scale[None, :] + shift[None, :]
+            value = affine(value, mean, scale, shift)
             better = (value > best) | (value != value)
             best = tl.where(inside[:, None] & better, value, best)
     mask = (row < rows)[:, None] & valid[None, :]
@@ -99,8 +99,8 @@ def pool_gradient_kernel(
     in_rows = row < rows
     here = row[:, None] * K + channel[None, :]
     mask = in_rows[:, None] & valid[None, :]
-    own = tl.load(raw + here, mask, other=0.0).to(tl.float32)
-    key = own * sign
+    own = tl.load(raw + here, mask, other=0.0)
+    key = own.to(tl.float32) * sign
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     # The windows that cover h begin at p · STRIDE - PADDING, the last at or before h.
     last_p = (h + PADDING) // STRIDE
@@ -131,14 +131,13 @@ def pool_gradient_kernel(
             acc += tl.load(grad + window[:, None] * K + channel[None, :], wins, other=0.0).to(
                 tl.float32
             )
-    deviation = own - mean[None, :]
-    acc = tl.where(deviation * scale[None, :] + shift[None, :] > 0, acc, 0.0)
+    acc = tl.where(mask & (affine(own, mean, scale, shift) > 0), acc, 0.0)
     rounded = acc.to(out.dtype.element_ty)
     tl.store(out + here, rounded, mask)
-    acc = tl.where(mask, rounded.to(tl.float32), 0.0)
+    g = for_sums(rounded)
     place = sums + tl.program_id(0) // tl.cdiv(K, BLOCK_C) * 2 * K + channel
-    tl.store(place, tl.sum(acc, 0), valid)
-    tl.store(place + K, tl.sum(acc * deviation, 0), valid)
+    tl.store(place, tl.sum(g, 0), valid)
+    tl.store(place + K, tl.sum(g * (for_sums(own) - mean[None, :]), 0), valid)
 
 
 def _tile(channels: int) -> Config:

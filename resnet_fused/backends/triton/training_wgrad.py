@@ -21,7 +21,7 @@ from ..training import Activation, RawGradient
 from .convolution import window
 from .launching import Machine, convolution_precision, is_wide, launch, machine, nhwc
 from .primitives import is_inside, rectify, split_position
-from .training_convolution import channel_terms, choose, shape_key
+from .training_convolution import affine, channel_terms, choose, shape_key
 from .training_dgrad import raw_gradient
 from .tuning import Config, Tuner
 
@@ -128,7 +128,7 @@ def wgrad_kernel(
             position = (image[:, None] * H + h) * W + w
         b = tl.load(x + position * C + channel[None, :], inside & in_columns[None, :], other=0.0)
         if terms is not None:
-            active = rectify((b.to(tl.float32) - mean[None, :]) * scale[None, :] + shift[None, :])
+            active = rectify(affine(b, mean, scale, shift))
             b = tl.where(inside, active, 0.0).to(x.dtype.element_ty)
         acc = tl.dot(tl.trans(dc), b, acc, input_precision=PRECISION)
 
