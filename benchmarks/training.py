@@ -6,14 +6,20 @@ Gate first: 20 steps from one seed in float32 on small images, where each loss m
 that of a float64 run as eager PyTorch's does. Nothing is timed on a red gate. Then each
 contestant trains on random images under autocast, one after the other in the same process; times
 are read from CUDA events, memory from the allocator, kept bytes from saved-tensor hooks.
+
+Ours come first, what compiles for minutes last, and the result file is written after each
+measurement: a run that is stopped keeps what it has.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import gc
 import json
+import os
+import signal
 import statistics
 import sys
 from collections.abc import Callable
@@ -31,7 +37,9 @@ from tqdm import tqdm
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout runs uninstalled too
 
 import resnet_fused
+from resnet_fused import settings
 from resnet_fused.testing import machine, roofline
+from resnet_fused.testing.plain_training import training_ops_in_pytorch
 from resnet_fused.testing.timing import times_of
 
 GATE_STEPS = 20
@@ -68,13 +76,15 @@ def _compiled(mode: str | None) -> Callable[[nn.Module], nn.Module]:
     return compile_model
 
 
+PLAIN = "training ops in PyTorch"  # what ours keeps for backward can be read off it anywhere
 # name -> (library, what is done to the model)
 CONTESTANTS: dict[str, tuple[Any, Callable[[nn.Module], nn.Module]]] = {
     "resnet_fused": (resnet_fused, _eager),
-    "resnet_fused compiled": (resnet_fused, _compiled(None)),
+    PLAIN: (resnet_fused, _eager),
     "eager NCHW": (torchvision.models, _eager),
     "eager channels_last": (torchvision.models, _channels_last),
     "torch.compile": (torchvision.models, _compiled(None)),
+    "resnet_fused compiled": (resnet_fused, _compiled(None)),
     "torch.compile max-autotune": (torchvision.models, _compiled("max-autotune")),
 }
 
@@ -135,28 +145,43 @@ def measure(row: Row, size: int, device: torch.device, dtype: torch.dtype, secon
     if row.contestant != "eager NCHW":
         x = x.contiguous(memory_format=torch.channels_last)
     target = torch.randint(0, 1000, (row.batch,), device=device)
+    ops = training_ops_in_pytorch() if row.contestant == PLAIN else contextlib.nullcontext()
     try:
-        plain = getattr(library, row.model)().to(device).train()
-        with torch.autocast(device.type, dtype):
-            row.kept_bytes = resnet_fused.kept_activation_bytes(plain, x).total
-        step = training_step(prepare(plain), x, target, dtype)
-        for _ in range(3):
-            step()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        first = statistics.median(times_of(step, device, 3))
-        times = times_of(step, device, max(3, round(seconds / first)))
-        row.step = statistics.median(times)
-        row.images_per_second = row.batch / row.step
-        if device.type == "cuda":
-            row.peak_memory = torch.cuda.max_memory_allocated(device)
-    except (RuntimeError, ImportError) as error:
+        with ops:
+            _measure(row, library, prepare, x, target, dtype, seconds)
+    except Exception as error:  # whatever a library raises where it cannot run
         row.failure = f"{type(error).__name__}: {error}".splitlines()[0][:300]
     finally:
         torch.compiler.reset()
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _measure(
+    row: Row,
+    library: Any,
+    prepare: Callable[[nn.Module], nn.Module],
+    x: Tensor,
+    target: Tensor,
+    dtype: torch.dtype,
+    seconds: float,
+) -> None:
+    device = x.device
+    model = getattr(library, row.model)().to(device).train()
+    with torch.autocast(device.type, dtype):
+        row.kept_bytes = resnet_fused.kept_activation_bytes(model, x).total
+    step = training_step(prepare(model), x, target, dtype)
+    for _ in range(3):
+        step()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    first = statistics.median(times_of(step, device, 3))
+    times = times_of(step, device, max(3, round(seconds / first)))
+    row.step = statistics.median(times)
+    row.images_per_second = row.batch / row.step
+    if device.type == "cuda":
+        row.peak_memory = torch.cuda.max_memory_allocated(device)
 
 
 def floor_seconds(name: str, batch: int, size: int, peaks: roofline.Peaks) -> float:
@@ -251,37 +276,49 @@ def main(arguments: list[str]) -> int:
     peaks = machine.measure_peaks(device, dtype)
     rows = [
         Row(name, batch, contestant)
+        for contestant in options.only
         for name in options.model
         for batch in options.batch
-        for contestant in options.only
     ]
     floors = {
         (row.model, row.batch): floor_seconds(row.model, row.batch, options.size, peaks)
         for row in rows
     }
-    for row in tqdm(rows, desc="contestants"):
-        measure(row, options.size, device, dtype, options.seconds)
-        tqdm.write(
-            f"{row.model} {row.batch} {row.contestant}: {row.images_per_second or row.failure}"
-        )
-    compare(rows, floors)
-    print(table(rows))
-    if options.json:
-        result = {
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "machine": machine.describe(device),
-            "versions": machine.versions("torch", "torchvision", "triton"),
-            **machine.commit(Path(__file__).parent),
-            "dtype": options.dtype,
-            "size": options.size,
-            "peaks": peaks._asdict(),
-            "gates": gates,
-            "rows": [asdict(row) for row in rows],
-        }
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-    if options.plot:
-        plot(rows, options.plot)
-    return 0
+    record = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine.describe(device),
+        "versions": machine.versions("torch", "torchvision", "triton"),
+        **machine.commit(Path(__file__).parent),
+        "tuning": settings.tuning_enabled(),
+        "dtype": options.dtype,
+        "size": options.size,
+        "peaks": peaks._asdict(),
+        "gates": gates,
+    }
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    measured: list[Row] = []
+    try:
+        for row in tqdm(rows, desc="contestants"):
+            measure(row, options.size, device, dtype, options.seconds)
+            measured.append(row)
+            rate = row.failure or f"{row.images_per_second:.1f} images/s"
+            tqdm.write(f"{row.model} {row.batch} {row.contestant}: {rate}")
+            compare(measured, floors)
+            if options.json:
+                save(options.json, {**record, "rows": [asdict(row) for row in measured]})
+    except KeyboardInterrupt:
+        print(f"Stopped after {len(measured)} of {len(rows)} measurements.", file=sys.stderr)
+    print(table(measured))
+    if options.plot and measured:
+        plot(measured, options.plot)
+    return 0 if len(measured) == len(rows) else 130
+
+
+def save(path: Path, record: dict[str, Any]) -> None:
+    """Replaces the result file in one step: whoever stops the run finds a whole one."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(part, path)
 
 
 if __name__ == "__main__":

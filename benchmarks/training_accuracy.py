@@ -1,6 +1,7 @@
 """Does a model trained through the training ops learn as torchvision's does?
 
-    python benchmarks/training_accuracy.py --json benchmarks/results/training_accuracy.json
+    python benchmarks/training_accuracy.py --json benchmarks/results/training_accuracy.json \
+        --plot benchmarks/results/training_accuracy.png
 
 ResNet-18 on scikit-learn's 1,797 handwritten digits, upsampled to 16×16: 200 steps of SGD from each
 of five seeds, the same initial weights and batches for both. On the CPU ours runs the training ops
@@ -11,11 +12,13 @@ differ by no more than the larger spread (standard deviation) over seeds; else t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +30,8 @@ from tqdm import tqdm
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout runs uninstalled too
 
 import resnet_fused
-from resnet_fused import backends
-from resnet_fused.reference.training import ReferenceTraining
 from resnet_fused.testing import machine
+from resnet_fused.testing.plain_training import training_ops_in_pytorch
 
 STEPS, BATCH, SEEDS, TEST = 200, 32, 5, 397
 
@@ -59,17 +61,38 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, seed: int, name: 
     return float((found == labels[:TEST]).float().mean())
 
 
+def compare(results: dict[str, list[float]]) -> dict[str, Any]:
+    """Whether the means differ by no more than the larger standard deviation over seeds."""
+    means = {name: statistics.mean(values) for name, values in results.items()}
+    spread = max(statistics.stdev(values) for values in results.values())
+    same = abs(means["resnet_fused"] - means["torchvision"]) <= spread
+    return {"accuracy": results, "mean": means, "spread": spread, "same": same}
+
+
+def plot(results: dict[str, list[float]], path: Path) -> None:
+    """Each seed's accuracy and the mean, ours beside torchvision's."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(4.5, 3.5), layout="constrained")
+    for place, (name, values) in enumerate(results.items()):
+        points = axes.plot([place] * len(values), values, "o", label=f"{name}, each seed")
+        mean = statistics.mean(values)
+        axes.plot([place - 0.2, place + 0.2], [mean, mean], color=points[0].get_color())
+    axes.set_xticks(range(len(results)), list(results))
+    axes.set_xlim(-0.5, len(results) - 0.5)
+    axes.set_ylabel(f"test accuracy after {STEPS} steps")
+    figure.savefig(path, dpi=150)
+
+
 def main() -> int:
     """Trains, compares, writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     device = torch.device(options.device)
-    if device.type == "cpu":
-        reference = backends.get("reference")
-        reference.training = ReferenceTraining()  # type: ignore[misc]
-        resnet_fused.use_backend("reference")
+    pieces = "PyTorch" if device.type == "cpu" else "kernels"
     images, labels = digits(device)
     results: dict[str, list[float]] = {"resnet_fused": [], "torchvision": []}
     for seed in range(SEEDS):
@@ -78,11 +101,11 @@ def main() -> int:
         ours = resnet_fused.resnet18(num_classes=10)
         ours.load_state_dict(theirs.state_dict())
         for name, model in (("resnet_fused", ours), ("torchvision", theirs)):
-            results[name].append(accuracy(model.to(device), images, labels, seed, name))
-    means = {name: statistics.mean(values) for name, values in results.items()}
-    spread = max(statistics.stdev(values) for values in results.values())
-    same = abs(means["resnet_fused"] - means["torchvision"]) <= spread
-    summary = {"accuracy": results, "mean": means, "spread": spread, "same": same}
+            ops = training_ops_in_pytorch if pieces == "PyTorch" else contextlib.nullcontext
+            with ops():
+                found = accuracy(model.to(device), images, labels, seed, name)
+            results[name].append(found)
+    summary = compare(results)
     print(json.dumps(summary, indent=1))
     if options.json:
         facts = {
@@ -90,11 +113,14 @@ def main() -> int:
             "machine": machine.describe(device),
             "versions": machine.versions("torch", "torchvision", "triton", "scikit-learn"),
             **machine.commit(Path(__file__).parent),
+            "pieces of the training ops": pieces,
             "steps": STEPS,
             "batch": BATCH,
         }
         options.json.write_text(json.dumps({**facts, **summary}, indent=1) + "\n")
-    return 0 if same else 1
+    if options.plot:
+        plot(results, options.plot)
+    return 0 if summary["same"] else 1
 
 
 if __name__ == "__main__":

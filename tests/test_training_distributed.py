@@ -1,7 +1,8 @@
-"""Synchronised batch norm: two gloo processes against one on the joined batch."""
+"""Two processes, synchronised batch norm or DistributedDataParallel, against one process."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 
@@ -12,10 +13,11 @@ import torch.multiprocessing as mp
 from conftest import require
 from torch import Tensor, nn
 
-from resnet_fused import BasicBlock, Bottleneck, use_backend
+from resnet_fused import BasicBlock, Bottleneck, freeze_batch_norm, use_backend
 from resnet_fused.models import ResNet
 from resnet_fused.testing.cases import generator, randomise_statistics
 from resnet_fused.testing.numerics import relative_error
+from resnet_fused.testing.plain_training import training_ops_in_pytorch
 
 SPLIT = 3  # of 5 images the first process gets 3: counts differ
 
@@ -99,3 +101,50 @@ def test_a_whole_network_synchronises(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-4)
     assert torch.equal(ranks[0][1], ranks[1][1])
     torch.testing.assert_close(ranks[0][1], model.bn1.running_var)
+
+
+def _parallel_worker(rank: int, device: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, f"file://{folder}/meet", rank=rank, world_size=2)
+    place = torch.device(device, rank if device == "cuda" else None)
+    model = _parallel_model(device).to(place)
+    model = nn.parallel.DistributedDataParallel(model)
+    x, grad = (t.to(place) for t in _data())
+    part = slice(None, SPLIT) if rank == 0 else slice(SPLIT, None)
+    with _training_ops(device):
+        model(x[part]).backward(grad[part])
+    torch.save({k: p.grad.cpu() for k, p in model.module.named_parameters()}, folder / f"{rank}")
+    dist.destroy_process_group()
+
+
+def _parallel_model(device: str) -> nn.Module:
+    """Synchronised batch norm where DistributedDataParallel takes it, frozen elsewhere, because
+    local statistics are not those of the joined batch."""
+    if device == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(_model())
+    model = freeze_batch_norm(_model()).train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.requires_grad_(True)
+    return model
+
+
+def _training_ops(device: str) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if device == "cuda" else training_ops_in_pytorch()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_data_parallel_gradients_are_those_of_the_joined_batch(device: str, tmp_path: Path) -> None:
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs for NCCL")
+    model = _parallel_model("cpu") if device == "cpu" else _model().cuda()
+    x, grad = (t.to(device) for t in _data())
+    with _training_ops(device):
+        model(x).backward(grad)
+    mp.spawn(_parallel_worker, (device, tmp_path), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}") for rank in range(2)]
+    for key, parameter in model.named_parameters():
+        assert torch.equal(ranks[0][key], ranks[1][key]), key
+        # The processes' mean, of gradients of sums.
+        assert relative_error(2 * ranks[0][key], parameter.grad.cpu()) < 1e-5, key

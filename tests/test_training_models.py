@@ -20,17 +20,16 @@ from resnet_fused.reference import modules as reference
 from resnet_fused.reference.training import ReferenceTraining
 from resnet_fused.testing.cases import generator, randomise_statistics
 from resnet_fused.testing.numerics import relative_error
+from resnet_fused.testing.plain_training import training_ops_in_pytorch
 from resnet_fused.training import kept_activation_bytes
 
 NOISE = 1.1  # the models' results are 40 numbers
 
 
 @pytest.fixture
-def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fused() -> Iterator[None]:
     """The training ops on the CPU at the speed of plain PyTorch."""
-    reference_backend = backends.get("reference")
-    monkeypatch.setattr(reference_backend, "training", ReferenceTraining(), raising=False)
-    with use_backend("reference"):
+    with training_ops_in_pytorch():
         yield
 
 
@@ -97,10 +96,6 @@ def test_whole_model_by_the_contract(name: str, how: str, request: pytest.Fixtur
     x, target = x.to(device), target.to(device)
     for model in (eager, ours, truth):
         model.to(device)
-    if how == "interpreted":
-        for module in eager.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.__class__ = _Float32BatchNorm2d
     right, right_grads = _gradients(truth, x.double(), target)
     usual, usual_grads = _gradients(eager, x, target)
     found, found_grads = _gradients(ours, x, target)
@@ -129,22 +124,6 @@ def test_resnet50_through_the_training_ops_is_exact_in_float64(fused: None) -> N
         assert relative_error(found_grads[key], grad) < 1e-8, key
     for (key, a), b in zip(ours.named_buffers(), plain.buffers(), strict=True):
         assert relative_error(a, b) < 1e-10, key
-
-
-class _Float32BatchNorm2d(nn.BatchNorm2d):
-    """PyTorch's own float32 ops: `F.batch_norm` sums in float64 on the CPU, on no GPU."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        mean = x.mean((0, 2, 3))
-        centred = x - mean[:, None, None]
-        var = centred.square().mean((0, 2, 3))
-        count = x.numel() / x.shape[1]
-        with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
-        scale = self.weight * (var + self.eps).rsqrt()
-        return centred * scale[:, None, None] + self.bias[:, None, None]
 
 
 def _clear_images(model: nn.Module) -> Tensor:
@@ -341,6 +320,98 @@ def test_checkpointing_and_accumulation(fused: None) -> None:
     assert torch.equal(ours, x.grad)
     for a, b in zip(block.parameters(), plain.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad)
+
+
+def _steps(block: nn.Module, x: Tensor, fused: bool, count: int = 3) -> list[Tensor]:
+    """The parameters after steps of SGD with momentum."""
+    optimizer = torch.optim.SGD(block.parameters(), 0.1, momentum=0.9, fused=fused)
+    for _ in range(count):
+        optimizer.zero_grad()
+        block(x).square().mean().backward()
+        optimizer.step()
+    return [p.detach().clone() for p in block.parameters()]
+
+
+def test_fused_optimizers_and_the_same_bits_every_time(fused: None) -> None:
+    block, again, x = _block("projection")
+    plain = copy.deepcopy(block)
+    start = [p.detach().clone() for p in block.parameters()]
+    found = _steps(block, x, fused=True)
+    assert not any(torch.equal(a, b) for a, b in zip(found, start, strict=True))
+    for a, b in zip(found, _steps(again, x, fused=True), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(found, _steps(plain, x, fused=False), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_scaling_in_float16(fused: None) -> None:
+    """Scaled gradients, unscaled again, are the plain ones; an overflow skips the step."""
+    block, plain, x = _block("bottleneck")
+    optimizer = torch.optim.SGD(block.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for model, scale in ((block, scaler.scale), (plain, lambda loss: loss)):
+        with torch.autocast("cpu", torch.float16):
+            out = model(x)
+        scale(out.float().square().mean()).backward()
+    scaler.unscale_(optimizer)
+    for a, b in zip(block.parameters(), plain.parameters(), strict=True):
+        assert relative_error(a.grad, b.grad) < 5e-3  # the plain ones fall below float16's range
+    before = [p.detach().clone() for p in block.parameters()]
+    scaler.step(optimizer)
+    scaler.update()
+    assert not any(torch.equal(a, p) for a, p in zip(before, block.parameters(), strict=True))
+
+    before = [p.detach().clone() for p in block.parameters()]
+    optimizer.zero_grad()
+    with torch.autocast("cpu", torch.float16):
+        out = block(x)
+    scaler.scale(out.float().square().sum() * 1e6).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 512.0
+    assert all(torch.equal(a, p) for a, p in zip(before, block.parameters(), strict=True))
+
+
+@pytest.mark.gpu
+def test_a_whole_step_in_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replayed steps leave the parameters and statistics that eager steps leave, bit for bit."""
+    monkeypatch.setenv("RESNET_FUSED_TUNE", "off")
+    torch.manual_seed(0)
+    model = resnet_fused.resnet18(num_classes=10).cuda().train()
+    eager = copy.deepcopy(model)
+    x = torch.randn(8, 3, 64, 64, device="cuda")
+    target = torch.arange(8, device="cuda")
+
+    def step_of(model: nn.Module) -> Callable[[], None]:
+        optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, fused=True)
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = F.cross_entropy(model(x), target)
+            loss.backward()
+            optimizer.step()
+
+        return step
+
+    with use_backend("triton"):
+        step, eager_step = step_of(model), step_of(eager)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        for _ in range(3):
+            graph.replay()
+        for _ in range(5):
+            eager_step()
+    state = eager.state_dict()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key]), key
 
 
 def test_layouts_and_empty_batches(fused: None) -> None:
