@@ -55,7 +55,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def experiment(place: launch.Launch, options: argparse.Namespace) -> None:
-    images = data.open_images(place.data, side=16, quick=place.quick)
+    images = data.open_images(place.data, side=8, quick=place.quick)
     if images.side is None:
         raise ExperimentError(
             f"--data {place.data} holds photographs of many sizes; this experiment is for "

@@ -51,7 +51,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def experiment(place: launch.Launch, options: argparse.Namespace) -> None:
-    images = data.open_images(place.data, side=16, quick=place.quick)
+    images = data.open_images(place.data, side=8, quick=place.quick)
     plain, residual, iterations, batch = launch.choose(
         options,
         images.kind,
