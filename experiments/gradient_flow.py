@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,8 @@ from common.training import Result, Row, train
 from torch import nn
 
 KINDS = {"plain": networks.plain, "residual": networks.residual}
-GRADIENT = "gradient "  # of a layer: the key in the history's rows is this and its name
+# Of a layer: the keys in the history's rows are these and its name.
+GRADIENT, WEIGHT = "gradient ", "weight "
 
 
 @dataclass
@@ -87,23 +89,32 @@ def experiment(place: launch.Launch, options: argparse.Namespace) -> None:
 
 
 def gradients(model: nn.Module, iteration: int) -> dict[str, float]:
-    """Euclidean norms of the gradients by the layers' convolution weights, in order."""
-    return {
-        GRADIENT + name.removesuffix(".weight"): parameter.grad.norm().item()
-        for name, parameter in model.named_parameters()
-        if parameter.dim() == 4 and parameter.grad is not None
-    }
+    """Euclidean norms of the convolutions' weights and of the gradients by them, in order."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 4 and parameter.grad is not None:
+            layer = name.removesuffix(".weight")
+            found[GRADIENT + layer] = parameter.grad.norm().item()
+            found[WEIGHT + layer] = parameter.detach().norm().item()
+    return found
 
 
-def norms(row: Row) -> list[float]:
+def norms(row: Row, kind: str = GRADIENT) -> list[float]:
     """The layers' norms, from the input to the output."""
-    return [value for key, value in row.items() if key.startswith(GRADIENT)]
+    return [value for key, value in row.items() if key.startswith(kind)]
 
 
 def ratio(row: Row) -> float:
     """The first layer's norm over the last one's: 1 is even, small vanishes, large explodes."""
     found = norms(row)
     return found[0] / found[-1] if found[-1] else float("nan")
+
+
+def scaled_ratio(row: Row) -> float:
+    """The ratio of gradient norm times weight norm, which under batch norm does not depend on the
+    weights' scale: one that has grown makes its gradient small and changes nothing else."""
+    weights = norms(row, WEIGHT)
+    return ratio(row) * weights[0] / weights[-1] if weights[-1] else float("nan")
 
 
 def report(
@@ -137,10 +148,10 @@ def report(
             if run.result is not None:
                 panels[1].plot(places, last, style, color=colour, label=run.title)
             steps = [row["iteration"] for row in run.history]
-            ratios = [ratio(row) for row in run.history]
+            ratios = [scaled_ratio(row) for row in run.history]
             panels[2].plot(steps, ratios, style, color=colour, label=run.title)
         for axes, title in zip(
-            panels, ("at initialisation", "at the end", "first layer / last layer"), strict=True
+            panels, ("at initialisation", "at the end", "first / last layer, scaled"), strict=True
         ):
             axes.set(title=title, yscale="log", xlabel="layer")
             axes.grid(alpha=0.3)
@@ -151,10 +162,15 @@ def report(
     pages.plot("gradients", f"Networks of {deepest} layers on {images.name}.", draw, panels=3)
     pages.table("results", [summary(run) for run in runs])
     pages.text(
-        "First, median and last layer's norm; first / last is 1 where gradients are even, small "
-        f"where they vanish towards the input, large where they explode. Without batch norm the "
-        f"learning rate is {rate:g} instead of 0.1."
+        "First, median and last layer's norm at initialisation; first / last is 1 where gradients "
+        "are even, small where they vanish towards the input, large where they explode. Scaled: "
+        "each gradient's norm times its weights' norm, since batch norm takes the weights' scale "
+        "out, and the gradient of a layer whose weights have grown k times is k times smaller. "
+        f"During training: the median. Without batch norm the learning rate is {rate:g} instead "
+        "of 0.1."
     )
+    for run in shown:
+        pages.text(verdict(run))
     pages.csv("gradients", [row for run in runs for row in by_layer(run)])
     pages.csv("history", [row for run in runs for row in losses(run)])
     pages.save(images, [run.result for run in runs if run.result is not None])
@@ -162,7 +178,7 @@ def report(
 
 def summary(run: Run) -> dict[str, Any]:
     """A row of the table."""
-    start, end = run.history[0], run.history[-1]
+    start = run.history[0]
     at_start = norms(start)
     found: dict[str, Any] = {
         "network": run.title,
@@ -170,10 +186,27 @@ def summary(run: Run) -> dict[str, Any]:
         "median": f"{statistics.median(at_start):.2g}",
         "last layer": f"{at_start[-1]:.2g}",
         "first / last": f"{ratio(start):.2g}",
-        "first / last, end": "diverged" if run.result is None else f"{ratio(end):.2g}",
+        "first / last, during training": during(run, ratio),
+        "scaled": during(run, scaled_ratio),
         "training error (%)": None if run.result is None else run.result.training_error,
     }
     return found
+
+
+def during(run: Run, measure: Callable[[Row], float]) -> str:
+    """The median over the rows after the first."""
+    if run.result is None:
+        return "diverged"
+    return f"{statistics.median(measure(row) for row in run.history[1:]):.2g}"
+
+
+def verdict(run: Run) -> str:
+    """What the ratio at initialisation says, in a sentence."""
+    found = ratio(run.history[0])
+    kind = (
+        "vanish" if found < 0.1 else "explode" if found > 10 else "are even within a factor of 10"
+    )
+    return f"{run.title}: at initialisation gradients {kind} towards the input ({found:.2g})."
 
 
 def by_layer(run: Run) -> list[dict[str, Any]]:
@@ -186,6 +219,7 @@ def by_layer(run: Run) -> list[dict[str, Any]]:
             "iteration": iteration,
             "layer": key.removeprefix(GRADIENT),
             "norm": value,
+            "norm of its weights": row[WEIGHT + key.removeprefix(GRADIENT)],
         }
         for iteration, row in rows.items()
         for key, value in row.items()
@@ -199,7 +233,8 @@ def losses(run: Run) -> list[dict[str, Any]]:
         {
             "network": run.title,
             "first / last": ratio(row),
-            **{key: value for key, value in row.items() if not key.startswith(GRADIENT)},
+            "first / last, scaled": scaled_ratio(row),
+            **{k: v for k, v in row.items() if not k.startswith((GRADIENT, WEIGHT))},
         }
         for row in run.history
     ]

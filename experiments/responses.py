@@ -56,7 +56,7 @@ def experiment(place: launch.Launch, options: argparse.Namespace) -> None:
         options,
         images.kind,
         ("plain", "residual", "iterations", "batch"),
-        digits=([20, 56], [20, 56, 110], 200, 64),
+        digits=([20, 56], [20, 56, 110], 120, 64),
         cifar=([20, 56], [20, 56, 110], 64_000, 128),
         imagenet=([18, 34], [18, 34, 50], 600_000, 256),
         quick=([8], [8, 14], 12, 16),

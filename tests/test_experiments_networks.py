@@ -80,8 +80,9 @@ def test_gradients_are_the_layers_own() -> None:
     x, label = torch.randn(4, 3, 8, 8), torch.arange(4)
     _loss(model, x, label).backward()
     found = gradient_flow.gradients(model, 1)
-    assert len(found) == 7
-    assert next(iter(found)) == "gradient conv1"
+    assert len(found) == 14
+    assert list(found)[:2] == ["gradient conv1", "weight conv1"]
+    assert found["weight conv1"] == pytest.approx(model.conv1.weight.norm().item())
     # The change of the loss along the gradient is its norm squared.
     weight = model.layer2[0].conv1.weight
     norm = found["gradient layer2.0.conv1"]
@@ -93,8 +94,19 @@ def test_gradients_are_the_layers_own() -> None:
         after = _loss(model, x, label)
     assert (after - before).item() / 2e-3 == pytest.approx(norm, rel=0.02)
     row = {"iteration": 1.0, "gradient a": 6.0, "gradient b": 1.0, "gradient c": 2.0}
+    row |= {"weight a": 5.0, "weight b": 7.0, "weight c": 10.0}
     assert gradient_flow.norms(row) == [6.0, 1.0, 2.0]
     assert gradient_flow.ratio(row) == 3.0
+    assert gradient_flow.scaled_ratio(row) == 1.5
+
+
+@pytest.mark.parametrize(
+    ("first", "word"), [(0.01, "vanish"), (2.0, "are even"), (200.0, "explode")]
+)
+def test_the_verdict_follows_the_ratio(first: float, word: str) -> None:
+    rows = [{"iteration": 1.0, "gradient a": first, "gradient b": 1.0}]
+    run = gradient_flow.Run("plain", 56, True, rows, None)
+    assert f"gradients {word}" in gradient_flow.verdict(run)
 
 
 def test_gradient_flow_of_a_quick_run(tmp_path: Path) -> None:
@@ -112,7 +124,7 @@ def test_gradient_flow_of_a_quick_run(tmp_path: Path) -> None:
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
     for row in results:
         diverged = "no BN" in row["network"]
-        assert (row["first / last, end"] == "diverged") == diverged
+        assert (row["first / last, during training"] == "diverged") == diverged
         assert (f"{row['network']} diverged" in report) == diverged
         assert math.isfinite(float(row["first / last"]))
     layers = table(tmp_path / "gradients.csv")
@@ -122,7 +134,7 @@ def test_gradient_flow_of_a_quick_run(tmp_path: Path) -> None:
         first, last = float(own[0]["norm"]), float(own[-1]["norm"])
         assert float(row["first / last"]) == pytest.approx(first / last, rel=0.05)
     history = table(tmp_path / "history.csv")
-    assert not any(key.startswith("gradient") for key in history[0])
+    assert not any(key.startswith(("gradient", "weight")) for key in history[0])
     assert {row["network"] for row in history} == set(names)
 
 
