@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import fusion, reference
@@ -64,7 +65,8 @@ class PaddedIdentity(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, inplanes, H, W) -> (N, outplanes, ⌈H/stride⌉, ⌈W/stride⌉)."""
-        return reference.ops.pad_channels(self.sampled(x), self.outplanes)
+        # Sizes are the module's own: torch.fx cannot branch on a shape.
+        return F.pad(self.sampled(x), (0, 0, 0, 0, 0, self.outplanes - self.inplanes))
 
     def extra_repr(self) -> str:
         return f"{self.inplanes}, {self.outplanes}, stride={self.stride}"

@@ -32,6 +32,8 @@ def record_responses(
         measure: what to keep of a response (N, K, P, Q); it may not keep the tensor itself, which
             is overwritten, so the default copies it. Runs without gradients.
 
+    Raises ValueError for a model without blocks of this package or recorded already.
+
     Yields a dict from the convolution's name to a list, in the order in which layers run.
     """
     found: dict[str, list[Any]] = {}
@@ -42,19 +44,21 @@ def record_responses(
         with torch.no_grad():
             found.setdefault(names[index], []).append(measure(response.detach()))
 
-    for module in prefixes:
-        if isinstance(module, ResidualNetwork):
-            convolutions: list[nn.Module] = [module.conv1]
-        elif isinstance(module, ResidualBlock):
-            convolutions = [conv for conv, _ in module.layers()]
-        else:
-            continue
-        names = [prefixes[conv] for conv in convolutions]
-        module.on_response = partial(record, names)
-        taps.append(module)
-    if not taps:
-        raise ValueError("model holds no network or block of resnet_fused to record.")
     try:
+        for module, prefix in prefixes.items():
+            if isinstance(module, ResidualNetwork):
+                convolutions: list[nn.Module] = [module.conv1]
+            elif isinstance(module, ResidualBlock):
+                convolutions = [conv for conv, _ in module.layers()]
+            else:
+                continue
+            if module.on_response is not None:
+                raise ValueError(f"{prefix or 'the model'} is being recorded already.")
+            names = [prefixes[conv] for conv in convolutions]
+            module.on_response = partial(record, names)
+            taps.append(module)
+        if not taps:
+            raise ValueError("model holds no network or block of resnet_fused to record.")
         yield found
     finally:
         for tap in taps:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 import sys
 from collections.abc import Callable
 from itertools import pairwise
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 import torchvision
 from conftest import require
 from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import BasicBlock as TorchvisionBlock
 
 import resnet_fused
@@ -301,6 +303,36 @@ def test_compiles_in_one_graph(name: str) -> None:
         assert torch.equal(compiled(x), model(x))
 
 
+def test_trains_compiled_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the training ops, option A's among them."""
+    torch.compiler.reset()
+    monkeypatch.setattr(backends.get("reference"), "training", ReferenceTraining(), raising=False)
+    torch.manual_seed(0)
+    eager = cifar.resnet(8)
+    compiled = copy.deepcopy(eager)
+    x, target = images(3, 8), torch.tensor([0, 1, 2])
+    with use_backend("reference"):
+        F.cross_entropy(eager(x), target).backward()
+        call = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+        F.cross_entropy(call(x), target).backward()
+    for (key, p), q in zip(eager.named_parameters(), compiled.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), key
+    for (key, p), q in zip(eager.named_buffers(), compiled.buffers(), strict=True):
+        assert torch.equal(p, q), key
+
+
+@pytest.mark.filterwarnings("ignore:The nodes obtained by tracing")
+def test_feature_extraction_export_and_pickle() -> None:
+    model = cifar.resnet(8).eval()
+    x = images(2, 16)
+    with torch.no_grad():
+        expected = model(x)
+        features = create_feature_extractor(model, ["layer1", "layer3"])(x)
+        assert features["layer3"].shape == (2, 64, 4, 4)
+        assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
+        assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
+
+
 def test_option_a_is_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """No padded copy: the block's last Triton kernel gets a view of the block's own input."""
     require("triton", "cpu", torch.float32)
@@ -397,6 +429,13 @@ def test_responses_come_from_fused_layers(monkeypatch: pytest.MonkeyPatch) -> No
     assert all(d[0] == d[1] > 0 for d in deviations.values())
     with pytest.raises(ValueError, match="holds no network or block"), record_responses(nn.ReLU()):
         pass
+    with record_responses(model.layer2[0]):
+        with (
+            pytest.raises(ValueError, match=r"layer2\.0 is being recorded"),
+            record_responses(model),
+        ):
+            pass
+        assert model.on_response is None
 
 
 @pytest.mark.parametrize("training", [False, True])
