@@ -1,0 +1,181 @@
+"""The default scenes: handwritten digits at random places, written in PASCAL VOC's format.
+
+Real digits (scikit-learn's), each enlarged, tinted, and laid on a dim, noisy background. A box
+is exact: the pixels where the digit covers at least a quarter of the background.
+"""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from common.data import Images, InMemory, Pairs, digits
+from common.launch import Launch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.ops import box_iou
+
+from resnet_fused.blocks import BasicBlock
+from resnet_fused.models.network import ResidualNetwork, StageShape
+from resnet_fused.models.weights import WeightsSource, load_weights
+
+from .scenes import Scenes, voc
+
+_SHORT, _LONG = 128, 160  # sides of a scene in pixels
+_SIDES = (32, 80)  # of an enlarged digit
+_MOST = 3  # digits in a scene
+_TRIES = 20  # to find room for a digit
+# Of the channels, pixels from 0 to 1: round numbers, near enough.
+_MEAN, _STD = (0.25, 0.25, 0.25), (0.2, 0.2, 0.2)
+_NAME = "scikit-learn's handwritten digits on backgrounds"
+
+
+def open_or_write(root: Path, train: int, test: int, place: Launch) -> Scenes:
+    """The scenes in `root`, which are written there if they are not yet."""
+    lists = root / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main"
+    if place.leads and not (lists / "test.txt").is_file():
+        write_scenes(root, train, test, place.seed)
+    if place.world > 1:
+        dist.barrier()
+    return replace(
+        voc(root),
+        name=_NAME,
+        description=f"{_NAME} at random places, written in VOC's format: {train:,} images to train "
+        f"and {test:,} to test, 10 classes",
+        mirrors=False,
+        mean=_MEAN,
+        std=_STD,
+    )
+
+
+def write_scenes(root: Path, train: int, test: int, seed: int) -> None:
+    """Writes `root`/VOCdevkit/VOC2007; what trains and what tests shares no digit."""
+    folder = root / "VOCdevkit" / "VOC2007"
+    for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    found = digits(8)
+    random = torch.Generator().manual_seed(seed)
+    number = 0
+    for part, pairs, count in (("trainval", found.train, train), ("test", found.test, test)):
+        assert isinstance(pairs, InMemory)
+        names = []
+        for _ in range(count):
+            number += 1
+            names.append(f"{number:06d}")
+            size = (_SHORT, _LONG) if number % 2 else (_LONG, _SHORT)
+            image, boxes, labels = _paint(pairs, size, _SIDES, _MOST, random)
+            picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+            picture.save(folder / "JPEGImages" / f"{names[-1]}.jpg", quality=95)
+            annotation = ET.ElementTree(_annotation(names[-1], size, boxes, labels))
+            annotation.write(folder / "Annotations" / f"{names[-1]}.xml")
+        # Last, so that a list never names a file that is not there.
+        list_ = folder / "ImageSets" / "Main" / f"{part}.txt"
+        list_.write_text("".join(f"{name}\n" for name in names))
+
+
+def patches(side: int, train: int, test: int, seed: int) -> Images:
+    """One digit on a background each, for the classifier that a detector starts from."""
+    found = digits(8)
+    random = torch.Generator().manual_seed(seed)
+    return replace(
+        found,
+        name=_NAME,
+        description=f"{_NAME}, {train:,} to train and {test:,} to test, {side}×{side}",
+        train=_patches(found.train, side, train, random),
+        test=_patches(found.test, side, test, random),
+        side=side,
+        mean=torch.tensor(_MEAN)[:, None, None],
+        std=torch.tensor(_STD)[:, None, None],
+    )
+
+
+def _patches(pairs: Pairs, side: int, count: int, random: torch.Generator) -> InMemory:
+    assert isinstance(pairs, InMemory)
+    painted = [_paint(pairs, (side, side), (side // 3, side), 1, random) for _ in range(count)]
+    images = torch.stack([image for image, _, _ in painted])
+    return InMemory(images, [int(labels[0]) for _, _, labels in painted])
+
+
+def network(
+    num_classes: int = 10, weights: WeightsSource = None, zero_init_residual: bool = False
+) -> ResidualNetwork:
+    """ResNet-18 with a quarter of the channels."""
+    made = ResidualNetwork(
+        nn.Conv2d(3, 16, kernel_size=7, stride=2, padding=3, bias=False),
+        nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
+        BasicBlock,
+        [StageShape(16, 2), StageShape(32, 2, 2), StageShape(64, 2, 2), StageShape(128, 2, 2)],
+        num_classes,
+        zero_init_residual,
+    )
+    if (state := load_weights("resnet18", weights)) is not None:
+        made.load_state_dict(state)
+    return made
+
+
+def _paint(
+    pairs: InMemory,
+    size: tuple[int, int],
+    sides: tuple[int, int],
+    most: int,
+    random: torch.Generator,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """An image uint8 (3, H, W) with 1 to `most` digits, their boxes (K, 4) and classes (K,)."""
+    image = _background(size, random)
+    boxes = torch.empty(0, 4)
+    labels: list[int] = []
+    wanted = _draw(1, most, random)
+    for _ in range(_TRIES):
+        if len(labels) == wanted:
+            break
+        index = _draw(0, len(pairs) - 1, random)
+        side = _draw(*sides, random)
+        grey = pairs.images[index, :1].float() / 255
+        cover = F.interpolate(grey[None], (side, side), mode="bilinear", align_corners=False)[0, 0]
+        top, left = (_draw(0, length - side, random) for length in size)
+        rows, columns = (torch.nonzero((cover >= 0.25).any(axis))[:, 0] for axis in (1, 0))
+        box = torch.tensor(
+            [[left + columns[0], top + rows[0], left + columns[-1] + 1, top + rows[-1] + 1]]
+        )
+        if box_iou(box, boxes).gt(0).any():
+            continue
+        place = image[:, top : top + side, left : left + side]
+        ink = 0.6 + 0.4 * torch.rand(3, 1, 1, generator=random)
+        place += (ink - place) * cover
+        boxes = torch.cat([boxes, box])
+        labels.append(pairs.labels[index])
+    return (image.clamp(0, 1) * 255).round().to(torch.uint8), boxes, torch.tensor(labels)
+
+
+def _draw(low: int, high: int, random: torch.Generator) -> int:
+    return int(torch.randint(low, high + 1, (), generator=random))
+
+
+def _background(size: tuple[int, int], random: torch.Generator) -> Tensor:
+    """Nine dim colours shading into one another, and noise."""
+    colours = 0.4 * torch.rand(1, 3, 3, 3, generator=random)
+    shades = F.interpolate(colours, size, mode="bilinear", align_corners=True)[0]
+    return shades + torch.randn(3, *size, generator=random) * 0.04
+
+
+def _annotation(name: str, size: tuple[int, int], boxes: Tensor, labels: Tensor) -> ET.Element:
+    """VOC's description: pixels count from 1, and both ends belong to the box."""
+    root = ET.Element("annotation")
+    ET.SubElement(root, "folder").text = "VOC2007"
+    ET.SubElement(root, "filename").text = f"{name}.jpg"
+    shape = ET.SubElement(root, "size")
+    for key, value in zip(("height", "width", "depth"), (*size, 3), strict=True):
+        ET.SubElement(shape, key).text = str(value)
+    for (left, top, right, bottom), label in zip(boxes.tolist(), labels.tolist(), strict=True):
+        found = ET.SubElement(root, "object")
+        ET.SubElement(found, "name").text = str(label)
+        ET.SubElement(found, "difficult").text = "0"
+        box = ET.SubElement(found, "bndbox")
+        edges = {"xmin": left + 1, "ymin": top + 1, "xmax": right, "ymax": bottom}
+        for key, value in edges.items():
+            ET.SubElement(box, key).text = str(int(value))
+    return root
