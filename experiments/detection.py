@@ -163,7 +163,7 @@ def _detector(
     side: int,
     small: bool,
 ) -> Callable[[], FasterRCNN]:
-    counts = {"regions": 32, "proposals": 100, "pooled": 8, "pyramid": 64} if small else {}
+    sizes = {"positions": 32, "regions": 32, "proposals": 100, "pooled": 8, "pyramid": 64}
     return lambda: faster_rcnn(
         network(weights=weights),
         arrangement,
@@ -171,7 +171,7 @@ def _detector(
         side,
         scenes.mean,
         scenes.std,
-        **counts,
+        **(sizes if small else {}),
     )
 
 

@@ -97,6 +97,7 @@ def faster_rcnn(
     side: int,
     mean: Sequence[float],
     std: Sequence[float],
+    positions: int = 256,
     regions: int = 128,
     proposals: int = 300,
     pooled: int = 14,
@@ -106,7 +107,9 @@ def faster_rcnn(
 
     arrangement: "c4" or "fpn". classes: without the background.
     side: shorter side of the images, 600 in the paper; anchors are in proportion to it.
-    regions: of each image, that train the head. proposals: of each image, in testing.
+    positions, regions: of each image, that train the proposals' layers and the head. Where few
+        anchors fit an object, fewer positions leave those a larger part.
+    proposals: of each image, in testing.
     pooled: side of c4's regions, which a strided conv5 halves; with a dilated one it is half.
     pyramid: channels of fpn.
     """
@@ -131,6 +134,7 @@ def faster_rcnn(
     detector = FasterRCNN(
         backbone,
         rpn_anchor_generator=AnchorGenerator(tuple(map(tuple, anchors)), (_RATIOS,) * len(anchors)),
+        rpn_batch_size_per_image=positions,
         rpn_post_nms_top_n_test=proposals,
         box_roi_pool=pool,
         box_batch_size_per_image=regions,
