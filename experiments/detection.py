@@ -163,7 +163,7 @@ def _detector(
     side: int,
     small: bool,
 ) -> Callable[[], FasterRCNN]:
-    sizes = {"positions": 32, "regions": 32, "proposals": 100, "pooled": 8, "pyramid": 64}
+    sizes = {"positions": 32, "regions": 32, "pooled": 8, "pyramid": 64}
     return lambda: faster_rcnn(
         network(weights=weights),
         arrangement,
