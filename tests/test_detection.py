@@ -433,7 +433,7 @@ def place(tmp_path: Path) -> Launch:
 
 
 def test_overfits_a_small_set(place: Launch) -> None:
-    scenes = digits.open_or_write(place.out / "scenes", 4, 1, place)
+    scenes = digits.open_or_write(place.out / "scenes", 2, 1, place)
     known = replace(scenes, test=scenes.train)
     recipe = training.Recipe(120, 2, 0.02, record_every=30, evaluate_every=120)
 

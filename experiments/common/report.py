@@ -17,7 +17,7 @@ from .checkpoint import write_whole
 from .launch import Launch
 from .training import Result, Row
 
-_PACKAGES = ("torch", "torchvision", "scikit-learn", "triton")
+_PACKAGES = ("torch", "torchvision", "scikit-learn", "pycocotools", "triton")
 _COLOURS = ("#1971c2", "#e8590c", "#2f9e44", "#9c36b5", "#c92a2a", "#0b7285", "#868e96", "#5c940d")
 
 
