@@ -8,7 +8,6 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -430,23 +429,6 @@ def test_refinement_unites_two_rounds_and_votes(
 @pytest.fixture
 def place(tmp_path: Path) -> Launch:
     return Launch(None, tmp_path, torch.device("cpu"), torch.float32, 0, 0, False, 0.0)
-
-
-def test_overfits_a_small_set(place: Launch) -> None:
-    scenes = digits.open_or_write(place.out / "scenes", 2, 1, place)
-    known = replace(scenes, test=scenes.train)
-    recipe = training.Recipe(120, 2, 0.02, record_every=30, evaluate_every=120)
-
-    def build() -> Any:
-        network = digits.network(zero_init_residual=True)
-        sizes = {"regions": 32, "pyramid": 32}
-        return faster_rcnn(network, "fpn", 10, 96, scenes.mean, scenes.std, **sizes)
-
-    result = training.train("overfit", build, known, recipe, place)
-    losses = [row["training_loss"] for row in result.history]
-    assert losses[-1] < 0.3 * losses[0]
-    assert result.last["AP50"] > 50
-    assert result.last["VOC AP50"] > 50
 
 
 def test_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
