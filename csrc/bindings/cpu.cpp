@@ -254,11 +254,8 @@ void conv_transform_weights(Address weight, const Strides& strides, Address pack
                               out_channels, kernel.data(), format_of(bf16));
 }
 
-void conv_bn(Address x, Address packed, const BatchNorm& bn, Address residual, Address out,
-             std::int64_t batch, std::int64_t height, std::int64_t width, std::int64_t in_channels,
-             std::int64_t out_channels, const Pair& kernel, const Pair& stride, const Pair& padding,
-             const Pair& dilation, bool relu, bool bf16, const std::string& isa_name) {
-  conv_weight_bytes(in_channels, out_channels, kernel, bf16);
+cpu::Window window_of(const Pair& kernel, const Pair& stride, const Pair& padding,
+                      const Pair& dilation) {
   cpu::Window window;
   for (int axis = 0; axis < 2; ++axis) {
     constexpr std::int64_t kLimit = std::int64_t{1} << 31;
@@ -272,35 +269,70 @@ void conv_bn(Address x, Address packed, const BatchNorm& bn, Address residual, A
     window.padding[axis] = padding[axis];
     window.dilation[axis] = dilation[axis];
   }
-  const std::int64_t size = bf16 ? 2 : 4;
-  const std::int64_t x_bytes = size * element_count("x", {batch, height, width, in_channels});
-  const std::int64_t out_bytes =
-      size * element_count("out", {batch, cpu::conv_output_size(window, 0, height),
-                                   cpu::conv_output_size(window, 1, width), out_channels});
+  return window;
+}
+
+// x, packed, bn, height, width, in_channels, kernel, stride, padding, dilation.
+using Projection = std::tuple<Address, Address, BatchNorm, std::int64_t, std::int64_t, std::int64_t,
+                              Pair, Pair, Pair, Pair>;
+
+void conv_bn(Address x, Address packed, const BatchNorm& bn, Address residual, Address out,
+             std::int64_t batch, std::int64_t height, std::int64_t width, std::int64_t in_channels,
+             std::int64_t out_channels, const Pair& kernel, const Pair& stride, const Pair& padding,
+             const Pair& dilation, bool relu, bool bf16, const std::string& isa_name,
+             const std::optional<Projection>& projected) {
   const cpu::Isa isa = choose_isa(isa_name);
   check_convolves(format_of(bf16), isa);
-  if (out_bytes == 0) return;
-  if (x_bytes > 0) check_address("x", x, size);
-  check_address("packed", packed);
-  check_address("out", out, size);
-  check_apart("out", out, out_bytes, "x", x, x_bytes);
-  if (residual != 0 && residual != out) {
-    check_address("residual", residual, size);
-    check_apart("out", out, out_bytes, "residual", residual, out_bytes);
+  const std::int64_t size = bf16 ? 2 : 4;
+  const auto conv_of = [&](Address x, Address packed, const BatchNorm& bn, std::int64_t height,
+                           std::int64_t width, std::int64_t in_channels, const Pair& kernel,
+                           const Pair& stride, const Pair& padding, const Pair& dilation) {
+    conv_weight_bytes(in_channels, out_channels, kernel, bf16);
+    const cpu::Window window = window_of(kernel, stride, padding, dilation);
+    const std::int64_t x_bytes = size * element_count("x", {batch, height, width, in_channels});
+    const std::int64_t out_bytes =
+        size * element_count("out", {batch, cpu::conv_output_size(window, 0, height),
+                                     cpu::conv_output_size(window, 1, width), out_channels});
+    if (out_bytes > 0) {
+      if (x_bytes > 0) check_address("x", x, size);
+      check_address("packed", packed);
+      check_address("out", out, size);
+      check_apart("out", out, out_bytes, "x", x, x_bytes);
+      if (residual != 0 && residual != out) {
+        check_address("residual", residual, size);
+        check_apart("out", out, out_bytes, "residual", residual, out_bytes);
+      }
+    }
+    return cpu::Conv{pointer(x),
+                     pointer(packed),
+                     pointer(residual),
+                     mutable_pointer(out),
+                     batch,
+                     height,
+                     width,
+                     in_channels,
+                     out_channels,
+                     window,
+                     batch_norm_of(bn),
+                     relu,
+                     format_of(bf16)};
+  };
+  cpu::Conv conv =
+      conv_of(x, packed, bn, height, width, in_channels, kernel, stride, padding, dilation);
+  std::optional<cpu::Conv> projection;
+  if (projected) {
+    if (residual != 0) throw std::invalid_argument("residual and projection exclude each other");
+    projection = std::apply(conv_of, *projected);
+    conv.projection = &*projection;
+    const std::int64_t sizes[2] = {conv.height, conv.width};
+    const std::int64_t projected_sizes[2] = {projection->height, projection->width};
+    for (int axis = 0; axis < 2; ++axis) {
+      if (cpu::conv_output_size(conv.window, axis, sizes[axis]) !=
+          cpu::conv_output_size(projection->window, axis, projected_sizes[axis])) {
+        throw std::invalid_argument("the projection's result has another size");
+      }
+    }
   }
-  const cpu::Conv conv{pointer(x),
-                       pointer(packed),
-                       pointer(residual),
-                       mutable_pointer(out),
-                       batch,
-                       height,
-                       width,
-                       in_channels,
-                       out_channels,
-                       window,
-                       batch_norm_of(bn),
-                       relu,
-                       format_of(bf16)};
   py::gil_scoped_release unlocked;
   cpu::conv_bn(conv, isa);
 }
@@ -394,14 +426,17 @@ void register_cpu_kernels(py::module_& module) {
       py::arg("out"), py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("in_channels"),
       py::arg("out_channels"), py::arg("kernel"), py::arg("stride"), py::arg("padding"),
       py::arg("dilation"), py::arg("relu"), py::arg("bf16"), py::arg("isa") = "",
+      py::arg("projection") = py::none(),
       "out = relu?(bn(conv(x)) (+ residual)) with one group. Addresses of x (batch, height,\n"
       "width, in_channels), out and residual (batch, output height, output width,\n"
       "out_channels), all bf16 or else fp32; residual is 0 for none and may be out; x may\n"
       "not overlap out. bn is (mean, var, weight, bias, eps), each vector (address, stride\n"
       "in elements, bytes of an element: 2 bf16, 4 fp32, 8 fp64), weight and bias None\n"
-      "where absent. Sums and batch norm are fp32. isa=\"avx2\" forbids AVX-512. Raises\n"
-      "ValueError for null pointers, impossible sizes, overlaps, or a processor without\n"
-      "the instructions.");
+      "where absent. Sums and batch norm are fp32. projection, instead of a residual, is\n"
+      "(x, packed, bn, height, width, in_channels, kernel, stride, padding, dilation) of a\n"
+      "convolution whose normalised, unrounded result is added. isa=\"avx2\" forbids AVX-512.\n"
+      "Raises ValueError for null pointers, impossible sizes, overlaps, or a processor\n"
+      "without the instructions.");
 
   module.def(
       "bn_add_relu", &bn_add_relu, py::arg("x"), py::arg("bn"), py::arg("residual"), py::arg("out"),

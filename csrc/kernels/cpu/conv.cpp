@@ -24,6 +24,7 @@
 #include <cstring>
 #include <limits>
 #include <utility>
+#include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -91,7 +92,8 @@ std::pair<std::int64_t, std::int64_t> rows_inside(const Conv& conv, std::int64_t
 // The lines of x that a task reads: x itself, or a copy with zeros around.
 class Operand {
  public:
-  Operand(const Conv& conv, const Plan& plan, std::int64_t begin, std::int64_t end)
+  Operand(const Conv& conv, const Plan& plan, std::int64_t begin, std::int64_t end,
+          Scratch& scratch)
       : conv_(conv), plan_(plan) {
     if (plan.in_place) return;
     const HalfPlace first = plan.half(conv, begin), last = plan.half(conv, end - 1);
@@ -104,7 +106,7 @@ class Operand {
     first_y_ = images <= plan.images_together ? first.y : 0;
     const std::int64_t last_y = images <= plan.images_together ? last.y : plan.out_height - 1;
     image_bytes_ = ((last_y - first_y_) * plan.steps[0] + reach + 1) * plan.line_bytes;
-    copy_ = reinterpret_cast<char*>(thread_scratch().floats(images * image_bytes_ / 4 + 16));
+    copy_ = reinterpret_cast<char*>(scratch.floats(images * image_bytes_ / 4 + 16));
     for (std::int64_t image = first_image_; image < first_image_ + images; ++image) {
       const std::int64_t group = image / plan.images_together;
       const std::int64_t from = group == first.image / plan.images_together ? first.y : 0;
@@ -163,6 +165,19 @@ class Operand {
 }  // namespace
 }  // namespace resnet_fused::cpu
 
+namespace resnet_fused::cpu {
+namespace {
+
+// The convolution, or its projection, with what all tasks share.
+struct Pass {
+  Conv conv;
+  Plan plan;
+  Terms terms;
+};
+
+}  // namespace
+}  // namespace resnet_fused::cpu
+
 #define ISA_SOURCE "conv_tile.h"
 #define ISA_WITH_BF16
 #include "for_each_isa.h"
@@ -170,7 +185,7 @@ class Operand {
 namespace resnet_fused::cpu {
 namespace {
 
-using Task = void (*)(const Conv&, const Plan&, const Terms&, std::int64_t half_task,
+using Task = void (*)(const Pass* passes, int count, std::int64_t half_task,
                       std::int64_t strip_task);
 
 Task task_for(Format format, Isa isa) {
@@ -293,16 +308,22 @@ void conv_transform_weights(const void* weight, const std::int64_t strides[4], v
 }
 
 void conv_bn(const Conv& given, Isa isa) {
-  const Conv conv = flattened(given);
-  const Plan plan = make_plan(conv, half_rows(isa == Isa::kAvx512 ? 16 : 8), max_threads());
-  if (plan.halves * conv.out_channels == 0) return;
-  const Terms terms(conv.bn, conv.out_channels, kStrip);
-  const Task task = task_for(conv.format, isa);
+  const int rows = half_rows(isa == Isa::kAvx512 ? 16 : 8);
+  std::vector<Pass> passes;
+  for (const Conv* conv = &given; conv != nullptr; conv = conv->projection) {
+    // Both divide the result alike, so neither may be flattened alone.
+    const Conv flat = given.projection == nullptr ? flattened(*conv) : *conv;
+    passes.push_back(
+        {flat, make_plan(flat, rows, max_threads()), Terms(conv->bn, conv->out_channels, kStrip)});
+  }
+  const Plan& plan = passes.front().plan;
+  if (plan.halves * given.out_channels == 0) return;
+  const Task task = task_for(given.format, isa);
   const std::int64_t tasks = plan.half_tasks * plan.strip_tasks;
   // Tasks that share weights follow each other.
 #pragma omp parallel for schedule(dynamic, 1) if (tasks > 1)
   for (std::int64_t i = 0; i < tasks; ++i) {
-    task(conv, plan, terms, i % plan.half_tasks, i / plan.half_tasks);
+    task(passes.data(), static_cast<int>(passes.size()), i % plan.half_tasks, i / plan.half_tasks);
   }
 }
 

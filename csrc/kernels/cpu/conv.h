@@ -24,6 +24,9 @@ struct Conv {
   BatchNorm bn;
   bool relu;
   Format format;  // of x, packed, residual and out; sums and the epilogue are fp32
+  // A convolution, normalised, of the same result's size and format that is added before the ReLU;
+  // its residual, out and relu have no meaning. nullptr: none. Not together with a residual.
+  const Conv* projection = nullptr;
 };
 
 // The size of the result along an axis (0: height, 1: width); below 1 where the window is larger

@@ -24,6 +24,14 @@ struct Tile {
   Lines ahead[2];  // to be fetched meanwhile: the next tile's and the next weights
 };
 
+// What a tile's sums become.
+enum class End {
+  kResult,    // relu?(bn(sum))
+  kResidual,  // the same with the residual added
+  kAdd,       // the same with the numbers of an earlier kKeep added
+  kKeep,      // bn(sum), kept in fp32
+};
+
 // 32 or 16 output channels.
 struct Columns {
   const std::uint32_t* weights;
@@ -105,32 +113,36 @@ ISA_INLINE void accumulate_inside(int outside, Arguments&&... arguments) {
   accumulate<kRows, kHalves>(arguments...);
 }
 
-// out = relu?(bn(sum) + residual); kWhole: all of the tile's channels are valid.
-template <int kRows, int kHalves, bool kWhole, bool kAdds>
+// bn(sum) and what kEnd says; kWhole: all of the tile's channels are valid.
+template <int kRows, int kHalves, End kEnd, bool kWhole>
 ISA_INLINE void finish(const Vec (&sum)[kRows * kHalves][kVecs], const Conv& conv, const Tile& tile,
-                       const Columns& columns) {
+                       const Columns& columns, float* kept) {
   const TermsAt terms = columns.terms;  // copies: what follows may write anywhere
   const std::int64_t channels = conv.out_channels, all_valid = columns.valid;
-  const Vec least = least_result(conv.relu);
+  const Vec least = least_result(conv.relu && kEnd != End::kKeep);
 #pragma GCC unroll 2
   for (int half = 0; half < kHalves; ++half) {
     const std::int64_t first = tile.halves[half].pixel * channels + columns.first;
     auto* out = static_cast<Element*>(conv.out) + first;
-    const auto* residual = static_cast<const Element*>(conv.residual) + (kAdds ? first : 0);
+    const auto* residual = static_cast<const Element*>(conv.residual) + first;
 #pragma GCC unroll 7
     for (int r = 0; r < kRows; ++r, out += channels) {
 #pragma GCC unroll 2
-      for (int j = 0; j < kVecs; ++j) {
+      for (int j = 0; j < kVecs; ++j, kept += kLanes) {
         const int k = j * kLanes;
         const std::int64_t valid = kWhole ? kLanes : all_valid - k;
         const TermsAt at{terms.mean + k, terms.scale + k, terms.bias + k};
-        Vec v = sum[half * kRows + r][j];
-        if constexpr (kAdds) {
-          v = normalise(v, at, load(residual + r * channels + k, valid), least);
+        const Vec v = sum[half * kRows + r][j];
+        if constexpr (kEnd == End::kResult) {
+          store(out + k, normalise(v, at, least), valid);
+        } else if constexpr (kEnd == End::kResidual) {
+          const Vec added = load(residual + r * channels + k, valid);
+          store(out + k, normalise(v, at, added, least), valid);
+        } else if constexpr (kEnd == End::kAdd) {
+          store(out + k, normalise(v, at, load(kept), least), valid);
         } else {
-          v = normalise(v, at, least);
+          store(kept, normalise(v, at, least));
         }
-        store(out + k, v, valid);
       }
     }
   }
@@ -142,8 +154,12 @@ struct EpilogueLines {
   const Conv& conv;
   const Tile& tile;
   std::int64_t column;
+  End end;
 
-  int stretches() const { return (conv.residual == nullptr ? 1 : 2) * kHalves * kTileLines; }
+  int stretches() const {
+    const int tensors = end == End::kKeep ? 0 : end == End::kResidual ? 2 : 1;
+    return tensors * kHalves * kTileLines;
+  }
 
   // The first of a stretch of tile.rows lines, conv.out_channels numbers apart.
   const char* stretch(int i) const {
@@ -157,20 +173,21 @@ struct EpilogueLines {
 // One tile's sums over the whole window, and the epilogue.
 template <int kRows, int kHalves>
 ISA inline __attribute__((noinline)) void multiply(const Conv& conv, const Source& source,
-                                                   Tile& tile, const Columns& columns,
-                                                   float* sums) {
+                                                   Tile& tile, const Columns& columns, End end,
+                                                   float* kept) {
+  alignas(64) float sums[kRows * kHalves * kVecs * kLanes];
   Vec sum[kRows * kHalves][kVecs] = {};
   const std::int64_t row_words = source.segments * source.words;
   std::int64_t position = tile.first_row * row_words;  // in the sum
-  const std::int64_t end = tile.last_row * row_words;
+  const std::int64_t stop = tile.last_row * row_words;
   bool first_run = true;
 
-  const EpilogueLines<kHalves> lines{conv, tile, columns.first};
+  const EpilogueLines<kHalves> lines{conv, tile, columns.first, end};
   const int stretches = lines.stretches();
   int stretch = -3;  // before them, the lines ahead
   const char* line = nullptr;
   std::int64_t step = 64, lines_left = 0;
-  std::int64_t spare = end - position - std::int64_t{stretches} * kRows;
+  std::int64_t spare = stop - position - std::int64_t{stretches} * kRows;
 
   const std::uint32_t* b = columns.weights + position * kStrip;
   for (std::int64_t row = tile.first_row; row < tile.last_row; ++row) {
@@ -199,7 +216,7 @@ ISA inline __attribute__((noinline)) void multiply(const Conv& conv, const Sourc
           } else {
             line = a[0];
             step = 0;
-            lines_left = end;
+            lines_left = stop;
           }
         }
         std::int64_t count = std::min({words, lines_left, kRun - position % kRun});
@@ -208,7 +225,7 @@ ISA inline __attribute__((noinline)) void multiply(const Conv& conv, const Sourc
         words -= count;
         lines_left -= count;
         position += count;
-        if (position % kRun == 0 || position == end) {
+        if (position % kRun == 0 || position == stop) {
           if (!first_run) {
 #pragma GCC unroll 14
             for (int r = 0; r < kRows * kHalves; ++r) {
@@ -216,7 +233,7 @@ ISA inline __attribute__((noinline)) void multiply(const Conv& conv, const Sourc
               for (int j = 0; j < kVecs; ++j) sum[r][j] += load(sums + (r * kVecs + j) * kLanes);
             }
           }
-          if (position == end) break;
+          if (position == stop) break;
           first_run = false;
 #pragma GCC unroll 14
           for (int r = 0; r < kRows * kHalves; ++r) {
@@ -230,14 +247,23 @@ ISA inline __attribute__((noinline)) void multiply(const Conv& conv, const Sourc
       }
     }
   }
-  const bool whole = columns.valid >= kVecs * kLanes, adds = conv.residual != nullptr;
-  if (whole && adds) return finish<kRows, kHalves, true, true>(sum, conv, tile, columns);
-  if (whole) return finish<kRows, kHalves, true, false>(sum, conv, tile, columns);
-  if (adds) return finish<kRows, kHalves, false, true>(sum, conv, tile, columns);
-  finish<kRows, kHalves, false, false>(sum, conv, tile, columns);
+  const bool whole = columns.valid >= kVecs * kLanes;
+  switch (end) {
+    case End::kResult:
+      return whole ? finish<kRows, kHalves, End::kResult, true>(sum, conv, tile, columns, kept)
+                   : finish<kRows, kHalves, End::kResult, false>(sum, conv, tile, columns, kept);
+    case End::kResidual:
+      return whole ? finish<kRows, kHalves, End::kResidual, true>(sum, conv, tile, columns, kept)
+                   : finish<kRows, kHalves, End::kResidual, false>(sum, conv, tile, columns, kept);
+    case End::kAdd:
+      return whole ? finish<kRows, kHalves, End::kAdd, true>(sum, conv, tile, columns, kept)
+                   : finish<kRows, kHalves, End::kAdd, false>(sum, conv, tile, columns, kept);
+    case End::kKeep:
+      return finish<kRows, kHalves, End::kKeep, true>(sum, conv, tile, columns, kept);
+  }
 }
 
-using Multiply = void (*)(const Conv&, const Source&, Tile&, const Columns&, float*);
+using Multiply = void (*)(const Conv&, const Source&, Tile&, const Columns&, End, float* kept);
 
 template <int kHalves, int... Indices>
 constexpr std::array<Multiply, sizeof...(Indices)> multiplies(
@@ -250,13 +276,10 @@ constexpr std::array<Multiply, kHalfRows> kMultiply[2] = {
     multiplies<1>(std::make_integer_sequence<int, kHalfRows>{}),
     multiplies<2>(std::make_integer_sequence<int, kHalfRows>{})};
 
-ISA void conv_task(const Conv& conv, const Plan& plan, const Terms& terms, std::int64_t half_task,
-                   std::int64_t strip_task) {
-  const std::int64_t begin = half_task * plan.halves / plan.half_tasks;
-  const std::int64_t end = (half_task + 1) * plan.halves / plan.half_tasks;
-  const Operand operand(conv, plan, begin, end);
-
-  std::array<Tile, kMaxTaskHalves> tiles;
+// The tiles of a task's pixels; returns their number.
+ISA_INLINE int make_tiles(const Pass& pass, const Operand& operand, std::int64_t begin,
+                          std::int64_t end, Tile* tiles) {
+  const auto& [conv, plan, terms] = pass;
   int count = 0;
   for (std::int64_t half = begin; half < end; ++count) {
     Tile& tile = tiles[count];
@@ -273,35 +296,67 @@ ISA void conv_task(const Conv& conv, const Plan& plan, const Terms& terms, std::
           (place.image * plan.out_height + place.y) * plan.out_width + place.x, place.x};
     }
   }
-  alignas(64) float sums[2 * kHalfRows * kVecs * kLanes];
+  return count;
+}
+
+// What to fetch while tile i meets the strips from `strip` on: the next tile, in the task's first
+// round, and its share of the next round's weights.
+ISA_INLINE void set_ahead(const Pass& pass, Tile* tiles, int i, int count, bool first_round,
+                          std::int64_t next_strip, std::int64_t next_strips) {
+  const Plan& plan = pass.plan;
+  Lines(&ahead)[2] = tiles[i].ahead;
+  ahead[0] = {};
+  if (plan.in_place && first_round && i + 1 < count) {
+    const Tile& next = tiles[i + 1];
+    const char* const x = next.halves[0].x;
+    ahead[0] = {x, x + plan.source.pixel_pitch * next.rows * next.count};
+  }
+  const std::int64_t strip_bytes = plan.words * kStrip * 4, bytes = next_strips * strip_bytes;
+  const char* const weights = static_cast<const char*>(pass.conv.packed) + next_strip * strip_bytes;
+  ahead[1] = {weights + bytes * i / count / 64 * 64, weights + bytes * (i + 1) / count / 64 * 64};
+}
+
+ISA void conv_task(const Pass* passes, int pass_count, std::int64_t half_task,
+                   std::int64_t strip_task) {
+  const auto& [conv, plan, terms] = passes[0];
+  const std::int64_t begin = half_task * plan.halves / plan.half_tasks;
+  const std::int64_t end = (half_task + 1) * plan.halves / plan.half_tasks;
+  std::array<Tile, kMaxTaskHalves> tiles[2];
+  int count = 0;
+  for (int i = 0; i < pass_count; ++i) {
+    const Operand operand(passes[i].conv, passes[i].plan, begin, end, thread_scratch(i));
+    count = make_tiles(passes[i], operand, begin, end, tiles[i].data());
+  }
+  alignas(64) float kept[2 * kHalfRows * kVecs * kLanes];
 
   const std::int64_t first_strip = strip_task * plan.strips / plan.strip_tasks;
   const std::int64_t last_strip = (strip_task + 1) * plan.strips / plan.strip_tasks;
   const std::int64_t last =
       std::min(last_strip * kStrip, round_up(conv.out_channels, kVecs * kLanes));
-  for (std::int64_t strip = first_strip; strip < last_strip; strip += plan.strips_together) {
-    const std::int64_t together = std::min((strip + plan.strips_together) * kStrip, last);
-    const std::int64_t strip_bytes = plan.words * kStrip * 4;
-    const auto* const next_weights =
-        static_cast<const char*>(conv.packed) + (strip + plan.strips_together) * strip_bytes;
-    const std::int64_t next_bytes =
-        strip_bytes * std::clamp<std::int64_t>(last_strip - strip - plan.strips_together, 0,
-                                               plan.strips_together);
+  const std::int64_t together = plan.strips_together;
+  for (std::int64_t strip = first_strip; strip < last_strip; strip += together) {
+    const std::int64_t next = strip + together;
+    const std::int64_t next_strips = std::clamp<std::int64_t>(last_strip - next, 0, together);
     for (int i = 0; i < count; ++i) {
-      Tile& tile = tiles[i];
-      tile.ahead[0] = tile.ahead[1] = {};
-      if (plan.in_place && strip == first_strip && i + 1 < count) {
-        const Tile& next = tiles[i + 1];
-        tile.ahead[0] = {next.halves[0].x,
-                         next.halves[0].x + plan.source.pixel_pitch * next.rows * next.count};
+      for (int pass = 0; pass < pass_count; ++pass) {
+        set_ahead(passes[pass], tiles[pass].data(), i, count, strip == first_strip, next,
+                  next_strips);
       }
-      tile.ahead[1] = {next_weights + next_bytes * i / count / 64 * 64,
-                       next_weights + next_bytes * (i + 1) / count / 64 * 64};
-      for (std::int64_t k = strip * kStrip; k < together; k += kVecs * kLanes) {
-        const Columns columns{static_cast<const std::uint32_t*>(conv.packed) +
-                                  k / kStrip * plan.words * kStrip + k % kStrip,
-                              terms.at(k), k, conv.out_channels - k};
-        kMultiply[tile.count - 1][tile.rows - 1](conv, plan.source, tile, columns, sums);
+      for (std::int64_t k = strip * kStrip; k < std::min(next * kStrip, last);
+           k += kVecs * kLanes) {
+        for (int pass = pass_count - 1; pass >= 0; --pass) {
+          const auto& [pass_conv, pass_plan, pass_terms] = passes[pass];
+          const Columns columns{static_cast<const std::uint32_t*>(pass_conv.packed) +
+                                    k / kStrip * pass_plan.words * kStrip + k % kStrip,
+                                pass_terms.at(k), k, conv.out_channels - k};
+          const End end_of_pass = pass == 1                  ? End::kKeep
+                                  : pass_count == 2          ? End::kAdd
+                                  : conv.residual == nullptr ? End::kResult
+                                                             : End::kResidual;
+          Tile& tile = tiles[pass][i];
+          kMultiply[tile.count - 1][tile.rows - 1](pass_conv, pass_plan.source, tile, columns,
+                                                   end_of_pass, kept);
+        }
       }
     }
   }

@@ -87,9 +87,10 @@ class Scratch {
   std::size_t capacity_ = 0;
 };
 
-inline Scratch& thread_scratch() {
-  thread_local Scratch scratch;
-  return scratch;
+// A thread has two, for the two inputs of a block's end.
+inline Scratch& thread_scratch(int index = 0) {
+  thread_local Scratch scratch[2];
+  return scratch[index];
 }
 
 inline std::int64_t max_threads() {

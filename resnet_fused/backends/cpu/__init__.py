@@ -69,8 +69,11 @@ class CpuBackend:
         projection: Convolution,
         projection_bn: BatchNorm,
     ) -> Tensor:
-        projected = self._pack(shortcut, projection)(shortcut, projection_bn, None, False)
-        return self._pack(x, conv)(x, bn, projected, True, in_place=True)
+        main, side = self._pack(x, conv), self._pack(shortcut, projection)
+        both_packed = isinstance(main, PackedConvolution) and isinstance(side, PackedConvolution)
+        if both_packed and main.adds_projection(side):
+            return main.with_projection(x, bn, shortcut, side, projection_bn)
+        return main(x, bn, side(shortcut, projection_bn, None, False), True, in_place=True)
 
     def stem(self, x: Tensor, conv: Convolution, bn: BatchNorm, pool: MaxPool) -> Tensor:
         if conv.weight.dtype not in self._own or not PooledStem.serves(conv, pool):

@@ -161,6 +161,47 @@ class PackedConvolution:
         )
         return out
 
+    def adds_projection(self, projection: PackedConvolution) -> bool:
+        """Whether `with_projection` takes it: both by the direct kernel."""
+        return bool(self._window and projection._window)
+
+    def with_projection(
+        self,
+        x: Tensor,
+        bn: BatchNorm,
+        shortcut: Tensor,
+        projection: PackedConvolution,
+        projection_bn: BatchNorm,
+    ) -> Tensor:
+        """relu(bn(conv(x)) + bn(projection(shortcut))), one pass; the sum is rounded once."""
+        x, shortcut = _nhwc(x), _nhwc(shortcut)
+        vectors, projection_vectors = Vectors(bn), Vectors(projection_bn)
+        batch, channels, height, width = x.shape
+        _, inplanes, *size = shortcut.shape
+        out_channels = self._conv.weight.shape[0]
+        out = _empty(x, out_channels, *self._conv.output_size(height, width))
+        projected = (
+            *(shortcut.data_ptr(), projection._packed.data_ptr(), projection_vectors.arguments),
+            *(*size, inplanes, *projection._window),
+        )
+        self._kernel(
+            x.data_ptr(),
+            self._packed.data_ptr(),
+            vectors.arguments,
+            0,
+            out.data_ptr(),
+            batch,
+            height,
+            width,
+            channels,
+            out_channels,
+            *self._window,
+            True,
+            *self._format,
+            projection=projected,
+        )
+        return out
+
 
 def suits_winograd(x: Tensor, conv: Convolution) -> bool:
     """Whether Winograd's kernel computes this convolution, and faster than the direct one."""
