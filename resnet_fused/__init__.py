@@ -6,28 +6,38 @@
 Importing compiles nothing, looks for no GPU and needs no extension: backends load when first used.
 """
 
-from . import complexity, models, ops
-from .blocks import BasicBlock, Bottleneck, PaddedIdentity, PlainBlock
-from .errors import BackendUnavailableError, CheckpointError, ResnetFusedError
-from .models import (
-    ResNet,
-    cifar,
-    plain18,
-    plain34,
-    resnet18,
-    resnet34,
-    resnet50,
-    resnet101,
-    resnet152,
-    resnext50_32x4d,
-    resnext101_32x8d,
-    resnext101_64x4d,
-    wide_resnet50_2,
-    wide_resnet101_2,
-)
-from .ops import available_backends, use_backend
-from .responses import record_responses
-from .training import freeze_batch_norm, kept_activation_bytes
+try:
+    import torch  # noqa: F401
+except ImportError as _error:  # `python -m resnet_fused.env` has to say so
+    _reason = _error
+
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(name)
+        raise ImportError(f"resnet_fused needs PyTorch, which cannot be imported: {_reason}")
+else:
+    from . import complexity, models, ops
+    from .blocks import BasicBlock, Bottleneck, PaddedIdentity, PlainBlock
+    from .errors import BackendUnavailableError, CheckpointError, ResnetFusedError
+    from .models import (
+        ResNet,
+        cifar,
+        plain18,
+        plain34,
+        resnet18,
+        resnet34,
+        resnet50,
+        resnet101,
+        resnet152,
+        resnext50_32x4d,
+        resnext101_32x8d,
+        resnext101_64x4d,
+        wide_resnet50_2,
+        wide_resnet101_2,
+    )
+    from .ops import available_backends, use_backend
+    from .responses import record_responses
+    from .training import freeze_batch_norm, kept_activation_bytes
 
 __version__ = "0.1.0"
 

@@ -1,19 +1,30 @@
 """`python -m resnet_fused.env`: what this machine, installation and build offer, and why not more.
 
-Each line is found out on its own; one that cannot be is printed with the reason, so the report is
-always complete and the exit status always 0.
+Each part is found out on its own; one that cannot be is printed with the reason, so the report is
+always complete and the exit status always 0, PyTorch missing or broken included.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from collections.abc import Callable, Iterator
+from importlib import metadata
+
+
+def versions(*packages: str) -> dict[str, str | None]:
+    """The installed version of each package, None where it is absent; and Python's own."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 def _versions() -> Iterator[tuple[str, str]]:
-    from .testing.machine import versions
-
     for package, version in versions("resnet_fused", "torch", "torchvision", "triton").items():
         yield package, version or "not installed"
 

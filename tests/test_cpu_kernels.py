@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused import _extension
-from resnet_fused.backends.cpu.native import Vectors, bn_add_relu, head
+from resnet_fused.backends.cpu.native import PackedConvolution, Vectors, bn_add_relu, head
 from resnet_fused.parameters import BatchNorm, Convolution
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import (
@@ -284,7 +284,7 @@ def test_winograd_refuses_impossible_arguments(change, message):
         "out_channels": 16,
         "relu": True,
     }
-    aliases = {"x": x.data_ptr(), "out + 4": out.data_ptr() + 4}
+    aliases = {"x": x.data_ptr(), "out": out.data_ptr(), "out + 4": out.data_ptr() + 4}
     arguments |= {name: aliases.get(value, value) for name, value in change.items()}
     with pytest.raises(ValueError, match=message):
         _C.winograd_conv(**arguments)
@@ -339,6 +339,14 @@ DIRECT = {
     "many rows": ConvCase(3, 24, 31, 29, 40, 3, 2, 1),
     "many strips": ConvCase(1, 130, 4, 4, 600),
     "odd sums": ConvCase(2, 129, 9, 9, 33),
+    # Windows beside the image at the ends of a half, of a tile, of both halves; and of stride 2.
+    **{
+        f"3x3, {width} wide, stride {stride}": ConvCase(3, 40, 5, width, 40, 3, stride, 1)
+        for width in (7, 13, 14, 28)
+        for stride in (1, 2)
+    },
+    "window wider than the image": ConvCase(2, 48, 9, 3, 32, 7, 1, 3),
+    "rows a cache way apart": ConvCase(2, 1024, 5, 7, 40),
 }
 
 
@@ -416,6 +424,9 @@ def test_batch_norm_is_read_in_any_type_and_stride(stored):
         ({"batch": -1}, "negative size -1"),
         ({"out": "x"}, "out overlaps x"),
         ({"residual": "out + 4"}, "out overlaps residual"),
+        ({"projection": (5, 5), "residual": "out"}, "exclude each other"),
+        ({"projection": (5, 5)}, "the projection's result has another size"),
+        ({"projection": (-1, 4)}, "negative size -1"),
     ],
     ids=str,
 )
@@ -440,13 +451,49 @@ def test_direct_convolution_refuses_impossible_arguments(change, message):
         "relu": True,
         "bf16": False,
     }
-    aliases = {"x": x.data_ptr(), "out + 4": out.data_ptr() + 4}
+    aliases = {"x": x.data_ptr(), "out": out.data_ptr(), "out + 4": out.data_ptr() + 4}
     arguments |= {
         name: aliases.get(value, value) if isinstance(value, str) else value
         for name, value in change.items()
     }
+    if "projection" in change:
+        window = ((1, 1), (1, 1), (0, 0), (1, 1))
+        arguments["projection"] = (
+            *(x.data_ptr(), packed.data_ptr(), arguments["bn"]),
+            *(*change["projection"], 16, *window),
+        )
     with pytest.raises(ValueError, match=message):
         _C.conv_bn(**arguments)
+
+
+PROJECTIONS = {
+    "bottleneck": (ConvCase(2, 64, 7, 7, 96), ConvCase(2, 48, 13, 14, 96, 1, 2)),
+    "basic block, odd channels": (
+        ConvCase(1, 33, 9, 20, 70, 3, 1, 1),
+        ConvCase(1, 17, 9, 20, 70),
+    ),
+    "other windows": (ConvCase(3, 16, 6, 30, 40, 3, 1, 1), ConvCase(3, 130, 6, 30, 40, 5, 1, 2)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_projection_is_exact_on_integers_and_meets_the_contract(name, dtype):
+    if dtype == torch.bfloat16 and not _C.cpu_convolves_bf16():
+        pytest.skip("this processor lacks AVX512_BF16")
+
+    def by_kernel(x, conv, bn, shortcut, projection, projection_bn):
+        main, side = (PackedConvolution(_C, c, winograd=False) for c in (conv, projection))
+        assert main.adds_projection(side)
+        return main.with_projection(x, bn, shortcut, side, projection_bn)
+
+    for make in (make_integers, make_convolution):
+        rng = generator(3)
+        arguments = [part for case in PROJECTIONS[name] for part in make(case, rng, dtype)]
+        out = check_op(by_kernel, reference.conv_bn_projection, arguments)
+        if make is make_integers:
+            truth = reference.conv_bn_projection(*cast(arguments, torch.float64))
+            assert torch.equal(out, truth.to(dtype))
 
 
 @pytest.mark.parametrize("shape", [(2, 64, 7, 5), (1, 19, 3, 1), (3, 5, 40, 41)], ids=str)

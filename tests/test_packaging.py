@@ -303,6 +303,18 @@ def test_an_extension_that_cannot_be_loaded_is_explained(source, plain):
     assert re.search(r"reference +available", report)
 
 
+def test_missing_torch_is_named_and_reported(source, plain):
+    """A folder that hides torch stands for a machine without it."""
+    (source / "torch.py").write_text("raise ImportError('libcudart.so is missing')")
+    report = python(source, plain, "-m", "resnet_fused.env")
+    assert re.search(r"python +3\.", report)
+    assert "could not be found out: ImportError: libcudart.so is missing" in report
+    assert "RESNET_FUSED_TUNE" in report
+    code = "import resnet_fused\ntry: resnet_fused.resnet50()\nexcept ImportError as e: print(e)"
+    found = python(source, plain, "-c", code)
+    assert "needs PyTorch, which cannot be imported: libcudart.so is missing" in found
+
+
 def test_report_goes_on_after_a_probe_that_fails(monkeypatch):
     def broken():
         yield "first", "known"

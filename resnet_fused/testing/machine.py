@@ -6,7 +6,6 @@ import contextlib
 import os
 import platform
 import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..env import versions as versions
 from .roofline import Peaks
 from .timing import times_of
 
@@ -74,17 +74,6 @@ def _driver() -> str:
     except (OSError, subprocess.SubprocessError) as error:
         return f"unknown ({error})"
     return answer.stdout.split("\n", 1)[0].strip()
-
-
-def versions(*packages: str) -> dict[str, str | None]:
-    """The installed version of each package, None where it is absent; and Python's own."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    return found
 
 
 def commit(folder: Path) -> dict[str, Any]:

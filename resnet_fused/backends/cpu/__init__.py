@@ -70,8 +70,11 @@ class CpuBackend:
         projection_bn: BatchNorm,
     ) -> Tensor:
         main, side = self._pack(x, conv), self._pack(shortcut, projection)
-        both_packed = isinstance(main, PackedConvolution) and isinstance(side, PackedConvolution)
-        if both_packed and main.adds_projection(side):
+        if (
+            isinstance(main, PackedConvolution)
+            and isinstance(side, PackedConvolution)
+            and main.adds_projection(side)
+        ):
             return main.with_projection(x, bn, shortcut, side, projection_bn)
         return main(x, bn, side(shortcut, projection_bn, None, False), True, in_place=True)
 
