@@ -1,0 +1,107 @@
+"""benchmarks/training.py: a gate that can turn red, and result files of stopped runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import training
+
+import resnet_fused
+from resnet_fused.models import resnet18
+from resnet_fused.testing.plain_training import training_ops_in_pytorch
+
+CPU = torch.device("cpu")
+
+
+def _faulty(fault: str) -> Any:
+    """A ResNet-18 with one small mistake."""
+
+    def build(num_classes: int) -> nn.Module:
+        model = resnet18(num_classes=num_classes)
+        if fault == "eps":
+            model.layer3[0].bn1.eps = 1e-4
+        else:
+            model.layer2[0].register_full_backward_hook(_scale_gradient)
+        return model
+
+    return build
+
+
+def _scale_gradient(module: nn.Module, grads: tuple[Tensor, ...], _: object) -> tuple[Tensor, ...]:
+    return tuple(1.2 * grad for grad in grads)
+
+
+@pytest.mark.parametrize("fault", [None, "eps", "gradient"])
+def test_gate(fault: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "GATE_STEPS", 3)
+    if fault is not None:
+        monkeypatch.setattr(resnet_fused, "resnet18", _faulty(fault))
+    with training_ops_in_pytorch():
+        found = training.gate("resnet18", CPU)
+    assert found["green"] == (fault is None), found
+    assert len(found["losses"]["ours"]) == 3
+
+
+def test_a_stopped_run_keeps_what_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "gate", lambda *_: {"green": True})
+    monkeypatch.setattr(training.machine, "measure_peaks", lambda *_: training.roofline.Peaks(1, 1))
+    measured: list[str] = []
+
+    def measure(row: training.Row, *_: object) -> None:
+        if row.batch == 2 and row.contestant == "eager NCHW":
+            raise KeyboardInterrupt
+        measured.append(row.contestant)
+        row.step = 0.5 if row.contestant == "resnet_fused" else 1.0
+        row.images_per_second = row.batch / row.step
+
+    monkeypatch.setattr(training, "measure", measure)
+    result, chart = tmp_path / "out.json", tmp_path / "out.png"
+    options = ["--batch", "1", "2", "--only", "resnet_fused", "eager NCHW"]
+    code = training.main([*options, "--json", str(result), "--plot", str(chart)])
+    assert code == 130
+    record = json.loads(result.read_text())
+    assert [row["contestant"] for row in record["rows"]] == measured == [
+        "resnet_fused", "resnet_fused", "eager NCHW",
+    ]  # fmt: skip
+    assert [row["speedup_over"] for row in record["rows"]] == [1.0, 1.0, 2.0]
+    assert {"commit", "dirty", "machine", "versions", "tuning"} <= set(record)
+    assert chart.stat().st_size > 0
+
+
+def test_nothing_is_timed_on_a_red_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "gate", lambda *_: {"green": False})
+    monkeypatch.setattr(training, "measure", lambda *_: pytest.fail("timed"))
+    assert training.main([]) == 1
+
+
+def test_a_contestant_trains_and_says_what_it_kept() -> None:
+    kept = {}
+    for contestant in (training.PLAIN, "eager channels_last"):
+        row = training.Row("resnet18", 2, contestant)
+        training.measure(row, 32, CPU, torch.bfloat16, 0.01)
+        assert row.failure is None
+        assert row.step
+        kept[contestant] = row.kept_bytes
+    assert kept[training.PLAIN] < 0.8 * kept["eager channels_last"]
+
+
+def test_a_contestant_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(torchvision.models, "resnet18", fail)
+    row = training.Row("resnet18", 2, "eager NCHW")
+    training.measure(row, 32, CPU, torch.bfloat16, 0.01)
+    assert row.failure == "OSError: no compiler"
