@@ -24,7 +24,7 @@ import resnet_fused
 from resnet_fused import backends, use_backend
 from resnet_fused.backends.cuda import CudaBackend
 from resnet_fused.backends.cuda_sim import SimulatedBackend, load
-from resnet_fused.parameters import BatchNorm, Convolution
+from resnet_fused.parameters import BatchNorm, Convolution, MaxPool
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import (
     CONV_CASES,
@@ -76,6 +76,15 @@ def test_tensor_core_kernels_use_their_instructions(extension, architectures):
         assert ("LDGSTS.E.BYPASS" in body) == (vectorised[1] == "1")
         assert "LDL" not in body
         assert "STL" not in body
+
+
+def test_stem_spills_nothing(extension, architectures):
+    usage = cuobjdump(extension, "--dump-resource-usage")
+    found = re.findall(r"stem_kernel\w*:\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
+    assert len(found) == 2 * len(architectures)
+    for registers, stack, local in found:
+        assert int(registers) <= 128  # two blocks of 256 threads
+        assert (stack, local) == ("0", "0")
 
 
 def test_sm90_kernels_spill_nothing(extension, architectures):
@@ -321,6 +330,72 @@ def test_projection_runs_in_one_kernel(simulator, half):
     counts = simulator.take_statistics()
     assert counts["waits"] == 2
     assert counts["barriers"] == 2 * 2 + 1
+
+
+# One block; several in each direction, with tails; channels beyond the tile.
+STEMS = {
+    "one tile": ConvCase(1, 3, 28, 28, 64, 7, 2, 3),
+    "tails": ConvCase(2, 3, 61, 39, 64, 7, 2, 3),
+    "channels": ConvCase(1, 3, 9, 34, 72, 7, 2, 3),
+    "one pixel": ConvCase(2, 3, 1, 1, 8, 7, 2, 3),
+}
+
+
+@pytest.mark.parametrize("name", STEMS)
+def test_stem_is_exact_on_integers_and_free_of_bank_conflicts(simulator, half, name):
+    x, conv, bn = make_integers(STEMS[name], generator(), half)
+    expected = reference.stem(*(cast(a, torch.float64) for a in (x, conv, bn)), MaxPool())
+    out = backends.get("cuda_sim").stem(x, conv, bn, MaxPool())
+    assert torch.equal(out.double(), expected)
+    counts = simulator.take_statistics()
+    assert counts["matrix_loads"] > 0
+    assert counts["bank_conflicts"] == 0
+
+
+@pytest.mark.parametrize("name", STEMS)
+def test_stem_keeps_the_contract(half, name):
+    x, conv, bn = make_convolution(STEMS[name], generator(), half)
+    check_op(backends.get("cuda_sim").stem, reference.stem, [x, conv, bn, MaxPool()])
+
+
+def test_stem_keeps_the_convolution_on_the_chip(simulator, half):
+    """One launch of one block: pixels, products, maximum, and three barriers."""
+    x, conv, bn = make_convolution(STEMS["one tile"], generator(), half)
+    backends.get("cuda_sim").stem(x, conv, bn, MaxPool())
+    counts = simulator.take_statistics()
+    assert counts["barriers"] == 3
+    assert counts["products"] == 8 * 7 * 2 * 2 * 8
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_stem_spreads_what_is_not_finite_no_further_than_pytorch(simulator, half, value):
+    """The eighth pixel that the products read beside each window must not count."""
+    x, conv, bn = make_integers(STEMS["tails"], generator(), half)
+    x[0, 1, 20, 17] = value
+    expected = reference.stem(*(cast(a, torch.float64) for a in (x, conv, bn)), MaxPool())
+    out = backends.get("cuda_sim").stem(x, conv, bn, MaxPool()).double()
+    assert expected.isnan().any() or expected.isinf().any()
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out.nan_to_num(), expected.to(half).double().nan_to_num())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"out": 0}, "out, x or weight is a null pointer"),
+        ({"mean": None}, "mean and var are needed"),
+        ({"out_channels": 12}, "multiple of 8"),
+        ({"image": (2**29, 8)}, "height must be at least 0 and below 2"),
+        ({"batch": -1}, "batch must be at least 0"),
+    ],
+)
+def test_stem_binding_refuses(simulator, changes, message):
+    vector = (16, simulator.DType.float32)
+    arguments = {"out": 16, "x": 16, "weight": 16, "dtype": simulator.DType.float16, "batch": 1}
+    arguments |= {"image": (8, 8), "out_channels": 8, "mean": vector, "var": vector}
+    arguments |= {"bn_weight": None, "bias": None, "eps": 0.0, "device": 0, "stream": 0}
+    with pytest.raises(ValueError, match=message):
+        simulator.cuda_stem(**{**arguments, **changes})
 
 
 def test_simulator_and_extension_load_into_one_process(simulator, extension):

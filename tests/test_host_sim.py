@@ -19,7 +19,7 @@ from torch import Tensor
 
 from resnet_fused import backends
 from resnet_fused.backends.cuda_sim import SimulatedBackend, load
-from resnet_fused.parameters import Convolution
+from resnet_fused.parameters import Convolution, MaxPool
 from resnet_fused.testing.cases import generator, make_batch_norm
 
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
@@ -573,6 +573,17 @@ def test_every_barrier_of_a_convolution_is_needed(simulator, one_block):
         simulator.plant({"skipped_barrier": skipped})
         with pytest.raises(simulator.Fault, match=r"races|in flight"):
             one_block()
+
+
+def test_every_barrier_of_the_stem_is_needed(simulator):
+    rng = generator()
+    x = torch.randn(1, 3, 28, 28, generator=rng).half()
+    conv = Convolution(torch.randn(64, 3, 7, 7, generator=rng).half(), (2, 2), (3, 3))
+    bn = make_batch_norm(64, rng)
+    for skipped in range(3):
+        simulator.plant({"skipped_barrier": skipped})
+        with pytest.raises(simulator.Fault, match="races"):
+            SimulatedBackend(simulator).stem(x, conv, bn, MaxPool())
 
 
 def test_every_wait_of_a_convolution_is_needed(simulator, one_block):

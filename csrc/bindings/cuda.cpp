@@ -13,6 +13,7 @@
 
 #include "kernels/cuda/bn_add_relu.h"
 #include "kernels/cuda/conv.h"
+#include "kernels/cuda/stem.h"
 #include "register.h"
 
 namespace py = pybind11;
@@ -196,6 +197,33 @@ void conv_bn(std::uintptr_t out, std::uintptr_t residual, DType dtype, std::int6
              resnet_fused::conv_bn(arguments, tile, device, pointer<CUstream_st>(stream)));
 }
 
+void stem(std::uintptr_t out, std::uintptr_t x, std::uintptr_t weight, DType dtype,
+          std::int64_t batch, const Pair& image, std::int64_t out_channels, const py::object& mean,
+          const py::object& var, const py::object& bn_weight, const py::object& bias, double eps,
+          int device, std::uintptr_t stream) {
+  if (out == 0 || x == 0 || weight == 0) {
+    throw std::invalid_argument("out, x or weight is a null pointer");
+  }
+  const resnet_fused::Stem arguments{pointer(out),
+                                     pointer<const void>(x),
+                                     pointer<const void>(weight),
+                                     dtype,
+                                     size("batch", batch, 0),
+                                     size("height", image[0], 0),
+                                     size("width", image[1], 0),
+                                     size("out_channels", out_channels, 0),
+                                     batch_norm(mean, var, bn_weight, bias, eps)};
+  check_elements("x", {batch, image[0], image[1], 3});
+  check_elements("out", {batch, image[0], image[1], out_channels});
+  size("7 * 7 * 3 * out_channels", 7 * 7 * 3 * out_channels, 0);
+  if (out_channels % 8 != 0 || dtype == DType::kFloat32) {
+    throw std::invalid_argument(
+        "the stem needs float16 or bfloat16, and out_channels that are a multiple of 8");
+  }
+  py::gil_scoped_release unlocked;
+  check_cuda("stem", resnet_fused::stem(arguments, device, pointer<CUstream_st>(stream)));
+}
+
 }  // namespace
 
 void register_cuda_kernels(py::module_& module) {
@@ -244,6 +272,16 @@ void register_cuda_kernels(py::module_& module) {
              "is 0 for none and may be out; projection is a ConvolutionBn, with groups = 1, or\n"
              "None. Raises ValueError for impossible sizes or a tile that does not serve them,\n"
              "RuntimeError for what CUDA reports.");
+
+  module.def(
+      "cuda_stem", &stem, py::arg("out"), py::arg("x"), py::arg("weight"), py::arg("dtype"),
+      py::arg("batch"), py::arg("image"), py::arg("out_channels"), py::arg("mean"), py::arg("var"),
+      py::arg("bn_weight"), py::arg("bias"), py::arg("eps"), py::arg("device"), py::arg("stream"),
+      "out = max_pool(relu(bn(conv(x))), 3, stride 2, padding 1), conv being 7 x 7 with\n"
+      "stride 2 and padding 3, queued on `stream` of `device`. Addresses of x (batch, *image,\n"
+      "3), weight (out_channels, 7, 7, 3) and out (batch, *image / 4 rounded up,\n"
+      "out_channels), of `dtype`; the vectors are (address, DType), the last two or None.\n"
+      "Raises ValueError for impossible sizes, RuntimeError for what CUDA reports.");
 
   module.def(
       "cuda_check_device",

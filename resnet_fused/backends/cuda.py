@@ -2,8 +2,8 @@
 
 Our implicit GEMM takes every convolution of whole 16-byte chunks on tensor cores: float16 and
 bfloat16, one group, channels that are multiples of 8; on GPUs of compute capability 9.0 in a kernel
-of its own. cuDNN takes the others (the stem's three
-channels, small groups, float32 with or without TF32), followed by our normalisation kernel.
+of its own. The stem's three channels have another kernel, with the pooling. cuDNN takes the others
+(small groups, float32 with or without TF32), followed by our normalisation kernel.
 """
 
 from __future__ import annotations
@@ -203,8 +203,37 @@ class CudaBackend:
         return self._conv_bn((x, conv, bn), (shortcut, projection, projection_bn), None, True)
 
     def stem(self, x: Tensor, conv: Convolution, bn: BatchNorm, pool: MaxPool) -> Tensor:
+        if _resnet_stem(x, conv, pool):
+            return self._stem(x, conv, bn, pool)
         out = F.max_pool2d(self.conv_bn(x, conv, bn, None, relu=True), *pool)
         return out.contiguous(memory_format=torch.channels_last)
+
+    def _stem(self, x: Tensor, conv: Convolution, bn: BatchNorm, pool: MaxPool) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        weight = conv.weight.contiguous(memory_format=torch.channels_last)
+        vectors = self._vectors(bn)
+        height, width = (-(-size // 2) for size in x.shape[2:])
+        out = torch.empty(
+            (x.shape[0], weight.shape[0], *pool.output_size(height, width)),
+            dtype=x.dtype,
+            device=x.device,
+            memory_format=torch.channels_last,
+        )
+        self._run(
+            self._extension.cuda_stem,
+            out,
+            [x, weight, *vectors],
+            out.data_ptr(),
+            x.data_ptr(),
+            weight.data_ptr(),
+            self._dtypes[x.dtype],
+            x.shape[0],
+            tuple(x.shape[2:]),
+            weight.shape[0],
+            *map(self._typed_address, vectors),
+            bn.eps,
+        )
+        return out
 
     def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x.mean((2, 3)), weight, bias)
@@ -212,6 +241,18 @@ class CudaBackend:
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _resnet_stem(x: Tensor, conv: Convolution, pool: MaxPool) -> bool:
+    """Whether our stem's kernel computes this one."""
+    return (
+        x.dtype != torch.float32
+        and conv.weight.shape[1:] == (3, 7, 7)
+        and conv.weight.shape[0] % 8 == 0
+        and tuple(map(tuple, conv[1:4])) == ((2, 2), (3, 3), (1, 1))
+        and conv.groups == 1
+        and pool == MaxPool(3, 2, 1)
+    )
 
 
 def _convolve(x: Tensor, conv: Convolution) -> Tensor:
