@@ -161,13 +161,16 @@ def report(
 
     pages.plot("gradients", f"Networks of {deepest} layers on {images.name}.", draw, panels=3)
     pages.table("results", [summary(run) for run in runs])
+    assert images.side is not None
     pages.text(
         "First, median and last layer's norm at initialisation; first / last is 1 where gradients "
         "are even, small where they vanish towards the input, large where they explode. Scaled: "
         "each gradient's norm times its weights' norm, since batch norm takes the weights' scale "
         "out, and the gradient of a layer whose weights have grown k times is k times smaller. "
         f"During training: the median. Without batch norm the learning rate is {rate:g} instead "
-        "of 0.1."
+        "of 0.1. There, too, nothing restores what zero padding takes from small maps: He's "
+        "initialisation keeps the variance where all nine taps see the image, and the last stage's "
+        f"maps are {images.side // 4} pixels wide."
     )
     for run in shown:
         pages.text(verdict(run))
@@ -206,7 +209,10 @@ def verdict(run: Run) -> str:
     kind = (
         "vanish" if found < 0.1 else "explode" if found > 10 else "are even within a factor of 10"
     )
-    return f"{run.title}: at initialisation gradients {kind} towards the input ({found:.2g})."
+    return (
+        f"{run.title}: at initialisation gradients {kind} towards the input ({found:.2g}); their "
+        f"median is {statistics.median(norms(run.history[0])):.2g}."
+    )
 
 
 def by_layer(run: Run) -> list[dict[str, Any]]:
