@@ -54,7 +54,7 @@ def imagenet(
     learning_rate: float = 0.1,
     patience: int = 5,
 ) -> Recipe:
-    """3.4: rate 0.1, divided by 10 when the test error has not fallen for `patience` epochs.
+    """3.4: rate 0.1, divided by 10 when more than `patience` epochs saw no lower test error.
 
     epoch: iterations between two measurements on the test set.
     """

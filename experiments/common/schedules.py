@@ -65,7 +65,7 @@ class Milestones:
 
 
 class Plateau:
-    """The rate divided by 10 when the test error has not fallen for `patience` measurements."""
+    """The rate divided by 10 when more than `patience` measurements saw no lower test error."""
 
     def __init__(self, optimizer: Optimizer, patience: int) -> None:
         self._plateau = ReduceLROnPlateau(optimizer, factor=0.1, patience=patience)
