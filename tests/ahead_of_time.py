@@ -102,7 +102,7 @@ def _compile(name: str, kernel: Any, description: Any, config: Any, capability: 
     facts = {
         "name": f"{name} {config.blocks} {config.warps} warps",
         "kernel": kernel.__name__,
-        "rows": config.blocks[0],
+        "rows": next(iter(config.blocks), 0),  # passes over whole rows have no blocks
         "instructions": [i for i in INSTRUCTIONS if i in ptx],
         "copies": _copy_widths(ptx),
         **_loops(ptx),

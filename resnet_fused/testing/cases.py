@@ -55,7 +55,7 @@ CONV_CASES = {
     "grouped uneven": ConvCase(2, 12, 5, 5, 18, 3, 2, 1, groups=3),
     "depthwise": ConvCase(1, 8, 6, 6, 8, 3, 1, 1, groups=8),
     "1x1 image": ConvCase(1, 32, 1, 1, 16),
-    "1x1 image padded": ConvCase(1, 16, 1, 1, 16, 3, 1, 1),
+    "1x1 image padded": ConvCase(8, 16, 1, 1, 64, 3, 1, 1),
 }
 
 
