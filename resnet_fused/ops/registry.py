@@ -144,7 +144,8 @@ def _flatten(arguments: Sequence[Any]) -> list[Any]:
 
 
 def _autocasts(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # Not is_autocast_available(device), which torch.compile of PyTorch 2.9 cannot trace.
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
