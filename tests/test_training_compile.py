@@ -146,12 +146,12 @@ def _worker(capability: int, dtype: str, *names: str) -> None:
         training_pool,
         training_wgrad,
     )
-    from resnet_fused.backends.triton.tuning import Tuner
+    from resnet_fused.backends.tuning import Tuner
 
     modules = (
         training_batch_norm, training_convolution, training_dgrad, training_pool, training_wgrad,
     )  # fmt: skip
-    pieces = training.TritonTraining(Tuner())
+    pieces = training.TritonTraining(Tuner("tests"))
     for ops in map(import_module, OPS):
         ops.kernels = lambda _: pieces  # type: ignore[attr-defined]
     steps = [step for step in _steps(DTYPES[dtype]) if not names or step[0] in names]

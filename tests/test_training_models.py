@@ -38,7 +38,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The Triton kernels interpreted, in tiles so large that whole models take seconds."""
     require("triton", "cpu", torch.float32)
     from resnet_fused.backends.triton import training_convolution, training_dgrad, training_wgrad
-    from resnet_fused.backends.triton.tuning import Config
+    from resnet_fused.backends.triton.launching import Config
 
     def whole(size: int) -> int:
         return min(512, max(16, 1 << (size - 1).bit_length()))
@@ -60,8 +60,8 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 class _NoMemory:
     """A tuner that takes the first candidate and forgets it."""
 
-    def choose(self, key: object, device: object, candidates: Callable[[], list], run: object):
-        return candidates()[0]
+    def run(self, key: object, device: object, candidates: Callable[[], list], launch: Callable):
+        return launch(candidates()[0])
 
 
 def _gradients(model: nn.Module, x: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -23,7 +23,8 @@ pytest.importorskip("triton")
 from resnet_fused import ops, use_backend
 from resnet_fused.backends import triton as package
 from resnet_fused.backends.triton import convolution, elementwise, head, launching, stem
-from resnet_fused.backends.triton.tuning import Config, Tuner
+from resnet_fused.backends.triton.launching import Config, Machine
+from resnet_fused.backends.tuning import Tuner
 from resnet_fused.errors import BackendUnavailableError
 from resnet_fused.ops import MaxPool
 from resnet_fused.reference import ops as reference
@@ -70,7 +71,7 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Callable[[Config], None]:
     """Makes every launch use one configuration."""
 
     def use(config: Config) -> None:
-        monkeypatch.setattr(Tuner, "choose", lambda *arguments: config)
+        monkeypatch.setattr(Tuner, "run", lambda *arguments: arguments[-1](config))
 
     return use
 
@@ -131,7 +132,7 @@ def test_every_candidate_is_right(name: str, dtype: torch.dtype) -> None:
     for config in pool:
         with pytest.MonkeyPatch.context() as patch, use_backend("triton"):
             patch.setattr(torch.backends.cudnn, "allow_tf32", False)
-            patch.setattr(Tuner, "choose", lambda *arguments, config=config: config)
+            patch.setattr(Tuner, "run", lambda *arguments, config=config: arguments[-1](config))
             check_op(
                 ops.conv_bn,
                 reference.conv_bn,
@@ -416,3 +417,30 @@ def test_on_a_device_that_is_not_the_current_one(dtype: torch.dtype) -> None:
         out = ops.conv_bn(x, conv, bn, None, True)
     assert out.device == x.device
     assert torch.equal(out, reference.conv_bn(x, conv, bn, None, True))
+
+
+H200 = Machine(132, 227 * 1024)
+
+
+def test_candidates_fit_the_machine_and_the_shape() -> None:
+    gemm = convolution.Gemm(rows=256 * 56 * 56, columns=64, channels=64, taps=9)
+    small = Machine(20, 99 * 1024)
+    for limits in (H200, small):
+        found = convolution.candidates(gemm, 2, "ieee", limits)
+        assert len(found) > 1
+        assert len(set(found)) == len(found)
+        for (block_m, block_n, block_c), _, stages in found:
+            assert block_n <= 64
+            assert block_c <= 64
+            assert stages * (block_m + block_n) * block_c * 2 <= limits.shared_bytes
+
+
+def test_the_rule_spreads_small_problems_over_the_processors() -> None:
+    gemm = convolution.Gemm(rows=49, columns=2048, channels=512)
+    (block_m, block_n, _), _, _ = convolution.candidates(gemm, 2, "ieee", H200)[0]
+    assert -(-49 // block_m) * -(-2048 // block_n) >= 64
+
+
+def test_the_rule_takes_large_tiles_for_large_problems() -> None:
+    gemm = convolution.Gemm(rows=256 * 14 * 14, columns=256, channels=256, taps=9)
+    assert convolution.candidates(gemm, 2, "ieee", H200)[0] == Config((128, 256, 64), 8, 3)

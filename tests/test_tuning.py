@@ -1,4 +1,4 @@
-"""The tuning cache of the Triton backend: what it keeps, and that nothing is lost."""
+"""The measured choice of kernel: what is chosen, what is kept, and that nothing is lost."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton")
-
 from resnet_fused import settings
-from resnet_fused.backends.triton import convolution, tuning
-from resnet_fused.backends.triton.launching import Machine
-from resnet_fused.backends.triton.tuning import Config, Tuner, TuningCache, batch_bucket
+from resnet_fused.backends import tuning
+from resnet_fused.backends.tuning import Tuner, TuningCache, batch_bucket, describe, watch
+from resnet_fused.parameters import BatchNorm, Convolution
 
-SMALL = Config((16, 32, 64), 4, 2)
-LARGE = Config((128, 256, 64), 8, 3)
+FIRST = {"small": 2e-3, "large": 1e-3, "odd": None}
+SECOND = {"small": 3e-3}
 GPU = torch.device("cuda", 0)
 
 
@@ -36,23 +34,42 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Imaginary 1000")
 
 
-def timed(times: dict[Config, float], runs: list[Config]) -> Callable[..., float]:
-    """A stand-in for `do_bench` that knows each candidate's time and notes what ran."""
+class Stopwatch:
+    """Stands for the GPU and its clock: runs calls, and knows how long each candidate takes."""
 
-    def do_bench(run: Callable[[], object], **options: object) -> float:
-        run()
-        return times[runs[-1]]
+    def __init__(self, **seconds: float) -> None:
+        self.seconds = seconds
+        self.runs: list[str] = []
+        self.measured = 0
 
-    return do_bench
+    def launch(self, candidate: str) -> str:
+        self.runs.append(candidate)
+        return f"by {candidate}"
+
+    def measure(self, call: Callable[[], object], device: torch.device) -> float:
+        assert device == GPU
+        call()
+        self.measured += 1
+        return self.seconds[self.runs[-1]]
+
+    def tuner(self) -> Tuner:
+        return Tuner("tests", self.measure)
+
+    def run(self, tuner: Tuner, *key: object, candidates: tuple[str, ...] = ()) -> str:
+        """The candidate that the tuner runs for the key."""
+        options = list(candidates or self.seconds)
+        result = tuner.run(key, GPU, lambda: options, self.launch)
+        assert result == f"by {self.runs[-1]}"
+        return self.runs[-1]
 
 
 def test_entries_survive_the_process(path: Path) -> None:
     cache = TuningCache(path)
     assert cache.get("a") is None
-    cache.put("a", SMALL)
-    cache.put("b", LARGE)
-    assert TuningCache(path).get("a") == SMALL
-    assert TuningCache(path).get("b") == LARGE
+    cache.put("a", FIRST)
+    cache.put("b", SECOND)
+    assert TuningCache(path).get("a") == FIRST
+    assert TuningCache(path).get("b") == SECOND
     assert TuningCache(path).get("c") is None
 
 
@@ -60,17 +77,17 @@ def test_a_writer_keeps_what_another_wrote_meanwhile(path: Path) -> None:
     first, second = TuningCache(path), TuningCache(path)
     assert first.get("x") is None
     assert second.get("x") is None
-    first.put("a", SMALL)
-    second.put("b", LARGE)
+    first.put("a", FIRST)
+    second.put("b", SECOND)
     fresh = TuningCache(path)
-    assert (fresh.get("a"), fresh.get("b")) == (SMALL, LARGE)
-    assert second.get("a") == SMALL
+    assert (fresh.get("a"), fresh.get("b")) == (FIRST, SECOND)
+    assert second.get("a") == FIRST
 
 
 def _write_many(path: Path, writer: int) -> None:
     cache = TuningCache(path)
     for entry in range(20):
-        cache.put(f"{writer}-{entry}", Config((writer + 1, entry + 1), 4, 2))
+        cache.put(f"{writer}-{entry}", {f"candidate {writer}": float(entry)})
 
 
 def test_concurrent_processes_lose_nothing(path: Path) -> None:
@@ -87,7 +104,7 @@ def test_concurrent_processes_lose_nothing(path: Path) -> None:
     cache = TuningCache(path)
     for i in range(4):
         for entry in range(20):
-            assert cache.get(f"{i}-{entry}") == Config((i + 1, entry + 1), 4, 2)
+            assert cache.get(f"{i}-{entry}") == {f"candidate {i}": float(entry)}
     assert sorted(p.suffix for p in path.parent.iterdir()) == [".json", ".lock"]
 
 
@@ -99,11 +116,12 @@ def test_concurrent_processes_lose_nothing(path: Path) -> None:
         b"\xff\xfe\x00",
         b"[1, 2]",
         b'{"version": 7}',
-        b'{"entries": {"a": [[16, "32"], 4, 2]}}',
-        b'{"entries": {"a": [[16, -32], 4, 2]}}',
+        b'{"entries": {"a": {"small": "32"}}}',
+        b'{"entries": {"a": {"small": -1.0}}}',
+        b'{"entries": {"a": {"small": NaN}}}',
         b'{"entries": {"a": 5}}',
     ],
-    ids=["empty", "cut", "binary", "list", "other format", "text", "negative", "number"],
+    ids=["empty", "cut", "binary", "list", "other format", "text", "negative", "nan", "number"],
 )
 def test_a_corrupt_file_is_set_aside_with_one_warning(path: Path, content: bytes) -> None:
     path.parent.mkdir()
@@ -115,112 +133,180 @@ def test_a_corrupt_file_is_set_aside_with_one_warning(path: Path, content: bytes
     assert path.with_suffix(".corrupt").read_bytes() == content
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        cache.put("a", SMALL)
-        assert TuningCache(path).get("a") == SMALL
+        cache.put("a", FIRST)
+        assert TuningCache(path).get("a") == FIRST
 
 
 def test_a_folder_that_cannot_be_written_costs_a_warning_only(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     cache = TuningCache(tmp_path / "file" / "tuning.json")
     with pytest.warns(UserWarning, match="RESNET_FUSED_CACHE_DIR"):
-        cache.put("a", SMALL)
-    assert cache.get("a") == SMALL
+        cache.put("a", FIRST)
+    assert cache.get("a") == FIRST
 
 
 def test_an_interrupted_write_leaves_the_old_file(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = TuningCache(path)
-    cache.put("a", SMALL)
+    cache.put("a", FIRST)
 
     def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(json, "dump", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        cache.put("b", LARGE)
+        cache.put("b", SECOND)
     monkeypatch.undo()
-    assert TuningCache(path).get("a") == SMALL
+    assert TuningCache(path).get("a") == FIRST
     assert sorted(p.suffix for p in path.parent.iterdir()) == [".json", ".lock"]
 
 
 @pytest.mark.usefixtures("gpu")
-def test_the_fastest_candidate_is_measured_once_and_remembered(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    runs: list[Config] = []
-    monkeypatch.setattr(tuning, "do_bench", timed({SMALL: 2.0, LARGE: 1.0}, runs))
-
-    def choose(tuner: Tuner, *key: object) -> Config:
-        return tuner.choose(key, GPU, lambda: [SMALL, LARGE], runs.append)
-
-    tuner = Tuner()
-    assert choose(tuner, "conv", 1) == LARGE
-    assert runs == [SMALL, LARGE]
-    assert choose(tuner, "conv", 1) == LARGE
-    assert choose(Tuner(), "conv", 1) == LARGE  # another process: from the file
-    assert runs == [SMALL, LARGE]
-    choose(tuner, "conv", 2)
-    assert len(runs) == 4
+def test_the_fastest_candidate_is_measured_once_and_remembered() -> None:
+    clock = Stopwatch(small=2.0, large=1.0)
+    tuner = clock.tuner()
+    assert clock.run(tuner, "conv", 1) == "large"
+    assert clock.runs == ["small", "large", "large"]
+    assert clock.run(tuner, "conv", 1) == "large"
+    assert clock.run(clock.tuner(), "conv", 1) == "large"  # another process: from the file
+    assert clock.measured == 2
+    clock.run(tuner, "conv", 2)
+    assert clock.measured == 4
     (file,) = settings.cache_directory().glob("*.json")
-    assert "Imaginary 1000|triton " in file.read_text()
+    (key, *_) = [k for k in json.loads(file.read_text())["entries"] if k.endswith("tests|conv|1")]
+    assert key.startswith(f"Imaginary 1000|resnet_fused 0.1.0|torch {torch.__version__}|triton ")
 
 
 @pytest.mark.usefixtures("gpu")
-def test_a_stored_choice_that_is_no_candidate_any_more_is_measured_again(
+def test_what_was_measured_on_another_machine_or_by_another_version_does_not_count(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    runs: list[Config] = []
-    monkeypatch.setattr(tuning, "do_bench", timed({SMALL: 2.0, LARGE: 1.0}, runs))
-    key = ("renewed",)
-    assert Tuner().choose(key, GPU, lambda: [LARGE], runs.append) == LARGE
-    assert Tuner().choose(key, GPU, lambda: [SMALL], runs.append) == SMALL
-    assert runs == [LARGE, SMALL]
+    clock = Stopwatch(small=2.0, large=1.0)
+    assert clock.run(clock.tuner(), "moved") == "large"
+    clock.seconds["small"] = 0.5
+    assert clock.run(clock.tuner(), "moved") == "large"
+    for place, name, value in (
+        (torch.cuda, "get_device_name", lambda device: "Imaginary 2000"),
+        (tuning, "__version__", "9.9"),
+        (torch, "__version__", "9.9"),
+        (tuning.metadata, "version", lambda package: "9.9"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, value)
+            assert clock.run(clock.tuner(), "moved") == "small"
+    assert clock.measured == 2 * 5
+    assert clock.run(Tuner("another", clock.measure), "moved") == "small"
 
 
 @pytest.mark.usefixtures("gpu")
-def test_candidates_that_do_not_fit_the_gpu_are_passed_over(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from triton.runtime.errors import OutOfResources
+def test_a_new_candidate_is_measured_and_a_lost_one_is_not_chosen() -> None:
+    clock = Stopwatch(small=2.0, large=1.0)
+    assert clock.run(clock.tuner(), "renewed", candidates=("small",)) == "small"
+    assert clock.run(clock.tuner(), "renewed", candidates=("small", "large")) == "large"
+    assert clock.measured == 3
+    assert clock.run(clock.tuner(), "renewed", candidates=("small",)) == "small"
+    assert clock.measured == 3
 
-    def do_bench(run: Callable[[], object], **options: object) -> float:
-        run()
+
+@pytest.mark.usefixtures("gpu")
+def test_candidates_that_cannot_run_are_passed_over() -> None:
+    def launch(candidate: str) -> str:
+        if candidate != "small":
+            raise RuntimeError(f"{candidate} asks for too much shared memory")
+        return candidate
+
+    def measure(call: Callable[[], object], device: torch.device) -> float:
+        call()
         return 1.0
 
-    def launch(config: Config) -> None:
-        if config == LARGE:
-            raise OutOfResources(300_000, 232_448, "shared memory")
-
-    monkeypatch.setattr(tuning, "do_bench", do_bench)
-    assert tuning.fastest([LARGE, SMALL], launch) == SMALL
+    tuner = Tuner("tests", measure)
+    with pytest.warns(UserWarning, match=r"'large' .* too much shared memory"):
+        chosen = tuner.run(("too large",), GPU, lambda: ["large", "small"], launch)
+    assert chosen == "small"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # neither now nor from the file is it tried again
+        again = Tuner("tests", measure)
+        assert again.run(("too large",), GPU, lambda: ["large", "small"], launch) == "small"
+    with (
+        pytest.warns(UserWarning, match="passed over"),
+        pytest.raises(RuntimeError, match=r"^huge asks"),
+    ):
+        tuner.run(("far too large",), GPU, lambda: ["huge", "large"], launch)
+    (file,) = settings.cache_directory().glob("*.json")
+    assert "far too large" not in file.read_text()
 
 
 @pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize("reason", ["off", "capturing", "out of memory"])
+@pytest.mark.parametrize("reason", ["off", "deterministic", "capturing"])
 def test_the_rule_decides_where_measuring_cannot(
     reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def do_bench(run: Callable[[], object], **options: object) -> float:
-        if reason == "out of memory":
-            raise torch.OutOfMemoryError
-        raise AssertionError("measured")
+    clock = Stopwatch(small=2.0, large=1.0)
+    tuner = clock.tuner()
+    with monkeypatch.context() as patch:
+        if reason == "off":
+            patch.setenv("RESNET_FUSED_TUNE", "off")
+        if reason == "deterministic":
+            patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        if reason == "capturing":
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        for _ in range(2):
+            assert clock.run(tuner, reason) == "small"
+        assert clock.measured == 0
+    assert clock.run(tuner, reason) == "large"  # nothing was recorded: once it can be
+    with monkeypatch.context() as patch:
+        if reason == "capturing":
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            assert clock.run(tuner, reason) == "large"  # what is known needs no measuring
 
-    monkeypatch.setattr(tuning, "do_bench", do_bench)
-    if reason == "off":
-        monkeypatch.setenv("RESNET_FUSED_TUNE", "off")
-    if reason == "capturing":
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    tuner = Tuner()
+
+@pytest.mark.usefixtures("gpu")
+def test_the_rule_decides_for_this_process_where_memory_runs_out() -> None:
+    clock = Stopwatch(small=2.0, large=1.0)
+    attempts = []
+
+    def measure(call: Callable[[], object], device: torch.device) -> float:
+        attempts.append(call)
+        raise torch.OutOfMemoryError
+
+    tuner = Tuner("tests", measure)
+    for _ in range(3):
+        assert clock.run(tuner, "out of memory") == "small"
+    assert len(attempts) == 1
+    assert clock.run(clock.tuner(), "out of memory") == "large"
+
+
+def test_on_the_cpu_the_rule_decides() -> None:
+    tuner = Tuner("tests", lambda call, device: pytest.fail("measured"))
     for _ in range(2):
-        chosen = tuner.choose((reason,), GPU, lambda: [SMALL, LARGE], lambda config: None)
-        assert chosen == SMALL
-    if reason != "off":  # nothing was recorded: once it can be, it is measured
-        monkeypatch.undo()
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-        monkeypatch.setattr(settings, "tuning_enabled", lambda: True)
-        monkeypatch.setattr(tuner, "_look_up_or_measure", lambda *arguments: LARGE)
-        assert tuner.choose((reason,), GPU, lambda: [SMALL, LARGE], lambda c: None) == LARGE
+        chosen = tuner.run(("x",), torch.device("cpu"), lambda: [1, 2], lambda option: option)
+        assert chosen == 1
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_candidate_may_have_a_choice_of_its_own() -> None:
+    inner, outer = Stopwatch(small=2.0, large=1.0), Stopwatch(ours=1.0, theirs=3.0)
+    inner_tuner, tuner = inner.tuner(), outer.tuner()
+
+    def launch(candidate: str) -> str:
+        outer.runs.append(candidate)
+        return inner.run(inner_tuner, "within") if candidate == "ours" else candidate
+
+    def run() -> str:
+        return tuner.run(("around",), GPU, lambda: ["ours", "theirs"], launch)
+
+    assert run() == "large"
+    with watch() as decisions:
+        assert run() == "large"
+    (decision,) = decisions
+    assert (decision.key, decision.choice) == (("around",), "ours")
+    assert decision.seconds == {"ours": 1.0, "theirs": 3.0}
+    (part,) = decision.parts
+    assert (part.key, part.choice) == (("within",), "large")
+    assert part.parts == []
+    run()
+    assert decisions == [decision]
 
 
 def test_batches_share_a_bucket_up_to_a_power_of_two() -> None:
@@ -229,28 +315,29 @@ def test_batches_share_a_bucket_up_to_a_power_of_two() -> None:
     ]  # fmt: skip
 
 
-H200 = Machine(132, 227 * 1024)
+def test_a_description_tells_apart_what_kernels_tell_apart() -> None:
+    def images(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype).to(memory_format=torch.channels_last)
 
+    def of(x: torch.Tensor, weight: torch.Tensor, stride: int = 1, *others: object) -> object:
+        return describe(x, Convolution(weight, (stride, stride)), *others)
 
-def test_candidates_fit_the_machine_and_the_shape() -> None:
-    gemm = convolution.Gemm(rows=256 * 56 * 56, columns=64, channels=64, taps=9)
-    small = Machine(20, 99 * 1024)
-    for limits in (H200, small):
-        found = convolution.candidates(gemm, 2, "ieee", limits)
-        assert len(found) > 1
-        assert len(set(found)) == len(found)
-        for (block_m, block_n, block_c), _, stages in found:
-            assert block_n <= 64
-            assert block_c <= 64
-            assert stages * (block_m + block_n) * block_c * 2 <= limits.shared_bytes
-
-
-def test_the_rule_spreads_small_problems_over_the_processors() -> None:
-    gemm = convolution.Gemm(rows=49, columns=2048, channels=512)
-    (block_m, block_n, _), _, _ = convolution.candidates(gemm, 2, "ieee", H200)[0]
-    assert -(-49 // block_m) * -(-2048 // block_n) >= 64
-
-
-def test_the_rule_takes_large_tiles_for_large_problems() -> None:
-    gemm = convolution.Gemm(rows=256 * 14 * 14, columns=256, channels=256, taps=9)
-    assert convolution.candidates(gemm, 2, "ieee", H200)[0] == LARGE
+    x, weight = images(5, 8, 6, 7), images(16, 8, 1, 1)
+    same = of(x, weight)
+    assert of(images(8, 8, 6, 7), weight) == same  # the batch's bucket
+    bn = BatchNorm(torch.zeros(16), torch.ones(16), None, None)
+    assert of(x, weight, 1, bn) == same
+    odd = torch.zeros(16 * 8 + 1, dtype=torch.float16)[1:].view(16, 8, 1, 1)
+    others = [
+        of(images(9, 8, 6, 7), weight),
+        of(images(5, 8, 7, 6), weight),
+        of(x.contiguous(), weight),
+        of(x, images(24, 8, 1, 1)),
+        of(x, odd),
+        of(x, weight, 2),
+        of(x, weight, 1, None),
+        of(x, weight, 1, images(5, 16, 6, 7)),
+        of(x.bfloat16(), weight.bfloat16()),
+        of(x.float(), weight.float()),
+    ]
+    assert len({same, *others}) == 1 + len(others)

@@ -10,10 +10,10 @@ import triton
 from torch import Tensor
 
 from ...parameters import BatchNorm, Convolution, MaxPool
+from ..tuning import Tuner
 from . import convolution, elementwise, stem
 from .head import head
 from .training import TritonTraining
-from .tuning import Tuner
 
 # Decided when the kernels are defined, that is, when this module is imported.
 INTERPRETED = triton.knobs.runtime.interpret
@@ -38,7 +38,7 @@ class TritonBackend:
     name = "triton"
 
     def __init__(self) -> None:
-        self._tuner = Tuner()
+        self._tuner = Tuner("triton")
         self.training = TritonTraining(self._tuner)
 
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -23,7 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ...parameters import BatchNorm, Convolution
+from ..tuning import Tuner, describe
 from .launching import (
+    Config,
     Machine,
     convolution_precision,
     dense,
@@ -35,7 +37,6 @@ from .launching import (
     strided_operand,
 )
 from .primitives import convolve, normalise, rectify, strided_rows, tile_index
-from .tuning import Config, Tuner, batch_bucket
 
 _PACKED_CHANNELS = 32
 SLICE = tl.constexpr(32)
@@ -377,18 +378,12 @@ def conv_bn(
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
         )  # fmt: skip
 
-    key = (
-        "conv_bn", x.dtype, precision, batch_bucket(batch), height, width, channels, filters,
-        r, s, *conv.stride, *conv.padding, *conv.dilation, conv.groups, residual is not None, wide,
-        *layout[:1],
-    )  # fmt: skip
-    config = tuner.choose(
-        key,
+    tuner.run(
+        ("conv_bn", *describe(x, conv, residual), wide),
         x.device,
         lambda: candidates(gemm, x.element_size(), precision, machine(x.device)),
         run,
     )
-    run(config)
     return out
 
 
@@ -443,16 +438,10 @@ def conv_bn_projection(
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
         )  # fmt: skip
 
-    key = (
-        "conv_bn_projection", x.dtype, precision, batch_bucket(batch), height, width, channels,
-        filters, r, s, *conv.stride, *conv.padding, *conv.dilation, shortcut_channels,
-        *projection.stride, wide,
-    )  # fmt: skip
-    config = tuner.choose(
-        key,
+    tuner.run(
+        ("conv_bn_projection", *describe(x, conv, shortcut, projection), wide),
         x.device,
         lambda: candidates(gemm, x.element_size(), precision, machine(x.device)),
         run,
     )
-    run(config)
     return out

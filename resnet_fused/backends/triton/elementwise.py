@@ -13,9 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...parameters import BatchNorm, MaxPool
-from .launching import dense, empty_nhwc, is_wide, launch, nhwc
+from .launching import Config, dense, empty_nhwc, is_wide, launch, nhwc
 from .primitives import normalise, rectify, split_position, tile_index
-from .tuning import Config
 
 _ELEMENTS = 4096  # of a tile
 

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launching import is_wide, launch, machine, matmul_precision, nhwc
+from ..tuning import Tuner, describe
+from .launching import Config, is_wide, launch, machine, matmul_precision, nhwc
 from .primitives import tile_index
-from .tuning import Config, Tuner, batch_bucket
 
 
 @triton.jit
@@ -112,13 +112,10 @@ def head(tuner: Tuner, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c, BLOCK_P=16,
         )  # fmt: skip
 
-    key = (
-        "head", x.dtype, precision, batch_bucket(batch), height * width, channels, classes,
-        bias is not None, wide,
-    )  # fmt: skip
-    run(
-        tuner.choose(
-            key, x.device, lambda: _candidates(batch, classes, machine(x.device).processors), run
-        )
+    tuner.run(
+        ("head", *describe(x, weight, bias), wide),
+        x.device,
+        lambda: _candidates(batch, classes, machine(x.device).processors),
+        run,
     )
     return out

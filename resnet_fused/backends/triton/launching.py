@@ -9,10 +9,20 @@ import torch
 from torch import Tensor
 
 from ...parameters import BatchNorm
-from .tuning import Config
 
 # Row indices run past the result by at most a tile, which must not overflow 32 bits either.
 _NARROW_ELEMENTS = 2**31 - 2**16
+
+
+class Config(NamedTuple):
+    """How a kernel is launched: its tile sizes (their meaning is the kernel's), warps, stages."""
+
+    blocks: tuple[int, ...]
+    warps: int
+    stages: int
+
+    def __str__(self) -> str:
+        return f"{'×'.join(map(str, self.blocks))} {self.warps} warps {self.stages} stages"
 
 
 class Machine(NamedTuple):

@@ -19,11 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ...parameters import BatchNorm, Convolution, MaxPool
+from ..tuning import Tuner, describe
 from .convolution import conv_bn
 from .elementwise import max_pool
-from .launching import convolution_precision, dense, empty_nhwc, is_wide, launch, machine
+from .launching import Config, convolution_precision, dense, empty_nhwc, is_wide, launch, machine
 from .primitives import normalise, rectify
-from .tuning import Config, Tuner, batch_bucket
 
 _FUSED_POOL = MaxPool(3, 2, 1)
 _MOST_INNER = 64  # inputs of one window row that fit a step
@@ -202,9 +202,10 @@ def stem(tuner: Tuner, x: Tensor, conv: Convolution, bn: BatchNorm, pool: MaxPoo
         )  # fmt: skip
 
     fma = x.element_size() == 4 and precision == "ieee" and not machine(x.device).interpreted
-    key = (
-        "stem", x.dtype, precision, batch_bucket(batch), height, width, channels, filters,
-        r, s, *conv.stride, *conv.padding, *conv.dilation, planar, wide,
-    )  # fmt: skip
-    run(tuner.choose(key, x.device, lambda: _FMA if fma else _TENSOR_CORE, run))
+    tuner.run(
+        ("stem", *describe(x, conv), planar, wide),
+        x.device,
+        lambda: _FMA if fma else _TENSOR_CORE,
+        run,
+    )
     return out

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from ...parameters import Convolution
 from ..training import Activation, RawGradient
+from ..tuning import Tuner
 from . import training_batch_norm as batch_norm
 from . import training_pool as pooling
 from .training_convolution import conv_stats
 from .training_dgrad import dgrad
 from .training_wgrad import wgrad
-from .tuning import Tuner
 
 
 class TritonTraining:

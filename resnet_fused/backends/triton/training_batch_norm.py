@@ -20,10 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..training import Activation
-from .launching import empty_nhwc, is_wide, launch, nhwc, strided_operand
+from .launching import Config, empty_nhwc, is_wide, launch, nhwc, strided_operand
 from .primitives import rectify, strided_rows, tile_index
 from .training_convolution import affine, channel_terms, for_sums
-from .tuning import Config
 
 _CHUNK = 64  # parts that one program merges where there are many
 _DIRECT = 256  # parts that the last merge takes without a first one

@@ -13,9 +13,6 @@ per tile and channel of statistics.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -23,10 +20,10 @@ from torch import Tensor
 
 from ...parameters import Convolution
 from ..training import Activation
+from ..tuning import Tuner, describe
 from .convolution import Gemm, candidates, window
-from .launching import convolution_precision, empty_nhwc, is_wide, launch, machine, nhwc
+from .launching import Config, convolution_precision, empty_nhwc, is_wide, launch, machine, nhwc
 from .primitives import is_inside, next_step, rectify, split_position, tile_index
-from .tuning import Config, Tuner, batch_bucket
 
 FLAT_CHANNELS = 16  # below which taps and channels are one inner index
 
@@ -195,28 +192,6 @@ def conv_stats_kernel(
         tl.store(place + 2 * K, tl.zeros_like(mean) + count, in_columns)
 
 
-def shape_key(x: Tensor, conv: Convolution) -> tuple[Any, ...]:
-    """What a measured choice depends on, besides the kernel."""
-    return (
-        str(x.dtype), convolution_precision(x.dtype), batch_bucket(x.shape[0]), *x.shape[1:],
-        *conv.weight.shape, *conv.stride, *conv.padding, *conv.dilation, conv.groups,
-    )  # fmt: skip
-
-
-def choose(
-    tuner: Tuner,
-    key: tuple[Any, ...],
-    device: torch.device,
-    options: Callable[[], list[Config]],
-    run: Callable[[Config], object],
-) -> Config:
-    """A measured configuration; by rule alone where PyTorch is asked to be deterministic, because
-    tile sizes decide the order of sums and a new measurement may decide for others."""
-    if torch.are_deterministic_algorithms_enabled():
-        return options()[0]
-    return tuner.choose(key, device, options, run)
-
-
 def conv_stats(
     tuner: Tuner, x: Tensor | Activation, conv: Convolution, statistics: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -249,11 +224,10 @@ def conv_stats(
         return moments
 
     # Statistics are no part of the key: backward repeats the forward's convolution, bit for bit.
-    config = choose(
-        tuner,
-        ("conv_stats", *shape_key(raw, conv), terms is not None, wide),
+    moments = tuner.run(
+        ("conv_stats", *describe(raw, conv), terms is not None, wide),
         raw.device,
         lambda: candidates(gemm, raw.element_size(), precision, machine(raw.device)),
         run,
     )
-    return out, run(config)
+    return out, moments

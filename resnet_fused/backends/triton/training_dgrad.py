@@ -23,11 +23,11 @@ from torch import Tensor
 
 from ...parameters import Convolution
 from ..training import Activation, RawGradient
+from ..tuning import Tuner, describe
 from .convolution import Gemm, candidates, window
-from .launching import convolution_precision, empty_nhwc, is_wide, launch, machine, nhwc
+from .launching import Config, convolution_precision, empty_nhwc, is_wide, launch, machine, nhwc
 from .primitives import is_inside, next_step, split_position, tile_index
-from .training_convolution import affine, channel_terms, choose, for_sums, shape_key
-from .tuning import Config, Tuner
+from .training_convolution import affine, channel_terms, for_sums
 
 
 @triton.jit
@@ -249,14 +249,6 @@ def dgrad(
         found = candidates(gemm, g.element_size(), precision, machine(g.device))
         return [option for option in found if option.blocks[0] <= 128]
 
-    config = choose(
-        tuner,
-        (
-            "dgrad", height, width, raw is None, below is None, add is None, add_stride, wide,
-            *shape_key(g, conv),
-        ),
-        g.device,
-        options,
-        run,
-    )  # fmt: skip
-    return out, run(config)
+    key = ("dgrad", *describe(g, conv, raw is None, below is None, add is None, add_stride))
+    sums = tuner.run((*key, height, width, wide), g.device, options, run)
+    return out, sums

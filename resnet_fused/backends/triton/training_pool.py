@@ -18,10 +18,9 @@ from torch import Tensor
 
 from ...parameters import MaxPool
 from ..training import Activation
-from .launching import empty_nhwc, is_wide, launch, nhwc
+from .launching import Config, empty_nhwc, is_wide, launch, nhwc
 from .primitives import is_inside, rectify, split_position, tile_index
 from .training_convolution import affine, channel_terms, for_sums
-from .tuning import Config
 
 _ELEMENTS = 2048  # of a tile
 

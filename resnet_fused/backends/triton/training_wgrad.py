@@ -18,12 +18,12 @@ from torch import Tensor
 
 from ...parameters import Convolution
 from ..training import Activation, RawGradient
+from ..tuning import Tuner, describe
 from .convolution import window
-from .launching import Machine, convolution_precision, is_wide, launch, machine, nhwc
+from .launching import Config, Machine, convolution_precision, is_wide, launch, machine, nhwc
 from .primitives import is_inside, rectify, split_position
-from .training_convolution import affine, channel_terms, choose, shape_key
+from .training_convolution import affine, channel_terms
 from .training_dgrad import raw_gradient
-from .tuning import Config, Tuner
 
 _SUM = Config((1024,), 4, 1)
 _TENSOR_CORE = (
@@ -197,9 +197,8 @@ def wgrad(tuner: Tuner, gradient: RawGradient, x: Tensor | Activation, conv: Con
         )  # fmt: skip
         return partial
 
-    config = choose(
-        tuner,
-        ("wgrad", height, width, raw is None, terms is None, wide, *shape_key(g, conv)),
+    partial = tuner.run(
+        ("wgrad", *describe(g, conv, raw is None, terms is None), height, width, wide),
         g.device,
         lambda: candidates(
             group_out, columns, conv.groups, rows,
@@ -207,7 +206,6 @@ def wgrad(tuner: Tuner, gradient: RawGradient, x: Tensor | Activation, conv: Con
         ),
         run,
     )  # fmt: skip
-    partial = run(config)
     elements = filters * columns
     (block,) = _SUM.blocks
     launch(
