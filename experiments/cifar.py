@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
 
 from common import data, launch, networks, recipes
 from common.errors import ExperimentError
-from common.report import Report, error_curves, mean_and_deviation
+from common.report import Report, mean_and_deviation
 from common.training import Result, train
 
 WARM_UP_FROM = 110  # layers
@@ -81,14 +80,11 @@ def report(place: launch.Launch, images: data.Images, results: dict[int, list[Re
         ],
     )
 
-    def draw(axes: Any) -> None:
-        curves = {f"ResNet-{depth}": runs[0].history for depth, runs in results.items()}
-        error_curves(axes, curves)
-
-    pages.plot("curves", f"Training and test error on {images.name}, first seed.", draw)
-    every = [run for runs in results.values() for run in runs]
-    pages.histories(every)
-    pages.save(images, every)
+    pages.curves(
+        f"Training and test error on {images.name}, first seed.",
+        {f"ResNet-{depth}": runs[0].history for depth, runs in results.items()},
+    )
+    pages.save(images, [run for runs in results.values() for run in runs])
 
 
 def main(arguments: list[str]) -> int:

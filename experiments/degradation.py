@@ -91,7 +91,6 @@ def report(
             f"from {first.training_error:.2f} % to {last.training_error:.2f} %, its test "
             f"error from {first.last['test_error']:.2f} % to {last.last['test_error']:.2f} %."
         )
-    pages.histories(results.values())
     pages.save(images, list(results.values()))
 
 

@@ -216,7 +216,6 @@ def report(
         lambda panels: _draw_examples(panels, result.model, scenes, place),
         panels=_EXAMPLES,
     )
-    pages.histories([*first, *results.values()])
     pages.save(scenes, [*first, *results.values()])
 
 

@@ -293,7 +293,6 @@ def report(
         axes.legend(fontsize=8)
 
     pages.plot("errors", f"Top-1 error on {images.name}.", draw)
-    pages.histories(trained)
     pages.save(images, trained)
 
 

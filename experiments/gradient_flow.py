@@ -175,8 +175,8 @@ def report(
     for run in shown:
         pages.text(verdict(run))
     pages.csv("gradients", [row for run in runs for row in by_layer(run)])
-    pages.csv("history", [row for run in runs for row in losses(run)])
-    pages.save(images, [run.result for run in runs if run.result is not None])
+    results = [run.result for run in runs if run.result is not None]
+    pages.save(images, results, history=[row for run in runs for row in losses(run)])
 
 
 def summary(run: Run) -> dict[str, Any]:

@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
 
 from common import data, launch, networks, recipes
 from common.errors import ExperimentError
-from common.report import Report, error_curves
+from common.report import Report
 from common.training import Result, train
 
 import resnet_fused
@@ -91,11 +90,10 @@ def report(
         ],
     )
 
-    def draw(axes: Any) -> None:
-        error_curves(axes, {f"{model}, {name}": r.history for name, r in results.items()})
-
-    pages.plot("curves", f"Training and test error on {images.name}, single centre crops.", draw)
-    pages.histories(results.values())
+    pages.curves(
+        f"Training and test error on {images.name}, single centre crops.",
+        {f"{model}, {name}": result.history for name, result in results.items()},
+    )
     pages.save(images, list(results.values()))
 
 

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
 
 import torch
 from common import data, launch, networks, recipes
 from common.errors import ExperimentError
-from common.report import Report, error_curves
+from common.report import Report
 from common.training import Result, train
 
 import resnet_fused
@@ -104,11 +103,10 @@ def report(
             "iterations brings the loss down first."
         )
 
-    def draw(axes: Any) -> None:
-        error_curves(axes, {f"ResNet-{depth}": r.history for depth, r in results.items()})
-
-    pages.plot("curves", f"Training and test error on {images.name}.", draw)
-    pages.histories(results.values())
+    pages.curves(
+        f"Training and test error on {images.name}.",
+        {f"ResNet-{depth}": result.history for depth, result in results.items()},
+    )
     pages.save(images, list(results.values()))
 
 

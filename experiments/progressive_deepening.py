@@ -171,7 +171,6 @@ def report(place: launch.Launch, images: data.Images, ways: list[Way], half: int
     results = [way.last for way in ways]
     first = ways[-1].first
     assert first is not None
-    pages.histories([first, *results])
     pages.save(images, [first, *results])
 
 

@@ -147,7 +147,6 @@ def report(place: launch.Launch, images: data.Images, found: list[Responses]) ->
         ],
     )
     results = [responses.result for responses in found]
-    pages.histories(results)
     pages.save(images, results)
 
 

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
 
 from common import data, launch, networks, recipes
-from common.report import Report, error_curves, mean_and_deviation
+from common.report import Report, mean_and_deviation
 from common.training import Result, train
 
 OPTIONS = ("plain", "A", "B", "C")
@@ -82,13 +81,11 @@ def report(
     if len(results["A"]) > 1:
         pages.text(f"Mean ± standard deviation of {len(results['A'])} runs with different seeds.")
 
-    def draw(axes: Any) -> None:
-        error_curves(axes, {option: runs[0].history for option, runs in results.items()})
-
-    pages.plot("curves", f"Training and test error on {images.name}, first seed.", draw)
-    every = [run for runs in results.values() for run in runs]
-    pages.histories(every)
-    pages.save(images, every)
+    pages.curves(
+        f"Training and test error on {images.name}, first seed.",
+        {option: runs[0].history for option, runs in results.items()},
+    )
+    pages.save(images, [run for runs in results.values() for run in runs])
 
 
 def main(arguments: list[str]) -> int:

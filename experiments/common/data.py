@@ -309,6 +309,9 @@ class Transformed(Dataset[tuple[Tensor, int]]):
         self.transform = transform
         self.seed = seed
 
+    def __len__(self) -> int:
+        return size(self.pairs)
+
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         image, label = self.pairs[key[1]]
         with torch.random.fork_rng(devices=[]):

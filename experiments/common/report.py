@@ -6,7 +6,7 @@ import csv
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,11 +61,6 @@ class Report:
 
         self._write(f"{name}.csv", write)
 
-    def histories(self, results: Iterable[Result]) -> None:
-        """history.csv: every row of every run."""
-        rows = [{"run": result.name, **row} for result in results for row in result.history]
-        self.csv("history", rows)
-
     def plot(self, name: str, caption: str, draw: Callable[[Any], None], panels: int = 1) -> None:
         """`name`.png; `draw` gets the axes, a list of them where there are several panels."""
         import matplotlib
@@ -82,9 +77,22 @@ class Report:
             pyplot.close(figure)
         self._parts.append(f"![{caption}]({name}.png)\n\n*{caption}*")
 
-    def save(self, images: Described, results: Sequence[Result]) -> None:
-        """report.md, which ends with the data, the machine, versions, the commit and times."""
+    def curves(self, caption: str, histories: Mapping[str, Sequence[Row]]) -> None:
+        """curves.png: training and test error, one pair of curves for each history."""
+        self.plot("curves", caption, lambda axes: error_curves(axes, histories))
+
+    def save(
+        self,
+        images: Described,
+        results: Sequence[Result],
+        history: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
+        """report.md, which ends with the data, the machine, versions, the commit and times; and
+        history.csv: `history`, by default every row of every run."""
         launch = self._launch
+        if history is None:
+            history = [{"run": result.name, **row} for result in results for row in result.history]
+        self.csv("history", history)
         facts = machine.describe(launch.device)
         versions = machine.versions(*_PACKAGES)
         commit = machine.commit(Path(__file__).parent)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -121,6 +122,29 @@ def train(
     return _Training(name, build, images, recipe, launch, seed, probe).run()
 
 
+def batches(
+    name: str,
+    dataset: Dataset[Any],
+    batch: int,
+    done: int,
+    iterations: int,
+    launch: Launch,
+    seed: int,
+    collate: Callable[[list[Any]], Any] | None = None,
+) -> tqdm[Any]:
+    """This process's share of the batches after the first `done`, behind a progress bar."""
+    share(batch, launch)
+    order = TrainingBatches(size(dataset), batch, done, iterations, seed, launch.rank, launch.world)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=order,
+        collate_fn=collate,
+        num_workers=launch.workers,
+        pin_memory=launch.device.type == "cuda",
+    )
+    return tqdm(loader, desc=name, initial=done, total=iterations, disable=not launch.leads)
+
+
 class _Training:
     def __init__(
         self,
@@ -195,28 +219,10 @@ class _Training:
         return Result(self.name, tested.eval(), state.history, state.seconds)
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        share(self.recipe.batch, self.launch)
-        order = TrainingBatches(
-            size(self.images.train),
-            self.recipe.batch,
-            self.progress.iteration,
-            self.recipe.iterations,
-            self.seed,
-            self.launch.rank,
-            self.launch.world,
-        )
-        loader = DataLoader(
-            Transformed(self.images.train, self.recipe.augment, self.seed),
-            batch_sampler=order,
-            num_workers=self.launch.workers,
-            pin_memory=self.launch.device.type == "cuda",
-        )
-        bar = tqdm(
-            loader,
-            desc=self.name,
-            initial=self.progress.iteration,
-            total=self.recipe.iterations,
-            disable=not self.launch.leads,
+        images = Transformed(self.images.train, self.recipe.augment, self.seed)
+        recipe, done = self.recipe, self.progress.iteration
+        bar = batches(
+            self.name, images, recipe.batch, done, recipe.iterations, self.launch, self.seed
         )
         for image, label in bar:
             yield to_device(image, self.launch), label.to(self.launch.device)

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from common.checkpoint import Checkpoint
-from common.data import TrainingBatches, open_image
+from common.data import open_image
 from common.errors import ExperimentError
-from common.launch import Launch, seed_of, share, total
+from common.launch import Launch, seed_of, total
 from common.schedules import Milestones
-from common.training import Result, Row, autocast
+from common.training import Result, Row, autocast, batches
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.models.detection import FasterRCNN
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
@@ -62,6 +62,9 @@ class _Views(Dataset[tuple[Tensor, _Target]]):
 
     def __init__(self, scenes: Scenes, seed: int) -> None:
         self.scenes, self.seed = scenes, seed
+
+    def __len__(self) -> int:
+        return len(self.scenes.train)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, _Target]:
         scene = self.scenes.train[key[1]]
@@ -157,28 +160,11 @@ class _Training:
         return Result(self.name, self.model.eval(), state.history, state.seconds)
 
     def _batches(self) -> Iterator[tuple[list[Tensor], list[_Target]]]:
-        share(self.recipe.batch, self.launch)
-        device = self.launch.device
-        loader = DataLoader(
-            _Views(self.scenes, self.launch.seed),
-            batch_sampler=TrainingBatches(
-                len(self.scenes.train),
-                self.recipe.batch,
-                self.progress.iteration,
-                self.recipe.iterations,
-                self.launch.seed,
-                self.launch.rank,
-                self.launch.world,
-            ),
-            collate_fn=_apart,
-            num_workers=self.launch.workers,
-        )
-        bar = tqdm(
-            loader,
-            desc=self.name,
-            initial=self.progress.iteration,
-            total=self.recipe.iterations,
-            disable=not self.launch.leads,
+        launch, device = self.launch, self.launch.device
+        views = _Views(self.scenes, launch.seed)
+        recipe, done = self.recipe, self.progress.iteration
+        bar = batches(
+            self.name, views, recipe.batch, done, recipe.iterations, launch, launch.seed, _apart
         )
         for images, targets in bar:
             yield (

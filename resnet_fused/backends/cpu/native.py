@@ -136,30 +136,10 @@ class PackedConvolution:
 
         in_place: return the result in the memory of `residual`, which then is channels_last.
         """
-        x, vectors = _nhwc(x), Vectors(bn)
         if residual is not None:
             residual = _nhwc(residual)
-        batch, channels, height, width = x.shape
-        out_channels = self._conv.weight.shape[0]
         out = residual if in_place else None
-        if out is None:
-            out = _empty(x, out_channels, *self._conv.output_size(height, width))
-        self._kernel(
-            x.data_ptr(),
-            self._packed.data_ptr(),
-            vectors.arguments,
-            0 if residual is None else residual.data_ptr(),
-            out.data_ptr(),
-            batch,
-            height,
-            width,
-            channels,
-            out_channels,
-            *self._window,
-            relu,
-            *self._format,
-        )
-        return out
+        return self._run(_nhwc(x), bn, relu, out, 0 if residual is None else residual.data_ptr())
 
     def adds_projection(self, projection: PackedConvolution) -> bool:
         """Whether `with_projection` takes it: both by the direct kernel."""
@@ -174,21 +154,34 @@ class PackedConvolution:
         projection_bn: BatchNorm,
     ) -> Tensor:
         """relu(bn(conv(x)) + bn(projection(shortcut))), one pass; the sum is rounded once."""
-        x, shortcut = _nhwc(x), _nhwc(shortcut)
-        vectors, projection_vectors = Vectors(bn), Vectors(projection_bn)
-        batch, channels, height, width = x.shape
+        shortcut, vectors = _nhwc(shortcut), Vectors(projection_bn)
         _, inplanes, *size = shortcut.shape
-        out_channels = self._conv.weight.shape[0]
-        out = _empty(x, out_channels, *self._conv.output_size(height, width))
         projected = (
-            *(shortcut.data_ptr(), projection._packed.data_ptr(), projection_vectors.arguments),
+            *(shortcut.data_ptr(), projection._packed.data_ptr(), vectors.arguments),
             *(*size, inplanes, *projection._window),
         )
+        return self._run(_nhwc(x), bn, relu=True, projection=projected)
+
+    def _run(
+        self,
+        x: Tensor,
+        bn: BatchNorm,
+        relu: bool,
+        out: Tensor | None = None,
+        residual: int = 0,
+        **projection: Any,
+    ) -> Tensor:
+        """Calls the kernel; `residual` is an address, 0 for none."""
+        batch, channels, height, width = x.shape
+        out_channels = self._conv.weight.shape[0]
+        if out is None:
+            out = _empty(x, out_channels, *self._conv.output_size(height, width))
+        vectors = Vectors(bn)
         self._kernel(
             x.data_ptr(),
             self._packed.data_ptr(),
             vectors.arguments,
-            0,
+            residual,
             out.data_ptr(),
             batch,
             height,
@@ -196,9 +189,9 @@ class PackedConvolution:
             channels,
             out_channels,
             *self._window,
-            True,
+            relu,
             *self._format,
-            projection=projected,
+            **projection,
         )
         return out
 
