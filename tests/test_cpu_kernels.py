@@ -458,8 +458,9 @@ def test_direct_convolution_refuses_impossible_arguments(change, message):
     }
     if "projection" in change:
         window = ((1, 1), (1, 1), (0, 0), (1, 1))
+        shortcut = torch.zeros(1, 16, 5, 5)
         arguments["projection"] = (
-            *(x.data_ptr(), packed.data_ptr(), arguments["bn"]),
+            *(shortcut.data_ptr(), packed.data_ptr(), arguments["bn"]),
             *(*change["projection"], 16, *window),
         )
     with pytest.raises(ValueError, match=message):
