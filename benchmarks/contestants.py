@@ -7,6 +7,7 @@ To add one, write a `build` function and list it in CONTESTANTS.
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -297,6 +298,19 @@ def _tensorrt(task: Task) -> Call:
     return run
 
 
+def _jax(task: Task) -> Call:
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the others need memory too
+    gpu = task.device.type == "cuda"
+    jax = _require("jax", "'jax[cuda13]'" if gpu else "jax")
+    try:
+        devices = jax.devices("gpu" if gpu else "cpu")
+    except RuntimeError as error:
+        raise UnavailableError("this jax sees no GPU; pip install 'jax[cuda13]'") from error
+    import jax_resnet
+
+    return jax_resnet.call(task.torchvision(), task.images, devices[task.device.index or 0])
+
+
 _CPU, _GPU = ("cpu",), ("cuda",)
 
 
@@ -319,6 +333,7 @@ def _all() -> Iterator[Contestant]:
     yield Contestant("cudnn-graph", "cuDNN fused ops, graph", _cudnn_graph, _GPU)
     yield Contestant("onnxruntime", "ONNX Runtime", _onnxruntime)
     yield Contestant("openvino", "OpenVINO", _openvino, _CPU)
+    yield Contestant("jax", "JAX, jit", _jax)
     yield Contestant("tensorrt", "TensorRT, graph", _tensorrt, _GPU)
 
 

@@ -24,8 +24,10 @@ import photographs  # noqa: E402
 import report  # noqa: E402
 import throughput  # noqa: E402
 import torchvision  # noqa: E402
+import weights  # noqa: E402
 from contestants import Call, Contestant, Task  # noqa: E402
 
+from resnet_fused.testing.numerics import relative_error  # noqa: E402
 from resnet_fused.testing.roofline import Layer, Peaks, floor_seconds, layers  # noqa: E402
 from resnet_fused.testing.timing import quantile, summarise  # noqa: E402
 
@@ -212,6 +214,22 @@ def test_bad_options_are_refused(
         throughput.main(arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d"])
+def test_jax_computes_torchvisions_network(name: str) -> None:
+    jax = pytest.importorskip("jax", reason="JAX is a peer where it is installed")
+    import jax_resnet
+
+    torch.manual_seed(0)
+    state = weights.make_state(name, None, torch.randn(4, 3, 64, 64))
+    model = getattr(torchvision.models, name)().eval()
+    model.load_state_dict(state)
+    images = torch.randn(2, 3, 65, 97)
+    with torch.inference_mode():
+        logits = jax_resnet.call(model, images, jax.devices("cpu")[0])()
+        truth = model.double()(images.double())
+    assert relative_error(logits, truth) < 1e-5
 
 
 def test_empty_image_folder_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
