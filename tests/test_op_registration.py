@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from conftest import require
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
-from resnet_fused import BackendUnavailableError, available_backends, ops, use_backend
-from resnet_fused.ops import BatchNorm, Convolution, MaxPool
+from resnet_fused import BackendUnavailableError, ops, use_backend
+from resnet_fused.ops import BatchNorm, Convolution, Layer, MaxPool
 from resnet_fused.ops.dispatch import choose
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import ConvCase, generator, make_convolution
@@ -48,14 +52,6 @@ def test_gradient_of_a_strided_narrower_residual() -> None:
     assert torch.autograd.gradcheck(function, (block_input.requires_grad_(),), fast_mode=True)
 
 
-def _flat(arguments: list[Any]) -> list[Any]:
-    flat: list[Any] = []
-    for argument in arguments:
-        grouped = isinstance(argument, (Convolution, BatchNorm, MaxPool))
-        flat.extend(argument if grouped else [argument])
-    return [list(a) if isinstance(a, tuple) else a for a in flat]
-
-
 def _with_grad(arguments: list[Any]) -> tuple[list[Any], list[Tensor]]:
     """The arguments with gradients asked of everything but running statistics."""
     leaves: list[Tensor] = []
@@ -76,14 +72,52 @@ def _with_grad(arguments: list[Any]) -> tuple[list[Any], list[Tensor]]:
     return prepared, leaves
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("name", NAMES)
+class _Recorder(TorchDispatchMode):
+    """Keeps what each of our ops was last called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+
+    def __torch_dispatch__(self, op: Any, types: Any, arguments: Any = (), options: Any = None):
+        if op.namespace == "resnet_fused":
+            self.calls[op.name()] = op, arguments
+        return op(*arguments, **(options or {}))
+
+
+@functools.cache
+def _calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Each op, those of gradients too, and the arguments of one call."""
+    with use_backend("reference"), _Recorder() as recorder:
+        for name in NAMES:
+            getattr(ops, name)(*_with_grad(_arguments(name, torch.float32))[0]).sum().backward()
+        (x, conv, bn, shortcut, projection, projection_bn), _ = _with_grad(
+            _arguments("conv_bn_projection", torch.float32)
+        )
+        stem = Layer(projection, projection_bn.weight, projection_bn.bias)
+        pooled, _ = ops.stem_training(shortcut, stem)
+        frozen = Layer(conv, bn.weight, bn.bias, 1e-5, (bn.mean, bn.var))
+        block, _ = ops.residual_block_training(x, [frozen], stem._replace(conv=conv))
+        (pooled.sum() + block.sum()).backward()
+    return recorder.calls
+
+
+OPS = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("resnet_fused::")]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("name", sorted(OPS))
 def test_opcheck(name: str, backend: str) -> None:
-    if backend not in available_backends():
-        pytest.skip(f"no backend {backend} here")
-    flat = _flat(_with_grad(_arguments(name, torch.float32))[0])
+    """A KeyError is an op that `_calls` lacks."""
+    require(backend, "cpu", torch.float32)
+    op, arguments = _calls()[name]
+    differentiable = not name.endswith("_backward")
+
+    def leaf(tensor: Tensor) -> Tensor:
+        return tensor.detach().requires_grad_(tensor.requires_grad and differentiable)
+
     with use_backend(backend):
-        torch.library.opcheck(getattr(torch.ops.resnet_fused, name).default, tuple(flat))
+        torch.library.opcheck(op, tree_map_only(Tensor, leaf, arguments))
 
 
 @pytest.mark.parametrize("name", NAMES)

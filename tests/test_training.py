@@ -18,7 +18,6 @@ from torch import Tensor
 from resnet_fused import use_backend
 from resnet_fused.backends.training import COUNT, MEAN, UNBIASED_VAR, Activation
 from resnet_fused.ops import Convolution, Layer, MaxPool, residual_block_training, stem_training
-from resnet_fused.ops.training_layers import flatten
 from resnet_fused.testing.cases import generator
 from resnet_fused.testing.numerics import relative_error
 
@@ -49,6 +48,7 @@ CASES = {
     ),
     "bottleneck dilated": BlockCase(((1, 16, 1, 1, 1), (3, 16, 1, 2, 1), (1, 24, 1, 1, 1))),
     "dilated and strided": BlockCase(((3, 35, 2, 2, 1),), "none", shape=(2, 5, 13, 12)),
+    "pointwise": BlockCase(((1, 16, 1, 1, 1), (1, 24, 1, 1, 1))),
     "basic": BlockCase(((3, 24, 1, 1, 1), (3, 24, 1, 1, 1))),
     "basic projection": BlockCase(((3, 33, 2, 1, 1), (3, 33, 1, 1, 1)), "projection"),
     "basic frozen": BlockCase(((3, 24, 1, 1, 1), (3, 24, 1, 1, 1)), given=(True, True)),
@@ -360,36 +360,6 @@ def test_no_second_derivative() -> None:
     (grad,) = torch.autograd.grad(_fused_block(x, layers, "none").sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative"):
         grad.sum().backward()
-
-
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_opcheck(backend: str) -> None:
-    require(backend, "cpu", torch.float32)
-    x, layers, grad = _block(CASES["bottleneck partly frozen"])
-    x, layers = _prepare(x, layers, torch.float32)
-    ops = torch.ops.resnet_fused
-    with use_backend(backend):
-        arguments = (x, *flatten(layers), "projection", 1, "")
-        torch.library.opcheck(ops.residual_block_training.default, arguments)
-        detached = [
-            [v.detach() for v in a] if isinstance(a, list) and isinstance(a[0], Tensor) else a
-            for a in flatten(layers)
-        ]
-        y, kept, terms = ops.residual_block_training(x.detach(), *detached, "projection", 1, "")
-        weights, windows, frozen = detached[0], detached[5], detached[6]
-        torch.library.opcheck(
-            ops.residual_block_training_backward.default,
-            (
-                grad, x.detach(), y, weights, kept, terms, windows, frozen, "projection", 1, "",
-                True, [True, False, True, True],
-            ),
-            test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
-        )  # fmt: skip
-        rng = generator()
-        image = torch.randn(2, 3, 11, 9, generator=rng)
-        image, (layer,) = _prepare(image, [_layer(rng, 3, (3, 8, 2, 1, 1), False)], torch.float32)
-        arguments = (image, *flatten([layer]), *MaxPool(), "")
-        torch.library.opcheck(ops.stem_training.default, arguments)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
