@@ -105,3 +105,26 @@ def test_a_contestant_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) 
     row = training.Row("resnet18", 2, "eager NCHW")
     training.measure(row, 32, CPU, torch.bfloat16, 0.01)
     assert row.failure == "OSError: no compiler"
+
+
+def test_accuracies_are_compared_by_the_spread_over_seeds() -> None:
+    accuracy = pytest.importorskip("training_accuracy", reason="needs scikit-learn")
+    theirs = [[0.90, 0.92], [0.94, 0.90], [0.92, 0.94]]  # over seeds, both copies deviate by 0.02
+    found = accuracy.compare({"resnet_fused": theirs, "torchvision": theirs})
+    assert found["same"]
+    assert found["spread over seeds"]["torchvision"] == pytest.approx(0.02)
+    for shift, same in ((0.015, True), (-0.025, False), (0.025, False)):
+        ours = [[value + shift for value in runs] for runs in theirs]
+        found = accuracy.compare({"resnet_fused": ours, "torchvision": theirs})
+        assert found["same"] == same
+        assert found["difference"] == pytest.approx(shift)
+
+
+def test_a_nudge_is_one_unit_in_the_last_place() -> None:
+    accuracy = pytest.importorskip("training_accuracy", reason="needs scikit-learn")
+    model = nn.Linear(8, 8)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    accuracy.nudge(model, 1)
+    for old, new in zip(before, model.parameters(), strict=True):
+        assert torch.equal(torch.nextafter(old, new), new)
+        assert (old != new).all()

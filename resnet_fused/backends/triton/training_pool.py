@@ -22,7 +22,7 @@ from .launching import Config, empty_nhwc, is_wide, launch, nhwc
 from .primitives import is_inside, rectify, split_position, tile_index
 from .training_convolution import affine, channel_terms, for_sums
 
-_ELEMENTS = 2048  # of a tile
+_BYTES = 4096  # of a tile
 
 
 @triton.jit
@@ -139,9 +139,9 @@ def pool_gradient_kernel(
     tl.store(place + K, tl.sum(g * (for_sums(own) - mean[None, :]), 0), valid)
 
 
-def _tile(channels: int) -> Config:
-    block_c = min(triton.next_power_of_2(channels), 64)
-    return Config((_ELEMENTS // block_c, block_c), 4, 1)
+def _tile(raw: Tensor) -> Config:
+    block_c = min(triton.next_power_of_2(raw.shape[1]), 64)
+    return Config((_BYTES // raw.element_size() // block_c, block_c), 4, 1)
 
 
 def bn_relu_pool(x: Activation, pool: MaxPool) -> Tensor:
@@ -150,7 +150,7 @@ def bn_relu_pool(x: Activation, pool: MaxPool) -> Tensor:
     batch, channels, height, width = raw.shape
     p, q = pool.output_size(height, width)
     out = empty_nhwc((batch, channels, p, q), raw)
-    config = _tile(channels)
+    config = _tile(raw)
     block_m, block_c = config.blocks
     rows = batch * p * q
     launch(
@@ -168,7 +168,7 @@ def pool_gradient(grad: Tensor, x: Activation, pool: MaxPool) -> tuple[Tensor, T
     batch, channels, height, width = raw.shape
     p, q = grad.shape[2:]
     out = empty_nhwc(tuple(raw.shape), raw)
-    config = _tile(channels)
+    config = _tile(raw)
     block_m, block_c = config.blocks
     rows = batch * height * width
     tiles_m = triton.cdiv(rows, block_m)
