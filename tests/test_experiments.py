@@ -25,7 +25,7 @@ EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 sys.path.append(str(EXPERIMENTS))
 
 import progressive_deepening  # noqa: E402
-from common import checkpoint, launch, training  # noqa: E402
+from common import checkpoint, launch, report, training  # noqa: E402
 from common.errors import ExperimentError  # noqa: E402
 
 from resnet_fused import cifar  # noqa: E402
@@ -104,6 +104,14 @@ def test_history_and_report_of_a_quick_run(name: str, finished: dict[str, Path])
         for value in errors:
             assert f"{float(value):.2f}" in report
         assert f"{int(row['parameters']):,}" in report
+
+
+def test_the_command_in_a_report_does_not_say_where_it_was_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = ["anywhere/experiments/cifar.py", "--depths", "20", "32", "--out", "here", "--runs", "5"]
+    monkeypatch.setattr(sys, "argv", given)
+    assert report._command() == "python experiments/cifar.py --depths 20 32 --runs 5"
 
 
 @pytest.mark.parametrize("name", QUICK)

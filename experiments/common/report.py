@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import shlex
 import statistics
@@ -142,8 +143,12 @@ def _cell(value: Any) -> str:
 
 
 def _command() -> str:
+    """What makes the same report again, wherever it is put."""
+    where = argparse.ArgumentParser(add_help=False)
+    where.add_argument("--out")
+    _, others = where.parse_known_args(sys.argv[1:])
     program = Path(sys.argv[0])
-    return shlex.join(["python", f"{program.parent.name}/{program.name}", *sys.argv[1:]])
+    return shlex.join(["python", f"{program.parent.name}/{program.name}", *others])
 
 
 def measured(history: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
