@@ -316,7 +316,7 @@ _CPU, _GPU = ("cpu",), ("cuda",)
 
 def _all() -> Iterator[Contestant]:
     yield Contestant("cpu", "resnet_fused cpu", partial(_ours, backend="cpu"), _CPU, ours=True)
-    for name in ("triton", "cuda"):
+    for name in ("tuned", "triton", "cuda"):
         title = f"resnet_fused {name}"
         yield Contestant(name, title, partial(_ours, backend=name), _GPU, ours=True)
         build = partial(_ours_in_graph, backend=name)

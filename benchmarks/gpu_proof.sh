@@ -3,7 +3,7 @@
 #
 #     bash benchmarks/gpu_proof.sh                  all parts, the most telling first
 #     bash benchmarks/gpu_proof.sh training         one of them: build, environment, tests,
-#                                                   throughput, layers, training, sanitizer
+#                                                   tuning, throughput, layers, training, sanitizer
 #
 # Parts stand alone (after `build`), and none takes more than 8 minutes: a command that would is
 # stopped, and what it wrote until then stays. Results go to benchmarks/results/<gpu>/.
@@ -45,6 +45,11 @@ tests() {
   gpu_tests tests 450 tests --ignore-glob='*test_training*'
 }
 
+# The cache keeps what a stopped run has measured.
+tuning() {
+  run tuning 450 python -m resnet_fused.tune --batch 256 32 1
+}
+
 throughput() {
   run throughput 450 python benchmarks/throughput.py --device cuda --dtype bfloat16 \
     --batch 1 32 256 --json "$results/throughput.json" --plot "$results/throughput.png"
@@ -73,7 +78,7 @@ sanitizer() {
   done
 }
 
-for name in "${@:-build environment tests training throughput layers sanitizer}"; do
+for name in "${@:-build environment tests training tuning throughput layers sanitizer}"; do
   for one in $name; do "$one"; done
 done
 if ((${#failed[@]})); then

@@ -59,6 +59,7 @@ TARGETS = [
     pytest.param(("cuda_sim", "cpu", 90), id="cuda-simulated-sm90"),
     pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
     pytest.param(("cuda", "cuda"), id="cuda", marks=pytest.mark.gpu),
+    pytest.param(("tuned", "cuda"), id="tuned", marks=pytest.mark.gpu),
 ]
 
 

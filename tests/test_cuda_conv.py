@@ -24,6 +24,7 @@ import resnet_fused
 from resnet_fused import backends, use_backend
 from resnet_fused.backends.cuda import CudaBackend
 from resnet_fused.backends.cuda_sim import SimulatedBackend, load
+from resnet_fused.backends.tuning import Tuner
 from resnet_fused.parameters import BatchNorm, Convolution, MaxPool
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import (
@@ -308,6 +309,105 @@ def test_capability_chooses_the_kernel(simulator, half):
     tile = simulator.ConvTile.m128n64_sm90
     with pytest.raises(RuntimeError, match="invalid argument"):
         SimulatedBackend(simulator, tile, capability=80).conv_bn(x, conv, bn, None, True)
+
+
+class EveryCandidate(Tuner):
+    """Runs all candidates, those within candidates too, and keeps what each computes."""
+
+    def __init__(self) -> None:
+        super().__init__("tests")
+        self.results: dict[str, list[tuple[str, Tensor]]] = {}
+
+    def run(self, key: Any, device: Any, candidates: Any, launch: Any) -> Any:
+        found = [(name, launch(name)) for name in candidates()]
+        self.results.setdefault(key[0], []).extend(found)
+        return found[-1][1]
+
+
+@pytest.fixture(params=[80, 90])
+def every(request: pytest.FixtureRequest, simulator: ModuleType) -> SimulatedBackend:
+    """A backend that computes everything in all its ways; its `_tuner` keeps the results."""
+    simulator.set_capability(request.param)
+    backend = SimulatedBackend(simulator, capability=request.param)
+    backend._tuner = EveryCandidate()
+    return backend
+
+
+def names(backend: SimulatedBackend, op: str) -> list[str]:
+    return [name for name, _ in backend._tuner.results[op]]
+
+
+def tiles_of(backend: SimulatedBackend) -> list[str]:
+    return [*TILES, *(SM90_TILES if backend._capability == 90 else ())]
+
+
+@pytest.mark.parametrize("add", [False, True], ids=["plain", "residual"])
+def test_all_candidates_of_a_convolution_agree(every, half, add):
+    case = ConvCase(2, 40, 9, 11, 72, 3, 1, 1)
+    rng = generator()
+    for make in (make_integers, make_convolution):
+        x, conv, bn = make(case, rng, half)
+        residual = make_residual(case, x, rng).round_() if add else None
+        arguments = (x, conv, bn, residual, True)
+        every._tuner.results.clear()
+        every.conv_bn(*arguments)
+        assert names(every, "conv_bn") == ["automatic", *tiles_of(every), "cudnn"]
+        expected, eager = truth(*arguments), reference.conv_bn(*arguments)
+        for name, result in every._tuner.results["conv_bn"]:
+            if make is make_integers:
+                assert torch.equal(result.double(), expected), name
+            else:
+                assert_contract(result, eager, expected, what=name)
+
+
+def test_all_candidates_of_a_projection_agree(every, half):
+    rng = generator()
+    arguments = [
+        *make_integers(ConvCase(2, 40, 9, 7, 72), rng, half),
+        *make_integers(ConvCase(2, 24, 17, 14, 72, stride=2), rng, half),
+    ]
+    every.conv_bn_projection(*arguments)
+    assert names(every, "conv_bn_projection") == [
+        "automatic",
+        *(tile for tile in tiles_of(every) if tile != "m128n128"),
+        "separate",
+    ]
+    wide = [cast(argument, torch.float64) for argument in arguments]
+    expected = reference.conv_bn_projection(*wide)
+    for name, result in every._tuner.results["conv_bn_projection"]:
+        assert torch.equal(result.double(), expected), name
+
+
+def test_all_candidates_of_a_stem_agree(every, half):
+    x, conv, bn = make_integers(ConvCase(1, 3, 30, 29, 64, 7, 2, 3), generator(), half)
+    every.stem(x, conv, bn, MaxPool())
+    wide = [cast(argument, torch.float64) for argument in (x, conv, bn)]
+    expected = reference.stem(*wide, MaxPool())
+    assert names(every, "stem") == ["fused", "separate"]
+    for name, result in every._tuner.results["stem"]:
+        assert torch.equal(result.double(), expected), name
+
+
+def test_tiles_are_offered_only_for_what_they_compute(simulator, half):
+    simulator.set_capability(90)
+    backend = SimulatedBackend(simulator, capability=90)
+    backend._tuner = EveryCandidate()
+    for case, dtype, tiles in (
+        (ConvCase(1, 12, 9, 9, 16), half, TILES[:1]),
+        (ConvCase(1, 16, 9, 9, 16, groups=2), half, TILES),
+        (ConvCase(1, 16, 9, 9, 16), torch.float32, TILES[:1]),
+    ):
+        backend._tuner.results.clear()
+        backend.conv_bn(*make_integers(case, generator(), dtype), None, True)
+        assert names(backend, "conv_bn") == ["automatic", *tiles, "cudnn"]
+
+
+def test_what_is_left_to_cudnn_by_rule_may_be_ours_by_measurement(simulator, half, monkeypatch):
+    monkeypatch.setattr(SimulatedBackend, "_left_to_cudnn", CudaBackend._left_to_cudnn)
+    backend = SimulatedBackend(simulator, capability=80)
+    backend._tuner = EveryCandidate()
+    backend.conv_bn(*make_integers(ConvCase(1, 12, 9, 9, 16), generator(), half), None, True)
+    assert names(backend, "conv_bn") == ["cudnn", "m64n64"]
 
 
 @pytest.mark.parametrize("tile", TILES[:2])

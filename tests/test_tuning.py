@@ -201,12 +201,13 @@ def test_what_was_measured_on_another_machine_or_by_another_version_does_not_cou
 
 @pytest.mark.usefixtures("gpu")
 def test_a_new_candidate_is_measured_and_a_lost_one_is_not_chosen() -> None:
-    clock = Stopwatch(small=2.0, large=1.0)
-    assert clock.run(clock.tuner(), "renewed", candidates=("small",)) == "small"
-    assert clock.run(clock.tuner(), "renewed", candidates=("small", "large")) == "large"
-    assert clock.measured == 3
-    assert clock.run(clock.tuner(), "renewed", candidates=("small",)) == "small"
-    assert clock.measured == 3
+    clock = Stopwatch(small=2.0, middle=3.0, large=1.0)
+    assert clock.run(clock.tuner(), "renewed", candidates=("small", "middle")) == "small"
+    assert clock.run(clock.tuner(), "renewed") == "large"
+    assert clock.measured == 2 + 3
+    assert clock.run(clock.tuner(), "renewed", candidates=("small", "middle")) == "small"
+    assert clock.run(clock.tuner(), "alone", candidates=("middle",)) == "middle"
+    assert clock.measured == 2 + 3
 
 
 @pytest.mark.usefixtures("gpu")
@@ -341,3 +342,4 @@ def test_a_description_tells_apart_what_kernels_tell_apart() -> None:
         of(x.float(), weight.float()),
     ]
     assert len({same, *others}) == 1 + len(others)
+    assert len({str(key) for key in (same, *others)}) == 1 + len(others)  # as in the file

@@ -10,6 +10,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "kernels/cuda/bn_add_relu.h"
 #include "kernels/cuda/conv.h"
@@ -164,10 +165,10 @@ void check_convolution(const ConvolutionBn& conv, const ConvBn& result) {
   check_elements("weight", {result.out_channels, conv.kernel_h, conv.kernel_w, conv.channels});
 }
 
-void conv_bn(std::uintptr_t out, std::uintptr_t residual, DType dtype, std::int64_t batch,
-             const Pair& out_image, std::int64_t out_channels, std::int64_t groups,
-             const ConvolutionBn& conv, const std::optional<ConvolutionBn>& projection, bool relu,
-             ConvTile tile, int device, std::uintptr_t stream) {
+ConvBn conv_bn_arguments(std::uintptr_t out, std::uintptr_t residual, DType dtype,
+                         std::int64_t batch, const Pair& out_image, std::int64_t out_channels,
+                         std::int64_t groups, const ConvolutionBn& conv,
+                         const std::optional<ConvolutionBn>& projection, bool relu) {
   const ConvBn arguments{pointer(out),
                          pointer<const void>(residual),
                          dtype,
@@ -189,12 +190,35 @@ void conv_bn(std::uintptr_t out, std::uintptr_t residual, DType dtype, std::int6
     }
     check_convolution(*projection, arguments);
   }
+  return arguments;
+}
+
+void conv_bn(std::uintptr_t out, std::uintptr_t residual, DType dtype, std::int64_t batch,
+             const Pair& out_image, std::int64_t out_channels, std::int64_t groups,
+             const ConvolutionBn& conv, const std::optional<ConvolutionBn>& projection, bool relu,
+             ConvTile tile, int device, std::uintptr_t stream) {
+  const ConvBn arguments = conv_bn_arguments(out, residual, dtype, batch, out_image, out_channels,
+                                             groups, conv, projection, relu);
   if (!resnet_fused::conv_bn_offers(arguments, tile)) {
     throw std::invalid_argument("this tile does not compute such a convolution; use automatic");
   }
   py::gil_scoped_release unlocked;
   check_cuda("conv_bn",
              resnet_fused::conv_bn(arguments, tile, device, pointer<CUstream_st>(stream)));
+}
+
+std::vector<ConvTile> conv_bn_tiles(std::uintptr_t out, std::uintptr_t residual, DType dtype,
+                                    std::int64_t batch, const Pair& out_image,
+                                    std::int64_t out_channels, std::int64_t groups,
+                                    const ConvolutionBn& conv,
+                                    const std::optional<ConvolutionBn>& projection, bool relu,
+                                    int device) {
+  const ConvBn arguments = conv_bn_arguments(out, residual, dtype, batch, out_image, out_channels,
+                                             groups, conv, projection, relu);
+  py::gil_scoped_release unlocked;
+  std::vector<ConvTile> tiles;
+  check_cuda("conv_bn", resnet_fused::conv_bn_tiles(arguments, device, &tiles));
+  return tiles;
 }
 
 void stem(std::uintptr_t out, std::uintptr_t x, std::uintptr_t weight, DType dtype,
@@ -272,6 +296,13 @@ void register_cuda_kernels(py::module_& module) {
              "is 0 for none and may be out; projection is a ConvolutionBn, with groups = 1, or\n"
              "None. Raises ValueError for impossible sizes or a tile that does not serve them,\n"
              "RuntimeError for what CUDA reports.");
+
+  module.def("cuda_conv_bn_tiles", &conv_bn_tiles, py::arg("out"), py::arg("residual"),
+             py::arg("dtype"), py::arg("batch"), py::arg("out_image"), py::arg("out_channels"),
+             py::arg("groups"), py::arg("conv"), py::arg("projection"), py::arg("relu"),
+             py::arg("device"),
+             "The tiles by which cuda_conv_bn computes these arguments on `device`, `automatic`\n"
+             "not among them. Raises as cuda_conv_bn does.");
 
   module.def(
       "cuda_stem", &stem, py::arg("out"), py::arg("x"), py::arg("weight"), py::arg("dtype"),

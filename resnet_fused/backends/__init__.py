@@ -18,9 +18,9 @@ from ..errors import BackendUnavailableError
 from ..parameters import BatchNorm, Convolution, MaxPool
 from .training import TrainingKernels
 
-NAMES = ("cuda", "triton", "cpu", "cuda_sim", "reference")
+NAMES = ("tuned", "cuda", "triton", "cpu", "cuda_sim", "reference")
 # Best first, for each type of device.
-PREFERENCE = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
+PREFERENCE = {"cuda": ("tuned", "triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
 
 
 class Backend(Protocol):

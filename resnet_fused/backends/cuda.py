@@ -1,9 +1,13 @@
 """Backend `cuda`: our CUDA kernels, and torch's convolutions (cuDNN, NHWC) where those are ahead.
 
-Our implicit GEMM takes every convolution of whole 16-byte chunks on tensor cores: float16 and
-bfloat16, one group, channels that are multiples of 8; on GPUs of compute capability 9.0 in a kernel
-of its own. The stem's three channels have another kernel, with the pooling. cuDNN takes the others
-(small groups, float32 with or without TF32), followed by our normalisation kernel.
+Each convolution runs with the fastest, as measured, of the tiles of our implicit GEMM and of cuDNN
+followed by our normalisation kernel. The rule, where measuring is not allowed: our kernel takes
+every convolution of whole 16-byte chunks on tensor cores (float16 and bfloat16, one group, channels
+that are multiples of 8), cuDNN the others (small groups, float32 with or without TF32). The stem's
+three channels have another kernel, with the pooling.
+
+torch's fused `cudnn_convolution_relu` and `cudnn_convolution_add_relu` are no candidates: they add
+a bias and cannot scale, so that batch norm would have to be folded into rounded weights.
 """
 
 from __future__ import annotations
@@ -22,6 +26,11 @@ from ..errors import BackendUnavailableError
 from ..parameters import BatchNorm, Convolution, MaxPool
 from ..reference.ops import pad_channels
 from . import Backend
+from .tuning import Tuner, describe
+
+_CUDNN = "cudnn"
+_SEPARATE = "separate"
+_FUSED = "fused"
 
 
 class CudaBackend:
@@ -31,7 +40,8 @@ class CudaBackend:
     def __init__(self, extension: ModuleType, tile: Any = None) -> None:
         """`tile`: the ConvTile that every convolution takes; by default each has its own."""
         self._extension = extension
-        self._tile = extension.ConvTile.automatic if tile is None else tile
+        self._tile = tile
+        self._tuner = Tuner(self.name)
         self._dtypes = {
             torch.float32: extension.DType.float32,
             torch.float16: extension.DType.float16,
@@ -121,20 +131,50 @@ class CudaBackend:
     def conv_bn(
         self, x: Tensor, conv: Convolution, bn: BatchNorm, residual: Tensor | None, relu: bool
     ) -> Tensor:
-        if self._left_to_cudnn(x, conv):
-            convolved = _convolve(x, conv)
-            if residual is not None:
-                residual = pad_channels(residual, conv.weight.shape[0])
-            return self._bn_add_relu(convolved, bn, residual, relu, out=convolved)
-        return self._conv_bn((x, conv, bn), None, residual, relu)
+        arguments = ((x, conv, bn), None, residual, relu)
 
-    def _conv_bn(
+        def launch(kernel: str) -> Tensor:
+            if kernel == _CUDNN:
+                return self._conv_bn_of_cudnn(x, conv, bn, residual, relu)
+            return self._conv_bn(kernel, *arguments)
+
+        return self._tuner.run(
+            ("conv_bn", *describe(x, conv, residual, relu)),
+            x.device,
+            lambda: self._kernels(_CUDNN, self._left_to_cudnn(x, conv), *arguments),
+            launch,
+        )
+
+    def _conv_bn_of_cudnn(
+        self, x: Tensor, conv: Convolution, bn: BatchNorm, residual: Tensor | None, relu: bool
+    ) -> Tensor:
+        convolved = _convolve(x, conv)
+        if residual is not None:
+            residual = pad_channels(residual, conv.weight.shape[0])
+        return self._bn_add_relu(convolved, bn, residual, relu, out=convolved)
+
+    def _kernels(self, other: str, other_first: bool, *arguments: Any) -> list[str]:
+        """Names of the ways to compute a convolution: our tiles, and `other`; the rule's first."""
+        if self._tile is not None:
+            return [self._tile.name]
+        out, _, call = self._conv_bn_call(*arguments)
+        tiles = [t.name for t in self._extension.cuda_conv_bn_tiles(*call, out.device.index or 0)]
+        return [other, *tiles] if other_first else ["automatic", *tiles, other]
+
+    def _conv_bn(self, tile: str, *arguments: Any) -> Tensor:
+        out, read, call = self._conv_bn_call(*arguments)
+        tile = getattr(self._extension.ConvTile, tile)
+        self._run(self._extension.cuda_conv_bn, out, read, *call, tile)
+        return out
+
+    def _conv_bn_call(
         self,
         main: tuple[Tensor, Convolution, BatchNorm],
         projection: tuple[Tensor, Convolution, BatchNorm] | None,
         residual: Tensor | None,
         relu: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, list[Tensor | None], tuple[Any, ...]]:
+        """The result to be, the tensors that are read, and the kernel's arguments."""
         x, conv, _ = main
         if residual is not None:
             residual = pad_channels(residual, conv.weight.shape[0])
@@ -147,10 +187,7 @@ class CudaBackend:
         )
         product, read = self._product(*main)
         projected, also_read = (None, []) if projection is None else self._product(*projection)
-        self._run(
-            self._extension.cuda_conv_bn,
-            out,
-            [residual, *read, *also_read],
+        call = (
             out.data_ptr(),
             _address(residual),
             self._dtypes[x.dtype],
@@ -161,9 +198,8 @@ class CudaBackend:
             product,
             projected,
             relu,
-            self._tile,
         )
-        return out
+        return out, [residual, *read, *also_read], call
 
     def _product(
         self, x: Tensor, conv: Convolution, bn: BatchNorm
@@ -193,20 +229,36 @@ class CudaBackend:
         projection: Convolution,
         projection_bn: BatchNorm,
     ) -> Tensor:
-        if (
-            conv.groups * projection.groups > 1
-            or self._left_to_cudnn(x, conv)
-            or self._left_to_cudnn(shortcut, projection)
-        ):
-            projected = self.conv_bn(shortcut, projection, projection_bn, None, relu=False)
-            return self.conv_bn(x, conv, bn, projected, relu=True)
-        return self._conv_bn((x, conv, bn), (shortcut, projection, projection_bn), None, True)
+        arguments = ((x, conv, bn), (shortcut, projection, projection_bn), None, True)
+
+        def launch(kernel: str) -> Tensor:
+            if kernel == _SEPARATE:
+                projected = self.conv_bn(shortcut, projection, projection_bn, None, relu=False)
+                return self.conv_bn(x, conv, bn, projected, relu=True)
+            return self._conv_bn(kernel, *arguments)
+
+        if conv.groups * projection.groups > 1:
+            return launch(_SEPARATE)
+        separate = self._left_to_cudnn(x, conv) or self._left_to_cudnn(shortcut, projection)
+        return self._tuner.run(
+            ("conv_bn_projection", *describe(x, conv, shortcut, projection)),
+            x.device,
+            lambda: self._kernels(_SEPARATE, separate, *arguments),
+            launch,
+        )
 
     def stem(self, x: Tensor, conv: Convolution, bn: BatchNorm, pool: MaxPool) -> Tensor:
-        if _resnet_stem(x, conv, pool):
-            return self._stem(x, conv, bn, pool)
-        out = F.max_pool2d(self.conv_bn(x, conv, bn, None, relu=True), *pool)
-        return out.contiguous(memory_format=torch.channels_last)
+        def launch(kernel: str) -> Tensor:
+            if kernel == _FUSED:
+                return self._stem(x, conv, bn, pool)
+            out = F.max_pool2d(self.conv_bn(x, conv, bn, None, relu=True), *pool)
+            return out.contiguous(memory_format=torch.channels_last)
+
+        if not _resnet_stem(x, conv, pool):
+            return launch(_SEPARATE)
+        return self._tuner.run(
+            ("stem", *describe(x, conv, pool)), x.device, lambda: [_FUSED, _SEPARATE], launch
+        )
 
     def _stem(self, x: Tensor, conv: Convolution, bn: BatchNorm, pool: MaxPool) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)

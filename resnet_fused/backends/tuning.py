@@ -29,7 +29,8 @@ from .. import __version__, settings
 from ..parameters import BatchNorm, Convolution
 
 _FILE = "tuning-v2.json"  # the number is that of the format
-_WIDE = 2**31
+_WIDE = 2**31  # elements, from which on batches are measured one by one
+_VECTOR_BYTES = 16
 # Written between two calls: more than any L2 cache holds, and long enough in the writing for the
 # host to queue the next call meanwhile, so that the host's time is not measured.
 _FLUSHED_BYTES = 2**28
@@ -45,38 +46,64 @@ def batch_bucket(batch: int) -> int:
     return 1 << (batch - 1).bit_length()
 
 
+class Operand(NamedTuple):
+    """What a kernel's time depends on in a tensor: logical sizes, and whether it lies well."""
+
+    sizes: tuple[int, ...]
+    dense: bool  # an activation in channels_last memory
+    aligned: bool
+
+    def __str__(self) -> str:
+        faults = ("" if self.dense else " strided") + ("" if self.aligned else " unaligned")
+        return "×".join(map(str, self.sizes)) + faults
+
+
+class Window(NamedTuple):
+    """The same of a convolution."""
+
+    weight: Operand
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def __str__(self) -> str:
+        text = str(self.weight)
+        for name, usual in (("stride", (1, 1)), ("padding", (0, 0)), ("dilation", (1, 1))):
+            if (value := getattr(self, name)) != usual:
+                text += f" {name} {value[0]},{value[1]}"
+        return text if self.groups == 1 else f"{text} groups {self.groups}"
+
+
 def describe(x: Tensor, *others: Any) -> tuple[Hashable, ...]:
     """What a kernel's time depends on in an op's arguments, for use in a key.
 
     `others` are what ops take beside x: activations, whose batches are rounded up as x's is,
     convolutions, batch norms (which have no say), other tensors and plain values.
     """
-    parts: list[Hashable] = [x.dtype, _describe_tensor(x)]
+    parts: list[Hashable] = [x.dtype, _activation(x)]
     if x.dtype == torch.float32:
         convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
         parts.append((convolutions.fp32_precision, torch.backends.cuda.matmul.fp32_precision))
     for other in others:
         if isinstance(other, Tensor):
-            parts.append(_describe_tensor(other))
+            parts.append(_activation(other) if other.dim() == 4 else _operand(other))
         elif isinstance(other, Convolution):
-            parts.append((_is_aligned(other.weight), *other.weight.shape))
-            parts.append((*other.stride, *other.padding, *other.dilation, other.groups))
+            stride, padding, dilation = map(tuple, other[1:4])
+            parts.append(Window(_operand(other.weight), stride, padding, dilation, other.groups))
         elif not isinstance(other, BatchNorm):
             parts.append(other)
     return tuple(parts)
 
 
-def _describe_tensor(x: Tensor) -> tuple[Hashable, ...]:
-    if x.dim() != 4:
-        return (_is_aligned(x), *x.shape)
-    dense = x.is_contiguous(memory_format=torch.channels_last)
+def _activation(x: Tensor) -> Operand:
     batch = x.shape[0] if x.numel() >= _WIDE else batch_bucket(x.shape[0])
-    return (_is_aligned(x), dense, batch, *x.shape[1:])
+    dense = x.is_contiguous(memory_format=torch.channels_last)
+    return Operand((batch, *x.shape[1:]), dense, x.data_ptr() % _VECTOR_BYTES == 0)
 
 
-def _is_aligned(x: Tensor) -> bool:
-    """To the 16 bytes that a vector access takes."""
-    return x.data_ptr() % 16 == 0
+def _operand(x: Tensor) -> Operand:
+    return Operand(tuple(x.shape), True, x.data_ptr() % _VECTOR_BYTES == 0)
 
 
 def measure(call: Callable[[], object], device: torch.device) -> float:
@@ -269,7 +296,7 @@ class Tuner:
             return choice
         options = candidates()
         by_rule = _Choice(options[0], {})
-        if not measuring:
+        if not measuring or len(options) == 1:
             return known.setdefault(place, by_rule)
         if torch.cuda.is_current_stream_capturing():
             return by_rule

@@ -242,6 +242,15 @@ class ResidualNetwork(nn.Module):
             x = stage(x)
         return self._head(x)
 
+    def parts(self) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+        """The network in pieces, by name: the stem, every block and the head, each to be applied to
+        the result of the one before."""
+        yield "stem", self._stem
+        for name, stage in zip(self._stages, self.stages(), strict=True):
+            for i, block in enumerate(stage):
+                yield f"{name}.{i}", block
+        yield "head", self._head
+
     def features(self, x: Tensor) -> list[Tensor]:
         """Each stage's result (N, C, H / its stride, W / its stride), for x as in `forward`.
 

@@ -17,8 +17,8 @@ _forced: Backend | None = None
 class use_backend:  # noqa: N801  (reads as the function it is used as)
     """Run every op on the named backend, from now on or within a `with` block.
 
-    `name` is "reference", "cpu", "triton", "cuda", or None for the best available one for each
-    tensor's device, which is the default. The choice holds for the whole process.
+    `name` is "reference", "cpu", "triton", "cuda", "tuned", or None for the best available one for
+    each tensor's device, which is the default. The choice holds for the whole process.
 
     Raises ValueError for an unknown name and BackendUnavailableError, with the reason and the fix,
     for a backend that this machine or build does not have.

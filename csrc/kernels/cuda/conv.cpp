@@ -41,6 +41,17 @@ bool conv_bn_offers(const ConvBn& arguments, ConvTile tile) {
                         : conv_bn_sm80_offers(arguments, tile);
 }
 
+cudaError_t conv_bn_tiles(const ConvBn& arguments, int device, std::vector<ConvTile>* tiles) {
+  bool sm90 = false;
+  const cudaError_t status = runs_sm90(device, &sm90);
+  if (status != cudaSuccess) return status;
+  for (const ConvTile tile : {ConvTile::k64x64, ConvTile::k128x64, ConvTile::k128x128,
+                              ConvTile::k128x64Sm90, ConvTile::k128x128Sm90}) {
+    if ((sm90 || !for_sm90(tile)) && conv_bn_offers(arguments, tile)) tiles->push_back(tile);
+  }
+  return cudaSuccess;
+}
+
 cudaError_t conv_bn(const ConvBn& arguments, ConvTile tile, int device, cudaStream_t stream) {
   const ConvBn& a = arguments;
   if (a.batch == 0 || a.out_height == 0 || a.out_width == 0 || a.out_channels == 0) {

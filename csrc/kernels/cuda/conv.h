@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <vector>
 
 #include "kernels/cuda/tensor.h"
 
@@ -48,6 +49,9 @@ enum class ConvTile : int {
 
 // Whether `tile` can compute `arguments`, on a device that it is made for.
 bool conv_bn_offers(const ConvBn& arguments, ConvTile tile);
+
+// Appends those tiles but kAuto that compute `arguments` on `device`.
+cudaError_t conv_bn_tiles(const ConvBn& arguments, int device, std::vector<ConvTile>* tiles);
 
 // Queues the kernel on `stream`, which belongs to `device`. Leaves `device` current. The status is
 // cudaErrorInvalidValue for a tile that is not offered and cudaErrorInvalidConfiguration for a

@@ -1,0 +1,192 @@
+"""`python -m resnet_fused.tune`: measures a network's kernels ahead of time, and says which won.
+
+    python -m resnet_fused.tune --arch resnet50 --batch 256 --dtype bfloat16
+
+Every part of the network runs with random weights and images in every batch size, so that each
+choice of kernel is made and kept (`resnet_fused/backends/tuning.py`); a batch size stands for all
+down to half of it. What was measured before is not measured again, so the table is printed at once
+the second time. With --training the kernels of a training step are measured too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends, models, settings
+from .backends import tuning
+from .backends.tuned import TunedBackend
+from .backends.tuning import Decision, Operand, Window
+from .models.network import ResidualNetwork
+
+_NOT_NETWORKS = ("ResNet", "cifar")
+ARCHITECTURES = {
+    **{name: getattr(models, name) for name in models.__all__ if name not in _NOT_NETWORKS},
+    **{f"cifar.{n}": f for n, f in vars(models.cifar).items() if re.fullmatch(r"[a-z]+\d+", n)},
+}
+DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
+
+
+class Row(NamedTuple):
+    """A choice of kernel: the parts of the network that it was made for, one for each call."""
+
+    parts: list[str]
+    decision: Decision
+
+    def seconds(self) -> float | None:
+        """Of all calls; None where nothing was measured."""
+        time = _seconds(self.decision)
+        return None if time is None else len(self.parts) * time
+
+
+def _seconds(decision: Decision) -> float | None:
+    """A single candidate is not measured, but what is chosen within may be."""
+    if decision.seconds:
+        return decision.seconds[decision.choice]
+    times = [time for part in decision.parts if (time := _seconds(part)) is not None]
+    return sum(times) if times else None
+
+
+def winner(decision: Decision) -> str:
+    """The backend and its kernel, or several where the winner was more than one call."""
+    if decision.parts:
+        return " + ".join(winner(part) for part in decision.parts)
+    if decision.tuner == TunedBackend.name:
+        return decision.choice
+    return f"{decision.tuner} {decision.choice}"
+
+
+def runner_up(decision: Decision) -> str:
+    """The next candidate, and by how much it is slower."""
+    times = {name: time for name, time in decision.seconds.items() if time is not None}
+    best = times.pop(decision.choice, None)
+    if not times or not best:
+        return "-"
+    name = min(times, key=times.__getitem__)
+    return f"{name} +{times[name] / best - 1:.0%}"
+
+
+def table(rows: Iterable[Row]) -> str:
+    """The rows as text, those that take longest first, with each one's share of all their time."""
+    rows = sorted(rows, key=lambda row: row.seconds() or 0.0, reverse=True)
+    total = sum(row.seconds() or 0.0 for row in rows)
+    lines = [("layer", "op", "shape", "winner", "µs", "runner-up", "share")]
+    for parts, decision in rows:
+        time, taken = _seconds(decision), Row(parts, decision).seconds()
+        more = f" and {len(parts) - 1} more" if len(parts) > 1 else ""
+        op, *described = decision.key
+        lines.append(
+            (
+                parts[0] + more,
+                str(op),
+                ", ".join(str(part) for part in described if isinstance(part, (Operand, Window))),
+                winner(decision),
+                "-" if time is None else f"{time * 1e6:.1f}",
+                runner_up(decision),
+                "-" if taken is None else f"{taken / total:.1%}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def tune(
+    network: ResidualNetwork,
+    images: Tensor,
+    training: bool = False,
+    progress: Callable[[list[str]], Iterable[str]] = iter,
+) -> list[Row]:
+    """Makes every choice of kernel that the network asks for on `images` (N, 3, H, W).
+
+    The network is left in eval mode, or in training mode if `training`, which measures backward
+    too. `progress` goes through the names of the network's parts as they are measured.
+    """
+    network.train(training)
+    parts = dict(network.parts())
+    rows: dict[tuple[str, tuple[Hashable, ...]], Row] = {}
+    x = images
+    for name in progress(list(parts)):
+        _step(parts[name], x, training)
+        with tuning.watch() as decisions:
+            out = _step(parts[name], x, training)
+        for decision in decisions:
+            row = rows.setdefault((decision.tuner, decision.key), Row([], decision))
+            row.parts.append(name)
+        x = out.requires_grad_(training)
+    return list(rows.values())
+
+
+def _step(part: Callable[[Tensor], Tensor], x: Tensor, training: bool) -> Tensor:
+    """The part's result; with backward, to x too unless it is the images, if `training`."""
+    with torch.set_grad_enabled(training):
+        out = part(x.detach().requires_grad_(x.requires_grad))
+        if training:
+            out.backward(torch.randn_like(out))
+    return out.detach()
+
+
+def _progress(names: list[str]) -> Iterable[str]:
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        print("measuring; `pip install tqdm` for a progress bar", file=sys.stderr)
+        return names
+    bar: Iterable[str] = tqdm(names, unit="part")
+    return bar
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m resnet_fused.tune",
+        description="Measures a network's kernels on this GPU, and prints which won.",
+    )
+    parser.add_argument("--arch", default="resnet50", choices=ARCHITECTURES, metavar="NETWORK",
+                        help=f"one of {', '.join(ARCHITECTURES)}")  # fmt: skip
+    parser.add_argument("--batch", type=int, nargs="+", default=[256], help="images per call")
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    parser.add_argument("--size", type=int, help="rows and columns of an image: 224, CIFAR's 32")
+    parser.add_argument("--training", action="store_true", help="a training step's kernels too")
+    options = parser.parse_args(arguments)
+    if options.size is None:
+        options.size = 32 if options.arch.startswith("cifar.") else 224
+    if min(*options.batch, options.size) < 1:
+        parser.error("--batch and --size must be at least 1")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command. Exits with a message where nothing can be measured."""
+    options = _options(arguments)
+    if not torch.cuda.is_available():
+        sys.exit(
+            "Kernels are measured on an NVIDIA GPU, and PyTorch finds none: run this on the "
+            "machine that will run the network. `python -m resnet_fused.env` says what is here."
+        )
+    if not settings.tuning_enabled():
+        sys.exit("RESNET_FUSED_TUNE=off forbids measuring: unset it, or set it to on.")
+    device, dtype = torch.device("cuda"), DTYPES[options.dtype]
+    name = TunedBackend.name
+    reason = backends.unavailable(name) or backends.get(name).unsupported(device, dtype)
+    if reason is not None:
+        sys.exit(f"There is nothing to choose among on this GPU: {reason}")
+    network = ARCHITECTURES[options.arch]().to(device)
+    for batch in options.batch:
+        images = torch.randn(batch, 3, options.size, options.size, device=device)
+        for training in (False, True)[: 1 + options.training]:
+            mode = "training" if training else "inference"
+            print(f"{options.arch}, {mode}, batch {batch}, {options.size}², {options.dtype}")
+            with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+                print(table(tune(network, images, training, _progress)))
+
+
+if __name__ == "__main__":
+    main()
