@@ -216,7 +216,7 @@ def test_bad_options_are_refused(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d"])
+@pytest.mark.parametrize("name", ["resnet50", "resnext50_32x4d"])
 def test_jax_computes_torchvisions_network(name: str) -> None:
     jax = pytest.importorskip("jax", reason="JAX is a peer where it is installed")
     import jax_resnet
@@ -228,8 +228,9 @@ def test_jax_computes_torchvisions_network(name: str) -> None:
     images = torch.randn(2, 3, 65, 97)
     with torch.inference_mode():
         logits = jax_resnet.call(model, images, jax.devices("cpu")[0])()
+        eager = model(images)
         truth = model.double()(images.double())
-    assert relative_error(logits, truth) < 1e-5
+    assert relative_error(logits, truth) < 2 * relative_error(eager, truth)
 
 
 def test_empty_image_folder_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
