@@ -18,6 +18,7 @@ class Entry:
     what is asked of them, with the reason, in which case it is not timed; "pending" until then.
     error: ‖logits - truth‖ / ‖truth‖, the truth computed in float64.
     rounds: the time of every single call, by round.
+    cold_start, new_batch: until the first logits, and until those of another batch size.
     speedup: the rate of the best of ours over this one's.
     """
 
@@ -28,6 +29,7 @@ class Entry:
     reason: str | None = None
     error: float | None = None
     cold_start: float | None = None
+    new_batch: float | None = None
     memory: int | None = None
     rounds: list[list[float]] = field(default_factory=list)
     rate: float | None = None
@@ -90,7 +92,8 @@ class Comparison:
         )
 
 
-def _ranked(comparison: Comparison) -> list[Entry]:
+def ranked(comparison: Comparison) -> list[Entry]:
+    """Who was timed, fastest first."""
     timed = [entry for entry in comparison.entries if entry.rate is not None]
     return sorted(timed, key=lambda entry: -(entry.rate or 0.0))
 
@@ -124,6 +127,7 @@ def _row(entry: Entry) -> list[str]:
         _cell(entry.floor_share, "{:.0%}".format),
         _cell(entry.error, "{:.1e}".format),
         _cell(entry.cold_start, "{:.1f} s".format),
+        _cell(entry.new_batch, "{:.1f} s".format),
     ]
 
 
@@ -138,12 +142,18 @@ _HEADINGS = (
     "of floor",
     "error",
     "cold start",
+    "new batch",
 )
 
 
+def cells(comparison: Comparison) -> list[list[str]]:
+    """The comparison's table, fastest first, the headings above."""
+    return [list(_HEADINGS), *(_row(entry) for entry in ranked(comparison))]
+
+
 def table(comparison: Comparison) -> str:
-    """The comparison as text, fastest first, and below it who was not measured and why."""
-    rows = [list(_HEADINGS), *(_row(entry) for entry in _ranked(comparison))]
+    """The comparison as text, and below it who was not measured and why."""
+    rows = cells(comparison)
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS))]
     lines = [
         "  ".join(
@@ -183,10 +193,10 @@ def plot(comparisons: Sequence[Comparison], subtitle: str, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = [comparison for comparison in comparisons if _ranked(comparison)]
+    shown = [comparison for comparison in comparisons if ranked(comparison)]
     if not shown:
         raise ValueError("nothing was measured, so there is nothing to plot.")
-    heights = [0.34 * len(_ranked(comparison)) + 0.75 for comparison in shown]
+    heights = [0.34 * len(ranked(comparison)) + 0.75 for comparison in shown]
     figure, panels = pyplot.subplots(
         len(shown),
         1,
@@ -207,7 +217,7 @@ def plot(comparisons: Sequence[Comparison], subtitle: str, path: Path) -> None:
 
 
 def _panel(panel: Any, comparison: Comparison) -> None:
-    entries = list(reversed(_ranked(comparison)))
+    entries = list(reversed(ranked(comparison)))
     rates = [entry.rate or 0.0 for entry in entries]
     below = [max(0.0, (e.rate or 0.0) - (e.rate_p10 or 0.0)) for e in entries]
     above = [max(0.0, (e.rate_p90 or 0.0) - (e.rate or 0.0)) for e in entries]

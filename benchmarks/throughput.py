@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -96,6 +97,9 @@ def parse(arguments: Sequence[str] | None, contestants: Sequence[Contestant]) ->
     parser.add_argument("--weights", help="torchvision's name, e.g. DEFAULT, or a file (random)")
     parser.add_argument("--rounds", type=int, help="rounds of all contestants (8; with --quick: 3)")
     parser.add_argument("--quick", action="store_true", help="few short rounds, one dtype")
+    parser.add_argument(
+        "--new-batch", action="store_true", help="also time the start with another batch size"
+    )
     parser.add_argument("--json", type=Path, help="write machine, versions and all samples here")
     parser.add_argument("--plot", type=Path, help="write a bar chart here (PNG, SVG or PDF)")
     options = parser.parse_args(arguments)
@@ -151,6 +155,7 @@ class Benchmark:
             "options": {
                 name: str(value) if isinstance(value, (Path, torch.device)) else value
                 for name, value in vars(options).items()
+                if name not in ("json", "plot")
             },
         }
         preset = torchvision.models.get_model_weights(options.arch).DEFAULT.transforms()
@@ -293,12 +298,14 @@ class _Race:
     def _build(self, contestant: Contestant, entry: Entry, job: Job, truth: Truth) -> None:
         worker = self.workers[entry.key]
         try:
-            built: Built = worker.ask("build", contestant, job, self.options.round_seconds)
+            built: Built = worker.ask(
+                "build", contestant, job, self.options.round_seconds, self.options.new_batch
+            )
         except (UnavailableError, FailedError) as error:
             entry.status = "unavailable" if isinstance(error, UnavailableError) else "failed"
             entry.reason = str(error)
         else:
-            entry.cold_start = built.cold_start
+            entry.cold_start, entry.new_batch = built.cold_start, built.new_batch
             entry.error = _error(built.logits, truth)
             limit = (1.0 if entry.ours else _PEER_LIMIT) * (self.comparison.eager_error or 0.0)
             entry.status = "measured" if entry.error <= limit else "wrong"
@@ -334,6 +341,7 @@ def main(
 ) -> int:
     """Runs the benchmark; 0 if all went well, 1 on a red gate, 130 when interrupted."""
     options = parse(arguments, contestants)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was measured is kept then, too
     with tempfile.TemporaryDirectory(prefix="resnet_fused_benchmark_") as folder:
         try:
             benchmark = Benchmark(options, contestants, Path(folder))

@@ -56,25 +56,33 @@ class Job(NamedTuple):
 
 
 class Built(NamedTuple):
-    """A built contestant's logits (float32, on the CPU) and its cold start in seconds."""
+    """A built contestant's logits (float32, on the CPU), and seconds until it had them.
+
+    cold_start: with every cache of compiled or tuned kernels empty. new_batch: for a batch size
+    that is one less (two for one image), once it was built for the first; None if not asked for.
+    """
 
     logits: NDArray[np.float32]
     cold_start: float
+    new_batch: float | None
 
 
 class Runner:
     """Lives in a worker: builds a contestant and times it."""
 
-    def build(self, contestant: Contestant, job: Job, round_seconds: float) -> Built:
-        """Builds, checks and calibrates. The cold start is building plus the first call, with
-        PyTorch loaded but every cache of compiled or tuned kernels empty."""
+    def build(
+        self, contestant: Contestant, job: Job, round_seconds: float, new_batch: bool
+    ) -> Built:
+        """Builds, checks and calibrates. A start is building plus the first call, with PyTorch
+        loaded; each builds its model, so reading the weights counts too."""
         task = job.task()
         self._device = job.device
         self._free = _free_on_gpu(job.device)
-        start = time.perf_counter()
-        self._call: Call = contestant.build(task)
-        logits = self._call().float().cpu().numpy().copy()
-        cold_start = time.perf_counter() - start
+        self._call, logits, cold_start = _start(contestant, task)
+        other = None
+        if new_batch:
+            images = task.images[1:] if len(task.images) > 1 else task.images.repeat(2, 1, 1, 1)
+            *_, other = _start(contestant, task._replace(images=images))
         del task
         self._iterations = iterations_for(self._call, job.device, round_seconds)
         gc.collect()
@@ -82,7 +90,7 @@ class Runner:
             reset_peak_memory()
         else:
             torch.cuda.empty_cache()
-        return Built(logits, cold_start)
+        return Built(logits, cold_start, other)
 
     def time(self) -> list[float]:
         """Seconds of each call of one round, after one that brings the caches back."""
@@ -95,6 +103,14 @@ class Runner:
         if self._free is None:
             return peak_memory()
         return self._free - (_free_on_gpu(self._device) or 0)
+
+
+def _start(contestant: Contestant, task: Task) -> tuple[Call, NDArray[np.float32], float]:
+    """The built call, its first result, and the seconds that both took."""
+    start = time.perf_counter()
+    call = contestant.build(task)
+    logits = call().float().cpu().numpy().copy()
+    return call, logits, time.perf_counter() - start
 
 
 def _free_on_gpu(device: torch.device) -> int | None:

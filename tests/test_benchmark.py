@@ -85,7 +85,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     """Exit code and folder of a run of every kind of contestant."""
     folder = tmp_path_factory.mktemp("benchmark")
     files = ["--json", str(folder / "out.json"), "--plot", str(folder / "plots" / "out.png")]
-    arguments = [*TINY, "--batch", "2", "--rounds", str(ROUNDS), "--quick", *files]
+    arguments = [*TINY, "--batch", "2", "--rounds", str(ROUNDS), "--quick", "--new-batch", *files]
     return throughput.main(arguments, (EXACT, EAGER, *OTHERS)), folder
 
 
@@ -104,6 +104,7 @@ def test_record_holds_all_samples_and_what_follows_from_them(finished: tuple[int
         assert entry["latency_p50"] <= entry["latency_p99"]
         assert entry["memory"] > 50e6
         assert entry["cold_start"] > 0
+        assert entry["new_batch"] > 0
         floor = record["comparisons"][0]["floor"]
         assert entry["floor_share"] == pytest.approx(floor * entry["rate"] / 2)
     assert entries["eager"]["speedup"] == pytest.approx(
@@ -157,18 +158,25 @@ def test_red_gate_states_no_speedup(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "RED GATE" in capsys.readouterr().out
 
 
-def test_interrupt_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_keeps_what_was_measured(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
     out = tmp_path / "out.json"
     time_round = throughput._Race._time
 
     def interrupted(race: throughput._Race, entry: report.Entry) -> None:
         if entry.rounds:
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
         time_round(race, entry)
 
     monkeypatch.setattr(throughput._Race, "_time", interrupted)
     arguments = [*TINY, "--batch", "1", "--rounds", "5", "--json", str(out)]
-    assert throughput.main(arguments, (EXACT,)) == 130
+    try:
+        assert throughput.main(arguments, (EXACT,)) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     record, (entries,) = read(out)
     assert record["interrupted"]
     assert len(entries["exact"]["rounds"]) == 1

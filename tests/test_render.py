@@ -1,0 +1,61 @@
+"""Pages from result files: they say what the files say, and who wins."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torchvision", reason="the benchmarks' peers are torchvision's models")
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+
+import render  # noqa: E402
+from report import Comparison, Entry  # noqa: E402
+
+
+def comparison(*rates: float, wrong: bool = False) -> Comparison:
+    """Ours and peers with the given images per second, the floor at 100."""
+    entries = [
+        Entry(str(i), f"contestant {i}", ours=i == 0, status="measured", rounds=[[2 / rate] * 2])
+        for i, rate in enumerate(rates)
+    ]
+    if wrong:
+        entries.append(Entry("wrong", "wrong", ours=True, status="wrong"))
+    found = Comparison("resnet18", "cpu", "float32", 2, 64, entries, floor=2 / 100)
+    found.summarise()
+    return found
+
+
+def test_readme_and_page_are_what_the_files_say(capsys: pytest.CaptureFixture[str]) -> None:
+    assert render.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_a_changed_number_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("README.md", "docs/results.md", "benchmarks/results/throughput_cpu.json"):
+        target = tmp_path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text((ROOT / name).read_text())
+    monkeypatch.setattr(render, "ROOT", tmp_path)
+    (tmp_path / "benchmarks/results/throughput_cpu.md").write_text("A profile says why.\n")
+    assert render.main(["--check"]) == 1
+    assert render.main([]) == 0
+    assert (tmp_path / "docs/results.md").read_text().endswith("A profile says why.\n")
+    readme = (tmp_path / "README.md").read_text()
+    assert readme == (ROOT / "README.md").read_text()
+    (tmp_path / "README.md").write_text(readme.replace("cpu** | **", "cpu** | **9", 1))
+    assert render.main(["--check"]) == 1
+
+
+def test_verdicts_by_hand() -> None:
+    assert render.verdict(comparison(60, 40, 50)) == (
+        "**contestant 0** wins: 1.20× the best peer, contestant 2. "
+        "Ours runs at 60% of the roofline floor."
+    )
+    assert render.verdict(comparison(40, 50, 20)).startswith(
+        "**contestant 1** wins: 1.25× ours, contestant 0."
+    )
+    assert "wrong" in render.verdict(comparison(60, 40, wrong=True))
+    assert render.verdict(comparison(60)) == "Nothing to compare was measured."
