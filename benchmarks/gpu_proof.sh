@@ -1,20 +1,26 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, one command on a machine with nothing built yet:
 #
-#     bash benchmarks/gpu_proof.sh                  all parts, the most telling first
+#     bash benchmarks/gpu_proof.sh                  the parts below, the most telling first
 #     bash benchmarks/gpu_proof.sh training         one of them: build, environment, tests,
-#                                                   tuning, throughput, layers, training, sanitizer
+#                                                   tuning, throughput, training, layers, networks,
+#                                                   sanitizer, pages
+#     bash benchmarks/gpu_proof.sh every            all five networks, dtypes and batch sizes too
+#     bash benchmarks/gpu_proof.sh inference-resnet34-float16-1,8,512      one part of `every`
 #
 # Parts stand alone (after `build`), and none takes more than 8 minutes: a command that would is
-# stopped, and what it wrote until then stays. Results go to benchmarks/results/<gpu>/.
+# stopped, and what it wrote until then stays. Results go to benchmarks/results/<gpu>/, the choices
+# of kernels that tuning made among them; `pages` renders all into docs/results.md.
 # Works offline where torch, triton, cmake, ninja, pybind11, pytest and pytest-xdist are installed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1 | tr 'A-Z ' 'a-z_')
-results=benchmarks/results/${gpu:?no NVIDIA GPU found by nvidia-smi}
+: "${gpu:?no NVIDIA GPU found by nvidia-smi}"
+results=benchmarks/results/${gpu#nvidia_}
 mkdir -p "$results"
 export PYTHONUNBUFFERED=1
+export RESNET_FUSED_CACHE_DIR=$PWD/$results/tuning
 failed=()
 
 run() { # name, seconds, command...: runs it against the clock, its output kept beside the results
@@ -42,7 +48,13 @@ gpu_tests() { # name, seconds, what to leave out or to take
 }
 
 tests() {
-  gpu_tests tests 450 tests --ignore-glob='*test_training*'
+  gpu_tests tests 450 tests --ignore-glob='*test_training*' --ignore=tests/test_gpu.py
+}
+
+# Full-size images, a thousand runs, two streams, tensors past 2^31 elements: in one process, which
+# then has the memory to itself.
+networks() {
+  run networks 460 env RESNET_FUSED_TUNE=off pytest -q -m gpu tests/test_gpu.py
 }
 
 # The cache keeps what a stopped run has measured.
@@ -51,8 +63,29 @@ tuning() {
 }
 
 throughput() {
-  run throughput 450 python benchmarks/throughput.py --device cuda --dtype bfloat16 \
-    --batch 1 32 256 --json "$results/throughput.json" --plot "$results/throughput.png"
+  run throughput 460 python benchmarks/throughput.py --device cuda --dtype bfloat16 --new-batch \
+    --batch 256 1 32 --json "$results/throughput.json" --plot "$results/throughput.png"
+}
+
+inference() { # network, dtype, batch sizes with commas between; without what compiles for minutes
+  local name=inference_$1_$2_${3//,/_}
+  run "$name" 460 python benchmarks/throughput.py --device cuda --arch "$1" --dtype "$2" --quick \
+    --rounds 5 --batch ${3//,/ } --json "$results/$name.json" --plot "$results/$name.png"
+}
+
+every() {
+  local network dtype batches
+  for batches in 256,1 64,8 512,128,32; do
+    for dtype in bfloat16 float16; do
+      for network in resnet50 resnet18 resnet101 resnet34 resnet152; do
+        inference "$network" "$dtype" "$batches"
+      done
+    done
+  done
+}
+
+pages() {
+  run pages 60 python benchmarks/render.py
 }
 
 layers() {
@@ -78,8 +111,13 @@ sanitizer() {
   done
 }
 
-for name in "${@:-build environment tests training tuning throughput layers sanitizer}"; do
-  for one in $name; do "$one"; done
+usual=(build environment tests tuning throughput training layers networks sanitizer pages)
+for part in "${@:-${usual[@]}}"; do
+  case $part in
+    inference-*-*-*) IFS=- read -r part network dtype batches <<<"$part" &&
+      "$part" "$network" "$dtype" "$batches" ;;
+    *) "$part" ;;
+  esac
 done
 if ((${#failed[@]})); then
   echo "failed or out of time: ${failed[*]}; see $results/*.log" >&2

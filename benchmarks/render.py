@@ -1,4 +1,4 @@
-"""The result files as pages: docs/results.md, and the README's table between its two marks.
+"""The result files as pages: docs/results.md, and the README's tables, each between two marks.
 
     python benchmarks/render.py            writes both
     python benchmarks/render.py --check    exit code 1 where they are not what the files say
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ import training
 from report import Comparison, Entry, cells, ranked
 
 ROOT = Path(__file__).resolve().parents[1]
-_BEGIN, _END = "<!-- results of ", "<!-- end of results -->"
+_TABLE = re.compile(r"(<!-- results of (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -125,7 +126,11 @@ def summary(record: dict[str, Any]) -> str:
     """One row for each contestant, fastest first, a pair of columns for each comparison."""
     shown = comparisons(record)
     order = dict.fromkeys(entry.key for found in shown for entry in ranked(found))
-    headings = ["", *(h for c in shown for h in (f"{_name(c)} images/s", f"{_name(c)} error"))]
+    batches = len({found.batch for found in shown}) > 1
+    headings = [""]
+    for found in shown:
+        name = _SHORT[found.dtype] + (f" × {found.batch}" if batches else "")
+        headings += [f"{name} images/s", f"{name} error"]
     rows = []
     for key in order:
         row = []
@@ -141,18 +146,14 @@ def summary(record: dict[str, Any]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _name(comparison: Comparison) -> str:
-    return _SHORT[comparison.dtype]
-
-
 def readme() -> str:
-    """README.md with the table of the file that its mark names."""
-    text = (ROOT / "README.md").read_text()
-    before, rest = text.split(_BEGIN)
-    name = rest.split(" -->")[0]
-    record = json.loads((ROOT / name).read_text())
-    after = rest.split(_END)[1]
-    return f"{before}{_BEGIN}{name} -->\n{summary(record)}\n{_END}{after}"
+    """README.md with the tables of the files that its marks name."""
+
+    def table(found: re.Match[str]) -> str:
+        begin, name, end = found.groups()
+        return f"{begin}{summary(json.loads((ROOT / name).read_text()))}\n{end}"
+
+    return _TABLE.sub(table, (ROOT / "README.md").read_text())
 
 
 def main(arguments: list[str] | None = None) -> int:
