@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import warnings
@@ -285,14 +286,16 @@ def test_on_the_cpu_the_rule_decides() -> None:
         assert chosen == 1
 
 
+@pytest.mark.timeout(60)  # where it waits for itself
 @pytest.mark.usefixtures("gpu")
 def test_a_candidate_may_have_a_choice_of_its_own() -> None:
-    inner, outer = Stopwatch(small=2.0, large=1.0), Stopwatch(ours=1.0, theirs=3.0)
-    inner_tuner, tuner = inner.tuner(), outer.tuner()
+    clock = Stopwatch(small=2.0, large=1.0, theirs=3.0)
+    tuner = clock.tuner()
 
     def launch(candidate: str) -> str:
-        outer.runs.append(candidate)
-        return inner.run(inner_tuner, "within") if candidate == "ours" else candidate
+        if candidate == "ours":
+            return clock.run(tuner, "within", candidates=("small", "large"))
+        return clock.launch(candidate)
 
     def run() -> str:
         return tuner.run(("around",), GPU, lambda: ["ours", "theirs"], launch)
@@ -300,14 +303,53 @@ def test_a_candidate_may_have_a_choice_of_its_own() -> None:
     assert run() == "large"
     with watch() as decisions:
         assert run() == "large"
+    assert clock.measured == 4
     (decision,) = decisions
     assert (decision.key, decision.choice) == (("around",), "ours")
-    assert decision.seconds == {"ours": 1.0, "theirs": 3.0}
+    assert decision.seconds == {"ours": 1.0, "theirs": 3.0}  # its own best choice made
     (part,) = decision.parts
     assert (part.key, part.choice) == (("within",), "large")
     assert part.parts == []
     run()
     assert decisions == [decision]
+
+
+@pytest.mark.parametrize(("milliseconds", "calls"), [(4.0, 5), (1.0, 20), (0.001, 50)])
+def test_a_measurement_is_the_median_of_calls_each_on_cold_caches(
+    milliseconds: float, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU of events only, whose every third call takes ten times as long as the others."""
+    events: list[str] = []
+    now = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            events.append("event")
+            self.time = now[0]
+
+        def elapsed_time(self, end: Event) -> float:
+            assert events[-1] == "wait"
+            return end.time - self.time
+
+    def call() -> None:
+        events.append("call")
+        now[0] += milliseconds * (10 if events.count("call") % 3 == 0 else 1)
+
+    class Cache:
+        def zero_(self) -> None:
+            events.append("flush")
+            now[0] += 7.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("wait"))
+    monkeypatch.setattr(tuning.torch, "empty", lambda *shape, **options: Cache())
+    assert tuning.measure(call, GPU) == pytest.approx(milliseconds / 1e3)
+    span = ["flush", "event", "call", "event"]
+    assert events == ["call", *3 * span, "wait", *calls * span, "wait"]
 
 
 def test_batches_share_a_bucket_up_to_a_power_of_two() -> None:
@@ -342,4 +384,5 @@ def test_a_description_tells_apart_what_kernels_tell_apart() -> None:
         of(x.float(), weight.float()),
     ]
     assert len({same, *others}) == 1 + len(others)
-    assert len({str(key) for key in (same, *others)}) == 1 + len(others)  # as in the file
+    titles = {"|".join(map(str, key)) for key in (same, *others)}  # as in the file
+    assert len(titles) == 1 + len(others)
