@@ -61,6 +61,13 @@ def test_ldmatrix_hands_row_elements_to_lanes(simulator):
             assert out[4 * lane + matrix] == memory[row // 4 + lane % 4]
 
 
+def test_shuffle_exchanges_lanes(simulator):
+    """PTX ISA, shfl.sync, .bfly: a lane receives from the lane whose number differs by the mask."""
+    numbers = words(torch.arange(32.0))
+    out = simulator.run_primitive("shuffle", numbers, 5 * 32)
+    assert out == [numbers[lane ^ mask] for mask in (1, 2, 4, 8, 16) for lane in range(32)]
+
+
 def a_elements(lane: int) -> list[tuple[int, int]]:
     """PTX ISA, fragments of mma.m16n8k16 for .f16 and .bf16: (row, column) of a0..a7."""
     group, member = lane // 4, lane % 4
@@ -365,6 +372,7 @@ def mma_input(dtype: torch.dtype) -> list[int]:
 
 CONFORMANCE = {
     "ldmatrix": (ldmatrix_input, 128),
+    "shuffle": (lambda: words(torch.randn(32, generator=generator())), 5 * 32),
     "mma f16": (lambda: mma_input(torch.float16), 128),
     "mma bf16": (lambda: mma_input(torch.bfloat16), 128),
     "convert": (lambda: words(torch.randn(1024, generator=generator()) * 1e-4), 4096),

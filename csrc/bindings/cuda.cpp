@@ -14,6 +14,7 @@
 
 #include "kernels/cuda/bn_add_relu.h"
 #include "kernels/cuda/conv.h"
+#include "kernels/cuda/head.h"
 #include "kernels/cuda/stem.h"
 #include "register.h"
 
@@ -248,6 +249,48 @@ void stem(std::uintptr_t out, std::uintptr_t x, std::uintptr_t weight, DType dty
   check_cuda("stem", resnet_fused::stem(arguments, device, pointer<CUstream_st>(stream)));
 }
 
+void average_pool(std::uintptr_t out, DType out_dtype, std::uintptr_t x, DType dtype,
+                  std::int64_t batch, std::int64_t positions, std::int64_t channels, int device,
+                  std::uintptr_t stream) {
+  const resnet_fused::AveragePool arguments{pointer(out),
+                                            pointer<const void>(x),
+                                            dtype,
+                                            out_dtype,
+                                            size("batch", batch, 0),
+                                            size("positions", positions, 1),
+                                            size("channels", channels, 0)};
+  if (batch * channels > 0 && (out == 0 || x == 0)) {
+    throw std::invalid_argument("out or x is a null pointer");
+  }
+  check_elements("x", {batch, positions, channels});
+  if (out_dtype != dtype && out_dtype != DType::kFloat32) {
+    throw std::invalid_argument("out_dtype must be dtype or float32");
+  }
+  py::gil_scoped_release unlocked;
+  check_cuda("average_pool",
+             resnet_fused::average_pool(arguments, device, pointer<CUstream_st>(stream)));
+}
+
+void linear(std::uintptr_t out, std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias,
+            DType dtype, std::int64_t batch, std::int64_t channels, std::int64_t classes,
+            int device, std::uintptr_t stream) {
+  const resnet_fused::Linear arguments{pointer(out),
+                                       pointer<const float>(x),
+                                       pointer<const void>(weight),
+                                       pointer<const void>(bias),
+                                       dtype,
+                                       size("batch", batch, 0),
+                                       size("channels", channels, 1),
+                                       size("classes", classes, 0)};
+  if (batch * classes > 0 && (out == 0 || x == 0 || weight == 0)) {
+    throw std::invalid_argument("out, x or weight is a null pointer");
+  }
+  check_elements("out", {batch, classes});
+  check_elements("weight", {classes, channels});
+  py::gil_scoped_release unlocked;
+  check_cuda("linear", resnet_fused::linear(arguments, device, pointer<CUstream_st>(stream)));
+}
+
 }  // namespace
 
 void register_cuda_kernels(py::module_& module) {
@@ -313,6 +356,22 @@ void register_cuda_kernels(py::module_& module) {
       "3), weight (out_channels, 7, 7, 3) and out (batch, *image / 4 rounded up,\n"
       "out_channels), of `dtype`; the vectors are (address, DType), the last two or None.\n"
       "Raises ValueError for impossible sizes, RuntimeError for what CUDA reports.");
+
+  module.def("cuda_average_pool", &average_pool, py::arg("out"), py::arg("out_dtype"), py::arg("x"),
+             py::arg("dtype"), py::arg("batch"), py::arg("positions"), py::arg("channels"),
+             py::arg("device"), py::arg("stream"),
+             "out[n, c] = the mean of x[n, :, c], queued on `stream` of `device`. Addresses of x\n"
+             "(batch, positions, channels) of `dtype`, and of out (batch, channels), of that type\n"
+             "or float32. Raises ValueError for impossible sizes, RuntimeError for what CUDA\n"
+             "reports.");
+
+  module.def("cuda_linear", &linear, py::arg("out"), py::arg("x"), py::arg("weight"),
+             py::arg("bias"), py::arg("dtype"), py::arg("batch"), py::arg("channels"),
+             py::arg("classes"), py::arg("device"), py::arg("stream"),
+             "out[n, k] = sum of x[n, :] * weight[k, :], + bias[k], queued on `stream` of\n"
+             "`device`. Addresses of x (batch, channels) of float32, and of `dtype`: weight\n"
+             "(classes, channels), bias (classes), 0 for none, and out (batch, classes). Raises\n"
+             "ValueError for impossible sizes, RuntimeError for what CUDA reports.");
 
   module.def(
       "cuda_check_device",

@@ -3,6 +3,19 @@
 namespace resnet_fused::ptx {
 namespace {
 
+struct Shuffle {
+  float value;
+  int mask;
+  float received;
+};
+
+void exchange(void* const* lanes) {
+  for (int lane = 0; lane < host_sim::kWarp; ++lane) {
+    Shuffle& operands = *static_cast<Shuffle*>(lanes[lane]);
+    operands.received = static_cast<const Shuffle*>(lanes[lane ^ operands.mask])->value;
+  }
+}
+
 struct MatrixLoad {
   std::uint32_t* to;
   std::uint32_t row;
@@ -78,6 +91,13 @@ void multiply(void* const* lanes) {
 }
 
 }  // namespace
+
+float shuffle_xor(float value, int mask) {
+  if (mask < 0 || mask >= host_sim::kWarp) host_sim::fault("shuffles with lanes ^ %d", mask);
+  Shuffle operands{value, mask, 0.0f};
+  host_sim::collective("shfl", &exchange, &operands);
+  return operands.received;
+}
 
 void ldmatrix_x4(std::uint32_t (&to)[4], std::uint32_t row) {
   MatrixLoad operands{to, row};

@@ -51,6 +51,8 @@ void cp_async_wait() {
   host_sim::wait_for_copies(kPending);
 }
 
+float shuffle_xor(float value, int mask);
+
 void ldmatrix_x4(std::uint32_t (&to)[4], std::uint32_t row);
 
 template <typename T>

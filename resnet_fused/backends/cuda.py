@@ -4,7 +4,8 @@ Each convolution runs with the fastest, as measured, of the tiles of our implici
 followed by our normalisation kernel. The rule, where measuring is not allowed: our kernel takes
 every convolution of whole 16-byte chunks on tensor cores (float16 and bfloat16, one group, channels
 that are multiples of 8), cuDNN the others (small groups, float32 with or without TF32). The stem's
-three channels have another kernel, with the pooling.
+three channels have another kernel, with the pooling. The head is our average pool, then our product
+(by the rule, of few images) or cuBLAS's.
 
 torch's fused `cudnn_convolution_relu` and `cudnn_convolution_add_relu` are no candidates: they add
 a bias and cannot scale, so that batch norm would have to be folded into rounded weights.
@@ -31,6 +32,11 @@ from .tuning import Tuner, describe
 _CUDNN = "cudnn"
 _SEPARATE = "separate"
 _FUSED = "fused"
+_LINEAR = "linear"
+_CUBLAS = "cublas"
+
+# Of the rule: more images are work for tensor cores, which our product does without (head.cu).
+_MOST_IMAGES_OF_LINEAR = 16
 
 
 class CudaBackend:
@@ -288,7 +294,54 @@ class CudaBackend:
         return out
 
     def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x.mean((2, 3)), weight, bias)
+        def launch(product: str) -> Tensor:
+            if product == _CUBLAS:
+                return F.linear(self._average_pool(x, x.dtype), weight, bias)
+            return self._linear(self._average_pool(x, torch.float32), weight, bias)
+
+        few = x.shape[0] <= _MOST_IMAGES_OF_LINEAR
+        return self._tuner.run(
+            ("head", *describe(x, weight, bias)),
+            x.device,
+            lambda: [_LINEAR, _CUBLAS] if few else [_CUBLAS, _LINEAR],
+            launch,
+        )
+
+    def _linear(self, means: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        weight = weight.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        out = means.new_empty((means.shape[0], weight.shape[0]), dtype=weight.dtype)
+        self._run(
+            self._extension.cuda_linear,
+            out,
+            [means, weight, bias],
+            out.data_ptr(),
+            means.data_ptr(),
+            weight.data_ptr(),
+            _address(bias),
+            self._dtypes[weight.dtype],
+            *means.shape,
+            weight.shape[0],
+        )
+        return out
+
+    def _average_pool(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The means over all positions, (N, C) of x's type or, not rounded, of float32."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        out = torch.empty(x.shape[:2], dtype=dtype, device=x.device)
+        self._run(
+            self._extension.cuda_average_pool,
+            out,
+            [x],
+            out.data_ptr(),
+            self._dtypes[dtype],
+            x.data_ptr(),
+            self._dtypes[x.dtype],
+            x.shape[0],
+            x.shape[2] * x.shape[3],
+            x.shape[1],
+        )
+        return out
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -47,6 +47,14 @@ __global__ void ldmatrix(const Arguments a) {
   for (int k = 0; k < 4; ++k) ptx::store_global(a.out + 4 * threadIdx.x + k, registers[k]);
 }
 
+// in: a float a lane. out: for each mask of one bit, what the lanes receive.
+__global__ void shuffle(const Arguments a) {
+  const float value = as_float(ptx::load_global(a.in + threadIdx.x));
+  for (int k = 0; k < 5; ++k) {
+    ptx::store_global(a.out + 32 * k + threadIdx.x, as_bits(ptx::shuffle_xor(value, 1 << k)));
+  }
+}
+
 // in: a lane's 4 registers of a, 2 of b, 4 of d, lane after lane. out: 4 of d a lane.
 template <typename T>
 __global__ void mma(const Arguments a) {
@@ -202,6 +210,7 @@ cudaError_t launch(const std::uint32_t* in, std::uint32_t* out) {
 
 const Tests kTests = {
     {"ldmatrix", &launch<&ldmatrix, 32>},
+    {"shuffle", &launch<&shuffle, 32>},
     {"mma f16", &launch<&mma<__half>, 32>},
     {"mma bf16", &launch<&mma<__nv_bfloat16>, 32>},
     {"convert", &launch<&convert, 1024>},

@@ -112,10 +112,6 @@ Kernel kernel_for(DType dtype, bool residual, bool vectorised) {
   }
 }
 
-bool aligned(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0; }
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 }  // namespace
 
 cudaError_t bn_add_relu(const BnAddRelu& arguments, int device, cudaStream_t stream) {

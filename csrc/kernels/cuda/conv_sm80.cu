@@ -33,10 +33,6 @@ namespace {
 
 constexpr int kChunkBytes = 16;
 
-__host__ __device__ __forceinline__ bool aligned(const void* pointer) {
-  return reinterpret_cast<std::uintptr_t>(pointer) % kChunkBytes == 0;
-}
-
 // kWarpsM x kWarpsN warps compute kM x kN results, kRowBytes of depth a step; registers are bounded
 // so that kBlocks blocks fit a multiprocessor.
 template <int kM_, int kN_, int kRowBytes_, int kWarpsM_, int kWarpsN_, int kStages_, int kBlocks_>
@@ -423,8 +419,6 @@ Choice choose(const ConvBn& a, ConvTile tile) {
       return choose_float(tile, whole, projection);
   }
 }
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // Blocks in the grid's first dimension.
 std::int64_t blocks(const ConvBn& a, const Choice& choice) {

@@ -389,8 +389,6 @@ Choice choose(const ConvBn& a, ConvTile tile) {
                                     : choose<__nv_bfloat16>(tile, projection);
 }
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 std::int64_t positions(const ConvBn& a) { return a.batch * a.out_height * a.out_width; }
 
 std::int64_t tiles(const ConvBn& a, int channels) {
@@ -403,8 +401,6 @@ ConvTile choose_automatically(const ConvBn& a, int multiprocessors) {
   return 2 * a.out_channels > kLarge && tiles(a, kLarge) >= multiprocessors ? ConvTile::k128x128Sm90
                                                                             : ConvTile::k128x64Sm90;
 }
-
-bool aligned(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0; }
 
 PixelBox pixel_box(const ConvolutionBn& conv) {
   return {{-conv.padding_w, -conv.padding_h},

@@ -1,9 +1,11 @@
-// Launching a kernel that takes one structure: on a GPU, or in the host simulator.
+// Launching a kernel that takes one structure: on a GPU, or in the host simulator; and what
+// launchers compute.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
+#include <cstdint>
 
 #ifdef RESNET_FUSED_HOST_SIM
 #include "host_sim/simulator.h"
@@ -15,6 +17,13 @@ namespace resnet_fused {
 inline cudaError_t settled(cudaError_t status) {
   if (status != cudaSuccess) static_cast<void>(cudaGetLastError());
   return status;
+}
+
+inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// Whether accesses of 16 bytes may start there.
+__host__ __device__ __forceinline__ bool aligned(const void* pointer) {
+  return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0;
 }
 
 template <typename Arguments>

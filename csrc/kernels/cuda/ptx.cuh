@@ -80,6 +80,11 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// "shfl.sync", mode .bfly: what lane `lane ^ mask` of the warp hands in.
+__device__ __forceinline__ float shuffle_xor(float value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
 // "Warp-level matrix load instruction: ldmatrix": four 8x8 matrices of 16-bit elements. Lane l
 // names row l % 8 of matrix l / 8 and receives, of each matrix, elements 2 * (l % 4) and the next
 // of row l / 4.

@@ -211,8 +211,6 @@ __global__ void __launch_bounds__(kThreads, 2) stem_kernel(const __grid_constant
   pool<T>(a, image, p, q, first);
 }
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 }  // namespace
 
 cudaError_t stem(const Stem& stem, int device, cudaStream_t stream) {
