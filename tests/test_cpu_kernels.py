@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from resnet_fused import _extension
 from resnet_fused.backends.cpu.native import PackedConvolution, Vectors, bn_add_relu, head
+from resnet_fused.backends.residual import residual_argument
 from resnet_fused.parameters import BatchNorm, Convolution
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import (
@@ -20,6 +21,7 @@ from resnet_fused.testing.cases import (
     generator,
     make_batch_norm,
     make_convolution,
+    make_identity,
     make_integers,
     make_residual,
 )
@@ -114,7 +116,7 @@ class Conv(NamedTuple):
             x.data_ptr(),
             packed.data_ptr(),
             batch_norm(self.scale, self.shift),
-            0 if residual is None else residual.data_ptr(),
+            residual_argument(residual),
             out.data_ptr(),
             batch,
             height,
@@ -249,8 +251,48 @@ def test_winograd_passes_nan_on_and_writes_nothing_else(isa):
     assert whole[::2].isnan().all()
 
 
+@pytest.mark.parametrize(
+    ("shape", "channels", "stride"),
+    [((2, 32, 64, 14, 9), 32, 2), ((3, 48, 100, 7, 7), 33, 2), ((1, 16, 32, 5, 6), 7, 1)],
+    ids=str,
+)
+def test_winograd_reads_a_narrower_strided_residual(shape, channels, stride, isa):
+    conv = integer_conv(*shape)._replace(relu=False)
+    case = ConvCase(shape[0], shape[1], *shape[3:], shape[2], 3, 1, 1)
+    identity = make_identity(case, channels, stride, conv.x, generator())
+    expected = conv._replace(residual=None).eager()
+    expected[:, :channels] += identity
+    assert torch.equal(conv._replace(residual=identity).winograd(isa), expected)
+
+
 def test_winograd_of_an_empty_batch_is_empty():
     assert integer_conv(0, 16, 16, 5, 5).winograd().shape == (0, 16, 5, 5)
+
+
+DENSE = (256, 64, 16)  # strides of (N, 16, 4, 4)
+REFUSED_RESIDUALS = [
+    ({"residual": ("out + 4", 16, DENSE)}, "out overlaps residual"),
+    ({"residual": ("out", 8, DENSE)}, "out overlaps residual"),
+    ({"residual": ("out", 16, (256, 128, 32))}, "out overlaps residual"),
+    ({"residual": (0, 16, DENSE)}, "residual is a null pointer"),
+    ({"residual": (2, 16, DENSE)}, "residual is not aligned"),
+    ({"residual": ("x", 17, DENSE)}, "residual must have 1 to 16 channels, found 17"),
+    ({"residual": ("x", 0, DENSE)}, "residual must have 1 to 16 channels, found 0"),
+    ({"residual": ("x", 16, (256, -64, 16))}, "residual has a stride of -64"),
+    ({"residual": ("x", 16, (2**62, 64, 16))}, "residual has a stride of"),
+]
+
+
+def addressed(change: dict[str, Any], x: Tensor, out: Tensor) -> dict[str, Any]:
+    """The changed arguments with addresses for names."""
+    names = {"x": x.data_ptr(), "out": out.data_ptr(), "out + 4": out.data_ptr() + 4}
+
+    def address(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(address, value))
+        return names.get(value, value) if isinstance(value, str) else value
+
+    return {name: address(value) for name, value in change.items()}
 
 
 @pytest.mark.parametrize(
@@ -264,7 +306,7 @@ def test_winograd_of_an_empty_batch_is_empty():
         ({"batch": 2**62}, r"more than 2\^48 elements"),
         ({"isa": "sse"}, 'found "sse"'),
         ({"out": "x"}, "out overlaps x"),
-        ({"residual": "out + 4"}, "out overlaps residual"),
+        *REFUSED_RESIDUALS,
     ],
     ids=str,
 )
@@ -275,7 +317,7 @@ def test_winograd_refuses_impossible_arguments(change, message):
         "x": x.data_ptr(),
         "packed": packed.data_ptr(),
         "bn": batch_norm(vector, vector),
-        "residual": 0,
+        "residual": None,
         "out": out.data_ptr(),
         "batch": 1,
         "height": 4,
@@ -284,8 +326,7 @@ def test_winograd_refuses_impossible_arguments(change, message):
         "out_channels": 16,
         "relu": True,
     }
-    aliases = {"x": x.data_ptr(), "out": out.data_ptr(), "out + 4": out.data_ptr() + 4}
-    arguments |= {name: aliases.get(value, value) for name, value in change.items()}
+    arguments |= addressed(change, x, out)
     with pytest.raises(ValueError, match=message):
         _C.winograd_conv(**arguments)
 
@@ -316,7 +357,7 @@ def direct(
         x.contiguous(memory_format=NHWC).data_ptr(),
         packed.data_ptr(),
         vectors.arguments,
-        0 if residual is None else residual.data_ptr(),
+        residual_argument(residual),
         out.data_ptr(),
         batch,
         height,
@@ -365,6 +406,27 @@ def test_direct_convolution_is_exact_on_integers(name, add, kernel):
         True,
     )
     assert torch.equal(direct(x, conv, bn, residual, isa), truth.to(dtype))
+
+
+# The residual's channels and stride: in place of whole strips, within one, at the end of one.
+IDENTITIES = [
+    ("pointwise", 64, 2),
+    ("pointwise", 17, 1),
+    ("many strips", 330, 2),
+    ("3x3, 28 wide, stride 1", 32, 2),
+    ("many rows", 1, 3),
+    ("odd sums", 16, 2),
+]
+
+
+@pytest.mark.parametrize(("name", "channels", "stride"), IDENTITIES)
+def test_direct_convolution_reads_a_narrower_strided_residual(name, channels, stride, kernel):
+    dtype, isa = kernel
+    rng = generator()
+    x, conv, bn = make_integers(DIRECT[name], rng, dtype)
+    identity = make_identity(DIRECT[name], channels, stride, x, rng)
+    truth = reference.conv_bn(x.double(), cast(conv, torch.float64), bn, identity.double(), True)
+    assert torch.equal(direct(x, conv, bn, identity, isa), truth.to(dtype))
 
 
 @pytest.mark.parametrize("name", ["long sums", "many rows", "many strips", "odd sums"])
@@ -423,8 +485,8 @@ def test_batch_norm_is_read_in_any_type_and_stride(stored):
         ({"padding": (-1, 0)}, "padding at least 0"),
         ({"batch": -1}, "negative size -1"),
         ({"out": "x"}, "out overlaps x"),
-        ({"residual": "out + 4"}, "out overlaps residual"),
-        ({"projection": (5, 5), "residual": "out"}, "exclude each other"),
+        *REFUSED_RESIDUALS,
+        ({"projection": (5, 5), "residual": ("out", 16, DENSE)}, "exclude each other"),
         ({"projection": (5, 5)}, "the projection's result has another size"),
         ({"projection": (-1, 4)}, "negative size -1"),
     ],
@@ -437,7 +499,7 @@ def test_direct_convolution_refuses_impossible_arguments(change, message):
         "x": x.data_ptr(),
         "packed": packed.data_ptr(),
         "bn": batch_norm(vector, vector),
-        "residual": 0,
+        "residual": None,
         "out": out.data_ptr(),
         "batch": 1,
         "height": 4,
@@ -451,11 +513,7 @@ def test_direct_convolution_refuses_impossible_arguments(change, message):
         "relu": True,
         "bf16": False,
     }
-    aliases = {"x": x.data_ptr(), "out": out.data_ptr(), "out + 4": out.data_ptr() + 4}
-    arguments |= {
-        name: aliases.get(value, value) if isinstance(value, str) else value
-        for name, value in change.items()
-    }
+    arguments |= addressed(change, x, out)
     if "projection" in change:
         window = ((1, 1), (1, 1), (0, 0), (1, 1))
         shortcut = torch.zeros(1, 16, 5, 5)
@@ -513,6 +571,16 @@ def test_batch_norm_pass_rounds_once(shape, dtype, in_place):
         # A unit in the last place of the largest value, where every step may round in float32.
         spacing = torch.finfo(dtype).eps * truth.abs() * (0.51 if dtype == torch.bfloat16 else 2)
         assert ((out.double() - truth).abs() <= spacing + 1e-6).all()
+
+
+@pytest.mark.parametrize(("channels", "stride"), [(19, 2), (7, 1), (16, 3)])
+def test_batch_norm_pass_reads_a_narrower_strided_residual(channels, stride):
+    case = ConvCase(2, 19, 5, 3, 19)
+    x, _, bn = make_integers(case, generator())
+    identity = make_identity(case, channels, stride, x, generator(1))
+    expected = reference.bn_add_relu(x, bn, None, False)
+    expected[:, :channels] += identity
+    assert torch.equal(bn_add_relu(_C, x, bn, identity, True), expected.relu())
 
 
 def test_bfloat16_is_rounded_to_the_nearest_even():

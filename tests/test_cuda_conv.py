@@ -24,6 +24,7 @@ import resnet_fused
 from resnet_fused import backends, use_backend
 from resnet_fused.backends.cuda import CudaBackend
 from resnet_fused.backends.cuda_sim import SimulatedBackend, load
+from resnet_fused.backends.residual import residual_argument
 from resnet_fused.backends.tuning import Tuner
 from resnet_fused.parameters import BatchNorm, Convolution, MaxPool
 from resnet_fused.reference import ops as reference
@@ -32,6 +33,7 @@ from resnet_fused.testing.cases import (
     ConvCase,
     generator,
     make_convolution,
+    make_identity,
     make_integers,
     make_residual,
     randomise_statistics,
@@ -204,6 +206,39 @@ def test_tiles_are_exact_on_integers_and_free_of_bank_conflicts(simulator, tiled
     assert counts["bank_conflicts"] == 0
 
 
+# The residual's channels and stride: whole chunks, half a chunk, less than the first group's.
+IDENTITIES = [
+    ("pointwise", 72, 2),
+    ("pointwise", 60, 1),
+    ("3x3", 40, 2),
+    ("uneven outputs", 16, 2),
+    ("grouped", 96, 2),
+    ("grouped", 8, 3),
+]
+
+
+@pytest.mark.parametrize(("name", "channels", "stride"), IDENTITIES)
+def test_tiles_read_a_narrower_strided_residual(tiled, half, name, channels, stride):
+    rng = generator()
+    x, conv, bn = make_integers(TILE_CASES[name], rng, half)
+    identity = make_identity(TILE_CASES[name], channels, stride, x, rng)
+    expected = truth(x, conv, bn, identity, True)
+    assert torch.equal(tiled.conv_bn(x, conv, bn, identity, True).double(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES.values()], ids=str)
+@pytest.mark.parametrize("channels", [19, 16, 3])
+def test_batch_norm_pass_reads_a_narrower_strided_residual(simulator, dtype, channels):
+    case = ConvCase(2, 24, 5, 3, 24)
+    x, _, bn = make_integers(case, generator(), dtype)
+    identity = make_identity(case, channels, 2, x, generator(1))
+    expected = reference.bn_add_relu(x, bn, None, False)
+    expected[:, :channels] += identity
+    assert torch.equal(
+        SimulatedBackend(simulator).bn_add_relu(x, bn, identity, True), expected.relu()
+    )
+
+
 @pytest.mark.parametrize("name", TILE_CASES)
 def test_tiles_keep_the_contract(tiled, half, name):
     x, conv, bn = make_convolution(TILE_CASES[name], generator(), half)
@@ -238,6 +273,34 @@ def test_sm90_tiles_are_exact_on_integers(simulator, sm90, half, name):
     counts = simulator.take_statistics()
     assert counts["products"] > 0
     assert counts["matrix_loads"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "stride"),
+    [("pointwise", 72, 2), ("3x3", 136, 1), ("persistent", 104, 3), ("few channels", 8, 2)],
+)
+def test_sm90_tiles_read_a_narrower_strided_residual(sm90, half, name, channels, stride):
+    rng = generator()
+    x, conv, bn = make_integers(SM90_CASES[name], rng, half)
+    identity = make_identity(SM90_CASES[name], channels, stride, x, rng)
+    expected = truth(x, conv, bn, identity, True)
+    assert torch.equal(sm90.conv_bn(x, conv, bn, identity, True).double(), expected)
+
+
+@pytest.mark.parametrize("channels", [24, 20])
+def test_a_residual_that_no_tensor_map_can_express_is_read_by_the_other_kernel(
+    simulator, half, channels
+):
+    """Of images of an odd number of lines every second is read: no whole number apart."""
+    case = ConvCase(2, 32, 5, 4, 40, 3, 1, 1)
+    rng = generator()
+    x, conv, bn = make_integers(case, rng, half)
+    block_input = torch.randint(-9, 10, (2, channels, 9, 8), generator=rng).to(half)
+    identity = block_input.contiguous(memory_format=torch.channels_last)[:, :, ::2, ::2]
+    backend = SimulatedBackend(simulator, capability=90)
+    expected = truth(x, conv, bn, identity, True)
+    assert torch.equal(backend.conv_bn(x, conv, bn, identity, True).double(), expected)
+    assert simulator.take_statistics()["bulk_copies"] == 0
 
 
 @pytest.mark.parametrize("name", SM90_CASES)
@@ -539,7 +602,7 @@ def call(
         product[key] = changes.pop(key)
     arguments = {
         "out": 16,
-        "residual": 0,
+        "residual": None,
         "dtype": dtypes[x.dtype],
         "batch": x.shape[0],
         "out_image": image,
@@ -568,7 +631,7 @@ def test_out_may_be_the_residual(simulator, half, channels, capability):
     simulator.set_buffers(
         [*((address(t), t.nbytes, False) for t in tensors), (address(both), both.nbytes, True)]
     )
-    call(simulator, x, conv, bn, out=address(both), residual=address(both))
+    call(simulator, x, conv, bn, out=address(both), residual=residual_argument(both))
     assert torch.equal(both.double(), expected)
 
 
@@ -659,7 +722,7 @@ def test_projection_excludes_residual_and_groups(simulator):
     projection = simulator.ConvolutionBn(
         16, 16, (8, 8), 16, (1, 1), (1, 1), (0, 0), (1, 1), vector, vector, None, None, 1e-5
     )
-    for changes in ({"residual": 16}, {"groups": 2}):
+    for changes in ({"residual": (16, 16, (1024, 128, 16))}, {"groups": 2}):
         with pytest.raises(ValueError, match="a projection needs groups = 1"):
             call(simulator, x, conv, bn, projection=projection, **changes)
 

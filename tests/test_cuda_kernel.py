@@ -68,9 +68,10 @@ def _call(extension: ModuleType, **changes: Any) -> None:
     arguments: dict[str, Any] = {
         "out": 1 << 20,
         "x": 1 << 20,
-        "residual": 0,
+        "residual": None,
         "dtype": extension.DType.float16,
-        "rows": 4,
+        "batch": 1,
+        "image": (2, 2),
         "channels": 8,
         "mean": vector,
         "var": vector,
@@ -87,9 +88,13 @@ def _call(extension: ModuleType, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rows": -1}, "rows"),
+        ({"batch": -1}, "batch"),
+        ({"image": (2, -2)}, "image"),
         ({"channels": -8}, "channels"),
-        ({"rows": 2**61}, "overflows"),
+        ({"batch": 2**61}, "too many elements"),
+        ({"residual": (1 << 21, 9, (32, 16, 8))}, "residual must have 1 to 8 channels"),
+        ({"residual": (1 << 21, 8, (64, 32, 8))}, "pixels at one distance"),
+        ({"residual": ((1 << 20) + 2, 8, (32, 16, 8))}, "out overlaps residual"),
         ({"x": 0}, "null pointer"),
         ({"out": 0}, "null pointer"),
         ({"mean": None}, "mean and var"),
@@ -106,7 +111,7 @@ def test_binding_refuses_null_parameters(extension):
         _call(extension, weight=(0, extension.DType.float32))
 
 
-@pytest.mark.parametrize("empty", ["rows", "channels"])
+@pytest.mark.parametrize("empty", ["batch", "channels"])
 def test_nothing_is_launched_for_an_empty_tensor(extension, empty):
     _call(extension, **{empty: 0}, out=0, x=0)
 
@@ -146,9 +151,10 @@ def _launch(
     extension.cuda_bn_add_relu(
         out.data_ptr(),
         x.data_ptr(),
-        0 if residual is None else residual.data_ptr(),
+        None if residual is None else (residual.data_ptr(), x.shape[1], (x.shape[1],) * 3),
         dtypes[x.dtype],
         x.shape[0],
+        (1, 1),
         x.shape[1],
         *(None if v is None else (v.data_ptr(), dtypes[v.dtype]) for v in bn[:4]),
         bn.eps,

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from resnet_fused import ops
+from resnet_fused import backends, ops, use_backend
 from resnet_fused.ops import BatchNorm, Convolution, MaxPool
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import (
@@ -16,6 +17,7 @@ from resnet_fused.testing.cases import (
     generator,
     make_batch_norm,
     make_convolution,
+    make_identity,
     make_integers,
     make_residual,
 )
@@ -161,6 +163,36 @@ def test_conv_bn_adds_a_strided_narrower_residual(
     )
     linear[:, :channels] += identity
     assert torch.equal(out.double(), linear.clamp(min=0))
+
+
+class _Called(TorchDispatchMode):
+    """Collects the names of PyTorch's ops that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda_sim"])
+@pytest.mark.parametrize("groups", [1, 2])  # on the CPU, groups go another way
+def test_conv_bn_copies_no_narrower_strided_residual(name: str, groups: int) -> None:
+    if reason := backends.unavailable(name):
+        pytest.skip(reason)
+    case = ConvCase(1, 16, 4, 4, 32, 3, 1, 1, groups=groups)
+    x, conv, bn = make_convolution(case, generator(), torch.float32)
+    identity = make_identity(case, 16, 2, x, generator())
+    with use_backend(name), torch.no_grad():
+        ops.conv_bn(x, conv, bn, identity, True, pad_residual=True)  # packs the weights
+        with _Called() as called:
+            ops.conv_bn(x, conv, bn, identity, True, pad_residual=True)
+    assert called.names
+    assert not any(
+        word in op for op in called.names for word in ("clone", "copy", "pad", "contiguous", "zero")
+    )
 
 
 PROJECTIONS = {

@@ -22,6 +22,7 @@
 #include "kernels/cpu/stem.h"
 #include "kernels/cpu/winograd.h"
 #include "register.h"
+#include "residual.h"
 
 namespace py = pybind11;
 namespace cpu = resnet_fused::cpu;
@@ -164,8 +165,8 @@ void winograd_transform_weights(Address weight, const Strides& strides, Address 
                                   in_channels, out_channels);
 }
 
-void winograd_conv(Address x, Address packed, const BatchNorm& bn, Address residual, Address out,
-                   std::int64_t batch, std::int64_t height, std::int64_t width,
+void winograd_conv(Address x, Address packed, const BatchNorm& bn, const ResidualArgument& residual,
+                   Address out, std::int64_t batch, std::int64_t height, std::int64_t width,
                    std::int64_t in_channels, std::int64_t out_channels, bool relu,
                    const std::string& isa_name) {
   check_channels("in_channels", in_channels);
@@ -178,14 +179,18 @@ void winograd_conv(Address x, Address packed, const BatchNorm& bn, Address resid
   check_address("packed", packed);
   check_address("out", out);
   check_apart("out", out, out_floats * sizeof(float), "x", x, x_floats * sizeof(float));
-  if (residual != 0 && residual != out) {
-    check_address("residual", residual);
-    check_apart("out", out, out_floats * sizeof(float), "residual", residual,
-                out_floats * sizeof(float));
-  }
   const cpu::WinogradConv conv{
-      floats(x), floats(packed), floats(residual), mutable_floats(out), batch, height,
-      width,     in_channels,    out_channels,     batch_norm_of(bn),   relu};
+      floats(x),
+      floats(packed),
+      residual_of(residual, out, {batch, height, width, out_channels}, sizeof(float)),
+      mutable_floats(out),
+      batch,
+      height,
+      width,
+      in_channels,
+      out_channels,
+      batch_norm_of(bn),
+      relu};
   py::gil_scoped_release unlocked;
   cpu::winograd_conv(conv, isa);
 }
@@ -276,11 +281,11 @@ cpu::Window window_of(const Pair& kernel, const Pair& stride, const Pair& paddin
 using Projection = std::tuple<Address, Address, BatchNorm, std::int64_t, std::int64_t, std::int64_t,
                               Pair, Pair, Pair, Pair>;
 
-void conv_bn(Address x, Address packed, const BatchNorm& bn, Address residual, Address out,
-             std::int64_t batch, std::int64_t height, std::int64_t width, std::int64_t in_channels,
-             std::int64_t out_channels, const Pair& kernel, const Pair& stride, const Pair& padding,
-             const Pair& dilation, bool relu, bool bf16, const std::string& isa_name,
-             const std::optional<Projection>& projected) {
+void conv_bn(Address x, Address packed, const BatchNorm& bn, const ResidualArgument& residual,
+             Address out, std::int64_t batch, std::int64_t height, std::int64_t width,
+             std::int64_t in_channels, std::int64_t out_channels, const Pair& kernel,
+             const Pair& stride, const Pair& padding, const Pair& dilation, bool relu, bool bf16,
+             const std::string& isa_name, const std::optional<Projection>& projected) {
   const cpu::Isa isa = choose_isa(isa_name);
   check_convolves(format_of(bf16), isa);
   const std::int64_t size = bf16 ? 2 : 4;
@@ -290,38 +295,28 @@ void conv_bn(Address x, Address packed, const BatchNorm& bn, Address residual, A
     conv_weight_bytes(in_channels, out_channels, kernel, bf16);
     const cpu::Window window = window_of(kernel, stride, padding, dilation);
     const std::int64_t x_bytes = size * element_count("x", {batch, height, width, in_channels});
+    const std::array<std::int64_t, 4> shape = {batch, cpu::conv_output_size(window, 0, height),
+                                               cpu::conv_output_size(window, 1, width),
+                                               out_channels};
     const std::int64_t out_bytes =
-        size * element_count("out", {batch, cpu::conv_output_size(window, 0, height),
-                                     cpu::conv_output_size(window, 1, width), out_channels});
+        size * element_count("out", {shape[0], shape[1], shape[2], shape[3]});
+    resnet_fused::Residual added;
     if (out_bytes > 0) {
       if (x_bytes > 0) check_address("x", x, size);
       check_address("packed", packed);
       check_address("out", out, size);
       check_apart("out", out, out_bytes, "x", x, x_bytes);
-      if (residual != 0 && residual != out) {
-        check_address("residual", residual, size);
-        check_apart("out", out, out_bytes, "residual", residual, out_bytes);
-      }
+      added = residual_of(residual, out, shape, size);
     }
-    return cpu::Conv{pointer(x),
-                     pointer(packed),
-                     pointer(residual),
-                     mutable_pointer(out),
-                     batch,
-                     height,
-                     width,
-                     in_channels,
-                     out_channels,
-                     window,
-                     batch_norm_of(bn),
-                     relu,
-                     format_of(bf16)};
+    return cpu::Conv{
+        pointer(x),  pointer(packed), added,  mutable_pointer(out), batch, height,         width,
+        in_channels, out_channels,    window, batch_norm_of(bn),    relu,  format_of(bf16)};
   };
   cpu::Conv conv =
       conv_of(x, packed, bn, height, width, in_channels, kernel, stride, padding, dilation);
   std::optional<cpu::Conv> projection;
   if (projected) {
-    if (residual != 0) throw std::invalid_argument("residual and projection exclude each other");
+    if (residual) throw std::invalid_argument("residual and projection exclude each other");
     projection = std::apply(conv_of, *projected);
     conv.projection = &*projection;
     const std::int64_t sizes[2] = {conv.height, conv.width};
@@ -337,21 +332,23 @@ void conv_bn(Address x, Address packed, const BatchNorm& bn, Address residual, A
   cpu::conv_bn(conv, isa);
 }
 
-void bn_add_relu(Address x, const BatchNorm& bn, Address residual, Address out, std::int64_t pixels,
-                 std::int64_t channels, bool relu, bool bf16) {
+void bn_add_relu(Address x, const BatchNorm& bn, const ResidualArgument& residual, Address out,
+                 std::int64_t batch, std::int64_t height, std::int64_t width, std::int64_t channels,
+                 bool relu, bool bf16) {
   const std::int64_t size = bf16 ? 2 : 4;
-  const std::int64_t bytes = size * element_count("x", {pixels, channels});
+  const std::int64_t bytes = size * element_count("x", {batch, height, width, channels});
   if (bytes == 0) return;
   check_address("x", x, size);
   check_address("out", out, size);
   if (x != out) check_apart("out", out, bytes, "x", x, bytes);
-  if (residual != 0 && residual != out) {
-    check_address("residual", residual, size);
-    check_apart("out", out, bytes, "residual", residual, bytes);
-  }
-  const cpu::BnAddRelu op{pointer(x), pointer(residual), mutable_pointer(out),
-                          pixels,     channels,          batch_norm_of(bn),
-                          relu,       format_of(bf16)};
+  const cpu::BnAddRelu op{pointer(x),
+                          residual_of(residual, out, {batch, height, width, channels}, size),
+                          mutable_pointer(out),
+                          batch * height * width,
+                          channels,
+                          batch_norm_of(bn),
+                          relu,
+                          format_of(bf16)};
   py::gil_scoped_release unlocked;
   cpu::bn_add_relu(op);
 }
@@ -428,9 +425,11 @@ void register_cpu_kernels(py::module_& module) {
       py::arg("dilation"), py::arg("relu"), py::arg("bf16"), py::arg("isa") = "",
       py::arg("projection") = py::none(),
       "out = relu?(bn(conv(x)) (+ residual)) with one group. Addresses of x (batch, height,\n"
-      "width, in_channels), out and residual (batch, output height, output width,\n"
-      "out_channels), all bf16 or else fp32; residual is 0 for none and may be out; x may\n"
-      "not overlap out. bn is (mean, var, weight, bias, eps), each vector (address, stride\n"
+      "width, in_channels) and out (batch, output height, output width, out_channels), both\n"
+      "bf16 or else fp32; x may not overlap out. residual is None or (address, channels,\n"
+      "strides): of out's type and first channels, strides in elements from an image, a line\n"
+      "and a pixel to the next; it may be out, and overlaps it in no other way.\n"
+      "bn is (mean, var, weight, bias, eps), each vector (address, stride\n"
       "in elements, bytes of an element: 2 bf16, 4 fp32, 8 fp64), weight and bias None\n"
       "where absent. Sums and batch norm are fp32. projection, instead of a residual, is\n"
       "(x, packed, bn, height, width, in_channels, kernel, stride, padding, dilation) of a\n"
@@ -440,11 +439,11 @@ void register_cpu_kernels(py::module_& module) {
 
   module.def(
       "bn_add_relu", &bn_add_relu, py::arg("x"), py::arg("bn"), py::arg("residual"), py::arg("out"),
-      py::arg("pixels"), py::arg("channels"), py::arg("relu"), py::arg("bf16"),
-      "out = relu?(bn(x) (+ residual)). Addresses of x, residual and out (pixels,\n"
-      "channels), all bf16 or else fp32; residual is 0 for none; x and residual may be out.\n"
-      "bn as in conv_bn. Runs on every processor. Raises ValueError for null pointers,\n"
-      "impossible sizes and overlaps.");
+      py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("channels"), py::arg("relu"),
+      py::arg("bf16"),
+      "out = relu?(bn(x) (+ residual)). Addresses of x and out (batch, height, width,\n"
+      "channels), both bf16 or else fp32; x may be out. residual and bn as in conv_bn. Runs on\n"
+      "every processor. Raises ValueError for null pointers, impossible sizes and overlaps.");
 
   module.def(
       "head", &head, py::arg("x"), py::arg("weight"), py::arg("weight_stride"), py::arg("bias"),
@@ -472,10 +471,10 @@ void register_cpu_kernels(py::module_& module) {
              py::arg("isa") = "",
              "out = relu?(bn(conv(x)) (+ residual)) for a 3x3 convolution of stride,\n"
              "padding, dilation and groups 1, by Winograd's F(2x2, 3x3) (arXiv:1509.09308).\n"
-             "Addresses of fp32 tensors: x (batch, height, width, in_channels), out and residual\n"
-             "(batch, height, width, out_channels); bn as in conv_bn. residual is 0 for none and\n"
-             "may be out; x may not overlap out. A non-finite input reaches all of\n"
-             "its 2x2 output tile. isa=\"avx2\" forbids AVX-512. Raises ValueError for null\n"
+             "Addresses of fp32 tensors: x (batch, height, width, in_channels) and out (batch,\n"
+             "height, width, out_channels), apart; residual and bn as in conv_bn. A non-finite\n"
+             "input reaches all of its 2x2 output tile. isa=\"avx2\" forbids AVX-512. Raises "
+             "ValueError for null\n"
              "pointers, impossible sizes, overlaps, or a processor without the instructions.");
 
   module.def("stem_weight_bytes", &stem_weight_bytes, py::arg("out_channels"), py::arg("bf16"),

@@ -3,10 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <initializer_list>
-#include <limits>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -17,6 +17,7 @@
 #include "kernels/cuda/head.h"
 #include "kernels/cuda/stem.h"
 #include "register.h"
+#include "residual.h"
 
 namespace py = pybind11;
 using resnet_fused::BatchNorm;
@@ -72,30 +73,48 @@ BatchNorm batch_norm(const py::object& mean, const py::object& var, const py::ob
           static_cast<float>(eps)};
 }
 
-void bn_add_relu(std::uintptr_t out, std::uintptr_t x, std::uintptr_t residual, DType dtype,
-                 std::int64_t rows, std::int64_t channels, const py::object& mean,
-                 const py::object& var, const py::object& weight, const py::object& bias,
-                 double eps, bool relu, int device, std::uintptr_t stream) {
-  if (rows < 0 || channels < 0) throw std::invalid_argument("rows and channels must be >= 0");
-  if (channels > 0 && rows > std::numeric_limits<std::int64_t>::max() / (4 * channels)) {
-    throw std::invalid_argument("rows * channels overflows");
+using Pair = std::array<std::int64_t, 2>;
+
+std::int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+void check_elements(const char* name, std::initializer_list<std::int64_t> sizes) {
+  std::int64_t elements = 1;
+  for (const std::int64_t s : sizes) {
+    if (s > 0 && elements > (std::int64_t{1} << 60) / s) {
+      throw std::invalid_argument(std::string(name) + " has too many elements");
+    }
+    elements *= s;
   }
+}
+
+void bn_add_relu(std::uintptr_t out, std::uintptr_t x, const ResidualArgument& residual,
+                 DType dtype, std::int64_t batch, const Pair& image, std::int64_t channels,
+                 const py::object& mean, const py::object& var, const py::object& weight,
+                 const py::object& bias, double eps, bool relu, int device, std::uintptr_t stream) {
+  const auto [height, width] = image;
+  if (std::min({batch, height, width, channels}) < 0) {
+    throw std::invalid_argument("batch, image and channels must be >= 0");
+  }
+  check_elements("x", {batch, height, width, channels});
+  const std::int64_t rows = batch * height * width;
   if (rows == 0 || channels == 0) return;
   if (out == 0 || x == 0) throw std::invalid_argument("out or x is a null pointer");
-  const BnAddRelu arguments{pointer(out),
-                            pointer<const void>(x),
-                            pointer<const void>(residual),
-                            dtype,
-                            rows,
-                            channels,
-                            batch_norm(mean, var, weight, bias, eps),
-                            relu};
+  const BnAddRelu arguments{
+      pointer(out),
+      pointer<const void>(x),
+      residual_of(residual, out, {batch, height, width, channels}, size_of(dtype)),
+      dtype,
+      rows,
+      channels,
+      batch_norm(mean, var, weight, bias, eps),
+      relu};
+  if (!arguments.residual.in_line()) {
+    throw std::invalid_argument("residual must have all pixels at one distance here");
+  }
   py::gil_scoped_release unlocked;
   check_cuda("bn_add_relu",
              resnet_fused::bn_add_relu(arguments, device, pointer<CUstream_st>(stream)));
 }
-
-using Pair = std::array<std::int64_t, 2>;
 
 // The kernels compute positions and channels in 32 bits, with room for a sum of two.
 constexpr std::int64_t kMaxSize = std::int64_t{1} << 29;
@@ -106,16 +125,6 @@ int size(const char* name, std::int64_t value, std::int64_t least) {
                                 " and below 2^29, found " + std::to_string(value));
   }
   return static_cast<int>(value);
-}
-
-void check_elements(const char* name, std::initializer_list<std::int64_t> sizes) {
-  std::int64_t elements = 1;
-  for (const std::int64_t s : sizes) {
-    if (s > 0 && elements > (std::int64_t{1} << 60) / s) {
-      throw std::invalid_argument(std::string(name) + " has too many elements");
-    }
-    elements *= s;
-  }
 }
 
 ConvolutionBn convolution_bn(std::uintptr_t x, std::uintptr_t weight, const Pair& image,
@@ -166,35 +175,39 @@ void check_convolution(const ConvolutionBn& conv, const ConvBn& result) {
   check_elements("weight", {result.out_channels, conv.kernel_h, conv.kernel_w, conv.channels});
 }
 
-ConvBn conv_bn_arguments(std::uintptr_t out, std::uintptr_t residual, DType dtype,
+ConvBn conv_bn_arguments(std::uintptr_t out, const ResidualArgument& residual, DType dtype,
                          std::int64_t batch, const Pair& out_image, std::int64_t out_channels,
                          std::int64_t groups, const ConvolutionBn& conv,
                          const std::optional<ConvolutionBn>& projection, bool relu) {
-  const ConvBn arguments{pointer(out),
-                         pointer<const void>(residual),
-                         dtype,
-                         size("batch", batch, 0),
-                         size("out_height", out_image[0], 0),
-                         size("out_width", out_image[1], 0),
-                         size("out_channels", out_channels, 0),
-                         size("groups", groups, 1),
-                         conv,
-                         projection.value_or(ConvolutionBn{}),
-                         relu};
+  ConvBn arguments{pointer(out),
+                   {},
+                   dtype,
+                   size("batch", batch, 0),
+                   size("out_height", out_image[0], 0),
+                   size("out_width", out_image[1], 0),
+                   size("out_channels", out_channels, 0),
+                   size("groups", groups, 1),
+                   conv,
+                   projection.value_or(ConvolutionBn{}),
+                   relu};
   if (out == 0) throw std::invalid_argument("out is a null pointer");
   check_elements("out", {batch, out_image[0], out_image[1], out_channels});
   size("out_height * out_width", out_image[0] * out_image[1], 0);
   check_convolution(conv, arguments);
   if (projection) {
-    if (groups != 1 || residual != 0) {
+    if (groups != 1 || residual) {
       throw std::invalid_argument("a projection needs groups = 1 and excludes a residual");
     }
     check_convolution(*projection, arguments);
   }
+  if (batch * out_image[0] * out_image[1] * out_channels > 0) {
+    arguments.residual = residual_of(
+        residual, out, {batch, out_image[0], out_image[1], out_channels}, size_of(dtype));
+  }
   return arguments;
 }
 
-void conv_bn(std::uintptr_t out, std::uintptr_t residual, DType dtype, std::int64_t batch,
+void conv_bn(std::uintptr_t out, const ResidualArgument& residual, DType dtype, std::int64_t batch,
              const Pair& out_image, std::int64_t out_channels, std::int64_t groups,
              const ConvolutionBn& conv, const std::optional<ConvolutionBn>& projection, bool relu,
              ConvTile tile, int device, std::uintptr_t stream) {
@@ -208,8 +221,8 @@ void conv_bn(std::uintptr_t out, std::uintptr_t residual, DType dtype, std::int6
              resnet_fused::conv_bn(arguments, tile, device, pointer<CUstream_st>(stream)));
 }
 
-std::vector<ConvTile> conv_bn_tiles(std::uintptr_t out, std::uintptr_t residual, DType dtype,
-                                    std::int64_t batch, const Pair& out_image,
+std::vector<ConvTile> conv_bn_tiles(std::uintptr_t out, const ResidualArgument& residual,
+                                    DType dtype, std::int64_t batch, const Pair& out_image,
                                     std::int64_t out_channels, std::int64_t groups,
                                     const ConvolutionBn& conv,
                                     const std::optional<ConvolutionBn>& projection, bool relu,
@@ -300,15 +313,16 @@ void register_cuda_kernels(py::module_& module) {
       .value("float16", DType::kFloat16)
       .value("bfloat16", DType::kBFloat16);
 
-  module.def("cuda_bn_add_relu", &bn_add_relu, py::arg("out"), py::arg("x"), py::arg("residual"),
-             py::arg("dtype"), py::arg("rows"), py::arg("channels"), py::arg("mean"),
-             py::arg("var"), py::arg("weight"), py::arg("bias"), py::arg("eps"), py::arg("relu"),
-             py::arg("device"), py::arg("stream"),
-             "out[r, c] = relu?((x[r, c] - mean[c]) / sqrt(var[c] + eps) * weight[c] + bias[c]\n"
-             "(+ residual[r, c])), queued on `stream` of `device`. out, x and residual are\n"
-             "addresses of (rows, channels) matrices of `dtype`; residual is 0 for none; out may\n"
-             "be x or residual. The others are (address, DType), weight and bias or None.\n"
-             "Raises ValueError for impossible sizes, RuntimeError for what CUDA reports.");
+  module.def(
+      "cuda_bn_add_relu", &bn_add_relu, py::arg("out"), py::arg("x"), py::arg("residual"),
+      py::arg("dtype"), py::arg("batch"), py::arg("image"), py::arg("channels"), py::arg("mean"),
+      py::arg("var"), py::arg("weight"), py::arg("bias"), py::arg("eps"), py::arg("relu"),
+      py::arg("device"), py::arg("stream"),
+      "out = relu?((x - mean) / sqrt(var + eps) * weight + bias (+ residual)), queued on\n"
+      "`stream` of `device`. out and x are addresses of (batch, *image, channels) tensors\n"
+      "of `dtype`; residual is as in cuda_conv_bn, with all pixels at one distance; out may be x\n"
+      "or residual. The others are (address, DType), weight and bias or None. Raises ValueError\n"
+      "for impossible sizes, RuntimeError for what CUDA reports.");
 
   py::enum_<ConvTile>(module, "ConvTile", py::module_local(),
                       "Output positions x channels that a block computes, and for which GPUs.")
@@ -329,16 +343,19 @@ void register_cuda_kernels(py::module_& module) {
            py::arg("dilation"), py::arg("mean"), py::arg("var"), py::arg("bn_weight"),
            py::arg("bias"), py::arg("eps"));
 
-  module.def("cuda_conv_bn", &conv_bn, py::arg("out"), py::arg("residual"), py::arg("dtype"),
-             py::arg("batch"), py::arg("out_image"), py::arg("out_channels"), py::arg("groups"),
-             py::arg("conv"), py::arg("projection"), py::arg("relu"), py::arg("tile"),
-             py::arg("device"), py::arg("stream"),
-             "out = relu?(bn(conv(x)) + residual), or relu?(bn(conv(x)) + bn(projection(x'))),\n"
-             "queued on `stream` of `device`. out and residual are addresses of (batch,\n"
-             "*out_image, out_channels) tensors of `dtype`, which x and weight have too; residual\n"
-             "is 0 for none and may be out; projection is a ConvolutionBn, with groups = 1, or\n"
-             "None. Raises ValueError for impossible sizes or a tile that does not serve them,\n"
-             "RuntimeError for what CUDA reports.");
+  module.def(
+      "cuda_conv_bn", &conv_bn, py::arg("out"), py::arg("residual"), py::arg("dtype"),
+      py::arg("batch"), py::arg("out_image"), py::arg("out_channels"), py::arg("groups"),
+      py::arg("conv"), py::arg("projection"), py::arg("relu"), py::arg("tile"), py::arg("device"),
+      py::arg("stream"),
+      "out = relu?(bn(conv(x)) + residual), or relu?(bn(conv(x)) + bn(projection(x'))),\n"
+      "queued on `stream` of `device`. out is the address of a (batch, *out_image,\n"
+      "out_channels) tensor of `dtype`, which x, weight and residual have too. residual is\n"
+      "None or (address, channels, strides): out's first channels, strides in elements from\n"
+      "an image, a line and a pixel to the next; it may be out, and overlaps it in no other\n"
+      "way. projection is a ConvolutionBn, with groups = 1, or None. Raises ValueError for\n"
+      "impossible sizes or a tile that does not serve them, RuntimeError for what CUDA\n"
+      "reports.");
 
   module.def("cuda_conv_bn_tiles", &conv_bn_tiles, py::arg("out"), py::arg("residual"),
              py::arg("dtype"), py::arg("batch"), py::arg("out_image"), py::arg("out_channels"),

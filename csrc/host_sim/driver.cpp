@@ -20,6 +20,9 @@ bool encodes(cuuint32_t rank, const void* data, const cuuint64_t* size, const cu
     if (d == 0) continue;
     map->stride[d] = strides[d - 1];
     if (map->stride[d] % 16 != 0 || map->stride[d] >= cuuint64_t{1} << 40) return false;
+    // "Each following dimension specified includes previous dimension stride."
+    const cuuint64_t least = d == 1 ? 2 * size[0] : map->stride[d - 1];
+    if (map->stride[d] < least || (d > 1 && map->stride[d] % least != 0)) return false;
   }
   return true;
 }

@@ -25,8 +25,8 @@ from torch import Tensor
 from .. import _extension
 from ..errors import BackendUnavailableError
 from ..parameters import BatchNorm, Convolution, MaxPool
-from ..reference.ops import pad_channels
 from . import Backend
+from .residual import readable, residual_argument
 from .tuning import Tuner, describe
 
 _CUDNN = "cudnn"
@@ -79,7 +79,7 @@ class CudaBackend:
     ) -> Tensor:
         """`out` may be `x`, to overwrite a convolution's result that nobody else holds."""
         x = x.contiguous(memory_format=torch.channels_last)
-        if residual is not None:
+        if residual is not None:  # of which this kernel reads rows, but of any number of channels
             residual = residual.contiguous(memory_format=torch.channels_last)
         if out is None:
             out = torch.empty_like(x, memory_format=torch.channels_last)
@@ -90,9 +90,10 @@ class CudaBackend:
             [x, residual, *vectors],
             out.data_ptr(),
             x.data_ptr(),
-            _address(residual),
+            residual_argument(residual),
             self._dtypes[x.dtype],
-            x.numel() // x.shape[1],
+            x.shape[0],
+            tuple(x.shape[2:]),
             x.shape[1],
             *map(self._typed_address, vectors),
             bn.eps,
@@ -144,8 +145,10 @@ class CudaBackend:
                 return self._conv_bn_of_cudnn(x, conv, bn, residual, relu)
             return self._conv_bn(kernel, *arguments)
 
+        # Not every tile reads a residual of any strides.
+        strides = None if residual is None else residual.stride()
         return self._tuner.run(
-            ("conv_bn", *describe(x, conv, residual, relu)),
+            ("conv_bn", *describe(x, conv, residual, strides, relu)),
             x.device,
             lambda: self._kernels(_CUDNN, self._left_to_cudnn(x, conv), *arguments),
             launch,
@@ -155,8 +158,6 @@ class CudaBackend:
         self, x: Tensor, conv: Convolution, bn: BatchNorm, residual: Tensor | None, relu: bool
     ) -> Tensor:
         convolved = _convolve(x, conv)
-        if residual is not None:
-            residual = pad_channels(residual, conv.weight.shape[0])
         return self._bn_add_relu(convolved, bn, residual, relu, out=convolved)
 
     def _kernels(self, other: str, other_first: bool, *arguments: Any) -> list[str]:
@@ -182,8 +183,7 @@ class CudaBackend:
     ) -> tuple[Tensor, list[Tensor | None], tuple[Any, ...]]:
         """The result to be, the tensors that are read, and the kernel's arguments."""
         x, conv, _ = main
-        if residual is not None:
-            residual = pad_channels(residual, conv.weight.shape[0])
+        residual = readable(residual)
         image = conv.output_size(*x.shape[2:])
         out = torch.empty(
             (x.shape[0], conv.weight.shape[0], *image),
@@ -195,7 +195,7 @@ class CudaBackend:
         projected, also_read = (None, []) if projection is None else self._product(*projection)
         call = (
             out.data_ptr(),
-            _address(residual),
+            residual_argument(residual),
             self._dtypes[x.dtype],
             out.shape[0],
             image,
@@ -342,10 +342,6 @@ class CudaBackend:
             x.shape[1],
         )
         return out
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _resnet_stem(x: Tensor, conv: Convolution, pool: MaxPool) -> bool:

@@ -56,10 +56,16 @@ class SimulatedBackend(CudaBackend):
         read: Sequence[Tensor | None],
         *arguments: Any,
     ) -> None:
-        buffers = [(t.data_ptr(), t.nbytes, False) for t in read if t is not None]
+        buffers = [(t.data_ptr(), _reach(t), False) for t in read if t is not None]
         self._extension.set_capability(self._capability or settings.host_sim_capability())
         self._extension.set_buffers([*buffers, (out.data_ptr(), out.nbytes, True)])
         kernel(*arguments, 0, 0)
+
+
+def _reach(tensor: Tensor) -> int:
+    """Bytes from the first element to the end of the last one."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return (1 + sum((size - 1) * stride for size, stride in steps)) * tensor.itemsize
 
 
 def load() -> ModuleType:

@@ -113,6 +113,17 @@ def make_residual(case: ConvCase, x: Tensor, rng: torch.Generator) -> Tensor:
     return residual.contiguous(memory_format=torch.channels_last)
 
 
+def make_identity(
+    case: ConvCase, channels: int, stride: int, x: Tensor, rng: torch.Generator
+) -> Tensor:
+    """Shortcut option A's residual for the case's result: every `stride`-th row and column of a
+    block's input of so many channels, small integers, like `x` otherwise."""
+    height, width = (stride * size for size in case.output_size)
+    block_input = torch.randint(-9, 10, (case.batch, channels, height, width), generator=rng)
+    block_input = block_input.to(x.device, x.dtype).contiguous(memory_format=torch.channels_last)
+    return block_input[:, :, ::stride, ::stride]
+
+
 def make_integers(
     case: ConvCase,
     rng: torch.Generator,

@@ -6,13 +6,14 @@
 
 #include "batch_norm.h"
 #include "isa.h"
+#include "kernels/residual.h"
 
 namespace resnet_fused::cpu {
 
 struct BnAddRelu {
-  const void* x;         // (pixels, channels), may be out itself
-  const void* residual;  // like x, may be out itself; nullptr: none
-  void* out;             // like x
+  const void* x;      // (pixels, channels), may be out itself
+  Residual residual;  // may be out itself
+  void* out;          // like x
   std::int64_t pixels, channels;
   BatchNorm bn;
   bool relu;

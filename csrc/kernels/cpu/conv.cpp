@@ -27,6 +27,7 @@
 #include <array>
 #include <cstring>
 #include <limits>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -219,7 +220,7 @@ bool reads_in_place(const Conv& conv) {
 Conv flattened(Conv conv) {
   const Window& window = conv.window;
   if (window.kernel[0] * window.kernel[1] * window.stride[0] * window.stride[1] == 1 &&
-      reads_in_place(conv)) {
+      reads_in_place(conv) && conv.residual.in_line()) {
     conv.width *= conv.batch * conv.height;
     conv.batch = conv.height = 1;
   }

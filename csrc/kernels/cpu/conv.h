@@ -6,6 +6,7 @@
 
 #include "batch_norm.h"
 #include "isa.h"
+#include "kernels/residual.h"
 
 namespace resnet_fused::cpu {
 
@@ -15,10 +16,10 @@ struct Window {
 };
 
 struct Conv {
-  const void* x;         // (batch, height, width, in_channels)
-  const void* packed;    // from conv_transform_weights
-  const void* residual;  // like out, may be out itself; nullptr: none
-  void* out;             // (batch, output height, output width, out_channels), apart from x
+  const void* x;       // (batch, height, width, in_channels)
+  const void* packed;  // from conv_transform_weights
+  Residual residual;   // may be out itself
+  void* out;           // (batch, output height, output width, out_channels), apart from x
   std::int64_t batch, height, width, in_channels, out_channels;
   Window window;
   BatchNorm bn;

@@ -10,6 +10,7 @@ constexpr std::int64_t kRun = kFormat == Format::kFloat32 ? 64 : std::int64_t{1}
 struct Half {
   const char* x;               // the window of the first one
   std::int64_t pixel, column;  // of the result: its number in the batch, and along its line
+  std::int64_t residual;       // elements to its place there
 };
 
 struct Lines {
@@ -27,7 +28,7 @@ struct Tile {
 // What a tile's sums become.
 enum class End {
   kResult,    // relu?(bn(sum))
-  kResidual,  // the same with the residual added
+  kResidual,  // the same with the residual added, which has some of these channels
   kAdd,       // the same with the numbers of an earlier kKeep added
   kKeep,      // bn(sum), kept in fp32
 };
@@ -113,7 +114,7 @@ ISA_INLINE void accumulate_inside(int outside, Arguments&&... arguments) {
   accumulate<kRows, kHalves>(arguments...);
 }
 
-// bn(sum) and what kEnd says; kWhole: all of the tile's channels are valid.
+// bn(sum) and what kEnd says; kWhole: all of the tile's channels are valid, the residual's too.
 template <int kRows, int kHalves, End kEnd, bool kWhole>
 ISA_INLINE void finish(const Vec (&sum)[kRows * kHalves][kVecs], const Conv& conv, const Tile& tile,
                        const Columns& columns, float* kept) {
@@ -124,19 +125,22 @@ ISA_INLINE void finish(const Vec (&sum)[kRows * kHalves][kVecs], const Conv& con
   for (int half = 0; half < kHalves; ++half) {
     const std::int64_t first = tile.halves[half].pixel * channels + columns.first;
     auto* out = static_cast<Element*>(conv.out) + first;
-    const auto* residual = static_cast<const Element*>(conv.residual) + first;
+    const auto* residual = static_cast<const Element*>(conv.residual.data) +
+                           tile.halves[half].residual + columns.first;
 #pragma GCC unroll 7
     for (int r = 0; r < kRows; ++r, out += channels) {
 #pragma GCC unroll 2
       for (int j = 0; j < kVecs; ++j, kept += kLanes) {
         const int k = j * kLanes;
         const std::int64_t valid = kWhole ? kLanes : all_valid - k;
+        if (valid <= 0) continue;
         const TermsAt at{terms.mean + k, terms.scale + k, terms.bias + k};
         const Vec v = sum[half * kRows + r][j];
         if constexpr (kEnd == End::kResult) {
           store(out + k, normalise(v, at, least), valid);
         } else if constexpr (kEnd == End::kResidual) {
-          const Vec added = load(residual + r * channels + k, valid);
+          const std::int64_t left = kWhole ? kLanes : conv.residual.channels - columns.first - k;
+          const Vec added = load(residual + r * conv.residual.pixel + k, left);
           store(out + k, normalise(v, at, added, least), valid);
         } else if constexpr (kEnd == End::kAdd) {
           store(out + k, normalise(v, at, load(kept), least), valid);
@@ -161,12 +165,16 @@ struct EpilogueLines {
     return tensors * kHalves * kTileLines;
   }
 
-  // The first of a stretch of tile.rows lines, conv.out_channels numbers apart.
-  const char* stretch(int i) const {
-    const int half = i / kTileLines % kHalves;
-    const void* const base = i < kHalves * kTileLines ? conv.out : conv.residual;
-    return static_cast<const char*>(base) + i % kTileLines * 64 +
-           (tile.halves[half].pixel * conv.out_channels + column) * std::int64_t{sizeof(Element)};
+  // A stretch of tile.rows lines: the first, and bytes from one to the next.
+  std::pair<const char*, std::int64_t> stretch(int i) const {
+    const Half& half = tile.halves[i / kTileLines % kHalves];
+    const bool of_result = i < kHalves * kTileLines;
+    const void* const base = of_result ? conv.out : conv.residual.data;
+    const std::int64_t pitch = of_result ? conv.out_channels : conv.residual.pixel;
+    const std::int64_t first = of_result ? half.pixel * pitch : half.residual;
+    const std::int64_t size = sizeof(Element);
+    return {static_cast<const char*>(base) + i % kTileLines * 64 + (first + column) * size,
+            pitch * size};
   }
 };
 
@@ -209,9 +217,8 @@ ISA inline __attribute__((noinline)) void multiply(const Conv& conv, const Sourc
             }
             continue;
           }
-          step = conv.out_channels * std::int64_t{sizeof(Element)};
           if (stretch < stretches) {
-            line = lines.stretch(stretch);
+            std::tie(line, step) = lines.stretch(stretch);
             lines_left = kRows;
           } else {
             line = a[0];
@@ -247,7 +254,9 @@ ISA inline __attribute__((noinline)) void multiply(const Conv& conv, const Sourc
       }
     }
   }
-  const bool whole = columns.valid >= kVecs * kLanes;
+  constexpr std::int64_t kWide = kVecs * kLanes;
+  const bool whole = columns.valid >= kWide &&
+                     (end != End::kResidual || conv.residual.channels - columns.first >= kWide);
   switch (end) {
     case End::kResult:
       return whole ? finish<kRows, kHalves, End::kResult, true>(sum, conv, tile, columns, kept)
@@ -291,9 +300,10 @@ ISA_INLINE int make_tiles(const Pass& pass, const Operand& operand, std::int64_t
       tile.first_row = tile.count == 0 ? first : std::min(tile.first_row, first);
       tile.last_row = tile.count == 0 ? last : std::max(tile.last_row, last);
       tile.rows = static_cast<int>(place.rows);
-      tile.halves[tile.count++] = {
-          operand.window(place),
-          (place.image * plan.out_height + place.y) * plan.out_width + place.x, place.x};
+      const std::int64_t pixel =
+          (place.image * plan.out_height + place.y) * plan.out_width + place.x;
+      tile.halves[tile.count++] = {operand.window(place), pixel, place.x,
+                                   conv.residual.offset(pixel)};
     }
   }
   return count;
@@ -349,10 +359,10 @@ ISA void conv_task(const Pass* passes, int pass_count, std::int64_t half_task,
           const Columns columns{static_cast<const std::uint32_t*>(pass_conv.packed) +
                                     k / kStrip * pass_plan.words * kStrip + k % kStrip,
                                 pass_terms.at(k), k, conv.out_channels - k};
-          const End end_of_pass = pass == 1                  ? End::kKeep
-                                  : pass_count == 2          ? End::kAdd
-                                  : conv.residual == nullptr ? End::kResult
-                                                             : End::kResidual;
+          const End end_of_pass = pass == 1                    ? End::kKeep
+                                  : pass_count == 2            ? End::kAdd
+                                  : k < conv.residual.channels ? End::kResidual
+                                                               : End::kResult;
           Tile& tile = tiles[pass][i];
           kMultiply[tile.count - 1][tile.rows - 1](pass_conv, pass_plan.source, tile, columns,
                                                    end_of_pass, kept);

@@ -7,14 +7,15 @@
 
 #include "batch_norm.h"
 #include "isa.h"
+#include "kernels/residual.h"
 
 namespace resnet_fused::cpu {
 
 struct WinogradConv {
-  const float* x;         // (batch, height, width, in_channels)
-  const float* packed;    // from winograd_transform_weights
-  const float* residual;  // like out, may be out itself; nullptr: none
-  float* out;             // (batch, height, width, out_channels), must not overlap x
+  const float* x;       // (batch, height, width, in_channels)
+  const float* packed;  // from winograd_transform_weights
+  Residual residual;    // may be out itself
+  float* out;           // (batch, height, width, out_channels), must not overlap x
   std::int64_t batch, height, width, in_channels, out_channels;
   BatchNorm bn;
   bool relu;

@@ -146,9 +146,14 @@ ISA_INLINE void transform_output(const WinogradConv& conv, const Terms& terms, c
     const Vec y[2] = {h[0] + h[1] + h[2], h[1] - h[2] - h[3]};
     for (int j = 0; j < 2 && at.column + j < conv.width; ++j) {
       const std::int64_t pixel = (at.image * conv.height + at.row + i) * conv.width + at.column + j;
-      const std::int64_t offset = pixel * conv.out_channels + k;
-      const Vec added = conv.residual == nullptr ? Vec{} : load(conv.residual + offset, count);
-      store(conv.out + offset, normalise(y[j], terms.at(k), added, least_result(conv.relu)), count);
+      const Residual& residual = conv.residual;
+      const Vec added =
+          k < residual.channels
+              ? load(static_cast<const float*>(residual.data) + residual.offset(pixel) + k,
+                     residual.channels - k)
+              : Vec{};
+      store(conv.out + pixel * conv.out_channels + k,
+            normalise(y[j], terms.at(k), added, least_result(conv.relu)), count);
     }
   }
 }

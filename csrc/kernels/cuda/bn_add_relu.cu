@@ -9,6 +9,8 @@
 // pointers off 16 bytes, take the same kernel with V = 1.
 // Memory: reads x (and residual) once, writes out once, each access 16 bytes a thread and
 // contiguous over a warp; the parameters come from L2. Shared memory: 16 bytes a channel, <= 32 KB.
+// A residual is read where it lies if its rows have one distance: to divide rows into lines and
+// images for others would take more registers than there are.
 // Versus PyTorch's separate ops: 2 or 3 tensors moved instead of 4 (BN, ReLU) or 7 (BN, add, ReLU).
 #include <algorithm>
 #include <cmath>
@@ -56,7 +58,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) bn_add_relu_kernel(
 
   // Neither pointer is __restrict__: out may be x or residual. A thread reads what it writes.
   const Packed* x = static_cast<const Packed*>(a.x) + column;
-  const Packed* residual = static_cast<const Packed*>(a.residual) + column;
+  const T* residual = static_cast<const T*>(a.residual.data) + column * V;
+  const bool adds = kResidual && column * V < a.residual.channels;
   Packed* out = static_cast<Packed*>(a.out) + column;
 
   const std::int64_t stride = std::int64_t(gridDim.x) * blockDim.y;
@@ -69,7 +72,10 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) bn_add_relu_kernel(
       const std::int64_t row = first + k * stride;
       if (row < a.rows) {
         loaded[k] = ptx::load_global(x + row * width);
-        if constexpr (kResidual) added[k] = ptx::load_global(residual + row * width);
+        if (adds) {
+          added[k] =
+              ptx::load_global(reinterpret_cast<const Packed*>(residual + row * a.residual.pixel));
+        }
       }
     }
 #pragma unroll
@@ -80,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) bn_add_relu_kernel(
 #pragma unroll
         for (int i = 0; i < V; ++i) {
           float y = normalise<kExact>(to_float(loaded[k].value[i]), terms[i]);
-          if constexpr (kResidual) y += to_float(added[k].value[i]);
+          if (adds) y += to_float(added[k].value[i]);
           result.value[i] = from_float<T>(y < floor ? floor : y);
         }
         ptx::store_global(out + row * width, result);
@@ -125,7 +131,7 @@ cudaError_t bn_add_relu(const BnAddRelu& arguments, int device, cudaStream_t str
 
   const int lanes = arguments.dtype == DType::kFloat32 ? 4 : 8;
   const bool vectorised = arguments.channels % lanes == 0 && aligned(arguments.x) &&
-                          aligned(arguments.residual) && aligned(arguments.out);
+                          aligned(arguments.out) && arguments.residual.in_chunks(lanes);
   const std::int64_t width = vectorised ? arguments.channels / lanes : arguments.channels;
   const dim3 block(static_cast<unsigned>(std::min<std::int64_t>(width, kThreads)),
                    static_cast<unsigned>(std::max<std::int64_t>(kThreads / width, 1)));
@@ -136,7 +142,7 @@ cudaError_t bn_add_relu(const BnAddRelu& arguments, int device, cudaStream_t str
   if (across > 65535) return cudaErrorInvalidConfiguration;  // over 16 million channels
   const dim3 grid(static_cast<unsigned>(std::min(useful, wanted)), static_cast<unsigned>(across));
 
-  const Kernel kernel = kernel_for(arguments.dtype, arguments.residual != nullptr, vectorised);
+  const Kernel kernel = kernel_for(arguments.dtype, arguments.residual.channels > 0, vectorised);
   const std::size_t shared = kTermBytes * block.x * (vectorised ? lanes : 1);
   return launch(kernel, grid, block, shared, stream, arguments);
 }

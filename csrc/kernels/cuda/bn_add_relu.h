@@ -6,13 +6,14 @@
 #include <cstdint>
 
 #include "kernels/cuda/tensor.h"
+#include "kernels/residual.h"
 
 namespace resnet_fused {
 
 struct BnAddRelu {
-  void* out;             // (rows, channels) of `dtype`; may be x or residual itself
-  const void* x;         // (rows, channels): an NHWC tensor has rows = N * H * W
-  const void* residual;  // like x, or null
+  void* out;          // (rows, channels) of `dtype`; may be x or residual itself
+  const void* x;      // (rows, channels): an NHWC tensor has rows = N * H * W
+  Residual residual;  // in_line()
   DType dtype;
   std::int64_t rows;
   std::int64_t channels;

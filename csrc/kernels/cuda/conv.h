@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels/cuda/tensor.h"
+#include "kernels/residual.h"
 
 namespace resnet_fused {
 
@@ -25,8 +26,8 @@ struct ConvolutionBn {
 };
 
 struct ConvBn {
-  void* out;  // (batch, out_height, out_width, out_channels) of `dtype`; may be `residual`
-  const void* residual;  // like out, or null; null where there is a projection
+  void* out;          // (batch, out_height, out_width, out_channels) of `dtype`
+  Residual residual;  // may be `out` itself; none where there is a projection
   DType dtype;
   std::int64_t batch;
   int out_height, out_width, out_channels;

@@ -308,6 +308,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   using Accumulators = typename AccumulatorsOf<T, Tile>::Type;
   using Copies = Gather<T, Tile, kVectorised>;
   constexpr bool kExact = sizeof(T) == sizeof(float);
+  constexpr int kLanes = kChunkBytes / sizeof(T);
   constexpr std::uint32_t kTerms = Tile::kStages * Tile::kStageBytes;
 
   const int group = blockIdx.y;
@@ -343,16 +344,17 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     }
   }
 
-  const std::int64_t offset = std::int64_t(group) * columns * sizeof(T);
-  const bool vectorised =
-      columns * sizeof(T) % kChunkBytes == 0 && aligned(a.out) && aligned(a.residual);
-  const Output to{static_cast<char*>(a.out) + offset,
-                  a.residual == nullptr ? nullptr : static_cast<const char*>(a.residual) + offset,
-                  a.batch * a.out_height * a.out_width,
-                  a.out_channels,
-                  columns,
-                  a.relu,
-                  vectorised};
+  const std::int64_t offset = std::int64_t(group) * columns;
+  const bool vectorised = columns % kLanes == 0 && aligned(a.out) && a.residual.in_chunks(kLanes);
+  Output to{static_cast<T*>(a.out) + offset,
+            a.residual,
+            a.batch * a.out_height * a.out_width,
+            a.out_channels,
+            columns,
+            a.relu,
+            vectorised};
+  to.residual.data = static_cast<const T*>(a.residual.data) + offset;
+  to.residual.channels -= offset;
   store_tile<T, Tile::kM, Tile::kN, Tile::kThreads>(to, acc, 0, first_row, first_column);
 }
 

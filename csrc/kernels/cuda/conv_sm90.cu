@@ -8,12 +8,12 @@
 // 1 x 1 windows, which see a matrix. For weight, tiled mode over (channels, taps, out_channels).
 // Blocks are persistent and their warps specialised. Of the first warpgroup, which keeps few
 // registers (setmaxnreg), warp 0 copies operands, warp 1 computes the batch norms' terms, warp 2
-// copies the residual, each as far ahead as its buffers allow. Two warpgroups multiply, 64
-// positions each, with fp32 accumulators: a step's four wgmma run while the next step is waited
-// for. They normalise (batch_norm.cuh), add the residual where it lies in shared memory, rectify,
-// round once, write in its place, and a bulk store takes it from there while the next tile is
-// multiplied. A block end with projection runs a second K loop over the shortcut into accumulators
-// of its own.
+// copies the residual (in im2col mode where its pixels lie apart), each as far ahead as its buffers
+// allow. Two warpgroups multiply, 64 positions each, with fp32 accumulators: a step's four wgmma
+// run while the next step is waited for. They normalise (batch_norm.cuh), add the residual where it
+// lies in shared memory, rectify, round once, write in its place, and a bulk store takes it from
+// there while the next tile is multiplied. A block end with projection runs a second K loop over
+// the shortcut into accumulators of its own.
 //
 // Tiles (positions x channels x depth, stages, blocks per multiprocessor): 128 x 64 x 64, 3, 2;
 // 128 x 128 x 64, 4, 1. A block walks through tiles that are gridDim.x apart, channels first, so
@@ -119,7 +119,7 @@ struct Arguments {
   CUtensorMap residual, out;
   int area, out_width, out_channels;
   int tiles, tiles_across;
-  bool adds_residual, relu;
+  bool adds_residual, residual_in_line, relu;
 };
 
 __device__ __forceinline__ int steps_of(const Product& product) {
@@ -315,9 +315,16 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
         const std::uint32_t full = Barriers::result_full(ring.slot);
         ptx::mbarrier_wait(Barriers::result_empty(ring.slot), ring.parity ^ 1);
         ptx::mbarrier_arrive_expect(full, Tile::kResultBytes);
+        const int position = position_of(tile), image = position / a.area;
+        const int pixel = position - image * a.area, h = pixel / a.out_width;
         for (int panel = 0; panel < Tile::kPanels; ++panel) {
-          ptx::load_tile(result + panel * kPanelBytes, a.residual, full,
-                         channel_of(tile) + panel * kPanel, position_of(tile));
+          const std::uint32_t to = result + panel * kPanelBytes;
+          const int c = channel_of(tile) + panel * kPanel;
+          if (a.residual_in_line) {
+            ptx::load_tile(to, a.residual, full, c, position);
+          } else {
+            ptx::load_pixels(to, a.residual, full, c, pixel - h * a.out_width, h, image, 0, 0);
+          }
         }
         ring.advance();
       }
@@ -450,13 +457,37 @@ cudaError_t encode(Product* to, const ConvBn& a, const ConvolutionBn& conv, int 
                       {1, static_cast<std::uint32_t>(channels)});
 }
 
+// A residual whose pixels lie apart is gathered by im2col mode too, under a window of one pixel.
+cudaError_t encode_residual(CUtensorMap* to, const ConvBn& a) {
+  const Residual& residual = a.residual;
+  const auto size = [](std::int64_t value) { return static_cast<std::uint64_t>(value); };
+  if (residual.in_line()) {
+    return encode_tiles(to, a.dtype, residual.data, {size(residual.channels), size(positions(a))},
+                        {kM}, {size(residual.pixel)});
+  }
+  return encode_pixels(
+      to, a.dtype, residual.data,
+      {size(residual.channels), size(residual.width), size(residual.height), size(a.batch)},
+      {{0, 0}, {0, 0}, {1, 1}}, kM,
+      {size(residual.pixel), size(residual.line), size(residual.image)});
+}
+
+bool serves(const Residual& residual) {
+  if (residual.channels == 0) return true;
+  if (!residual.in_chunks(8) || residual.pixel < residual.channels) return false;
+  if (residual.in_line()) return true;
+  return residual.line >= residual.pixel && residual.line % residual.pixel == 0 &&
+         residual.image >= residual.line && residual.image % residual.line == 0 &&
+         2 * residual.image < std::int64_t{1} << 40;
+}
+
 }  // namespace
 
 bool conv_bn_sm90_offers(const ConvBn& a, ConvTile tile) {
   const bool known =
       tile == ConvTile::kAuto || tile == ConvTile::k128x64Sm90 || tile == ConvTile::k128x128Sm90;
   return known && a.dtype != DType::kFloat32 && a.groups == 1 && a.out_channels % 8 == 0 &&
-         aligned(a.out) && aligned(a.residual) &&
+         aligned(a.out) && serves(a.residual) &&
          tiles(a, kPanel) + positions(a) + kM <= std::numeric_limits<int>::max() &&
          serves(a.conv) && (a.projection.x == nullptr || serves(a.projection));
 }
@@ -476,7 +507,8 @@ cudaError_t conv_bn_sm90(const ConvBn& a, ConvTile tile, int device, cudaStream_
   arguments.out_channels = a.out_channels;
   arguments.tiles = static_cast<int>(tiles(a, choice.channels));
   arguments.tiles_across = static_cast<int>(ceil_div(a.out_channels, choice.channels));
-  arguments.adds_residual = a.residual != nullptr;
+  arguments.adds_residual = a.residual.channels > 0;
+  arguments.residual_in_line = a.residual.in_line();
   arguments.relu = a.relu;
   status = encode(&arguments.conv, a, a.conv, choice.channels);
   if (status == cudaSuccess && a.projection.x != nullptr) {
@@ -485,7 +517,7 @@ cudaError_t conv_bn_sm90(const ConvBn& a, ConvTile tile, int device, cudaStream_
   const auto result = {static_cast<std::uint64_t>(a.out_channels),
                        static_cast<std::uint64_t>(positions(a))};
   if (status == cudaSuccess && arguments.adds_residual) {
-    status = encode_tiles(&arguments.residual, a.dtype, a.residual, result, {kM});
+    status = encode_residual(&arguments.residual, a);
   }
   if (status == cudaSuccess) {
     status = encode_tiles(&arguments.out, a.dtype, a.out, result, {kGroupM});

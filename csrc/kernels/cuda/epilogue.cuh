@@ -19,18 +19,19 @@
 #include "kernels/cuda/batch_norm.cuh"
 #include "kernels/cuda/numbers.cuh"
 #include "kernels/cuda/ptx.cuh"
+#include "kernels/residual.h"
 
 namespace resnet_fused {
 
 // The epilogue's view of the result, one group of an NHWC tensor being a (rows, columns) matrix.
 struct Output {
-  void* out;             // may be `residual`
-  const void* residual;  // or null
+  void* out;          // may be the residual
+  Residual residual;  // of this group; its positions are the rows
   std::int64_t rows;
   std::int64_t row_stride;  // elements
   int columns;
   bool relu;
-  bool vectorised;  // every row of `out` and `residual` is a whole number of aligned 16 bytes
+  bool vectorised;  // every row of `out` and the residual is a whole number of aligned 16 bytes
 };
 
 template <bool kExact, typename Accumulators>
@@ -93,14 +94,19 @@ __device__ __forceinline__ void store_tile(const Output& to, Accumulators& acc,
 #pragma unroll
       for (int e = 0; e < 4; ++e) y[4 * q + e] = quad.value[e];
     }
-    const std::int64_t at = (first_row + row) * to.row_stride + first_column + column;
-    T* out = static_cast<T*>(to.out) + at;
-    const T* residual = static_cast<const T*>(to.residual) + at;
+    const std::int64_t position = first_row + row;
+    T* out = static_cast<T*>(to.out) + position * to.row_stride + first_column + column;
+    const std::int64_t added = to.residual.channels - first_column - column;
+    const T* residual = nullptr;
+    if (added > 0) {
+      residual = static_cast<const T*>(to.residual.data) + to.residual.offset(position) +
+                 first_column + column;
+    }
     if (to.vectorised) {
-      if (to.residual != nullptr) {
-        const Vectorised added = ptx::load_global(reinterpret_cast<const Vectorised*>(residual));
+      if (added > 0) {
+        const Vectorised values = ptx::load_global(reinterpret_cast<const Vectorised*>(residual));
 #pragma unroll
-        for (int e = 0; e < kLanes; ++e) y[e] += to_float(added.value[e]);
+        for (int e = 0; e < kLanes; ++e) y[e] += to_float(values.value[e]);
       }
       Vectorised result;
 #pragma unroll
@@ -110,7 +116,7 @@ __device__ __forceinline__ void store_tile(const Output& to, Accumulators& acc,
 #pragma unroll
       for (int e = 0; e < kLanes; ++e) {
         if (e < left) {
-          if (to.residual != nullptr) y[e] += to_float(ptx::load_global(residual + e));
+          if (e < added) y[e] += to_float(ptx::load_global(residual + e));
           ptx::store_global(out + e, from_float<T>(y[e] < floor ? floor : y[e]));
         }
       }

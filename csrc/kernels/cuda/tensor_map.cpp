@@ -37,27 +37,28 @@ cudaError_t status_of(CUresult result) {
 }
 
 // Bytes from each element to the next in all dimensions but the first.
-std::vector<cuuint64_t> strides_of(std::initializer_list<std::uint64_t> size) {
-  std::vector<cuuint64_t> strides;
-  cuuint64_t bytes = 2;
-  for (const std::uint64_t s : size) strides.push_back(bytes *= s);
-  return strides;
+std::vector<cuuint64_t> bytes_of(Sizes strides, Sizes size) {
+  std::vector<cuuint64_t> bytes;
+  for (const std::uint64_t stride : strides) bytes.push_back(2 * stride);
+  if (!bytes.empty()) return bytes;
+  cuuint64_t dense = 2;
+  for (const std::uint64_t s : size) bytes.push_back(dense *= s);
+  return bytes;
 }
 
 }  // namespace
 
-cudaError_t encode_tiles(CUtensorMap* map, DType dtype, const void* data,
-                         std::initializer_list<std::uint64_t> size,
-                         std::initializer_list<std::uint32_t> box) {
+cudaError_t encode_tiles(CUtensorMap* map, DType dtype, const void* data, Sizes size,
+                         std::initializer_list<std::uint32_t> box, Sizes strides) {
   decltype(cuTensorMapEncodeTiled)* encode = nullptr;
   const cudaError_t status = driver_function("cuTensorMapEncodeTiled", &encode);
   if (status != cudaSuccess) return status;
-  const std::vector<cuuint64_t> sizes(size), strides = strides_of(size);
+  const std::vector<cuuint64_t> sizes(size), bytes = bytes_of(strides, size);
   std::vector<cuuint32_t> boxes{kMapChannels};
   boxes.insert(boxes.end(), box);
   const std::vector<cuuint32_t> steps(sizes.size(), 1);
   return status_of(encode(map, map_type(dtype), static_cast<cuuint32_t>(sizes.size()),
-                          const_cast<void*>(data), sizes.data(), strides.data(), boxes.data(),
+                          const_cast<void*>(data), sizes.data(), bytes.data(), boxes.data(),
                           steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
 }
@@ -72,17 +73,16 @@ bool encodable(const PixelBox& box) {
   return true;
 }
 
-cudaError_t encode_pixels(CUtensorMap* map, DType dtype, const void* data,
-                          std::initializer_list<std::uint64_t> size, const PixelBox& box,
-                          std::uint32_t pixels) {
+cudaError_t encode_pixels(CUtensorMap* map, DType dtype, const void* data, Sizes size,
+                          const PixelBox& box, std::uint32_t pixels, Sizes strides) {
   decltype(cuTensorMapEncodeIm2col)* encode = nullptr;
   const cudaError_t status = driver_function("cuTensorMapEncodeIm2col", &encode);
   if (status != cudaSuccess) return status;
-  const std::vector<cuuint64_t> sizes(size), strides = strides_of(size);
+  const std::vector<cuuint64_t> sizes(size), bytes = bytes_of(strides, size);
   const cuuint32_t steps[] = {1, box.step[0], box.step[1], 1};
   return status_of(encode(map, map_type(dtype), static_cast<cuuint32_t>(sizes.size()),
-                          const_cast<void*>(data), sizes.data(), strides.data(), box.lower,
-                          box.upper, kMapChannels, pixels, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                          const_cast<void*>(data), sizes.data(), bytes.data(), box.lower, box.upper,
+                          kMapChannels, pixels, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                           CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
 }

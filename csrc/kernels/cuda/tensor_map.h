@@ -1,4 +1,4 @@
-// Tensor maps: what sm_90's bulk copies know of a dense tensor of 16-bit elements in global memory.
+// Tensor maps: what sm_90's bulk copies know of a tensor of 16-bit elements in global memory.
 // Every copy moves rows of 128 bytes, whose 16-byte chunks it permutes by the row's number modulo 8
 // (the 128-byte swizzle), from or to multiples of 1024 bytes of shared memory.
 #pragma once
@@ -15,11 +15,15 @@ namespace resnet_fused {
 
 constexpr int kMapChannels = 64;  // 128 bytes
 
-// Sizes are given fastest dimension first; the first one is a multiple of 8, `data` of 16 bytes.
+// Sizes are given fastest dimension first, and strides likewise, of all dimensions but the first,
+// in elements: multiples of 8, and each of the one before (CUDA driver API, cuTensorMapEncodeTiled,
+// globalStrides). None stand for a dense tensor, of a size that is a multiple of 8. `data` is a
+// multiple of 16 bytes.
+using Sizes = std::initializer_list<std::uint64_t>;
+
 // A map for boxes of kMapChannels x `box` elements.
-cudaError_t encode_tiles(CUtensorMap* map, DType dtype, const void* data,
-                         std::initializer_list<std::uint64_t> size,
-                         std::initializer_list<std::uint32_t> box);
+cudaError_t encode_tiles(CUtensorMap* map, DType dtype, const void* data, Sizes size,
+                         std::initializer_list<std::uint32_t> box, Sizes strides = {});
 
 // The (width, height) pixels that a convolution's first tap meets: from `lower` to the image's last
 // pixel + `upper`, every `step`-th.
@@ -33,8 +37,7 @@ bool encodable(const PixelBox& box);
 
 // A map of an image's `size` (channels, width, height, batch) for columns of kMapChannels x
 // `pixels`.
-cudaError_t encode_pixels(CUtensorMap* map, DType dtype, const void* data,
-                          std::initializer_list<std::uint64_t> size, const PixelBox& box,
-                          std::uint32_t pixels);
+cudaError_t encode_pixels(CUtensorMap* map, DType dtype, const void* data, Sizes size,
+                          const PixelBox& box, std::uint32_t pixels, Sizes strides = {});
 
 }  // namespace resnet_fused

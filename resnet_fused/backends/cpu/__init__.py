@@ -13,7 +13,6 @@ from torch import Tensor
 from ... import _extension
 from ...errors import BackendUnavailableError
 from ...parameters import BatchNorm, Convolution, MaxPool
-from ...reference.ops import pad_channels
 from .. import Backend
 from .live_cache import LiveCache
 from .memory import keep_freed_memory
@@ -56,8 +55,6 @@ class CpuBackend:
     def conv_bn(
         self, x: Tensor, conv: Convolution, bn: BatchNorm, residual: Tensor | None, relu: bool
     ) -> Tensor:
-        if residual is not None:
-            residual = pad_channels(residual, conv.weight.shape[0])
         return self._pack(x, conv)(x, bn, residual, relu)
 
     def conv_bn_projection(

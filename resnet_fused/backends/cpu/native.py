@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...parameters import BatchNorm, Convolution, MaxPool
+from ..residual import readable, residual_argument
 
 _LANES = 16  # Winograd's channel counts that are no multiple of it leave vector lanes idle
 _STEM_LANES = 32
@@ -61,15 +62,17 @@ def bn_add_relu(
     """
     x, vectors = _nhwc(x), Vectors(bn)
     out = x if in_place else torch.empty_like(x)
-    if residual is not None:
-        residual = _nhwc(residual)
+    residual = readable(residual)
+    batch, channels, height, width = x.shape
     extension.bn_add_relu(
         x.data_ptr(),
         vectors.arguments,
-        0 if residual is None else residual.data_ptr(),
+        residual_argument(residual),
         out.data_ptr(),
-        x.numel() // x.shape[1],
-        x.shape[1],
+        batch,
+        height,
+        width,
+        channels,
         relu,
         x.dtype == torch.bfloat16,
     )
@@ -132,14 +135,13 @@ class PackedConvolution:
         relu: bool,
         in_place: bool = False,
     ) -> Tensor:
-        """(N, C, H, W) -> (N, K, P, Q), channels_last.
+        """(N, C, H, W) -> (N, K, P, Q), channels_last; residual (N, D, P, Q), D <= K.
 
         in_place: return the result in the memory of `residual`, which then is channels_last.
         """
-        if residual is not None:
-            residual = _nhwc(residual)
+        residual = readable(residual)
         out = residual if in_place else None
-        return self._run(_nhwc(x), bn, relu, out, 0 if residual is None else residual.data_ptr())
+        return self._run(_nhwc(x), bn, relu, out, residual)
 
     def adds_projection(self, projection: PackedConvolution) -> bool:
         """Whether `with_projection` takes it: both by the direct kernel."""
@@ -168,10 +170,10 @@ class PackedConvolution:
         bn: BatchNorm,
         relu: bool,
         out: Tensor | None = None,
-        residual: int = 0,
+        residual: Tensor | None = None,
         **projection: Any,
     ) -> Tensor:
-        """Calls the kernel; `residual` is an address, 0 for none."""
+        """Calls the kernel."""
         batch, channels, height, width = x.shape
         out_channels = self._conv.weight.shape[0]
         if out is None:
@@ -181,7 +183,7 @@ class PackedConvolution:
             x.data_ptr(),
             self._packed.data_ptr(),
             vectors.arguments,
-            residual,
+            residual_argument(residual),
             out.data_ptr(),
             batch,
             height,
