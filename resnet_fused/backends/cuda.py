@@ -318,7 +318,7 @@ class CudaBackend:
             out.data_ptr(),
             means.data_ptr(),
             weight.data_ptr(),
-            _address(bias),
+            0 if bias is None else bias.data_ptr(),
             self._dtypes[weight.dtype],
             *means.shape,
             weight.shape[0],
