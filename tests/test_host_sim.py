@@ -319,6 +319,12 @@ def test_named_barriers_order_their_own_threads(simulator):
     assert simulator.run_primitive("named barriers", numbers, 128) == expected
 
 
+def test_registers_go_from_warpgroup_to_warpgroup(simulator):
+    """PTX ISA, setmaxnreg: claims wait for what the block's pool lacks. At launch each of three
+    warpgroups has 80 a thread; the last one keeps 56, whose other 24 are the 8 and 16 claimed."""
+    assert simulator.run_primitive("registers", [0], 384) == list(range(384))
+
+
 # The same primitives on hardware
 
 
@@ -400,6 +406,7 @@ CONFORMANCE_SM90 = {
     "wgmma bf16 n128": (lambda: wgmma_input("wgmma bf16 n128"), 128 * 64),
     "wgmma of written operands": (lambda: wgmma_input("wgmma f16 n64"), 128 * 32),
     "named barriers": (lambda: random_words(128), 128),
+    "registers": (lambda: [0], 384),
 }
 
 
@@ -516,6 +523,18 @@ FAULTS_SM90 = {
     "wgmma overwritten": (4096, r"writes byte \d+ .* while wgmma of threads 0-127 from it is in"),
     "wgmma not waited for": (4096, "exits with wgmma that it never waited for"),
     "wgmma of unfenced operands": (4096, r"thread \d+ wrote, with no fence.proxy.async between"),
+    "registers of nobody": (
+        1,
+        r"deadlock .*threads 128-255 wait at setmaxnreg.inc to 104 \(which takes 3072 registers, "
+        r"and 2048 are free\)",
+    ),
+    "registers not released by a warp": (
+        1,
+        r"deadlock .*threads 0-127 wait at setmaxnreg.inc to 88 .*256-351 wait at setmaxnreg.dec",
+    ),
+    "registers released that are not there": (1, "releases all but 88 registers and has 80"),
+    "registers claimed that are there": (1, "claims 72 registers and has 80"),
+    "registers of an unknown number": (1, "registers, whose number at launch is not known"),
     "named barriers for too many": (128, "deadlock .*wait at bar.sync 1; .*wait at bar.sync 2"),
 }
 
@@ -650,6 +669,12 @@ def test_every_wait_of_the_sm90_kernel_is_needed(simulator, sm90_blocks, name):
     # Behind the first tile, one store may be under way; behind the last one, nobody writes again.
     assert counts["store_waits"] == 4
     check_needed(simulator, run, "skipped_store_wait", (1, 3))
+
+
+def test_sm90_kernel_must_release_registers(simulator, sm90_blocks):
+    simulator.plant({"skipped_register_release": 0})
+    with pytest.raises(simulator.Fault, match=r"deadlock .*-383 wait at setmaxnreg.inc"):
+        sm90_blocks["plain"]()
 
 
 def test_sm90_kernel_expects_all_its_bytes(simulator, sm90_blocks):

@@ -57,10 +57,12 @@ struct Products {
 struct Warpgroup {
   Actor agent = -1;
   std::vector<Products> products;
+  int registers = 0, claimed = 0;  // of each thread; 0 before it is known
+  char claim[96];                  // what messages call it
 };
 
 struct ThreadState {
-  int mbarrier_waits = 0, product_waits = 0, store_waits = 0, proxy_fences = 0;
+  int mbarrier_waits = 0, product_waits = 0, store_waits = 0, proxy_fences = 0, releases = 0;
   Actor stores = -1;
   Time stores_committed = 0, stores_done = 0;
   bool stores_open = false;  // some belong to no group yet
@@ -73,6 +75,8 @@ struct State {
   std::vector<Warpgroup> warpgroups;
   std::map<std::uint32_t, Mbarrier> mbarriers;
   std::deque<Load> loads;
+  int free_registers;
+  std::deque<int> claims;  // warpgroups that wait for registers
 } state;
 
 ThreadState& self() { return state.threads[running_thread()]; }
@@ -292,6 +296,56 @@ void multiply(void* const* operands) {
   ++statistics().products;
 }
 
+Warpgroup& own_warpgroup() { return state.warpgroups[running_thread() / kWarpgroup]; }
+
+// Gives free registers to those who wait for them, first come, first served.
+void grant_registers() {
+  const auto needed = [](const Warpgroup& w) { return (w.claimed - w.registers) * kWarpgroup; };
+  std::deque<int>& claims = state.claims;
+  while (!claims.empty() && needed(state.warpgroups[claims.front()]) <= state.free_registers) {
+    const int group = claims.front();
+    Warpgroup& warpgroup = state.warpgroups[group];
+    state.free_registers -= needed(warpgroup);
+    warpgroup.registers = warpgroup.claimed;
+    for (int lane = 0; lane < kWarpgroup; ++lane) wake(group * kWarpgroup + lane);
+    claims.pop_front();
+  }
+  for (const int group : claims) {
+    Warpgroup& warpgroup = state.warpgroups[group];
+    std::snprintf(warpgroup.claim, sizeof(warpgroup.claim),
+                  "setmaxnreg.inc to %d (which takes %d registers, and %d are free)",
+                  warpgroup.claimed, needed(warpgroup), state.free_registers);
+  }
+}
+
+template <bool kClaims>
+void change_registers(void* const* operands) {
+  const int registers = *static_cast<const int*>(operands[0]);
+  Warpgroup& own = own_warpgroup();
+  for (int lane = 1; lane < kWarpgroup; ++lane) {
+    if (*static_cast<const int*>(operands[lane]) != registers) {
+      fault("sets its registers to %d, and another thread of its warpgroup to %d", registers,
+            *static_cast<const int*>(operands[lane]));
+    }
+  }
+  if (registers < 24 || registers > 256 || registers % 8 != 0) {
+    fault("sets its registers to %d, no multiple of 8 from 24 to 256", registers);
+  }
+  if (own.registers == 0) fault("sets its registers, whose number at launch is not known");
+  if (kClaims ? registers < own.registers : registers > own.registers) {
+    fault("%s %d registers and has %d", kClaims ? "claims" : "releases all but", registers,
+          own.registers);
+  }
+  own.claimed = registers;
+  if (kClaims) {
+    state.claims.push_back(running_thread() / kWarpgroup);
+  } else {
+    state.free_registers += (own.registers - registers) * kWarpgroup;
+    own.registers = registers;
+  }
+  grant_registers();
+}
+
 }  // namespace
 
 void mbarrier_init(std::uint32_t at, std::uint32_t count) {
@@ -433,6 +487,23 @@ void wait_for_products(int pending_groups) {
   if (warpgroup.agent >= 0) races().learn(running_thread(), Access{warpgroup.agent, done});
 }
 
+void registers_at_launch(int registers) {
+  for (Warpgroup& warpgroup : state.warpgroups) {
+    if (warpgroup.registers == 0) warpgroup.registers = warpgroup.claimed = registers;
+  }
+}
+
+void claim_registers(int registers) {
+  collective("setmaxnreg.inc", &change_registers<true>, &registers, kWarpgroup);
+  const Warpgroup& own = own_warpgroup();
+  while (own.registers < own.claimed) wait_at(own.claim);
+}
+
+void release_registers(int registers) {
+  if (self().releases++ == planted().skipped_register_release) return;
+  collective("setmaxnreg.dec", &change_registers<false>, &registers, kWarpgroup);
+}
+
 namespace async {
 
 void start_block(int threads) {
@@ -440,6 +511,8 @@ void start_block(int threads) {
   state.warpgroups.assign((threads + kWarpgroup - 1) / kWarpgroup, Warpgroup{});
   state.mbarriers.clear();
   state.loads.clear();
+  state.free_registers = 0;
+  state.claims.clear();
 }
 
 void finish_thread() {

@@ -1,5 +1,5 @@
 // Models of what sm_90 does asynchronously: mbarriers, bulk copies of tensors, matrix products of a
-// warpgroup. Sections are those of NVIDIA's "Parallel Thread Execution ISA".
+// warpgroup, registers handed over. Sections are those of NVIDIA's "Parallel Thread Execution ISA".
 #pragma once
 
 #include <cuda.h>
@@ -41,6 +41,13 @@ void multiply_warpgroup(float* d, int n, std::uint64_t a, std::uint64_t b, bool 
 void fence_products();
 void commit_products();
 void wait_for_products(int pending_groups);
+
+// "setmaxnreg": registers a thread of a warpgroup, of those that the block was given at launch. All
+// threads of the warpgroup come to it; a claim then waits until enough are free, in order of
+// claims.
+void registers_at_launch(int registers);
+void claim_registers(int registers);
+void release_registers(int registers);
 
 namespace async {
 

@@ -41,6 +41,7 @@ PYBIND11_MODULE(_C_sim, module) {
             {"skipped_product_wait", &plant.skipped_product_wait},
             {"skipped_store_wait", &plant.skipped_store_wait},
             {"skipped_proxy_fence", &plant.skipped_proxy_fence},
+            {"skipped_register_release", &plant.skipped_register_release},
             {"bytes_not_expected", &plant.bytes_not_expected},
         };
         for (const auto& [name, value] : mistakes) *fields.at(name) = value;

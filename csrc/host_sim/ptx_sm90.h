@@ -54,9 +54,17 @@ void bulk_wait_read() {
 
 inline void named_barrier(int number, int threads) { host_sim::named_barrier(number, threads); }
 template <int kRegisters>
-void claim_registers() {}
+void registers_at_launch() {
+  host_sim::registers_at_launch(kRegisters);
+}
 template <int kRegisters>
-void release_registers() {}
+void claim_registers() {
+  host_sim::claim_registers(kRegisters);
+}
+template <int kRegisters>
+void release_registers() {
+  host_sim::release_registers(kRegisters);
+}
 
 template <int kValues>
 void wgmma_fence(float (&)[kValues]) {

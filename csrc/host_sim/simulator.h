@@ -45,14 +45,15 @@ int& capability();
 
 // Mistakes planted into whatever runs next, counted from 0 in each thread; -1 for none.
 struct Plant {
-  int skipped_barrier = -1;        // which this many-th barrier of a thread does not wait
-  int skipped_named_barrier = -1;  // the same for bar.sync with a number,
-  int skipped_wait = -1;           // for cp.async.wait_group,
-  int skipped_mbarrier_wait = -1;  // for waits for a phase that somebody has to complete,
-  int skipped_product_wait = -1;   // for wgmma.wait_group,
-  int skipped_store_wait = -1;     // for cp.async.bulk.wait_group,
-  int skipped_proxy_fence = -1;    // and for fence.proxy.async
-  int bytes_not_expected = 0;      // that every mbarrier.arrive.expect_tx leaves out
+  int skipped_barrier = -1;           // which this many-th barrier of a thread does not wait
+  int skipped_named_barrier = -1;     // the same for bar.sync with a number,
+  int skipped_wait = -1;              // for cp.async.wait_group,
+  int skipped_mbarrier_wait = -1;     // for waits for a phase that somebody has to complete,
+  int skipped_product_wait = -1;      // for wgmma.wait_group,
+  int skipped_store_wait = -1;        // for cp.async.bulk.wait_group,
+  int skipped_proxy_fence = -1;       // for fence.proxy.async,
+  int skipped_register_release = -1;  // and for setmaxnreg.dec
+  int bytes_not_expected = 0;         // that every mbarrier.arrive.expect_tx leaves out
 };
 void plant(const Plant& mistakes);
 

@@ -185,6 +185,23 @@ __global__ void named_barriers(const Arguments a) {
                     ptx::load_shared<std::uint32_t>(4 * (64 * half + 63 - place)));
 }
 
+// Two warpgroups claim 8 and more registers, which the third one releases, with all of its warps or
+// not. Each thread leaves its number once it has what it asks for.
+constexpr int kLaunchRegisters = 80;
+template <int kAtLaunch, int kReleased, int kClaimed, int kReleasing>
+__global__ void __launch_bounds__(384, 2) registers(const Arguments a) {
+  if (kAtLaunch > 0) ptx::registers_at_launch<kAtLaunch>();
+  const unsigned group = threadIdx.x / 128;
+  if (group == 0) {
+    ptx::claim_registers<kLaunchRegisters + 8>();
+  } else if (group == 1) {
+    ptx::claim_registers<kClaimed>();
+  } else if (threadIdx.x < 256 + kReleasing) {
+    ptx::release_registers<kReleased>();
+  }
+  ptx::store_global(a.out + threadIdx.x, std::uint32_t{threadIdx.x});
+}
+
 template <auto* kKernel, unsigned kThreads>
 cudaError_t launch(const Arguments& arguments) {
   return resnet_fused::launch(kKernel, dim3(1), dim3(kThreads), kSharedBytes, nullptr, arguments);
@@ -261,6 +278,13 @@ const Tests& sm90_tests() {
       {"wgmma of written operands", &plain<&wgmma_written<true, true>, 128>},
       {"wgmma of operands without swizzle", &plain<&wgmma_written<false, true>, 128>},
       {"wgmma of unfenced operands", &plain<&wgmma_written<true, false>, 128>},
+      {"registers", &plain<&registers<kLaunchRegisters, 56, 96, 128>, 384>},
+      {"registers of nobody", &plain<&registers<kLaunchRegisters, 56, 104, 128>, 384>},
+      {"registers not released by a warp", &plain<&registers<kLaunchRegisters, 56, 96, 96>, 384>},
+      {"registers released that are not there",
+       &plain<&registers<kLaunchRegisters, 88, 96, 128>, 384>},
+      {"registers claimed that are there", &plain<&registers<kLaunchRegisters, 56, 72, 128>, 384>},
+      {"registers of an unknown number", &plain<&registers<0, 56, 96, 128>, 384>},
       {"named barriers", &plain<&named_barriers<64>, 128>},
       {"named barriers for too many", &plain<&named_barriers<96>, 128>},
   };

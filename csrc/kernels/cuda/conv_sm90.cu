@@ -57,8 +57,9 @@ template <int kN_, int kStages_, int kBlocks_, int kCopyRegisters_, int kMultipl
 struct Tile {
   static constexpr int kN = kN_, kStages = kStages_, kBlocks = kBlocks_;
   static constexpr int kCopyRegisters = kCopyRegisters_, kMultiplyRegisters = kMultiplyRegisters_;
-  static_assert((kCopyRegisters + kMultipliers * kMultiplyRegisters) * kWarpgroup * kBlocks <=
-                65536);
+  static constexpr int kLaunchRegisters = 65536 / (kThreads * kBlocks) / 8 * 8;
+  static_assert(kCopyRegisters + kMultipliers * kMultiplyRegisters <=
+                (1 + kMultipliers) * kLaunchRegisters);
   static constexpr int kPanels = kN / kPanel;
   static constexpr int kStageBytes = (kM + kN) * kRowBytes;
   static constexpr int kResultBytes = kPanels * kPanelBytes;
@@ -262,6 +263,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
   using Barriers = Mbarriers<Tile, kProjection>;
   constexpr int kTermsBuffer = (kProjection ? 2 : 1) * Tile::kTermsBytes;
 
+  ptx::registers_at_launch<Tile::kLaunchRegisters>();
   if (threadIdx.x == 0) {
     for (int i = 0; i < Tile::kStages; ++i) {
       ptx::mbarrier_init(Barriers::full(i), 1);

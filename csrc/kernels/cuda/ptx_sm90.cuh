@@ -118,7 +118,13 @@ __device__ __forceinline__ void named_barrier(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
-// "setmaxnreg", by all warps of a warpgroup: registers a thread, a multiple of 8.
+// How many registers a thread has at launch: as many as __launch_bounds__ leaves, which the
+// compiler gives to kernels that use setmaxnreg. For the simulator, which does not see them.
+template <int kRegisters>
+__device__ __forceinline__ void registers_at_launch() {}
+
+// "setmaxnreg", by all warps of a warpgroup: registers a thread, a multiple of 8 from 24 to 256. A
+// claim waits until other warpgroups of the block have released what it takes.
 template <int kRegisters>
 __device__ __forceinline__ void claim_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
