@@ -130,7 +130,8 @@ def _step(part: Callable[[Tensor], Tensor], x: Tensor, training: bool) -> Tensor
     with torch.set_grad_enabled(training):
         out = part(x.detach().requires_grad_(x.requires_grad))
         if training:
-            out.backward(torch.randn_like(out))
+            with torch.autocast(x.device.type, enabled=False):
+                out.backward(torch.randn_like(out))
     return out.detach()
 
 
@@ -180,12 +181,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"There is nothing to choose among on this GPU: {reason}")
     network = ARCHITECTURES[options.arch]().to(device)
     for batch in options.batch:
-        images = torch.randn(batch, 3, options.size, options.size, device=device)
         for training in (False, True)[: 1 + options.training]:
             mode = "training" if training else "inference"
             print(f"{options.arch}, {mode}, batch {batch}, {options.size}², {options.dtype}")
-            with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-                print(table(tune(network, images, training, _progress)))
+            try:
+                images = torch.randn(batch, 3, options.size, options.size, device=device)
+                with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+                    print(table(tune(network, images, training, _progress)))
+            except torch.OutOfMemoryError:
+                sys.exit(f"{batch} images do not fit this GPU's memory: give --batch less of them.")
 
 
 if __name__ == "__main__":

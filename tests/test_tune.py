@@ -183,9 +183,9 @@ def test_training_measures_backward_to_everything_but_the_images(
     assert network.training
 
 
-X = Operand((256, 64, 56, 56), True, True)
-ONE = Window(Operand((256, 64, 1, 1), True, True), (1, 1), (0, 0), (1, 1), 1)
-THREE = Window(Operand((64, 64, 3, 3), True, True), (2, 2), (1, 1), (1, 1), 1)
+X = Operand((256, 64, 56, 56), None, True)
+ONE = Window(Operand((256, 64, 1, 1), None, True), (1, 1), (0, 0), (1, 1), 1)
+THREE = Window(Operand((64, 64, 3, 3), None, True), (2, 2), (1, 1), (1, 1), 1)
 
 
 def _rows() -> list[tune.Row]:
@@ -271,6 +271,21 @@ def test_where_nothing_can_be_measured_it_says_why(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(backends, "unavailable", lambda name: "no kernels at all.")
     with pytest.raises(SystemExit, match=r"no kernels at all\."):
         tune.main([])
+
+
+def test_too_large_a_batch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def randn(*shape: int, **options: object) -> Tensor:
+        assert shape == (4096, 3, 224, 224)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setenv("RESNET_FUSED_TUNE", "on")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends, "unavailable", lambda name: None)
+    monkeypatch.setattr(backends, "get", lambda name: Named(name))
+    monkeypatch.setitem(tune.ARCHITECTURES, "resnet50", torch.nn.Identity)
+    monkeypatch.setattr(torch, "randn", randn)
+    with pytest.raises(SystemExit, match=r"^4096 images do not fit"):
+        tune.main(["--batch", "4096"])
 
 
 @pytest.mark.gpu

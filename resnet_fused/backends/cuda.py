@@ -145,10 +145,8 @@ class CudaBackend:
                 return self._conv_bn_of_cudnn(x, conv, bn, residual, relu)
             return self._conv_bn(kernel, *arguments)
 
-        # Not every tile reads a residual of any strides.
-        strides = None if residual is None else residual.stride()
         return self._tuner.run(
-            ("conv_bn", *describe(x, conv, residual, strides, relu)),
+            ("conv_bn", *describe(x, conv, residual, relu)),
             x.device,
             lambda: self._kernels(_CUDNN, self._left_to_cudnn(x, conv), *arguments),
             launch,

@@ -50,12 +50,14 @@ class Operand(NamedTuple):
     """What a kernel's time depends on in a tensor: logical sizes, and whether it lies well."""
 
     sizes: tuple[int, ...]
-    dense: bool  # an activation in channels_last memory
+    strides: tuple[int, ...] | None  # of an activation that is not dense in channels_last memory
     aligned: bool
 
     def __str__(self) -> str:
-        faults = ("" if self.dense else " strided") + ("" if self.aligned else " unaligned")
-        return "×".join(map(str, self.sizes)) + faults
+        text = "×".join(map(str, self.sizes))
+        if self.strides is not None:
+            text += f" strides {','.join(map(str, self.strides))}"
+        return text if self.aligned else f"{text} unaligned"
 
 
 class Window(NamedTuple):
@@ -99,11 +101,12 @@ def describe(x: Tensor, *others: Any) -> tuple[Hashable, ...]:
 def _activation(x: Tensor) -> Operand:
     batch = x.shape[0] if x.numel() >= _WIDE else batch_bucket(x.shape[0])
     dense = x.is_contiguous(memory_format=torch.channels_last)
-    return Operand((batch, *x.shape[1:]), dense, x.data_ptr() % _VECTOR_BYTES == 0)
+    strides = None if dense else x.stride()
+    return Operand((batch, *x.shape[1:]), strides, x.data_ptr() % _VECTOR_BYTES == 0)
 
 
 def _operand(x: Tensor) -> Operand:
-    return Operand(tuple(x.shape), True, x.data_ptr() % _VECTOR_BYTES == 0)
+    return Operand(tuple(x.shape), None, x.data_ptr() % _VECTOR_BYTES == 0)
 
 
 def measure(call: Callable[[], object], device: torch.device) -> float:
