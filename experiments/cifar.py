@@ -29,6 +29,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options.add_argument("--runs", type=int, help="of each depth, with seeds that follow")
     options.add_argument("--iterations", type=int)
     options.add_argument("--batch", type=int)
+    options.add_argument("--learning-rate", type=float)
     return options.parse_args(arguments)
 
 
@@ -39,17 +40,17 @@ def experiment(place: launch.Launch, options: argparse.Namespace) -> None:
             f"--data {place.data} holds photographs of many sizes; experiments/imagenet.py "
             "trains on them."
         )
-    depths, runs, iterations, batch = launch.choose(
+    depths, runs, iterations, batch, rate = launch.choose(
         options,
         images.kind,
-        ("depths", "runs", "iterations", "batch"),
-        digits=([20, 110], 3, 200, 64),
-        cifar=([20, 32, 44, 56, 110], 5, 64_000, 128),
-        quick=([8, 14], 2, 12, 16),
+        ("depths", "runs", "iterations", "batch", "learning_rate"),
+        digits=([20, 110], 3, 480, 32, 0.02),
+        cifar=([20, 32, 44, 56, 110], 5, 64_000, 128, 0.1),
+        quick=([8, 14], 2, 12, 16, 0.1),
     )
     results: dict[int, list[Result]] = {depth: [] for depth in depths}
     for depth in depths:
-        recipe = recipes.cifar(images, iterations, batch, warm_up=depth >= WARM_UP_FROM)
+        recipe = recipes.cifar(images, iterations, batch, rate, depth >= WARM_UP_FROM)
         for seed in range(place.seed, place.seed + runs):
             build = networks.residual(images, depth)
             name = f"resnet{depth}-seed{seed}"

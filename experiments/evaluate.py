@@ -1,6 +1,7 @@
 """Evaluation: one crop, ten crops, many scales fully convolutionally, and ensembles (Table 3 to 5).
 
     python experiments/evaluate.py               # embedded digits, minutes on two cores
+    python experiments/evaluate.py --data CIFAR --models cifar.resnet56=WEIGHTS
     python experiments/evaluate.py --data IMAGENET --models resnet50=IMAGENET1K_V1
     torchrun --nproc-per-node 8 experiments/evaluate.py --data IMAGENET --workers 12 \\
         --models resnet34=runs/imagenet/checkpoints/resnet34-paper.pt resnet101=IMAGENET1K_V2
@@ -19,11 +20,11 @@ For other crops the sides are in proportion. Digits are not mirrored, so that te
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,6 @@ import resnet_fused
 from resnet_fused.models.network import ResidualNetwork
 
 CROP, SIDE, SCALES = 224, 256, (224, 256, 384, 480, 640)
-_STRIDE = 32  # of the last feature map
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -52,8 +52,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--models",
         nargs="+",
         metavar="NAME=WEIGHTS",
-        help="networks of resnet_fused; weights are a file, a checkpoint of the experiments, or a "
-        "name of torchvision's. Several make an ensemble",
+        help="networks of resnet_fused (resnet50, cifar.resnet56, ...); weights are a file, a "
+        "checkpoint of the experiments, or a name of torchvision's. Several make an ensemble",
     )
     options.add_argument("--tests", nargs="+", choices=TESTS)
     options.add_argument("--crop", type=int, help="height and width that the networks learned on")
@@ -62,18 +62,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def experiment(place: launch.Launch, options: argparse.Namespace) -> None:
-    images = data.open_images(place.data, side=48, quick=place.quick, train=place.data is None)
+    images = data.open_images(place.data, side=24, quick=place.quick, train=place.data is None)
     published = [f"resnet{depth}=IMAGENET1K_V1" for depth in (34, 50, 101, 152)]
     photographs = (published, list(TESTS), CROP, 32)
-    small = (["resnet18", "resnet34"], list(TESTS), 32, 64)
     names, chosen, crop, batch = launch.choose(
         options,
         images.kind,
         ("models", "tests", "crop", "batch"),
-        digits=small,
-        cifar=small,
+        digits=(["cifar.resnet20", "cifar.resnet32"], list(TESTS), 16, 64),
+        cifar=(["cifar.resnet20", "cifar.resnet56"], list(TESTS), 32, 64),
         imagenet=photographs,
-        quick=(["resnet18", "resnet18"], list(TESTS), 32, 64)
+        quick=(["cifar.resnet20", "cifar.resnet20"], list(TESTS), 16, 64)
         if place.data is None
         else photographs,
     )
@@ -90,9 +89,12 @@ def _models(
     trained = []
     for i, name in enumerate(names):
         kind, _, weights = name.partition("=")
-        make = getattr(resnet_fused, kind, None)
-        if make is None:
-            raise ExperimentError(f"--models {name}: resnet_fused has no network {kind}.")
+        try:
+            make = attrgetter(kind)(resnet_fused)
+        except AttributeError as error:
+            raise ExperimentError(
+                f"--models {name}: resnet_fused has no network {kind}."
+            ) from error
         if weights:
             try:
                 path = Path(weights).expanduser()
@@ -100,7 +102,8 @@ def _models(
             except (ValueError, RuntimeError) as error:
                 raise ExperimentError(f"--models {name}: {error}") from error
         elif place.data is None:
-            trained.append(_train(place, images, kind, crop, i))
+            build = partial(make, num_classes=images.classes)
+            trained.append(_train(place, images, f"{kind}-{i}", build, crop, i))
             model = trained[-1].model
         else:
             raise ExperimentError(f"--models {name}: give its weights, {name}=WEIGHTS.")
@@ -119,14 +122,20 @@ def _classifier(model: ResidualNetwork) -> nn.Linear:
     return model.fc
 
 
-def _train(place: launch.Launch, images: data.Images, kind: str, crop: int, index: int) -> Result:
-    """A network trained briefly on the digits, by the recipe of 3.4."""
-    make = getattr(resnet_fused, kind)
-    epoch = max(1, data.size(images.train) // 64)
-    recipe = recipes.imagenet(images, crop, epoch, (1 if place.quick else 8) * epoch, 64)
+def _train(
+    place: launch.Launch,
+    images: data.Images,
+    name: str,
+    build: Callable[[], nn.Module],
+    crop: int,
+    index: int,
+) -> Result:
+    """A network trained briefly on the digits, by the recipe of 3.4: crops of many scales."""
+    batch = 32
+    epoch = max(1, data.size(images.train) // batch)
+    recipe = recipes.imagenet(images, crop, epoch, (1 if place.quick else 16) * epoch, batch)
     seed = launch.seed_of(place.seed, "model", index)
-    build = partial(make, num_classes=images.classes)
-    return train(f"{kind}-{index}", build, images, recipe, place, seed)
+    return train(name, build, images, recipe, place, seed)
 
 
 def one_crop(image: Tensor, crop: int, mirrors: bool) -> list[Tensor]:
@@ -174,7 +183,10 @@ class _Views(Dataset[tuple[list[Tensor], int]]):
 
 
 def posteriors(model: ResidualNetwork, views: Sequence[Sequence[Tensor]], crop: int) -> Tensor:
-    """Scores (N, classes) of N images, each given by its views (3, H, W), standardised."""
+    """Scores (N, classes) of N images, each given by its views (3, H, W), standardised.
+
+    The window is the last feature map of a `crop`; in smaller views it is theirs.
+    """
     by_shape: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
     for i, own in enumerate(views):
         for view in own:
@@ -182,18 +194,18 @@ def posteriors(model: ResidualNetwork, views: Sequence[Sequence[Tensor]], crop: 
     classifier = _classifier(model)
     device = classifier.weight.device
     scores = torch.zeros(len(views), classifier.out_features, device=device)
+    side = model.features(torch.zeros(1, 3, crop, crop, device=device))[-1].shape[-1]
     for same in by_shape.values():
         owners = torch.tensor([i for i, _ in same], device=device)
         batch = torch.stack([view for _, view in same])
         batch = batch.to(device, memory_format=torch.channels_last)
-        scores.index_add_(0, owners, _dense(model, batch, crop))
+        scores.index_add_(0, owners, _dense(model, batch, side))
     return scores / torch.tensor([len(own) for own in views], device=device)[:, None]
 
 
-def _dense(model: ResidualNetwork, batch: Tensor, crop: int) -> Tensor:
-    """Mean posteriors (N, classes) over all positions of the window."""
+def _dense(model: ResidualNetwork, batch: Tensor, side: int) -> Tensor:
+    """Mean posteriors (N, classes) over all positions of a window of that side."""
     maps = model.features(batch)[-1]
-    side = math.ceil(crop / _STRIDE)
     window = [min(side, length) for length in maps.shape[-2:]]
     pooled = F.avg_pool2d(maps, window, stride=1)
     return _classifier(model)(pooled.permute(0, 2, 3, 1)).float().softmax(-1).mean((1, 2))

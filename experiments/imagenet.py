@@ -32,20 +32,21 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options.add_argument("--recipes", nargs="+", choices=RECIPES)
     options.add_argument("--epochs", type=int)
     options.add_argument("--batch", type=int)
+    options.add_argument("--learning-rate", type=float)
     options.add_argument("--crop", type=int, help="height and width that the network sees")
     return options.parse_args(arguments)
 
 
 def experiment(place: launch.Launch, options: argparse.Namespace) -> None:
     images = data.open_images(place.data, side=48, quick=place.quick)
-    model, chosen, epochs, batch, crop = launch.choose(
+    model, chosen, epochs, batch, rate, crop = launch.choose(
         options,
         images.kind,
-        ("model", "recipes", "epochs", "batch", "crop"),
-        digits=("resnet18", ["paper", "modern"], 8, 64, 32),
-        cifar=("resnet18", ["paper"], 60, 128, 32),
-        imagenet=("resnet50", ["paper"], 120, 256, 224),
-        quick=("resnet18", ["paper", "modern"], 2, 64, 32),
+        ("model", "recipes", "epochs", "batch", "learning_rate", "crop"),
+        digits=("resnet18", ["paper", "modern"], 10, 32, 0.02, 32),
+        cifar=("resnet18", ["paper"], 60, 128, 0.1, 32),
+        imagenet=("resnet50", ["paper"], 120, 256, 0.1, 224),
+        quick=("resnet18", ["paper", "modern"], 2, 64, 0.1, 32),
     )
     make = getattr(resnet_fused, model, None)
     if make is None:
@@ -53,7 +54,7 @@ def experiment(place: launch.Launch, options: argparse.Namespace) -> None:
     epoch = max(1, data.size(images.train) // batch)
     results = {}
     for name in chosen:
-        recipe = RECIPES[name](images, crop, epoch, epochs * epoch, batch)
+        recipe = RECIPES[name](images, crop, epoch, epochs * epoch, batch, rate)
         results[name] = train(
             f"{model}-{name}", lambda: make(num_classes=images.classes), images, recipe, place
         )

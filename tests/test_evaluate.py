@@ -85,6 +85,22 @@ def test_scales_slide_the_pooling_window(network: resnet_fused.ResNet) -> None:
     torch.testing.assert_close(scores[1], sums / 10)
 
 
+@torch.no_grad()
+def test_the_window_is_the_map_that_this_network_makes_of_a_crop() -> None:
+    """4×4 for crops of 16 and the networks of 4.2, whose last map has a stride of 4."""
+    torch.manual_seed(0)
+    model, view = resnet_fused.cifar.resnet20().eval(), torch.rand(3, 24, 28)
+    maps = model.features(view[None])[-1][0]
+    assert maps.shape[1:] == (6, 7)
+    places = [
+        model.fc(maps[:, i : i + 4, j : j + 4].mean((1, 2))).softmax(0)
+        for i in range(3)
+        for j in range(4)
+    ]
+    scores = evaluate.posteriors(model, [[view]], 16)
+    torch.testing.assert_close(scores[0], torch.stack(places).mean(0))
+
+
 def write_images(root: Path) -> dict[str, list[Tensor]]:
     """val/ with three classes of four JPEGs each, of different sizes; their pixels as read back."""
     random = torch.Generator().manual_seed(1)

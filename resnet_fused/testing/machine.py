@@ -76,8 +76,15 @@ def _driver() -> str:
     return answer.stdout.split("\n", 1)[0].strip()
 
 
+_RESULTS = ("benchmarks/results", "experiments/reports")
+
+
 def commit(folder: Path) -> dict[str, Any]:
-    """The git commit that `folder` stands at and whether tracked files differ from it."""
+    """The git commit that `folder` stands at and whether tracked files differ from it.
+
+    Results do not count: one of several that are made in a row would call the next one's code
+    changed.
+    """
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]
@@ -85,7 +92,8 @@ def commit(folder: Path) -> dict[str, Any]:
         return answer.stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
+        others = [f":(top,exclude){results}" for results in _RESULTS]
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *others)
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.SubprocessError):
         return {"commit": None, "dirty": None}
