@@ -222,7 +222,10 @@ def dgrad(
     )
     rows = batch * triton.cdiv(height, class_h) * triton.cdiv(width, class_w)
     taps = triton.cdiv(r, class_h) * triton.cdiv(s, class_w)
-    gemm = Gemm(rows, group_in, group_out, taps, conv.groups * class_h * class_w, accumulators=2)
+    # Sums of float32 results are taken in float64: registers for a third accumulator.
+    accumulators = 3 if below is not None and g.element_size() == 4 else 2
+    packs = conv.groups * class_h * class_w
+    gemm = Gemm(rows, group_in, group_out, taps, packs, accumulators)
     wide = is_wide(g, weight, out, *([] if add is None else [add]))
     precision = convolution_precision(g.dtype)
 
