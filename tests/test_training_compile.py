@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from typing import Any
 
 import pytest
 import torch
@@ -46,19 +45,18 @@ PRODUCTS = {"conv_stats_kernel", "dgrad_kernel", "wgrad_kernel"}
 TELLING = ("stem", "stage 2 projection", "stage 3, frozen")
 
 
-def _all(capability: int, dtype: str) -> Any:
-    name = f"sm_{capability}-{dtype}-all"
-    return pytest.param(capability, dtype, (), id=name, marks=pytest.mark.slow)
+# Float32 as PyTorch computes it by default, products in TF32.
+WHOLE = ((80, "bfloat16"), (90, "bfloat16"), (90, "float32"), (100, "bfloat16"))
 
 
 @pytest.mark.parametrize(
     ("capability", "dtype", "steps"),
     [
         pytest.param(90, "bfloat16", TELLING, id="sm_90-bfloat16"),
-        _all(80, "bfloat16"),
-        _all(90, "bfloat16"),
-        _all(90, "float32"),
-        _all(100, "bfloat16"),
+        *(
+            pytest.param(*target, (), id=f"sm_{target[0]}-{target[1]}-all", marks=pytest.mark.slow)
+            for target in WHOLE
+        ),
     ],
 )
 def test_training_kernels_of_resnet50(capability: int, dtype: str, steps: tuple[str, ...]) -> None:
