@@ -2,13 +2,15 @@
 
     python benchmarks/training.py --model resnet50 --batch 64 128 256 --json out.json --plot out.png
 
-Gate first: 20 steps from one seed in float32 on small images, logits and losses beside eager
-PyTorch's and a float64 run's (`gate`). Nothing is timed on a red gate. Then each
+Gate first: 20 steps from one seed in float32 on small images, logits, gradients and losses beside
+eager PyTorch's and a float64 run's (`gate`). Nothing is timed on a red gate. Then each
 contestant trains on random images under autocast, one after the other in the same process; times
 are read from CUDA events, memory from the allocator, kept bytes from saved-tensor hooks.
 
 Ours come first, what compiles for minutes last, and the result file is written after each
-measurement: a run that is stopped keeps what it has.
+measurement: a run that is stopped keeps what it has. Rounds are not interleaved for that reason:
+all would have to be compiled before the first. Of ours, the result file has every kernel's time and
+share of a step, beside its floor (`training_profile.py`).
 """
 
 from __future__ import annotations
@@ -37,13 +39,18 @@ from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout runs uninstalled too
 
+import training_profile
+
 import resnet_fused
 from resnet_fused import settings
 from resnet_fused.testing import machine, roofline
+from resnet_fused.testing.cases import clear_batch
+from resnet_fused.testing.numerics import relative_error
 from resnet_fused.testing.plain_training import training_ops_in_pytorch
+from resnet_fused.testing.roofline import Peaks
 from resnet_fused.testing.timing import times_of
 
-GATE_STEPS = 20
+GATE_STEPS, GATE_STRIDE, GATE_NUDGES = 20, 4, 3
 
 
 @dataclass
@@ -60,6 +67,7 @@ class Row:
     floor_share: float | None = None
     speedup_over: float | None = None
     failure: str | None = None
+    kernels: list[dict[str, Any]] | None = None  # of ours; see training_profile.py
 
 
 def _eager(model: nn.Module) -> nn.Module:
@@ -78,6 +86,7 @@ def _compiled(mode: str | None) -> Callable[[nn.Module], nn.Module]:
 
 
 PLAIN = "training ops in PyTorch"  # what ours keeps for backward can be read off it anywhere
+PROFILED = ("resnet_fused", PLAIN)
 # name -> (library, what is done to the model)
 CONTESTANTS: dict[str, tuple[Any, Callable[[nn.Module], nn.Module]]] = {
     "resnet_fused": (resnet_fused, _eager),
@@ -110,15 +119,36 @@ def training_step(
     return step
 
 
-def gate(name: str, device: torch.device) -> dict[str, Any]:
-    """Logits and losses of 20 float32 steps, ours and eager's, against float64.
+def nudge(model: nn.Module, seed: int) -> nn.Module:
+    """Moves each parameter by one unit in the last place, up or down at random."""
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            up = (torch.rand(parameter.shape, generator=rng) < 0.5).to(parameter.device)
+            parameter.copy_(torch.nextafter(parameter, torch.where(up, torch.inf, -torch.inf)))
+    return model
 
-    Logits are compared on the float64 run's weights, with fresh images at each step, and ours may
-    not be further off than eager's (1.1: noise). All are channels_last, because PyTorch's
-    convolutions round differently in the other layout. The losses are those of three runs from the
-    same weights, each on its own. There rounding decides the sign of a ReLU's input now and then,
-    in eager's run as in ours, and training amplifies it, so ours may be off by 1% of the losses
-    where eager's is nearer.
+
+def _pass(model: nn.Module, x: Tensor, target: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Logits, and the gradients of all parameters."""
+    out = model(x)
+    loss = F.cross_entropy(out, target)
+    return out.detach(), torch.autograd.grad(loss, list(model.parameters()))
+
+
+def gate(name: str, device: torch.device) -> dict[str, Any]:
+    """Logits, gradients and losses of 20 float32 steps, ours and eager's, against float64.
+
+    Logits and gradients are compared on the float64 run's weights at every fourth step, and ours
+    may not be further off than eager's (1.1: noise). All are channels_last, because PyTorch's
+    convolutions round differently in the other layout. Where rounding decides the sign of a ReLU's
+    input, gradients are off by a thousand times the usual, ours or eager's. So images are chosen
+    whose ReLU inputs keep away from zero, and of the gradients those of one step count: where the
+    larger of the two errors is least.
+
+    The losses are those of runs from the same weights, each on its own, in which training amplifies
+    rounding. How far it carries a run is seen from eager's, one from the same weights and some from
+    weights moved by one unit in the last place: the furthest of them is the yardstick.
     """
     torch.manual_seed(0)
     eager = _channels_last(getattr(torchvision.models, name)(num_classes=10)).to(device).train()
@@ -127,48 +157,50 @@ def gate(name: str, device: torch.device) -> dict[str, Any]:
     truth = copy.deepcopy(eager).double()
     probes = {"ours": copy.deepcopy(ours), "eager": copy.deepcopy(eager)}
 
-    def images() -> Tensor:
-        x = torch.randn(8, 3, 64, 64, device=device)
+    def images(count: int, size: int) -> Tensor:
+        x = torch.randn(count, 3, size, size, device=device)
         return x.contiguous(memory_format=torch.channels_last)
 
-    x, target = images(), torch.arange(8, device=device)
+    x, target = images(8, 64), torch.arange(8, device=device)
+    runs = {"ours": ours, "eager": eager, "truth": truth}
+    runs |= {f"eager, nudged {i}": nudge(copy.deepcopy(eager), i) for i in range(GATE_NUDGES)}
     steps = {
-        "ours": training_step(ours, x, target, None),
-        "eager": training_step(eager, x, target, None),
-        "truth": training_step(truth, x.double(), target, None),
+        key: training_step(model, x.double() if model is truth else x, target, None)
+        for key, model in runs.items()
     }
     losses: dict[str, list[float]] = {key: [] for key in steps}
     logits = dict.fromkeys(probes, 0.0)
-    for _ in tqdm(range(GATE_STEPS), desc=f"gate {name}"):
+    gradients: dict[str, list[float]] = {key: [] for key in probes}
+    for step in tqdm(range(GATE_STEPS), desc=f"gate {name}"):
         with torch.no_grad():
             for parameter in truth.parameters():  # on to what float32 can hold
                 parameter.copy_(parameter.float())
-            fresh = images()
-            right = truth(fresh.double())
+        if step % GATE_STRIDE == 0:
+            clear = clear_batch(truth, (images(4, 33) for _ in range(20)))
+            right, right_gradients = _pass(truth, clear.double(), target[:4])
             for key, probe in probes.items():
                 probe.load_state_dict(truth.state_dict())
-                logits[key] += float((probe(fresh) - right).square().sum())
-        for key, step in steps.items():
-            losses[key].append(float(step()))
-
-    def distance(key: str) -> float:
-        return math.dist(losses[key], losses["truth"])
-
-    logits_error, logits_allowed = (logits[key] ** 0.5 for key in ("ours", "eager"))
-    loss_error = distance("ours")
-    loss_allowed = max(1.1 * distance("eager"), 0.01 * math.hypot(*losses["truth"]))
-    return {
-        "model": name,
-        "logits_error": logits_error,
-        "logits_allowed": 1.1 * logits_allowed,
-        "loss_error": loss_error,
-        "loss_allowed": loss_allowed,
-        "losses": losses,
-        "green": logits_error <= 1.1 * logits_allowed and loss_error <= loss_allowed,
+                found, found_gradients = _pass(probe, clear, target[:4])
+                logits[key] += float((found - right).square().sum())
+                distances = map(relative_error, found_gradients, right_gradients)
+                gradients[key].append(math.hypot(*distances))
+        for key, run in steps.items():
+            losses[key].append(float(run()))
+    ours_gradient, eager_gradient = min(zip(*gradients.values(), strict=True), key=max)
+    loss = {key: math.dist(run, losses["truth"]) for key, run in losses.items()}
+    furthest = max(value for key, value in loss.items() if key.startswith("eager"))
+    errors = {
+        "logits": {key: total**0.5 for key, total in logits.items()},
+        "gradients": {"ours": ours_gradient, "eager": eager_gradient},
+        "losses": {"ours": loss["ours"], "eager": furthest},
     }
+    green = all(error["ours"] <= 1.1 * error["eager"] for error in errors.values())
+    return {"model": name, "errors": errors, "losses": losses, "green": green}
 
 
-def measure(row: Row, size: int, device: torch.device, dtype: torch.dtype, seconds: float) -> None:
+def measure(
+    row: Row, size: int, device: torch.device, dtype: torch.dtype, seconds: float, peaks: Peaks
+) -> None:
     """Fills in `row`; a contestant that cannot run says why."""
     library, prepare = CONTESTANTS[row.contestant]
     torch.manual_seed(0)
@@ -179,7 +211,7 @@ def measure(row: Row, size: int, device: torch.device, dtype: torch.dtype, secon
     ops = training_ops_in_pytorch() if row.contestant == PLAIN else contextlib.nullcontext()
     try:
         with ops:
-            _measure(row, library, prepare, x, target, dtype, seconds)
+            _measure(row, library, prepare, x, target, dtype, seconds, peaks)
     except Exception as error:  # whatever a library raises where it cannot run
         row.failure = f"{type(error).__name__}: {error}".splitlines()[0][:300]
     finally:
@@ -197,6 +229,7 @@ def _measure(
     target: Tensor,
     dtype: torch.dtype,
     seconds: float,
+    peaks: Peaks,
 ) -> None:
     device = x.device
     model = getattr(library, row.model)().to(device).train()
@@ -213,9 +246,11 @@ def _measure(
     row.images_per_second = row.batch / row.step
     if device.type == "cuda":
         row.peak_memory = torch.cuda.max_memory_allocated(device)
+    if row.contestant in PROFILED:
+        row.kernels = training_profile.profile(step, x, peaks)
 
 
-def floor_seconds(name: str, batch: int, size: int, peaks: roofline.Peaks) -> float:
+def floor_seconds(name: str, batch: int, size: int, peaks: Peaks) -> float:
     """Three times the floor of a fused forward in 16 bits: backward has two products for each of
     the forward's, and moves each activation and its gradient."""
     with torch.device("meta"):
@@ -330,7 +365,7 @@ def main(arguments: list[str]) -> int:
     measured: list[Row] = []
     try:
         for row in tqdm(rows, desc="contestants"):
-            measure(row, options.size, device, dtype, options.seconds)
+            measure(row, options.size, device, dtype, options.seconds, peaks)
             measured.append(row)
             rate = row.failure or f"{row.images_per_second:.1f} images/s"
             tqdm.write(f"{row.model} {row.batch} {row.contestant}: {rate}")
@@ -340,6 +375,10 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"Stopped after {len(measured)} of {len(rows)} measurements.", file=sys.stderr)
     print(table(measured))
+    for row in measured:
+        if row.kernels and row.contestant == "resnet_fused":
+            print(f"\n{row.model}, batch {row.batch}, one step of resnet_fused:")
+            print(training_profile.table(row.kernels))
     if options.plot and measured:
         plot(measured, options.plot)
     return 0 if len(measured) == len(rows) else 130

@@ -37,6 +37,8 @@ from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout runs uninstalled too
 
+from training import nudge
+
 import resnet_fused
 from resnet_fused.testing import machine
 from resnet_fused.testing.plain_training import training_ops_in_pytorch
@@ -70,15 +72,6 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, seed: int, name: 
     with torch.no_grad():
         found = model(images[:TEST]).argmax(1)
     return float((found == labels[:TEST]).float().mean())
-
-
-def nudge(model: nn.Module, seed: int) -> None:
-    """Moves each parameter by one unit in the last place, up or down at random."""
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            up = torch.rand(parameter.shape, generator=rng) < 0.5
-            parameter.copy_(torch.nextafter(parameter, torch.where(up, torch.inf, -torch.inf)))
 
 
 def _deviation(samples: Iterable[Sequence[float]]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +16,44 @@ from torch import Tensor, nn
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import training
+import training_profile
 
 import resnet_fused
+from resnet_fused import BasicBlock
 from resnet_fused.models import resnet18
+from resnet_fused.reference.training import ReferenceTraining
+from resnet_fused.testing import roofline
 from resnet_fused.testing.plain_training import training_ops_in_pytorch
 
 CPU = torch.device("cpu")
 
 
-def _faulty(fault: str) -> Any:
-    """A ResNet-18 with one small mistake."""
-
-    def build(num_classes: int) -> nn.Module:
-        model = resnet18(num_classes=num_classes)
-        if fault == "eps":
-            model.layer3[0].bn1.eps = 1e-4
-        else:
-            model.layer2[0].register_full_backward_hook(_scale_gradient)
-        return model
-
-    return build
+def _other_eps(num_classes: int) -> nn.Module:
+    model = resnet18(num_classes=num_classes)
+    model.layer3[0].bn1.eps = 1e-4
+    return model
 
 
-def _scale_gradient(module: nn.Module, grads: tuple[Tensor, ...], _: object) -> tuple[Tensor, ...]:
-    return tuple(1.2 * grad for grad in grads)
+def _scaled_wgrad(wgrad: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`wgrad` with a thousandth added to the gradient of one layer of ResNet-18."""
+
+    def scaled(*arguments: Any) -> Tensor:
+        grad = wgrad(*arguments)
+        return 1.001 * grad if grad.shape == (128, 64, 3, 3) else grad
+
+    return scaled
 
 
 @pytest.mark.parametrize("fault", [None, "eps", "gradient"])
 def test_gate(fault: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "GATE_STEPS", 3)
-    if fault is not None:
-        monkeypatch.setattr(resnet_fused, "resnet18", _faulty(fault))
+    if fault == "eps":
+        monkeypatch.setattr(resnet_fused, "resnet18", _other_eps)
+    if fault == "gradient":
+        monkeypatch.setattr(ReferenceTraining, "wgrad", _scaled_wgrad(ReferenceTraining.wgrad))
     with training_ops_in_pytorch():
         found = training.gate("resnet18", CPU)
-    assert found["green"] == (fault is None), found
+    assert found["green"] == (fault is None), found["errors"]
     assert len(found["losses"]["ours"]) == 3
 
 
@@ -90,7 +95,7 @@ def test_a_contestant_trains_and_says_what_it_kept() -> None:
     kept = {}
     for contestant in (training.PLAIN, "eager channels_last"):
         row = training.Row("resnet18", 2, contestant)
-        training.measure(row, 32, CPU, torch.bfloat16, 0.01)
+        training.measure(row, 32, CPU, torch.bfloat16, 0.01, roofline.Peaks(1, 1))
         assert row.failure is None
         assert row.step
         kept[contestant] = row.kept_bytes
@@ -103,7 +108,7 @@ def test_a_contestant_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(torchvision.models, "resnet18", fail)
     row = training.Row("resnet18", 2, "eager NCHW")
-    training.measure(row, 32, CPU, torch.bfloat16, 0.01)
+    training.measure(row, 32, CPU, torch.bfloat16, 0.01, roofline.Peaks(1, 1))
     assert row.failure == "OSError: no compiler"
 
 
@@ -121,10 +126,33 @@ def test_accuracies_are_compared_by_the_spread_over_seeds() -> None:
 
 
 def test_a_nudge_is_one_unit_in_the_last_place() -> None:
-    accuracy = pytest.importorskip("training_accuracy", reason="needs scikit-learn")
     model = nn.Linear(8, 8)
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    accuracy.nudge(model, 1)
+    assert training.nudge(model, 1) is model
     for old, new in zip(before, model.parameters(), strict=True):
         assert torch.equal(torch.nextafter(old, new), new)
         assert (old != new).all()
+
+
+def test_profile_puts_kernels_beside_their_floors() -> None:
+    """Floors of one block's pieces, counted by hand; ops' times add up to all."""
+    block = BasicBlock(4, 4).train()
+    x = torch.randn(2, 4, 6, 6)
+
+    def step() -> None:
+        block(x).sum().backward()
+
+    peaks = roofline.Peaks(bandwidth=1.0, arithmetic=1e30)
+    image, weight, terms = 4 * x.numel(), 4 * 4 * 4 * 9, 4 * 6 * 4
+    with training_ops_in_pytorch():
+        floors = training_profile.floors(step, x, peaks)
+        rows = training_profile.profile(step, x, peaks)
+        slow = training_profile.floors(step, x, peaks._replace(bandwidth=1e30, arithmetic=1.0))
+    assert floors["bn_add_relu"] == 3 * image + terms
+    moments = 4 * 3 * 4
+    assert floors["conv_stats"] == 4 * image + 2 * (weight + moments) + terms
+    assert slow["conv_stats"] == slow["wgrad"] == 2 * 2 * x.numel() * 4 * 9
+    assert slow["dgrad"] == slow["wgrad"] / 2  # the input needs no gradient
+    assert sum(row["share"] for row in rows) == pytest.approx(1)
+    assert "aten::" in training_profile.table(rows)
+    assert training_profile.floors(step, x, peaks) == {}

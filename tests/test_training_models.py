@@ -18,7 +18,7 @@ import resnet_fused
 from resnet_fused import BasicBlock, Bottleneck, backends, freeze_batch_norm, use_backend
 from resnet_fused.reference import modules as reference
 from resnet_fused.reference.training import ReferenceTraining
-from resnet_fused.testing.cases import generator, randomise_statistics
+from resnet_fused.testing.cases import clear_batch, generator, randomise_statistics
 from resnet_fused.testing.numerics import relative_error
 from resnet_fused.testing.plain_training import training_ops_in_pytorch
 from resnet_fused.training import kept_activation_bytes
@@ -92,7 +92,8 @@ def test_whole_model_by_the_contract(name: str, how: str, request: pytest.Fixtur
     ours = getattr(resnet_fused, name)(num_classes=10)
     ours.load_state_dict(eager.state_dict())
     truth = copy.deepcopy(eager).double()
-    x, target = _clear_images(truth), torch.tensor([1, 2, 3, 4])
+    batches = (torch.randn(4, 3, 33, 33, generator=generator(seed)) for seed in range(20))
+    x, target = clear_batch(truth, batches), torch.tensor([1, 2, 3, 4])
     x, target = x.to(device), target.to(device)
     for model in (eager, ours, truth):
         model.to(device)
@@ -124,23 +125,6 @@ def test_resnet50_through_the_training_ops_is_exact_in_float64(fused: None) -> N
         assert relative_error(found_grads[key], grad) < 1e-8, key
     for (key, a), b in zip(ours.named_buffers(), plain.buffers(), strict=True):
         assert relative_error(a, b) < 1e-10, key
-
-
-def _clear_images(model: nn.Module) -> Tensor:
-    """Of 20 batches the one whose smallest ReLU input is largest."""
-    model = copy.deepcopy(model)
-    least: list[float] = []
-    for module in model.modules():
-        if isinstance(module, nn.ReLU):
-            module.register_forward_pre_hook(lambda _, x: least.append(float(x[0].abs().min())))
-    found: list[tuple[float, Tensor]] = []
-    for seed in range(20):
-        x = torch.randn(4, 3, 33, 33, generator=generator(seed))
-        least.clear()
-        with torch.no_grad():
-            model(x.double())
-        found.append((min(least), x))
-    return max(found, key=lambda pair: pair[0])[1]
 
 
 BLOCKS: dict[str, Callable[[], nn.Module]] = {

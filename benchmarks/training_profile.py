@@ -1,0 +1,117 @@
+"""Where the time of a training step goes: every kernel beside the floor of what it computes.
+
+`benchmarks/training.py` puts this into its result file. Kernels and their times are
+`torch.profiler`'s. The floors are those of the pieces that `resnet_fused.backends.training` lists:
+each tensor that a piece takes or gives moved once, each product computed at the peak, the pieces
+one after the other. A piece's floor stands at the kernel of its name; kernels that merge its parts
+have none, nor has what is not ours (loss, head, optimizer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from resnet_fused.backends.training import RawGradient
+from resnet_fused.ops.dispatch import choose
+from resnet_fused.parameters import Convolution
+from resnet_fused.testing.roofline import Peaks
+
+
+class _Counted:
+    """Training pieces that add up their floors, by name, while they run."""
+
+    def __init__(self, pieces: Any, peaks: Peaks) -> None:
+        self.floors: dict[str, float] = {}
+        self._pieces, self._peaks = pieces, peaks
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        piece = getattr(self._pieces, name)
+
+        def run(*arguments: Any) -> Any:
+            result = piece(*arguments)
+            seconds = max(
+                _bytes(arguments, result) / self._peaks.bandwidth,
+                _operations(arguments, result) / self._peaks.arithmetic,
+            )
+            self.floors[name] = self.floors.get(name, 0.0) + seconds
+            return result
+
+        return run
+
+
+def _bytes(*values: Any) -> int:
+    tensors = {id(leaf): leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _operations(arguments: tuple[Any, ...], result: Any) -> int:
+    """Two a multiply-add of the piece's convolution, if it has one."""
+    conv = next((value for value in arguments if isinstance(value, Convolution)), None)
+    if conv is None:
+        return 0
+    gradient = next((value for value in arguments if isinstance(value, RawGradient)), None)
+    outputs = result[0] if gradient is None else gradient.grad
+    return int(2 * outputs.numel() * conv.weight[0].numel())
+
+
+def floors(step: Callable[[], object], x: Tensor, peaks: Peaks) -> dict[str, float]:
+    """Seconds of floor of each piece in one training step on `x`; none where it trains unfused."""
+    backend = choose(x)
+    pieces = backend.training
+    if pieces is None:
+        return {}
+    counted = _Counted(pieces, peaks)
+    backend.training = counted  # type: ignore[misc]
+    try:
+        step()
+    finally:
+        backend.training = pieces  # type: ignore[misc]
+    return counted.floors
+
+
+def profile(step: Callable[[], object], x: Tensor, peaks: Peaks) -> list[dict[str, Any]]:
+    """One step's kernels (on the CPU: ops), the longest first.
+
+    Each with its calls, seconds, share of all kernels' time and floor in seconds or None.
+    """
+    least = floors(step, x, peaks)
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if x.is_cuda:
+        kinds = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as profiler:
+        step()
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+    found = [
+        {
+            "kernel": entry.key[:120],
+            "calls": entry.count,
+            "seconds": 1e-6
+            * (entry.self_device_time_total if x.is_cuda else entry.self_cpu_time_total),
+        }
+        for entry in profiler.key_averages()
+    ]
+    total = sum(row["seconds"] for row in found)
+    for row in found:
+        row["share"] = row["seconds"] / total
+        row["floor"] = least.get(row["kernel"].removesuffix("_kernel"))
+    found = [row for row in found if row["seconds"] > 0]
+    return sorted(found, key=lambda row: row["seconds"], reverse=True)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The kernels that take a hundredth of the time or more, for people."""
+    lines = ["| kernel | calls | ms | share | floor ms |", "|---|---|---|---|---|"]
+    for row in rows:
+        if row["share"] >= 0.01:
+            floor = "–" if row["floor"] is None else f"{1e3 * row['floor']:.3f}"
+            lines.append(
+                f"| {row['kernel'][:60]} | {row['calls']} | {1e3 * row['seconds']:.3f} "
+                f"| {100 * row['share']:.1f}% | {floor} |"
+            )
+    return "\n".join(lines)
