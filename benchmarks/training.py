@@ -50,7 +50,7 @@ from resnet_fused.testing.plain_training import training_ops_in_pytorch
 from resnet_fused.testing.roofline import Peaks
 from resnet_fused.testing.timing import times_of
 
-GATE_STEPS, GATE_STRIDE, GATE_NUDGES = 20, 4, 3
+GATE_STEPS, GATE_STRIDE, GATE_NUDGES = 20, 4, 7
 
 
 @dataclass
@@ -100,11 +100,11 @@ CONTESTANTS: dict[str, tuple[Any, Callable[[nn.Module], nn.Module]]] = {
 
 
 def training_step(
-    model: nn.Module, x: Tensor, target: Tensor, dtype: torch.dtype | None
+    model: nn.Module, x: Tensor, target: Tensor, dtype: torch.dtype | None, lr: float = 0.05
 ) -> Callable[[], Tensor]:
     """A call that trains `model` for one step and returns the loss; autocast to `dtype`."""
     optimizer = torch.optim.SGD(
-        model.parameters(), lr=0.05, momentum=0.9, fused=x.is_cuda and dtype is not None
+        model.parameters(), lr=lr, momentum=0.9, fused=x.is_cuda and dtype is not None
     )
 
     def step() -> Tensor:
@@ -165,7 +165,7 @@ def gate(name: str, device: torch.device) -> dict[str, Any]:
     runs = {"ours": ours, "eager": eager, "truth": truth}
     runs |= {f"eager, nudged {i}": nudge(copy.deepcopy(eager), i) for i in range(GATE_NUDGES)}
     steps = {
-        key: training_step(model, x.double() if model is truth else x, target, None)
+        key: training_step(model, x.double() if model is truth else x, target, None, lr=1e-3)
         for key, model in runs.items()
     }
     losses: dict[str, list[float]] = {key: [] for key in steps}

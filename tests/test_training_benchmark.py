@@ -47,6 +47,7 @@ def _scaled_wgrad(wgrad: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @pytest.mark.parametrize("fault", [None, "eps", "gradient"])
 def test_gate(fault: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "GATE_STEPS", 3)
+    monkeypatch.setattr(training, "GATE_NUDGES", 3)
     if fault == "eps":
         monkeypatch.setattr(resnet_fused, "resnet18", _other_eps)
     if fault == "gradient":

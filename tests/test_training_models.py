@@ -78,7 +78,10 @@ def _gradients(model: nn.Module, x: Tensor, target: Tensor) -> tuple[Tensor, dic
         pytest.param("resnet50", "cuda", marks=pytest.mark.gpu),
     ],
 )
-def test_whole_model_by_the_contract(name: str, how: str, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=lambda d: str(d)[6:])
+def test_whole_model_by_the_contract(
+    name: str, how: str, dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
     """Results, gradients and running statistics of the kernels against float64, beside eager's.
 
     A ReLU input so near to zero that rounding decides its sign outweighs all rounding errors,
@@ -88,12 +91,12 @@ def test_whole_model_by_the_contract(name: str, how: str, request: pytest.Fixtur
         request.getfixturevalue(how)
     device = "cuda" if how == "cuda" else "cpu"
     torch.manual_seed(0)
-    eager = getattr(torchvision.models, name)(num_classes=10)
-    ours = getattr(resnet_fused, name)(num_classes=10)
+    eager = getattr(torchvision.models, name)(num_classes=10).to(dtype)
+    ours = getattr(resnet_fused, name)(num_classes=10).to(dtype)
     ours.load_state_dict(eager.state_dict())
     truth = copy.deepcopy(eager).double()
     batches = (torch.randn(4, 3, 33, 33, generator=generator(seed)) for seed in range(20))
-    x, target = clear_batch(truth, batches), torch.tensor([1, 2, 3, 4])
+    x, target = clear_batch(truth, (x.to(dtype) for x in batches)), torch.tensor([1, 2, 3, 4])
     x, target = x.to(device), target.to(device)
     for model in (eager, ours, truth):
         model.to(device)
