@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import pickle
+import subprocess
 import sys
 from collections.abc import Callable
 from itertools import chain
@@ -21,8 +22,10 @@ from PIL import Image
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
 
-from common import augmentation, data, networks, schedules
+from common import augmentation, data, networks, recipes, schedules
 from common.errors import DataError, ExperimentError
+
+from resnet_fused.testing import machine
 
 BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
 
@@ -393,3 +396,28 @@ def test_rates_by_hand(stop_after: int) -> None:
     cosine = rates(lambda o: schedules.Cosine(o, 6, 2), none, stop_after)
     fall = [0.05 * (1 + np.cos(np.pi * k / 4)) for k in range(4)]
     assert cosine == pytest.approx([0.001, 0.0505, *fall])
+
+
+@pytest.mark.parametrize(("epochs", "patient"), [(120, 5), (60, 5), (20, 2), (8, 1)])
+def test_patience_shrinks_with_the_run(epochs: int, patient: int) -> None:
+    recipe = recipes.imagenet(data.digits(8), 8, 10, epochs * 10, 16)
+    same = [(None, 50.0)] * (patient + 3)
+    found = rates(recipe.schedule, same, stop_after=len(same))
+    assert found == pytest.approx([0.1] * (patient + 2) + [0.01])
+
+
+def test_results_are_no_change_of_the_code(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        who = ["-c", "user.name=x", "-c", "user.email=x"]
+        subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True)
+
+    files = [tmp_path / "experiments" / name for name in ("reports/report.md", "code.py")]
+    files[0].parent.mkdir(parents=True)
+    for file in files:
+        file.write_text("before")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "x")
+    for file, dirty in zip(files, (False, True), strict=True):
+        file.write_text("after")
+        assert machine.commit(tmp_path / "experiments")["dirty"] is dirty
