@@ -71,14 +71,18 @@ def _gradients(model: nn.Module, x: Tensor, target: Tensor) -> tuple[Tensor, dic
 
 
 @pytest.mark.parametrize(
-    ("name", "how"),
+    ("name", "how", "dtype"),
     [
-        ("resnet18", "interpreted"),
-        pytest.param("resnet18", "cuda", marks=pytest.mark.gpu),
-        pytest.param("resnet50", "cuda", marks=pytest.mark.gpu),
+        ("resnet18", "interpreted", torch.float32),
+        ("resnet18", "interpreted", torch.float16),
+        pytest.param("resnet50", "interpreted", torch.float32, marks=pytest.mark.slow),
+        *(
+            pytest.param(name, "cuda", dtype, marks=pytest.mark.gpu)
+            for name in ("resnet18", "resnet50")
+            for dtype in (torch.float32, torch.float16)
+        ),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=lambda d: str(d)[6:])
 def test_whole_model_by_the_contract(
     name: str, how: str, dtype: torch.dtype, request: pytest.FixtureRequest
 ) -> None:
@@ -115,7 +119,7 @@ def test_whole_model_by_the_contract(
 
 
 def test_resnet50_through_the_training_ops_is_exact_in_float64(fused: None) -> None:
-    """Every block, shortcut and statistic in its place; interpreted, it would take minutes."""
+    """Every block, shortcut and statistic in its place; interpreted, it takes minutes (`slow`)."""
     torch.manual_seed(0)
     plain = torchvision.models.resnet50(num_classes=10).double()
     ours = resnet_fused.resnet50(num_classes=10).double()
