@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -354,6 +355,25 @@ def test_colours_are_shifted_along_their_components() -> None:
     assert torch.allclose(shifts, shifts[:, :1, :1, :1], atol=1e-6)
     expected = 0.1 * float(images.eigenvalues[2]) / 3**0.5
     assert float(shifts[:, 0, 0, 0].std()) == pytest.approx(expected, rel=0.05)
+
+
+def test_colours_of_photographs_have_the_published_covariance() -> None:
+    """0.1² Σ λ² p pᵀ over the components p, which are rows (Krizhevsky et al. 2012, 4.1)."""
+    images = replace(
+        data.digits(8),
+        eigenvalues=torch.tensor(data._IMAGENET_EIGENVALUES),
+        eigenvectors=torch.tensor(data._IMAGENET_EIGENVECTORS),
+    )
+    torch.manual_seed(0)
+    colour = augmentation.PcaColour(images)
+    shifts = torch.stack([colour(torch.zeros(3, 1, 1))[:, 0, 0] for _ in range(4000)])
+    expected = torch.zeros(3, 3)
+    for value, component in zip(
+        data._IMAGENET_EIGENVALUES, data._IMAGENET_EIGENVECTORS, strict=True
+    ):
+        part = torch.tensor(component)
+        expected += (0.1 * value) ** 2 * torch.outer(part, part)
+    assert float((shifts.T.cov() - expected).norm() / expected.norm()) < 0.05
 
 
 def optimizer(rate: float = 0.1) -> torch.optim.SGD:
