@@ -75,15 +75,56 @@ class Kernel(NamedTuple):
         results = 2 * 2 * self.positions * self.channels
         return stages + results + 2 * (1 + self.projection) * terms + 256
 
-    def blocks(self, registers: int, limits: Limits) -> int:
-        """Blocks that fit a multiprocessor; registers are given out to warps by the 256."""
-        per_warp = -(-registers * 32 // 256) * 256
-        return min(
-            65536 // per_warp // self.warps,
-            limits.shared * 1024 // (self.shared + RESERVED),
-            limits.warps // self.warps,
-            limits.blocks,
-        )
+
+class BlockKernel(NamedTuple):
+    """One instantiation of the kernel for a whole bottleneck; sizes as in bottleneck.cu."""
+
+    dtype: str
+    inner: int
+    stride: int
+    projection: bool
+
+    @property
+    def warps(self) -> int:
+        return 4 * self.inner // 64
+
+    @property
+    def positions(self) -> int:
+        """That a block computes of the result; (14 / stride)² of them count."""
+        return (16 // self.stride) ** 2
+
+    @property
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory: what is kept, the larger of two rings, the terms."""
+        channels = self.inner // 64 * (32 if self.projection else 64)  # of a slice
+        kept = (256 + 34) * self.inner * 2
+        ring = max(3 * self.inner * 128, 2 * (self.positions + channels) * 64 * self.projection)
+        first = 3 * (256 + self.inner) * 64
+        terms = 2 * self.inner + 2 * channels * (1 + self.projection)
+        return max(first, kept + ring) + 16 * terms
+
+
+def fitting(kernel: Kernel | BlockKernel, registers: int, limits: Limits) -> int:
+    """Blocks that fit a multiprocessor; registers are given out to warps by the 256."""
+    per_warp = -(-registers * 32 // 256) * 256
+    return min(
+        65536 // per_warp // kernel.warps,
+        limits.shared * 1024 // (kernel.shared + RESERVED),
+        limits.warps // kernel.warps,
+        limits.blocks,
+    )
+
+
+_DTYPES = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
+
+
+def _block_kernel(name: str) -> BlockKernel | None:
+    found = re.search(
+        r"bottleneck_kernelI(6__half|13__nv_bfloat16)NS0_4TileILi(\d+)ELi(\d)ELb([01])E", name
+    )
+    if found is None:
+        return None
+    return BlockKernel(_DTYPES[found[1]], int(found[2]), int(found[3]), found[4] == "1")
 
 
 def _kernel(name: str) -> Kernel | None:
@@ -95,7 +136,7 @@ def _kernel(name: str) -> Kernel | None:
     if found is None:
         return None
     sm90, projection = found[1] is not None, found[5] == "1"
-    dtype = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}[found[2]]
+    dtype = _DTYPES[found[2]]
     sizes = list(map(int, re.findall(r"Li(\d+)E", found[3])))
     if sm90:
         n, stages, _, copying, multiplying = sizes
@@ -107,8 +148,8 @@ def _kernel(name: str) -> Kernel | None:
     return Kernel(sm90, dtype, m, n, row_bytes, warps, stages, found[4] == "1", projection)
 
 
-def registers() -> dict[Kernel, dict[str, int]]:
-    """Registers of each convolution kernel per architecture, as the machine code records them."""
+def registers() -> dict[Kernel | BlockKernel, dict[str, int]]:
+    """Registers of each kernel per architecture, as the machine code records them."""
     import triton
 
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -117,11 +158,11 @@ def registers() -> dict[Kernel, dict[str, int]]:
         raise SystemExit("no cuobjdump, neither in triton's package nor in PATH")
     command = [program, "--dump-resource-usage", str(_extension.load().__file__)]
     usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found: dict[Kernel, dict[str, int]] = {}
+    found: dict[Kernel | BlockKernel, dict[str, int]] = {}
     for part in re.split(r"^arch = sm_", usage, flags=re.MULTILINE)[1:]:
         architecture = part.split(maxsplit=1)[0]
         for name, count in re.findall(r"Function (\w+):\s+REG:(\d+)", part):
-            if kernel := _kernel(name):
+            if kernel := _kernel(name) or _block_kernel(name):
                 found.setdefault(kernel, {})[architecture] = int(count)
     if not found:
         raise SystemExit(
@@ -135,7 +176,7 @@ def kernel_table(found: dict[Kernel, dict[str, int]]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|"
     for kernel, counts in sorted(found.items()):
         architectures = [a for a in LIMITS if a in counts]
-        blocks = [kernel.blocks(counts[a], LIMITS[a]) for a in architectures]
+        blocks = [fitting(kernel, counts[a], LIMITS[a]) for a in architectures]
         numbers = [counts[a] for a in architectures]
         cells = [
             kernel.dtype,
@@ -146,6 +187,24 @@ def kernel_table(found: dict[Kernel, dict[str, int]]) -> Iterator[str]:
             f"{kernel.shared / 1024:g} KiB",
             " / ".join(map(str, [*numbers, *kernel.claimed])),
             " / ".join(map(str, blocks)),
+        ]
+        yield "| " + " | ".join(cells) + " |"
+
+
+def block_kernel_table(found: dict[BlockKernel, dict[str, int]]) -> Iterator[str]:
+    yield "| type | inner channels | shortcut | threads | shared memory | registers | blocks |"
+    yield "|---|---|---|---|---|---|---|"
+    for kernel, counts in sorted(found.items()):
+        architectures = [a for a in LIMITS if a in counts]
+        shortcut = f"projection, stride {kernel.stride}" if kernel.projection else "x"
+        cells = [
+            kernel.dtype,
+            str(kernel.inner),
+            shortcut,
+            str(32 * kernel.warps),
+            f"{kernel.shared / 1024:g} KiB",
+            " / ".join(str(counts[a]) for a in architectures),
+            " / ".join(str(fitting(kernel, counts[a], LIMITS[a])) for a in architectures),
         ]
         yield "| " + " | ".join(cells) + " |"
 
@@ -245,6 +304,41 @@ def layer_table() -> Iterator[str]:
         )
 
 
+def block_table() -> Iterator[str]:
+    with torch.device("meta"):
+        of = products(torchvision.models.resnet50().eval())
+    yield "| block | by layers | floor | asked for | operations per byte of the layers |"
+    yield "|---|---|---|---|---|"
+    for block in ("layer1.0", "layer1.1", "layer2.0", "layer2.1"):
+        first, second, third = (of[f"{block}.conv{i}"] for i in (1, 2, 3))
+        projection = of.get(f"{block}.downsample.0")
+        kernel = BlockKernel("", first.out_channels, second.stride, projection is not None)
+        inner, out = first.out_channels, third.out_channels
+        pixels, positions = BATCH * first.image**2, BATCH * second.positions**2
+        side = 14 // second.stride
+        tiles = BATCH * (-(-second.positions // side)) ** 2
+        weights = first.channels * inner + 9 * inner**2 + inner * out
+        weights += first.channels * out if projection else 0
+        layers = pixels * (first.channels + 2 * inner)
+        layers += positions * (2 * inner + first.channels + out)
+        inside = sum(
+            0 <= start * second.stride - 1 + line < first.image
+            for start in range(0, second.positions, side)
+            for line in range((side - 1) * second.stride + 3)
+        )
+        ends = kernel.positions * (inner + (first.channels if projection else 0)) * out
+        products_ = tiles * (256 * first.channels * inner + kernel.positions * 9 * inner**2 + ends)
+        floor = pixels * first.channels + positions * out + weights
+        asked = BATCH * inside**2 * first.channels + positions * (first.channels + out)
+        asked += tiles * weights
+        cells = [
+            block,
+            *(f"{2 * moved / 1e6:.0f}" for moved in (layers + weights, floor, asked)),
+            f"{products_ / layers:.0f}",
+        ]
+        yield "| " + " | ".join(cells) + " |"
+
+
 def main() -> None:
     found = registers()
     compiler = _extension.load().build_info()["cuda_note"]
@@ -255,12 +349,16 @@ def main() -> None:
         f"Compiled by {compiler}. Registers of a thread and blocks that fit a multiprocessor are",
         f"those of sm_{' / sm_'.join(LIMITS)}. Nothing spills.",
         "",
-        *kernel_table({k: v for k, v in found.items() if not k.sm90}),
+        *kernel_table({k: v for k, v in found.items() if isinstance(k, Kernel) and not k.sm90}),
         "",
         "The kernel for sm_90a: registers of a thread at launch / then of one that copies / of one",
         "that multiplies.",
         "",
-        *kernel_table({k: v for k, v in found.items() if k.sm90}),
+        *kernel_table({k: v for k, v in found.items() if isinstance(k, Kernel) and k.sm90}),
+        "",
+        "The kernel for a whole bottleneck.",
+        "",
+        *block_kernel_table({k: v for k, v in found.items() if isinstance(k, BlockKernel)}),
         "",
         f"## ResNet-50 at 224², batch {BATCH}, 16-bit: megabytes",
         "",
@@ -271,6 +369,14 @@ def main() -> None:
         "kernel has a 128 × 128 tile for a shortcut's projection, and it has no 64 × 64 one.",
         "",
         *layer_table(),
+        "",
+        f"## Bottlenecks of ResNet-50 at 224², batch {BATCH}, 16-bit, whole: megabytes",
+        "",
+        "What the layers move one by one, at the least; the floor of a kernel for the whole block;",
+        "what its blocks ask for, halo, shortcut and weights again, which come from L2 as far as",
+        "it holds them; and its arithmetic, recomputation included, by what the layers move.",
+        "",
+        *block_table(),
         "",
     ]
     DOCUMENT.write_text(text + MARK + "\n" + "\n".join(lines))

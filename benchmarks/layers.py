@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 import resnet_fused
 from resnet_fused import available_backends, backends
+from resnet_fused.backends import LayerByLayer
 from resnet_fused.parameters import BatchNorm, Convolution
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing import machine
@@ -103,6 +104,8 @@ def record(architecture: str, x: Tensor) -> list[Layer]:
     calls: dict[Any, list[Any]] = {}
 
     class Recorder:
+        bottleneck = LayerByLayer.bottleneck
+
         def __getattr__(self, op: str) -> Callable[..., Tensor]:
             def run(*arguments: Any) -> Tensor:
                 key = (op, *map(_signature, arguments))

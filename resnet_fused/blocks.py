@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from . import fusion, reference
 from .ops.block_training import residual_block_training
+from .ops.bottleneck import bottleneck
 from .ops.conv_bn import conv_bn
 from .ops.conv_bn_projection import conv_bn_projection
 from .ops.training_layers import trains_fused
 from .parameters import BatchNorm, Convolution
 
 # torch.fx records the ops as they are called here instead of tracing into them.
+torch.fx.wrap("bottleneck")
 torch.fx.wrap("conv_bn")
 torch.fx.wrap("conv_bn_projection")
 
@@ -77,8 +79,9 @@ class ResidualBlock(nn.Module):
 
     Where all of F normalises with given statistics (eval mode, frozen BN), each layer is one fused
     op and the last takes the shortcut with it: the identity, read in place where it is strided and
-    padded, or a strided projection accumulated in the same kernel. In training mode the block is
-    one op, where the backend trains fused. Otherwise the modules run one by one.
+    padded, or a strided projection accumulated in the same kernel; a Bottleneck is one op as a
+    whole. In training mode the block is one op, where the backend trains fused. Otherwise the
+    modules run one by one.
     """
 
     relu: nn.Module
@@ -102,7 +105,11 @@ class ResidualBlock(nn.Module):
             return reference.modules.residual_block(self, x)
         if self.on_response is not None:
             return self._respond(x, fused)
-        *inner, (conv, bn) = fused
+        return self._infer(x, fused)
+
+    def _infer(self, x: Tensor, layers: list[tuple[Convolution, BatchNorm]]) -> Tensor:
+        """Each layer as one op, the last one with the shortcut."""
+        *inner, (conv, bn) = layers
         out = x
         for inner_conv, inner_bn in inner:
             out = conv_bn(out, inner_conv, inner_bn, relu=True)
@@ -253,3 +260,11 @@ class Bottleneck(ResidualBlock):
 
     def layers(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
         return (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)
+
+    def _infer(self, x: Tensor, layers: list[tuple[Convolution, BatchNorm]]) -> Tensor:
+        """The whole block as one op, unless its shortcut is neither x nor a projection."""
+        projection = () if self.downsample is None else fusion.projection(self.downsample)
+        if projection is None:
+            return super()._infer(x, layers)
+        first, second, third = layers
+        return bottleneck(x, *first, *second, *third, *projection)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from types import ModuleType
@@ -41,6 +42,27 @@ def extension() -> ModuleType:
     if not info["cuda"]:
         pytest.skip(f"the extension holds no CUDA code: {info['cuda_note']}")
     return module
+
+
+@pytest.fixture(scope="session")
+def architectures(extension: ModuleType) -> list[str]:
+    """Those that the extension holds CUDA code for."""
+    return extension.build_info()["cuda_architectures"].split()
+
+
+@pytest.fixture
+def simulator() -> ModuleType:
+    """The host simulator's extension, its counts at zero."""
+    if reason := backends.unavailable("cuda_sim"):
+        pytest.skip(reason)
+    module = importlib.import_module("resnet_fused._C_sim")
+    module.take_statistics()
+    return module
+
+
+@pytest.fixture(params=[torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
+def half(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
 
 
 def require(name: str, device: str, dtype: torch.dtype) -> None:

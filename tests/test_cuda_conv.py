@@ -23,7 +23,7 @@ from torch import Tensor
 import resnet_fused
 from resnet_fused import backends, use_backend
 from resnet_fused.backends.cuda import CudaBackend
-from resnet_fused.backends.cuda_sim import SimulatedBackend, load
+from resnet_fused.backends.cuda_sim import SimulatedBackend
 from resnet_fused.backends.residual import residual_argument
 from resnet_fused.backends.tuning import Tuner
 from resnet_fused.parameters import BatchNorm, Convolution, MaxPool
@@ -41,7 +41,6 @@ from resnet_fused.testing.cases import (
 from resnet_fused.testing.numerics import assert_contract, cast, check_op
 
 ROOT = Path(__file__).resolve().parents[1]
-HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 TILES = ("m64n64", "m128n64", "m128n128")
 # Per architecture: for each 16-bit type 3 tiles, 2 with projection, and 2 for single channels;
 # for float32 both kinds of channels with and without projection.
@@ -52,11 +51,6 @@ SM90_KERNELS = 2 * 2 * 2
 
 
 # Machine code
-
-
-@pytest.fixture(scope="session")
-def architectures(extension: ModuleType) -> list[str]:
-    return extension.build_info()["cuda_architectures"].split()
 
 
 def test_nothing_spills(extension, architectures):
@@ -160,20 +154,6 @@ def test_assembly_stands_apart():
 # Results
 
 
-@pytest.fixture
-def simulator() -> ModuleType:
-    if reason := backends.unavailable("cuda_sim"):
-        pytest.skip(reason)
-    module = load()
-    module.take_statistics()
-    return module
-
-
-@pytest.fixture(params=HALVES.values(), ids=HALVES)
-def half(request: pytest.FixtureRequest) -> torch.dtype:
-    return request.param
-
-
 @pytest.fixture(params=TILES)
 def tiled(request: pytest.FixtureRequest, simulator: ModuleType) -> SimulatedBackend:
     """The backend with one tile for every convolution."""
@@ -228,7 +208,7 @@ def test_tiles_read_a_narrower_strided_residual(tiled, half, name, channels, str
     assert torch.equal(tiled.conv_bn(x, conv, bn, identity, True).double(), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES.values()], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("channels", [19, 16, 3])
 def test_batch_norm_pass_reads_a_narrower_strided_residual(simulator, dtype, channels):
     case = ConvCase(2, 24, 5, 3, 24)
@@ -585,7 +565,8 @@ def call(
     simulator: ModuleType, x: Tensor, conv: Convolution, bn: BatchNorm, /, **changes: Any
 ) -> None:
     """The binding itself: no residual and an automatic tile, unless `changes` say otherwise."""
-    dtypes = {d: getattr(simulator.DType, str(d)[6:]) for d in (torch.float32, *HALVES.values())}
+    known = (torch.float32, torch.float16, torch.bfloat16)
+    dtypes = {dtype: getattr(simulator.DType, str(dtype)[6:]) for dtype in known}
     image = changes.pop("image", tuple(x.shape[2:]))
     vectors = [None if v is None else (address(v), dtypes[v.dtype]) for v in bn[:4]]
     product = {

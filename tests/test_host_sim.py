@@ -10,6 +10,7 @@ import shutil
 import struct
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from resnet_fused import backends
 from resnet_fused.backends.cuda_sim import SimulatedBackend, load
 from resnet_fused.parameters import Convolution, MaxPool
-from resnet_fused.testing.cases import generator, make_batch_norm
+from resnet_fused.testing.cases import BlockCase, generator, make_batch_norm, make_bottleneck
 
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 UNTOUCHED = 0xFFFFFFFF
@@ -611,6 +612,25 @@ def test_every_barrier_of_the_stem_is_needed(simulator):
         simulator.plant({"skipped_barrier": skipped})
         with pytest.raises(simulator.Fault, match="races"):
             SimulatedBackend(simulator).stem(x, conv, bn, MaxPool())
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_every_barrier_and_wait_of_a_bottleneck_is_needed(simulator, stride):
+    """Three steps of conv1, nine of conv2, two slices of three and one, the latter of conv3."""
+    case = BlockCase(1, 72, 14, 14, 64, 64, stride, projection=True)
+    x, *layers = make_bottleneck(case, generator(), torch.bfloat16)
+    pairs = list(zip(layers[::2], layers[1::2], strict=True))
+    run = partial(SimulatedBackend(simulator)._whole_bottleneck, x, pairs)
+    run()
+    counts = simulator.take_statistics()
+    steps = 3 + 9 + 2 * (3 + 1)
+    barriers = steps + 2 + 2 * 2 - 1  # behind conv1, conv2, and both parts of a slice but the last
+    assert (counts["waits"], counts["barriers"]) == (steps, barriers)
+    for mistake, number in (("skipped_wait", steps), ("skipped_barrier", barriers)):
+        for skipped in range(number):
+            simulator.plant({mistake: skipped})
+            with pytest.raises(simulator.Fault, match=r"races|in flight"):
+                run()
 
 
 def test_every_wait_of_a_convolution_is_needed(simulator, one_block):

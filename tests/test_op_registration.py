@@ -17,7 +17,13 @@ from resnet_fused import BackendUnavailableError, ops, use_backend
 from resnet_fused.ops import BatchNorm, Convolution, Layer, MaxPool
 from resnet_fused.ops.dispatch import choose
 from resnet_fused.reference import ops as reference
-from resnet_fused.testing.cases import ConvCase, generator, make_convolution
+from resnet_fused.testing.cases import (
+    BlockCase,
+    ConvCase,
+    generator,
+    make_bottleneck,
+    make_convolution,
+)
 
 
 def _arguments(name: str, dtype: torch.dtype) -> list[Any]:
@@ -33,12 +39,24 @@ def _arguments(name: str, dtype: torch.dtype) -> list[Any]:
             ConvCase(2, 5, 12, 12, 8, stride=2), rng, dtype
         )
         return [x, conv, bn, shortcut, projection, projection_bn]
+    if name == "bottleneck":
+        return make_bottleneck(BlockCase(2, 6, 5, 6, 4, 6), rng, dtype)
+    if name == "bottleneck projection":
+        return make_bottleneck(BlockCase(2, 5, 5, 6, 4, 8, 2, True), rng, dtype)
     if name == "stem":
         return [x, conv, bn, MaxPool(3, 2, 1)]
     return [residual, torch.randn(4, 8, generator=rng).to(dtype), torch.zeros(4, dtype=dtype)]
 
 
-NAMES = ["bn_add_relu", "conv_bn", "conv_bn_projection", "stem", "head"]
+NAMES = [
+    *("bn_add_relu", "conv_bn", "conv_bn_projection", "bottleneck", "bottleneck projection"),
+    *("stem", "head"),
+]
+
+
+def _of(module: Any, name: str) -> Callable[..., Tensor]:
+    """The function of `module` that a case of NAMES is about."""
+    return getattr(module, name.split()[0])
 
 
 def test_gradient_of_a_strided_narrower_residual() -> None:
@@ -90,7 +108,7 @@ def _calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """Each op, those of gradients too, and the arguments of one call."""
     with use_backend("reference"), _Recorder() as recorder:
         for name in NAMES:
-            getattr(ops, name)(*_with_grad(_arguments(name, torch.float32))[0]).sum().backward()
+            _of(ops, name)(*_with_grad(_arguments(name, torch.float32))[0]).sum().backward()
         (x, conv, bn, shortcut, projection, projection_bn), _ = _with_grad(
             _arguments("conv_bn_projection", torch.float32)
         )
@@ -123,7 +141,7 @@ def test_opcheck(name: str, backend: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_exact_in_float64(name: str) -> None:
     arguments, leaves = _with_grad(_arguments(name, torch.float64))
-    op: Callable[..., Tensor] = getattr(ops, name)
+    op = _of(ops, name)
 
     def function(*tensors: Tensor) -> Tensor:
         replaced = {id(leaf): tensor for leaf, tensor in zip(leaves, tensors, strict=True)}
@@ -153,7 +171,7 @@ def test_gradients_are_those_of_the_reference(name: str, device: str, dtype: tor
         return list(torch.autograd.grad(function(*arguments).float().square().sum(), leaves))
 
     for ours, theirs in zip(
-        gradients(getattr(ops, name)), gradients(getattr(reference, name)), strict=True
+        gradients(_of(ops, name)), gradients(_of(reference, name)), strict=True
     ):
         # The loss's own gradient comes from the op's output, which differs by its rounding.
         bound = 8 * torch.finfo(dtype).eps
@@ -164,7 +182,7 @@ def test_gradients_are_those_of_the_reference(name: str, device: str, dtype: tor
 def test_compiles_without_a_graph_break(name: str) -> None:
     torch.compiler.reset()
     arguments, leaves = _with_grad(_arguments(name, torch.float32))
-    op = getattr(ops, name)
+    op = _of(ops, name)
     expected = op(*arguments)
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")(*arguments)
     assert torch.equal(compiled, expected)
@@ -195,6 +213,7 @@ def _bn(channels: int) -> BatchNorm:
 
 
 WEIGHT = torch.zeros(4, 3, 3, 3)
+POINTWISE = Convolution(torch.zeros(3, 3, 1, 1)), _bn(3)
 MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "3-D input": (
         lambda: ops.conv_bn(_x(3, 8, 8), Convolution(WEIGHT), _bn(4)),
@@ -271,6 +290,25 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ),
         ValueError,
         r"must agree",
+    ),
+    "block without shortcut": (
+        lambda: ops.bottleneck(*make_bottleneck(BlockCase(1, 8, 4, 4, 4, 16), generator())),
+        ValueError,
+        r"input, which is the shortcut, has shape \(1, 8, 4, 4\) and the main path \(1, 16, 4, 4\)",
+    ),
+    "block's second layer": (
+        lambda: ops.bottleneck(
+            _x(1, 3, 8, 8), Convolution(WEIGHT), _bn(4), Convolution(WEIGHT), _bn(4), *POINTWISE
+        ),
+        ValueError,
+        r"input has 4 channels, but conv2.weight of shape \(4, 3, 3, 3\)",
+    ),
+    "half a projection": (
+        lambda: ops.bottleneck(
+            _x(1, 3, 8, 8), *POINTWISE, *POINTWISE, *POINTWISE, projection_bn=_bn(3)
+        ),
+        ValueError,
+        r"projection and projection_bn belong together",
     ),
     "pool padding": (
         lambda: ops.stem(_x(1, 3, 8, 8), Convolution(WEIGHT), _bn(4), MaxPool(2, 2, 2)),

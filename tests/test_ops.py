@@ -13,9 +13,11 @@ from resnet_fused.ops import BatchNorm, Convolution, MaxPool
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import (
     CONV_CASES,
+    BlockCase,
     ConvCase,
     generator,
     make_batch_norm,
+    make_bottleneck,
     make_convolution,
     make_identity,
     make_integers,
@@ -225,6 +227,32 @@ def test_conv_bn_projection_with_a_3x3_projection(device: str, dtype: torch.dtyp
     check_op(ops.conv_bn_projection, reference.conv_bn_projection, arguments, noise=NOISE)
 
 
+BOTTLENECKS = {
+    "identity": BlockCase(2, 24, 6, 5, 8, 24),
+    "projection": BlockCase(1, 16, 5, 6, 8, 32, projection=True),
+    "strided": BlockCase(2, 24, 9, 8, 16, 40, 2, True),
+    "channel tails": BlockCase(2, 19, 9, 8, 13, 19),
+}
+
+
+@pytest.mark.parametrize("name", BOTTLENECKS)
+def test_bottleneck(name: str, device: str, dtype: torch.dtype) -> None:
+    arguments = make_bottleneck(BOTTLENECKS[name], generator(), dtype, device)
+    out = check_op(ops.bottleneck, reference.bottleneck, arguments, noise=NOISE)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_bottleneck_of_other_windows(device: str, dtype: torch.dtype) -> None:
+    """Stride in the first layer, as in the paper, groups, dilation; a 3×3 projection."""
+    rng = generator()
+    x, conv1, bn1 = make_convolution(ConvCase(1, 16, 10, 9, 8, stride=2), rng, dtype, device)
+    _, conv2, bn2 = make_convolution(ConvCase(1, 8, 5, 5, 8, 3, 1, 2, 2, 2), rng, dtype, device)
+    _, conv3, bn3 = make_convolution(ConvCase(1, 8, 5, 5, 24), rng, dtype, device)
+    _, *projection = make_convolution(ConvCase(1, 16, 10, 9, 24, 3, 2, 1), rng, dtype, device)
+    arguments = [x, conv1, bn1, conv2, bn2, conv3, bn3, *projection]
+    check_op(ops.bottleneck, reference.bottleneck, arguments, noise=NOISE)
+
+
 STEMS = {
     "resnet": (ConvCase(2, 3, 32, 32, 64, 7, 2, 3), MaxPool(3, 2, 1)),
     "odd size": (ConvCase(1, 3, 37, 23, 64, 7, 2, 3), MaxPool(3, 2, 1)),
@@ -329,3 +357,5 @@ def test_batch_zero_gives_an_empty_result(device: str, dtype: torch.dtype) -> No
     assert ops.head(x, weight).shape == (0, 7)
     same = Convolution(conv.weight, (2, 2), (1, 1))
     assert ops.conv_bn_projection(x, conv, bn, x, same, bn).shape == (0, 32, 4, 4)
+    block = make_bottleneck(BlockCase(0, 16, 8, 8, 8, 16), generator(), dtype, device)
+    assert ops.bottleneck(*block).shape == (0, 16, 8, 8)

@@ -10,9 +10,11 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "kernels/cuda/bn_add_relu.h"
+#include "kernels/cuda/bottleneck.h"
 #include "kernels/cuda/conv.h"
 #include "kernels/cuda/head.h"
 #include "kernels/cuda/stem.h"
@@ -22,10 +24,12 @@
 namespace py = pybind11;
 using resnet_fused::BatchNorm;
 using resnet_fused::BnAddRelu;
+using resnet_fused::Bottleneck;
 using resnet_fused::ConvBn;
 using resnet_fused::ConvolutionBn;
 using resnet_fused::ConvTile;
 using resnet_fused::DType;
+using resnet_fused::Layer;
 using resnet_fused::Vector;
 
 namespace {
@@ -235,6 +239,47 @@ std::vector<ConvTile> conv_bn_tiles(std::uintptr_t out, const ResidualArgument& 
   return tiles;
 }
 
+Layer layer(const py::object& argument) {
+  if (argument.is_none()) return {};
+  using Fields = std::tuple<std::uintptr_t, py::object, py::object, py::object, py::object, double>;
+  const auto [weight, mean, var, bn_weight, bias, eps] = argument.cast<Fields>();
+  if (weight == 0) throw std::invalid_argument("a weight is a null pointer");
+  return {pointer<const void>(weight), batch_norm(mean, var, bn_weight, bias, eps)};
+}
+
+Bottleneck bottleneck(std::uintptr_t x, DType dtype, std::int64_t batch, const Pair& image,
+                      std::int64_t channels, std::int64_t inner, std::int64_t out_channels,
+                      std::int64_t stride, const std::array<py::object, 3>& layers,
+                      const py::object& projection) {
+  if (x == 0) throw std::invalid_argument("x is a null pointer");
+  const Bottleneck block{pointer<const void>(x),     dtype,
+                         size("batch", batch, 0),    size("height", image[0], 0),
+                         size("width", image[1], 0), size("channels", channels, 1),
+                         size("inner", inner, 1),    size("out_channels", out_channels, 1),
+                         size("stride", stride, 1),  layer(layers[0]),
+                         layer(layers[1]),           layer(layers[2]),
+                         layer(projection)};
+  if (block.conv1.weight == nullptr || block.conv2.weight == nullptr ||
+      block.conv3.weight == nullptr) {
+    throw std::invalid_argument("three layers are needed");
+  }
+  check_elements("x", {batch, image[0], image[1], channels});
+  check_elements("out", {batch, image[0], image[1], out_channels});
+  size("3 * 3 * inner * inner", 9 * inner * inner, 0);
+  return block;
+}
+
+void run_bottleneck(std::uintptr_t out, const Bottleneck& block, int device,
+                    std::uintptr_t stream) {
+  if (out == 0) throw std::invalid_argument("out is a null pointer");
+  if (!resnet_fused::bottleneck_offers(block, device)) {
+    throw std::invalid_argument("there is no kernel for such a bottleneck on this device");
+  }
+  py::gil_scoped_release unlocked;
+  check_cuda("bottleneck",
+             resnet_fused::bottleneck(pointer(out), block, device, pointer<CUstream_st>(stream)));
+}
+
 void stem(std::uintptr_t out, std::uintptr_t x, std::uintptr_t weight, DType dtype,
           std::int64_t batch, const Pair& image, std::int64_t out_channels, const py::object& mean,
           const py::object& var, const py::object& bn_weight, const py::object& bias, double eps,
@@ -363,6 +408,28 @@ void register_cuda_kernels(py::module_& module) {
              py::arg("device"),
              "The tiles by which cuda_conv_bn computes these arguments on `device`, `automatic`\n"
              "not among them. Raises as cuda_conv_bn does.");
+
+  py::class_<Bottleneck>(
+      module, "Bottleneck", py::module_local(),
+      "relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut): the address of x\n"
+      "(batch, *image, channels), the channels within and after the block, the stride of conv2\n"
+      "(3 x 3, padding 1) and of the projection; the layers, each the address of a weight\n"
+      "(out_channels, *kernel, channels), then mean, var, weight, bias as (address, DType), the\n"
+      "last two or None, and eps; projection is such a layer, or None where x is the shortcut.\n"
+      "Raises ValueError for impossible sizes.")
+      .def(py::init(&bottleneck), py::arg("x"), py::arg("dtype"), py::arg("batch"),
+           py::arg("image"), py::arg("channels"), py::arg("inner"), py::arg("out_channels"),
+           py::arg("stride"), py::arg("layers"), py::arg("projection"))
+      .def("offered", &resnet_fused::bottleneck_offers, py::arg("device"),
+           "Whether there is a kernel for it on that device.")
+      .def("pays", &resnet_fused::bottleneck_pays, py::arg("device"),
+           "Whether there is one that is expected to be faster than a kernel for each layer.");
+
+  module.def("cuda_bottleneck", &run_bottleneck, py::arg("out"), py::arg("block"),
+             py::arg("device"), py::arg("stream"),
+             "Queues `block` on `stream` of `device`; out is the address of (batch, *image /\n"
+             "stride rounded up, out_channels) and no part of x. Raises ValueError where it is\n"
+             "not offered, RuntimeError for what CUDA reports.");
 
   module.def(
       "cuda_stem", &stem, py::arg("out"), py::arg("x"), py::arg("weight"), py::arg("dtype"),

@@ -53,9 +53,44 @@ class Backend(Protocol):
         projection_bn: BatchNorm,
     ) -> Tensor: ...
 
+    def bottleneck(
+        self,
+        x: Tensor,
+        conv1: Convolution,
+        bn1: BatchNorm,
+        conv2: Convolution,
+        bn2: BatchNorm,
+        conv3: Convolution,
+        bn3: BatchNorm,
+        projection: Convolution | None,
+        projection_bn: BatchNorm | None,
+    ) -> Tensor: ...
+
     def stem(self, x: Tensor, conv: Convolution, bn: BatchNorm, pool: MaxPool) -> Tensor: ...
 
     def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+
+
+class LayerByLayer:
+    """What backends have in common that have no kernel for a whole block, or not for every one."""
+
+    def bottleneck(
+        self: Backend,
+        x: Tensor,
+        conv1: Convolution,
+        bn1: BatchNorm,
+        conv2: Convolution,
+        bn2: BatchNorm,
+        conv3: Convolution,
+        bn3: BatchNorm,
+        projection: Convolution | None,
+        projection_bn: BatchNorm | None,
+    ) -> Tensor:
+        out = self.conv_bn(x, conv1, bn1, None, True)
+        out = self.conv_bn(out, conv2, bn2, None, True)
+        if projection is None or projection_bn is None:
+            return self.conv_bn(out, conv3, bn3, x, True)
+        return self.conv_bn_projection(out, conv3, bn3, x, projection, projection_bn)
 
 
 @functools.cache

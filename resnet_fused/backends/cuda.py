@@ -4,7 +4,8 @@ Each convolution runs with the fastest, as measured, of the tiles of our implici
 followed by our normalisation kernel. The rule, where measuring is not allowed: our kernel takes
 every convolution of whole 16-byte chunks on tensor cores (float16 and bfloat16, one group, channels
 that are multiples of 8), cuDNN the others (small groups, float32 with or without TF32). The stem's
-three channels have another kernel, with the pooling. The head is our average pool, then our product
+three channels have another kernel, with the pooling; a whole bottleneck of few inner channels has
+one as well, which is measured against its layers. The head is our average pool, then our product
 (by the rule, of few images) or cuBLAS's.
 
 torch's fused `cudnn_convolution_relu` and `cudnn_convolution_add_relu` are no candidates: they add
@@ -25,7 +26,7 @@ from torch import Tensor
 from .. import _extension
 from ..errors import BackendUnavailableError
 from ..parameters import BatchNorm, Convolution, MaxPool
-from . import Backend
+from . import Backend, LayerByLayer
 from .residual import readable, residual_argument
 from .tuning import Tuner, describe
 
@@ -38,8 +39,11 @@ _CUBLAS = "cublas"
 # Of the rule: more images are work for tensor cores, which our product does without (head.cu).
 _MOST_IMAGES_OF_LINEAR = 16
 
+# Inner channels of a bottleneck that its kernel keeps in shared memory.
+_WIDEST_INNER = 128
 
-class CudaBackend:
+
+class CudaBackend(LayerByLayer):
     name = "cuda"
     training = None
 
@@ -251,6 +255,92 @@ class CudaBackend:
             launch,
         )
 
+    def bottleneck(
+        self,
+        x: Tensor,
+        conv1: Convolution,
+        bn1: BatchNorm,
+        conv2: Convolution,
+        bn2: BatchNorm,
+        conv3: Convolution,
+        bn3: BatchNorm,
+        projection: Convolution | None,
+        projection_bn: BatchNorm | None,
+    ) -> Tensor:
+        layers = [(conv1, bn1), (conv2, bn2), (conv3, bn3)]
+        if projection is not None and projection_bn is not None:
+            layers.append((projection, projection_bn))
+
+        def launch(kernel: str) -> Tensor:
+            if kernel == _FUSED:
+                return self._whole_bottleneck(x, layers)
+            return LayerByLayer.bottleneck(
+                self, x, conv1, bn1, conv2, bn2, conv3, bn3, projection, projection_bn
+            )
+
+        if not _resnet_bottleneck(x, [conv for conv, _ in layers]):
+            return launch(_SEPARATE)
+        return self._tuner.run(
+            ("bottleneck", *describe(x, conv1, conv2, conv3, projection)),
+            x.device,
+            lambda: self._bottleneck_kernels(x, layers),
+            launch,
+        )
+
+    def _bottleneck_kernels(
+        self, x: Tensor, layers: Sequence[tuple[Convolution, BatchNorm]]
+    ) -> list[str]:
+        """The ways to compute a bottleneck, the rule's first."""
+        block, _ = self._block(x, layers)
+        device = self._place(x.device)
+        if not block.offered(device):
+            return [_SEPARATE]
+        return [_FUSED, _SEPARATE] if block.pays(device) else [_SEPARATE, _FUSED]
+
+    def _whole_bottleneck(
+        self, x: Tensor, layers: Sequence[tuple[Convolution, BatchNorm]]
+    ) -> Tensor:
+        block, read = self._block(x, layers)
+        image = layers[1][0].output_size(*x.shape[2:])
+        out = torch.empty(
+            (x.shape[0], layers[2][0].weight.shape[0], *image),
+            dtype=x.dtype,
+            device=x.device,
+            memory_format=torch.channels_last,
+        )
+        self._run(self._extension.cuda_bottleneck, out, read, out.data_ptr(), block)
+        return out
+
+    def _place(self, device: torch.device) -> int:
+        """The number that CUDA has for the device."""
+        return torch.cuda.current_device() if device.index is None else device.index
+
+    def _block(
+        self, x: Tensor, layers: Sequence[tuple[Convolution, BatchNorm]]
+    ) -> tuple[Any, list[Tensor | None]]:
+        """The kernel's description of a bottleneck, and the tensors it refers to."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        read: list[Tensor | None] = [x]
+        described = []
+        for conv, bn in layers:
+            weight = conv.weight.contiguous(memory_format=torch.channels_last)
+            vectors = self._vectors(bn)
+            read += [weight, *vectors]
+            described.append((weight.data_ptr(), *map(self._typed_address, vectors), bn.eps))
+        block = self._extension.Bottleneck(
+            x.data_ptr(),
+            self._dtypes[x.dtype],
+            x.shape[0],
+            tuple(x.shape[2:]),
+            x.shape[1],
+            layers[0][0].weight.shape[0],
+            layers[2][0].weight.shape[0],
+            layers[1][0].stride[0],
+            described[:3],
+            described[3] if len(described) > 3 else None,
+        )
+        return block, read
+
     def stem(self, x: Tensor, conv: Convolution, bn: BatchNorm, pool: MaxPool) -> Tensor:
         def launch(kernel: str) -> Tensor:
             if kernel == _FUSED:
@@ -351,6 +441,22 @@ def _resnet_stem(x: Tensor, conv: Convolution, pool: MaxPool) -> bool:
         and tuple(map(tuple, conv[1:4])) == ((2, 2), (3, 3), (1, 1))
         and conv.groups == 1
         and pool == MaxPool(3, 2, 1)
+    )
+
+
+def _resnet_bottleneck(x: Tensor, convolutions: Sequence[Convolution]) -> bool:
+    """Whether our kernel for a whole bottleneck may compute this one: 1×1, 3×3, 1×1, 16-bit."""
+    stride = convolutions[1].stride[0]
+    windows = [(1, 1, 0), (3, stride, 1), (1, 1, 0), (1, stride, 0)]
+    return (
+        x.dtype != torch.float32
+        and convolutions[0].weight.shape[0] <= _WIDEST_INNER
+        and all(
+            tuple(conv.weight.shape[2:]) == (kernel, kernel)
+            and tuple(map(tuple, conv[1:4])) == ((stride, stride), (padding, padding), (1, 1))
+            and conv.groups == 1
+            for conv, (kernel, stride, padding) in zip(convolutions, windows, strict=False)
+        )
     )
 
 

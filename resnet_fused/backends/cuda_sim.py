@@ -49,6 +49,10 @@ class SimulatedBackend(CudaBackend):
     def _left_to_cudnn(self, x: Tensor, conv: Convolution) -> bool:
         return False
 
+    def _place(self, device: torch.device) -> int:
+        self._extension.set_capability(self._capability or settings.host_sim_capability())
+        return 0
+
     def _run(
         self,
         kernel: Callable[..., None],
@@ -57,9 +61,8 @@ class SimulatedBackend(CudaBackend):
         *arguments: Any,
     ) -> None:
         buffers = [(t.data_ptr(), _reach(t), False) for t in read if t is not None]
-        self._extension.set_capability(self._capability or settings.host_sim_capability())
         self._extension.set_buffers([*buffers, (out.data_ptr(), out.nbytes, True)])
-        kernel(*arguments, 0, 0)
+        kernel(*arguments, self._place(out.device), 0)
 
 
 def _reach(tensor: Tensor) -> int:

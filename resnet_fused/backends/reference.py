@@ -14,6 +14,7 @@ class ReferenceBackend:
     bn_add_relu = staticmethod(ops.bn_add_relu)
     conv_bn = staticmethod(ops.conv_bn)
     conv_bn_projection = staticmethod(ops.conv_bn_projection)
+    bottleneck = staticmethod(ops.bottleneck)
     stem = staticmethod(ops.stem)
     head = staticmethod(ops.head)
 

@@ -15,15 +15,16 @@ from torch import Tensor
 
 from ..errors import BackendUnavailableError
 from ..parameters import BatchNorm, Convolution, MaxPool
-from . import Backend, get, unavailable
+from . import Backend, LayerByLayer, get, unavailable
 from .training import TrainingKernels
 from .tuning import Tuner, describe
 
 _KERNELS = ("triton", "cuda")  # best first, where nothing was measured
 _LIBRARY = "reference"
+_LAYERS = "layers"
 
 
-class TunedBackend:
+class TunedBackend(LayerByLayer):
     """Implements `resnet_fused.backends.Backend` by backends with kernels and PyTorch's."""
 
     name = "tuned"
@@ -78,6 +79,31 @@ class TunedBackend:
         projection_bn: BatchNorm,
     ) -> Tensor:
         return self._run("conv_bn_projection", x, conv, bn, shortcut, projection, projection_bn)
+
+    def bottleneck(
+        self,
+        x: Tensor,
+        conv1: Convolution,
+        bn1: BatchNorm,
+        conv2: Convolution,
+        bn2: BatchNorm,
+        conv3: Convolution,
+        bn3: BatchNorm,
+        projection: Convolution | None,
+        projection_bn: BatchNorm | None,
+    ) -> Tensor:
+        """By one backend, or layer by layer, each by the backend chosen for it."""
+        arguments = (x, conv1, bn1, conv2, bn2, conv3, bn3, projection, projection_bn)
+        serving = self._serving(x.device, x.dtype)
+
+        def launch(name: str) -> Tensor:
+            if name == _LAYERS:
+                return LayerByLayer.bottleneck(self, *arguments)
+            return serving[name].bottleneck(*arguments)
+
+        return self._tuner.run(
+            ("bottleneck", *describe(*arguments)), x.device, lambda: [_LAYERS, *serving], launch
+        )
 
     def stem(self, x: Tensor, conv: Convolution, bn: BatchNorm, pool: MaxPool) -> Tensor:
         return self._run("stem", x, conv, bn, pool)

@@ -3,6 +3,7 @@
 from ..parameters import BatchNorm, Convolution, MaxPool
 from .block_training import residual_block_training
 from .bn_add_relu import bn_add_relu
+from .bottleneck import bottleneck
 from .conv_bn import conv_bn
 from .conv_bn_projection import conv_bn_projection
 from .dispatch import available_backends, use_backend
@@ -18,6 +19,7 @@ __all__ = [
     "MaxPool",
     "available_backends",
     "bn_add_relu",
+    "bottleneck",
     "conv_bn",
     "conv_bn_projection",
     "head",

@@ -70,9 +70,16 @@ def check_batch_norm(name: str, bn: BatchNorm, channels: int, x: Tensor) -> None
             )
 
 
-def convolution_shape(name: str, x: Tensor, conv: Convolution) -> tuple[int, int, int, int]:
-    """Checks the convolution `name` of `x` and returns its (N, K, P, Q)."""
-    check_activation("input" if name == "conv" else name, x)
+def convolution_shape(
+    name: str, x: Tensor, conv: Convolution, shape: tuple[int, ...] | None = None
+) -> tuple[int, int, int, int]:
+    """Checks the convolution `name` of `x` and returns its (N, K, P, Q).
+
+    shape: of what it is applied to, where that is not x itself but computed from it.
+    """
+    if shape is None:
+        check_activation(name if name == "projection" else "input", x)
+        shape = x.shape
     weight = conv.weight
     check_like(f"{name}.weight", weight, x)
     if weight.dim() != 4:
@@ -89,20 +96,20 @@ def convolution_shape(name: str, x: Tensor, conv: Convolution) -> tuple[int, int
         raise ValueError(
             f"{name}.groups={conv.groups} must divide the {weight.shape[0]} output channels."
         )
-    if x.shape[1] != weight.shape[1] * conv.groups:
+    if shape[1] != weight.shape[1] * conv.groups:
         raise ValueError(
-            f"input has {x.shape[1]} channels, but {name}.weight of shape "
+            f"input has {shape[1]} channels, but {name}.weight of shape "
             f"{tuple(weight.shape)} with groups={conv.groups} expects "
             f"{weight.shape[1] * conv.groups}."
         )
-    height, width = conv.output_size(*x.shape[2:])
+    height, width = conv.output_size(*shape[2:])
     if height < 1 or width < 1:
         raise ValueError(
-            f"input of {x.shape[2]}×{x.shape[3]} is smaller than the window of {name} "
+            f"input of {shape[2]}×{shape[3]} is smaller than the window of {name} "
             f"({weight.shape[2]}×{weight.shape[3]}, dilation {tuple(conv.dilation)}, "
             f"padding {tuple(conv.padding)})."
         )
-    return x.shape[0], weight.shape[0], height, width
+    return shape[0], weight.shape[0], height, width
 
 
 def pool_shape(shape: tuple[int, int, int, int], pool: MaxPool) -> tuple[int, int, int, int]:

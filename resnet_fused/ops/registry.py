@@ -2,13 +2,14 @@
 
 An op is described by its parameters (name -> kind), the function that checks them and gives the
 result's shape, and its plain PyTorch meaning. A kind is `Tensor`, `OptionalTensor`, `bool`, or one
-of the groups of `resnet_fused.parameters`, whose fields become consecutive schema arguments.
+of the groups of `resnet_fused.parameters`, whose fields become consecutive schema arguments; of an
+absent `OptionalConvolution` or `OptionalBatchNorm`, the first of them is None.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from ..parameters import BatchNorm, Convolution, MaxPool
 from .dispatch import choose
 
 OptionalTensor = Tensor | None
+OptionalConvolution = Convolution | None
+OptionalBatchNorm = BatchNorm | None
 
 library = torch.library.Library("resnet_fused", "DEF")
 
@@ -40,6 +43,15 @@ _SCHEMA: dict[Any, tuple[str, ...]] = {
     ),
     MaxPool: ("int {}_kernel", "int {}_stride", "int {}_padding"),
 }
+# The fields that stand for an absent group.
+_ABSENT: dict[Any, NamedTuple] = {
+    OptionalConvolution: Convolution(cast("Tensor", None)),
+    OptionalBatchNorm: BatchNorm(*(cast("Tensor", None),) * 4),
+}
+for _optional, _fields in _ABSENT.items():
+    _SCHEMA[_optional] = tuple(
+        field.replace("Tensor ", "Tensor? ") for field in _SCHEMA[type(_fields)]
+    )
 
 
 class Op:
@@ -75,7 +87,17 @@ class Op:
         if _autocasts(device):
             dtype = torch.get_autocast_dtype(device)
             arguments = tuple(_autocast(argument, dtype) for argument in arguments)
-        return self._overload(*_flatten(arguments))
+        return self._overload(*self._flatten(arguments))
+
+    def _flatten(self, arguments: Sequence[Any]) -> list[Any]:
+        """Arguments as the schema takes them: groups give way to their fields."""
+        flat: list[Any] = []
+        for kind, argument in zip(self._kinds, arguments, strict=True):
+            if argument is None:
+                argument = _ABSENT.get(kind)
+            grouped = isinstance(argument, (Convolution, BatchNorm, MaxPool))
+            flat.extend(argument if grouped else (argument,))
+        return flat
 
     def _group(self, flat: Sequence[Any]) -> list[Any]:
         arguments: list[Any] = []
@@ -83,7 +105,11 @@ class Op:
         for kind in self._kinds:
             width = len(_SCHEMA[kind])
             fields = flat[position : position + width]
-            arguments.append(kind(*fields) if width > 1 else fields[0])
+            if width == 1 or (kind in _ABSENT and fields[0] is None):
+                arguments.append(fields[0])
+            else:
+                group = type(_ABSENT[kind]) if kind in _ABSENT else kind
+                arguments.append(group(*fields))
             position += width
         return arguments
 
@@ -132,15 +158,6 @@ def empty_result(like: Tensor, shape: Sequence[int]) -> Tensor:
     """An uninitialised result of that shape, channels_last if it is an image, else like `like`."""
     layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
-
-
-def _flatten(arguments: Sequence[Any]) -> list[Any]:
-    """Arguments as the schema takes them: groups give way to their fields."""
-    flat: list[Any] = []
-    for argument in arguments:
-        grouped = isinstance(argument, (Convolution, BatchNorm, MaxPool))
-        flat.extend(argument if grouped else (argument,))
-    return flat
 
 
 def _autocasts(device: str) -> bool:

@@ -65,6 +65,24 @@ def conv_bn_projection(
     return conv_bn(x, conv, bn, conv_bn(shortcut, projection, projection_bn, None, False), True)
 
 
+def bottleneck(
+    x: Tensor,
+    conv1: Convolution,
+    bn1: BatchNorm,
+    conv2: Convolution,
+    bn2: BatchNorm,
+    conv3: Convolution,
+    bn3: BatchNorm,
+    projection: Convolution | None,
+    projection_bn: BatchNorm | None,
+) -> Tensor:
+    """relu(F(x) + shortcut(x)), F three convolutions with BN, ReLU between (paper, Fig. 5)."""
+    out = conv_bn(conv_bn(x, conv1, bn1, None, True), conv2, bn2, None, True)
+    if projection is None or projection_bn is None:
+        return conv_bn(out, conv3, bn3, x, True)
+    return conv_bn_projection(out, conv3, bn3, x, projection, projection_bn)
+
+
 def stem(x: Tensor, conv: Convolution, bn: BatchNorm, pool: MaxPool) -> Tensor:
     """max_pool(relu(bn(conv(x)))): the network's first layers (paper, Table 1: conv1, pool)."""
     out = F.max_pool2d(conv_bn(x, conv, bn, None, True), *pool)

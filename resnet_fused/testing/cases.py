@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,29 @@ class ConvCase(NamedTuple):
     @property
     def output_shape(self) -> tuple[int, int, int, int]:
         return self.batch, self.out_channels, *self.output_size
+
+
+class BlockCase(NamedTuple):
+    """A bottleneck and its input: (batch, channels, height, width) -> inner -> out_channels."""
+
+    batch: int
+    channels: int
+    height: int
+    width: int
+    inner: int
+    out_channels: int
+    stride: int = 1
+    projection: bool = False
+
+    def convolutions(self) -> list[ConvCase]:
+        """Those of the main path, then the projection where there is one."""
+        first = ConvCase(self.batch, self.channels, self.height, self.width, self.inner)
+        second = ConvCase(
+            self.batch, self.inner, self.height, self.width, self.inner, 3, self.stride, 1
+        )
+        third = ConvCase(self.batch, self.inner, *second.output_size, self.out_channels)
+        side = first._replace(out_channels=self.out_channels, stride=self.stride)
+        return [first, second, third, *([side] if self.projection else [])]
 
 
 # Each stands for a way in which a kernel can go wrong; small enough for an interpreter.
@@ -148,6 +171,19 @@ def make_integers(
         conv._replace(weight=conv.weight.copy_(weight)),
         BatchNorm(ones, ones.clone(), sign, ones.clone(), 0.0),
     )
+
+
+def make_bottleneck(
+    case: BlockCase,
+    rng: torch.Generator,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    make: Callable[..., tuple[Tensor, Convolution, BatchNorm]] = make_convolution,
+) -> list[Any]:
+    """The arguments of `ops.bottleneck`; `make`: how each convolution and its input are made."""
+    made = [make(conv, rng, dtype, device) for conv in case.convolutions()]
+    layers = [value for _, conv, bn in made for value in (conv, bn)]
+    return [made[0][0], *layers, *(() if case.projection else (None, None))]
 
 
 def randomise_statistics(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

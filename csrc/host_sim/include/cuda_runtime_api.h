@@ -39,6 +39,7 @@ enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
   cudaDevAttrComputeCapabilityMajor = 75,
   cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
 
 inline const char* cudaGetErrorString(cudaError_t error) {
@@ -66,6 +67,11 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
       break;
     case cudaDevAttrComputeCapabilityMinor:
       *value = host_sim::capability() % 10;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:  // CUDA programming guide, technical data
+      *value = 1024 * (host_sim::capability() == 80   ? 163
+                       : host_sim::capability() == 90 ? 227
+                                                      : 99);
       break;
     default:
       *value = 4;

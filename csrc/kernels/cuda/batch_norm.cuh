@@ -64,21 +64,31 @@ __device__ __forceinline__ float parameter(const Vector& vector, std::int64_t i,
 
 constexpr std::uint32_t kTermBytes = sizeof(Terms);
 
+__device__ __forceinline__ Terms channel_terms(const BatchNorm& bn, std::int64_t channel) {
+  return normalisation_terms(parameter(bn.mean, channel, 0.0f), parameter(bn.var, channel, 1.0f),
+                             parameter(bn.weight, channel, 1.0f), parameter(bn.bias, channel, 0.0f),
+                             bn.eps);
+}
+
 // The terms of `stored` channels from `first` on go to shared memory at `to`, zeros after the first
-// `count`. Called by all `threads` of a block, each with its own number `thread`.
+// `count`; those of channel first + place(i) to the i-th place. Called by all `threads` of a block,
+// each with its own number `thread`.
+template <typename Place>
+__device__ __forceinline__ void load_terms(std::uint32_t to, const BatchNorm& bn,
+                                           std::int64_t first, int count, int stored, int thread,
+                                           int threads, Place place) {
+#pragma unroll 1
+  for (int i = thread; i < stored; i += threads) {
+    const int channel = place(i);
+    ptx::store_shared(to + i * kTermBytes,
+                      channel < count ? channel_terms(bn, first + channel) : Terms{});
+  }
+}
+
 __device__ __forceinline__ void load_terms(std::uint32_t to, const BatchNorm& bn,
                                            std::int64_t first, int count, int stored, int thread,
                                            int threads) {
-#pragma unroll 1
-  for (int i = thread; i < stored; i += threads) {
-    Terms terms;
-    if (i < count) {
-      terms = normalisation_terms(
-          parameter(bn.mean, first + i, 0.0f), parameter(bn.var, first + i, 1.0f),
-          parameter(bn.weight, first + i, 1.0f), parameter(bn.bias, first + i, 0.0f), bn.eps);
-    }
-    ptx::store_shared(to + i * kTermBytes, terms);
-  }
+  load_terms(to, bn, first, count, stored, thread, threads, [](int i) { return i; });
 }
 
 }  // namespace resnet_fused

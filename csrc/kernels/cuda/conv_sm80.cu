@@ -17,8 +17,7 @@
 //
 // Shared memory: kStages x (positions + channels) rows of 64 or 128 bytes, then the terms of one
 // batch norm; the epilogue's staging lies over the stages. A row's 16-byte chunks are permuted
-// (swizzle below), so that 8 rows of one logical chunk, which ldmatrix reads at a time, and the 128
-// bytes that 8 neighbouring threads write, each fill all 32 banks once.
+// (swizzle in mma_sync.cuh), against bank conflicts.
 //
 // Memory: x, weight, residual, shortcut and out once each, the floor, as far as L2 holds what the
 // taps and the blocks of one row of tiles share; every access is 16 bytes a thread.
@@ -27,11 +26,10 @@
 #include "kernels/cuda/conv_sm80.h"
 #include "kernels/cuda/epilogue.cuh"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/mma_sync.cuh"
 
 namespace resnet_fused {
 namespace {
-
-constexpr int kChunkBytes = 16;
 
 // kWarpsM x kWarpsN warps compute kM x kN results, kRowBytes of depth a step; registers are bounded
 // so that kBlocks blocks fit a multiprocessor.
@@ -56,14 +54,6 @@ using Tile128x128 = Tile<128, 128, 64, 2, 2, 4, 2>;
 using TileNarrow = Tile<64, 64, 64, 2, 2, 3, 2>;  // channels one by one
 using TileFloat = Tile<64, 64, 64, 4, 2, 4, 2>;
 using TileFloatProjection = Tile<64, 64, 64, 4, 2, 4, 1>;
-
-// The byte offset of a chunk in an operand of rows of kRowBytes.
-template <int kRowBytes>
-__device__ __forceinline__ std::uint32_t swizzle(int row, int chunk) {
-  static_assert(kRowBytes == 64 || kRowBytes == 128);
-  const int permuted = chunk ^ (kRowBytes == 128 ? row % 8 : row / 2 % 4);
-  return row * kRowBytes + permuted * kChunkBytes;
-}
 
 // One thread's part of copying both operands: the chunk `column` of every kRowsAtOnce-th row.
 template <typename T, typename Tile, bool kVectorised>
@@ -164,43 +154,31 @@ class Gather {
   int r_ = 0, s_ = 0, first_ = 0;  // the next step's tap and channel
 };
 
-// A warp's part of the tile in the layout of mma.m16n8k16 (see Accumulators in epilogue.cuh).
+// A warp's part of the tile in the layout of mma.m16n8k16.
 template <typename T, typename Tile>
-class TensorCore {
+class TensorCore : public WarpTile<T, Tile::kM / Tile::kWarpsM, Tile::kN / Tile::kWarpsN> {
  public:
   static constexpr int kWarpM = Tile::kM / Tile::kWarpsM, kWarpN = Tile::kN / Tile::kWarpsN;
-  static constexpr int kRows = kWarpM / 8, kColumns = kWarpN / 8, kRun = 2;
+  using Warp = WarpTile<T, kWarpM, kWarpN>;
 
   __device__ __forceinline__ int row(int i) const { return first_row() + 8 * i + lane() / 4; }
   __device__ __forceinline__ int column(int j) const {
     return first_column() + 8 * j + lane() % 4 * 2;
   }
-  __device__ __forceinline__ float& at(int i, int j, int e) { return d_[i / 2][j][i % 2 * 2 + e]; }
 
   // Adds the product of the operands at `stage`.
   __device__ __forceinline__ void multiply(std::uint32_t stage) {
-    // The rows that this lane names to ldmatrix: of a, both row halves, then both depth halves; of
-    // b, both depth halves, then the next 8 channels.
-    const int a_row = first_row() + lane() % 16, a_half = lane() / 16;
-    const int b_row = first_column() + lane() / 16 * 8 + lane() % 8, b_half = lane() / 8 % 2;
+    const int a_row = first_row() + Warp::a_row(), b_row = first_column() + Warp::b_row();
     const std::uint32_t b_operand = stage + Tile::kM * Tile::kRowBytes;
 #pragma unroll
     for (int chunk = 0; chunk < Tile::kChunks; chunk += 2) {
-      std::uint32_t b[kWarpN / 16][4];
-#pragma unroll
-      for (int j = 0; j < kWarpN / 16; ++j) {
-        ptx::ldmatrix_x4(b[j],
-                         b_operand + swizzle<Tile::kRowBytes>(b_row + 16 * j, chunk + b_half));
-      }
-#pragma unroll
-      for (int i = 0; i < kWarpM / 16; ++i) {
-        std::uint32_t a[4];
-        ptx::ldmatrix_x4(a, stage + swizzle<Tile::kRowBytes>(a_row + 16 * i, chunk + a_half));
-#pragma unroll
-        for (int j = 0; j < kWarpN / 8; ++j) {
-          ptx::mma_m16n8k16<T>(d_[i][j], a, &b[j / 2][j % 2 * 2]);
-        }
-      }
+      Warp::multiply_chunks(
+          [&](int i) {
+            return stage + swizzle<Tile::kRowBytes>(a_row + 16 * i, chunk + Warp::a_half());
+          },
+          [&](int j) {
+            return b_operand + swizzle<Tile::kRowBytes>(b_row + 16 * j, chunk + Warp::b_half());
+          });
     }
   }
 
@@ -212,8 +190,6 @@ class TensorCore {
   __device__ __forceinline__ static int first_column() {
     return threadIdx.x / 32 % Tile::kWarpsN * kWarpN;
   }
-
-  float d_[kWarpM / 16][kWarpN / 8][4] = {};
 };
 
 // The same for fp32: threads in a square, each with every 16th row and column. Each step is summed
@@ -272,44 +248,16 @@ struct AccumulatorsOf<float, Tile> {
   using Type = MultiplyAdd<Tile>;
 };
 
-// Starts the first steps of the K loop, into stages that nobody reads any more.
-template <typename Tile, typename Gather>
-__device__ __forceinline__ void start(Gather& gather) {
-#pragma unroll
-  for (int stage = 0; stage < Tile::kStages - 1; ++stage) {
-    if (stage < gather.steps()) gather.copy(stage * Tile::kStageBytes);
-    ptx::cp_async_commit();
-  }
-}
-
-// The K loop: acc += all that `gather` brings, in at least one step, so that what was stored before
-// lies behind a barrier. At the end, other threads may still read the stages.
-template <typename Tile, typename Gather, typename Accumulators>
-__device__ __forceinline__ void accumulate(Gather& gather, Accumulators& acc) {
-  const int steps = gather.steps();
-  std::uint32_t multiplied = 0, copied = (Tile::kStages - 1) * Tile::kStageBytes;
-#pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
-    ptx::cp_async_wait<Tile::kStages - 2>();
-    __syncthreads();  // this step's copies of all threads are here, and the last stage is read
-    if (step + Tile::kStages - 1 < steps) gather.copy(copied);
-    ptx::cp_async_commit();
-    acc.multiply(multiplied);
-    copied = multiplied;
-    multiplied += Tile::kStageBytes;
-    if (multiplied == Tile::kStages * Tile::kStageBytes) multiplied = 0;
-  }
-}
-
 // Grid: (tiles of positions x tiles of channels, the latter first; groups).
 template <typename T, typename Tile, bool kVectorised, bool kProjection>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     conv_bn_kernel(const __grid_constant__ ConvBn a) {
   using Accumulators = typename AccumulatorsOf<T, Tile>::Type;
   using Copies = Gather<T, Tile, kVectorised>;
+  using Stages = Ring<0, Tile::kStageBytes, Tile::kStages>;
   constexpr bool kExact = sizeof(T) == sizeof(float);
   constexpr int kLanes = kChunkBytes / sizeof(T);
-  constexpr std::uint32_t kTerms = Tile::kStages * Tile::kStageBytes;
+  constexpr std::uint32_t kTerms = Stages::kEnd;
 
   const int group = blockIdx.y;
   const int columns = a.out_channels / a.groups;
@@ -320,18 +268,18 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   const int count = columns - first_column;
 
   Copies copies(a, a.conv, first_row, group, first_column);
-  start<Tile>(copies);
+  start<Stages>(copies);
   load_terms(kTerms, a.conv.bn, channel, count, Tile::kN, threadIdx.x, Tile::kThreads);
   Accumulators acc;
-  accumulate<Tile>(copies, acc);
+  accumulate<Stages>(copies, [&](std::uint32_t stage) { acc.multiply(stage); });
   normalise<kExact>(acc, kTerms);
   __syncthreads();  // stages and terms are free
   if constexpr (kProjection) {
     Copies projection(a, a.projection, first_row, group, first_column);
-    start<Tile>(projection);
+    start<Stages>(projection);
     load_terms(kTerms, a.projection.bn, channel, count, Tile::kN, threadIdx.x, Tile::kThreads);
     Accumulators projected;
-    accumulate<Tile>(projection, projected);
+    accumulate<Stages>(projection, [&](std::uint32_t stage) { projected.multiply(stage); });
     normalise<kExact>(projected, kTerms);
     __syncthreads();
 #pragma unroll

@@ -13,14 +13,14 @@ from torch import Tensor
 from ... import _extension
 from ...errors import BackendUnavailableError
 from ...parameters import BatchNorm, Convolution, MaxPool
-from .. import Backend
+from .. import Backend, LayerByLayer
 from .live_cache import LiveCache
 from .memory import keep_freed_memory
 from .native import PackedConvolution, PooledStem, bn_add_relu, head, suits_winograd
 from .onednn import OPERATORS, OneDnnConvolution
 
 
-class CpuBackend:
+class CpuBackend(LayerByLayer):
     name = "cpu"
     training = None
 

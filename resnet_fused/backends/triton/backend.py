@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from ...parameters import BatchNorm, Convolution, MaxPool
+from .. import LayerByLayer
 from ..tuning import Tuner
 from . import convolution, elementwise, stem
 from .head import head
@@ -32,7 +33,7 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(device)
 
 
-class TritonBackend:
+class TritonBackend(LayerByLayer):
     """Implements `resnet_fused.backends.Backend`; keeps the launch configurations it chose."""
 
     name = "triton"

@@ -1,0 +1,546 @@
+// A whole bottleneck block in one kernel, on mma.sync: both intermediates stay in shared memory.
+//
+// Algorithm: a block of threads makes 14 x 14 positions of the result, or 7 x 7 where the stride is
+// 2. It multiplies the 16 x 16 pixels that these depend on by conv1's weights, normalises,
+// rectifies and keeps them as 16-bit values, as a kernel of its own would round them; zeros where a
+// pixel lies outside the image, since it is conv1's result that conv2 pads. conv2 takes its
+// operand's rows from there, shifted by the tap; no row is copied. Its result replaces conv1's, and
+// conv3 makes the output channels slice by slice, each with a projection's product of x's pixels in
+// accumulators of its own, or with x itself added. Rows of 16 positions (of 8 with stride 2) make
+// every tap a constant distance; the last two (the last one) of each row are computed in vain, and
+// so are as many rows. What conv1 makes for a neighbour's positions is the halo, computed by both.
+//
+// Tiles: 4 x 1 warps for 64 inner channels, 4 x 2 for 128; a warp makes 64 (16 with stride 2)
+// positions x 64 channels, in conv3 with projection 2 x 32. Weights stream through a ring of
+// stages: of all blocks the same ones, they come from L2. The rows of a weight are permuted
+// (channel_of), so that a lane's accumulators are 8 neighbouring channels, which it moves by 16
+// bytes: to shared memory, from x, to the result.
+//
+// Shared memory, from 0 on: the kept positions, 290 rows (the idle ones of the last taps reach
+// beyond 256) of 64 or 128 channels, their 16-byte chunks permuted against bank conflicts; a ring
+// of 3 stages of 64 or 128 rows of 128 bytes for weights, over which lie 2 stages for the
+// projection's pixels and weights; over both, before, 3 stages of pixels and conv1's weights, rows
+// of 64 bytes; at the end the terms of bn1, bn2 and, twice, of a slice. In all 64 KiB for 64 inner
+// channels (76 with projection) and 129 for 128.
+//
+// Memory: x once, as far as L2 holds the halo (16 x 16 pixels for 14 x 14 positions, 1.3 times as
+// much) and what is read again as shortcut; the result once. Writing and reading two intermediates
+// is saved: of a ResNet-50's first stage, half of the memory traffic. The weights come from L2 once
+// a block, 0.7 KiB a position there.
+#include <limits>
+
+#include "kernels/cuda/batch_norm.cuh"
+#include "kernels/cuda/bottleneck.h"
+#include "kernels/cuda/epilogue.cuh"
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/mma_sync.cuh"
+
+namespace resnet_fused {
+namespace {
+
+constexpr int kLine = 16;  // positions from one line of conv1's result to the next
+constexpr int kPositions = kLine * kLine;
+constexpr int kWarpsM = 4;
+constexpr int kPixelRowBytes = 64, kWeightRowBytes = 128;
+
+template <int kWidth_, int kStride_, bool kProjection_>
+struct Tile {
+  static constexpr int kWidth = kWidth_, kStride = kStride_;
+  static constexpr bool kProjection = kProjection_;
+  static constexpr int kWarpsN = kWidth / 64;
+  static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
+  static constexpr int kBlocks = 256 / kThreads;          // that fit a multiprocessor's registers
+  static constexpr int kPitch = kLine / kStride;          // from one line of the result to the next
+  static constexpr int kOut = (kLine - 2) / kStride;      // lines and columns of it that count
+  static constexpr int kUsed = (kOut - 1) * kStride + 3;  // the same of conv1's
+  static constexpr int kRows = kPitch * kPitch;           // positions of the result
+  static constexpr int kSlice = (kProjection ? 32 : 64) * kWarpsN;  // channels of conv3 at a time
+
+  static constexpr int kKeptBytes = (kPositions + 2 * kLine + 2) * kWidth * 2;
+  using First = Ring<0, (kPositions + kWidth) * kPixelRowBytes, 3>;
+  using Weights = Ring<kKeptBytes, kWidth * kWeightRowBytes, 3>;
+  using Second = Ring<kKeptBytes, (kRows + kSlice) * kPixelRowBytes, 2>;
+  static constexpr int max(int a, int b) { return a > b ? a : b; }
+  static constexpr int kTerms =
+      max(max(First::kEnd, Weights::kEnd), kProjection ? Second::kEnd : 0);
+  static constexpr int kSliceTerms = kSlice * (kProjection ? 2 : 1);
+  static constexpr int kSharedBytes =
+      kTerms + (2 * kWidth + 2 * kSliceTerms) * static_cast<int>(kTermBytes);
+};
+
+struct Arguments {
+  Bottleneck block;
+  void* out;
+  int out_height, out_width;
+  int tiles_h, tiles_w;
+};
+
+// The output channel whose weights are a row of the operand, and whose result a column of the mma
+// instructions: lane % 4 = t holds columns 8 j + 2 t and the next, which in four j are the channels
+// 8 t to 8 t + 7.
+__device__ __forceinline__ int channel_of(int row) {
+  return row / 32 * 32 + row % 8 / 2 * 8 + row % 32 / 8 * 2 + row % 2;
+}
+
+// The byte offset of a chunk of a kept position. Neighbouring rows differ in bit 2 of the
+// permutation: two rows of 4 chunks each, which 8 lanes store at a time, fill all banks once, as do
+// 8 rows of one chunk.
+template <int kWidth>
+__device__ __forceinline__ std::uint32_t kept(int row, int chunk) {
+  return row * kWidth * 2 + (chunk ^ (row % 2 * 4 + row / 2 % 4)) * kChunkBytes;
+}
+
+// Copies kColumns rows of a weight, from an output channel on, step by step: the taps in order, of
+// each kRowBytes after kRowBytes of depth. Zeros beyond the channels.
+template <typename T, int kThreads, int kColumns, int kRowBytes>
+class WeightCopies {
+ public:
+  __device__ __forceinline__ WeightCopies(const void* weight, int out_channels, int taps, int depth)
+      : weight_(static_cast<const T*>(weight)),
+        out_channels_(out_channels),
+        taps_(taps),
+        depth_(depth) {}
+
+  __device__ __forceinline__ void restart(int first_channel) {
+    first_ = first_channel;
+    tap_ = c_ = 0;
+  }
+
+  __device__ __forceinline__ int steps() const { return taps_ * ((depth_ + kDepth - 1) / kDepth); }
+
+  // The first channel of depth of the next step.
+  __device__ __forceinline__ int depth() const { return c_; }
+
+  __device__ __forceinline__ void copy(std::uint32_t stage) {
+    const int column = threadIdx.x % kChunks, c = c_ + column * kLanes;
+#pragma unroll
+    for (int i = 0; i < kColumns / kRowsAtOnce; ++i) {
+      const int row = threadIdx.x / kChunks + i * kRowsAtOnce, channel = first_ + channel_of(row);
+      const bool inside = channel < out_channels_ && c < depth_;
+      const std::int64_t at = (std::int64_t(channel) * taps_ + tap_) * depth_ + c;
+      ptx::cp_async_16(stage + swizzle<kRowBytes>(row, column), inside ? weight_ + at : weight_,
+                       inside);
+    }
+    c_ += kDepth;
+    if (c_ >= depth_) {
+      c_ = 0;
+      ++tap_;
+    }
+  }
+
+ private:
+  static constexpr int kLanes = kChunkBytes / sizeof(T), kDepth = kRowBytes / sizeof(T);
+  static constexpr int kChunks = kRowBytes / kChunkBytes, kRowsAtOnce = kThreads / kChunks;
+  static_assert(kColumns % kRowsAtOnce == 0);
+
+  const T* const weight_;
+  const int out_channels_, taps_, depth_;
+  int first_ = 0, tap_ = 0, c_ = 0;  // of the next step
+};
+
+// Copies both operands of a 1 x 1 convolution of x: kPitch x kPitch pixels from (h, w) on, of which
+// kUsed x kUsed count, and kColumns rows of its weight. Zeros outside the image.
+template <typename T, int kThreads, int kPitch, int kUsed, int kColumns>
+class PixelCopies {
+ public:
+  __device__ __forceinline__ PixelCopies(const Bottleneck& a, const Layer& layer, int out_channels,
+                                         std::int64_t image, int h, int w, int stride)
+      : x_(static_cast<const T*>(a.x)),
+        weights_(layer.weight, out_channels, 1, a.channels),
+        channels_(a.channels) {
+    const int line = row() / kPitch, column = row() % kPitch;
+    const int y = h + line * stride, x = w + column * stride;
+    at_ = ((image * a.height + y) * a.width + x) * a.channels;
+    down_ = std::int64_t(kLines * stride) * a.width * a.channels;
+    const bool inside = static_cast<unsigned>(x) < static_cast<unsigned>(a.width) && column < kUsed;
+#pragma unroll
+    for (int i = 0; i < kTimes; ++i) {
+      const bool counts =
+          inside && line + i * kLines < kUsed &&
+          static_cast<unsigned>(y + i * kLines * stride) < static_cast<unsigned>(a.height);
+      inside_ |= unsigned{counts} << i;
+    }
+  }
+
+  __device__ __forceinline__ void restart(int first_channel) { weights_.restart(first_channel); }
+
+  __device__ __forceinline__ int steps() const { return weights_.steps(); }
+
+  __device__ __forceinline__ void copy(std::uint32_t stage) {
+    const int column = threadIdx.x % kChunks;
+    const int c = weights_.depth() + column * static_cast<int>(kChunkBytes / sizeof(T));
+#pragma unroll
+    for (int i = 0; i < kTimes; ++i) {
+      const bool valid = (inside_ >> i & 1) != 0 && c < channels_;
+      ptx::cp_async_16(stage + swizzle<kPixelRowBytes>(row() + i * kRowsAtOnce, column),
+                       valid ? x_ + (at_ + i * down_ + c) : x_, valid);
+    }
+    weights_.copy(stage + kPitch * kPitch * kPixelRowBytes);
+  }
+
+ private:
+  static constexpr int kChunks = kPixelRowBytes / kChunkBytes, kRowsAtOnce = kThreads / kChunks;
+  static constexpr int kTimes = kPitch * kPitch / kRowsAtOnce, kLines = kRowsAtOnce / kPitch;
+  static_assert(kPitch * kPitch % kRowsAtOnce == 0 && kRowsAtOnce % kPitch == 0);
+
+  __device__ __forceinline__ static int row() { return threadIdx.x / kChunks; }
+
+  const T* const x_;
+  WeightCopies<T, kThreads, kColumns, kPixelRowBytes> weights_;
+  const int channels_;
+  std::int64_t at_, down_;  // this thread's first pixel, and from one of its pixels to the next
+  unsigned inside_ = 0;     // which of them are copied, by bit
+};
+
+// A warp's kM positions x kN channels; `column` counts the columns of the mma instructions, as the
+// terms in shared memory do.
+template <typename T, int kWarpsN, int kM, int kN>
+class Product : public WarpTile<T, kM, kN> {
+ public:
+  using Warp = WarpTile<T, kM, kN>;
+  static constexpr int kGroups = kN / 32;
+
+  __device__ __forceinline__ static int first_row() { return threadIdx.x / 32 / kWarpsN * kM; }
+  __device__ __forceinline__ static int first_column() { return threadIdx.x / 32 % kWarpsN * kN; }
+  __device__ __forceinline__ int row(int i) const {
+    return first_row() + 8 * i + threadIdx.x % 32 / 4;
+  }
+  __device__ __forceinline__ int column(int j) const {
+    return first_column() + 8 * j + threadIdx.x % 4 * 2;
+  }
+  // The first of the 8 channels that this lane has in a group of 32.
+  __device__ __forceinline__ int channel(int group) const {
+    return first_column() + 32 * group + threadIdx.x % 4 * 8;
+  }
+  __device__ __forceinline__ float& at_channel(int i, int group, int e) {
+    return Warp::at(i, 4 * group + e / 2, e % 2);
+  }
+
+  // Adds the product of pixels and weights at `stage`.
+  __device__ __forceinline__ void multiply_pixels(std::uint32_t stage) {
+    const int a_row = first_row() + Warp::a_row(), b_row = first_column() + Warp::b_row();
+    const std::uint32_t b_operand = stage + kM * kWarpsM * kPixelRowBytes;
+#pragma unroll
+    for (int chunk = 0; chunk < kPixelRowBytes / kChunkBytes; chunk += 2) {
+      Warp::multiply_chunks(
+          [&](int i) {
+            return stage + swizzle<kPixelRowBytes>(a_row + 16 * i, chunk + Warp::a_half());
+          },
+          [&](int j) {
+            return b_operand + swizzle<kPixelRowBytes>(b_row + 16 * j, chunk + Warp::b_half());
+          });
+    }
+  }
+
+  // Adds the product of kept positions, from chunk `first` on, and the weights at `stage`. `row` is
+  // the one that this lane names of the first 16.
+  template <int kWidth>
+  __device__ __forceinline__ void multiply_kept(int row, int first, std::uint32_t stage) {
+    const int b_row = first_column() + Warp::b_row();
+#pragma unroll
+    for (int chunk = 0; chunk < kWeightRowBytes / kChunkBytes; chunk += 2) {
+      Warp::multiply_chunks(
+          [&](int i) { return kept<kWidth>(row + 16 * i, first + chunk + Warp::a_half()); },
+          [&](int j) {
+            return stage + swizzle<kWeightRowBytes>(b_row + 16 * j, chunk + Warp::b_half());
+          });
+    }
+  }
+};
+
+// Rectifies and keeps `acc`, whose positions are lines of kPitch from (h, w) on; zeros outside the
+// image of height x width. Position n becomes row place(n).
+template <typename T, int kWidth, int kPitch, typename Product, typename Place>
+__device__ __forceinline__ void keep(Product& acc, int h, int w, int height, int width,
+                                     Place place) {
+#pragma unroll
+  for (int i = 0; i < Product::kRows; ++i) {
+    const int row = acc.row(i);
+    const bool inside = static_cast<unsigned>(h + row / kPitch) < static_cast<unsigned>(height) &&
+                        static_cast<unsigned>(w + row % kPitch) < static_cast<unsigned>(width);
+#pragma unroll
+    for (int group = 0; group < Product::kGroups; ++group) {
+      Pack<T, 8> values;
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        const float y = acc.at_channel(i, group, e);
+        // Written so that a NaN passes, as it does through PyTorch's ReLU.
+        values.value[e] = from_float<T>(!inside || y < 0.0f ? 0.0f : y);
+      }
+      ptx::store_shared(kept<kWidth>(place(row), acc.channel(group) / 8), values);
+    }
+  }
+}
+
+// Adds x where it is the shortcut, rectifies and writes a slice of the result from `first` on.
+template <typename T, typename Tile, typename Product>
+__device__ __forceinline__ void finish(const Arguments& a, Product& acc, std::int64_t image, int p,
+                                       int q, int first) {
+  using Octet = Pack<T, 8>;
+#pragma unroll
+  for (int i = 0; i < Product::kRows; ++i) {
+    const int line = acc.row(i) / Tile::kPitch, column = acc.row(i) % Tile::kPitch;
+    if (line >= Tile::kOut || column >= Tile::kOut || p + line >= a.out_height ||
+        q + column >= a.out_width) {
+      continue;
+    }
+    const std::int64_t position = (image * a.out_height + p + line) * a.out_width + q + column;
+#pragma unroll
+    for (int group = 0; group < Product::kGroups; ++group) {
+      const int channel = first + acc.channel(group);
+      if (channel >= a.block.out_channels) continue;
+      const std::int64_t at = position * a.block.out_channels + channel;
+      Octet added{}, result;
+      if constexpr (!Tile::kProjection) {
+        added =
+            ptx::load_global(reinterpret_cast<const Octet*>(static_cast<const T*>(a.block.x) + at));
+      }
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        float y = acc.at_channel(i, group, e);
+        if constexpr (!Tile::kProjection) y += to_float(added.value[e]);
+        result.value[e] = from_float<T>(y < 0.0f ? 0.0f : y);
+      }
+      ptx::store_global(reinterpret_cast<Octet*>(static_cast<T*>(a.out) + at), result);
+    }
+  }
+}
+
+template <int kThreads>
+__device__ __forceinline__ void load_permuted_terms(std::uint32_t to, const BatchNorm& bn,
+                                                    int first, int channels, int stored) {
+  load_terms(to, bn, first, channels - first, stored, threadIdx.x, kThreads,
+             [](int i) { return channel_of(i); });
+}
+
+// Grid: images x tiles down x tiles across.
+template <typename T, typename Tile>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
+    bottleneck_kernel(const __grid_constant__ Arguments a) {
+  constexpr int kWidth = Tile::kWidth, kStride = Tile::kStride, kPitch = Tile::kPitch;
+  constexpr int kThreads = Tile::kThreads, kWarpsN = Tile::kWarpsN, kSlice = Tile::kSlice;
+  constexpr int kWarpRows = Tile::kRows / kWarpsM;
+  constexpr std::uint32_t kTerms1 = Tile::kTerms, kTerms2 = kTerms1 + kWidth * kTermBytes;
+  constexpr std::uint32_t kTerms3 = kTerms2 + kWidth * kTermBytes;
+  using First = typename Tile::First;
+  using Weights = typename Tile::Weights;
+  using Second = typename Tile::Second;
+
+  const Bottleneck& b = a.block;
+  const std::int64_t image = blockIdx.x / (a.tiles_h * a.tiles_w);
+  const int tile = blockIdx.x % (a.tiles_h * a.tiles_w);
+  const int p = tile / a.tiles_w * Tile::kOut, q = tile % a.tiles_w * Tile::kOut;
+  const int h = p * kStride - 1, w = q * kStride - 1;
+
+  WeightCopies<T, kThreads, kWidth, kWeightRowBytes> weights2(b.conv2.weight, b.inner, 9, b.inner);
+  {
+    PixelCopies<T, kThreads, kLine, Tile::kUsed, kWidth> pixels(b, b.conv1, b.inner, image, h, w,
+                                                                1);
+    start<First>(pixels);
+    load_permuted_terms<kThreads>(kTerms1, b.conv1.bn, 0, b.inner, kWidth);
+    load_permuted_terms<kThreads>(kTerms2, b.conv2.bn, 0, b.inner, kWidth);
+    Product<T, kWarpsN, kPositions / kWarpsM, 64> acc;
+    accumulate<First>(pixels, [&](std::uint32_t stage) { acc.multiply_pixels(stage); });
+    __syncthreads();  // the stages are read
+    start<Weights>(weights2);
+    normalise<false>(acc, kTerms1);
+    // With stride 2 a tap takes every other column: the even ones of a line, then the odd ones.
+    keep<T, kWidth, kLine>(acc, h, w, b.height, b.width, [](int row) {
+      return kStride == 1 ? row : row / kLine * kLine + row % 2 * kPitch + row % kLine / 2;
+    });
+  }
+
+  WeightCopies<T, kThreads, kSlice, kWeightRowBytes> weights3(b.conv3.weight, b.out_channels, 1,
+                                                              b.inner);
+  PixelCopies<T, kThreads, kPitch, Tile::kOut, kSlice> projected_pixels(
+      b, b.projection, b.out_channels, image, p * kStride, q * kStride, kStride);
+  // Two sets of a slice's terms: others may still use those of the slice before.
+  const auto terms_of = [](int first) {
+    return kTerms3 + first / kSlice % 2 * Tile::kSliceTerms * kTermBytes;
+  };
+  const auto start_slice = [&](int first) {
+    weights3.restart(first);
+    if constexpr (Tile::kProjection) {
+      projected_pixels.restart(first);
+      start<Second>(projected_pixels);
+      load_permuted_terms<kThreads>(terms_of(first) + kSlice * kTermBytes, b.projection.bn, first,
+                                    b.out_channels, kSlice);
+    } else {
+      start<Weights>(weights3);
+    }
+    load_permuted_terms<kThreads>(terms_of(first), b.conv3.bn, first, b.out_channels, kSlice);
+  };
+  {
+    Product<T, kWarpsN, kWarpRows, 64> acc;
+    const int row = acc.first_row() + threadIdx.x % 16;
+    const int under = row / kPitch * kStride * kLine + row % kPitch;  // the first tap
+    int r = 0, s = 0, chunk = 0;
+    accumulate<Weights>(weights2, [&](std::uint32_t stage) {
+      const int tap = r * kLine + (kStride == 1 ? s : s % 2 * kPitch + s / 2);
+      acc.template multiply_kept<kWidth>(under + tap, chunk, stage);
+      chunk += kWeightRowBytes / kChunkBytes;
+      if (chunk == kWidth / 8) {
+        chunk = 0;
+        if (++s == 3) {
+          s = 0;
+          ++r;
+        }
+      }
+    });
+    __syncthreads();  // conv1's result and the stages are read
+    start_slice(0);
+    normalise<false>(acc, kTerms2);
+    keep<T, kWidth, kPitch>(acc, p, q, a.out_height, a.out_width, [](int row) { return row; });
+  }
+
+  using Slice = Product<T, kWarpsN, kWarpRows, kSlice / kWarpsN>;
+#pragma unroll 1
+  for (int first = 0; first < b.out_channels; first += kSlice) {
+    Slice projected;
+    if constexpr (Tile::kProjection) {
+      accumulate<Second>(projected_pixels,
+                         [&](std::uint32_t stage) { projected.multiply_pixels(stage); });
+      __syncthreads();  // the stages are read
+      start<Weights>(weights3);
+      normalise<false>(projected, terms_of(first) + kSlice * kTermBytes);
+    }
+    Slice acc;
+    const int row = acc.first_row() + threadIdx.x % 16;
+    int chunk = 0;
+    accumulate<Weights>(weights3, [&](std::uint32_t stage) {
+      acc.template multiply_kept<kWidth>(row, chunk, stage);
+      chunk += kWeightRowBytes / kChunkBytes;
+    });
+    normalise<false>(acc, terms_of(first));
+    if (first + kSlice < b.out_channels) {
+      __syncthreads();  // the stages are read
+      start_slice(first + kSlice);
+    }
+    if constexpr (Tile::kProjection) {
+#pragma unroll
+      for (int i = 0; i < Slice::kRows; ++i) {
+#pragma unroll
+        for (int j = 0; j < Slice::kColumns; ++j) {
+#pragma unroll
+          for (int e = 0; e < Slice::kRun; ++e) acc.at(i, j, e) += projected.at(i, j, e);
+        }
+      }
+    }
+    finish<T, Tile>(a, acc, image, p, q, first);
+  }
+}
+
+using Kernel = void (*)(Arguments);
+
+// A kernel and the size of its blocks; `kernel` is null where there is none.
+struct Choice {
+  Kernel kernel = nullptr;
+  int threads = 0, shared_bytes = 0;
+  int side = 1;       // of the tile of the result
+  int positions = 0;  // that are computed for it
+  int width = 0;      // inner channels that are computed
+};
+
+template <typename T, typename Tile>
+Choice choice_of() {
+  return {&bottleneck_kernel<T, Tile>,
+          Tile::kThreads,
+          Tile::kSharedBytes,
+          Tile::kOut,
+          Tile::kRows,
+          Tile::kWidth};
+}
+
+template <typename T, int kWidth>
+Choice choose_tile(const Bottleneck& a) {
+  const bool projection = a.projection.weight != nullptr;
+  if (a.stride == 1) {
+    return projection ? choice_of<T, Tile<kWidth, 1, true>>()
+                      : choice_of<T, Tile<kWidth, 1, false>>();
+  }
+  return a.stride == 2 && projection ? choice_of<T, Tile<kWidth, 2, true>>() : Choice{};
+}
+
+Choice choose(const Bottleneck& a) {
+  if (a.channels % 8 != 0 || a.inner % 8 != 0 || a.out_channels % 8 != 0) return {};
+  if (a.projection.weight == nullptr && a.channels != a.out_channels) return {};
+  for (const void* pointer :
+       {a.x, a.conv1.weight, a.conv2.weight, a.conv3.weight, a.projection.weight}) {
+    if (!aligned(pointer)) return {};
+  }
+  const bool wide = a.inner > 64;
+  if (a.inner > 128 || a.dtype == DType::kFloat32) return {};
+  if (a.dtype == DType::kFloat16)
+    return wide ? choose_tile<__half, 128>(a) : choose_tile<__half, 64>(a);
+  return wide ? choose_tile<__nv_bfloat16, 128>(a) : choose_tile<__nv_bfloat16, 64>(a);
+}
+
+// Blocks in the grid.
+std::int64_t blocks(const Bottleneck& a, const Choice& choice) {
+  return a.batch * ceil_div(strided(a.height, a.stride), choice.side) *
+         ceil_div(strided(a.width, a.stride), choice.side);
+}
+
+// Whether a block of `choice` fits `device`.
+bool fits(const Choice& choice, int device) {
+  int bytes = 0;
+  const cudaError_t status =
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return settled(status) == cudaSuccess && choice.shared_bytes <= bytes;
+}
+
+}  // namespace
+
+bool bottleneck_offers(const Bottleneck& arguments, int device) {
+  const Choice choice = choose(arguments);
+  return choice.kernel != nullptr && fits(choice, device);
+}
+
+bool bottleneck_pays(const Bottleneck& arguments, int device) {
+  const Bottleneck& a = arguments;
+  const Choice choice = choose(a);
+  int multiprocessors = 0;
+  if (choice.kernel == nullptr || !fits(choice, device) ||
+      settled(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)) !=
+          cudaSuccess) {
+    return false;
+  }
+  // Of what the kernel computes, and elements that kernels for each layer move.
+  constexpr double kMultiplyAddsPerElement = 128;
+  const double pixels = double(a.batch) * a.height * a.width;
+  const double positions =
+      double(a.batch) * strided(a.height, a.stride) * strided(a.width, a.stride);
+  const bool projection = a.projection.weight != nullptr;
+  const double width = choice.width, channels = a.channels, out_channels = a.out_channels;
+  const double products =
+      kPositions * channels * width +
+      choice.positions * (9 * width * width + (width + (projection ? channels : 0)) * out_channels);
+  const double moved =
+      pixels * (channels + 2 * a.inner) + positions * (2 * a.inner + a.channels + a.out_channels);
+  const double tiles = blocks(a, choice);
+  return tiles >= multiprocessors && products * tiles <= kMultiplyAddsPerElement * moved;
+}
+
+cudaError_t bottleneck(void* out, const Bottleneck& arguments, int device, cudaStream_t stream) {
+  const Choice choice = choose(arguments);
+  if (choice.kernel == nullptr || !aligned(out)) return cudaErrorInvalidValue;
+  const int out_height = strided(arguments.height, arguments.stride);
+  const int out_width = strided(arguments.width, arguments.stride);
+  const Arguments a{arguments,
+                    out,
+                    out_height,
+                    out_width,
+                    static_cast<int>(ceil_div(out_height, choice.side)),
+                    static_cast<int>(ceil_div(out_width, choice.side))};
+  const std::int64_t across = blocks(a.block, choice);
+  if (across == 0 || a.block.out_channels == 0) return cudaSuccess;
+  if (across > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
+  // The runtime is linked statically, so it has a current device of its own to set.
+  const cudaError_t status = cudaSetDevice(device);
+  if (status != cudaSuccess) return settled(status);
+  if (!fits(choice, device)) return cudaErrorInvalidValue;
+  return launch(choice.kernel, dim3(static_cast<unsigned>(across)), dim3(choice.threads),
+                choice.shared_bytes, stream, a);
+}
+
+}  // namespace resnet_fused

@@ -1,0 +1,250 @@
+"""The CUDA kernel for a whole bottleneck: machine code, results, simulated, and its choice."""
+
+from __future__ import annotations
+
+import copy
+import re
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torchvision
+from machine_code import cuobjdump
+from torch import Tensor
+
+import resnet_fused
+from resnet_fused.backends.cuda_sim import SimulatedBackend
+from resnet_fused.reference import ops as reference
+from resnet_fused.testing.cases import (
+    BlockCase,
+    generator,
+    make_bottleneck,
+    make_integers,
+    randomise_statistics,
+)
+from resnet_fused.testing.numerics import assert_contract, cast, check_op
+
+# One tile; several in each direction with tails in all of them; slices of output channels.
+CASES = {
+    "one tile": BlockCase(1, 64, 14, 14, 64, 64),
+    "tails": BlockCase(2, 72, 17, 15, 40, 72),
+    "several tiles": BlockCase(1, 136, 29, 16, 64, 136),
+    "first of stage 1": BlockCase(1, 64, 15, 16, 64, 256, projection=True),
+    "projection with tails": BlockCase(2, 24, 16, 13, 56, 136, projection=True),
+    "strided": BlockCase(1, 40, 31, 17, 64, 72, 2, True),
+    "wide": BlockCase(1, 200, 9, 16, 128, 200),
+    "wide with projection": BlockCase(1, 72, 9, 15, 104, 200, projection=True),
+    "wide strided": BlockCase(1, 72, 16, 19, 128, 72, 2, True),
+    "one pixel": BlockCase(2, 8, 1, 1, 8, 8),
+}
+
+
+class WholeBlocks(SimulatedBackend):
+    """Takes the kernel for the whole block, and expects it to be offered."""
+
+    def _bottleneck_kernels(self, *arguments: Any) -> list[str]:
+        kernels = super()._bottleneck_kernels(*arguments)
+        assert "fused" in kernels
+        return ["fused"]
+
+
+@pytest.fixture
+def whole(simulator) -> SimulatedBackend:
+    return WholeBlocks(simulator)
+
+
+def rounded_truth(arguments: list[Any]) -> Tensor:
+    """In float64, what the layers give each other rounded to the input's dtype."""
+    x, *layers = cast(arguments, torch.float64)
+    half = arguments[0].dtype
+
+    def conv_bn(*layer: Any) -> Tensor:
+        return reference.conv_bn(*layer).to(half).double()
+
+    out = conv_bn(x, *layers[:2], None, True)
+    out = conv_bn(out, *layers[2:4], None, True)
+    if layers[6] is None:
+        return conv_bn(out, *layers[4:6], x, True)
+    return reference.conv_bn_projection(out, *layers[4:6], x, *layers[6:]).to(half).double()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_exact_on_integers_and_free_of_bank_conflicts(simulator, whole, half, name):
+    arguments = make_bottleneck(CASES[name], generator(), half, make=make_integers)
+    assert torch.equal(whole.bottleneck(*arguments).double(), rounded_truth(arguments))
+    counts = simulator.take_statistics()
+    assert counts["matrix_loads"] > 0
+    assert counts["bank_conflicts"] == 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_keeps_the_contract(whole, half, name):
+    arguments = make_bottleneck(CASES[name], generator(), half)
+    check_op(whole.bottleneck, reference.bottleneck, arguments)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_spreads_what_is_not_finite_no_further_than_pytorch(whole, half, value):
+    """The positions that are computed in vain, and those beyond the last tap, must not count."""
+    arguments = make_bottleneck(CASES["several tiles"], generator(), half, make=make_integers)
+    arguments[0][0, 3, 20, 13] = value
+    expected = rounded_truth(arguments)
+    out = whole.bottleneck(*arguments).double()
+    assert expected.isnan().any()
+    assert not expected.isnan().all()
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out.nan_to_num(), expected.nan_to_num())
+
+
+def block(simulator: ModuleType, **changes: Any) -> Any:
+    """A description that is never run: stage 1 of a ResNet-50 for 256 images."""
+    vector = (16, simulator.DType.float32)
+    layer = (16, vector, vector, None, None, 1e-5)
+    arguments = {"x": 16, "dtype": simulator.DType.bfloat16, "batch": 256, "image": (56, 56)}
+    arguments |= {"channels": 256, "inner": 64, "out_channels": 256, "stride": 1}
+    arguments |= {"layers": [layer] * 3, "projection": None}
+    if changes.pop("projects", False):
+        arguments["projection"] = layer
+    return simulator.Bottleneck(**{**arguments, **changes})
+
+
+NOT_OFFERED: dict[str, dict[str, Any]] = {
+    "channels": {"channels": 252, "out_channels": 252},
+    "inner": {"inner": 136},
+    "inner of no chunks": {"inner": 60},
+    "shortcut": {"channels": 64},
+    "strided identity": {"stride": 2},
+    "stride": {"stride": 3, "projects": True},
+    "address": {"x": 8},
+}
+
+
+@pytest.mark.parametrize("name", NOT_OFFERED)
+def test_is_not_offered(simulator, name):
+    simulator.set_capability(90)
+    assert block(simulator).offered(0)
+    described = block(simulator, **NOT_OFFERED[name])
+    assert not described.offered(0)
+    assert not described.pays(0)
+    with pytest.raises(ValueError, match="no kernel for such a bottleneck"):
+        simulator.cuda_bottleneck(16, described, 0, 0)
+    assert not block(simulator, dtype=simulator.DType.float32).offered(0)
+
+
+def test_is_offered_where_it_fits_shared_memory(simulator):
+    for capability, widest in ((80, 128), (86, 64), (89, 64), (90, 128), (120, 64)):
+        simulator.set_capability(capability)
+        for inner in (64, 128):
+            for projects in (False, True):
+                described = block(simulator, inner=inner, projects=projects)
+                assert described.offered(0) == (inner <= widest)
+
+
+def test_pays_in_the_first_stage(simulator):
+    """And not where recomputation outweighs the traffic, nor where few images leave a GPU idle."""
+    simulator.set_capability(90)
+    assert block(simulator).pays(0)
+    assert not block(simulator, channels=64, projects=True).pays(0)
+    wide = {"channels": 512, "inner": 128, "out_channels": 512, "image": (28, 28)}
+    assert not block(simulator, **wide).pays(0)
+    strided = {**wide, "channels": 256, "image": (56, 56), "stride": 2, "projects": True}
+    assert not block(simulator, **strided).pays(0)
+    assert not block(simulator, image=(16, 16)).pays(0)  # a tile of 2 x 2 beside one of 14 x 14
+    assert block(simulator, batch=1).pays(0)  # 16 tiles for 4 multiprocessors
+    assert not block(simulator, batch=1, image=(14, 42)).pays(0)
+
+
+def test_rule_takes_the_whole_block(simulator, half):
+    """Four tiles of one launch: the steps of conv1, conv2 and four slices of conv3."""
+    case = BlockCase(1, 256, 28, 28, 64, 256)
+    arguments = make_bottleneck(case, generator(), half, make=make_integers)
+    out = SimulatedBackend(simulator, capability=90).bottleneck(*arguments)
+    assert torch.equal(out.double(), rounded_truth(arguments))
+    assert simulator.take_statistics()["waits"] == 4 * (8 + 9 + 4)
+
+
+def test_reads_tensors_off_sixteen_bytes_layer_by_layer(simulator, half):
+    arguments = make_bottleneck(CASES["one tile"], generator(), half, make=make_integers)
+    x = arguments[0]
+    storage = torch.zeros(x.numel() + 1, dtype=half)[1:]
+    arguments[0] = storage.as_strided(x.shape, x.stride(), 1).copy_(x)
+    out = SimulatedBackend(simulator).bottleneck(*arguments)
+    assert torch.equal(out.double(), rounded_truth(arguments))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": 0}, "x is a null pointer"),
+        ({"layers": [None] * 3}, "three layers are needed"),
+        ({"projection": (0, None, None, None, None, 0.0)}, "a weight is a null pointer"),
+        ({"projection": (16, None, None, None, None, 0.0)}, "mean and var are needed"),
+        ({"inner": 0}, "inner must be at least 1"),
+        ({"image": (2**29, 8)}, "height must be at least 0 and below 2"),
+        ({"batch": 2**29 - 1, "image": (2**20, 2**9)}, "x has too many elements"),
+    ],
+)
+def test_binding_refuses(simulator, changes, message):
+    with pytest.raises(ValueError, match=message):
+        block(simulator, **changes)
+
+
+def test_binding_refuses_a_null_result(simulator):
+    with pytest.raises(ValueError, match="out is a null pointer"):
+        simulator.cuda_bottleneck(0, block(simulator), 0, 0)
+
+
+def test_halo_off_by_one_is_caught(simulator, half):
+    """The kernel is told of a row more than the image has: it must not read it unnoticed."""
+    x, *layers = make_bottleneck(BlockCase(1, 16, 13, 8, 16, 16), generator(), half)
+    backend = SimulatedBackend(simulator)
+    taller = torch.empty(1, 16, 14, 8, dtype=half).contiguous(memory_format=torch.channels_last)
+    pairs = list(zip(layers[:6:2], layers[1:6:2], strict=True))
+    described, read = backend._block(taller, pairs)
+    buffers = [(t.data_ptr(), t.nbytes, False) for t in read[1:] if t is not None]
+    short = (taller.data_ptr(), x.nbytes, False)
+    out = torch.empty_like(taller)
+    simulator.set_buffers([*buffers, short, (out.data_ptr(), out.nbytes, True)])
+    with pytest.raises(simulator.Fault, match=r"reads .* out of bounds of global memory"):
+        simulator.cuda_bottleneck(out.data_ptr(), described, 0, 0)
+
+
+def test_whole_network_keeps_the_contract(simulator, whole, half):
+    torch.manual_seed(0)
+    theirs = randomise_statistics(torchvision.models.resnet50()).eval()
+    ours = resnet_fused.resnet50().eval()
+    ours.load_state_dict(theirs.state_dict())
+    ours, theirs = ours.to(half), theirs.to(half)
+    x = torch.randn(2, 3, 33, 33, generator=generator()).to(half)
+    with torch.no_grad(), mock.patch("resnet_fused.ops.registry.choose", return_value=whole):
+        result = ours(x)
+    assert simulator.take_statistics()["bank_conflicts"] == 0
+    with torch.no_grad():
+        assert_contract(result, theirs(x), copy.deepcopy(theirs).double()(x.double()))
+
+
+# Per architecture: for each 16-bit type 64 and 128 inner channels, each with the identity, a
+# projection, and a strided one.
+KERNELS = 2 * 2 * 3
+
+
+def test_spills_nothing(extension, architectures):
+    usage = cuobjdump(extension, "--dump-resource-usage")
+    found = re.findall(r"bottleneck_kernel\w*:\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
+    assert len(found) == KERNELS * len(architectures)
+    assert {(stack, local) for _, stack, local in found} == {("0", "0")}
+
+
+def test_uses_tensor_cores_and_moves_sixteen_bytes_an_access(extension, architectures):
+    functions = cuobjdump(extension, "--dump-sass").split("Function : ")[1:]
+    kernels = [f for f in functions if re.match(r"\w*bottleneck_kernelI", f)]
+    assert len(kernels) == KERNELS * len(architectures)
+    for body in kernels:
+        for instruction in ("HMMA.16816.F32", "LDSM.16.M88.4", "LDGSTS.E.BYPASS", "STG.E.128"):
+            assert instruction in body
+        projects = re.match(r"\w*?TileI(?:Li\d+E)+Lb(\d)E", body)
+        assert projects is not None
+        assert ("LDG.E.128" in body) == (projects[1] == "0")  # the shortcut
+        assert not re.search(r"\b(LDL|STL)\b|STG\.E\.(64|U16)|STS\.U16", body)
