@@ -115,7 +115,12 @@ def fitting(kernel: Kernel | BlockKernel, registers: int, limits: Limits) -> int
     )
 
 
-_DTYPES = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
+_DTYPES = {
+    "f": "float32",
+    "NS0_4Tf32E": "TF32",
+    "6__half": "float16",
+    "13__nv_bfloat16": "bfloat16",
+}
 
 
 def _block_kernel(name: str) -> BlockKernel | None:
@@ -129,7 +134,7 @@ def _block_kernel(name: str) -> BlockKernel | None:
 
 def _kernel(name: str) -> Kernel | None:
     found = re.search(
-        r"conv_bn_(sm90_)?kernelI(f|6__half|13__nv_bfloat16)NS0_4TileI((?:Li\d+E)+)EE"
+        r"conv_bn_(sm90_)?kernelI(f|NS0_4Tf32E|6__half|13__nv_bfloat16)NS0_4TileI((?:Li\d+E)+)EE"
         r"(?:Lb([01])E)?Lb([01])E",
         name,
     )

@@ -11,7 +11,7 @@ from .errors import BackendUnavailableError
 _NAME = f"{__package__}._C"
 # The calls that this Python code makes into the extension, as a number: raised here and in
 # csrc/bindings/module.cpp with every change of a bound function's name, arguments or meaning.
-INTERFACE = 8
+INTERFACE = 9
 
 
 @functools.cache

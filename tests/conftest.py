@@ -32,6 +32,12 @@ def cache_directory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytes
     monkeypatch.setenv("RESNET_FUSED_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
+@pytest.fixture(autouse=True)
+def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions of float32 are held to float32's errors, so TF32 is for its own tests."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture(scope="session")
 def extension() -> ModuleType:
     """The compiled extension, where it holds CUDA code."""

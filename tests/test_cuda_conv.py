@@ -43,8 +43,12 @@ from resnet_fused.testing.numerics import assert_contract, cast, check_op
 ROOT = Path(__file__).resolve().parents[1]
 TILES = ("m64n64", "m128n64", "m128n128")
 # Per architecture: for each 16-bit type 3 tiles, 2 with projection, and 2 for single channels;
-# for float32 both kinds of channels with and without projection.
-KERNELS = 2 * (3 + 2 + 2) + 4
+# for float32 both kinds of channels with and without projection; for TF32 2 tiles, 1 with
+# projection.
+EXACT_KERNELS = 4
+TF32_KERNELS = 3
+TF32_TILES = TILES[:2]
+KERNELS = 2 * (3 + 2 + 2) + EXACT_KERNELS + TF32_KERNELS
 # For sm_90a: for each 16-bit type 2 tiles, with and without projection.
 SM90_TILES = ("m128n64_sm90", "m128n128_sm90")
 SM90_KERNELS = 2 * 2 * 2
@@ -63,12 +67,15 @@ def test_nothing_spills(extension, architectures):
 def test_tensor_core_kernels_use_their_instructions(extension, architectures):
     """Matrix products, matrix loads, asynchronous 16-byte copies; 16 bytes in each store."""
     functions = cuobjdump(extension, "--dump-sass").split("Function : ")[1:]
-    kernels = [f for f in functions if re.match(r"\w*conv_bn_kernelI\w*(__half|bfloat16)", f)]
-    assert len(kernels) == (KERNELS - 4) * len(architectures)
+    kernels = [f for f in functions if re.match(r"\w*conv_bn_kernelI(?!f)", f)]
+    assert len(kernels) == (KERNELS - EXACT_KERNELS) * len(architectures)
+    tf32 = [f for f in kernels if re.match(r"\w*conv_bn_kernelI\w*?4Tf32", f)]
+    assert len(tf32) == TF32_KERNELS * len(architectures)
     for body in kernels:
         vectorised = re.match(r"\w*?conv_bn_kernelI\w*?EEELb(\d)E", body)
         assert vectorised is not None
-        for instruction in ("HMMA.16816.F32", "LDSM.16.M88.4", "STG.E.128"):
+        product = "HMMA.1688.F32.TF32" if body in tf32 else "HMMA.16816.F32"
+        for instruction in (product, "LDSM.16.M88.4", "STG.E.128"):
             assert instruction in body
         assert ("LDGSTS.E.BYPASS" in body) == (vectorised[1] == "1")
         assert "LDL" not in body
@@ -477,6 +484,66 @@ def test_projection_runs_in_one_kernel(simulator, half):
     assert counts["barriers"] == 2 * 2 + 1
 
 
+@pytest.fixture
+def tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's settings allow TF32 in convolutions."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+
+
+def rounded(x: Tensor, conv: Convolution, bn: BatchNorm) -> list[Any]:
+    """x and weight to 10 bits behind the point, ties away from zero. PyTorch has no TF32 on the
+    CPU: it gets operands that are rounded beforehand, and forms the same products."""
+
+    def near(t: Tensor) -> Tensor:
+        return ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    return [near(x), conv._replace(weight=near(conv.weight)), bn]
+
+
+@pytest.mark.usefixtures("tf32")
+@pytest.mark.parametrize("tiled", TF32_TILES, indirect=True)
+@pytest.mark.parametrize("name", TILE_CASES)
+def test_tf32_keeps_the_contract_of_rounded_operands(simulator, tiled, name):
+    layer = make_convolution(TILE_CASES[name], generator(), torch.float32)
+    arguments = [*rounded(*layer), None, True]
+    ours = tiled.conv_bn(*layer, None, True)
+    assert_contract(ours, reference.conv_bn(*arguments), truth(*arguments))
+    counts = simulator.take_statistics()
+    assert counts["products"] > 0
+    assert counts["bank_conflicts"] == 0
+
+
+@pytest.mark.usefixtures("tf32")
+def test_tf32_projection_keeps_the_contract_of_rounded_operands(simulator):
+    rng = generator()
+    main = make_convolution(ConvCase(1, 40, 12, 13, 136), rng, torch.float32)
+    shortcut = make_convolution(ConvCase(1, 72, 24, 25, 136, stride=2), rng, torch.float32)
+    arguments = [*rounded(*main), *rounded(*shortcut)]
+    ours = SimulatedBackend(simulator).conv_bn_projection(*main, *shortcut)
+    expected = reference.conv_bn_projection(*(cast(a, torch.float64) for a in arguments))
+    assert_contract(ours, reference.conv_bn_projection(*arguments), expected)
+    assert simulator.take_statistics()["products"] > 0
+
+
+@pytest.mark.usefixtures("tf32")
+def test_single_channels_have_exact_products_where_tf32_is_allowed(simulator):
+    layer = make_convolution(ConvCase(1, 10, 9, 9, 24, 3, 1, 1), generator(), torch.float32)
+    check_op(SimulatedBackend(simulator).conv_bn, reference.conv_bn, [*layer, None, True])
+    assert simulator.take_statistics()["products"] == 0
+
+
+@pytest.mark.usefixtures("tf32")
+def test_tf32_is_a_candidate_that_no_rule_prefers(simulator, monkeypatch):
+    monkeypatch.setattr(SimulatedBackend, "_left_to_cudnn", CudaBackend._left_to_cudnn)
+    backend = SimulatedBackend(simulator, capability=90)
+    backend._tuner = EveryCandidate()
+    layer = make_integers(ConvCase(1, 16, 9, 9, 16), generator(), torch.float32)
+    backend.conv_bn(*layer, None, True)
+    assert names(backend, "conv_bn") == ["cudnn", *TF32_TILES]
+    backend.conv_bn_projection(*layer, *layer)
+    assert names(backend, "conv_bn_projection") == ["separate", TF32_TILES[0]]
+
+
 # One block; several in each direction, with tails; channels beyond the tile.
 STEMS = {
     "one tile": ConvCase(1, 3, 28, 28, 64, 7, 2, 3),
@@ -594,6 +661,7 @@ def call(
         "conv": simulator.ConvolutionBn(**product),
         "projection": None,
         "relu": True,
+        "tf32": False,
         "tile": simulator.ConvTile.automatic,
         "device": 0,
         "stream": 0,

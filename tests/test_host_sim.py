@@ -123,6 +123,42 @@ def test_mma_accumulates_in_float32(simulator, dtype):
     assert ((mma(simulator, a, b, c).double() - truth).abs() <= 16 * 2**-24 * magnitude).all()
 
 
+def tf32_registers(a: Tensor, b: Tensor, c: Tensor) -> list[int]:
+    """PTX ISA, fragments of mma.m16n8k8 for .tf32: a (16, 8), b (8, 8) and c (16, 8), by lanes."""
+    registers = []
+    for lane in range(32):
+        group, member = lane // 4, lane % 4
+        rows = [(group + 8 * (i % 2), member + 4 * (i // 2)) for i in range(4)]
+        depths = [(member + 4 * i, group) for i in range(2)]
+        for matrix, elements in ((a, rows), (b, depths), (c, c_elements(lane))):
+            registers += words(torch.stack([matrix[at] for at in elements]))
+    return registers
+
+
+def test_tf32_mma_multiplies_integers_exactly(simulator):
+    rng = generator()
+    a, b, c = (
+        torch.randint(-999, 1000, shape, generator=rng).float()
+        for shape in ((16, 8), (8, 8), (16, 8))
+    )
+    values = floats(simulator.run_primitive("mma tf32", tf32_registers(a, b, c), 128))
+    d = torch.full((16, 8), float("nan"))
+    for lane in range(32):
+        for i, at in enumerate(c_elements(lane)):
+            d[at] = values[4 * lane + i]
+    assert torch.equal(d, a @ b + c)
+
+
+def test_tf32_rounds_to_nearest_and_ties_away(simulator):
+    """PTX ISA, cvt.rna.tf32: 10 bits behind the point are kept, so 13 are cut off."""
+    given = [0x3F800000, 0x3F800FFF, 0x3F801000, 0xBF801000, 0x3F803000, 0x3FFFF000, 0x7F7FFFFF]
+    given += [0x7F800000, 0xFF800000, 0x00000001, 0x00001000, 0x80000000, 0x7FC00000]
+    expected = [0x3F800000, 0x3F800000, 0x3F802000, 0xBF802000, 0x3F804000, 0x40000000, 0x7F800000]
+    expected += [0x7F800000, 0xFF800000, 0x00000000, 0x00002000, 0x80000000, 0x7FFFFFFF]
+    padding = [0] * (32 - len(given))
+    assert simulator.run_primitive("round to tf32", given + padding, 32) == expected + padding
+
+
 def convert(simulator: ModuleType, values: Tensor) -> Tensor:
     """(values, 4): the bits of binary16 and bfloat16, and of both as float32 again."""
     rows = []
@@ -382,6 +418,8 @@ CONFORMANCE = {
     "shuffle": (lambda: words(torch.randn(32, generator=generator())), 5 * 32),
     "mma f16": (lambda: mma_input(torch.float16), 128),
     "mma bf16": (lambda: mma_input(torch.bfloat16), 128),
+    "mma tf32": (lambda: words(torch.randint(-9, 10, (320,), generator=generator()).float()), 128),
+    "round to tf32": (lambda: words(torch.randn(32, generator=generator())), 32),
     "convert": (lambda: words(torch.randn(1024, generator=generator()) * 1e-4), 4096),
     "copy groups": (lambda: random_words(8), 3),
     "reverse": (lambda: random_words(96), 96),
@@ -486,6 +524,7 @@ FAULTS = {
     "barrier that one lane misses": r"deadlock .*threads 0-6 wait at __syncthreads; threads 7-7 "
     r"wait at ldmatrix; threads 8-63 wait at __syncthreads",
     "diverged": r"is at mma.m16n8k16.f16 while other lanes of its warp are at ldmatrix",
+    "mma of what is no tf32": r"multiplies 00000001, which is no TF32 number",
     "halo off by one": r"thread \(95, 0, 0\) of block \(0, 0, 0\) reads 4 bytes out of bounds",
     "shared out of bounds": r"writes 4 bytes at 1024 of shared memory, which has 1024",
     "shared misaligned": r"writes 16 bytes at 8 of shared memory, which is no multiple",
@@ -576,12 +615,16 @@ BLOCKS = {
     "m128n128": ("m128n128", torch.float16, 64, 3),
     "projection": ("m64n64", torch.bfloat16, 64, 4),
     "float32": ("m64n64", torch.float32, 24, 3),
+    "tf32": ("m128n64", torch.float32, 32, 3),
 }
 
 
 @pytest.fixture(params=BLOCKS)
-def one_block(request: pytest.FixtureRequest, simulator: ModuleType) -> Runner:
+def one_block(
+    request: pytest.FixtureRequest, simulator: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> Runner:
     """A convolution that one block of the kernel computes."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", request.param == "tf32")
     tile, dtype, channels, width = BLOCKS[request.param]
     backend = SimulatedBackend(simulator, getattr(simulator.ConvTile, tile))
     rng = generator()

@@ -182,7 +182,7 @@ void check_convolution(const ConvolutionBn& conv, const ConvBn& result) {
 ConvBn conv_bn_arguments(std::uintptr_t out, const ResidualArgument& residual, DType dtype,
                          std::int64_t batch, const Pair& out_image, std::int64_t out_channels,
                          std::int64_t groups, const ConvolutionBn& conv,
-                         const std::optional<ConvolutionBn>& projection, bool relu) {
+                         const std::optional<ConvolutionBn>& projection, bool relu, bool tf32) {
   ConvBn arguments{pointer(out),
                    {},
                    dtype,
@@ -193,7 +193,8 @@ ConvBn conv_bn_arguments(std::uintptr_t out, const ResidualArgument& residual, D
                    size("groups", groups, 1),
                    conv,
                    projection.value_or(ConvolutionBn{}),
-                   relu};
+                   relu,
+                   tf32};
   if (out == 0) throw std::invalid_argument("out is a null pointer");
   check_elements("out", {batch, out_image[0], out_image[1], out_channels});
   size("out_height * out_width", out_image[0] * out_image[1], 0);
@@ -214,9 +215,9 @@ ConvBn conv_bn_arguments(std::uintptr_t out, const ResidualArgument& residual, D
 void conv_bn(std::uintptr_t out, const ResidualArgument& residual, DType dtype, std::int64_t batch,
              const Pair& out_image, std::int64_t out_channels, std::int64_t groups,
              const ConvolutionBn& conv, const std::optional<ConvolutionBn>& projection, bool relu,
-             ConvTile tile, int device, std::uintptr_t stream) {
+             bool tf32, ConvTile tile, int device, std::uintptr_t stream) {
   const ConvBn arguments = conv_bn_arguments(out, residual, dtype, batch, out_image, out_channels,
-                                             groups, conv, projection, relu);
+                                             groups, conv, projection, relu, tf32);
   if (!resnet_fused::conv_bn_offers(arguments, tile)) {
     throw std::invalid_argument("this tile does not compute such a convolution; use automatic");
   }
@@ -230,9 +231,9 @@ std::vector<ConvTile> conv_bn_tiles(std::uintptr_t out, const ResidualArgument& 
                                     std::int64_t out_channels, std::int64_t groups,
                                     const ConvolutionBn& conv,
                                     const std::optional<ConvolutionBn>& projection, bool relu,
-                                    int device) {
+                                    bool tf32, int device) {
   const ConvBn arguments = conv_bn_arguments(out, residual, dtype, batch, out_image, out_channels,
-                                             groups, conv, projection, relu);
+                                             groups, conv, projection, relu, tf32);
   py::gil_scoped_release unlocked;
   std::vector<ConvTile> tiles;
   check_cuda("conv_bn", resnet_fused::conv_bn_tiles(arguments, device, &tiles));
@@ -391,8 +392,8 @@ void register_cuda_kernels(py::module_& module) {
   module.def(
       "cuda_conv_bn", &conv_bn, py::arg("out"), py::arg("residual"), py::arg("dtype"),
       py::arg("batch"), py::arg("out_image"), py::arg("out_channels"), py::arg("groups"),
-      py::arg("conv"), py::arg("projection"), py::arg("relu"), py::arg("tile"), py::arg("device"),
-      py::arg("stream"),
+      py::arg("conv"), py::arg("projection"), py::arg("relu"), py::arg("tf32"), py::arg("tile"),
+      py::arg("device"), py::arg("stream"),
       "out = relu?(bn(conv(x)) + residual), or relu?(bn(conv(x)) + bn(projection(x'))),\n"
       "queued on `stream` of `device`. out is the address of a (batch, *out_image,\n"
       "out_channels) tensor of `dtype`, which x, weight and residual have too. residual is\n"
@@ -405,7 +406,7 @@ void register_cuda_kernels(py::module_& module) {
   module.def("cuda_conv_bn_tiles", &conv_bn_tiles, py::arg("out"), py::arg("residual"),
              py::arg("dtype"), py::arg("batch"), py::arg("out_image"), py::arg("out_channels"),
              py::arg("groups"), py::arg("conv"), py::arg("projection"), py::arg("relu"),
-             py::arg("device"),
+             py::arg("tf32"), py::arg("device"),
              "The tiles by which cuda_conv_bn computes these arguments on `device`, `automatic`\n"
              "not among them. Raises as cuda_conv_bn does.");
 

@@ -58,25 +58,19 @@ float high(std::uint32_t pair) {
   return to_float(T{static_cast<std::uint16_t>(pair >> 16)});
 }
 
-template <typename T>
-void multiply(void* const* lanes) {
-  float a[16][16], b[16][8], d[16][8];
+// d += a * b, the products added in order of depth. `unpack` puts a lane's operands in their
+// places.
+template <int kDepth, typename Unpack>
+void multiply(void* const* lanes, const Unpack& unpack) {
+  float a[16][kDepth], b[kDepth][8], d[16][8];
   for (int lane = 0; lane < 32; ++lane) {
     const Product& registers = *static_cast<const Product*>(lanes[lane]);
     const int g = lane / 4, t = lane % 4;
-    for (int k = 0; k < 4; ++k) {
-      const int row = g + k % 2 * 8, depth = 2 * t + k / 2 * 8;
-      a[row][depth] = low<T>(registers.a[k]);
-      a[row][depth + 1] = high<T>(registers.a[k]);
-    }
-    for (int k = 0; k < 2; ++k) {
-      b[2 * t + 8 * k][g] = low<T>(registers.b[k]);
-      b[2 * t + 8 * k + 1][g] = high<T>(registers.b[k]);
-    }
+    unpack(registers, g, t, a, b);
     for (int k = 0; k < 4; ++k) d[g + k / 2 * 8][2 * t + k % 2] = registers.d[k];
   }
   for (int row = 0; row < 16; ++row) {
-    for (int depth = 0; depth < 16; ++depth) {
+    for (int depth = 0; depth < kDepth; ++depth) {
       for (int column = 0; column < 8; ++column) {
         d[row][column] += a[row][depth] * b[depth][column];
       }
@@ -88,6 +82,36 @@ void multiply(void* const* lanes) {
     for (int k = 0; k < 4; ++k) to[k] = d[g + k / 2 * 8][2 * t + k % 2];
   }
   ++host_sim::statistics().products;
+}
+
+template <typename T>
+void multiply_halves(void* const* lanes) {
+  multiply<16>(lanes, [](const Product& from, int g, int t, float (&a)[16][16], float (&b)[16][8]) {
+    for (int k = 0; k < 4; ++k) {
+      const int row = g + k % 2 * 8, depth = 2 * t + k / 2 * 8;
+      a[row][depth] = low<T>(from.a[k]);
+      a[row][depth + 1] = high<T>(from.a[k]);
+    }
+    for (int k = 0; k < 2; ++k) {
+      b[2 * t + 8 * k][g] = low<T>(from.b[k]);
+      b[2 * t + 8 * k + 1][g] = high<T>(from.b[k]);
+    }
+  });
+}
+
+float tf32(std::uint32_t bits) {
+  if (bits != round_to_tf32(bits))
+    host_sim::fault("multiplies %08x, which is no TF32 number", bits);
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+void multiply_tf32(void* const* lanes) {
+  multiply<8>(lanes, [](const Product& from, int g, int t, float (&a)[16][8], float (&b)[8][8]) {
+    for (int k = 0; k < 4; ++k) a[g + k % 2 * 8][t + k / 2 * 4] = tf32(from.a[k]);
+    for (int k = 0; k < 2; ++k) b[t + 4 * k][g] = tf32(from.b[k]);
+  });
 }
 
 }  // namespace
@@ -107,14 +131,19 @@ void ldmatrix_x4(std::uint32_t (&to)[4], std::uint32_t row) {
 template <>
 void mma_m16n8k16<__half>(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t* b) {
   Product operands{d, a, b};
-  host_sim::collective("mma.m16n8k16.f16", &multiply<__half>, &operands);
+  host_sim::collective("mma.m16n8k16.f16", &multiply_halves<__half>, &operands);
 }
 
 template <>
 void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const std::uint32_t (&a)[4],
                                  const std::uint32_t* b) {
   Product operands{d, a, b};
-  host_sim::collective("mma.m16n8k16.bf16", &multiply<__nv_bfloat16>, &operands);
+  host_sim::collective("mma.m16n8k16.bf16", &multiply_halves<__nv_bfloat16>, &operands);
+}
+
+void mma_m16n8k8(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t* b) {
+  Product operands{d, a, b};
+  host_sim::collective("mma.m16n8k8.tf32", &multiply_tf32, &operands);
 }
 
 }  // namespace resnet_fused::ptx

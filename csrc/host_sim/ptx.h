@@ -63,4 +63,11 @@ template <>
 void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const std::uint32_t (&a)[4],
                                  const std::uint32_t* b);
 
+inline std::uint32_t round_to_tf32(std::uint32_t bits) {
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fffffffu;  // the instruction's NaN
+  return (bits + 0x1000u) & ~0x1fffu;
+}
+// Operands that are not rounded are a Fault.
+void mma_m16n8k8(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t* b);
+
 }  // namespace resnet_fused::ptx

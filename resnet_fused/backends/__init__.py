@@ -116,3 +116,10 @@ def unavailable(name: str) -> str | None:
     """Why the backend of that name cannot run here, or None when it can."""
     backend = _load(name)
     return str(backend) if isinstance(backend, BackendUnavailableError) else None
+
+
+def tf32_in_convolutions() -> bool:
+    """Whether PyTorch's settings for cuDNN let convolutions round float32 operands to TF32 (this
+    getter reflects `cudnn.allow_tf32` too)."""
+    setting = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # replaces its module
+    return setting.fp32_precision == "tf32"

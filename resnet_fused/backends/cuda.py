@@ -26,7 +26,7 @@ from torch import Tensor
 from .. import _extension
 from ..errors import BackendUnavailableError
 from ..parameters import BatchNorm, Convolution, MaxPool
-from . import Backend, LayerByLayer
+from . import Backend, LayerByLayer, tf32_in_convolutions
 from .residual import readable, residual_argument
 from .tuning import Tuner, describe
 
@@ -206,6 +206,7 @@ class CudaBackend(LayerByLayer):
             product,
             projected,
             relu,
+            tf32_in_convolutions(),
         )
         return out, [residual, *read, *also_read], call
 

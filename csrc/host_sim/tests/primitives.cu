@@ -68,6 +68,30 @@ __global__ void mma(const Arguments a) {
   for (int k = 0; k < 4; ++k) ptx::store_global(a.out + 4 * threadIdx.x + k, as_bits(d[k]));
 }
 
+// in: as for mma, but a register of a or b is one number, which is rounded.
+__global__ void mma_tf32(const Arguments a) {
+  const std::uint32_t* in = a.in + 10 * threadIdx.x;
+  std::uint32_t left[4], right[2];
+  float d[4];
+  for (int k = 0; k < 4; ++k) left[k] = ptx::round_to_tf32(ptx::load_global(in + k));
+  for (int k = 0; k < 2; ++k) right[k] = ptx::round_to_tf32(ptx::load_global(in + 4 + k));
+  for (int k = 0; k < 4; ++k) d[k] = as_float(ptx::load_global(in + 6 + k));
+  ptx::mma_m16n8k8(d, left, right);
+  for (int k = 0; k < 4; ++k) ptx::store_global(a.out + 4 * threadIdx.x + k, as_bits(d[k]));
+}
+
+// A mistake: in, a number a lane, is not rounded.
+__global__ void mma_of_no_tf32(const Arguments a) {
+  const std::uint32_t left[4] = {ptx::load_global(a.in + threadIdx.x)}, right[2] = {};
+  float d[4] = {};
+  ptx::mma_m16n8k8(d, left, right);
+  ptx::store_global(a.out + threadIdx.x, as_bits(d[0]));
+}
+
+__global__ void round_to_tf32(const Arguments a) {
+  ptx::store_global(a.out + threadIdx.x, ptx::round_to_tf32(ptx::load_global(a.in + threadIdx.x)));
+}
+
 // in: a float a thread. out: each as binary16, as bfloat16, and both back.
 __global__ void convert(const Arguments a) {
   const float value = as_float(ptx::load_global(a.in + threadIdx.x));
@@ -213,6 +237,9 @@ const Tests kTests = {
     {"shuffle", &launch<&shuffle, 32>},
     {"mma f16", &launch<&mma<__half>, 32>},
     {"mma bf16", &launch<&mma<__nv_bfloat16>, 32>},
+    {"mma tf32", &launch<&mma_tf32, 32>},
+    {"mma of what is no tf32", &launch<&mma_of_no_tf32, 32>},
+    {"round to tf32", &launch<&round_to_tf32, 32>},
     {"convert", &launch<&convert, 1024>},
     {"copy groups", &launch<&copy_groups, 1>},
     {"copy read one group early", &launch<&copy_read_one_group_early, 1>},

@@ -35,6 +35,7 @@ struct ConvBn {
   ConvolutionBn conv;
   ConvolutionBn projection;  // of the shortcut; its x is null where there is none
   bool relu;
+  bool tf32;  // whether products of float32 may round their operands to TF32
 };
 
 // Output positions x output channels of a block, of the kernel for sm_80 and later or, k...Sm90, of

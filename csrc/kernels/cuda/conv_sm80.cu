@@ -6,14 +6,16 @@
 // 16-byte chunks of both operands straight from the NHWC and KRSC tensors to shared memory
 // (cp.async, zero-filled beyond the image, the channels, the rows). kStages - 1 steps are in flight
 // while the one before them is multiplied: ldmatrix and mma.m16n8k16 with fp32 accumulators; for
-// fp32 tensors fused multiply-adds, each product and sum rounded as fp32. The epilogue
-// (epilogue.cuh) normalises, adds, rectifies and rounds once. A block end with projection runs a
-// second K loop over the shortcut, with its own geometry and batch norm, and adds before the store.
-// Channels per group that are no multiple of 16 bytes are loaded one by one into the same chunks.
+// fp32 tensors fused multiply-adds, each product and sum rounded as fp32, or, where the caller
+// allows it, mma.m16n8k8 of operands rounded to TF32. The epilogue (epilogue.cuh) normalises, adds,
+// rectifies and rounds once. A block end with projection runs a second K loop over the shortcut,
+// with its own geometry and batch norm, and adds before the store. Channels per group that are no
+// multiple of 16 bytes are loaded one by one into the same chunks.
 //
 // Tiles (positions x channels x bytes of depth, warps, stages): 64 x 64 x 128, 4, 3;
-// 128 x 64 x 64, 4, 4; 128 x 128 x 64, 4, 4; fp32: 64 x 64 x 64, 8, 4. Blocks that share positions
-// are neighbours in the grid, so that x comes from memory once and then from L2.
+// 128 x 64 x 64, 4, 4; 128 x 128 x 64, 4, 4; fp32: 64 x 64 x 64, 8, 4; TF32: the first, and the
+// second without projection. Blocks that share positions are neighbours in the grid, so that x
+// comes from memory once and then from L2.
 //
 // Shared memory: kStages x (positions + channels) rows of 64 or 128 bytes, then the terms of one
 // batch norm; the epilogue's staging lies over the stages. A row's 16-byte chunks are permuted
@@ -52,6 +54,7 @@ using Tile64x64 = Tile<64, 64, 128, 2, 2, 3, 3>;
 using Tile128x64 = Tile<128, 64, 64, 2, 2, 4, 2>;
 using Tile128x128 = Tile<128, 128, 64, 2, 2, 4, 2>;
 using TileNarrow = Tile<64, 64, 64, 2, 2, 3, 2>;  // channels one by one
+using TileTf32 = Tile<64, 64, 128, 2, 2, 3, 2>;
 using TileFloat = Tile<64, 64, 64, 4, 2, 4, 2>;
 using TileFloatProjection = Tile<64, 64, 64, 4, 2, 4, 1>;
 
@@ -192,8 +195,31 @@ class TensorCore : public WarpTile<T, Tile::kM / Tile::kWarpsM, Tile::kN / Tile:
   }
 };
 
-// The same for fp32: threads in a square, each with every 16th row and column. Each step is summed
-// by itself first, which loses less than one long sum.
+template <typename Accumulators>
+__device__ __forceinline__ void add(Accumulators& to, Accumulators& from) {
+#pragma unroll
+  for (int i = 0; i < Accumulators::kRows; ++i) {
+#pragma unroll
+    for (int j = 0; j < Accumulators::kColumns; ++j) {
+#pragma unroll
+      for (int e = 0; e < Accumulators::kRun; ++e) to.at(i, j, e) += from.at(i, j, e);
+    }
+  }
+}
+
+// The same for fp32 rounded to TF32. Each step is summed by itself first, which loses less than one
+// long sum.
+template <typename Tile>
+class TensorCoreTf32 : public TensorCore<float, Tile> {
+ public:
+  __device__ __forceinline__ void multiply(std::uint32_t stage) {
+    TensorCore<float, Tile> partial;
+    partial.multiply(stage);
+    add<TensorCore<float, Tile>>(*this, partial);
+  }
+};
+
+// The same for exact fp32, in steps too: threads in a square, each with every 16th row and column.
 template <typename Tile>
 class MultiplyAdd {
  public:
@@ -239,20 +265,31 @@ class MultiplyAdd {
   float d_[kRows][kColumns] = {};
 };
 
-template <typename T, typename Tile>
-struct AccumulatorsOf {
-  using Type = TensorCore<T, Tile>;
+// How the products of a kernel are formed, by its parameter `Number`: the elements' type, or Tf32
+// for fp32 tensors whose operands may be rounded to TF32.
+struct Tf32 {};
+template <typename Number, typename Tile>
+struct ProductsOf {
+  using Element = Number;
+  using Accumulators = TensorCore<Number, Tile>;
 };
 template <typename Tile>
-struct AccumulatorsOf<float, Tile> {
-  using Type = MultiplyAdd<Tile>;
+struct ProductsOf<float, Tile> {
+  using Element = float;
+  using Accumulators = MultiplyAdd<Tile>;
+};
+template <typename Tile>
+struct ProductsOf<Tf32, Tile> {
+  using Element = float;
+  using Accumulators = TensorCoreTf32<Tile>;
 };
 
 // Grid: (tiles of positions x tiles of channels, the latter first; groups).
-template <typename T, typename Tile, bool kVectorised, bool kProjection>
+template <typename Number, typename Tile, bool kVectorised, bool kProjection>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     conv_bn_kernel(const __grid_constant__ ConvBn a) {
-  using Accumulators = typename AccumulatorsOf<T, Tile>::Type;
+  using T = typename ProductsOf<Number, Tile>::Element;
+  using Accumulators = typename ProductsOf<Number, Tile>::Accumulators;
   using Copies = Gather<T, Tile, kVectorised>;
   using Stages = Ring<0, Tile::kStageBytes, Tile::kStages>;
   constexpr bool kExact = sizeof(T) == sizeof(float);
@@ -282,14 +319,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     accumulate<Stages>(projection, [&](std::uint32_t stage) { projected.multiply(stage); });
     normalise<kExact>(projected, kTerms);
     __syncthreads();
-#pragma unroll
-    for (int i = 0; i < Accumulators::kRows; ++i) {
-#pragma unroll
-      for (int j = 0; j < Accumulators::kColumns; ++j) {
-#pragma unroll
-        for (int e = 0; e < Accumulators::kRun; ++e) acc.at(i, j, e) += projected.at(i, j, e);
-      }
-    }
+    add(acc, projected);
   }
 
   const std::int64_t offset = std::int64_t(group) * columns;
@@ -314,10 +344,10 @@ struct Choice {
   int positions = 0, channels = 0, threads = 0, shared_bytes = 0;
 };
 
-template <typename T, typename Tile, bool kVectorised, bool kProjection>
+template <typename Number, typename Tile, bool kVectorised, bool kProjection>
 Choice choice_of() {
-  return {&conv_bn_kernel<T, Tile, kVectorised, kProjection>, Tile::kM, Tile::kN, Tile::kThreads,
-          Tile::kSharedBytes};
+  return {&conv_bn_kernel<Number, Tile, kVectorised, kProjection>, Tile::kM, Tile::kN,
+          Tile::kThreads, Tile::kSharedBytes};
 }
 
 template <typename T>
@@ -352,6 +382,14 @@ Choice choose_float(ConvTile tile, bool vectorised, bool projection) {
                     : choice_of<float, TileFloat, false, false>();
 }
 
+// Of whole chunks. Registers for the sums of a step and of the whole bound the tiles.
+Choice choose_tf32(ConvTile tile, bool projection) {
+  if (tile == ConvTile::k128x64 && !projection) return choice_of<Tf32, Tile128x64, true, false>();
+  if (tile != ConvTile::k64x64) return {};
+  return projection ? choice_of<Tf32, TileTf32, true, true>()
+                    : choice_of<Tf32, TileTf32, true, false>();
+}
+
 bool vectorised(const ConvBn& a, const ConvolutionBn& conv) {
   const int bytes = conv.channels / a.groups * (a.dtype == DType::kFloat32 ? 4 : 2);
   return bytes % kChunkBytes == 0 && aligned(conv.x) && aligned(conv.weight);
@@ -366,7 +404,8 @@ Choice choose(const ConvBn& a, ConvTile tile) {
     case DType::kBFloat16:
       return choose_half<__nv_bfloat16>(tile, whole, projection);
     default:
-      return choose_float(tile, whole, projection);
+      return a.tf32 && whole ? choose_tf32(tile, projection)
+                             : choose_float(tile, whole, projection);
   }
 }
 

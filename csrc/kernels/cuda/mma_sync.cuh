@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/cuda/ptx.cuh"
 
@@ -60,7 +61,7 @@ __device__ __forceinline__ void accumulate(Copies& copies, Multiply multiply) {
 }
 
 // A warp's kM x kN results in the layout of mma.m16n8k16, as Accumulators in epilogue.cuh but for
-// the place in the tile.
+// the place in the tile. T is what the operands hold; float is rounded to TF32.
 template <typename T, int kM, int kN>
 class WarpTile {
  public:
@@ -78,23 +79,40 @@ class WarpTile {
   }
   __device__ __forceinline__ static int b_half() { return threadIdx.x / 8 % 2; }
 
-  // Adds a product of depth 16: a(i) is the chunk that this lane names of the 16 rows i, b(j) that
-  // of the 16 columns j.
+  // Adds a product of the depth of two chunks: a(i) is the one that this lane names of the 16 rows
+  // i, b(j) that of the 16 columns j. ldmatrix moves registers of 32 bits, one element of fp32 or
+  // two of 16 bits, to the lanes where the products of either kind want them.
   template <typename A, typename B>
   __device__ __forceinline__ void multiply_chunks(A a_chunk, B b_chunk) {
     std::uint32_t b[kN / 16][4];
 #pragma unroll
-    for (int j = 0; j < kN / 16; ++j) ptx::ldmatrix_x4(b[j], b_chunk(j));
+    for (int j = 0; j < kN / 16; ++j) load(b[j], b_chunk(j));
 #pragma unroll
     for (int i = 0; i < kM / 16; ++i) {
       std::uint32_t a[4];
-      ptx::ldmatrix_x4(a, a_chunk(i));
+      load(a, a_chunk(i));
 #pragma unroll
-      for (int j = 0; j < kN / 8; ++j) ptx::mma_m16n8k16<T>(d_[i][j], a, &b[j / 2][j % 2 * 2]);
+      for (int j = 0; j < kN / 8; ++j) {
+        if constexpr (kTf32) {
+          ptx::mma_m16n8k8(d_[i][j], a, &b[j / 2][j % 2 * 2]);
+        } else {
+          ptx::mma_m16n8k16<T>(d_[i][j], a, &b[j / 2][j % 2 * 2]);
+        }
+      }
     }
   }
 
  private:
+  static constexpr bool kTf32 = std::is_same_v<T, float>;
+
+  __device__ __forceinline__ static void load(std::uint32_t (&to)[4], std::uint32_t row) {
+    ptx::ldmatrix_x4(to, row);
+    if constexpr (kTf32) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) to[k] = ptx::round_to_tf32(to[k]);
+    }
+  }
+
   float d_[kM / 16][kN / 8][4] = {};
 };
 

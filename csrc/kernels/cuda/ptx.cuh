@@ -118,6 +118,26 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const std::uint32_t 
   }
 }
 
+// "cvt", cvt.rna.tf32.f32: the fp32 number with those bits, rounded to the nearest one that has 10
+// bits behind the point, ties away from zero.
+__device__ __forceinline__ std::uint32_t round_to_tf32(std::uint32_t bits) {
+  std::uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(bits)));
+  return rounded;
+}
+
+// "Matrix Fragments for mma.m16n8k8" of .tf32: d += a * b, a (16, 8) by rows, b (8, 8) by columns,
+// of TF32 numbers; d as above. Registers hold
+//   a: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4);
+//   b: (t, g), (t + 4, g).
+__device__ __forceinline__ void mma_m16n8k8(float (&d)[4], const std::uint32_t (&a)[4],
+                                            const std::uint32_t* b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 }  // namespace resnet_fused::ptx
 
 #endif  // RESNET_FUSED_HOST_SIM

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...parameters import BatchNorm
+from .. import tf32_in_convolutions
 
 # Row indices run past the result by at most a tile, which must not overflow 32 bits either.
 _NARROW_ELEMENTS = 2**31 - 2**16
@@ -101,10 +102,8 @@ def _reach(tensor: Tensor) -> int:
 
 
 def convolution_precision(dtype: torch.dtype) -> str:
-    """Input precision of `tl.dot` in a convolution: "tf32" for float32 only if PyTorch's settings
-    for cuDNN convolutions allow it (this getter reflects `cudnn.allow_tf32` too)."""
-    setting = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # replaces its module
-    return "tf32" if dtype == torch.float32 and setting.fp32_precision == "tf32" else "ieee"
+    """Input precision of `tl.dot` in a convolution."""
+    return "tf32" if dtype == torch.float32 and tf32_in_convolutions() else "ieee"
 
 
 def matmul_precision(dtype: torch.dtype) -> str:
