@@ -162,7 +162,8 @@ def test_red_gate_states_no_speedup(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_interrupt_keeps_what_was_measured(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, if run in the background
     out = tmp_path / "out.json"
     time_round = throughput._Race._time
 
@@ -176,7 +177,8 @@ def test_interrupt_keeps_what_was_measured(
     try:
         assert throughput.main(arguments, (EXACT,)) == 130
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)
     record, (entries,) = read(out)
     assert record["interrupted"]
     assert len(entries["exact"]["rounds"]) == 1

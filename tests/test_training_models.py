@@ -75,7 +75,10 @@ def _gradients(model: nn.Module, x: Tensor, target: Tensor) -> tuple[Tensor, dic
     [
         ("resnet18", "interpreted", torch.float32),
         ("resnet18", "interpreted", torch.float16),
-        pytest.param("resnet50", "interpreted", torch.float32, marks=pytest.mark.slow),
+        *(
+            pytest.param("resnet50", "interpreted", dtype, marks=pytest.mark.slow)
+            for dtype in (torch.float32, torch.float16)
+        ),
         *(
             pytest.param(name, "cuda", dtype, marks=pytest.mark.gpu)
             for name in ("resnet18", "resnet50")

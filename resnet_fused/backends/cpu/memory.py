@@ -23,8 +23,13 @@ _KEPT_BYTES = 1 << 30
 def keep_freed_memory() -> bool:
     """Makes malloc keep up to 1 GiB of freed memory, for the whole process; once, where it can.
 
-    Returns whether it did: not without glibc, nor with `RESNET_FUSED_CPU_KEEP_MEMORY=off`. Memory
-    in use, and its peak, stay what they were; `malloc_trim(0)` gives back what is free.
+    Returns whether it did: not without glibc, nor with `RESNET_FUSED_CPU_KEEP_MEMORY=off`.
+    `malloc_trim(0)` gives back what is free.
+
+    The heap takes some calls to settle, and settles above what is in use: before 2.38 glibc asks
+    for more than an aligned block needs and keeps less of it, so that the block, once freed, is too
+    small to serve its own request again until a neighbour is free too. One op called over and over
+    (51 MB a result) came to rest after 8 to 13 calls, with as many results' memory.
     """
     if not settings.cpu_keeps_memory():
         return False
