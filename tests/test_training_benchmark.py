@@ -19,8 +19,11 @@ import training
 import training_profile
 
 import resnet_fused
-from resnet_fused import BasicBlock
+from resnet_fused import BasicBlock, backends
+from resnet_fused.backends.tuned import TunedBackend
+from resnet_fused.backends.tuning import Tuner
 from resnet_fused.models import resnet18
+from resnet_fused.ops import dispatch
 from resnet_fused.reference.training import ReferenceTraining
 from resnet_fused.testing import roofline
 from resnet_fused.testing.plain_training import training_ops_in_pytorch
@@ -135,7 +138,7 @@ def test_a_nudge_is_one_unit_in_the_last_place() -> None:
         assert (old != new).all()
 
 
-def test_profile_puts_kernels_beside_their_floors() -> None:
+def test_profile_puts_kernels_beside_their_floors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Floors of one block's pieces, counted by hand; ops' times add up to all."""
     block = BasicBlock(4, 4).train()
     x = torch.randn(2, 4, 6, 6)
@@ -157,3 +160,8 @@ def test_profile_puts_kernels_beside_their_floors() -> None:
     assert sum(row["share"] for row in rows) == pytest.approx(1)
     assert "aten::" in training_profile.table(rows)
     assert training_profile.floors(step, x, peaks) == {}
+    with training_ops_in_pytorch():
+        trained = backends.get("reference")
+        tuned = TunedBackend([trained], trained, Tuner("tests"))
+        monkeypatch.setattr(dispatch, "_forced", tuned)  # a GPU's default backend
+        assert training_profile.floors(step, x, peaks) == floors

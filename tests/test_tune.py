@@ -104,11 +104,11 @@ def test_tuned_serves_what_one_of_its_backends_with_kernels_serves() -> None:
 
 
 def test_training_is_that_of_the_first_backend_that_has_it() -> None:
-    first, second = Named("first"), Named("second")
-    tuned = TunedBackend([first, second], Named("library"), Tuner("tests"))
-    assert tuned.training is None
-    second.training = object()  # type: ignore[assignment]
-    assert tuned.training is second.training
+    backends = [Named("first"), Named("second")]
+    assert TunedBackend(backends, Named("library"), Tuner("tests")).training is None
+    backends[1].training = object()  # type: ignore[assignment]
+    tuned = TunedBackend(backends, Named("library"), Tuner("tests"))
+    assert tuned.training is backends[1].training
 
 
 def test_tuned_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

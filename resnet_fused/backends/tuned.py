@@ -35,11 +35,10 @@ class TunedBackend(LayerByLayer):
         self._library = library
         self._tuner = tuner
         self._serving = functools.cache(self._find_serving)
-
-    @property
-    def training(self) -> TrainingKernels | None:
-        """Of the first backend that has them: they are not mixed."""
-        return next((b.training for b in self._kernels if b.training is not None), None)
+        # Of the first backend that has them: they are not mixed.
+        self.training: TrainingKernels | None = next(
+            (b.training for b in kernels if b.training is not None), None
+        )
 
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
         reasons = [backend.unsupported(device, dtype) for backend in self._kernels]
