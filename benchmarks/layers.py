@@ -277,23 +277,21 @@ def main() -> None:
     with torch.inference_mode():
         x = torch.randn(shape).to(device, dtype).contiguous(memory_format=torch.channels_last)
         peaks = machine.measure_peaks(device, dtype)
-        rows = [
-            measure(layer, names, options.rounds, peaks)
-            for layer in tqdm(record(options.arch, x), unit="layer", leave=False)
-        ]
-    print(table(rows, names))
-    if options.json:
-        record_ = {
+        rows: list[dict[str, Any]] = []
+        facts = {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             **machine.commit(Path(__file__).parent),
-            "options": {key: str(value) for key, value in vars(options).items()},
+            "options": {k: str(value) for k, value in vars(options).items() if k != "json"},
             "machine": machine.describe(device),
             "versions": machine.versions("resnet-fused", "torch", "triton", "numpy"),
             "peaks": peaks._asdict(),
-            "rows": rows,
         }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record_, indent=1) + "\n")
+        for layer in tqdm(record(options.arch, x), unit="layer", leave=False):
+            rows.append(measure(layer, names, options.rounds, peaks))
+            if options.json:  # after each: a run that is stopped keeps what it has
+                options.json.parent.mkdir(parents=True, exist_ok=True)
+                options.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+    print(table(rows, names))
     if any(row["wrong"] for row in rows):
         sys.exit("some results break the numerics contract, so they were not timed")
 
