@@ -5,6 +5,7 @@
 #     bash benchmarks/gpu_proof.sh training         one of them: build, environment, tests,
 #                                                   tuning, throughput, training, layers, networks,
 #                                                   sanitizer, pages
+#     bash benchmarks/gpu_proof.sh cuda             the CUDA kernels alone, build included
 #     bash benchmarks/gpu_proof.sh every            all five networks, dtypes and batch sizes too
 #     bash benchmarks/gpu_proof.sh inference-resnet34-float16-1,8,512      one part of `every`
 #
@@ -32,7 +33,7 @@ run() { # name, seconds, command...: runs it against the clock, its output kept 
 
 # With the simulator, which the tests hold against the hardware, primitive by primitive.
 build() {
-  run build 450 env RESNET_FUSED_CUDA=on RESNET_FUSED_HOST_SIM=on \
+  run build "${1:-450}" env RESNET_FUSED_CUDA=on RESNET_FUSED_HOST_SIM=on \
     pip install --no-build-isolation --no-deps .
 }
 
@@ -84,6 +85,15 @@ every() {
   done
 }
 
+# What the CUDA kernels have to show, build included, in less than 8 minutes together.
+cuda() {
+  build 150
+  gpu_tests cuda_tests 90 tests/test_cuda_*.py tests/test_host_sim.py
+  run layers_256 90 env RESNET_FUSED_TUNE=off \
+    python benchmarks/layers.py --batch 256 --json "$results/layers_256.json"
+  sanitizer 45
+}
+
 pages() {
   run pages 60 python benchmarks/render.py
 }
@@ -104,9 +114,9 @@ training() {
 }
 
 sanitizer() {
-  local tool
+  local seconds=${1:-150} tool
   for tool in memcheck racecheck initcheck; do
-    run "sanitizer_$tool" 150 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+    run "sanitizer_$tool" "$seconds" compute-sanitizer --tool "$tool" --error-exitcode 1 \
       python "$(command -v pytest)" -q -m gpu -x tests/test_cuda_kernel.py tests/test_cuda_conv.py
   done
 }

@@ -22,6 +22,12 @@ import training  # noqa: E402
 
 from resnet_fused import tune  # noqa: E402
 
+TIMEOUT = """#!/bin/sh
+shift 2  # -k 15
+echo "$1" >> "$CALLS.seconds"
+shift
+exec "$@"
+"""
 RECORDER = """#!/bin/sh
 echo "$(basename "$0") $*" >> "$CALLS"
 """
@@ -33,6 +39,7 @@ def calls(tmp_path: Path, *parts: str) -> list[list[str]]:
     tools.mkdir()
     for name in ("python", "pytest", "pip", "compute-sanitizer"):
         (tools / name).write_text(RECORDER)
+    (tools / "timeout").write_text(TIMEOUT)
     (tools / "nvidia-smi").write_text("#!/bin/sh\necho NVIDIA H200\n")
     for tool in tools.iterdir():
         tool.chmod(0o755)
@@ -72,6 +79,13 @@ def test_every_command_is_one_that_the_programs_take(
         for word in command:
             if word.startswith("tests/"):
                 assert (ROOT / word).exists(), word
+
+
+@pytest.mark.parametrize("part", ["cuda", "training", "throughput", "layers", "networks", "tuning"])
+def test_no_part_takes_more_than_eight_minutes(part: str, tmp_path: Path) -> None:
+    assert calls(tmp_path, part)
+    seconds = (tmp_path / "calls.seconds").read_text().split()
+    assert 0 < sum(map(int, seconds)) <= 8 * 60
 
 
 def test_the_grid_covers_every_network_dtype_and_batch(
