@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ class Backend(Protocol):
         shortcut: Tensor,
         projection: Convolution,
         projection_bn: BatchNorm,
+        /,
     ) -> Tensor: ...
 
     def bottleneck(
@@ -64,6 +65,7 @@ class Backend(Protocol):
         bn3: BatchNorm,
         projection: Convolution | None,
         projection_bn: BatchNorm | None,
+        /,
     ) -> Tensor: ...
 
     def stem(self, x: Tensor, conv: Convolution, bn: BatchNorm, pool: MaxPool) -> Tensor: ...
@@ -74,21 +76,11 @@ class Backend(Protocol):
 class LayerByLayer:
     """What backends have in common that have no kernel for a whole block, or not for every one."""
 
-    def bottleneck(
-        self: Backend,
-        x: Tensor,
-        conv1: Convolution,
-        bn1: BatchNorm,
-        conv2: Convolution,
-        bn2: BatchNorm,
-        conv3: Convolution,
-        bn3: BatchNorm,
-        projection: Convolution | None,
-        projection_bn: BatchNorm | None,
-    ) -> Tensor:
+    def bottleneck(self: Backend, x: Tensor, *layers: Any) -> Tensor:
+        conv1, bn1, conv2, bn2, conv3, bn3, projection, projection_bn = layers
         out = self.conv_bn(x, conv1, bn1, None, True)
         out = self.conv_bn(out, conv2, bn2, None, True)
-        if projection is None or projection_bn is None:
+        if projection is None:
             return self.conv_bn(out, conv3, bn3, x, True)
         return self.conv_bn_projection(out, conv3, bn3, x, projection, projection_bn)
 

@@ -256,35 +256,20 @@ class CudaBackend(LayerByLayer):
             launch,
         )
 
-    def bottleneck(
-        self,
-        x: Tensor,
-        conv1: Convolution,
-        bn1: BatchNorm,
-        conv2: Convolution,
-        bn2: BatchNorm,
-        conv3: Convolution,
-        bn3: BatchNorm,
-        projection: Convolution | None,
-        projection_bn: BatchNorm | None,
-    ) -> Tensor:
-        layers = [(conv1, bn1), (conv2, bn2), (conv3, bn3)]
-        if projection is not None and projection_bn is not None:
-            layers.append((projection, projection_bn))
+    def bottleneck(self, x: Tensor, *layers: Any) -> Tensor:
+        pairs = [p for p in zip(layers[::2], layers[1::2], strict=True) if p[0] is not None]
 
         def launch(kernel: str) -> Tensor:
             if kernel == _FUSED:
-                return self._whole_bottleneck(x, layers)
-            return LayerByLayer.bottleneck(
-                self, x, conv1, bn1, conv2, bn2, conv3, bn3, projection, projection_bn
-            )
+                return self._whole_bottleneck(x, pairs)
+            return LayerByLayer.bottleneck(self, x, *layers)
 
-        if not _resnet_bottleneck(x, [conv for conv, _ in layers]):
+        if not _resnet_bottleneck(x, [conv for conv, _ in pairs]):
             return launch(_SEPARATE)
         return self._tuner.run(
-            ("bottleneck", *describe(x, conv1, conv2, conv3, projection)),
+            ("bottleneck", *describe(x, *layers)),
             x.device,
-            lambda: self._bottleneck_kernels(x, layers),
+            lambda: self._bottleneck_kernels(x, pairs),
             launch,
         )
 

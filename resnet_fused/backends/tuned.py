@@ -68,40 +68,20 @@ class TunedBackend(LayerByLayer):
     ) -> Tensor:
         return self._run("conv_bn", x, conv, bn, residual, relu)
 
-    def conv_bn_projection(
-        self,
-        x: Tensor,
-        conv: Convolution,
-        bn: BatchNorm,
-        shortcut: Tensor,
-        projection: Convolution,
-        projection_bn: BatchNorm,
-    ) -> Tensor:
-        return self._run("conv_bn_projection", x, conv, bn, shortcut, projection, projection_bn)
+    def conv_bn_projection(self, x: Tensor, *others: Any) -> Tensor:
+        return self._run("conv_bn_projection", x, *others)
 
-    def bottleneck(
-        self,
-        x: Tensor,
-        conv1: Convolution,
-        bn1: BatchNorm,
-        conv2: Convolution,
-        bn2: BatchNorm,
-        conv3: Convolution,
-        bn3: BatchNorm,
-        projection: Convolution | None,
-        projection_bn: BatchNorm | None,
-    ) -> Tensor:
+    def bottleneck(self, x: Tensor, *layers: Any) -> Tensor:
         """By one backend, or layer by layer, each by the backend chosen for it."""
-        arguments = (x, conv1, bn1, conv2, bn2, conv3, bn3, projection, projection_bn)
         serving = self._serving(x.device, x.dtype)
 
         def launch(name: str) -> Tensor:
             if name == _LAYERS:
-                return LayerByLayer.bottleneck(self, *arguments)
-            return serving[name].bottleneck(*arguments)
+                return LayerByLayer.bottleneck(self, x, *layers)
+            return serving[name].bottleneck(x, *layers)
 
         return self._tuner.run(
-            ("bottleneck", *describe(*arguments)), x.device, lambda: [_LAYERS, *serving], launch
+            ("bottleneck", *describe(x, *layers)), x.device, lambda: [_LAYERS, *serving], launch
         )
 
     def stem(self, x: Tensor, conv: Convolution, bn: BatchNorm, pool: MaxPool) -> Tensor:
