@@ -28,8 +28,7 @@ def keep_freed_memory() -> bool:
 
     The heap takes some calls to settle, and settles above what is in use: before 2.38 glibc asks
     for more than an aligned block needs and keeps less of it, so that the block, once freed, is too
-    small to serve its own request again until a neighbour is free too. One op called over and over
-    (51 MB a result) came to rest after 8 to 13 calls, with as many results' memory.
+    small to serve its own request again until a neighbour is free too.
     """
     if not settings.cpu_keeps_memory():
         return False
