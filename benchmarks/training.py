@@ -46,7 +46,7 @@ from resnet_fused import settings
 from resnet_fused.testing import machine, roofline
 from resnet_fused.testing.cases import clear_batch
 from resnet_fused.testing.numerics import relative_error
-from resnet_fused.testing.plain_training import training_ops_in_pytorch
+from resnet_fused.testing.plain import training_ops_in_pytorch
 from resnet_fused.testing.roofline import Peaks
 from resnet_fused.testing.timing import times_of
 

@@ -41,7 +41,7 @@ from training import nudge
 
 import resnet_fused
 from resnet_fused.testing import machine
-from resnet_fused.testing.plain_training import training_ops_in_pytorch
+from resnet_fused.testing.plain import training_ops_in_pytorch
 
 STEPS, BATCH, SEEDS, COPIES, TEST = 200, 32, 5, 3, 397
 Results = dict[str, list[list[float]]]  # accuracies of each seed's copies, by library

@@ -6,23 +6,20 @@ Constructor arguments, submodule names and numerics are torchvision's, so weight
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from . import fusion, reference
+from . import fusion, traced
 from .ops.block_training import residual_block_training
 from .ops.bottleneck import bottleneck
 from .ops.conv_bn import conv_bn
 from .ops.conv_bn_projection import conv_bn_projection
 from .ops.training_layers import trains_fused
 from .parameters import BatchNorm, Convolution
-
-# torch.fx records the ops as they are called here instead of tracing into them.
-torch.fx.wrap("bottleneck")
-torch.fx.wrap("conv_bn")
-torch.fx.wrap("conv_bn_projection")
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -77,35 +74,52 @@ class PaddedIdentity(nn.Module):
 class ResidualBlock(nn.Module):
     """relu(F(x) + shortcut(x)); F is `layers()`, each convolution with its BN, ReLU between.
 
-    Where all of F normalises with given statistics (eval mode, frozen BN), each layer is one fused
-    op and the last takes the shortcut with it: the identity, read in place where it is strided and
-    padded, or a strided projection accumulated in the same kernel; a Bottleneck is one op as a
-    whole. In training mode the block is one op, where the backend trains fused. Otherwise the
-    modules run one by one.
+    `forward_unfused` says what a block means, module by module. In its place, where nobody could
+    tell, run the fused ops: where all of F normalises with given statistics (eval mode, frozen BN),
+    one op for each layer, the last of which takes the shortcut with it (the identity, read in place
+    where it is strided and padded, or a strided projection accumulated in the same kernel), and one
+    for a Bottleneck as a whole; in training one op for the block, where the backend trains fused.
     """
 
-    relu: nn.Module
-    downsample: nn.Module | None
     # Whether anything is added to F(x); if so, downsample(x), or x itself where it is None.
     has_shortcut = True
-    # Called with each layer's index and response; see `resnet_fused.record_responses`.
-    on_response: Callable[[int, Tensor], None] | None = None
+    if TYPE_CHECKING:  # TorchScript reads a class's annotations
+        relu: nn.Module
+        downsample: nn.Module | None
 
     def layers(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
         """The (convolution, normalisation) pairs of F, in order."""
         raise NotImplementedError
 
+    def forward_unfused(self, x: Tensor) -> Tensor:
+        """x (N, inplanes, H, W) -> (N, planes × expansion, P, Q), each module called in turn."""
+        raise NotImplementedError
+
     def forward(self, x: Tensor) -> Tensor:
         """x (N, inplanes, H, W) -> (N, planes × expansion, P, Q)."""
-        if self.training and self.on_response is None and (out := self._train(x)) is not None:
-            return out
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self.forward_unfused(x)
+        else:
+            out = self._forward_fused(x)
+            return fusion.run_unfused(self.forward_unfused, self, x) if out is None else out
+
+    def _forward_fused(self, x: Tensor) -> Tensor | None:
+        """The block by fused ops, or None where its modules have to run."""
+        if isinstance(x, Proxy):
+            traced.fuse(x.tracer.graph)
+            return None
+        if fusion.must_call_modules(x) or not fusion.is_relu(self.relu):
+            return None
+        if self.training:
+            pairs, identity = self._pairs(), self._padded_identity()
+            plan = None if pairs is None else fusion.training_plan(pairs)
+            if pairs is None or plan is None:
+                return None
+            if not plan.is_frozen() or plan.needs_gradients(x):
+                return self._train(x, pairs, plan, identity)
         layers = [fusion.conv_bn(conv, bn) for conv, bn in self.layers()]
         fused = [layer for layer in layers if layer is not None]
-        if len(fused) < len(layers) or not fusion.is_relu(self.relu):
-            return reference.modules.residual_block(self, x)
-        if self.on_response is not None:
-            return self._respond(x, fused)
-        return self._infer(x, fused)
+        return self._infer(x, fused) if len(fused) == len(layers) else None
 
     def _infer(self, x: Tensor, layers: list[tuple[Convolution, BatchNorm]]) -> Tensor:
         """Each layer as one op, the last one with the shortcut."""
@@ -125,44 +139,32 @@ class ResidualBlock(nn.Module):
             return conv_bn(out, conv, bn, residual=self.downsample(x), relu=True)
         return conv_bn_projection(out, conv, bn, x, *projection)
 
-    def shortcut(self, x: Tensor) -> Tensor | None:
-        """What is added to F(x), or None; the modules, unfused."""
-        if not self.has_shortcut:
-            return None
-        return x if self.downsample is None else self.downsample(x)
-
     def _padded_identity(self) -> PaddedIdentity | None:
         module = self.downsample
         if type(module) is PaddedIdentity and fusion.untouched(module):
             return module
         return None
 
-    def _respond(self, x: Tensor, layers: list[tuple[Convolution, BatchNorm]]) -> Tensor:
-        """Each convolution and its normalisation fused; ReLU and addition after the response."""
-        assert self.on_response is not None
-        out = x
-        for i, (conv, bn) in enumerate(layers):
-            out = conv_bn(self.relu(out) if i else out, conv, bn)
-            self.on_response(i, out)
-        shortcut = self.shortcut(x)
-        return self.relu(out if shortcut is None else out + shortcut)
-
-    def _train(self, x: Tensor) -> Tensor | None:
-        """The block as one op, forward and backward, or None where it has to run by modules."""
+    def _pairs(self) -> list[tuple[nn.Module, nn.Module]] | None:
+        """The pairs of F and then of the projection, or None for a shortcut of another kind."""
         pairs = list(self.layers())
-        identity = self._padded_identity()
-        projected = self.has_shortcut and self.downsample is not None and identity is None
-        if projected:
-            assert self.downsample is not None
-            projection = fusion.projection_modules(self.downsample)
-            if projection is None:
-                return None
-            pairs.append(projection)
-        plan = fusion.training_plan(pairs)
-        if plan is None or not fusion.is_relu(self.relu) or not trains_fused(x, plan.sync_group):
+        if not self.has_shortcut or self.downsample is None or self._padded_identity() is not None:
+            return pairs
+        projection = fusion.projection_modules(self.downsample)
+        return None if projection is None else [*pairs, projection]
+
+    def _train(
+        self,
+        x: Tensor,
+        pairs: list[tuple[nn.Module, nn.Module]],
+        plan: fusion.TrainingPlan,
+        identity: PaddedIdentity | None,
+    ) -> Tensor | None:
+        """The block as one op, forward and backward, or None where the backend has none."""
+        if not trains_fused(x, plan.sync_group):
             return None
         layers, shortcut = plan.layers, None
-        if projected:
+        if len(layers) > len(self.layers()):
             *layers, shortcut = layers
         out, terms = residual_block_training(
             x,
@@ -215,11 +217,24 @@ class BasicBlock(ResidualBlock):
     def layers(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
         return (self.conv1, self.bn1), (self.conv2, self.bn2)
 
+    def forward_unfused(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        identity = x
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        return self.relu(out)
+
 
 class PlainBlock(BasicBlock):
     """3×3, 3×3 without a shortcut: two layers of a plain network (paper, section 3.3)."""
 
     has_shortcut = False
+
+    def forward_unfused(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(out)))
 
 
 class Bottleneck(ResidualBlock):
@@ -260,6 +275,16 @@ class Bottleneck(ResidualBlock):
 
     def layers(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
         return (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)
+
+    def forward_unfused(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        identity = x
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        return self.relu(out)
 
     def _infer(self, x: Tensor, layers: list[tuple[Convolution, BatchNorm]]) -> Tensor:
         """The whole block as one op, unless its shortcut is neither x nor a projection."""

@@ -1,38 +1,110 @@
 """Reads live modules as op arguments, and says which of them an op can stand for.
 
-A fused op replaces the calls of several modules. That is only right where each is exactly the
-layer it looks like and has nobody hooked on to it, and for the ops of inference only where it
-normalises with given statistics; everything else gets None here and runs module by module, as in
+A fused op replaces the calls of several modules. That is only right where nobody could tell: where
+each module is exactly the layer it looks like, its call is PyTorch's own and nobody has hooked on
+to it, and where no mode, transform or tracer watches the calls. The ops of inference also need
+given statistics to normalise with. Everything else gets None here and runs module by module, as in
 plain PyTorch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
+from .ops.modes import is_plain, is_recorded, is_transformed
+from .ops.sync_batch_norm import sync_batch_norm
 from .ops.training_layers import Layer, batch_statistics
 from .parameters import BatchNorm, Convolution, MaxPool
+from .training import FrozenBatchNorm2d
+
+_FUSED = (
+    nn.Conv2d,
+    nn.BatchNorm2d,
+    nn.SyncBatchNorm,
+    nn.ReLU,
+    nn.MaxPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.Linear,
+    nn.Sequential,
+    FrozenBatchNorm2d,
+)
+# The methods that a module's call consists of.
+_METHODS = [(kind, name) for kind in _FUSED for name in ("__call__", "_call_impl", "forward")]
+_METHODS.append((nn.Conv2d, "_conv_forward"))
+_PYTORCHS = [getattr(kind, name) for kind, name in _METHODS]
+
+
+def _is_replaced() -> bool:
+    """Whether a method of one of those classes is no longer the one that PyTorch or we defined."""
+    return any(
+        getattr(kind, name) is not method
+        for (kind, name), method in zip(_METHODS, _PYTORCHS, strict=True)
+    )
+
+
+_is_replaced._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in ops.modes
+# Replaced before this package was imported, they are never PyTorch's.
+_REPLACED_BEFORE = not all(m.__module__.startswith(("torch.", __package__)) for m in _PYTORCHS)
+
+
+def must_call_modules(x: object) -> bool:
+    """Whether every module has to be called for itself, whatever it is, to compute with `x`.
+
+    So it is inside modes, transforms and tracers (`resnet_fused.ops.modes`), for a tensor of a type
+    of its own, under global module hooks, and where a class's call was replaced.
+    """
+    if torch.compiler.is_compiling():  # which traces tensors of any type and honours global hooks
+        return is_transformed() or _is_replaced() or _REPLACED_BEFORE
+    return (
+        not is_plain(x)
+        or is_transformed()
+        or is_recorded()
+        or bool(_has_any_global_hook())
+        or _REPLACED_BEFORE
+        or _is_replaced()
+    )
 
 
 def untouched(*modules: nn.Module) -> bool:
-    """Whether no hook would miss its module's call."""
-    return not any(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        for module in modules
-    )
+    """Whether calling the modules is what their class says: nothing is hooked on to them, replaced
+    in them or compiled by itself."""
+    for module in modules:
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+        ):
+            return False
+        own = module.__dict__
+        if (
+            "forward" in own
+            or "_call_impl" in own
+            or "_conv_forward" in own
+            or own.get("_compiled_call_impl") is not None
+        ):
+            return False
+    return True
 
 
 def is_relu(module: nn.Module) -> bool:
     """Whether `module` is a plain ReLU."""
     return type(module) is nn.ReLU and untouched(module)
+
+
+def _is_torchvisions_frozen(kind: type[nn.Module]) -> bool:
+    # By name, as torchvision need not be there; another class of that name may mean another thing.
+    return (
+        kind.__name__ == "FrozenBatchNorm2d"
+        and kind.__module__ == kind.forward.__module__ == "torchvision.ops.misc"
+    )
 
 
 def convolution(module: nn.Module) -> Convolution | None:
@@ -42,6 +114,7 @@ def convolution(module: nn.Module) -> Convolution | None:
         or module.bias is not None
         or module.padding_mode != "zeros"
         or isinstance(module.padding, str)
+        or not is_plain(module.weight)
         or not untouched(module)
     ):
         return None
@@ -57,13 +130,13 @@ def convolution(module: nn.Module) -> Convolution | None:
 def batch_norm(module: nn.Module) -> BatchNorm | None:
     """The argument group of a normalisation with given statistics, else None.
 
-    That is `nn.BatchNorm2d` or `nn.SyncBatchNorm` in eval mode with running statistics, and
-    torchvision's `FrozenBatchNorm2d` in any mode.
+    That is `nn.BatchNorm2d` or `nn.SyncBatchNorm` in eval mode with running statistics, and frozen
+    batch norm, ours and torchvision's.
     """
-    if type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm):
-        if module.training or module.running_mean is None:
+    if type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d):
+        if module.training or module.running_mean is None or module.running_var is None:
             return None
-    elif type(module).__name__ != "FrozenBatchNorm2d":
+    elif not _is_torchvisions_frozen(type(module)):
         return None
     if not untouched(module):
         return None
@@ -105,30 +178,45 @@ class TrainingPlan(NamedTuple):
     layers: list[Layer]
     sync_group: str
 
+    def needs_gradients(self, x: Tensor) -> bool:
+        """Whether a backward through these layers, applied to x, would have anything to compute."""
+        if not torch.is_grad_enabled():
+            return False
+        own = (t for layer in self.layers for t in (layer.conv.weight, layer.weight, layer.bias))
+        return x.requires_grad or any(t.requires_grad for t in own)
+
+    def is_frozen(self) -> bool:
+        """Whether every layer normalises with given statistics."""
+        return all(layer.given is not None for layer in self.layers)
+
 
 def training_plan(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> TrainingPlan | None:
     """What the training ops need of (convolution, normalisation) pairs, else None.
 
-    Each normalisation, affine, takes the batch's statistics, those of a process group's batches
+    Each normalisation takes the batch's statistics, those of a process group's batches
     (`nn.SyncBatchNorm`; one group for all), or given ones (`batch_norm`).
     """
     layers: list[Layer] = []
     groups: set[str] = set()
     for conv, bn in pairs:
         convolution_ = convolution(conv)
-        weight = getattr(bn, "weight", None)  # nn.Identity has none
-        if convolution_ is None or not isinstance(weight, Tensor):
-            return None
         given = batch_norm(bn)
+        if convolution_ is None:
+            return None
         if given is None:
             if type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm) or not untouched(bn):
                 return None
             groups.add(_sync_group(bn))
+        weight, bias = cast("Tensor | None", bn.weight), cast("Tensor | None", bn.bias)
+        if weight is None or bias is None:  # affine=False
+            ones = torch.ones(len(convolution_.weight), device=convolution_.weight.device)
+            weight = ones if weight is None else weight
+            bias = torch.zeros_like(ones) if bias is None else bias
         layers.append(
             Layer(
                 convolution_,
                 weight,
-                cast("Tensor", bn.bias),
+                bias,
                 cast("float", bn.eps),
                 None if given is None else (given.mean, given.var),
             )
@@ -149,6 +237,34 @@ def _sync_group(bn: nn.Module) -> str:
     return str(group.group_name) if dist.get_world_size(group) > 1 else ""
 
 
+def run_unfused(forward: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> Tensor:
+    """`forward(x)`, in which the synchronised norms in `module` exchange what the fused ops would.
+
+    Ranks then may differ in what they fuse: one has a hook somewhere or an empty batch, and all
+    still meet in the same collectives, in the same order. PyTorch's own are others, and refuse
+    tensors on the CPU. A layer whose `forward` somebody replaced keeps that.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return forward(x)
+    changed: list[nn.Module] = []
+    try:
+        for bn in module.modules():
+            if (group := _sync_group(bn)) and "forward" not in bn.__dict__:
+                bn.__dict__["forward"] = functools.partial(_forward_synchronised, bn, group)
+                changed.append(bn)
+        return forward(x)
+    finally:
+        for bn in changed:
+            del bn.__dict__["forward"]
+
+
+def _forward_synchronised(bn: nn.Module, group: str, x: Tensor) -> Tensor:
+    assert isinstance(bn, nn.SyncBatchNorm)
+    out, terms = sync_batch_norm(x, bn.weight, bn.bias, bn.eps, group)
+    track_statistics([bn], [terms])
+    return out
+
+
 @torch.no_grad()
 def track_statistics(norms: Sequence[nn.Module], terms: Sequence[Tensor]) -> None:
     """Updates running statistics after a training op, as `nn.BatchNorm2d` does in its forward.
@@ -159,18 +275,22 @@ def track_statistics(norms: Sequence[nn.Module], terms: Sequence[Tensor]) -> Non
     for bn, layer_terms in zip(norms, terms, strict=True):
         if not isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)) or not bn.training:
             continue
-        if not bn.track_running_stats or bn.running_mean is None or bn.running_var is None:
+        if not bn.track_running_stats:
             continue
         if bn.num_batches_tracked is not None:
             bn.num_batches_tracked.add_(1)
+        if bn.running_mean is None or bn.running_var is None:
+            continue
         mean, var = batch_statistics(layer_terms)
         pairs = ((bn.running_mean, mean), (bn.running_var, var))
-        if bn.momentum is None:  # the average of all batches, its count on the device
-            assert bn.num_batches_tracked is not None
+        if bn.momentum is None and bn.num_batches_tracked is not None:
+            # The average of all batches; their count stays on the device.
             for running, new in pairs:
                 running.lerp_(new.to(running.dtype), bn.num_batches_tracked.to(running.dtype) ** -1)
             continue
-        olds, news = by_weight.setdefault(bn.momentum, ([], []))
+        # Nothing to average by: PyTorch then lets the statistics stand.
+        weight = 0.0 if bn.momentum is None else bn.momentum
+        olds, news = by_weight.setdefault(weight, ([], []))
         for running, new in pairs:
             olds.append(running)
             news.append(new.to(running.dtype))
@@ -191,3 +311,12 @@ def max_pool(module: nn.Module) -> MaxPool | None:
             return None
         window.append(height)
     return MaxPool(*window)
+
+
+def head(pool: nn.Module, linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of the linear layer behind a global average pooling, else None."""
+    if type(pool) is not nn.AdaptiveAvgPool2d or pool.output_size not in (1, (1, 1)):
+        return None
+    if type(linear) is not nn.Linear or not is_plain(linear.weight):
+        return None
+    return (linear.weight, linear.bias) if untouched(pool, linear) else None

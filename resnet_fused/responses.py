@@ -1,4 +1,4 @@
-"""Layer responses of fused models: what each convolution gives after batch norm (paper, Fig. 7)."""
+"""Layer responses of models: what each convolution gives after batch norm (paper, Fig. 7)."""
 
 from __future__ import annotations
 
@@ -24,42 +24,36 @@ def record_responses(
             model(images)
         responses["layer1.0.conv1"]  # one measurement for each forward
 
-    Each convolution still runs fused with its normalisation; ReLU and addition follow apart. In
-    training mode with batch statistics the modules run one by one. Projections are no layers here.
+    It hooks on to the normalisations, so their blocks run module by module. Projections are no
+    layers here.
 
     Args:
         model: a network of this package, or any module that holds its blocks.
         measure: what to keep of a response (N, K, P, Q); it may not keep the tensor itself, which
             is overwritten, so the default copies it. Runs without gradients.
 
-    Raises ValueError for a model without blocks of this package or recorded already.
+    Raises ValueError for a model without blocks of this package.
 
     Yields a dict from the convolution's name to a list, in the order in which layers run.
     """
     found: dict[str, list[Any]] = {}
-    taps: list[ResidualBlock | ResidualNetwork] = []
-    prefixes = {module: name for name, module in model.named_modules()}
+    names = {module: name for name, module in model.named_modules()}
 
-    def record(names: list[str], index: int, response: Tensor) -> None:
+    def record(name: str, norm: nn.Module, inputs: Any, response: Tensor) -> None:
         with torch.no_grad():
-            found.setdefault(names[index], []).append(measure(response.detach()))
+            found.setdefault(name, []).append(measure(response.detach()))
 
+    pairs: list[tuple[nn.Module, nn.Module]] = []
+    for module in names:
+        if isinstance(module, ResidualNetwork):
+            pairs.append((module.conv1, module.bn1))
+        elif isinstance(module, ResidualBlock):
+            pairs += module.layers()
+    if not pairs:
+        raise ValueError("model holds no network or block of resnet_fused to record.")
+    hooks = [norm.register_forward_hook(partial(record, names[conv])) for conv, norm in pairs]
     try:
-        for module, prefix in prefixes.items():
-            if isinstance(module, ResidualNetwork):
-                convolutions: list[nn.Module] = [module.conv1]
-            elif isinstance(module, ResidualBlock):
-                convolutions = [conv for conv, _ in module.layers()]
-            else:
-                continue
-            if module.on_response is not None:
-                raise ValueError(f"{prefix or 'the model'} is being recorded already.")
-            names = [prefixes[conv] for conv in convolutions]
-            module.on_response = partial(record, names)
-            taps.append(module)
-        if not taps:
-            raise ValueError("model holds no network or block of resnet_fused to record.")
         yield found
     finally:
-        for tap in taps:
-            del tap.on_response  # back to the class's None
+        for hook in hooks:
+            hook.remove()

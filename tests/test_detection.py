@@ -18,9 +18,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 import resnet_fused
-from resnet_fused import reference
 from resnet_fused.models.network import ResidualNetwork
 from resnet_fused.testing.numerics import assert_contract
+from resnet_fused.testing.plain import run_modules
 
 torchvision = pytest.importorskip("torchvision", reason="detectors are torchvision's")
 pytest.importorskip("sklearn", reason="the default scenes are of scikit-learn's digits")
@@ -270,13 +270,9 @@ def scatter_statistics(network: nn.Module) -> None:
 
 
 def plain_features(network: ResidualNetwork, x: Tensor) -> list[Tensor]:
-    x = reference.modules.stem(network, x)
-    results = []
-    for stage in network.stages():
-        for block in stage if isinstance(stage, nn.Sequential) else ():
-            x = reference.modules.residual_block(block, x)
-        results.append(x)
-    return results
+    features: list[Tensor] = []
+    run_modules(lambda x: features.extend(network.features(x)), x)
+    return features
 
 
 @pytest.mark.parametrize("arrangement", ["c4", "fpn"])

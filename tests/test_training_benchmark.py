@@ -19,14 +19,13 @@ import training
 import training_profile
 
 import resnet_fused
-from resnet_fused import BasicBlock, backends
+from resnet_fused import BasicBlock, backends, use_backend
 from resnet_fused.backends.tuned import TunedBackend
 from resnet_fused.backends.tuning import Tuner
 from resnet_fused.models import resnet18
-from resnet_fused.ops import dispatch
 from resnet_fused.reference.training import ReferenceTraining
 from resnet_fused.testing import roofline
-from resnet_fused.testing.plain_training import training_ops_in_pytorch
+from resnet_fused.testing.plain import training_ops_in_pytorch
 
 CPU = torch.device("cpu")
 
@@ -163,5 +162,5 @@ def test_profile_puts_kernels_beside_their_floors(monkeypatch: pytest.MonkeyPatc
     with training_ops_in_pytorch():
         trained = backends.get("reference")
         tuned = TunedBackend([trained], trained, Tuner("tests"))
-        monkeypatch.setattr(dispatch, "_forced", tuned)  # a GPU's default backend
-        assert training_profile.floors(step, x, peaks) == floors
+        with use_backend(tuned):  # a GPU's default backend
+            assert training_profile.floors(step, x, peaks) == floors

@@ -16,11 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 import resnet_fused
 from resnet_fused import BasicBlock, Bottleneck, backends, freeze_batch_norm, use_backend
-from resnet_fused.reference import modules as reference
 from resnet_fused.reference.training import ReferenceTraining
 from resnet_fused.testing.cases import clear_batch, generator, randomise_statistics
 from resnet_fused.testing.numerics import relative_error
-from resnet_fused.testing.plain_training import training_ops_in_pytorch
+from resnet_fused.testing.plain import run_modules, training_ops_in_pytorch
 from resnet_fused.training import kept_activation_bytes
 
 NOISE = 1.1  # the models' results are 40 numbers
@@ -161,7 +160,7 @@ def test_running_statistics_are_pytorchs(name: str, momentum: float | None, fuse
     for bn in (m for b in (ours, plain) for m in b.modules() if isinstance(m, nn.BatchNorm2d)):
         bn.momentum = momentum
     for step in range(3):
-        _, expected = ours(x + step), reference.residual_block(plain, x + step)
+        _, expected = ours(x + step), run_modules(plain, x + step)
     assert expected.shape[0] == 4
     for (key, a), b in zip(ours.named_buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(a, b, msg=lambda m, key=key: f"{key}: {m}")
@@ -175,17 +174,17 @@ def test_untracked_and_evaluated_layers(fused: None) -> None:
         block.bn1 = nn.BatchNorm2d(16, track_running_stats=False)
         block.bn2.eval()
     before = ours.bn2.running_mean.clone()
-    torch.testing.assert_close(ours(x), reference.residual_block(plain, x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours(x), run_modules(plain, x), rtol=1e-5, atol=1e-5)
     assert torch.equal(ours.bn2.running_mean, before)
     assert not torch.equal(ours.bn3.running_mean, torch.zeros(64))
     ours.eval(), plain.eval()
-    torch.testing.assert_close(ours(x), reference.residual_block(plain, x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours(x), run_modules(plain, x), rtol=1e-5, atol=1e-5)
 
 
 def test_one_value_per_channel_raises_what_pytorch_raises(fused: None) -> None:
     block = BasicBlock(16, 16).train()
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
-        reference.residual_block(block, torch.randn(1, 16, 1, 1))
+        run_modules(block, torch.randn(1, 16, 1, 1))
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         block(torch.randn(1, 16, 1, 1))
 
@@ -213,7 +212,7 @@ def test_hooks_and_foreign_layers_run_module_by_module(
     seen.clear()
     outputs: list[Tensor] = []
     handle = block.conv2.register_forward_hook(lambda m, a, out: outputs.append(out))
-    torch.testing.assert_close(block(x), reference.residual_block(plain, x))
+    torch.testing.assert_close(block(x), run_modules(plain, x))
     assert len(outputs) == 1
     handle.remove()
     block.bn2 = nn.GroupNorm(4, 16)
@@ -256,7 +255,7 @@ def test_frozen_batch_norm(affine: bool, fused: None) -> None:
                 module.weight.requires_grad_(affine)
                 module.bias.requires_grad_(affine)
     x = torch.randn(2, 3, 32, 32)
-    ours, expected = model(x), reference.network(plain, x)
+    ours, expected = model(x), run_modules(plain, x)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
     ours.square().sum().backward()
     expected.square().sum().backward()

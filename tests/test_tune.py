@@ -10,13 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from resnet_fused import backends, models, tune
+from resnet_fused import backends, models, tune, use_backend
 from resnet_fused.backends import tuned as tuned_module
 from resnet_fused.backends.reference import ReferenceBackend
 from resnet_fused.backends.tuned import TunedBackend
 from resnet_fused.backends.tuning import Decision, Operand, Tuner, Window
 from resnet_fused.errors import BackendUnavailableError
-from resnet_fused.ops import dispatch
 from resnet_fused.parameters import MaxPool
 from resnet_fused.testing.cases import (
     ConvCase,
@@ -121,9 +120,11 @@ def test_tuned_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def tuned(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = TunedBackend([Named("ours"), Named("theirs")], Named("library"), Tuner("tuned"))
-    monkeypatch.setattr(dispatch, "_forced", backend)
+def tuned() -> Iterator[None]:
+    with use_backend(
+        TunedBackend([Named("ours"), Named("theirs")], Named("library"), Tuner("tuned"))
+    ):
+        yield
 
 
 @pytest.mark.usefixtures("tuned")

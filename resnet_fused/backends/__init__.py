@@ -21,6 +21,11 @@ from .training import TrainingKernels
 NAMES = ("tuned", "cuda", "triton", "cpu", "cuda_sim", "reference")
 # Best first, for each type of device.
 PREFERENCE = {"cuda": ("tuned", "triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
+# What each type of device has kernels for, where they are built and its processor is not too old.
+ACCELERATED = {
+    "cuda": (torch.float32, torch.float16, torch.bfloat16),
+    "cpu": (torch.float32, torch.bfloat16),
+}
 
 
 class Backend(Protocol):

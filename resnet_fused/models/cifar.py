@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..blocks import BasicBlock, Bottleneck, NormLayer, PlainBlock
 from .network import ResidualNetwork, StageShape, build
@@ -47,6 +48,11 @@ class CifarResNet(ResidualNetwork):
             shortcut=shortcut,
             checkpoint=checkpoint,
         )
+
+    def forward_scripted(self, x: Tensor) -> Tensor:
+        x = self._stem_unfused(x)
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
 def _cifar(

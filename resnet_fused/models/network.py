@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.utils.checkpoint import checkpoint
 
-from .. import fusion, reference
+from .. import fusion, traced
 from ..blocks import (
     BasicBlock,
     Bottleneck,
@@ -22,16 +23,14 @@ from ..blocks import (
     conv1x1,
 )
 from ..ops.block_training import residual_block_training
+from ..ops.checks import check_is_tensor
 from ..ops.conv_bn import conv_bn
 from ..ops.head import head
 from ..ops.stem import stem
 from ..ops.stem_training import stem_training
 from ..ops.training_layers import trains_fused
-from .weights import WeightsSource, load_weights
-
-torch.fx.wrap("conv_bn")
-torch.fx.wrap("head")
-torch.fx.wrap("stem")
+from ..parameters import MaxPool
+from .weights import WeightsSource, load_weights, without_legacy
 
 
 class StageShape(NamedTuple):
@@ -52,8 +51,18 @@ class Stage(nn.Sequential):
     run = 0
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (N, C, H, W) -> the last block's result."""
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            for block in self:
+                x = block(x)
+            return x
+        else:
+            return self._forward(x)
+
+    @torch.jit.unused
+    def _forward(self, x: Tensor) -> Tensor:
         if not self.run or not torch.is_grad_enabled():
-            return cast("Tensor", super().forward(x))
+            return _in_turn(self, x)
         blocks = list(self)
         for start in range(0, len(blocks), self.run):
             part = blocks[start : start + self.run]
@@ -67,7 +76,7 @@ class Stage(nn.Sequential):
         return x
 
 
-def _in_turn(blocks: Sequence[nn.Module], x: Tensor) -> Tensor:
+def _in_turn(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
     for block in blocks:
         x = block(x)
     return x
@@ -108,18 +117,19 @@ class ResidualNetwork(nn.Module):
         stem: the first convolution, `conv1`.
         pool: `maxpool` behind it, or None.
         stages: what each stage is made of.
-
-    Convolution weights are laid out channels_last, which changes no value and no key.
     """
 
-    # Called with 0 and the stem's response; see `resnet_fused.record_responses`.
-    on_response: Callable[[int, Tensor], None] | None = None
-    conv1: nn.Module
-    bn1: nn.Module
-    relu: nn.Module
-    maxpool: nn.Module | None
-    avgpool: nn.Module
-    fc: nn.Module
+    if TYPE_CHECKING:  # TorchScript reads a class's annotations
+        conv1: nn.Module
+        bn1: nn.Module
+        relu: nn.Module
+        maxpool: nn.Module | None
+        layer1: nn.Module
+        layer2: nn.Module
+        layer3: nn.Module
+        layer4: nn.Module
+        avgpool: nn.Module
+        fc: nn.Module
 
     def __init__(
         self,
@@ -161,7 +171,6 @@ class ResidualNetwork(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(self.inplanes, num_classes)
         self._initialise(zero_init_residual)
-        self.to(memory_format=torch.channels_last)
         if checkpoint:
             run = math.isqrt(sum(shape.blocks for shape in stages))
             for stage in self.stages():
@@ -230,6 +239,10 @@ class ResidualNetwork(nn.Module):
         for stage in self.stages():
             yield from cast("Iterator[ResidualBlock]", stage)
 
+    def forward_scripted(self, x: Tensor) -> Tensor:
+        """`forward` as TorchScript compiles it, which cannot go through a list of stages."""
+        raise NotImplementedError
+
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, num_classes) of images x (N, 3, H, W) of the weights' dtype and device.
 
@@ -237,6 +250,13 @@ class ResidualNetwork(nn.Module):
         layers run as fused ops, in training mode the stem and each block, where the backend trains
         fused; raises ValueError or TypeError for an input that does not fit.
         """
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self.forward_scripted(x)
+        else:
+            return self._forward(x)
+
+    @torch.jit.unused
+    def _forward(self, x: Tensor) -> Tensor:
         x = self._stem(x)
         for stage in self.stages():
             x = stage(x)
@@ -261,29 +281,49 @@ class ResidualNetwork(nn.Module):
         return [x := stage(x) for stage in self.stages()]
 
     def _stem(self, x: Tensor) -> Tensor:
-        if self.training and self.on_response is None and (out := self._train_stem(x)) is not None:
-            return out
+        if isinstance(x, Proxy):
+            traced.fuse(x.tracer.graph)
+        else:
+            check_is_tensor("input", x)
+        if fusion.must_call_modules(x):
+            return fusion.run_unfused(self._stem_unfused, self, x)
+        out = self._stem_fused(x)
+        if out is None:
+            # As the fused ops leave it, and faster than what PyTorch makes of NCHW.
+            x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+            out = fusion.run_unfused(self._stem_unfused, self, x)
+        return out
+
+    def _stem_unfused(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        if self.maxpool is not None:
+            x = self.maxpool(x)
+        return x
+
+    def _stem_fused(self, x: Tensor) -> Tensor | None:
+        """The stem by fused ops, or None where its modules have to run."""
+        if not fusion.is_relu(self.relu):
+            return None
+        pool = None if self.maxpool is None else fusion.max_pool(self.maxpool)
+        if self.training:
+            plan = fusion.training_plan([(self.conv1, self.bn1)])
+            if plan is None:
+                return None
+            if not plan.is_frozen() or plan.needs_gradients(x):
+                return self._train_stem(x, plan, pool)
         layer = fusion.conv_bn(self.conv1, self.bn1)
-        if layer is None or not fusion.is_relu(self.relu):
-            return reference.modules.stem(self, x)
-        if self.on_response is not None:
-            response = conv_bn(x, *layer)
-            self.on_response(0, response)
-            out = self.relu(response)
-            return out if self.maxpool is None else self.maxpool(out)
+        if layer is None:
+            return None
         if self.maxpool is None:
             return conv_bn(x, *layer, relu=True)
-        pool = fusion.max_pool(self.maxpool)
         if pool is None:
             return self.maxpool(conv_bn(x, *layer, relu=True))
         return stem(x, *layer, pool)
 
-    def _train_stem(self, x: Tensor) -> Tensor | None:
+    def _train_stem(
+        self, x: Tensor, plan: fusion.TrainingPlan, pool: MaxPool | None
+    ) -> Tensor | None:
         """The stem as one op, forward and backward, or None where it has to run by modules."""
-        plan = fusion.training_plan([(self.conv1, self.bn1)])
-        pool = None if self.maxpool is None else fusion.max_pool(self.maxpool)
-        if plan is None or not fusion.is_relu(self.relu):
-            return None
         if (self.maxpool is not None and pool is None) or not trains_fused(x, plan.sync_group):
             return None
         if pool is not None:
@@ -296,17 +336,12 @@ class ResidualNetwork(nn.Module):
         return out
 
     def _head(self, x: Tensor) -> Tensor:
-        fused = (
-            not self.training
-            and type(self.avgpool) is nn.AdaptiveAvgPool2d
-            and self.avgpool.output_size in (1, (1, 1))
-            and type(self.fc) is nn.Linear
-            and fusion.untouched(self.avgpool, self.fc)
-        )
-        if not fused:
-            return reference.modules.head(self, x)
-        assert isinstance(self.fc, nn.Linear)
-        return head(x, self.fc.weight, self.fc.bias)
+        arguments = None
+        if not self.training and not fusion.must_call_modules(x):
+            arguments = fusion.head(self.avgpool, self.fc)
+        if arguments is None:
+            return self.fc(torch.flatten(self.avgpool(x), 1))
+        return head(x, *arguments)
 
 
 _Network = TypeVar("_Network", bound=ResidualNetwork)
@@ -327,6 +362,7 @@ def build(
         weights: None for random ones; a torchvision weights enum member or its name, where
             torchvision has the network (the file is downloaded and its hash checked); the path of
             a checkpoint; or a state dict. `num_classes` follows the weights unless it is given.
+            torchvision's old `pretrained=True` is accepted, with its warning.
         progress: whether a download shows its progress.
         **kwargs: arguments of the network's class.
 
@@ -336,6 +372,7 @@ def build(
     if not block.has_shortcut:
         for argument in {"shortcut", "zero_init_residual"} & set(kwargs):
             raise ValueError(f"{argument} does not apply to {name}: it has no shortcuts.")
+    weights = without_legacy(name, weights, kwargs)
     state = load_weights(name, weights, progress)
     if state is not None and "fc.weight" in state:
         kwargs.setdefault("num_classes", state["fc.weight"].shape[0])

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..blocks import BasicBlock, Bottleneck, NormLayer, PlainBlock
 from .network import ResidualNetwork, StageShape, build
@@ -33,8 +34,6 @@ class ResNet(ResidualNetwork):
         stride_in: of bottlenecks, "3x3" (torchvision's) or "1x1" (the paper's, the first one).
         checkpoint: keep less for backward and compute it again there: of n blocks only every
             √n-th one's input stays in memory.
-
-    Convolution weights are laid out channels_last, which changes no value and no key.
     """
 
     def __init__(
@@ -78,6 +77,11 @@ class ResNet(ResidualNetwork):
             stride_in,
             checkpoint,
         )
+
+    def forward_scripted(self, x: Tensor) -> Tensor:
+        x = self._stem_unfused(x)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
 def resnet18(weights: WeightsSource = None, progress: bool = True, **kwargs: Any) -> ResNet:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -13,6 +14,29 @@ import torch
 from ..errors import CheckpointError
 
 WeightsSource = Enum | str | os.PathLike[str] | Mapping[str, Any] | None
+
+
+def without_legacy(architecture: str, weights: Any, arguments: dict[str, Any]) -> Any:
+    """`weights`, or what torchvision's old argument `pretrained` asks for instead.
+
+    arguments: keyword arguments of a constructor, from which `pretrained` is taken. As in
+    torchvision it also comes as the first positional argument, True stands for IMAGENET1K_V1, and
+    each use warns. Raises TypeError where both are given.
+    """
+    if "pretrained" in arguments:
+        if weights is not None:
+            raise TypeError("pretrained and weights are the same argument: give weights only.")
+        weights = bool(arguments.pop("pretrained"))
+    if isinstance(weights, bool):
+        meant = "IMAGENET1K_V1" if weights else None
+        warnings.warn(
+            f"pretrained={weights} of {architecture} is deprecated, in torchvision since 0.13; "
+            f"write weights={meant!r}.",
+            UserWarning,
+            stacklevel=4,
+        )
+        return meant
+    return weights
 
 
 def load_weights(

@@ -10,6 +10,7 @@ from .dispatch import available_backends, use_backend
 from .head import head
 from .stem import stem
 from .stem_training import stem_training
+from .sync_batch_norm import sync_batch_norm
 from .training_layers import Layer, trains_fused
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "residual_block_training",
     "stem",
     "stem_training",
+    "sync_batch_norm",
     "trains_fused",
     "use_backend",
 ]

@@ -12,7 +12,7 @@ the gradient before the next normalisation and takes its sums, and the first add
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -127,6 +127,28 @@ def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor], lis
     )
 
 
+class _Needs(NamedTuple):
+    """Which gradients are wanted, by layer: the main path's, then the projection's."""
+
+    x: bool
+    weights: list[bool]
+    affine: list[bool]
+    layers: int  # of the main path
+
+    def below(self, i: int) -> bool:
+        """Whether the gradient of layer i's input is needed."""
+        before = range(i) if i < self.layers else ()
+        return self.x or any(self.weights[j] or self.affine[j] for j in before)
+
+    def raw(self, i: int) -> bool:
+        """Whether the gradient of layer i's raw result is needed."""
+        return self.weights[i] or self.below(i)
+
+    def layer(self, i: int) -> bool:
+        """Whether anything is to be computed at layer i or before it."""
+        return self.affine[i] or self.raw(i)
+
+
 def _backward(
     grad: Tensor,
     x: Tensor,
@@ -141,54 +163,62 @@ def _backward(
     sync_group: str,
     needs_x: bool,
     needs_weights: list[bool],
+    needs_affine: list[bool],
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     pieces = kernels(x)
     convs = convolutions(weights, windows)
     count = _main_layers(convs, shortcut)
+    needs = _Needs(needs_x, needs_weights, needs_affine, count)
     raws = iter(kept)
-    activations: list[Activation] = []
+    activations: list[Activation | None] = []
     for i, keep in enumerate(_keeps(convs, shortcut)):
-        if keep:
-            raw = next(raws)
-        else:
-            operand = x if i in (0, count) else activations[i - 1]
-            raw, _ = pieces.conv_stats(operand, convs[i], False)
-        activations.append(Activation(raw, all_terms[i]))
+        raw = next(raws) if keep else None
+        if raw is None and (needs.affine[i] or (needs.raw(i) and not frozen[i])):
+            below = None if i in (0, count) else activations[i - 1]
+            raw, _ = pieces.conv_stats(x if below is None else below, convs[i], False)
+        activations.append(None if raw is None else Activation(raw, all_terms[i]))
 
     def unneeded() -> list[Tensor]:
         return [x.new_empty(0) for _ in convs]
 
     weight_grads, gammas, betas = unneeded(), unneeded(), unneeded()
 
-    def raw_gradient(i: int, g: Tensor, sums: Tensor) -> RawGradient:
+    def raw_gradient(i: int, g: Tensor, sums: Tensor | None) -> RawGradient:
+        if sums is None:  # of a frozen layer whose weight and bias want no gradient
+            sums = all_terms[i].new_zeros((1, 2, all_terms[i].shape[1]))
         slopes, gammas[i], betas[i] = layer_slopes(
-            pieces, sums, all_terms[i], frozen[i], sync_group
+            pieces, sums, all_terms[i], frozen[i], sync_group, needs.raw(i)
         )
-        return RawGradient(g, activations[i].raw, slopes, frozen[i])
+        activation = activations[i]
+        return RawGradient(g, None if activation is None else activation.raw, slopes, frozen[i])
 
-    ends = [count - 1] if shortcut != "projection" else [count - 1, count]
-    g, sums = pieces.relu_gradient(grad, y, [activations[i] for i in ends])
-    gradient = raw_gradient(count - 1, g, sums[0])
+    ends = [i for i in range(count - 1, len(convs)) if needs.layer(i)]
+    branches = {i: activation for i in ends if (activation := activations[i]) is not None}
+    g, found = pieces.relu_gradient(grad, y, list(branches.values()))
+    sums = dict(zip(branches, found, strict=True))
     shortcut_grad = g if shortcut in ("identity", "padded") else None
-    if shortcut == "projection":
-        projected = raw_gradient(count, g, sums[1])
+    # The projection first, as autograd goes through modules: ranks that run those gather alike.
+    if count in ends:
+        projected = raw_gradient(count, g, sums.get(count))
         if needs_weights[count]:
             weight_grads[count] = pieces.wgrad(projected, x, convs[count])
         if needs_x:
             shortcut_grad, _ = pieces.dgrad(projected, convs[count], x.shape, None, None)
-    for i in range(count - 1, 0, -1):
-        below = activations[i - 1]
+    x_grad, layer_sums = x.new_empty(0), sums.get(count - 1)
+    for i in reversed(range(count)):
+        if not needs.layer(i):
+            break
+        gradient = raw_gradient(i, g, layer_sums)
+        below = None if i == 0 else activations[i - 1]
         if needs_weights[i]:
-            weight_grads[i] = pieces.wgrad(gradient, below, convs[i])
-        g, below_sums = pieces.dgrad(gradient, convs[i], below.raw.shape, below, None)
-        assert below_sums is not None
-        gradient = raw_gradient(i - 1, g, below_sums)
-    if needs_weights[0]:
-        weight_grads[0] = pieces.wgrad(gradient, x, convs[0])
-    x_grad = x.new_empty(0)
-    if needs_x:
-        add_stride = stride if shortcut == "padded" else None
-        x_grad, _ = pieces.dgrad(gradient, convs[0], x.shape, None, shortcut_grad, add_stride)
+            weight_grads[i] = pieces.wgrad(gradient, x if below is None else below, convs[i])
+        if not needs.below(i):
+            break
+        if below is None:
+            add_stride = stride if shortcut == "padded" else None
+            x_grad, _ = pieces.dgrad(gradient, convs[0], x.shape, None, shortcut_grad, add_stride)
+        else:
+            g, layer_sums = pieces.dgrad(gradient, convs[i], below.raw.shape, below, None)
     return x_grad, weight_grads, gammas, betas
 
 
@@ -206,15 +236,24 @@ def _fake_backward(
     sync_group: str,
     needs_x: bool,
     needs_weights: list[bool],
+    needs_affine: list[bool],
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    needs = _Needs(needs_x, needs_weights, needs_affine, _main_layers(weights, shortcut))
+
+    def vectors() -> list[Tensor]:
+        return [
+            terms.new_empty(terms.shape[1]) if needs.layer(i) else x.new_empty(0)
+            for i, terms in enumerate(all_terms)
+        ]
+
     return (
         empty_result(x, x.shape) if needs_x else x.new_empty(0),
         [
             empty_result(weight, weight.shape) if needed else x.new_empty(0)
             for weight, needed in zip(weights, needs_weights, strict=True)
         ],
-        [terms.new_empty(terms.shape[1]) for terms in all_terms],
-        [terms.new_empty(terms.shape[1]) for terms in all_terms],
+        vectors(),
+        vectors(),
     )
 
 
@@ -229,7 +268,8 @@ _backward_op = define(
     "residual_block_training_backward",
     "(Tensor grad, Tensor x, Tensor y, Tensor[] weights, Tensor[] kept, Tensor[] terms, "
     "int[] windows, bool[] frozen, str shortcut, int shortcut_stride, str sync_group, "
-    "bool needs_x, bool[] needs_weights) -> (Tensor, Tensor[], Tensor[], Tensor[])",
+    "bool needs_x, bool[] needs_weights, bool[] needs_affine) "
+    "-> (Tensor, Tensor[], Tensor[], Tensor[])",
     _backward,
     _fake_backward,
 )
@@ -264,6 +304,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         *ctx.rest,
         needs_x,
         list(needs_weights),
+        [a or b for a, b in zip(needs_gammas, needs_betas, strict=True)],
     )
 
     def wanted(grads: list[Tensor], needed: list[bool]) -> list[Tensor | None]:

@@ -7,6 +7,16 @@ from torch import Tensor
 from ..parameters import BatchNorm, Convolution, MaxPool
 
 
+def check_is_tensor(name: str, x: object) -> None:
+    """`x` must be a tensor."""
+    if not isinstance(x, Tensor):
+        kind = type(x)
+        raise TypeError(
+            f"{name} must be a torch.Tensor of shape (N, C, H, W), found "
+            f"{kind.__module__}.{kind.__qualname__}; convert it, for example with torch.as_tensor."
+        )
+
+
 def check_activation(name: str, x: Tensor) -> None:
     """`x` must be a floating (N, C, H, W) tensor."""
     if x.dim() != 4:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextvars
+import functools
+import warnings
 from types import TracebackType
 
 import torch
@@ -11,23 +14,27 @@ from .. import backends
 from ..backends import Backend
 from ..errors import BackendUnavailableError
 
-_forced: Backend | None = None
+_chosen: contextvars.ContextVar[Backend | None] = contextvars.ContextVar("backend", default=None)
 
 
 class use_backend:  # noqa: N801  (reads as the function it is used as)
-    """Run every op on the named backend, from now on or within a `with` block.
+    """Run every op on one backend, from now on or within a `with` block.
 
-    `name` is "reference", "cpu", "triton", "cuda", "tuned", or None for the best available one for
-    each tensor's device, which is the default. The choice holds for the whole process.
+    Args:
+        backend: "reference", "cpu", "triton", "cuda", "tuned", an object that implements
+            `resnet_fused.backends.Backend`, or None for the best available one for each tensor's
+            device, which is the default.
+
+    Like `torch.no_grad`, the choice holds for the thread (and the `contextvars` context) that makes
+    it; a backward pass runs on the backend of its forward.
 
     Raises ValueError for an unknown name and BackendUnavailableError, with the reason and the fix,
     for a backend that this machine or build does not have.
     """
 
-    def __init__(self, name: str | None) -> None:
-        global _forced
-        self._previous = _forced
-        _forced = None if name is None else backends.get(name)
+    def __init__(self, backend: str | Backend | None) -> None:
+        self._previous = chosen_backend()
+        _chosen.set(backends.get(backend) if isinstance(backend, str) else backend)
 
     def __enter__(self) -> None:
         return None
@@ -38,8 +45,12 @@ class use_backend:  # noqa: N801  (reads as the function it is used as)
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        global _forced
-        _forced = self._previous
+        _chosen.set(self._previous)
+
+
+def chosen_backend() -> Backend | None:
+    """What `use_backend` chose here, or None."""
+    return _chosen.get()
 
 
 def available_backends() -> list[str]:
@@ -49,19 +60,38 @@ def available_backends() -> list[str]:
 
 def choose(x: Tensor) -> Backend:
     """The backend for an op whose main input is `x`."""
-    if _forced is not None:
-        if reason := _forced.unsupported(x.device, x.dtype):
-            raise BackendUnavailableError(
-                f"backend {_forced.name!r} was chosen with use_backend, but {reason}."
-            )
-        return _forced
-    return _best(x.device, x.dtype)
+    chosen = _chosen.get()
+    if chosen is None:
+        return _best(x.device, x.dtype)
+    if reason := chosen.unsupported(x.device, x.dtype):
+        raise BackendUnavailableError(
+            f"backend {chosen.name!r} was chosen with use_backend, but {reason}."
+        )
+    return chosen
 
 
 def _best(device: torch.device, dtype: torch.dtype) -> Backend:
-    for name in backends.PREFERENCE.get(device.type, ("reference",)):
-        if backends.unavailable(name) is None:
+    reasons = []
+    for name in backends.PREFERENCE.get(device.type, ()):
+        if name == "reference":
+            break
+        reason = backends.unavailable(name)
+        if reason is None:
             backend = backends.get(name)
-            if backend.unsupported(device, dtype) is None:
+            reason = backend.unsupported(device, dtype)
+            if reason is None:
                 return backend
+        reasons.append(f"{name}: {reason}")
+    if dtype in backends.ACCELERATED.get(device.type, ()):
+        _say_once(device.type, dtype, "; ".join(reasons))
     return backends.get("reference")
+
+
+@functools.cache
+def _say_once(device: str, dtype: torch.dtype, reasons: str) -> None:
+    """Running on PyTorch's own ops where kernels exist must not pass unnoticed."""
+    warnings.warn(
+        f"resnet_fused runs {dtype} on {device} through PyTorch's own ops, unfused: {reasons} "
+        '(resnet_fused.use_backend("reference") chooses this without the warning.)',
+        stacklevel=2,
+    )

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from ..parameters import BatchNorm, Convolution, MaxPool
+from .checks import check_is_tensor
 from .dispatch import choose
+from .modes import is_recorded, is_transformed, refuse_tangents
 
 OptionalTensor = Tensor | None
 OptionalConvolution = Convolution | None
@@ -55,7 +57,10 @@ for _optional, _fields in _ABSENT.items():
 
 
 class Op:
-    """A registered operator; calling it with grouped arguments runs it."""
+    """A registered operator; calling it with grouped arguments runs it.
+
+    Inside transforms, tracers and modes (`resnet_fused.ops.modes`) its reference runs in its place.
+    """
 
     def __init__(
         self,
@@ -68,11 +73,13 @@ class Op:
         self._kinds = tuple(parameters.values())
         self._output_shape = output_shape
         self._reference = reference
-        arguments = ", ".join(
+        fields = [
             field.format(parameter)
             for parameter, kind in parameters.items()
             for field in _SCHEMA[kind]
-        )
+        ]
+        self._statistics = [field.endswith(("_mean", "_var")) for field in fields]
+        arguments = ", ".join(fields)
         library.define(f"{name}({arguments}) -> Tensor")
         library.impl(name, self._run, "CompositeExplicitAutograd")
         qualified = f"resnet_fused::{name}"
@@ -83,10 +90,16 @@ class Op:
         self._overload = getattr(torch.ops.resnet_fused, name).default
 
     def __call__(self, *arguments: Any) -> Tensor:
+        check_is_tensor("input", arguments[0])
         device = arguments[0].device.type
         if _autocasts(device):
             dtype = torch.get_autocast_dtype(device)
             arguments = tuple(_autocast(argument, dtype) for argument in arguments)
+        # Dynamo records the op whole, whatever modes are around its own work.
+        if is_transformed() or (not torch.compiler.is_compiling() and is_recorded()):
+            self._output_shape(*arguments)
+            with torch.autocast(device, enabled=False):
+                return self._reference(*arguments)
         return self._overload(*self._flatten(arguments))
 
     def _flatten(self, arguments: Sequence[Any]) -> list[Any]:
@@ -117,6 +130,7 @@ class Op:
         return empty_result(flat[0], self._output_shape(*self._group(flat)))
 
     def _run(self, *flat: Any) -> Tensor:
+        refuse_tangents(self.name, *(v for v in flat if isinstance(v, Tensor)))
         arguments = self._group(flat)
         shape = self._output_shape(*arguments)
         if 0 in shape:
@@ -124,6 +138,12 @@ class Op:
         return getattr(choose(flat[0]), self.name)(*arguments)
 
     def _save(self, ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+        # Statistics are copied: a forward in training mode changes them, and the gradient is to be
+        # that of what was computed. PyTorch's own kernels change them unseen by version counters.
+        inputs = tuple(
+            v.clone() if statistic and isinstance(v, Tensor) else v
+            for v, statistic in zip(inputs, self._statistics, strict=True)
+        )
         ctx.save_for_backward(*(v for v in inputs if isinstance(v, Tensor)))
         ctx.others = tuple(None if isinstance(v, Tensor) else (v,) for v in inputs)
 

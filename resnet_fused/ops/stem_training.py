@@ -75,7 +75,9 @@ def _backward(
     (conv,) = convolutions([weight], windows)
     pool = MaxPool(pool_kernel, pool_stride, pool_padding)
     g, sums = pieces.pool_gradient(grad, Activation(raw, terms), pool)
-    slopes, gamma, beta = layer_slopes(pieces, sums, terms, frozen, sync_group)
+    slopes, gamma, beta = layer_slopes(
+        pieces, sums, terms, frozen, sync_group, needs_x or needs_weight
+    )
     gradient = RawGradient(g, raw, slopes, frozen)
     weight_grad = pieces.wgrad(gradient, x, conv) if needs_weight else x.new_empty(0)
     x_grad = x.new_empty(0)

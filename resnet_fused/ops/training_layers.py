@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ..backends.training import MEAN, UNBIASED_VAR, TrainingKernels
 from ..parameters import BatchNorm, Convolution
 from ..reference.training import ReferenceTraining
 from .checks import check_batch_norm, convolution_shape
-from .dispatch import choose
+from .dispatch import choose, chosen_backend, use_backend
+from .modes import refuse_tangents
 from .registry import autocast_dtype, library
 
 _WINDOW = 7  # integers that describe a convolution: stride, padding, dilation, groups
@@ -139,8 +141,10 @@ def trains_fused(x: Any, sync_group: str = "") -> bool:
     return bool(_has_kernels(x.device.type, autocast_dtype(x)))
 
 
-def _gather(parts: Tensor, sync_group: str) -> Tensor:
-    """One part of each rank, in rank order, which is the same on all ranks."""
+def gather(parts: Tensor, sync_group: str) -> Tensor:
+    """One part of each rank, in rank order, which is the same on all ranks; this rank's for ""."""
+    if not sync_group:
+        return parts
     from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]
         _resolve_process_group,
     )
@@ -166,7 +170,7 @@ def layer_terms(
         mean = mean.to(torch.promote_types(mean.dtype, torch.float32))
         moments = torch.stack([mean, var.to(mean.dtype), torch.ones_like(mean)])[None]
     elif sync_group:
-        moments = _gather(pieces.merge_moments(moments), sync_group)
+        moments = gather(pieces.merge_moments(moments), sync_group)
     return pieces.bn_terms(moments, layers.bn_weights[i], layers.bn_biases[i], layers.eps[i])
 
 
@@ -176,13 +180,22 @@ def batch_statistics(terms: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def layer_slopes(
-    pieces: TrainingKernels, sums: Tensor, terms: Tensor, frozen: bool, sync_group: str
+    pieces: TrainingKernels,
+    sums: Tensor,
+    terms: Tensor,
+    frozen: bool,
+    sync_group: str,
+    goes_on: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Slopes, which cover all ranks, and this rank's gradients of bn weight and bias."""
+    """Slopes, which cover all ranks, and this rank's gradients of bn weight and bias.
+
+    goes_on: whether the slopes are wanted, because the convolution or what is below it needs a
+    gradient; if not, no rank waits for the others.
+    """
     total = sums
-    if sync_group and not frozen:
+    if sync_group and not frozen and goes_on:
         sums = pieces.merge_sums(sums)
-        total = _gather(sums, sync_group)
+        total = gather(sums, sync_group)
     return pieces.bn_slopes(sums, total, terms, frozen)
 
 
@@ -192,6 +205,7 @@ def define(
     """Registers an op with its own schema and returns it; it runs on its input's device."""
 
     def run_there(x: Tensor, *arguments: Any) -> Any:
+        refuse_tangents(name, x, *(t for t in tree_leaves(arguments) if isinstance(t, Tensor)))
         with torch.cuda.device_of(x):
             return run(x, *arguments)
 
@@ -216,7 +230,15 @@ def differentiate(
             'resnet_fused.use_backend("reference") for gradients of gradients.'
         )
 
+    def setup_here(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.backend = chosen_backend()
+        setup(ctx, inputs, output)
+
+    def backward_there(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        with use_backend(ctx.backend):  # autograd may run it in a thread of its own
+            return backward(ctx, *grads)
+
     torch.library.register_autograd(
-        f"resnet_fused::{name}", backward, setup_context=setup, lib=library
+        f"resnet_fused::{name}", backward_there, setup_context=setup_here, lib=library
     )
     torch.library.register_autograd(f"resnet_fused::{backward_name}", refuse, lib=library)

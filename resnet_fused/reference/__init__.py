@@ -1,5 +1,1 @@
-"""The plain PyTorch meaning of every op (`ops`), block and model (`modules`)."""
-
-from . import modules, ops
-
-__all__ = ["modules", "ops"]
+"""The plain PyTorch meaning of every op (`ops`) and of what training consists of (`training`)."""

@@ -15,6 +15,14 @@ from torch import Tensor
 from ..parameters import BatchNorm, Convolution, MaxPool
 
 
+def nhwc(x: Tensor) -> Tensor:
+    """x (N, C, H, W) in channels_last memory; itself, as a view, where it already is.
+
+    Unlike `contiguous(memory_format=...)`, this works inside `torch.vmap`.
+    """
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
 def _convolve(x: Tensor, conv: Convolution) -> Tensor:
     return F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
 
@@ -34,14 +42,14 @@ def bn_add_relu(x: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool) -
         out = out + residual
     if relu:
         out = F.relu(out)
-    return out.contiguous(memory_format=torch.channels_last)
+    return nhwc(out)
 
 
 def pad_channels(x: Tensor, channels: int) -> Tensor:
     """x (N, D, H, W) with zeros in its channels from D on: (N, channels, H, W), channels_last."""
     if x.shape[1] < channels:
         x = F.pad(x, (0, 0, 0, 0, 0, channels - x.shape[1]))
-    return x.contiguous(memory_format=torch.channels_last)
+    return nhwc(x)
 
 
 def conv_bn(
@@ -86,7 +94,7 @@ def bottleneck(
 def stem(x: Tensor, conv: Convolution, bn: BatchNorm, pool: MaxPool) -> Tensor:
     """max_pool(relu(bn(conv(x)))): the network's first layers (paper, Table 1: conv1, pool)."""
     out = F.max_pool2d(conv_bn(x, conv, bn, None, True), *pool)
-    return out.contiguous(memory_format=torch.channels_last)
+    return nhwc(out)
 
 
 def head(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

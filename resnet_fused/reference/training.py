@@ -38,13 +38,30 @@ def _value(x: Tensor | Activation) -> Tensor:
     return x if isinstance(x, Tensor) else F.relu(_normalised(x)).to(x.raw.dtype)
 
 
-def _sums(g: Tensor, x: Activation) -> Tensor:
+def moments(raw: Tensor) -> Tensor:
+    """The (1, 3, K) moments of raw (N, K, P, Q), all zero for an empty one."""
+    rows = _rows(raw)
+    mean = rows.mean(0) if len(rows) else rows.sum(0)
+    squares = (rows - mean).square().sum(0)
+    found = torch.stack([mean, squares, torch.full_like(mean, len(rows))])[None]
+    return found.to(_wide(raw).dtype)
+
+
+def normalise(x: Activation) -> Tensor:
+    """(raw - mean) · scale + shift, channels_last, of raw's dtype."""
+    out = _normalised(x).to(x.raw.dtype)
+    return out.contiguous(memory_format=torch.channels_last)
+
+
+def sums(g: Tensor, x: Activation) -> Tensor:
+    """The (1, 2, K) sums of the gradient `g` of x's normalisation."""
     rows = _rows(g)
-    sums = torch.stack([rows.sum(0), (rows * (_rows(x.raw) - x.terms[MEAN])).sum(0)])[None]
-    return sums.to(x.terms.dtype)
+    found = torch.stack([rows.sum(0), (rows * (_rows(x.raw) - x.terms[MEAN])).sum(0)])[None]
+    return found.to(x.terms.dtype)
 
 
-def _raw_gradient(gradient: RawGradient) -> Tensor:
+def raw_gradient(gradient: RawGradient) -> Tensor:
+    """The gradient of a raw result, formed; of the dtype of `gradient.grad`."""
     a, b, d, mean = (_like_channels(v) for v in gradient.slopes)
     out = a * _wide(gradient.grad)
     if not gradient.frozen:
@@ -64,11 +81,7 @@ class ReferenceTraining:
         raw = raw.contiguous(memory_format=torch.channels_last)
         if not statistics:
             return raw, None
-        rows = _rows(raw)
-        mean = rows.mean(0)
-        squares = (rows - mean).square().sum(0)
-        moments = torch.stack([mean, squares, torch.full_like(mean, len(rows))])[None]
-        return raw, moments.to(_wide(raw).dtype)
+        return raw, moments(raw)
 
     def merge_moments(self, moments: Tensor) -> Tensor:
         mean, squares, count = moments.double().unbind(1)
@@ -97,7 +110,7 @@ class ReferenceTraining:
         self, grad: Tensor, y: Tensor, branches: list[Activation]
     ) -> tuple[Tensor, list[Tensor]]:
         g = torch.where(y > 0, grad, 0).contiguous(memory_format=torch.channels_last)
-        return g, [_sums(g, branch) for branch in branches]
+        return g, [sums(g, branch) for branch in branches]
 
     def merge_sums(self, sums: Tensor) -> Tensor:
         return sums.sum(0, keepdim=True)
@@ -124,7 +137,7 @@ class ReferenceTraining:
         add: Tensor | None,
         add_stride: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        dc = _raw_gradient(gradient)
+        dc = raw_gradient(gradient)
         out = conv2d_input(shape, conv.weight.to(dc.dtype), dc, *conv[1:])
         if add is not None and add_stride is None:
             out = out + add
@@ -133,10 +146,10 @@ class ReferenceTraining:
         if below is not None:
             out = torch.where(_normalised(below) > 0, out, 0)
         out = out.contiguous(memory_format=torch.channels_last)
-        return out, None if below is None else _sums(out, below)
+        return out, None if below is None else sums(out, below)
 
     def wgrad(self, gradient: RawGradient, x: Tensor | Activation, conv: Convolution) -> Tensor:
-        dc, value = _raw_gradient(gradient), _value(x)
+        dc, value = raw_gradient(gradient), _value(x)
         out = conv2d_weight(_wide(value), conv.weight.shape, _wide(dc), *conv[1:])
         return out.to(conv.weight.dtype).contiguous(memory_format=torch.channels_last)
 
@@ -152,4 +165,4 @@ class ReferenceTraining:
             _wide(grad), value, *window, False, indices
         ).to(grad.dtype)
         g = torch.where(value > 0, g, 0).contiguous(memory_format=torch.channels_last)
-        return g, _sums(g, x)
+        return g, sums(g, x)

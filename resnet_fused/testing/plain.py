@@ -1,13 +1,19 @@
-"""The training ops at PyTorch's speed, on any device and in any floating dtype."""
+"""Ours in plain PyTorch, on any device and in any floating dtype: what the fused ops stand for."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
 
 from .. import backends
 from ..ops.dispatch import use_backend
 from ..reference.training import ReferenceTraining
+
+Result = TypeVar("Result")
 
 
 @contextlib.contextmanager
@@ -24,3 +30,13 @@ def training_ops_in_pytorch() -> Iterator[None]:
             yield
     finally:
         backend.training = before  # type: ignore[misc]
+
+
+def run_modules(model: Callable[[Tensor], Result], x: Tensor) -> Result:
+    """`model(x)`, each module called for itself and none of them fused: what the model means."""
+    # A hook on all modules has to see all of them.
+    hook = register_module_forward_hook(lambda module, inputs, output: None)
+    try:
+        return model(x)
+    finally:
+        hook.remove()

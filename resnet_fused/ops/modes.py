@@ -1,0 +1,63 @@
+"""What a call happens inside of: transforms, tracers and modes that a fused op would hide from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def is_plain(x: object) -> bool:
+    """Whether `x` is an ordinary tensor, whose type takes no part in what is done with it."""
+    return type(x) in _PLAIN
+
+
+def is_transformed() -> bool:
+    """Whether the call has to consist of PyTorch's own ops.
+
+    That is inside `torch.func` (`grad`, `vmap`, `jvp`, ...) and forward-mode AD, which need a rule
+    for every op, and inside `torch.jit.trace` and `torch.export`, whose results are to be read,
+    edited and loaded where this package is not.
+    """
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or torch.compiler.is_exporting()
+    )
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import all of torch._dynamo.
+# Dynamo enters transforms for real while it traces them, and guards on them.
+is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_recorded() -> bool:
+    """Whether a mode sees every function or operator that is called, to count or record it.
+
+    `torch.device` as a context is such a mode too, but only looks at where tensors are made.
+    """
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    return torch._C._len_torch_function_stack() > 0 and any(
+        type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
+    )
+
+
+def refuse_tangents(name: str, *tensors: Tensor) -> None:
+    """Raises NotImplementedError where the op `name` would lose forward-mode derivatives.
+
+    Reached only by who calls `torch.ops.resnet_fused` directly: the Python functions compute by
+    PyTorch's own ops there, or raise.
+    """
+    if forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            f"torch.ops.resnet_fused.{name} has no forward-mode derivative; call "
+            f"resnet_fused.ops.{name}, or differentiate in reverse mode."
+        )
