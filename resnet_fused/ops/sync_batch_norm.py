@@ -14,6 +14,7 @@ from torch import Tensor
 from ..backends.training import Activation, RawGradient
 from ..parameters import BatchNorm
 from ..reference import training
+from ..reference.ops import nhwc
 from .checks import check_activation, check_batch_norm
 from .registry import empty_result
 from .training_layers import define, differentiate, gather
@@ -45,7 +46,7 @@ def _backward(
     slopes, gamma, beta = _pieces.bn_slopes(sums, total, terms, False)
     x_grad = x.new_empty(0)
     if needs_x:
-        x_grad = training.raw_gradient(RawGradient(grad, x, slopes, False))
+        x_grad = nhwc(training.raw_gradient(RawGradient(grad, x, slopes, False)))
     return x_grad, gamma, beta
 
 
