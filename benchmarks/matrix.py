@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -90,11 +89,12 @@ class Row:
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
     """The command's output; UnavailableError with the end of it where it fails."""
+    inherited = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     try:
         result = subprocess.run(
             command,
             cwd=cwd,
-            env={**os.environ, **environment},
+            env={**inherited, **environment},
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -111,7 +111,7 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
 
 def find(pythons: Sequence[str] | None) -> dict[str, str]:
     """A working interpreter of each version, among those given or else on PATH."""
-    found = {}
+    found: dict[str, str] = {}
     for program in pythons or [f"python{version}" for version in PYTHONS]:
         ask = "import sys; print('%d.%d' % sys.version_info[:2])"
         try:
