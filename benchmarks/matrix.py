@@ -104,7 +104,9 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
         raise UnavailableError(str(error)) from error
     if result.returncode:
         lines = [line for line in result.stdout.splitlines() if line.strip()] or ["no output"]
-        telling = [line for line in lines if re.match(r"(ERROR|\w*Error|Building resnet)\b", line)]
+        telling = [
+            line for line in lines if re.match(r"\s*(ERROR|\w*Error|Building resnet)\b", line)
+        ]
         raise UnavailableError((telling or lines)[-1].strip())
     return result.stdout
 
