@@ -40,7 +40,10 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 TORCHES = ("oldest", "default", "newest")
 TESTS = ("tests/test_drop_in.py", "tests/test_models.py")
 # What a combination depends on.
-_TESTED = ("*.toml", "*.txt", "*.py", ".ci", "csrc", "resnet_fused", "tests")
+_TESTED = (
+    *("CMakeLists.txt", "build_backend.py", "csrc", "pyproject.toml", "resnet_fused", "setup.py"),
+    "tests",
+)
 _SECONDS = 3600
 
 _SMOKE = """
