@@ -1,5 +1,5 @@
 # Everyday commands. They use the active environment; `make develop` fills it.
-.PHONY: develop test lint format bench layers gpu-proof env clean
+.PHONY: develop test lint format bench layers matrix gpu-proof env clean
 
 develop:  ## editable install, with the extension and the simulator of CUDA kernels in the tree
 	RESNET_FUSED_HOST_SIM=on pip install -e '.[bench,test]'
@@ -23,6 +23,10 @@ bench:  ## ours beside every peer that is installed
 
 layers:  ## each fused op of ResNet-50 by itself
 	python benchmarks/layers.py
+
+matrix:  ## every Python with every torch; PYTHONS="PROGRAM ..." where they are not on PATH
+	python benchmarks/matrix.py $(if $(PYTHONS),--python $(PYTHONS))
+	python benchmarks/render.py
 
 gpu-proof:  ## everything that only a GPU can show, with result files
 	bash benchmarks/gpu_proof.sh

@@ -1,5 +1,6 @@
-"""Builds resnet_fused._C with CMake and ninja. Needs a C++17 compiler; torch and a GPU are unused.
+"""Builds resnet_fused._C with CMake and ninja. Torch and a GPU are unused.
 
+RESNET_FUSED_EXTENSION=off builds nothing; else a C++ compiler is needed (see build_backend.py).
 The CUDA part follows RESNET_FUSED_CUDA (see build_backend.py). RESNET_FUSED_CUDA_ARCHS lists the
 architectures to compile, as in "80;90a"; PTX of the oldest and the newest portable one is added,
 so that a GPU between or above them runs too. The machine's own GPU is never looked at.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,7 +24,14 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
-from build_backend import cuda_mode, find_nvcc  # noqa: E402  (the folder is not always on the path)
+from build_backend import (  # noqa: E402  (the folder is not always on the path)
+    choice,
+    cuda_mode,
+    extension_wanted,
+    find_cxx,
+    find_nvcc,
+    require_cxx,
+)
 
 DEFAULT_ARCHITECTURES = "80;86;89;90a;100a;120"
 OLDEST_CUDA = (12, 0)
@@ -92,10 +101,7 @@ def choose_cuda() -> Cuda:
 
 def host_simulator_wanted() -> bool:
     """RESNET_FUSED_HOST_SIM: whether resnet_fused._C_sim is built beside resnet_fused._C."""
-    wanted = os.environ.get("RESNET_FUSED_HOST_SIM", "off").strip().lower()
-    if wanted not in ("on", "off"):
-        raise SystemExit(f"RESNET_FUSED_HOST_SIM={wanted!r} is not understood; set it to on or off")
-    return wanted == "on"
+    return choice("RESNET_FUSED_HOST_SIM", "off", "on") == "on"
 
 
 _SIMULATOR = "resnet_fused._C_sim"
@@ -107,6 +113,7 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if ext.name == _SIMULATOR:
             return  # one CMake run builds both
+        require_cxx()
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -130,7 +137,8 @@ class CMakeBuild(build_ext):
             f"-DRESNET_FUSED_CUDA={'ON' if cuda.nvcc else 'OFF'}",
             f"-DRESNET_FUSED_HOST_SIM={'ON' if host_simulator_wanted() else 'OFF'}",
         ]
-        environment = dict(os.environ)
+        cxx = find_cxx() or []
+        environment = {**os.environ, "CXX": shlex.join(cxx)}
         if cuda.nvcc:
             architectures = [f"{a}-real" for a in cuda.real] + [f"{a}-virtual" for a in cuda.ptx]
             options += [
@@ -139,6 +147,8 @@ class CMakeBuild(build_ext):
                 f"-DRESNET_FUSED_CUDA_REAL={' '.join(cuda.real)}",
                 f"-DRESNET_FUSED_CUDA_PTX={' '.join(cuda.ptx)}",
             ]
+            if len(cxx) == 1:  # not one with options or behind a launcher
+                environment.setdefault("CUDAHOSTCXX", cxx[0])
             # nvcc from PyPI looks for the runtime in lib64; its wheels have lib.
             library = cuda.nvcc.resolve().parent.parent / "lib"
             if (library / "libcudart_static.a").exists():
@@ -153,7 +163,7 @@ class CMakeBuild(build_ext):
         # Isolated builds bring CMake, ninja and nvcc at a new place each time, which CMake's cache
         # does not survive; with the same ones, the folder is kept and the build is incremental.
         tools = [shutil.which("cmake") or "cmake", shutil.which("ninja") or "ninja"]
-        recorded = "\n".join(tools + options)
+        recorded = "\n".join([*tools, environment["CXX"], *options])
         record = folder / "configured_with.txt"
         if not record.exists() or record.read_text() != recorded:
             shutil.rmtree(folder, ignore_errors=True)
@@ -176,6 +186,8 @@ class CMakeBuild(build_ext):
 
 
 _NAMES = ["resnet_fused._C"] + ([_SIMULATOR] if host_simulator_wanted() else [])
+if not extension_wanted():
+    _NAMES = []
 
 setup(
     ext_modules=[Extension(name, sources=[]) for name in _NAMES],

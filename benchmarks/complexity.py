@@ -157,8 +157,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             **machine.commit(Path(__file__).parent),
             "networks": found,
         }
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(record, indent=1) + "\n")
     if options.csv is not None:
+        options.csv.parent.mkdir(parents=True, exist_ok=True)
         with options.csv.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
             writer.writeheader()

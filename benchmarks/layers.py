@@ -18,7 +18,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,7 @@ from resnet_fused.testing.cases import randomise_statistics
 from resnet_fused.testing.numerics import check_op
 from resnet_fused.testing.roofline import Peaks
 from resnet_fused.testing.timing import iterations_for, times_of
+from resnet_fused.tune import ARCHITECTURES
 
 _SECONDS = 0.15  # of calls in a round
 _GATE_IMAGES = 4  # float64 convolutions of a whole batch would take longer than everything else
@@ -250,21 +251,24 @@ def table(rows: list[dict[str, Any]], names: list[str]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     gpu = torch.cuda.is_available()
-    parser.add_argument("--arch", default="resnet50", choices=resnet_fused.models.__all__[1:])
-    parser.add_argument("--batch", type=int, default=256 if gpu else 8)
-    parser.add_argument("--size", type=int, default=224, help="pixels per side (%(default)s)")
+    choices = [name for name in ARCHITECTURES if hasattr(resnet_fused, name)]
+    parser.add_argument("--arch", default="resnet50", choices=choices)
+    parser.add_argument("--batch", type=machine.positive, default=256 if gpu else 8)
+    parser.add_argument(
+        "--size", type=machine.positive, default=224, help="pixels per side (%(default)s)"
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"))
-    parser.add_argument("--device", default="cuda" if gpu else "cpu")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", type=machine.device, default="cuda" if gpu else "cpu")
+    parser.add_argument("--rounds", type=machine.positive, default=7)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample here")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
 
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    device, dtype = options.device, getattr(torch, options.dtype)
     shape = (options.batch, 3, options.size, options.size)
     names = [
         name

@@ -55,12 +55,12 @@ def preprocess(paths: list[Path], batch: int, size: int, transform: Any) -> Phot
     The first images are the photographs themselves; where the batch is larger, the others are
     random crops of them, mirrored or not, so that no two images are alike. `transform` is that of
     torchvision weights (`weights.transforms()`); a smaller batch is a prefix of a larger one.
-    """
-    from PIL import Image
 
+    Raises ValueError, naming it, for a file that is no image.
+    """
     transform.resize_size = [round(transform.resize_size[0] * size / transform.crop_size[0])]
     transform.crop_size = [size]
-    photographs = [Image.open(path).convert("RGB") for path in paths[:batch]]
+    photographs = [_open(path) for path in paths[:batch]]
     draw = random.Random(0)
     images = []
     for index in range(batch):
@@ -69,6 +69,17 @@ def preprocess(paths: list[Path], batch: int, size: int, transform: Any) -> Phot
             photograph = _crop(photograph, draw)
         images.append(transform(photograph))
     return Photographs(torch.stack(images), [path.stem for path in paths[:batch]])
+
+
+def _open(path: Path) -> Any:
+    from PIL import Image
+
+    try:
+        return Image.open(path).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"--images: {path} cannot be read as an image ({error}); mend it or take it away"
+        ) from error
 
 
 def _crop(photograph: Any, draw: random.Random) -> Any:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import layers
+import matrix
 import training
 from report import Comparison, Entry, cells, ranked
 
@@ -151,7 +152,9 @@ def readme() -> str:
 
     def table(found: re.Match[str]) -> str:
         begin, name, end = found.groups()
-        return f"{begin}{summary(json.loads((ROOT / name).read_text()))}\n{end}"
+        record = json.loads((ROOT / name).read_text())
+        write = summary if "comparisons" in record else matrix.table
+        return f"{begin}{write(record)}\n{end}"
 
     return _TABLE.sub(table, (ROOT / "README.md").read_text())
 

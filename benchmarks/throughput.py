@@ -40,10 +40,9 @@ from contestants import CONTESTANTS, Contestant, UnavailableError
 from report import Comparison, Entry, plot, table
 from workers import Built, FailedError, Job, Referee, Runner, Truth, Worker
 
-import resnet_fused
-import resnet_fused.models
 from resnet_fused.testing import machine, roofline
 from resnet_fused.testing.numerics import relative_error
+from resnet_fused.tune import ARCHITECTURES
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # A peer further off than this many times PyTorch's own error did not do the work in that dtype.
@@ -70,8 +69,7 @@ def parse(arguments: Sequence[str] | None, contestants: Sequence[Contestant]) ->
     parser.add_argument(
         "--arch",
         default="resnet50",
-        choices=[name for name in resnet_fused.models.__all__ if hasattr(torchvision.models, name)],
-        metavar="NAME",
+        choices=[name for name in ARCHITECTURES if hasattr(torchvision.models, name)],
         help="a ResNet by torchvision's name (%(default)s)",
     )
     parser.add_argument("--batch", type=int, nargs="+", help="batch sizes (CPU: 8; GPU: 1 32 256)")
@@ -82,7 +80,7 @@ def parse(arguments: Sequence[str] | None, contestants: Sequence[Contestant]) ->
         help="CPU: float32, and bfloat16 where it has it; GPU: bfloat16",
     )
     parser.add_argument(
-        "--device", type=_device, help="cpu, cuda, cuda:1 … (a GPU if there is one)"
+        "--device", type=machine.device, help="cpu, cuda, cuda:1 … (a GPU if there is one)"
     )
     parser.add_argument("--size", type=int, default=224, help="pixels a side (%(default)s)")
     parser.add_argument(
@@ -103,9 +101,8 @@ def parse(arguments: Sequence[str] | None, contestants: Sequence[Contestant]) ->
     parser.add_argument("--json", type=Path, help="write machine, versions and all samples here")
     parser.add_argument("--plot", type=Path, help="write a bar chart here (PNG, SVG or PDF)")
     options = parser.parse_args(arguments)
-    options.device = options.device or _device("cuda" if torch.cuda.is_available() else "cpu")
-    if options.device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch sees no GPU; see python -m resnet_fused.env")
+    if options.device is None:
+        options.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = options.device.type == "cuda"
     options.batch = options.batch or ([1, 32, 256] if gpu else [8])
     options.dtype = options.dtype or _usual_dtypes(options.device, options.quick)
@@ -114,12 +111,6 @@ def parse(arguments: Sequence[str] | None, contestants: Sequence[Contestant]) ->
     if min(*options.batch, options.rounds, options.size, 1) < 1:
         parser.error("--batch, --rounds and --size must be positive")
     return options
-
-
-def _device(name: str) -> torch.device:
-    if name.split(":")[0] not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"{name!r} is neither cpu nor cuda")
-    return torch.device(name)
 
 
 def _usual_dtypes(device: torch.device, quick: bool) -> list[str]:

@@ -49,6 +49,7 @@ from resnet_fused.testing.numerics import relative_error
 from resnet_fused.testing.plain import training_ops_in_pytorch
 from resnet_fused.testing.roofline import Peaks
 from resnet_fused.testing.timing import times_of
+from resnet_fused.tune import ARCHITECTURES
 
 GATE_STEPS, GATE_STRIDE, GATE_NUDGES = 20, 4, 7
 
@@ -316,10 +317,14 @@ def plot(rows: list[Row], path: Path) -> None:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", nargs="+", default=["resnet50"])
-    parser.add_argument("--batch", nargs="+", type=int, default=[64])
-    parser.add_argument("--size", type=int, default=224, help="height and width of the images")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    choices = [name for name in ARCHITECTURES if hasattr(torchvision.models, name)]
+    parser.add_argument("--model", nargs="+", default=["resnet50"], choices=choices)
+    parser.add_argument("--batch", nargs="+", type=machine.positive, default=[64])
+    parser.add_argument(
+        "--size", type=machine.positive, default=224, help="height and width of the images"
+    )
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=machine.device, default=here)
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing per contestant")
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
@@ -330,7 +335,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    device, dtype = options.device, getattr(torch, options.dtype)
     torch.backends.cudnn.allow_tf32 = False  # the gate is float32; autocast is not affected
     gates = [gate(name, device) for name in options.model]
     for result in gates:
@@ -386,6 +391,7 @@ def main(arguments: list[str]) -> int:
 
 def save(path: Path, record: dict[str, Any]) -> None:
     """Replaces the result file in one step: whoever stops the run finds a whole one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(part, path)

@@ -113,11 +113,12 @@ def plot(results: Results, path: Path) -> None:
 def main() -> int:
     """Trains, compares, writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=machine.device, default=here)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
-    device = torch.device(options.device)
+    device = options.device
     pieces = "PyTorch" if device.type == "cpu" else "kernels"
     images, labels = digits(device)
     results: Results = {
@@ -147,6 +148,7 @@ def main() -> int:
             "steps": STEPS,
             "batch": BATCH,
         }
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({**facts, **summary}, indent=1) + "\n")
     if options.plot:
         plot(results, options.plot)

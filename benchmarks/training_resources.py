@@ -69,6 +69,7 @@ def main() -> None:
         rows = [json.dumps({field: kernel[field] for field in FIELDS}) for kernel in kernels]
         targets.append(f'"{target}": [\n  ' + ",\n  ".join(rows) + "\n ]")
     head = json.dumps(facts, indent=1).removesuffix("\n}")
+    options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(head + ",\n " + ",\n ".join(targets) + "\n}\n")
 
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from common import launch, recipes
+from common import launch, networks, recipes
 from common.errors import ExperimentError
 from common.report import Report, measured
 from common.training import Result
@@ -127,9 +127,7 @@ def _scenes(place: launch.Launch) -> Scenes:
 
 def _network(options: argparse.Namespace, name: str) -> Callable[..., ResidualNetwork]:
     """The constructor of the network with the options' strides."""
-    make = getattr(resnet_fused, name, None)
-    if not (name.startswith(("resnet", "resnext", "wide_resnet", "plain")) and callable(make)):
-        raise ExperimentError(f"--model {name} is no network of resnet_fused.")
+    make = networks.named(name)
     arguments: dict[str, Any] = {}
     if options.stride_in:
         arguments["stride_in"] = options.stride_in

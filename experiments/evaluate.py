@@ -24,13 +24,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import data, launch, recipes
+from common import data, launch, networks, recipes
 from common.checkpoint import Checkpoint, read_weights
 from common.errors import ExperimentError
 from common.report import Report
@@ -40,7 +39,6 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
-import resnet_fused
 from resnet_fused.models.network import ResidualNetwork
 
 CROP, SIDE, SCALES = 224, 256, (224, 256, 384, 480, 640)
@@ -89,12 +87,7 @@ def _models(
     trained = []
     for i, name in enumerate(names):
         kind, _, weights = name.partition("=")
-        try:
-            make = attrgetter(kind)(resnet_fused)
-        except AttributeError as error:
-            raise ExperimentError(
-                f"--models {name}: resnet_fused has no network {kind}."
-            ) from error
+        make = networks.named(kind)
         if weights:
             try:
                 path = Path(weights).expanduser()

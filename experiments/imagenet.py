@@ -17,11 +17,8 @@ import argparse
 import sys
 
 from common import data, launch, networks, recipes
-from common.errors import ExperimentError
 from common.report import Report
 from common.training import Result, train
-
-import resnet_fused
 
 RECIPES = {"paper": recipes.imagenet, "modern": recipes.modern}
 
@@ -48,9 +45,7 @@ def experiment(place: launch.Launch, options: argparse.Namespace) -> None:
         imagenet=("resnet50", ["paper"], 120, 256, 0.1, 224),
         quick=("resnet18", ["paper", "modern"], 2, 64, 0.1, 32),
     )
-    make = getattr(resnet_fused, model, None)
-    if make is None:
-        raise ExperimentError(f"--model {model}: resnet_fused has no network of that name.")
+    make = networks.named(model)
     epoch = max(1, data.size(images.train) // batch)
     results = {}
     for name in chosen:

@@ -1,57 +1,91 @@
-"""The compiled part of the package, imported when a backend first needs it."""
+"""The compiled parts of the package, imported when a backend first needs them.
+
+Sources that are imported from a checkout find them in an installation of the same interface too:
+`pip install .` puts them there, and in the checkout's own folder Python takes the sources.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
+import sys
+from importlib import metadata
+from importlib.machinery import PathFinder
+from pathlib import Path
 from types import ModuleType
 
 from .errors import BackendUnavailableError
 
-_NAME = f"{__package__}._C"
 # The calls that this Python code makes into the extension, as a number: raised here and in
-# csrc/bindings/module.cpp with every change of a bound function's name, arguments or meaning.
+# csrc/bindings/register.h with every change of a bound function's name, arguments or meaning.
 INTERFACE = 9
+_INSTALL = {"_C": "pip install .", "_C_sim": "RESNET_FUSED_HOST_SIM=on pip install ."}
 
 
 @functools.cache
-def _load() -> ModuleType | str:
+def _load(name: str) -> ModuleType | str:
     import torch  # noqa: F401  (first, so that the extension shares the OpenMP pool torch brings)
 
+    title = f"the compiled extension {__package__}.{name}"
     try:
-        module = importlib.import_module(_NAME)
-    except ModuleNotFoundError as error:
-        if error.name != _NAME:
-            raise
-        return (
-            "the compiled extension resnet_fused._C is not built for this Python; install the "
-            "package with `pip install .`, or in a source tree run `pip install -e .`"
-        )
+        module = _import(f"{__package__}.{name}")
     except ImportError as error:
         return (
-            f"the compiled extension resnet_fused._C cannot be loaded ({error}); it was built on "
-            "another system, so reinstall the package here with "
-            "`pip install --force-reinstall --no-deps .`"
+            f"{title} cannot be loaded ({error}); it was built on another system, so reinstall "
+            f"the package here with `{_INSTALL[name]} --force-reinstall --no-deps`"
         )
+    if module is None:
+        if _left_out():
+            return (
+                f"{title} was left out when the package was installed (RESNET_FUSED_EXTENSION=off);"
+                f" build it with `RESNET_FUSED_EXTENSION=on {_INSTALL[name]}`"
+            )
+        return f"{title} is not built for this Python; install it with `{_INSTALL[name]}`"
     found = getattr(module, "INTERFACE", 1)
     if found == INTERFACE:
         return module
     return (
-        f"the compiled extension resnet_fused._C has interface {found}, and this Python code needs "
-        f"{INTERFACE}; it was built from other sources, so build it anew with `pip install .`, or "
-        "in a source tree with `pip install -e .`"
+        f"{title} in {module.__file__} has interface {found}, and this Python code needs "
+        f"{INTERFACE}; it was built from other sources, so build it anew with `{_INSTALL[name]}`, "
+        "or with `pip install -e .` if it lies in a source tree"
     )
 
 
-def load() -> ModuleType:
+def _import(name: str) -> ModuleType | None:
+    """The module beside this file, or else of a package of our name elsewhere on the path."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+    spec = PathFinder.find_spec(name, [str(Path(entry, str(__package__))) for entry in sys.path])
+    if spec is None or spec.loader is None:
+        return None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[name] = module
+    return module
+
+
+def _left_out() -> bool:
+    """Whether what is installed was built with RESNET_FUSED_EXTENSION=off: a wheel says so."""
+    try:
+        wheel = metadata.distribution(str(__package__)).read_text("WHEEL")
+    except metadata.PackageNotFoundError:
+        return False
+    return wheel is not None and "Root-Is-Purelib: true" in wheel
+
+
+def load(name: str = "_C") -> ModuleType:
     """The extension module; BackendUnavailableError, with cause and fix, if it cannot be had."""
-    found = _load()
+    found = _load(name)
     if isinstance(found, str):
         raise BackendUnavailableError(f"{found}.")
     return found
 
 
-def available() -> str | None:
+def available(name: str = "_C") -> str | None:
     """Why the extension cannot be loaded, with the fix, or None when it can."""
-    found = _load()
+    found = _load(name)
     return found if isinstance(found, str) else None

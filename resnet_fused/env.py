@@ -65,6 +65,7 @@ def _extension() -> Iterator[tuple[str, str]]:
     info = _extension.load().build_info()
     threads = "with OpenMP" if info["openmp"] else "without OpenMP (single-threaded)"
     yield "extension", f"{info['version']}, built by {info['compiler']}, {threads}"
+    yield "", str(_extension.load().__file__)
     if not info["cuda"]:
         yield "CUDA part", f"left out: {info['cuda_note']}"
         return

@@ -15,4 +15,4 @@ class BackendUnavailableError(ResnetFusedError, RuntimeError):
 
 
 class CheckpointError(ResnetFusedError, ValueError):
-    """A weights file cannot be read as a state dict."""
+    """A weights file cannot be downloaded, or not be read as a state dict."""

@@ -19,6 +19,11 @@ class Variable(NamedTuple):
 
 
 VARIABLES = (
+    Variable(
+        "RESNET_FUSED_EXTENSION",
+        "on",
+        "build: off compiles nothing; Triton's kernels and plain PyTorch remain",
+    ),
     Variable("RESNET_FUSED_CUDA", "auto", "build: auto, on or off; `on` fails without nvcc"),
     Variable(
         "RESNET_FUSED_CUDA_ARCHS",

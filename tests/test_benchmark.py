@@ -7,7 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,10 +23,12 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import contestants  # noqa: E402
+import layers as layers_  # noqa: E402
 import photographs  # noqa: E402
 import report  # noqa: E402
 import throughput  # noqa: E402
 import torchvision  # noqa: E402
+import training  # noqa: E402
 import weights  # noqa: E402
 from contestants import Call, Contestant, Task  # noqa: E402
 
@@ -212,7 +217,9 @@ def test_program_measures_our_cpu_backend(tmp_path: Path) -> None:
     [
         (["--peers", "nobody"], "invalid choice: 'nobody'"),
         (["--arch", "alexnet"], "invalid choice: 'alexnet'"),
-        (["--device", "tpu"], "tpu"),
+        (["--arch", "ResNet"], "invalid choice: 'ResNet'"),
+        (["--device", "tpu"], "'tpu' is neither cpu nor cuda"),
+        (["--device", "cuda:77"], "'cuda:77' is no GPU that PyTorch sees"),
         (["--batch", "0"], "must be positive"),
         (["--rounds", "-1"], "must be positive"),
     ],
@@ -222,6 +229,25 @@ def test_bad_options_are_refused(
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
         throughput.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        (layers_, ["--arch", "cifar"], "invalid choice: 'cifar'"),
+        (layers_, ["--batch", "0"], "'0' is not a number from 1"),
+        (layers_, ["--device", "cuda:77"], "'cuda:77' is no GPU that PyTorch sees"),
+        (training, ["--model", "ResNet"], "invalid choice: 'ResNet'"),
+        (training, ["--size", "-3"], "'-3' is not a number from 1"),
+    ],
+)
+def test_so_do_the_other_benchmarks(
+    command: ModuleType, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        command.main(arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -246,6 +272,31 @@ def test_jax_computes_torchvisions_network(name: str) -> None:
 def test_empty_image_folder_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert throughput.main([*TINY, "--images", str(tmp_path)]) == 2
     assert f"--images {tmp_path} holds no" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"no image", b"\x89PNG\r\n\x1a\n, cut off"])
+def test_a_file_that_is_no_image_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    (tmp_path / "cat.png").write_bytes(content)
+    assert throughput.main([*TINY, "--images", str(tmp_path)]) == 2
+    assert f"{tmp_path / 'cat.png'} cannot be read as an image" in capsys.readouterr().err
+
+
+def test_weights_out_of_reach_name_their_address(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(request: Any, *arguments: Any, **options: Any) -> None:
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(torch.hub, "urlopen", refuse)
+    assert throughput.main([*TINY, "--weights", "DEFAULT"]) == 2
+    said = capsys.readouterr().err
+    url = torchvision.models.ResNet18_Weights.DEFAULT.value.url
+    assert f"cannot be had from {url} (URLError: <urlopen error no network>)" in said
+    assert "pass its path" in said
 
 
 def test_photographs_are_distinct_and_reproducible() -> None:

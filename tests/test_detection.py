@@ -531,6 +531,7 @@ def test_quick_run(tmp_path: Path, write: Callable[[Path], Path] | None) -> None
     ("options", "message"),
     [
         (["--model", "resnet19"], "no network"),
+        (["--model", "resnet_fused"], "no network"),
         (["--model", "resnet18", "--dilate", "conv5"], "BasicBlock has dilation=1 only"),
         (["--model", "resnet50", "--weights", "missing.pt"], "neither a file"),
     ],

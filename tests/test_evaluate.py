@@ -191,7 +191,8 @@ def test_truncated_image_is_named(
     ("models", "message"),
     [
         (["resnet18"], "give its weights"),
-        (["resnet19=x"], "no network resnet19"),
+        (["resnet19=x"], "resnet19: resnet_fused has no network"),
+        (["ResNet=x"], "ResNet: resnet_fused has no network"),
         (["resnet18=missing.pt"], "neither a file nor weights"),
         (["resnet18={wide}"], "tells 7 classes apart"),
         (["resnet34={1}"], "Missing key"),

@@ -399,10 +399,21 @@ def test_a_batch_must_divide_among_processes(tmp_path: Path) -> None:
         launch.share(10, place(tmp_path, world=4))
 
 
+@pytest.mark.parametrize("device", ["tpu", "cuda:77"])
+def test_a_device_that_is_not_there_is_refused(
+    device: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module("cifar").main(["--quick", "--device", device])
+    assert stopped.value.code == 2
+    assert f"argument --device: '{device}' is" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
         ("imagenet", ["--model", "resnet19"], "resnet_fused has no network of that name"),
+        ("imagenet", ["--model", "ResNet"], "resnet_fused has no network of that name"),
         ("progressive_deepening", ["--depths", "14", "8"], "the second must be the deeper one"),
         ("cifar", ["--depths", "21"], "6n+2 layers (8, 14, 20, ...), and 21 is not such a number"),
         ("cifar", ["--batch", "300"], "a batch of 300 needs as many images; there are 256"),

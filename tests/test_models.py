@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import subprocess
 import sys
 from functools import partial
@@ -332,6 +333,20 @@ def test_a_corrupt_checkpoint_is_named(tmp_path: Path, content: bytes | None) ->
         path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"weights\.pt"):
         resnet_fused.resnet18(weights=path)
+
+
+def test_weights_that_cannot_be_downloaded_name_their_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of another content in the place of the download's is refused by its hash, or named."""
+    entry = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cached = tmp_path / "hub/checkpoints" / Path(entry.url).name
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(b"cut off")
+    with pytest.raises(CheckpointError, match=re.escape(f"had from {entry.url} (")) as caught:
+        resnet_fused.resnet18(weights=entry)
+    assert str(cached.parent) in str(caught.value)
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:

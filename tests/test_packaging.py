@@ -7,8 +7,10 @@ import importlib.util
 import os
 import re
 import shutil
+import site
 import subprocess
 import sys
+import venv
 import zipfile
 from collections.abc import Callable
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -125,13 +127,42 @@ def unpack(source: Path, result: subprocess.CompletedProcess[str]) -> Path:
     return installed
 
 
-def python(installed: Path, env: Environment, *arguments: str) -> str:
-    elsewhere = installed.parent / "elsewhere"
-    elsewhere.mkdir(exist_ok=True)
-    env = {**env, "PYTHONPATH": str(installed)}
-    result = run(sys.executable, *arguments, cwd=elsewhere, env=env)
-    assert result.returncode == 0, result.stdout
-    return result.stdout
+@pytest.fixture
+def uninstalled(tmp_path: Path) -> Path:
+    """A Python that has all that is installed here, except for this package."""
+    others = tmp_path / "others"
+    others.mkdir()
+    for path in (p for entry in site.getsitepackages() for p in Path(entry).glob("*")):
+        if "resnet_fused" not in path.name and not (others / path.name).exists():
+            (others / path.name).symlink_to(path)
+    venv.create(tmp_path / "venv")
+    (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (packages / "others.pth").write_text(f"{others}\n")
+    return tmp_path / "venv/bin/python"
+
+
+@pytest.fixture
+def python(uninstalled: Path) -> Callable[..., str]:
+    """What that Python says in an empty folder, with the given one on its path."""
+
+    def ask(installed: Path, env: Environment, *arguments: str) -> str:
+        elsewhere = installed.parent / "elsewhere"
+        elsewhere.mkdir(exist_ok=True)
+        env = {**env, "PYTHONPATH": str(installed)}
+        result = run(uninstalled, *arguments, cwd=elsewhere, env=env)
+        assert result.returncode == 0, result.stdout
+        return result.stdout
+
+    return ask
+
+
+def plant(folder: Path, name: str, script: str) -> Path:
+    """An executable shell script of that name."""
+    folder.mkdir(exist_ok=True)
+    program = folder / name
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    return program
 
 
 def dynamic_section(module: Path) -> str:
@@ -153,8 +184,12 @@ def assert_links_only_the_system(module: Path) -> None:
 
 
 @needs_tools
-def test_off_builds_a_whole_package_without_cuda(source, plain):
-    installed = unpack(source, build_wheel(source, {**plain, "RESNET_FUSED_CUDA": "off"}))
+def test_off_builds_a_whole_package_without_cuda(source, plain, python, tmp_path):
+    log = tmp_path / "compiled"
+    cxx = plant(tmp_path / "bin", "own-cxx", f'echo "$@" >> {log}; exec c++ "$@"')
+    steered = {**plain, "RESNET_FUSED_CUDA": "off", "CXX": f"{cxx} -g0"}
+    installed = unpack(source, build_wheel(source, steered))
+    assert re.search(r"-g0 .*module\.cpp", log.read_text()), "CXX is what compiles, options and all"
     (module,) = (installed / "resnet_fused").glob("_C*.so")
     assert_links_only_the_system(module)
 
@@ -174,7 +209,7 @@ def test_off_builds_a_whole_package_without_cuda(source, plain):
 
 
 @needs_tools
-def test_auto_without_compiler_builds_the_rest_and_says_so(source, without_nvcc):
+def test_auto_without_compiler_builds_the_rest_and_says_so(source, without_nvcc, python):
     result = build_wheel(source, without_nvcc)
     installed = unpack(source, result)
     assert "without CUDA: no CUDA compiler was found" in result.stdout
@@ -195,7 +230,7 @@ def test_on_without_compiler_fails_and_says_what_to_do(source, without_nvcc):
 
 @needs_tools
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc in PATH")
-def test_on_builds_the_architectures_asked_for(source, plain):
+def test_on_builds_the_architectures_asked_for(source, plain, python):
     steered = {**plain, "RESNET_FUSED_CUDA": "on", "RESNET_FUSED_CUDA_ARCHS": "80;90a"}
     result = build_wheel(source, steered)
     installed = unpack(source, result)
@@ -211,11 +246,13 @@ def test_on_builds_the_architectures_asked_for(source, plain):
     ("steering", "message"),
     [
         ({"RESNET_FUSED_CUDA": "maybe"}, "'maybe' is not understood; set it to auto, on or off"),
-        ({"RESNET_FUSED_HOST_SIM": "maybe"}, "'maybe' is not understood; set it to on or off"),
+        ({"RESNET_FUSED_HOST_SIM": "maybe"}, "'maybe' is not understood; set it to off or on"),
+        ({"RESNET_FUSED_EXTENSION": "maybe"}, "'maybe' is not understood; set it to on or off"),
+        ({"CXX": "/nowhere/c++ -g"}, "CXX='/nowhere/c++ -g' is no program"),
         ({"CUDACXX": "/nowhere/nvcc"}, "CUDACXX='/nowhere/nvcc' is no program"),
         ({"CUDACXX": "false"}, "Point CUDACXX at a working nvcc"),
     ],
-    ids=["mode", "simulator", "missing compiler", "broken compiler"],
+    ids=["CUDA", "simulator", "extension", "missing CXX", "missing nvcc", "broken nvcc"],
 )
 def test_bad_settings_stop_the_build(source, plain, steering, message):
     result = build_wheel(source, {**plain, **steering})
@@ -234,7 +271,7 @@ def test_unknown_architectures_stop_the_build(source, plain, architectures):
 
 
 @pytest.mark.network
-def test_isolated_build_needs_nothing_installed(source, without_nvcc):
+def test_isolated_build_needs_nothing_installed(source, without_nvcc, python):
     """pip brings the build's own tools; neither torch nor numpy is among them."""
     result = run(
         *(sys.executable, "-m", "pip", "wheel", "-v", "--no-deps"),
@@ -245,6 +282,80 @@ def test_isolated_build_needs_nothing_installed(source, without_nvcc):
     installed = unpack(source, result)
     assert not re.search(r"Collecting (torch|numpy|triton|nvidia)", result.stdout)
     assert "built by" in python(installed, without_nvcc, "-m", "resnet_fused.env")
+
+
+# A machine that cannot compile
+
+REFUSES = "echo \"probe.cpp:2: error: unrecognized option '-std=c++17'\" >&2; exit 1"
+OUTDATED = r"needs GCC 10 or Clang 12, or newer, where \S+ gives up \(.*unrecognized option.*\): "
+WITHOUT = "or set RESNET_FUSED_EXTENSION=off to install without the compiled extension"
+
+
+@pytest.mark.parametrize(
+    ("programs", "said"),
+    [
+        ({"apt-get": ""}, r"needs a C\+\+ compiler, .*: run `apt-get install g\+\+`, "),
+        ({"dnf": ""}, r"needs a C\+\+ compiler, .*: run `dnf install gcc-c\+\+`, "),
+        ({}, r"compiler, .*: run `apt-get install g\+\+` or run `dnf install gcc-c\+\+`, "),
+        (
+            {"apt-get": "", "c++": REFUSES},
+            OUTDATED + r"run `apt.* g\+\+-10` and set CXX=g\S+, ",
+        ),
+        (
+            {"dnf": "", "clang++": REFUSES},
+            OUTDATED + r"run `dnf .*-gcc-c\+\+` and set CXX=/\S+, ",
+        ),
+    ],
+    ids=["none, apt-get", "none, dnf", "none", "too old, apt-get", "too old, dnf"],
+)
+@pytest.mark.parametrize("isolation", [True, False])
+def test_without_a_compiler_one_sentence_comes_before_any_download(
+    source, plain, tmp_path, programs, said, isolation
+):
+    """Without an index pip fails at the first thing that it would have to fetch."""
+    for name, script in programs.items():
+        plant(tmp_path / "bin", name, script)
+    options = ["--no-index"] if isolation else ["--no-index", "--no-build-isolation"]
+    result = run(
+        *(sys.executable, "-m", "pip", "install", *options),
+        *("--target", tmp_path / "installed", "."),
+        cwd=source,
+        env={**plain, "PATH": str(tmp_path / "bin")},
+    )
+    assert result.returncode != 0
+    (sentence,) = (line for line in result.stdout.splitlines() if "Building resnet_fused" in line)
+    assert re.search(said + WITHOUT, sentence), sentence
+    assert "Traceback" not in result.stdout
+    assert "Collecting" not in result.stdout
+
+
+def test_missing_headers_are_asked_for_together_with_a_compiler(source, plain, tmp_path):
+    plant(tmp_path / "bin", "apt-get", "")
+    code = (
+        "import sysconfig\n"
+        "sysconfig.get_path = lambda name: '/nowhere/include'\n"
+        "import build_backend; build_backend.get_requires_for_build_editable()"
+    )
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    headers = r"Python's headers, of which /nowhere/include/Python\.h is missing"
+    for path, said in (
+        (plain["PATH"], rf"needs {headers}: run `.* install python{version}-dev(el)?`"),
+        (tmp_path / "bin", rf"needs a C\+\+ .* and {headers}: run `.* g\+\+ python{version}-dev`"),
+    ):
+        result = run(sys.executable, "-c", code, cwd=source, env={**plain, "PATH": str(path)})
+        assert result.returncode == 1
+        assert re.search(said, result.stdout), result.stdout
+
+
+def test_a_package_without_the_extension_needs_no_compiler(source, plain, python, tmp_path):
+    steered = {**plain, "RESNET_FUSED_EXTENSION": "off", "PATH": str(tmp_path)}
+    installed = unpack(source, build_wheel(source, steered))
+    assert not list(installed.rglob("*.so"))
+    report = python(installed, plain, "-m", "resnet_fused.env")
+    reason = r"was left out when the package was installed \(RESNET_FUSED_EXTENSION=off\)"
+    assert re.search(rf"extension +not usable: .*{reason}; build it with `.*=on pip", report)
+    assert re.search(rf"cpu +unavailable: .*{reason}", report)
+    assert re.search(r"reference +available", report)
 
 
 # What the build asks pip for
@@ -265,6 +376,7 @@ def required(source: Path) -> Callable[[Environment], list[str]]:
 @pytest.mark.parametrize("mode", ["auto", "on"])
 def test_compiler_comes_from_pypi_where_there_is_none(required, without_nvcc, mode):
     wheels = required({**without_nvcc, "RESNET_FUSED_CUDA": mode})
+    wheels = [wheel for wheel in wheels if "==" in wheel]
     names = {name for name, _ in (wheel.split("==") for wheel in wheels)}
     assert names == {
         f"nvidia-{part}" for part in ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-runtime", "cuda-cccl")
@@ -274,7 +386,13 @@ def test_compiler_comes_from_pypi_where_there_is_none(required, without_nvcc, mo
 
 @needs_tools
 def test_no_compiler_is_fetched_in_vain(required, plain, without_nvcc, tmp_path):
-    assert required({**without_nvcc, "RESNET_FUSED_CUDA": "off"}) == []
+    def names(requirements: list[str]) -> list[str]:
+        return [re.split(r"\W", requirement)[0] for requirement in requirements]
+
+    off = required({**without_nvcc, "RESNET_FUSED_CUDA": "off"})
+    assert names(off) == ["setuptools", "cmake", "ninja", "pybind11"]
+    nothing = required({**without_nvcc, "RESNET_FUSED_EXTENSION": "off"})
+    assert names(nothing) == ["setuptools"]
     nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
     nvcc.touch(mode=0o755)
@@ -283,27 +401,27 @@ def test_no_compiler_is_fetched_in_vain(required, plain, without_nvcc, tmp_path)
         {"CUDA_HOME": str(nvcc.parents[1])},
         {"PATH": os.pathsep.join([str(nvcc.parent), without_nvcc["PATH"]])},
     ):
-        assert required({**without_nvcc, **steering}) == []
+        assert required({**without_nvcc, **steering}) == off
 
 
 # The package without its extension, and with one that cannot be loaded
 
 
-def test_works_without_the_extension(source, plain):
+def test_works_without_the_extension(source, plain, python):
     report = python(source, plain, "-m", "resnet_fused.env")
     assert re.search(r"extension +not usable: .*is not built .*pip install", report)
     assert re.search(r"reference +available", report)
     assert re.search(r"cuda +unavailable: backend 'cuda' cannot run: .*pip install", report)
 
 
-def test_an_extension_that_cannot_be_loaded_is_explained(source, plain):
+def test_an_extension_that_cannot_be_loaded_is_explained(source, plain, python):
     (source / "resnet_fused" / f"_C{EXTENSION_SUFFIXES[0]}").write_bytes(b"\x7fELF, but no more")
     report = python(source, plain, "-m", "resnet_fused.env")
     assert re.search(r"extension +not usable: .*cannot be loaded .*--force-reinstall", report)
     assert re.search(r"reference +available", report)
 
 
-def test_missing_torch_is_named_and_reported(source, plain):
+def test_missing_torch_is_named_and_reported(source, plain, python):
     """A folder that hides torch stands for a machine without it."""
     (source / "torch.py").write_text("raise ImportError('libcudart.so is missing')")
     report = python(source, plain, "-m", "resnet_fused.env")
@@ -327,12 +445,64 @@ def test_report_goes_on_after_a_probe_that_fails(monkeypatch):
     assert re.search(r"reference +available", report)
 
 
-def test_import_loads_neither_the_extension_nor_the_gpu(source, plain):
+def test_import_loads_neither_the_extension_nor_the_gpu(source, plain, python):
     code = (
         "import sys, torch, resnet_fused\n"
         "print('resnet_fused._C' in sys.modules, torch.cuda.is_initialized())"
     )
     assert python(source, plain, "-c", code).split() == ["False", "False"]
+
+
+# Sources that lie beside an installed package
+
+
+def installed_extension(name: str) -> Path:
+    if reason := _extension.available(name):
+        pytest.skip(reason)
+    return Path(str(_extension.load(name).__file__))
+
+
+@pytest.mark.parametrize(
+    ("name", "found"), [("_C", r"extension +\d.*\n +{path}\n"), ("_C_sim", "cuda_sim +available")]
+)
+def test_sources_find_an_installed_extension(source, plain, uninstalled, tmp_path, name, found):
+    """In the folder of the sources, where Python takes these and not the installed package."""
+    extension = installed_extension(name)
+    package = tmp_path / "site" / "resnet_fused"
+    package.mkdir(parents=True)
+    planted = package / extension.name
+    shutil.copy(extension, planted)
+
+    def report() -> str:
+        env = {**plain, "PYTHONPATH": str(package.parent)}
+        return run(uninstalled, "-m", "resnet_fused.env", cwd=source, env=env).stdout
+
+    assert re.search(found.format(path=re.escape(str(planted))), report())
+
+    module = source / "resnet_fused" / "_extension.py"
+    text = module.read_text()
+    module.write_text(re.sub(r"^INTERFACE = \d+", "INTERFACE = 1234", text, flags=re.MULTILINE))
+    refused = (
+        rf"{name} in {re.escape(str(planted))} has interface \d+, .* needs 1234; .*pip install"
+    )
+    assert re.search(refused, report())
+
+    module.write_text(text)
+    planted.write_bytes(b"\x7fELF, but no more")
+    assert re.search(rf"{name} cannot be loaded .*--force-reinstall", report())
+
+
+# Continuous integration
+
+
+def test_ci_runs_the_commands_of_the_readme():
+    start = (ROOT / "README.md").read_text().split("\n## Start\n")[1].split("\n## ")[0]
+    commands = [block.strip() for block in start.split("```")[1::2]]
+    install, test = commands
+    assert install.startswith("python3 -m venv")
+    assert test.startswith("pytest")
+    ci = (ROOT / ".ci/run").read_text().splitlines()
+    assert ci.index(install) < ci.index(test)
 
 
 def test_installed_extension_links_only_the_system():

@@ -34,7 +34,8 @@ def test_readme_and_page_are_what_the_files_say(capsys: pytest.CaptureFixture[st
 
 
 def test_a_changed_number_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("README.md", "docs/results.md", "benchmarks/results/throughput_cpu.json"):
+    results = [f"benchmarks/results/{name}.json" for name in ("throughput_cpu", "matrix")]
+    for name in ("README.md", "docs/results.md", *results):
         target = tmp_path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text((ROOT / name).read_text())
@@ -45,8 +46,9 @@ def test_a_changed_number_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (tmp_path / "docs/results.md").read_text().endswith("A profile says why.\n")
     readme = (tmp_path / "README.md").read_text()
     assert readme == (ROOT / "README.md").read_text()
-    (tmp_path / "README.md").write_text(readme.replace("cpu** | **", "cpu** | **9", 1))
-    assert render.main(["--check"]) == 1
+    for cell, other in (("cpu** | **", "cpu** | **9"), ("| passed |", "| passed twice |")):
+        (tmp_path / "README.md").write_text(readme.replace(cell, other, 1))
+        assert render.main(["--check"]) == 1
 
 
 def test_verdicts_by_hand() -> None:

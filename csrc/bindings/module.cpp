@@ -8,9 +8,7 @@
 namespace py = pybind11;
 
 PYBIND11_MODULE(_C, module) {
-  // What resnet_fused/_extension.py expects: raised there and here with every change of a bound
-  // function's name, arguments or meaning.
-  module.attr("INTERFACE") = 9;
+  module.attr("INTERFACE") = kInterface;
   module.def(
       "build_info",
       [] {

@@ -14,6 +14,7 @@ namespace py = pybind11;
 PYBIND11_MODULE(_C_sim, module) {
   py::register_exception<host_sim::Fault>(module, "Fault", PyExc_RuntimeError);
 
+  module.attr("INTERFACE") = kInterface;
   module.def(
       "set_buffers",
       [](const std::vector<std::tuple<std::uintptr_t, std::size_t, bool>>& buffers) {

@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from resnet_fused.testing import machine
+
 from .errors import ExperimentError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -71,7 +73,8 @@ def parser(description: str, name: str) -> argparse.ArgumentParser:
     )
     options.add_argument("--out", type=Path, default=Path("runs") / name, help="results go here")
     options.add_argument("--quick", action="store_true", help="a few iterations, to try it out")
-    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    options.add_argument("--device", type=machine.device, default=here)
     options.add_argument(
         "--dtype", choices=_DTYPES, help="of autocast; bfloat16 on a GPU and float32 on a CPU"
     )
@@ -113,7 +116,7 @@ def run(
 def _started(options: argparse.Namespace) -> Iterator[Launch]:
     # Read by cuBLAS when CUDA starts; deterministic products need it.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    device = torch.device(options.device)
+    device = options.device
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if device.type == "cuda" and world > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

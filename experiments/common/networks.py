@@ -10,6 +10,7 @@ from torch import nn
 
 import resnet_fused
 from resnet_fused import cifar
+from resnet_fused.tune import ARCHITECTURES
 
 from .data import Images
 from .errors import ExperimentError
@@ -47,6 +48,19 @@ def _network(
             "a number."
         )
     return partial(getattr(cifar, kind), depth, num_classes=images.classes, **arguments)
+
+
+def named(name: str) -> Callable[..., Any]:
+    """The constructor of resnet_fused's network of that name, as resnet50 or cifar.resnet56.
+
+    Raises ExperimentError where there is none.
+    """
+    if name not in ARCHITECTURES:
+        raise ExperimentError(
+            f"--model {name}: resnet_fused has no network of that name; it has "
+            f"{', '.join(ARCHITECTURES)}."
+        )
+    return ARCHITECTURES[name]
 
 
 def parameters(model: nn.Module) -> int:

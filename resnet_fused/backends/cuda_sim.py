@@ -7,7 +7,6 @@ and never chosen automatically.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -15,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import settings
+from .. import _extension, settings
 from ..errors import BackendUnavailableError
 from ..parameters import Convolution
 from . import Backend
 from .cuda import CudaBackend
 
-_MODULE = "resnet_fused._C_sim"
+_MODULE = "_C_sim"
 
 
 class SimulatedBackend(CudaBackend):
@@ -73,15 +72,11 @@ def _reach(tensor: Tensor) -> int:
 
 def load() -> ModuleType:
     """The simulator's extension; BackendUnavailableError, with the fix, where it is not built."""
-    try:
-        return importlib.import_module(_MODULE)
-    except ModuleNotFoundError as error:
-        if error.name != _MODULE:
-            raise
+    if reason := _extension.available(_MODULE):
         raise BackendUnavailableError(
-            "backend 'cuda_sim' is not built: it is a developer's tool; in a source tree run "
-            "`RESNET_FUSED_HOST_SIM=on pip install -e .`"
-        ) from error
+            f"backend 'cuda_sim', a developer's tool, cannot run: {reason}."
+        )
+    return _extension.load(_MODULE)
 
 
 def create() -> Backend:

@@ -55,7 +55,7 @@ def load_weights(
     hash in the file's name. Files load with `weights_only=True`, so they cannot run code.
 
     Raises ValueError for a name that is neither a file nor a weights entry, and CheckpointError
-    for a file that is not a state dict.
+    for a file that is not a state dict or that cannot be downloaded.
     """
     if weights is None or isinstance(weights, Mapping):
         return weights
@@ -105,7 +105,15 @@ def _download(architecture: str, weights: Enum, progress: bool) -> Mapping[str, 
         raise ValueError(
             f"weights={weights} belong to another model; {architecture} takes {entries.__name__}."
         )
-    return weights.get_state_dict(progress=progress, check_hash=True)
+    try:
+        return weights.get_state_dict(progress=progress, check_hash=True)
+    except Exception as error:  # a network, a disk and a damaged file fail in many ways
+        url = weights.value.url
+        raise CheckpointError(
+            f"weights={weights} cannot be had from {url} ({type(error).__name__}: {error}); "
+            f"download that file elsewhere and pass its path as `weights`, or put it into "
+            f"{Path(torch.hub.get_dir(), 'checkpoints')}, in place of one that is damaged."
+        ) from error
 
 
 def _read(path: Path) -> Mapping[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,26 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def device(name: str) -> torch.device:
+    """For a command's option: the device, or argparse's error for one that is not there."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise argparse.ArgumentTypeError(f"{name!r} is neither cpu nor cuda nor cuda:1 and so on")
+    found = torch.device(name)
+    beyond = found.index is not None and found.index >= torch.cuda.device_count()
+    if found.type == "cuda" and (beyond or not torch.cuda.is_available()):
+        raise argparse.ArgumentTypeError(
+            f"{name!r} is no GPU that PyTorch sees; see python -m resnet_fused.env"
+        )
+    return found
+
+
+def positive(text: str) -> int:
+    """For a command's option: the number, or argparse's error for one below 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
+    return int(text)
 
 
 def describe(device: torch.device) -> dict[str, Any]:

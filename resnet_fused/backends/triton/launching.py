@@ -39,7 +39,7 @@ def machine(device: torch.device) -> Machine:
     """Limits of `device`; of the interpreter, which runs programs one by one, on the CPU."""
     if device.type != "cuda":
         return Machine(1, 227 * 1024, interpreted=True)
-    properties: Any = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)  # stubs lack some of them
     return Machine(properties.multi_processor_count, properties.shared_memory_per_block_optin)
 
 
