@@ -179,7 +179,7 @@ class _Called(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["cpu", "cuda_sim"])
+@pytest.mark.parametrize("name", ["cpu", pytest.param("cuda_sim", marks=pytest.mark.simulator)])
 @pytest.mark.parametrize("groups", [1, 2])  # on the CPU, groups go another way
 def test_conv_bn_copies_no_narrower_strided_residual(name: str, groups: int) -> None:
     if reason := backends.unavailable(name):
