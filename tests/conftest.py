@@ -63,7 +63,7 @@ def architectures(extension: ModuleType) -> list[str]:
 
 @pytest.fixture
 def simulator() -> ModuleType:
-    """The host simulator's extension, its counts at zero. Its users carry the marker `simulator`."""
+    """The simulator's extension, its counts at zero; who uses it gets the marker `simulator`."""
     module = importlib.import_module("resnet_fused._C_sim")
     module.take_statistics()
     return module

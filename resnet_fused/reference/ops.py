@@ -13,10 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..parameters import BatchNorm, Convolution, MaxPool
-
-
-def _convolve(x: Tensor, conv: Convolution) -> Tensor:
-    return F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+from .convolution import convolve
 
 
 def _normalise(x: Tensor, bn: BatchNorm) -> Tensor:
@@ -50,7 +47,7 @@ def conv_bn(
     """relu?(bn(conv(x)) (+ residual)); x (N, C, H, W), residual (N, D, P, Q), zero from D on."""
     if residual is not None:
         residual = pad_channels(residual, conv.weight.shape[0])
-    return bn_add_relu(_convolve(x, conv), bn, residual, relu)
+    return bn_add_relu(convolve(x, conv), bn, residual, relu)
 
 
 def conv_bn_projection(
