@@ -88,7 +88,7 @@ def test_error_is_no_larger_than_torchvisions(name: str, size: tuple[int, int]) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.thorough)])
 def test_triton_interpreted(name: str, dtype: torch.dtype) -> None:
     if torch.cuda.is_available():
         pytest.skip("kernels are compiled here, not interpreted")

@@ -153,6 +153,7 @@ def assert_links_only_the_system(module: Path) -> None:
 
 
 @needs_tools
+@pytest.mark.thorough
 def test_off_builds_a_whole_package_without_cuda(source, plain):
     installed = unpack(source, build_wheel(source, {**plain, "RESNET_FUSED_CUDA": "off"}))
     (module,) = (installed / "resnet_fused").glob("_C*.so")
@@ -194,6 +195,7 @@ def test_on_without_compiler_fails_and_says_what_to_do(source, without_nvcc):
 
 
 @needs_tools
+@pytest.mark.thorough
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc in PATH")
 def test_on_builds_the_architectures_asked_for(source, plain):
     steered = {**plain, "RESNET_FUSED_CUDA": "on", "RESNET_FUSED_CUDA_ARCHS": "80;90a"}
@@ -233,6 +235,7 @@ def test_unknown_architectures_stop_the_build(source, plain, architectures):
     assert 'write them like "80;90a"' in result.stdout
 
 
+@pytest.mark.thorough
 @pytest.mark.network
 def test_isolated_build_needs_nothing_installed(source, without_nvcc):
     """pip brings the build's own tools; neither torch nor numpy is among them."""
