@@ -17,13 +17,18 @@ if not torch.cuda.is_available():
 from resnet_fused import _extension, backends, use_backend
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects by the markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA GPU, and torch sees none")
+    """Marks what uses the fixture `simulator`, and skips what this machine or build lacks."""
+    missing = {"simulator": backends.unavailable("cuda_sim")}
+    if not torch.cuda.is_available():
+        missing["gpu"] = "needs a CUDA GPU, and torch sees none"
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        if "simulator" in getattr(item, "fixturenames", ()):
+            item.add_marker("simulator")
+        for marker, reason in missing.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)
@@ -58,9 +63,7 @@ def architectures(extension: ModuleType) -> list[str]:
 
 @pytest.fixture
 def simulator() -> ModuleType:
-    """The host simulator's extension, its counts at zero."""
-    if reason := backends.unavailable("cuda_sim"):
-        pytest.skip(reason)
+    """The simulator's extension, its counts at zero; who uses it gets the marker `simulator`."""
     module = importlib.import_module("resnet_fused._C_sim")
     module.take_statistics()
     return module
@@ -83,8 +86,8 @@ TARGETS = [
     pytest.param(("reference", "cpu"), id="reference"),
     pytest.param(("cpu", "cpu"), id="cpu"),
     pytest.param(("triton", "cpu"), id="triton-interpreted"),
-    pytest.param(("cuda_sim", "cpu"), id="cuda-simulated"),
-    pytest.param(("cuda_sim", "cpu", 90), id="cuda-simulated-sm90"),
+    pytest.param(("cuda_sim", "cpu"), id="cuda-simulated", marks=pytest.mark.simulator),
+    pytest.param(("cuda_sim", "cpu", 90), id="cuda-simulated-sm90", marks=pytest.mark.simulator),
     pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
     pytest.param(("cuda", "cuda"), id="cuda", marks=pytest.mark.gpu),
     pytest.param(("tuned", "cuda"), id="tuned", marks=pytest.mark.gpu),

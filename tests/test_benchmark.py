@@ -163,7 +163,9 @@ def test_red_gate_states_no_speedup(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "RED GATE" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.thorough)]
+)
 def test_interrupt_keeps_what_was_measured(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

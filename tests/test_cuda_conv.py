@@ -565,7 +565,7 @@ def test_stem_is_exact_on_integers_and_free_of_bank_conflicts(simulator, half, n
 
 
 @pytest.mark.parametrize("name", STEMS)
-def test_stem_keeps_the_contract(half, name):
+def test_stem_keeps_the_contract(simulator, half, name):
     x, conv, bn = make_convolution(STEMS[name], generator(), half)
     check_op(backends.get("cuda_sim").stem, reference.stem, [x, conv, bn, MaxPool()])
 

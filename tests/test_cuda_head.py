@@ -13,8 +13,7 @@ import torch
 from machine_code import cuobjdump
 from torch import Tensor
 
-from resnet_fused import backends
-from resnet_fused.backends.cuda_sim import SimulatedBackend, load
+from resnet_fused.backends.cuda_sim import SimulatedBackend
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import generator
 from resnet_fused.testing.numerics import cast, check_op
@@ -32,15 +31,6 @@ CASES = {
     "most images": (16, 24, 2, 2, 17),
     "products left to cuBLAS": (17, 24, 2, 2, 17),
 }
-
-
-@pytest.fixture
-def simulator() -> ModuleType:
-    if reason := backends.unavailable("cuda_sim"):
-        pytest.skip(reason)
-    module = load()
-    module.take_statistics()
-    return module
 
 
 @pytest.fixture

@@ -445,7 +445,8 @@ def settled(network: ResidualNetwork, scenes: Any) -> ResidualNetwork:
 
 
 @pytest.mark.parametrize(
-    ("arrangement", "sizes"), [("c4", {"pooled": 8}), ("fpn", {"pyramid": 64})]
+    ("arrangement", "sizes"),
+    [("c4", {"pooled": 8}), pytest.param("fpn", {"pyramid": 64}, marks=pytest.mark.thorough)],
 )
 def test_overfits_a_small_set(place: Launch, arrangement: str, sizes: dict[str, int]) -> None:
     """Two scenes by heart, from random weights: the loss falls, and mAP on them passes 0.5."""

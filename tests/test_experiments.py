@@ -209,7 +209,10 @@ def same(a: Any, b: Any) -> bool:
     ("name", "run", "arguments"),
     [
         ("cifar", "resnet8-seed0", ["--depths", "8", "--runs", "1", "--iterations", "60"]),
-        ("imagenet", "resnet18-modern", ["--recipes", "modern", "--dtype", "bfloat16"]),
+        pytest.param(
+            *("imagenet", "resnet18-modern", ["--recipes", "modern", "--dtype", "bfloat16"]),
+            marks=pytest.mark.thorough,
+        ),
     ],
 )
 def test_a_killed_run_resumes_to_the_same_bits(

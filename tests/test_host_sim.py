@@ -18,8 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from resnet_fused import backends
-from resnet_fused.backends.cuda_sim import SimulatedBackend, load
+from resnet_fused.backends.cuda_sim import SimulatedBackend
 from resnet_fused.parameters import Convolution, MaxPool
 from resnet_fused.testing.cases import BlockCase, generator, make_batch_norm, make_bottleneck
 
@@ -28,13 +27,10 @@ UNTOUCHED = 0xFFFFFFFF
 
 
 @pytest.fixture
-def simulator() -> Iterator[ModuleType]:
-    if reason := backends.unavailable("cuda_sim"):
-        pytest.skip(reason)
-    module = load()
-    module.take_statistics()
-    yield module
-    module.plant()
+def simulator(simulator: ModuleType) -> Iterator[ModuleType]:
+    """As everywhere, and no mistake that a test plants outlives it."""
+    yield simulator
+    simulator.plant()
 
 
 def words(tensor: Tensor) -> list[int]:

@@ -89,7 +89,7 @@ def test_error_is_no_larger_than_torchvisions(name: str, size: tuple[int, int]) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.thorough)])
 def test_triton_interpreted(name: str, dtype: torch.dtype) -> None:
     if torch.cuda.is_available():
         pytest.skip("kernels are compiled here, not interpreted")
@@ -150,14 +150,15 @@ def test_training_is_torchvisions() -> None:
     ours.load_state_dict(theirs.state_dict())
     truth = copy.deepcopy(theirs).double()
     x, target = images(4, 64, 64), torch.tensor([1, 2, 3, 4])
+    # In the layout that ours takes: in another, other kernels of PyTorch sum in another order.
+    theirs.to(memory_format=torch.channels_last)
     for model in (ours, theirs, truth):
-        logits = model(x.to(model.fc.weight.dtype))
-        nn.functional.cross_entropy(logits, target).backward()
+        batch = x.to(model.fc.weight.dtype, memory_format=torch.channels_last)
+        nn.functional.cross_entropy(model(batch), target).backward()
     for (name, a), b, c in zip(
         ours.named_parameters(), theirs.parameters(), truth.parameters(), strict=True
     ):
-        # Both run PyTorch's kernels, in different layouts: their errors agree only within noise.
-        assert relative_error(a.grad, c.grad) <= 2 * relative_error(b.grad, c.grad) + 1e-6, name
+        assert relative_error(a.grad, c.grad) <= 1.1 * relative_error(b.grad, c.grad) + 1e-6, name
     for (name, a), b in zip(ours.named_buffers(), theirs.buffers(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
 

@@ -184,6 +184,7 @@ def assert_links_only_the_system(module: Path) -> None:
 
 
 @needs_tools
+@pytest.mark.thorough
 def test_off_builds_a_whole_package_without_cuda(source, plain, python, tmp_path):
     log = tmp_path / "compiled"
     cxx = plant(tmp_path / "bin", "own-cxx", f'echo "$@" >> {log}; exec c++ "$@"')
@@ -229,6 +230,7 @@ def test_on_without_compiler_fails_and_says_what_to_do(source, without_nvcc):
 
 
 @needs_tools
+@pytest.mark.thorough
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc in PATH")
 def test_on_builds_the_architectures_asked_for(source, plain, python):
     steered = {**plain, "RESNET_FUSED_CUDA": "on", "RESNET_FUSED_CUDA_ARCHS": "80;90a"}
@@ -270,6 +272,7 @@ def test_unknown_architectures_stop_the_build(source, plain, architectures):
     assert 'write them like "80;90a"' in result.stdout
 
 
+@pytest.mark.thorough
 @pytest.mark.network
 def test_isolated_build_needs_nothing_installed(source, without_nvcc, python):
     """pip brings the build's own tools; neither torch nor numpy is among them."""

@@ -46,7 +46,9 @@ def _scaled_wgrad(wgrad: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return scaled
 
 
-@pytest.mark.parametrize("fault", [None, "eps", "gradient"])
+@pytest.mark.parametrize(
+    "fault", [None, pytest.param("eps", marks=pytest.mark.thorough), "gradient"]
+)
 def test_gate(fault: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "GATE_STEPS", 3)
     monkeypatch.setattr(training, "GATE_NUDGES", 3)

@@ -73,7 +73,7 @@ def _gradients(model: nn.Module, x: Tensor, target: Tensor) -> tuple[Tensor, dic
     ("name", "how", "dtype"),
     [
         ("resnet18", "interpreted", torch.float32),
-        ("resnet18", "interpreted", torch.float16),
+        pytest.param("resnet18", "interpreted", torch.float16, marks=pytest.mark.thorough),
         *(
             pytest.param("resnet50", "interpreted", dtype, marks=pytest.mark.slow)
             for dtype in (torch.float32, torch.float16)

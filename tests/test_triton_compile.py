@@ -27,16 +27,19 @@ BATCH = 256
 
 # The 16-bit types differ in one letter of an instruction, so one stands for both.
 CASES = [
-    (80, "float16"),
-    (90, "bfloat16"),
-    (90, "tf32"),
-    (90, "float32"),
-    (100, "bfloat16"),
-    (120, "float16"),
+    pytest.param(capability, dtype, id=f"sm_{capability}-{dtype}", marks=marks)
+    for capability, dtype, marks in (
+        (80, "float16", ()),
+        (90, "bfloat16", ()),
+        (90, "tf32", pytest.mark.thorough),
+        (90, "float32", pytest.mark.thorough),
+        (100, "bfloat16", pytest.mark.thorough),
+        (120, "float16", pytest.mark.thorough),
+    )
 ]
 
 
-@pytest.mark.parametrize(("capability", "dtype"), CASES, ids=[f"sm_{c}-{d}" for c, d in CASES])
+@pytest.mark.parametrize(("capability", "dtype"), CASES)
 def test_kernels_of_resnets(capability: int, dtype: str) -> None:
     """No spilled register, tensor cores in use, 16-byte copies, no division in a loop."""
     kernels = compiled_kernels(__file__, capability, dtype)

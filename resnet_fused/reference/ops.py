@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..parameters import BatchNorm, Convolution, MaxPool
+from .convolution import convolve
 
 
 def nhwc(x: Tensor) -> Tensor:
@@ -21,10 +22,6 @@ def nhwc(x: Tensor) -> Tensor:
     Unlike `contiguous(memory_format=...)`, this works inside `torch.vmap`.
     """
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-
-
-def _convolve(x: Tensor, conv: Convolution) -> Tensor:
-    return F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def _normalise(x: Tensor, bn: BatchNorm) -> Tensor:
@@ -58,7 +55,7 @@ def conv_bn(
     """relu?(bn(conv(x)) (+ residual)); x (N, C, H, W), residual (N, D, P, Q), zero from D on."""
     if residual is not None:
         residual = pad_channels(residual, conv.weight.shape[0])
-    return bn_add_relu(_convolve(x, conv), bn, residual, relu)
+    return bn_add_relu(convolve(x, conv), bn, residual, relu)
 
 
 def conv_bn_projection(

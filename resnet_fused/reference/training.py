@@ -13,6 +13,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from ..backends.training import MEAN, SCALE, SHIFT, Activation, RawGradient
 from ..parameters import Convolution, MaxPool
+from .convolution import convolve
 from .ops import pad_channels
 
 
@@ -77,7 +78,7 @@ class ReferenceTraining:
         self, x: Tensor | Activation, conv: Convolution, statistics: bool
     ) -> tuple[Tensor, Tensor | None]:
         value = _value(x)
-        raw = F.conv2d(value, conv.weight.to(value.dtype), None, *conv[1:])
+        raw = convolve(value, conv._replace(weight=conv.weight.to(value.dtype)))
         raw = raw.contiguous(memory_format=torch.channels_last)
         if not statistics:
             return raw, None

@@ -9,11 +9,13 @@ shrink as it shrinks the roundings of activations.
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...parameters import BatchNorm, Convolution
+from ...reference.convolution import usual_strides, well_posed
 from .native import bn_add_relu
 
 OPERATORS = (
@@ -30,14 +32,14 @@ class OneDnnConvolution:
 
     def __init__(self, extension: ModuleType, conv: Convolution) -> None:
         self._extension = extension
-        self._geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
         # oneDNN picks the layout by the input's size; another layout is right too, yet far
         # slower. So: one copy for each layout, and which one each size wants.
         self._layouts: dict[bytes, Tensor] = {}
-        self._by_size: dict[torch.Size, Tensor] = {}
+        self._by_size: dict[Any, Tensor] = {}
         # Packed weights outlive the mode they were made in, and the weight's content.
         with torch.inference_mode(False), torch.no_grad():
-            self._latest = conv.weight.detach().clone()
+            self._latest = usual_strides(conv.weight.detach().clone())
+        self._conv = conv._replace(weight=torch.empty_like(conv.weight, device="meta"))
 
     def __call__(
         self,
@@ -48,24 +50,24 @@ class OneDnnConvolution:
         in_place: bool = False,
     ) -> Tensor:
         """(N, C, H, W) -> a new (N, K, P, Q), channels_last; `in_place` is not made use of."""
-        packed = self._by_size.get(x.shape)
+        x, conv = well_posed(x, self._conv)
+        geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
+        size = (x.shape, *conv.stride)
+        packed = self._by_size.get(size)
         if packed is None:
-            packed = self._pack(x.shape)
-        out = torch.ops.mkldnn._convolution_pointwise(
-            x, packed, None, *self._geometry, "none", [], ""
-        )
+            packed = self._by_size[size] = self._pack(x.shape, geometry)
+        out = torch.ops.mkldnn._convolution_pointwise(x, packed, None, *geometry, "none", [], "")
         owned = out.is_contiguous(memory_format=torch.channels_last)
         return bn_add_relu(self._extension, out, bn, residual, relu, in_place=owned)
 
-    def _pack(self, size: torch.Size) -> Tensor:
+    def _pack(self, size: torch.Size, geometry: tuple[Any, ...]) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
             weight = self._latest
             packed = torch.ops.mkldnn._reorder_convolution_weight(
-                weight.to_dense() if weight.is_mkldnn else weight, *self._geometry, list(size)
+                weight.to_dense() if weight.is_mkldnn else weight, *geometry, list(size)
             )
             layout = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).numpy())
         self._latest = packed = self._layouts.setdefault(layout, packed)
         if len(self._by_size) >= _SIZES:
             self._by_size.clear()
-        self._by_size[size] = packed
         return packed
