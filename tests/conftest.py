@@ -8,6 +8,12 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: threads that wait must not keep another's from running. Read when
+    # torch loads OpenMP.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 if not torch.cuda.is_available():
