@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import datetime
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,56 @@ def test_two_processes_equal_one_on_the_joined_batch(backend: str | None, tmp_pa
             found = ranks[0][key]
         # Both are float32, summed in different orders.
         assert relative_error(found, value) < 1e-5, key
+
+
+def _uneven_worker(rank: int, difference: str, folder: Path) -> None:
+    """The first process fuses everything; something keeps the second one from it."""
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=60)  # of a collective for which the other never comes
+    dist.init_process_group("gloo", f"file://{folder}/meet", timeout, rank=rank, world_size=2)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(_model())
+    x, grad = _data()
+    part = slice(None, SPLIT) if rank == 0 else slice(SPLIT, None)
+    if difference == "an empty batch":
+        part = slice(None, None) if rank == 0 else slice(0, 0)
+    elif difference == "partly frozen":
+        model[0].requires_grad_(False)
+    if rank == 1 and difference == "hooks":
+        for module in (model[0].bn2, model[0].downsample[1], model[1].conv1):
+            module.register_forward_hook(lambda m, i, out: None)
+    elif rank == 1 and difference == "partly frozen":
+        model[1].bn1.register_forward_pre_hook(lambda m, i: None)
+    out = model(x[part])
+    out.backward(grad[part])
+    found = {"result": out.detach(), **dict(model.named_buffers())}
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            dist.all_reduce(p.grad)
+            found[name] = p.grad
+    torch.save(found, folder / f"rank{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("difference", ["hooks", "an empty batch", "partly frozen"])
+def test_ranks_that_fuse_differently_meet_in_the_same_collectives(
+    difference: str, tmp_path: Path
+) -> None:
+    model, (x, grad) = _model(), _data()
+    if difference == "partly frozen":
+        model[0].requires_grad_(False)
+    out = model(x)
+    out.backward(grad)
+    mp.spawn(_uneven_worker, (difference, tmp_path), nprocs=2)
+    ranks = [torch.load(tmp_path / f"rank{rank}") for rank in range(2)]
+    found = torch.cat([rank["result"] for rank in ranks])
+    assert relative_error(found, out.detach()) < 1e-5
+    for name, buffer in model.named_buffers():
+        assert torch.equal(ranks[0][name], ranks[1][name]), name
+        assert relative_error(ranks[0][name], buffer) < 1e-5, name
+    for name, p in model.named_parameters():
+        assert (p.grad is None) == (name not in ranks[0]), name
+        if p.grad is not None:
+            assert relative_error(ranks[0][name], p.grad) < 1e-5, name
 
 
 def _stem_worker(rank: int, folder: Path) -> None:
