@@ -734,8 +734,18 @@ def test_use_in_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["resnet50", "resnext50_32x4d"])
-@pytest.mark.parametrize("way", [node_names, feature_extractor, scripted, symbolic_trace, jvp])
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("resnet50", feature_extractor),
+        ("resnet50", scripted),
+        ("resnet50", jvp),
+        ("resnext50_32x4d", node_names),
+        pytest.param("resnext50_32x4d", symbolic_trace, marks=pytest.mark.thorough),
+        pytest.param("resnext50_32x4d", scripted, marks=pytest.mark.thorough),
+    ],
+    ids=lambda v: getattr(v, "__name__", v),
+)
 def test_bottlenecks(name: str, way: Use) -> None:
     ours, theirs = pair(name)
     close(way(ours), way(theirs), 1e-9)
@@ -1174,7 +1184,7 @@ def test_without_affine_parameters_training_is_fused(frozen: bool, counted: list
 @pytest.mark.parametrize(
     "name", ["deprecated_statistics", "a_step_of_training", "channels_last_model"]
 )
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("arch", ["resnet18", pytest.param("resnet50", marks=pytest.mark.thorough)])
 def test_use_through_the_training_ops(name: str, arch: str) -> None:
     ours, theirs = pair(arch)
     if name == "deprecated_statistics" and arch == "resnet50":
