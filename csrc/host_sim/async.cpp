@@ -12,14 +12,14 @@
 #include <map>
 #include <vector>
 
+#include "host_sim/layout.h"
+
 namespace host_sim {
 namespace {
 
-constexpr std::uint32_t kChunk = 16;                         // bytes that move together
 constexpr std::uint64_t kMbarrierBits = 0x6d62617272696572;  // what an mbarrier's bytes hold
 constexpr std::int64_t kMaxBytes = (1 << 20) - 1;            // that a phase can await
-constexpr int kRows = 64, kDepth = 16, kRowBytes = 128;      // of a warpgroup's operands
-constexpr std::uint64_t kSwizzle128 = 1;                     // in a matrix descriptor
+constexpr int kRows = 64, kDepth = 16;                       // of a warpgroup's operands
 
 struct Mbarrier {
   char name[160];
@@ -31,13 +31,6 @@ struct Mbarrier {
   bool fenced = false;
   Actor agent;
   std::vector<int> waiting;
-};
-
-// 16 bytes, or fewer where the tensor ends within them.
-struct Chunk {
-  std::uint32_t shared;
-  unsigned char* global;  // null outside
-  std::uint32_t bytes;
 };
 
 struct Load {
@@ -120,72 +113,6 @@ void end_phase_if_complete(std::uint32_t at, Mbarrier& barrier) {
   describe(at, barrier);
 }
 
-std::uint32_t swizzled(std::uint32_t address, int bits) {
-  return address ^ ((address >> 7 & ((1u << bits) - 1)) << 4);
-}
-
-// The row of one pixel or of one line of a box: chunks from channel `first` on.
-void add_row(const CUtensorMap& map, bool inside, unsigned char* row, std::int64_t first,
-             std::uint32_t& shared, std::vector<Chunk>& to) {
-  const std::int64_t element = static_cast<std::int64_t>(map.stride[0]);
-  const std::int64_t lanes = kChunk / element;
-  for (std::int64_t c = first; c < first + map.box[0]; c += lanes, shared += kChunk) {
-    const std::int64_t left = std::min(lanes, static_cast<std::int64_t>(map.size[0]) - c);
-    const bool some = inside && c >= 0 && left > 0;
-    to.push_back({swizzled(shared, map.swizzle), some ? row + c * element : nullptr,
-                  some ? static_cast<std::uint32_t>(left * element) : 0});
-  }
-}
-
-bool within(std::int64_t coordinate, cuuint64_t size) {
-  return coordinate >= 0 && coordinate < static_cast<std::int64_t>(size);
-}
-
-void add_tile(const CUtensorMap& map, const std::int32_t* first, std::uint32_t shared,
-              std::vector<Chunk>& to) {
-  std::uint32_t index[CUtensorMap::kRanks] = {};
-  for (;;) {
-    bool inside = true;
-    unsigned char* row = map.data;
-    for (int d = 1; d < map.rank; ++d) {
-      const std::int64_t coordinate = std::int64_t{first[d]} + index[d];
-      inside = inside && within(coordinate, map.size[d]);
-      row += coordinate * static_cast<std::int64_t>(map.stride[d]);
-    }
-    add_row(map, inside, row, first[0], shared, to);
-    int d = 1;
-    while (d < map.rank && ++index[d] == map.box[d]) index[d++] = 0;
-    if (d == map.rank) return;
-  }
-}
-
-// "im2col mode": pixels from the first one on, within a box that reaches from `lower` to the
-// image's last pixel + `upper`, line by line and image by image.
-void add_pixels(const CUtensorMap& map, const std::int32_t* first, const std::uint16_t* offsets,
-                std::uint32_t shared, std::vector<Chunk>& to) {
-  std::int64_t w = first[1], h = first[2], n = first[3];
-  const auto last = [&](int k) { return static_cast<std::int64_t>(map.size[k + 1]) - 1; };
-  if (w < map.lower[0] || w > last(0) + map.upper[0] || h < map.lower[1] ||
-      h > last(1) + map.upper[1]) {
-    fault("starts a copy at pixel (%d, %d), outside its tensor map's box", first[2], first[1]);
-  }
-  for (std::uint32_t pixel = 0; pixel < map.box[1]; ++pixel) {
-    const std::int64_t x = w + offsets[0], y = h + offsets[1];
-    const bool inside = within(x, map.size[1]) && within(y, map.size[2]) && within(n, map.size[3]);
-    unsigned char* row = map.data + x * static_cast<std::int64_t>(map.stride[1]) +
-                         y * static_cast<std::int64_t>(map.stride[2]) +
-                         n * static_cast<std::int64_t>(map.stride[3]);
-    add_row(map, inside, row, first[0], shared, to);
-    if ((w += map.step[0]) > last(0) + map.upper[0]) {
-      w = map.lower[0];
-      if ((h += map.step[1]) > last(1) + map.upper[1]) {
-        h = map.lower[1];
-        ++n;
-      }
-    }
-  }
-}
-
 // Checks the box's place in shared memory, and returns its size.
 std::uint32_t check_box(const CUtensorMap& map, std::uint32_t at) {
   std::uint32_t bytes = static_cast<std::uint32_t>(map.stride[0]);
@@ -207,23 +134,13 @@ void check_global(const Chunk& chunk, std::uint32_t element, bool write) {
 float to_float(__half v) { return __half2float(v); }
 float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
 
-// "Matrix Descriptor Format": an operand of rows of 16 elements, K-major, in 128-byte rows whose
-// chunks are permuted; groups of 8 rows lie `stride` apart.
+// An operand of rows of 16 elements, K-major.
 template <typename T>
 void read_operand(std::uint64_t descriptor, int rows, Access agent, float* to) {
-  const auto field = [&](int shift) {
-    return static_cast<std::uint32_t>(descriptor >> shift & 0x3fff) << 4;
-  };
-  const std::uint32_t start = field(0), stride = field(32);
-  if (descriptor >> 62 != kSwizzle128 || (descriptor >> 49 & 7) != 0) {
-    fault("names a matrix by a descriptor that is not modelled: swizzle %llu, base offset %llu",
-          static_cast<unsigned long long>(descriptor >> 62),
-          static_cast<unsigned long long>(descriptor >> 49 & 7));
-  }
+  const Matrix matrix = decode(descriptor);
   for (int row = 0; row < rows; ++row) {
-    for (std::uint32_t half = 0; half < 2; ++half) {
-      const std::uint32_t at =
-          swizzled(start + row / 8 * stride + row % 8 * kRowBytes + half * kChunk, 3);
+    for (int chunk = 0; chunk < 2; ++chunk) {
+      const std::uint32_t at = chunk_address(matrix, row, chunk);
       const unsigned char* bytes = shared_bytes(at, kChunk, "multiplies");
       agent_reads(at, kChunk, agent);
       T values[8];
@@ -408,12 +325,13 @@ void load_tensor(std::uint32_t to, const CUtensorMap& map, std::uint32_t at,
   if (map.im2col != (offsets != nullptr)) fault("copies in another mode than its tensor map's");
   Mbarrier& barrier = mbarrier(at);
   if (!barrier.fenced) fault("counts bytes by %s, with no fence.mbarrier_init", barrier.name);
-  Load load{at, check_box(map, to), {}};
-  if (map.im2col) {
-    add_pixels(map, coordinates, offsets, to, load.chunks);
-  } else {
-    add_tile(map, coordinates, to, load.chunks);
+  if (map.im2col && !within_box(map, coordinates)) {
+    fault("starts a copy at pixel (%d, %d), outside its tensor map's box", coordinates[2],
+          coordinates[1]);
   }
+  Load load{
+      at, check_box(map, to),
+      map.im2col ? pixel_chunks(map, coordinates, offsets, to) : tile_chunks(map, coordinates, to)};
   for (const Chunk& chunk : load.chunks) check_global(chunk, map.stride[0], false);
   agent_writes(to, load.bytes, {barrier.agent, barrier.phases + 1});
   state.loads.push_back(std::move(load));
@@ -427,9 +345,7 @@ void store_tensor(const CUtensorMap& map, std::uint32_t from, const std::int32_t
     thread.stores = add_agent("a bulk store of thread " + std::to_string(running_thread()));
   }
   agent_reads(from, bytes, {thread.stores, thread.stores_committed + 1});
-  std::vector<Chunk> chunks;
-  add_tile(map, coordinates, from, chunks);
-  for (const Chunk& chunk : chunks) {
+  for (const Chunk& chunk : tile_chunks(map, coordinates, from)) {
     check_global(chunk, map.stride[0], true);
     if (chunk.bytes > 0) {
       std::memcpy(chunk.global, shared_bytes(chunk.shared, kChunk, "stores"), chunk.bytes);

@@ -239,14 +239,20 @@ __device__ __forceinline__ void wgmma_wait(float (&d)[kValues]) {
 
 namespace resnet_fused::ptx {
 
-// "Matrix Descriptor Format" of an operand of wgmma: rows of 128 bytes, whose 16-byte chunks are
-// permuted by the row's number modulo 8 as a tensor map's 128-byte swizzle does, from a multiple of
-// 1024 bytes on. `offset` names the first row, plus 32 bytes for each 16 elements of depth.
-__device__ __forceinline__ std::uint64_t matrix_descriptor(std::uint32_t offset) {
-  constexpr std::uint64_t kSwizzle128 = std::uint64_t{1} << 62;
-  constexpr std::uint64_t kEightRows = std::uint64_t{1024 >> 4} << 32;  // stride byte offset
-  constexpr std::uint64_t kLeading = std::uint64_t{1} << 16;            // unused with a swizzle
-  return kSwizzle128 | kEightRows | kLeading | (shared_address(offset) & 0x3ffff) >> 4;
+// "Matrix Descriptor Format" of an operand of wgmma: rows of kRowBytes (128, 64 or 32), one behind
+// the other, whose 16-byte chunks are permuted as a tensor map's swizzle of that many bytes does.
+// `offset` names the first row, plus 32 bytes for each 16 elements of depth. The pattern repeats
+// after 8 rows; `base_offset` is 0 where it counts them from an address that is a multiple of that,
+// as bulk copies do, and otherwise the 128-byte row, modulo 8, from which it does.
+template <int kRowBytes = 128>
+__device__ __forceinline__ std::uint64_t matrix_descriptor(std::uint32_t offset,
+                                                           std::uint32_t base_offset = 0) {
+  static_assert(kRowBytes == 128 || kRowBytes == 64 || kRowBytes == 32);
+  constexpr std::uint64_t kSwizzle = kRowBytes == 128 ? 1 : kRowBytes == 64 ? 2 : 3;
+  constexpr std::uint64_t kEightRows = 8 * kRowBytes >> 4;  // stride byte offset
+  constexpr std::uint64_t kLeading = 1;                     // unused with a swizzle
+  return kSwizzle << 62 | std::uint64_t{base_offset} << 49 | kEightRows << 32 | kLeading << 16 |
+         (shared_address(offset) & 0x3ffff) >> 4;
 }
 
 }  // namespace resnet_fused::ptx
