@@ -19,7 +19,8 @@ constexpr std::uint32_t kChunk = 16;  // bytes that move together
 // "Swizzling modes", by the number of bits of a 128-byte row's number that permute its chunks: 3, 2
 // and 1 for 128, 64 and 32 bytes. Rows are counted from address 0 on, or from row `base` on.
 inline std::uint32_t swizzled(std::uint32_t address, int bits, std::uint32_t base = 0) {
-  return address ^ (((address >> 7) - base & ((1u << bits) - 1)) << 4);
+  const std::uint32_t row = (address >> 7) - base;
+  return address ^ (row & ((1u << bits) - 1)) << 4;
 }
 
 // 16 bytes, or fewer where the tensor ends within them.

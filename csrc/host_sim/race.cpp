@@ -90,21 +90,21 @@ void Races::fence(int thread) {
   self.view = std::move(view);
 }
 
-void Races::join_all() {
+void Races::join(int first, int count) {
   auto all = std::make_shared<Knowledge>();
   const Knowledge* last = nullptr;
-  for (std::size_t t = 0; t < threads_.size(); ++t) {
+  for (int t = first; t < first + count; ++t) {
     Thread& thread = threads_[t];
     if (thread.view.get() != last) {
       last = thread.view.get();
       raise(all->seen, last->seen);
       raise(all->fenced, last->fenced);
     }
-    raise(all->seen, static_cast<Actor>(t), thread.time++);
+    raise(all->seen, t, thread.time++);
     if (thread.copied > 0) raise(all->seen, thread.copies, thread.copied);
   }
   const View view = std::move(all);
-  for (Thread& thread : threads_) thread.view = view;
+  for (int t = first; t < first + count; ++t) threads_[t].view = view;
 }
 
 bool Races::knows(int thread, Access past) const {

@@ -1,7 +1,7 @@
 // Which accesses to shared memory are ordered: the happens-before relation, in vector clocks.
 //
-// Actors are the threads of a block and the agents that work for them asynchronously: the copies of
-// a thread (cp.async), its bulk stores, the matrix products of a warpgroup, the bulk copies that
+// Actors are the threads of a cluster and the agents that work for them asynchronously: the copies
+// of a thread (cp.async), its bulk stores, the matrix products of a warpgroup, the bulk copies that
 // one mbarrier counts. Every actor has a time of its own. A thread's advances with each release;
 // an agent's is the number of the group or phase that an operation belongs to. A View says up to
 // which time of each actor everything has happened; threads gain one from another through barriers.
@@ -56,8 +56,8 @@ class Races {
   void learn_copies(int thread, Time group);
   // fence.proxy.async of `thread`.
   void fence(int thread);
-  // A barrier of the block: all threads know all that any of them knows or has done.
-  void join_all();
+  // A barrier of `count` threads from `first` on: all know all that any of them knows or has done.
+  void join(int first, int count);
 
   bool knows(int thread, Access past) const;
   Access now(int thread) const { return {thread, threads_[thread].time}; }

@@ -49,9 +49,10 @@ int& capability() {
   return value;
 }
 void barrier(const char*) {}
+Address own(std::uint32_t offset) { return offset; }
 void mbarrier_init(std::uint32_t, std::uint32_t) {}
 void fence_mbarrier_init() {}
-void mbarrier_arrive(std::uint32_t, std::uint32_t) {}
+void mbarrier_arrive(Address, std::uint32_t) {}
 void mbarrier_wait(std::uint32_t, unsigned) {}
 void registers_at_launch(int) {}
 void release_registers(int) {}
