@@ -57,13 +57,15 @@ def architectures(extension: ModuleType) -> list[str]:
 
 
 @pytest.fixture
-def simulator() -> ModuleType:
-    """The host simulator's extension, its counts at zero."""
+def simulator() -> Iterator[ModuleType]:
+    """The host simulator's extension, its counts at zero, and its settings put back afterwards."""
     if reason := backends.unavailable("cuda_sim"):
         pytest.skip(reason)
     module = importlib.import_module("resnet_fused._C_sim")
     module.take_statistics()
-    return module
+    yield module
+    module.plant()
+    module.set_schedule()
 
 
 @pytest.fixture(params=[torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
