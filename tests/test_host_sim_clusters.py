@@ -43,7 +43,7 @@ def test_threads_write_the_other_blocks_shared_memory(seeded):
 
 
 def test_an_mbarrier_counts_arrivals_of_the_other_block(seeded):
-    """mbarrier.arrive.shared::cluster: 64 arrivals of each block end the phase in block 0."""
+    """mbarrier.arrive.release.cluster and try_wait.acquire.cluster: 64 arrivals of each block."""
     out = seeded.run_primitive("cluster arrivals", WORDS[:128], 64)
     assert out == list(range(127, 63, -1))
 
@@ -80,6 +80,7 @@ NOT_READY = "initialised with no barrier between|is no mbarrier"
 WAITS = "threads 0-63 wait at the mbarrier at 16384 of block rank"
 # Of either block: arrivals that come too early may stand for those of the other one.
 OVERWRITES = "has an asynchronous operation write|while a bulk copy .* to it is in flight"
+UNSEEN = r"it reads what thread \d+ of block rank 1 wrote, with no barrier between"
 FAULTS = {
     "cluster read too early": NOT_STARTED,
     "cluster read too late": "is the last of its block to exit while thread .* may still access",
@@ -91,6 +92,8 @@ FAULTS = {
     "cluster arrivals too early": f"{NOT_STARTED}|{NOT_READY}",
     "cluster arrivals missing": rf"deadlock in block \(0, 0, 0\): {WAITS} 0 \(phase 0, 64 arrivals "
     r"and 0 bytes missing\); in block \(1, 0, 0\): threads 0-63 exited",
+    "cluster arrivals of a block's scope": UNSEEN,
+    "cluster arrivals waited for in a block's scope": UNSEEN,
     "multicast before the other block is ready": NOT_READY,
     "multicast to one block": rf"deadlock .*; in block \(1, 0, 0\): {WAITS} 1 \(phase 0, 0 "
     r"arrivals and 1024 bytes missing\)",

@@ -26,11 +26,12 @@ constexpr int kRows = 64, kDepth = 16;                       // of a warpgroup's
 
 struct Mbarrier {
   std::string place;
-  char name[160];                // the place and what is missing
-  std::uint32_t count, awaited;  // arrivals of a phase; still missing in this one
-  std::int64_t bytes = 0;        // announced and not yet here
-  Time phases = 0;               // that have ended
-  View arriving, ended;          // what this phase's arrivals know, and the last one's
+  char name[160];                      // the place and what is missing
+  std::uint32_t count, awaited;        // arrivals of a phase; still missing in this one
+  std::int64_t bytes = 0;              // announced and not yet here
+  Time phases = 0;                     // that have ended
+  View arriving, ended;                // what this phase's arrivals know, and the last one's:
+  View arriving_across, ended_across;  // those of other blocks' threads, at the cluster's scope
   Access initialised;
   bool fenced = false;
   Actor agent;
@@ -122,6 +123,8 @@ void end_phase_if_complete(Mbarrier& barrier) {
     barrier.awaited = barrier.count;
     barrier.ended = std::move(barrier.arriving);
     barrier.arriving = races().nothing();
+    barrier.ended_across = std::move(barrier.arriving_across);
+    barrier.arriving_across = races().nothing();
     for (const int thread : barrier.waiting) wake(thread);
     barrier.waiting.clear();
   }
@@ -289,6 +292,7 @@ void mbarrier_init(std::uint32_t offset, std::uint32_t count) {
   Mbarrier barrier{};
   barrier.count = barrier.awaited = count;
   barrier.arriving = barrier.ended = races().nothing();
+  barrier.arriving_across = barrier.ended_across = races().nothing();
   barrier.initialised = races().now(running_thread());
   barrier.place = "the mbarrier at " + std::to_string(offset) + of_block(cluster_rank());
   barrier.agent = add_agent("a bulk copy that " + barrier.place + " counts");
@@ -301,7 +305,7 @@ void fence_mbarrier_init() {
   }
 }
 
-void mbarrier_arrive(Address at, std::uint32_t expected_bytes) {
+void mbarrier_arrive(Address at, std::uint32_t expected_bytes, Scope scope) {
   may_switch();
   Mbarrier& barrier = mbarrier(at);
   visit(rank_of(at), races().now(running_thread()));
@@ -312,12 +316,16 @@ void mbarrier_arrive(Address at, std::uint32_t expected_bytes) {
       fault("expects %lld bytes at one mbarrier", static_cast<long long>(barrier.bytes));
     }
   }
-  barrier.arriving = races().merge(barrier.arriving, races().publish(running_thread()));
+  const bool across = rank_of(at) != cluster_rank();
+  View view = races().publish(running_thread());
+  if (across && scope == Scope::kBlock) view = races().weakened(view);
+  View& arriving = across ? barrier.arriving_across : barrier.arriving;
+  arriving = races().merge(arriving, view);
   --barrier.awaited;
   end_phase_if_complete(barrier);
 }
 
-void mbarrier_wait(std::uint32_t offset, unsigned parity) {
+void mbarrier_wait(std::uint32_t offset, unsigned parity, Scope scope) {
   may_switch();
   Mbarrier& barrier = mbarrier(own(offset));
   if (barrier.phases == 0 && parity == 1) return;  // the phase before the first
@@ -330,6 +338,8 @@ void mbarrier_wait(std::uint32_t offset, unsigned parity) {
     wait_at(barrier.name);
   }
   races().learn(running_thread(), barrier.ended);
+  const View& across = barrier.ended_across;
+  races().learn(running_thread(), scope == Scope::kCluster ? across : races().weakened(across));
   races().learn(running_thread(), Access{barrier.agent, barrier.phases});
 }
 

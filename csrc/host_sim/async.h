@@ -15,10 +15,12 @@ namespace host_sim {
 void mbarrier_init(std::uint32_t offset, std::uint32_t count);
 // "fence.mbarrier_init": initialisations become visible to asynchronous operations.
 void fence_mbarrier_init();
+// Of a release, an acquire: what other blocks' threads did is seen if both have the cluster's.
+enum class Scope { kBlock, kCluster };
 // At an mbarrier of any block of the cluster.
-void mbarrier_arrive(Address at, std::uint32_t expected_bytes);
+void mbarrier_arrive(Address at, std::uint32_t expected_bytes, Scope scope = Scope::kBlock);
 // Waits for the end of the phase of that parity, the first phase having parity 0.
-void mbarrier_wait(std::uint32_t offset, unsigned parity);
+void mbarrier_wait(std::uint32_t offset, unsigned parity, Scope scope = Scope::kBlock);
 
 // "fence.proxy.async".
 void fence_proxy();

@@ -39,7 +39,7 @@ void complete_if_all_arrived() {
 bool anyone_knows(int rank, Access past) {
   const int first = first_thread(rank);
   for (int thread = first; thread < first + block_threads(); ++thread) {
-    if (races().knows(thread, past)) return true;
+    if (races().follows(thread, past)) return true;
   }
   return false;
 }
@@ -47,7 +47,7 @@ bool anyone_knows(int rank, Access past) {
 bool has_started(int rank) {
   const int first = first_thread(rank);
   for (int thread = first; thread < first + block_threads(); ++thread) {
-    if (races().knows(running_thread(), Access{thread, 1})) return true;
+    if (races().follows(running_thread(), Access{thread, 1})) return true;
   }
   return false;
 }

@@ -93,6 +93,12 @@ void store_cluster(std::uint32_t address, const V& value) {
 inline void mbarrier_arrive_cluster(std::uint32_t address) {
   host_sim::mbarrier_arrive(address, 0);
 }
+inline void mbarrier_publish_cluster(std::uint32_t address) {
+  host_sim::mbarrier_arrive(address, 0, host_sim::Scope::kCluster);
+}
+inline void mbarrier_wait_cluster(std::uint32_t at, std::uint32_t parity) {
+  host_sim::mbarrier_wait(at, parity, host_sim::Scope::kCluster);
+}
 
 inline void named_barrier(int number, int threads) { host_sim::named_barrier(number, threads); }
 template <int kRegisters>

@@ -9,7 +9,10 @@
 // the thread that issued its operation, holds the earlier one.
 //
 // What a thread writes is seen by asynchronous operations (but cp.async) only behind a
-// fence.proxy.async: PTX ISA, "Proxies". Views hold that apart, as `fenced`.
+// fence.proxy.async: PTX ISA, "Proxies". Views hold that apart, as `fenced`. Likewise `past`: what
+// has happened, so that the words which it read, or asynchronous operations wrote, may be
+// overwritten, but whose writes other blocks need not see, as the release or the acquire had the
+// scope of a block: "Memory Consistency Model".
 #pragma once
 
 #include <cstddef>
@@ -29,7 +32,7 @@ struct Access {
 };
 
 struct Knowledge {
-  std::vector<Time> seen, fenced;  // by actor; 0 beyond their ends
+  std::vector<Time> seen, fenced, past;  // by actor; 0 beyond their ends
 };
 using View = std::shared_ptr<const Knowledge>;  // never null: shared by all who know the same
 
@@ -51,6 +54,8 @@ class Races {
   // What `thread` has done and knows, for others to learn; its time moves on.
   View publish(int thread);
   View merge(const View& a, const View& b);
+  // All of it as `past`.
+  View weakened(const View& view) const;
   void learn(int thread, const View& view);
   void learn(int thread, Access past);
   void learn_copies(int thread, Time group);
@@ -60,6 +65,8 @@ class Races {
   void join(int first, int count);
 
   bool knows(int thread, Access past) const;
+  // Likewise, if only as `past`.
+  bool follows(int thread, Access past) const;
   Access now(int thread) const { return {thread, threads_[thread].time}; }
   View nothing() const { return nothing_; }
 

@@ -40,6 +40,8 @@ enum Mistake {
   kOneBlock,        // of two that a copy should reach
   kThreeBlocks,
   kNoArrival,      // of the other block
+  kBlocksRelease,  // of a block's scope, of what another block reads
+  kBlocksAcquire,
   kReleasesEarly,  // what it has yet to read
   kReleasesAlone,  // what the other block has yet to read
 };
@@ -96,10 +98,19 @@ __global__ void arrive_across(const Arguments a) {
   }
   if (ptx::cluster_rank() == 1) {
     ptx::store_cluster(ptx::cluster_address(4 * threadIdx.x, 0), ptx::load_global(a.in + number()));
-    if (kMistake != kNoArrival) ptx::mbarrier_arrive_cluster(ptx::cluster_address(kFull, 0));
+    const std::uint32_t full = ptx::cluster_address(kFull, 0);
+    if (kMistake == kBlocksRelease) {
+      ptx::mbarrier_arrive_cluster(full);
+    } else if (kMistake != kNoArrival) {
+      ptx::mbarrier_publish_cluster(full);
+    }
   } else {
     ptx::mbarrier_arrive(kFull);
-    ptx::mbarrier_wait(kFull, 0);
+    if (kMistake == kBlocksAcquire) {
+      ptx::mbarrier_wait(kFull, 0);
+    } else {
+      ptx::mbarrier_wait_cluster(kFull, 0);
+    }
     const unsigned mirrored = blockDim.x - 1 - threadIdx.x;
     ptx::store_global(a.out + threadIdx.x, ptx::load_shared<std::uint32_t>(4 * mirrored));
   }
@@ -212,6 +223,8 @@ const Tests& cluster_tests() {
       {"cluster arrivals", &plain<&arrive_across<kNone>>},
       {"cluster arrivals too early", &plain<&arrive_across<kNoFirstBarrier>>},
       {"cluster arrivals missing", &plain<&arrive_across<kNoArrival>>},
+      {"cluster arrivals of a block's scope", &plain<&arrive_across<kBlocksRelease>>},
+      {"cluster arrivals waited for in a block's scope", &plain<&arrive_across<kBlocksAcquire>>},
       {"multicast", &over_tiles<kNone>},
       {"multicast before the other block is ready", &over_tiles<kNoFirstBarrier>},
       {"multicast to one block", &over_tiles<kOneBlock>},

@@ -214,10 +214,28 @@ __device__ __forceinline__ void store_cluster(std::uint32_t address, const V& va
   }
 }
 
-// "mbarrier.arrive", .release.cluster, at an mbarrier of any block of the cluster.
+// "mbarrier.arrive" at an mbarrier of any block of the cluster, with a release of a block's scope:
+// what this thread has read may be overwritten, but another block need not see what it wrote.
 __device__ __forceinline__ void mbarrier_arrive_cluster(std::uint32_t address) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
+}
+
+// The same with the cluster's scope, and a wait for such arrivals: what the one wrote, the other
+// sees. A release of that scope is a fence of the whole GPU's in machine code.
+__device__ __forceinline__ void mbarrier_publish_cluster(std::uint32_t address) {
   asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address)
                : "memory");
+}
+__device__ __forceinline__ void mbarrier_wait_cluster(std::uint32_t at, std::uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "retry:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra retry;\n"
+      "}\n" ::"r"(shared_address(at)),
+      "r"(parity)
+      : "memory");
 }
 
 // "barrier", bar.sync: waits until `threads` threads, whole warps, have come to barrier `number`.
