@@ -474,6 +474,10 @@ CONFORMANCE_SM90 = {
     "cluster arrivals": (lambda: random_words(128), 64),
     "multicast": (lambda: random_words(512), 1024),
     "multicast of pixels": (lambda: random_words(72 * 32), 4 * 640),
+    "two producers": (lambda: random_words(1536), 192),
+    "two consumers": (lambda: random_words(1536), 192),
+    "two copies": (lambda: random_words(1536), 64),
+    "two barriers": (lambda: random_words(128), 128),
 }
 
 

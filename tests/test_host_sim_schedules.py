@@ -110,6 +110,19 @@ def bottleneck(simulator: ModuleType) -> Tensor:
     return SimulatedBackend(simulator)._whole_bottleneck(x, pairs)
 
 
+def head(simulator: ModuleType) -> Tensor:
+    rng = generator()
+    x = torch.randn(2, 64, 7, 7, generator=rng).half()
+    weight = torch.randn(24, 64, generator=rng).half()
+    return SimulatedBackend(simulator).head(x, weight, None)
+
+
+def bn_add_relu(simulator: ModuleType) -> Tensor:
+    rng = generator()
+    x, residual = (torch.randn(2, 24, 5, 7, generator=rng).half() for _ in range(2))
+    return SimulatedBackend(simulator).bn_add_relu(x, make_batch_norm(24, rng), residual, True)
+
+
 NETWORK: dict[str, Callable[[ModuleType], Tensor]] = {
     **{
         f"{tile}{' projection' * projection}": partial(
@@ -121,6 +134,8 @@ NETWORK: dict[str, Callable[[ModuleType], Tensor]] = {
     },
     "stem": stem,
     "bottleneck": bottleneck,
+    "head": head,
+    "bn_add_relu": bn_add_relu,
 }
 
 

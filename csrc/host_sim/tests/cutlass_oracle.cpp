@@ -29,11 +29,11 @@ host_sim::Dim3 thread, block, grid;
 
 }  // namespace
 
-// Thread 0 of each block, which copies operands, runs alone: whatever it waits for is there. The
-// linker leaves out what the other threads would call.
+// Thread 0 of each block, which copies operands, runs alone: whatever it waits for is there. What
+// the other threads would call stays undefined, and stops the program if thread 0 comes to call it.
 namespace host_sim {
 
-void launch(Dim3 blocks, Dim3, std::size_t, const std::function<void()>& kernel) {
+void launch(Dim3 blocks, Dim3, std::size_t, const std::function<void()>& kernel, Dim3) {
   grid = blocks;
   thread = Dim3(0, 0, 0);
   for (unsigned i = 0; i < blocks.x; ++i) {
@@ -52,8 +52,8 @@ void barrier(const char*) {}
 Address own(std::uint32_t offset) { return offset; }
 void mbarrier_init(std::uint32_t, std::uint32_t) {}
 void fence_mbarrier_init() {}
-void mbarrier_arrive(Address, std::uint32_t) {}
-void mbarrier_wait(std::uint32_t, unsigned) {}
+void mbarrier_arrive(Address, std::uint32_t, Scope) {}
+void mbarrier_wait(std::uint32_t, unsigned, Scope) {}
 void registers_at_launch(int) {}
 void release_registers(int) {}
 void load_tensor(std::uint32_t to, const CUtensorMap& map, std::uint32_t,
