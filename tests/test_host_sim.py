@@ -604,6 +604,7 @@ FAULTS_SM90 = {
         124,
         "has an asynchronous operation write what thread .* read|in flight",
     ),
+    "tile never waited for": (124, "a block ends with 1 bulk copies that nobody waited for"),
     "tile of more bytes than expected": (
         124,
         r"deadlock .*threads 0-63 wait at the mbarrier at \d+ \(phase 0, 0 arrivals and 0 bytes "

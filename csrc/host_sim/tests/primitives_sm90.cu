@@ -30,6 +30,7 @@ struct Arguments {
 enum Mistake {
   kNone,
   kNoWait,       // for what it reads
+  kNoRead,       // of what it asks for, and no wait
   kExpectsLess,  // bytes than will come
   kExpectsMore,
   kNoFence,          // of the kind that it needs
@@ -89,6 +90,7 @@ __global__ void tile(const __grid_constant__ Arguments a) {
                    static_cast<std::int32_t>(ptx::load_global(a.in + 1)));
     if (kMistake == kTooManyArrivals) ptx::mbarrier_arrive(kMbarriers);
   }
+  if (kMistake == kNoRead) return;
   if (kMistake != kNoWait) ptx::mbarrier_wait(kMbarriers, 0);
   dump(a.out, kTileRows);
 }
@@ -286,6 +288,7 @@ const Tests& sm90_tests() {
       {"mbarrier used too early", &plain<&mbarrier_phases<kNoBarrier>, 64>},
       {"tile", &over_tiles<&tile<kNone>, 10>},
       {"tile not waited for", &over_tiles<&tile<kNoWait>, 10>},
+      {"tile never waited for", &over_tiles<&tile<kNoRead>, 10>},
       {"tile of more bytes than expected", &over_tiles<&tile<kExpectsLess>, 10>},
       {"tile of fewer bytes than expected", &over_tiles<&tile<kExpectsMore>, 10>},
       {"tile announced twice", &over_tiles<&tile<kTooManyArrivals>, 10>},

@@ -1,7 +1,7 @@
 // The instructions that only sm_90a has, beside those of ptx.cuh: bulk copies of tensors,
-// mbarriers, matrix products of a warpgroup. Sections are those of NVIDIA's "Parallel Thread
-// Execution ISA"; shared memory is named by byte offsets, as in ptx.cuh, and the simulator models
-// every function.
+// mbarriers, matrix products of a warpgroup, clusters. Sections are those of NVIDIA's "Parallel
+// Thread Execution ISA"; shared memory is named by byte offsets, as in ptx.cuh, but for other
+// blocks', and the simulator models every function.
 #pragma once
 
 #include <cuda.h>
