@@ -712,6 +712,19 @@ def test_every_barrier_of_a_convolution_is_needed(simulator, one_block):
             one_block()
 
 
+@pytest.mark.parametrize("tile", ["m64n64", "m128n64", "m128n128"])
+def test_convolution_has_no_bank_conflicts(simulator, tile, half):
+    """Of 128 channels, so that the epilogue's rows are as wide as its tile."""
+    rng = generator()
+    x = torch.randn(1, 64, 5, 32, generator=rng).to(half)
+    conv = Convolution(torch.randn(128, 64, 1, 3, generator=rng).to(half))
+    backend = SimulatedBackend(simulator, getattr(simulator.ConvTile, tile))
+    backend.conv_bn(x, conv, make_batch_norm(128, rng), None, True)
+    counts = simulator.take_statistics()
+    assert counts["shared_requests"] > 0
+    assert (counts["shared_conflicts"], counts["bank_conflicts"]) == (0, 0)
+
+
 def test_every_barrier_of_the_stem_is_needed(simulator):
     rng = generator()
     x = torch.randn(1, 3, 28, 28, generator=rng).half()
