@@ -68,11 +68,16 @@ def architectures(extension: ModuleType) -> list[str]:
 
 
 @pytest.fixture
-def simulator() -> ModuleType:
-    """The simulator's extension, its counts at zero; who uses it gets the marker `simulator`."""
+def simulator() -> Iterator[ModuleType]:
+    """The simulator's extension, its counts at zero, its settings put back afterwards.
+
+    Who uses it gets the marker `simulator`, and skips where it is not built.
+    """
     module = importlib.import_module("resnet_fused._C_sim")
     module.take_statistics()
-    return module
+    yield module
+    module.plant()
+    module.set_schedule()
 
 
 @pytest.fixture(params=[torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])

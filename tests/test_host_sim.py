@@ -9,7 +9,7 @@ import ctypes
 import shutil
 import struct
 import subprocess
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -22,15 +22,10 @@ from resnet_fused.backends.cuda_sim import SimulatedBackend
 from resnet_fused.parameters import Convolution, MaxPool
 from resnet_fused.testing.cases import BlockCase, generator, make_batch_norm, make_bottleneck
 
+pytestmark = pytest.mark.simulator
+
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 UNTOUCHED = 0xFFFFFFFF
-
-
-@pytest.fixture
-def simulator(simulator: ModuleType) -> Iterator[ModuleType]:
-    """As everywhere, and no mistake that a test plants outlives it."""
-    yield simulator
-    simulator.plant()
 
 
 def words(tensor: Tensor) -> list[int]:
@@ -346,6 +341,28 @@ def test_wgmma_reads_the_order_that_threads_wrote(simulator):
     assert not torch.equal(wgmma_d(out, 64), expected)
 
 
+@pytest.mark.parametrize("row_bytes", [64, 32])
+def test_wgmma_reads_narrower_rows(simulator, row_bytes):
+    """Rows of 32 or 16 elements under the swizzle of as many bytes."""
+    a, b = (torch.randint(-9, 10, (64, row_bytes // 2), generator=generator()).half(),) * 2
+    name = f"wgmma of rows of {row_bytes} bytes"
+    out = simulator.run_primitive(name, words(torch.cat([a, b])), 128 * 32)
+    assert torch.equal(wgmma_d(out, 64), a.float() @ b.float().T)
+
+
+def test_wgmma_counts_the_swizzle_from_the_base_offset(simulator):
+    """Operands from the third 128-byte row behind a multiple of 1024 on, permuted from there."""
+    rng = generator()
+    a, b = (torch.randint(-9, 10, (64, 64), generator=rng).half() for _ in range(2))
+    given = words(torch.cat([a, b]))
+    expected = a.float() @ b.float().T
+    out = simulator.run_primitive("wgmma at a base offset", given, 128 * 32)
+    assert torch.equal(wgmma_d(out, 64), expected)
+    for mistake in ("wgmma at a wrong base offset", "wgmma at a forgotten base offset"):
+        out = simulator.run_primitive(mistake, given, 128 * 32)
+        assert not torch.equal(wgmma_d(out, 64), expected)
+
+
 def test_named_barriers_order_their_own_threads(simulator):
     numbers = list(range(128))
     expected = [*range(63, -1, -1), *range(127, 63, -1)]
@@ -384,7 +401,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 @pytest.fixture(scope="module")
 def compiled_sm90(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """With those that only sm_90a has."""
-    sources = ("host_sim/tests/primitives_sm90.cu", "kernels/cuda/tensor_map.cpp")
+    names = ("primitives_cluster.cu", "primitives_schedule.cu", "primitives_sm90.cu")
+    sources = [*(f"host_sim/tests/{name}" for name in names), "kernels/cuda/tensor_map.cpp"]
     architecture = "-gencode=arch=compute_90a,code=sm_90a"
     return compile_primitives(tmp_path_factory.mktemp("primitives"), architecture, *sources)
 
@@ -430,6 +448,11 @@ def wgmma_input(name: str) -> list[int]:
     return words(torch.randint(-9, 10, (64 + columns, 64), generator=generator()).to(dtype))
 
 
+def rows_input(row_bytes: int) -> list[int]:
+    """Two operands of 64 rows, of small integers."""
+    return words(torch.randint(-9, 10, (128, row_bytes // 2), generator=generator()).half())
+
+
 CONFORMANCE_SM90 = {
     "mbarrier": (lambda: random_words(128), 128),
     "tile": (lambda: [8, signed(-3), 0, 0, *random_words(120)], 8 * 32),
@@ -440,8 +463,21 @@ CONFORMANCE_SM90 = {
     "wgmma bf16 n64": (lambda: wgmma_input("wgmma bf16 n64"), 128 * 32),
     "wgmma bf16 n128": (lambda: wgmma_input("wgmma bf16 n128"), 128 * 64),
     "wgmma of written operands": (lambda: wgmma_input("wgmma f16 n64"), 128 * 32),
+    "wgmma of rows of 64 bytes": (lambda: rows_input(64), 128 * 32),
+    "wgmma of rows of 32 bytes": (lambda: rows_input(32), 128 * 32),
+    "wgmma at a base offset": (lambda: rows_input(128), 128 * 32),
     "named barriers": (lambda: random_words(128), 128),
     "registers": (lambda: [0], 384),
+    "cluster ranks": (lambda: [0], 256),
+    "cluster read": (lambda: random_words(128), 128),
+    "cluster write": (lambda: random_words(512), 512),
+    "cluster arrivals": (lambda: random_words(128), 64),
+    "multicast": (lambda: random_words(512), 1024),
+    "multicast of pixels": (lambda: random_words(72 * 32), 4 * 640),
+    "two producers": (lambda: random_words(1536), 192),
+    "two consumers": (lambda: random_words(1536), 192),
+    "two copies": (lambda: random_words(1536), 64),
+    "two barriers": (lambda: random_words(128), 128),
 }
 
 
@@ -502,6 +538,39 @@ def test_swizzle_finds_every_word_without_conflicts(simulator):
     assert simulator.take_statistics()["bank_conflicts"] == 0
 
 
+# Turns that one request of a warp takes beyond the first of each part, worked out by hand: 32 banks
+# of 4 bytes; parts of 32, 16 and 8 lanes for 4, 8 and 16 bytes a lane.
+BANKS = {
+    "neighbouring words": 0,
+    "one word": 0,
+    "neighbouring halves": 0,  # two lanes a word
+    "every other word": 1,  # lane 16 is back at bank 0
+    "a column of words": 31,  # all in bank 0
+    "a padded column of words": 0,  # of 33 words a row
+    "a column of words, by every fourth lane": 7,
+    "neighbours of 8 bytes": 0,
+    "every other one of 8 bytes": 2,  # lane 8 of each half is back at bank 0
+    "neighbours of 16 bytes": 0,
+    "every other one of 16 bytes": 4,  # lane 4 of each quarter is back at bank 0
+    "a column of 16 bytes": 4 * 7,
+    "a written column of words": 31,
+}
+
+
+@pytest.mark.parametrize("name", BANKS)
+def test_bank_conflicts_of_ordinary_accesses_are_counted(simulator, name):
+    simulator.run_primitive(f"banks: {name}", [0], 32)
+    counts = simulator.take_statistics()
+    assert (counts["shared_requests"], counts["shared_conflicts"]) == (1, BANKS[name])
+
+
+def test_bank_conflicts_are_counted_turn_by_turn_of_a_loop(simulator):
+    """Even lanes turn once, odd ones twice: 32 lanes in 16 x 2 banks, then 16 lanes in 8 x 2."""
+    simulator.run_primitive("banks: every other word, again by odd lanes", [0], 32)
+    counts = simulator.take_statistics()
+    assert (counts["shared_requests"], counts["shared_conflicts"]) == (2, 1 + 1)
+
+
 def test_swizzle_forgotten_by_the_reader_shows(simulator):
     expected = simulator.run_primitive("swizzle", list(range(128)), 128)
     assert simulator.run_primitive("swizzle forgotten by the reader", list(range(128)), 128) != (
@@ -535,6 +604,7 @@ FAULTS_SM90 = {
         124,
         "has an asynchronous operation write what thread .* read|in flight",
     ),
+    "tile never waited for": (124, "a block ends with 1 bulk copies that nobody waited for"),
     "tile of more bytes than expected": (
         124,
         r"deadlock .*threads 0-63 wait at the mbarrier at \d+ \(phase 0, 0 arrivals and 0 bytes "
@@ -642,6 +712,19 @@ def test_every_barrier_of_a_convolution_is_needed(simulator, one_block):
             one_block()
 
 
+@pytest.mark.parametrize("tile", ["m64n64", "m128n64", "m128n128"])
+def test_convolution_has_no_bank_conflicts(simulator, tile, half):
+    """Of 128 channels, so that the epilogue's rows are as wide as its tile."""
+    rng = generator()
+    x = torch.randn(1, 64, 5, 32, generator=rng).to(half)
+    conv = Convolution(torch.randn(128, 64, 1, 3, generator=rng).to(half))
+    backend = SimulatedBackend(simulator, getattr(simulator.ConvTile, tile))
+    backend.conv_bn(x, conv, make_batch_norm(128, rng), None, True)
+    counts = simulator.take_statistics()
+    assert counts["shared_requests"] > 0
+    assert (counts["shared_conflicts"], counts["bank_conflicts"]) == (0, 0)
+
+
 def test_every_barrier_of_the_stem_is_needed(simulator):
     rng = generator()
     x = torch.randn(1, 3, 28, 28, generator=rng).half()
@@ -699,6 +782,14 @@ def sm90_blocks(request: pytest.FixtureRequest, simulator: ModuleType) -> dict[s
         "residual": lambda: backend.conv_bn(x, conv, bn, residual, False),
         "projection": lambda: backend.conv_bn_projection(x, conv, bn, x, conv, bn),
     }
+
+
+@pytest.mark.parametrize("name", ["plain", "residual", "projection"])
+def test_sm90_epilogue_has_no_bank_conflicts(simulator, sm90_blocks, name):
+    sm90_blocks[name]()
+    counts = simulator.take_statistics()
+    assert counts["shared_requests"] > 0
+    assert counts["shared_conflicts"] == 0
 
 
 def check_needed(simulator: ModuleType, run: Runner, mistake: str, which: Iterable[int]) -> None:

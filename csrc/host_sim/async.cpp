@@ -10,38 +10,37 @@
 #include <cstring>
 #include <deque>
 #include <map>
+#include <string>
+#include <utility>
 #include <vector>
+
+#include "host_sim/cluster.h"
+#include "host_sim/layout.h"
 
 namespace host_sim {
 namespace {
 
-constexpr std::uint32_t kChunk = 16;                         // bytes that move together
 constexpr std::uint64_t kMbarrierBits = 0x6d62617272696572;  // what an mbarrier's bytes hold
 constexpr std::int64_t kMaxBytes = (1 << 20) - 1;            // that a phase can await
-constexpr int kRows = 64, kDepth = 16, kRowBytes = 128;      // of a warpgroup's operands
-constexpr std::uint64_t kSwizzle128 = 1;                     // in a matrix descriptor
+constexpr int kRows = 64, kDepth = 16;                       // of a warpgroup's operands
 
 struct Mbarrier {
-  char name[160];
-  std::uint32_t count, awaited;  // arrivals of a phase; still missing in this one
-  std::int64_t bytes = 0;        // announced and not yet here
-  Time phases = 0;               // that have ended
-  View arriving, ended;          // what this phase's arrivals know, and the last one's
+  std::string place;
+  char name[160];                      // the place and what is missing
+  std::uint32_t count, awaited;        // arrivals of a phase; still missing in this one
+  std::int64_t bytes = 0;              // announced and not yet here
+  Time phases = 0;                     // that have ended
+  View arriving, ended;                // what this phase's arrivals know, and the last one's:
+  View arriving_across, ended_across;  // those of other blocks' threads, at the cluster's scope
   Access initialised;
   bool fenced = false;
   Actor agent;
   std::vector<int> waiting;
 };
 
-// 16 bytes, or fewer where the tensor ends within them.
-struct Chunk {
-  std::uint32_t shared;
-  unsigned char* global;  // null outside
-  std::uint32_t bytes;
-};
-
 struct Load {
-  std::uint32_t mbarrier, bytes;
+  Address mbarrier;
+  std::uint32_t bytes;
   std::vector<Chunk> chunks;
 };
 
@@ -70,13 +69,17 @@ struct ThreadState {
   bool registers_fenced = false;
 };
 
+struct Block {
+  int free_registers = 0;
+  std::deque<int> claims;  // warpgroups that wait for registers
+};
+
 struct State {
   std::vector<ThreadState> threads;
   std::vector<Warpgroup> warpgroups;
-  std::map<std::uint32_t, Mbarrier> mbarriers;
+  std::vector<Block> blocks;
+  std::map<Address, Mbarrier> mbarriers;
   std::deque<Load> loads;
-  int free_registers;
-  std::deque<int> claims;  // warpgroups that wait for registers
 } state;
 
 ThreadState& self() { return state.threads[running_thread()]; }
@@ -87,112 +90,53 @@ bool skipped(int& count, std::int64_t& most, int plant) {
   return count++ == plant;
 }
 
-void describe(std::uint32_t at, Mbarrier& barrier) {
+void describe(Mbarrier& barrier) {
   const char* more = barrier.bytes < 0 ? "; more bytes than expected have come" : "";
   std::snprintf(barrier.name, sizeof(barrier.name),
-                "the mbarrier at %u (phase %u, %u arrivals and %lld bytes missing%s)", at,
+                "%s (phase %u, %u arrivals and %lld bytes missing%s)", barrier.place.c_str(),
                 barrier.phases, barrier.awaited,
                 static_cast<long long>(std::max<std::int64_t>(barrier.bytes, 0)), more);
 }
 
-Mbarrier& mbarrier(std::uint32_t at) {
+Mbarrier& mbarrier(Address at) {
+  const std::uint32_t offset = offset_of(at);
   const auto found = state.mbarriers.find(at);
-  if (found == state.mbarriers.end()) fault("uses %u of shared memory, which is no mbarrier", at);
+  if (found == state.mbarriers.end()) {
+    fault("uses %u of shared memory%s, which is no mbarrier", offset,
+          of_block(rank_of(at)).c_str());
+  }
   std::uint64_t bits;
   std::memcpy(&bits, shared_bytes(at, sizeof(bits), "uses"), sizeof(bits));
-  if (bits != kMbarrierBits) fault("uses the mbarrier at %u, which something has overwritten", at);
-  if (!races().knows(running_thread(), found->second.initialised)) {
-    fault("uses the mbarrier at %u, which thread %d initialised with no barrier between", at,
-          found->second.initialised.who);
+  const std::string& place = found->second.place;
+  if (bits != kMbarrierBits) fault("uses %s, which something has overwritten", place.c_str());
+  const Access initialised = found->second.initialised;
+  if (!races().knows(running_thread(), initialised)) {
+    fault("uses %s, which %s initialised with no barrier between", place.c_str(),
+          name_of(initialised.who).c_str());
   }
   return found->second;
 }
 
-void end_phase_if_complete(std::uint32_t at, Mbarrier& barrier) {
+void end_phase_if_complete(Mbarrier& barrier) {
   if (barrier.awaited == 0 && barrier.bytes == 0) {
     ++barrier.phases;
     barrier.awaited = barrier.count;
     barrier.ended = std::move(barrier.arriving);
     barrier.arriving = races().nothing();
+    barrier.ended_across = std::move(barrier.arriving_across);
+    barrier.arriving_across = races().nothing();
     for (const int thread : barrier.waiting) wake(thread);
     barrier.waiting.clear();
   }
-  describe(at, barrier);
-}
-
-std::uint32_t swizzled(std::uint32_t address, int bits) {
-  return address ^ ((address >> 7 & ((1u << bits) - 1)) << 4);
-}
-
-// The row of one pixel or of one line of a box: chunks from channel `first` on.
-void add_row(const CUtensorMap& map, bool inside, unsigned char* row, std::int64_t first,
-             std::uint32_t& shared, std::vector<Chunk>& to) {
-  const std::int64_t element = static_cast<std::int64_t>(map.stride[0]);
-  const std::int64_t lanes = kChunk / element;
-  for (std::int64_t c = first; c < first + map.box[0]; c += lanes, shared += kChunk) {
-    const std::int64_t left = std::min(lanes, static_cast<std::int64_t>(map.size[0]) - c);
-    const bool some = inside && c >= 0 && left > 0;
-    to.push_back({swizzled(shared, map.swizzle), some ? row + c * element : nullptr,
-                  some ? static_cast<std::uint32_t>(left * element) : 0});
-  }
-}
-
-bool within(std::int64_t coordinate, cuuint64_t size) {
-  return coordinate >= 0 && coordinate < static_cast<std::int64_t>(size);
-}
-
-void add_tile(const CUtensorMap& map, const std::int32_t* first, std::uint32_t shared,
-              std::vector<Chunk>& to) {
-  std::uint32_t index[CUtensorMap::kRanks] = {};
-  for (;;) {
-    bool inside = true;
-    unsigned char* row = map.data;
-    for (int d = 1; d < map.rank; ++d) {
-      const std::int64_t coordinate = std::int64_t{first[d]} + index[d];
-      inside = inside && within(coordinate, map.size[d]);
-      row += coordinate * static_cast<std::int64_t>(map.stride[d]);
-    }
-    add_row(map, inside, row, first[0], shared, to);
-    int d = 1;
-    while (d < map.rank && ++index[d] == map.box[d]) index[d++] = 0;
-    if (d == map.rank) return;
-  }
-}
-
-// "im2col mode": pixels from the first one on, within a box that reaches from `lower` to the
-// image's last pixel + `upper`, line by line and image by image.
-void add_pixels(const CUtensorMap& map, const std::int32_t* first, const std::uint16_t* offsets,
-                std::uint32_t shared, std::vector<Chunk>& to) {
-  std::int64_t w = first[1], h = first[2], n = first[3];
-  const auto last = [&](int k) { return static_cast<std::int64_t>(map.size[k + 1]) - 1; };
-  if (w < map.lower[0] || w > last(0) + map.upper[0] || h < map.lower[1] ||
-      h > last(1) + map.upper[1]) {
-    fault("starts a copy at pixel (%d, %d), outside its tensor map's box", first[2], first[1]);
-  }
-  for (std::uint32_t pixel = 0; pixel < map.box[1]; ++pixel) {
-    const std::int64_t x = w + offsets[0], y = h + offsets[1];
-    const bool inside = within(x, map.size[1]) && within(y, map.size[2]) && within(n, map.size[3]);
-    unsigned char* row = map.data + x * static_cast<std::int64_t>(map.stride[1]) +
-                         y * static_cast<std::int64_t>(map.stride[2]) +
-                         n * static_cast<std::int64_t>(map.stride[3]);
-    add_row(map, inside, row, first[0], shared, to);
-    if ((w += map.step[0]) > last(0) + map.upper[0]) {
-      w = map.lower[0];
-      if ((h += map.step[1]) > last(1) + map.upper[1]) {
-        h = map.lower[1];
-        ++n;
-      }
-    }
-  }
+  describe(barrier);
 }
 
 // Checks the box's place in shared memory, and returns its size.
-std::uint32_t check_box(const CUtensorMap& map, std::uint32_t at) {
+std::uint32_t check_box(const CUtensorMap& map, Address at) {
   std::uint32_t bytes = static_cast<std::uint32_t>(map.stride[0]);
   for (int d = 0; d < (map.im2col ? 2 : map.rank); ++d) bytes *= map.box[d];
-  if (at % 128 != 0) fault("copies a tensor to or from %u, no multiple of 128", at);
+  if (at % 128 != 0) fault("copies a tensor to or from %u, no multiple of 128", offset_of(at));
   shared_bytes(at, bytes, "copies a tensor of");
-  ++statistics().bulk_copies;
   return bytes;
 }
 
@@ -207,23 +151,13 @@ void check_global(const Chunk& chunk, std::uint32_t element, bool write) {
 float to_float(__half v) { return __half2float(v); }
 float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
 
-// "Matrix Descriptor Format": an operand of rows of 16 elements, K-major, in 128-byte rows whose
-// chunks are permuted; groups of 8 rows lie `stride` apart.
+// An operand of rows of 16 elements, K-major.
 template <typename T>
 void read_operand(std::uint64_t descriptor, int rows, Access agent, float* to) {
-  const auto field = [&](int shift) {
-    return static_cast<std::uint32_t>(descriptor >> shift & 0x3fff) << 4;
-  };
-  const std::uint32_t start = field(0), stride = field(32);
-  if (descriptor >> 62 != kSwizzle128 || (descriptor >> 49 & 7) != 0) {
-    fault("names a matrix by a descriptor that is not modelled: swizzle %llu, base offset %llu",
-          static_cast<unsigned long long>(descriptor >> 62),
-          static_cast<unsigned long long>(descriptor >> 49 & 7));
-  }
+  const Matrix matrix = decode(descriptor);
   for (int row = 0; row < rows; ++row) {
-    for (std::uint32_t half = 0; half < 2; ++half) {
-      const std::uint32_t at =
-          swizzled(start + row / 8 * stride + row % 8 * kRowBytes + half * kChunk, 3);
+    for (int chunk = 0; chunk < 2; ++chunk) {
+      const Address at = own(chunk_address(matrix, row, chunk));
       const unsigned char* bytes = shared_bytes(at, kChunk, "multiplies");
       agent_reads(at, kChunk, agent);
       T values[8];
@@ -252,9 +186,9 @@ void multiply(void* const* operands) {
   const Product first = lane_of(0);
   const Time time = self().products_committed + 1;
   if (warpgroup.agent < 0) {
-    const int thread = group * kWarpgroup;
+    const int thread = group * kWarpgroup - first_thread(cluster_rank());
     warpgroup.agent = add_agent("wgmma of threads " + std::to_string(thread) + "-" +
-                                std::to_string(thread + kWarpgroup - 1));
+                                std::to_string(thread + kWarpgroup - 1) + of_block(cluster_rank()));
   }
   std::vector<Products>& all = warpgroup.products;
   auto found = std::find_if(all.begin(), all.end(),
@@ -296,16 +230,18 @@ void multiply(void* const* operands) {
   ++statistics().products;
 }
 
+Block& own_block() { return state.blocks[cluster_rank()]; }
 Warpgroup& own_warpgroup() { return state.warpgroups[running_thread() / kWarpgroup]; }
 
 // Gives free registers to those who wait for them, first come, first served.
 void grant_registers() {
   const auto needed = [](const Warpgroup& w) { return (w.claimed - w.registers) * kWarpgroup; };
-  std::deque<int>& claims = state.claims;
-  while (!claims.empty() && needed(state.warpgroups[claims.front()]) <= state.free_registers) {
+  Block& block = own_block();
+  std::deque<int>& claims = block.claims;
+  while (!claims.empty() && needed(state.warpgroups[claims.front()]) <= block.free_registers) {
     const int group = claims.front();
     Warpgroup& warpgroup = state.warpgroups[group];
-    state.free_registers -= needed(warpgroup);
+    block.free_registers -= needed(warpgroup);
     warpgroup.registers = warpgroup.claimed;
     for (int lane = 0; lane < kWarpgroup; ++lane) wake(group * kWarpgroup + lane);
     claims.pop_front();
@@ -314,7 +250,7 @@ void grant_registers() {
     Warpgroup& warpgroup = state.warpgroups[group];
     std::snprintf(warpgroup.claim, sizeof(warpgroup.claim),
                   "setmaxnreg.inc to %d (which takes %d registers, and %d are free)",
-                  warpgroup.claimed, needed(warpgroup), state.free_registers);
+                  warpgroup.claimed, needed(warpgroup), block.free_registers);
   }
 }
 
@@ -338,9 +274,9 @@ void change_registers(void* const* operands) {
   }
   own.claimed = registers;
   if (kClaims) {
-    state.claims.push_back(running_thread() / kWarpgroup);
+    own_block().claims.push_back(running_thread() / kWarpgroup);
   } else {
-    state.free_registers += (own.registers - registers) * kWarpgroup;
+    own_block().free_registers += (own.registers - registers) * kWarpgroup;
     own.registers = registers;
   }
   grant_registers();
@@ -348,18 +284,19 @@ void change_registers(void* const* operands) {
 
 }  // namespace
 
-void mbarrier_init(std::uint32_t at, std::uint32_t count) {
-  if (at % 8 != 0) fault("initialises an mbarrier at %u, no multiple of 8", at);
+void mbarrier_init(std::uint32_t offset, std::uint32_t count) {
+  if (offset % 8 != 0) fault("initialises an mbarrier at %u, no multiple of 8", offset);
   if (count == 0 || count >= 1u << 20) fault("initialises an mbarrier for %u arrivals", count);
-  shared_to_write(at, sizeof(kMbarrierBits));
-  std::memcpy(shared_bytes(at, sizeof(kMbarrierBits), "uses"), &kMbarrierBits,
-              sizeof(kMbarrierBits));
+  const Address at = own(offset);
+  std::memcpy(address_to_write(at, sizeof(kMbarrierBits)), &kMbarrierBits, sizeof(kMbarrierBits));
   Mbarrier barrier{};
   barrier.count = barrier.awaited = count;
   barrier.arriving = barrier.ended = races().nothing();
+  barrier.arriving_across = barrier.ended_across = races().nothing();
   barrier.initialised = races().now(running_thread());
-  barrier.agent = add_agent("a bulk copy that the mbarrier at " + std::to_string(at) + " counts");
-  describe(at, state.mbarriers[at] = std::move(barrier));
+  barrier.place = "the mbarrier at " + std::to_string(offset) + of_block(cluster_rank());
+  barrier.agent = add_agent("a bulk copy that " + barrier.place + " counts");
+  describe(state.mbarriers[at] = std::move(barrier));
 }
 
 void fence_mbarrier_init() {
@@ -368,8 +305,10 @@ void fence_mbarrier_init() {
   }
 }
 
-void mbarrier_arrive(std::uint32_t at, std::uint32_t expected_bytes) {
+void mbarrier_arrive(Address at, std::uint32_t expected_bytes, Scope scope) {
+  may_switch();
   Mbarrier& barrier = mbarrier(at);
+  visit(rank_of(at), races().now(running_thread()));
   if (barrier.awaited == 0) fault("arrives at %s, whose arrivals are complete", barrier.name);
   if (expected_bytes > 0) {
     barrier.bytes += std::int64_t{expected_bytes} - planted().bytes_not_expected;
@@ -377,13 +316,18 @@ void mbarrier_arrive(std::uint32_t at, std::uint32_t expected_bytes) {
       fault("expects %lld bytes at one mbarrier", static_cast<long long>(barrier.bytes));
     }
   }
-  barrier.arriving = races().merge(barrier.arriving, races().publish(running_thread()));
+  const bool across = rank_of(at) != cluster_rank();
+  View view = races().publish(running_thread());
+  if (across && scope == Scope::kBlock) view = races().weakened(view);
+  View& arriving = across ? barrier.arriving_across : barrier.arriving;
+  arriving = races().merge(arriving, view);
   --barrier.awaited;
-  end_phase_if_complete(at, barrier);
+  end_phase_if_complete(barrier);
 }
 
-void mbarrier_wait(std::uint32_t at, unsigned parity) {
-  Mbarrier& barrier = mbarrier(at);
+void mbarrier_wait(std::uint32_t offset, unsigned parity, Scope scope) {
+  may_switch();
+  Mbarrier& barrier = mbarrier(own(offset));
   if (barrier.phases == 0 && parity == 1) return;  // the phase before the first
   if (skipped(self().mbarrier_waits, statistics().mbarrier_waits,
               planted().skipped_mbarrier_wait)) {
@@ -394,6 +338,8 @@ void mbarrier_wait(std::uint32_t at, unsigned parity) {
     wait_at(barrier.name);
   }
   races().learn(running_thread(), barrier.ended);
+  const View& across = barrier.ended_across;
+  races().learn(running_thread(), scope == Scope::kCluster ? across : races().weakened(across));
   races().learn(running_thread(), Access{barrier.agent, barrier.phases});
 }
 
@@ -403,33 +349,63 @@ void fence_proxy() {
   }
 }
 
-void load_tensor(std::uint32_t to, const CUtensorMap& map, std::uint32_t at,
-                 const std::int32_t* coordinates, const std::uint16_t* offsets) {
-  if (map.im2col != (offsets != nullptr)) fault("copies in another mode than its tensor map's");
+namespace {
+
+// The part of a load that lands in the block of that rank.
+void load_to(int rank, std::uint32_t to, const CUtensorMap& map, std::uint32_t mbarrier_offset,
+             const std::int32_t* coordinates, const std::uint16_t* offsets) {
+  const Address place = address_of(to, rank), at = address_of(mbarrier_offset, rank);
   Mbarrier& barrier = mbarrier(at);
   if (!barrier.fenced) fault("counts bytes by %s, with no fence.mbarrier_init", barrier.name);
-  Load load{at, check_box(map, to), {}};
-  if (map.im2col) {
-    add_pixels(map, coordinates, offsets, to, load.chunks);
-  } else {
-    add_tile(map, coordinates, to, load.chunks);
-  }
+  Load load{at, check_box(map, place),
+            map.im2col ? pixel_chunks(map, coordinates, offsets, place)
+                       : tile_chunks(map, coordinates, place)};
   for (const Chunk& chunk : load.chunks) check_global(chunk, map.stride[0], false);
-  agent_writes(to, load.bytes, {barrier.agent, barrier.phases + 1});
+  const Access access{barrier.agent, barrier.phases + 1};
+  visit(rank, access);
+  agent_writes(place, load.bytes, access);
   state.loads.push_back(std::move(load));
 }
 
-void store_tensor(const CUtensorMap& map, std::uint32_t from, const std::int32_t* coordinates) {
+}  // namespace
+
+void load_tensor(std::uint32_t to, const CUtensorMap& map, std::uint32_t mbarrier,
+                 const std::int32_t* coordinates, const std::uint16_t* offsets,
+                 std::uint16_t ranks) {
+  may_switch();
+  if (map.im2col != (offsets != nullptr)) fault("copies in another mode than its tensor map's");
+  if (map.im2col && !within_box(map, coordinates)) {
+    fault("starts a copy at pixel (%d, %d), outside its tensor map's box", coordinates[2],
+          coordinates[1]);
+  }
+  if (ranks >> cluster_size() != 0) {
+    fault("multicasts to ranks %#x of a cluster of %d", ranks, cluster_size());
+  }
+  if (ranks == 0) fault("multicasts to no block");
+  ++statistics().bulk_copies;
+  for (int rank = 0; rank < cluster_size(); ++rank) {
+    if ((ranks >> rank & 1) != 0) load_to(rank, to, map, mbarrier, coordinates, offsets);
+  }
+}
+
+void load_tensor(std::uint32_t to, const CUtensorMap& map, std::uint32_t mbarrier,
+                 const std::int32_t* coordinates, const std::uint16_t* offsets) {
+  load_tensor(to, map, mbarrier, coordinates, offsets,
+              static_cast<std::uint16_t>(1u << cluster_rank()));
+}
+
+void store_tensor(const CUtensorMap& map, std::uint32_t offset, const std::int32_t* coordinates) {
+  may_switch();
   if (map.im2col) fault("copies in another mode than its tensor map's");
+  ++statistics().bulk_copies;
+  const Address from = own(offset);
   const std::uint32_t bytes = check_box(map, from);
   ThreadState& thread = self();
   if (thread.stores < 0) {
-    thread.stores = add_agent("a bulk store of thread " + std::to_string(running_thread()));
+    thread.stores = add_agent("a bulk store of " + name_of(running_thread()));
   }
   agent_reads(from, bytes, {thread.stores, thread.stores_committed + 1});
-  std::vector<Chunk> chunks;
-  add_tile(map, coordinates, from, chunks);
-  for (const Chunk& chunk : chunks) {
+  for (const Chunk& chunk : tile_chunks(map, coordinates, from)) {
     check_global(chunk, map.stride[0], true);
     if (chunk.bytes > 0) {
       std::memcpy(chunk.global, shared_bytes(chunk.shared, kChunk, "stores"), chunk.bytes);
@@ -506,13 +482,12 @@ void release_registers(int registers) {
 
 namespace async {
 
-void start_block(int threads) {
+void start(int threads) {
   state.threads.assign(threads, ThreadState{});
   state.warpgroups.assign((threads + kWarpgroup - 1) / kWarpgroup, Warpgroup{});
   state.mbarriers.clear();
   state.loads.clear();
-  state.free_registers = 0;
-  state.claims.clear();
+  state.blocks.assign(cluster_size(), Block{});
 }
 
 void finish_thread() {
@@ -527,16 +502,19 @@ void finish_thread() {
   }
 }
 
-void finish_block() {
+void finish() {
   if (!state.loads.empty()) {
     throw Fault("a block ends with " + std::to_string(state.loads.size()) +
                 " bulk copies that nobody waited for");
   }
 }
 
-bool land_one() {
+bool land(std::uint64_t choice) {
   if (state.loads.empty()) return false;
-  const Load& load = state.loads.front();
+  const auto landing =
+      state.loads.begin() + static_cast<std::ptrdiff_t>(choice % state.loads.size());
+  const Load load = std::move(*landing);
+  state.loads.erase(landing);
   for (const Chunk& chunk : load.chunks) {
     unsigned char* to = shared_bytes(chunk.shared, kChunk, "copies to");
     if (chunk.bytes > 0) std::memcpy(to, chunk.global, chunk.bytes);
@@ -544,8 +522,7 @@ bool land_one() {
   }
   Mbarrier& barrier = state.mbarriers.at(load.mbarrier);
   barrier.bytes -= load.bytes;
-  end_phase_if_complete(load.mbarrier, barrier);
-  state.loads.pop_front();
+  end_phase_if_complete(barrier);
   return true;
 }
 

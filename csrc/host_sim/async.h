@@ -12,12 +12,15 @@ namespace host_sim {
 
 // "mbarrier": 8 bytes of shared memory that count arrivals and bytes, phase by phase. A phase ends
 // when `count` threads have arrived and as many bytes have come as they announced.
-void mbarrier_init(std::uint32_t at, std::uint32_t count);
+void mbarrier_init(std::uint32_t offset, std::uint32_t count);
 // "fence.mbarrier_init": initialisations become visible to asynchronous operations.
 void fence_mbarrier_init();
-void mbarrier_arrive(std::uint32_t at, std::uint32_t expected_bytes);
+// Of a release, an acquire: what other blocks' threads did is seen if both have the cluster's.
+enum class Scope { kBlock, kCluster };
+// At an mbarrier of any block of the cluster.
+void mbarrier_arrive(Address at, std::uint32_t expected_bytes, Scope scope = Scope::kBlock);
 // Waits for the end of the phase of that parity, the first phase having parity 0.
-void mbarrier_wait(std::uint32_t at, unsigned parity);
+void mbarrier_wait(std::uint32_t offset, unsigned parity, Scope scope = Scope::kBlock);
 
 // "fence.proxy.async".
 void fence_proxy();
@@ -25,10 +28,15 @@ void fence_proxy();
 // "cp.async.bulk.tensor", one box: in shared memory the rows of its first dimension, one behind the
 // other, their 16-byte chunks permuted as the map's swizzle says; zeros where it leaves the tensor.
 // `coordinates` are the box's first element; for im2col the first pixel and channel, and `offsets`
-// of width and height are added to every pixel. Lands when no thread can run, in order of issue.
+// of width and height are added to every pixel. Lands when no thread can run, in order of issue, or
+// as set_schedule() says. With `ranks`, ".multicast::cluster": the copy lands at the same offset of
+// every block whose rank's bit is set, each on its own, and the mbarrier there counts its bytes.
 void load_tensor(std::uint32_t to, const CUtensorMap& map, std::uint32_t mbarrier,
                  const std::int32_t* coordinates, const std::uint16_t* offsets);
-void store_tensor(const CUtensorMap& map, std::uint32_t from, const std::int32_t* coordinates);
+void load_tensor(std::uint32_t to, const CUtensorMap& map, std::uint32_t mbarrier,
+                 const std::int32_t* coordinates, const std::uint16_t* offsets,
+                 std::uint16_t ranks);
+void store_tensor(const CUtensorMap& map, std::uint32_t offset, const std::int32_t* coordinates);
 // "cp.async.bulk.commit_group", and "cp.async.bulk.wait_group.read" for all but the last groups.
 void commit_stores();
 void wait_for_stores(int pending_groups);
@@ -51,12 +59,13 @@ void release_registers(int registers);
 
 namespace async {
 
-void start_block(int threads);
+void start(int threads);
 // Faults if the running thread leaves anything behind that it must wait for.
 void finish_thread();
-void finish_block();
-// Lets the first of the bulk copies under way arrive; false if there is none.
-bool land_one();
+void finish();
+// Lets one of the bulk copies under way arrive, the first one for a choice of 0; false if there is
+// none.
+bool land(std::uint64_t choice);
 
 }  // namespace async
 }  // namespace host_sim

@@ -29,7 +29,7 @@ bool encodes(cuuint32_t rank, const void* data, const cuuint64_t* size, const cu
 
 bool inner_fits(cuuint32_t elements, CUtensorMapSwizzle swizzle) {
   const cuuint32_t bytes = 2 * elements;
-  return bytes % 16 == 0 && (swizzle == CU_TENSOR_MAP_SWIZZLE_NONE || bytes <= 128);
+  return bytes % 16 == 0 && (swizzle == CU_TENSOR_MAP_SWIZZLE_NONE || bytes <= 16u << swizzle);
 }
 
 }  // namespace

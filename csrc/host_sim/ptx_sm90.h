@@ -3,8 +3,10 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "host_sim/async.h"
+#include "host_sim/cluster.h"
 
 namespace resnet_fused::ptx {
 
@@ -14,9 +16,9 @@ inline void mbarrier_init(std::uint32_t at, std::uint32_t count) {
   host_sim::mbarrier_init(at, count);
 }
 inline void fence_mbarrier_init() { host_sim::fence_mbarrier_init(); }
-inline void mbarrier_arrive(std::uint32_t at) { host_sim::mbarrier_arrive(at, 0); }
+inline void mbarrier_arrive(std::uint32_t at) { host_sim::mbarrier_arrive(host_sim::own(at), 0); }
 inline void mbarrier_arrive_expect(std::uint32_t at, std::uint32_t bytes) {
-  host_sim::mbarrier_arrive(at, bytes);
+  host_sim::mbarrier_arrive(host_sim::own(at), bytes);
 }
 inline void mbarrier_wait(std::uint32_t at, std::uint32_t parity) {
   host_sim::mbarrier_wait(at, parity);
@@ -41,6 +43,25 @@ inline void load_pixels(std::uint32_t to, const CUtensorMap& map, std::uint32_t 
   const std::uint16_t offsets[] = {offset_w, offset_h};
   host_sim::load_tensor(to, map, mbarrier, coordinates, offsets);
 }
+inline void load_tile_multicast(std::uint32_t to, const CUtensorMap& map, std::uint32_t mbarrier,
+                                std::int32_t c0, std::int32_t c1, std::uint16_t ranks) {
+  const std::int32_t coordinates[] = {c0, c1};
+  host_sim::load_tensor(to, map, mbarrier, coordinates, nullptr, ranks);
+}
+inline void load_tile_multicast(std::uint32_t to, const CUtensorMap& map, std::uint32_t mbarrier,
+                                std::int32_t c0, std::int32_t c1, std::int32_t c2,
+                                std::uint16_t ranks) {
+  const std::int32_t coordinates[] = {c0, c1, c2};
+  host_sim::load_tensor(to, map, mbarrier, coordinates, nullptr, ranks);
+}
+inline void load_pixels_multicast(std::uint32_t to, const CUtensorMap& map, std::uint32_t mbarrier,
+                                  std::int32_t c, std::int32_t w, std::int32_t h, std::int32_t n,
+                                  std::uint16_t offset_w, std::uint16_t offset_h,
+                                  std::uint16_t ranks) {
+  const std::int32_t coordinates[] = {c, w, h, n};
+  const std::uint16_t offsets[] = {offset_w, offset_h};
+  host_sim::load_tensor(to, map, mbarrier, coordinates, offsets, ranks);
+}
 inline void store_tile(const CUtensorMap& map, std::uint32_t from, std::int32_t c0,
                        std::int32_t c1) {
   const std::int32_t coordinates[] = {c0, c1};
@@ -50,6 +71,33 @@ inline void bulk_commit() { host_sim::commit_stores(); }
 template <int kPending>
 void bulk_wait_read() {
   host_sim::wait_for_stores(kPending);
+}
+
+inline int cluster_rank() { return host_sim::cluster_rank(); }
+inline int cluster_size() { return host_sim::cluster_size(); }
+inline void cluster_arrive() { host_sim::cluster_arrive(); }
+inline void cluster_wait() { host_sim::cluster_wait(); }
+inline std::uint32_t cluster_address(std::uint32_t offset, int rank) {
+  return host_sim::cluster_address(offset, rank);
+}
+template <typename V>
+V load_cluster(std::uint32_t address) {
+  V value;
+  std::memcpy(&value, host_sim::cluster_to_read(address, sizeof(V)), sizeof(V));
+  return value;
+}
+template <typename V>
+void store_cluster(std::uint32_t address, const V& value) {
+  std::memcpy(host_sim::cluster_to_write(address, sizeof(V)), &value, sizeof(V));
+}
+inline void mbarrier_arrive_cluster(std::uint32_t address) {
+  host_sim::mbarrier_arrive(address, 0);
+}
+inline void mbarrier_publish_cluster(std::uint32_t address) {
+  host_sim::mbarrier_arrive(address, 0, host_sim::Scope::kCluster);
+}
+inline void mbarrier_wait_cluster(std::uint32_t at, std::uint32_t parity) {
+  host_sim::mbarrier_wait(at, parity, host_sim::Scope::kCluster);
 }
 
 inline void named_barrier(int number, int threads) { host_sim::named_barrier(number, threads); }

@@ -52,11 +52,20 @@ View Races::merge(const View& a, const View& b) {
     auto both = std::make_shared<Knowledge>(*a);
     raise(both->seen, b->seen);
     raise(both->fenced, b->fenced);
+    raise(both->past, b->past);
     merged_from_[0] = a;
     merged_from_[1] = b;
     merged_ = std::move(both);
   }
   return merged_;
+}
+
+View Races::weakened(const View& view) const {
+  if (view == nothing_) return view;
+  auto past = std::make_shared<Knowledge>();
+  past->past = view->past;
+  raise(past->past, view->seen);
+  return past;
 }
 
 void Races::learn(int thread, const View& view) {
@@ -90,27 +99,32 @@ void Races::fence(int thread) {
   self.view = std::move(view);
 }
 
-void Races::join_all() {
+void Races::join(int first, int count) {
   auto all = std::make_shared<Knowledge>();
   const Knowledge* last = nullptr;
-  for (std::size_t t = 0; t < threads_.size(); ++t) {
+  for (int t = first; t < first + count; ++t) {
     Thread& thread = threads_[t];
     if (thread.view.get() != last) {
       last = thread.view.get();
       raise(all->seen, last->seen);
       raise(all->fenced, last->fenced);
+      raise(all->past, last->past);
     }
-    raise(all->seen, static_cast<Actor>(t), thread.time++);
+    raise(all->seen, t, thread.time++);
     if (thread.copied > 0) raise(all->seen, thread.copies, thread.copied);
   }
   const View view = std::move(all);
-  for (Thread& thread : threads_) thread.view = view;
+  for (int t = first; t < first + count; ++t) threads_[t].view = view;
 }
 
 bool Races::knows(int thread, Access past) const {
   const Thread& self = threads_[thread];
   return past.who == thread || at(self.view->seen, past.who) >= past.time ||
          (past.who == self.copies && self.copied >= past.time);
+}
+
+bool Races::follows(int thread, Access past) const {
+  return knows(thread, past) || at(threads_[thread].view->past, past.who) >= past.time;
 }
 
 bool Races::unfenced(const Word& word, int issuer) const {
@@ -142,11 +156,12 @@ Clash Races::read(Word& word, Access by, int issuer) {
 }
 
 Clash Races::write(Word& word, Access by, int issuer, bool by_proxy) {
-  if (word.written.who >= 0 && !knows(issuer, word.written)) {
-    return {Clash::kWithWrite, word.written.who};
+  const Access last = word.written;
+  if (last.who >= 0 && !(word.by_proxy ? follows(issuer, last) : knows(issuer, last))) {
+    return {Clash::kWithWrite, last.who};
   }
   for (const Access& read : word.reads) {
-    if (!knows(issuer, read)) return {Clash::kWithRead, read.who};
+    if (!follows(issuer, read)) return {Clash::kWithRead, read.who};
   }
   word.reads.clear();
   word.written = by;

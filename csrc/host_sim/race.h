@@ -1,7 +1,7 @@
 // Which accesses to shared memory are ordered: the happens-before relation, in vector clocks.
 //
-// Actors are the threads of a block and the agents that work for them asynchronously: the copies of
-// a thread (cp.async), its bulk stores, the matrix products of a warpgroup, the bulk copies that
+// Actors are the threads of a cluster and the agents that work for them asynchronously: the copies
+// of a thread (cp.async), its bulk stores, the matrix products of a warpgroup, the bulk copies that
 // one mbarrier counts. Every actor has a time of its own. A thread's advances with each release;
 // an agent's is the number of the group or phase that an operation belongs to. A View says up to
 // which time of each actor everything has happened; threads gain one from another through barriers.
@@ -9,7 +9,10 @@
 // the thread that issued its operation, holds the earlier one.
 //
 // What a thread writes is seen by asynchronous operations (but cp.async) only behind a
-// fence.proxy.async: PTX ISA, "Proxies". Views hold that apart, as `fenced`.
+// fence.proxy.async: PTX ISA, "Proxies". Views hold that apart, as `fenced`. Likewise `past`: what
+// has happened, so that the words which it read, or asynchronous operations wrote, may be
+// overwritten, but whose writes other blocks need not see, as the release or the acquire had the
+// scope of a block: "Memory Consistency Model".
 #pragma once
 
 #include <cstddef>
@@ -29,7 +32,7 @@ struct Access {
 };
 
 struct Knowledge {
-  std::vector<Time> seen, fenced;  // by actor; 0 beyond their ends
+  std::vector<Time> seen, fenced, past;  // by actor; 0 beyond their ends
 };
 using View = std::shared_ptr<const Knowledge>;  // never null: shared by all who know the same
 
@@ -51,15 +54,19 @@ class Races {
   // What `thread` has done and knows, for others to learn; its time moves on.
   View publish(int thread);
   View merge(const View& a, const View& b);
+  // All of it as `past`.
+  View weakened(const View& view) const;
   void learn(int thread, const View& view);
   void learn(int thread, Access past);
   void learn_copies(int thread, Time group);
   // fence.proxy.async of `thread`.
   void fence(int thread);
-  // A barrier of the block: all threads know all that any of them knows or has done.
-  void join_all();
+  // A barrier of `count` threads from `first` on: all know all that any of them knows or has done.
+  void join(int first, int count);
 
   bool knows(int thread, Access past) const;
+  // Likewise, if only as `past`.
+  bool follows(int thread, Access past) const;
   Access now(int thread) const { return {thread, threads_[thread].time}; }
   View nothing() const { return nothing_; }
 

@@ -226,11 +226,38 @@ __global__ void write_the_input(const Arguments a) {
   ptx::store_global(const_cast<std::uint32_t*>(a.in), 0u);
 }
 
-template <auto* kKernel, unsigned kThreads>
+// Each lane reads a V at a stride of bytes: lane l at kStride * l, those with l % kEvery == 0 as
+// many times as 1 + l % kTimes says.
+template <typename V, int kStride, int kEvery = 1, int kTimes = 1>
+__global__ void banks(const Arguments a) {
+  const unsigned lane = threadIdx.x;
+  std::uint32_t sum = 0;
+  if (lane % kEvery == 0) {
+    for (unsigned i = 0; i <= lane % kTimes; ++i) {
+      const V value = ptx::load_shared<V>(kStride * lane);
+      std::uint32_t word = 0;
+      memcpy(&word, &value, sizeof(value) < 4 ? sizeof(value) : 4);
+      sum += word;
+    }
+  }
+  ptx::store_global(a.out + lane, sum);
+}
+
+// The same for a write of 4 bytes.
+template <int kStride>
+__global__ void written_banks(const Arguments) {
+  ptx::store_shared(kStride * threadIdx.x, std::uint32_t{threadIdx.x});
+}
+
+template <auto* kKernel, unsigned kThreads, std::size_t kBytes = kSharedBytes>
 cudaError_t launch(const std::uint32_t* in, std::uint32_t* out) {
-  return resnet_fused::launch(kKernel, dim3(1), dim3(kThreads), kSharedBytes, nullptr,
+  return resnet_fused::launch(kKernel, dim3(1), dim3(kThreads), kBytes, nullptr,
                               Arguments{in, out});
 }
+
+using Half = std::uint16_t;
+using Word = std::uint32_t;
+using Two = resnet_fused::Pack<Word, 2>;
 
 const Tests kTests = {
     {"ldmatrix", &launch<&ldmatrix, 32>},
@@ -260,12 +287,28 @@ const Tests kTests = {
     {"shared out of bounds", &launch<&shared_out_of_bounds, 1>},
     {"shared misaligned", &launch<&shared_misaligned, 1>},
     {"write the input", &launch<&write_the_input, 1>},
+    {"banks: neighbouring words", &launch<&banks<Word, 4>, 32>},
+    {"banks: one word", &launch<&banks<Word, 0>, 32>},
+    {"banks: neighbouring halves", &launch<&banks<Half, 2>, 32>},
+    {"banks: every other word", &launch<&banks<Word, 8>, 32>},
+    {"banks: a column of words", &launch<&banks<Word, 128>, 32, 4096>},
+    {"banks: a padded column of words", &launch<&banks<Word, 132>, 32, 8192>},
+    {"banks: a column of words, by every fourth lane", &launch<&banks<Word, 128, 4>, 32, 4096>},
+    {"banks: every other word, again by odd lanes", &launch<&banks<Word, 8, 1, 2>, 32>},
+    {"banks: neighbours of 8 bytes", &launch<&banks<Two, 8>, 32>},
+    {"banks: every other one of 8 bytes", &launch<&banks<Two, 16>, 32>},
+    {"banks: neighbours of 16 bytes", &launch<&banks<Quad, 16>, 32>},
+    {"banks: every other one of 16 bytes", &launch<&banks<Quad, 32>, 32>},
+    {"banks: a column of 16 bytes", &launch<&banks<Quad, 128>, 32, 4096>},
+    {"banks: a written column of words", &launch<&written_banks<128>, 32, 4096>},
 };
 
 Launch test(const std::string& name) {
 #ifdef RESNET_FUSED_SM90
-  const auto found = sm90_tests().find(name);
-  if (found != sm90_tests().end()) return found->second;
+  for (const Tests* tests : {&sm90_tests(), &cluster_tests(), &schedule_tests()}) {
+    const auto found = tests->find(name);
+    if (found != tests->end()) return found->second;
+  }
 #endif
   return kTests.at(name);
 }

@@ -30,6 +30,7 @@ struct Arguments {
 enum Mistake {
   kNone,
   kNoWait,       // for what it reads
+  kNoRead,       // of what it asks for, and no wait
   kExpectsLess,  // bytes than will come
   kExpectsMore,
   kNoFence,          // of the kind that it needs
@@ -89,6 +90,7 @@ __global__ void tile(const __grid_constant__ Arguments a) {
                    static_cast<std::int32_t>(ptx::load_global(a.in + 1)));
     if (kMistake == kTooManyArrivals) ptx::mbarrier_arrive(kMbarriers);
   }
+  if (kMistake == kNoRead) return;
   if (kMistake != kNoWait) ptx::mbarrier_wait(kMbarriers, 0);
   dump(a.out, kTileRows);
 }
@@ -166,6 +168,35 @@ __global__ void wgmma_written(const Arguments a) {
   float d[32];
   ptx::wgmma_fence(d);
   ptx::wgmma<__half>(d, ptx::matrix_descriptor(0), ptx::matrix_descriptor(64 * kRowBytes), false);
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>(d);
+  for (int i = 0; i < 32; ++i) {
+    std::uint32_t bits;
+    memcpy(&bits, &d[i], sizeof(bits));
+    ptx::store_global(a.out + 32 * threadIdx.x + i, bits);
+  }
+}
+
+// As above, of rows of kRowBytes, whose pattern starts kShift rows of 128 bytes behind a multiple
+// of 1024, which the descriptors' base offset says, or kSaid.
+template <int kOperandBytes, std::uint32_t kShift, std::uint32_t kSaid>
+__global__ void wgmma_of_rows(const Arguments a) {
+  constexpr std::uint32_t kChunks = kOperandBytes / 16, kFirst = kShift * 128;
+  constexpr std::uint32_t kSecond = kFirst + 64 * kOperandBytes;
+  for (std::uint32_t i = threadIdx.x; i < 128 * kChunks; i += blockDim.x) {
+    const std::uint32_t row = i / kChunks, line = row * kOperandBytes / 128;
+    const std::uint32_t chunk = i % kChunks ^ line % kChunks;
+    const Quad* from = reinterpret_cast<const Quad*>(a.in) + i;
+    ptx::store_shared(kFirst + kOperandBytes * row + 16 * chunk, ptx::load_global(from));
+  }
+  ptx::fence_proxy_async();
+  __syncthreads();
+  float d[32];
+  ptx::wgmma_fence(d);
+  for (std::uint32_t k = 0; k < kChunks / 2; ++k) {
+    ptx::wgmma<__half>(d, ptx::matrix_descriptor<kOperandBytes>(kFirst + 32 * k, kSaid),
+                       ptx::matrix_descriptor<kOperandBytes>(kSecond + 32 * k, kSaid), k > 0);
+  }
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>(d);
   for (int i = 0; i < 32; ++i) {
@@ -257,6 +288,7 @@ const Tests& sm90_tests() {
       {"mbarrier used too early", &plain<&mbarrier_phases<kNoBarrier>, 64>},
       {"tile", &over_tiles<&tile<kNone>, 10>},
       {"tile not waited for", &over_tiles<&tile<kNoWait>, 10>},
+      {"tile never waited for", &over_tiles<&tile<kNoRead>, 10>},
       {"tile of more bytes than expected", &over_tiles<&tile<kExpectsLess>, 10>},
       {"tile of fewer bytes than expected", &over_tiles<&tile<kExpectsMore>, 10>},
       {"tile announced twice", &over_tiles<&tile<kTooManyArrivals>, 10>},
@@ -278,6 +310,11 @@ const Tests& sm90_tests() {
       {"wgmma of written operands", &plain<&wgmma_written<true, true>, 128>},
       {"wgmma of operands without swizzle", &plain<&wgmma_written<false, true>, 128>},
       {"wgmma of unfenced operands", &plain<&wgmma_written<true, false>, 128>},
+      {"wgmma of rows of 64 bytes", &plain<&wgmma_of_rows<64, 0, 0>, 128>},
+      {"wgmma of rows of 32 bytes", &plain<&wgmma_of_rows<32, 0, 0>, 128>},
+      {"wgmma at a base offset", &plain<&wgmma_of_rows<128, 3, 3>, 128>},
+      {"wgmma at a wrong base offset", &plain<&wgmma_of_rows<128, 3, 2>, 128>},
+      {"wgmma at a forgotten base offset", &plain<&wgmma_of_rows<128, 3, 0>, 128>},
       {"registers", &plain<&registers<kLaunchRegisters, 56, 96, 128>, 384>},
       {"registers of nobody", &plain<&registers<kLaunchRegisters, 56, 104, 128>, 384>},
       {"registers not released by a warp", &plain<&registers<kLaunchRegisters, 56, 96, 96>, 384>},

@@ -10,8 +10,9 @@
 // at(i, j) being the run at row(i), column(j) of the tile.
 //
 // Shared memory: staging takes kM x kN floats, over the pipeline's buffers. The 16-byte chunks of a
-// staged row are permuted (^ 2 * (row % 4)), so that neither the fragments' 8 byte stores (4 rows x
-// 2 chunks in one go) nor the rows' 16-byte loads meet in a bank.
+// staged row are permuted: ^ 2 * (row % 4), so that the fragments' 8 byte stores (4 rows x 2 chunks
+// in one go) do not meet in a bank, and ^ 1 in every other 8 of them, so that the 16-byte loads of
+// every other chunk (8 in one go) do not either.
 #pragma once
 
 #include <cstdint>
@@ -52,7 +53,7 @@ __device__ __forceinline__ void normalise(Accumulators& acc, std::uint32_t terms
 template <int kN>
 __device__ __forceinline__ std::uint32_t staged(int row, int column) {
   constexpr int kChunk = 16 / sizeof(float);
-  const int chunk = (column / kChunk) ^ (2 * (row % 4));
+  const int chunk = (column / kChunk) ^ (2 * (row % 4)) ^ (column / (8 * kChunk) % 2);
   return (row * kN + chunk * kChunk + column % kChunk) * sizeof(float);
 }
 

@@ -26,12 +26,14 @@ __host__ __device__ __forceinline__ bool aligned(const void* pointer) {
   return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0;
 }
 
+// `cluster` blocks run at once and reach each other's shared memory, of which sm_90 and later have
+// up to 8; the grid is a multiple of it.
 template <typename Arguments>
 cudaError_t launch(void (*kernel)(Arguments), dim3 grid, dim3 block, std::size_t shared_bytes,
-                   cudaStream_t stream, Arguments arguments) {
+                   cudaStream_t stream, Arguments arguments, dim3 cluster = dim3(1)) {
 #ifdef RESNET_FUSED_HOST_SIM
   static_cast<void>(stream);
-  host_sim::launch(grid, block, shared_bytes, [&] { kernel(arguments); });
+  host_sim::launch(grid, block, shared_bytes, [&] { kernel(arguments); }, cluster);
   return cudaSuccess;
 #else
   const void* function = reinterpret_cast<const void*>(kernel);
@@ -42,7 +44,22 @@ cudaError_t launch(void (*kernel)(Arguments), dim3 grid, dim3 block, std::size_t
     if (status != cudaSuccess) return settled(status);
   }
   void* parameters[] = {&arguments};
-  return settled(cudaLaunchKernel(function, grid, block, parameters, shared_bytes, stream));
+  if (cluster.x * cluster.y * cluster.z == 1) {
+    return settled(cudaLaunchKernel(function, grid, block, parameters, shared_bytes, stream));
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster.x;
+  attribute.val.clusterDim.y = cluster.y;
+  attribute.val.clusterDim.z = cluster.z;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return settled(cudaLaunchKernelExC(&config, function, parameters));
 #endif
 }
 

@@ -1,7 +1,7 @@
 // The instructions that only sm_90a has, beside those of ptx.cuh: bulk copies of tensors,
-// mbarriers, matrix products of a warpgroup. Sections are those of NVIDIA's "Parallel Thread
-// Execution ISA"; shared memory is named by byte offsets, as in ptx.cuh, and the simulator models
-// every function.
+// mbarriers, matrix products of a warpgroup, clusters. Sections are those of NVIDIA's "Parallel
+// Thread Execution ISA"; shared memory is named by byte offsets, as in ptx.cuh, but for other
+// blocks', and the simulator models every function.
 #pragma once
 
 #include <cuda.h>
@@ -93,6 +93,43 @@ __device__ __forceinline__ void load_pixels(std::uint32_t to, const CUtensorMap&
       : "memory");
 }
 
+// The same with ".multicast::cluster": to the same offset of every block of the cluster whose
+// rank's bit is set in `ranks`, where the mbarrier at the same offset counts the bytes.
+__device__ __forceinline__ void load_tile_multicast(std::uint32_t to, const CUtensorMap& map,
+                                                    std::uint32_t mbarrier, std::int32_t c0,
+                                                    std::int32_t c1, std::uint16_t ranks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(to)),
+      "l"(&map), "r"(shared_address(mbarrier)), "r"(c0), "r"(c1), "h"(ranks)
+      : "memory");
+}
+
+__device__ __forceinline__ void load_tile_multicast(std::uint32_t to, const CUtensorMap& map,
+                                                    std::uint32_t mbarrier, std::int32_t c0,
+                                                    std::int32_t c1, std::int32_t c2,
+                                                    std::uint16_t ranks) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(to)),
+      "l"(&map), "r"(shared_address(mbarrier)), "r"(c0), "r"(c1), "r"(c2), "h"(ranks)
+      : "memory");
+}
+
+__device__ __forceinline__ void load_pixels_multicast(std::uint32_t to, const CUtensorMap& map,
+                                                      std::uint32_t mbarrier, std::int32_t c,
+                                                      std::int32_t w, std::int32_t h,
+                                                      std::int32_t n, std::uint16_t offset_w,
+                                                      std::uint16_t offset_h, std::uint16_t ranks) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4, %5, %6}], [%2], {%7, %8}, %9;" ::"r"(
+          shared_address(to)),
+      "l"(&map), "r"(shared_address(mbarrier)), "r"(c), "r"(w), "r"(h), "r"(n), "h"(offset_w),
+      "h"(offset_h), "h"(ranks)
+      : "memory");
+}
+
 __device__ __forceinline__ void store_tile(const CUtensorMap& map, std::uint32_t from,
                                            std::int32_t c0, std::int32_t c1) {
   asm volatile(
@@ -111,6 +148,94 @@ __device__ __forceinline__ void bulk_commit() {
 template <int kPending>
 __device__ __forceinline__ void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
+// "Special Registers", %cluster_ctarank and %cluster_nctarank: this block's rank in its cluster, x
+// first, and how many blocks there are.
+__device__ __forceinline__ int cluster_rank() {
+  std::uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+__device__ __forceinline__ int cluster_size() {
+  std::uint32_t size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return static_cast<int>(size);
+}
+
+// "barrier.cluster": all threads of the cluster arrive, and what they did before is seen by those
+// that have waited. By whole warps, each wait behind its arrival.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// "mapa": the address of `offset` in the shared memory of the block of that rank, for the functions
+// ..._cluster. That block must have started, which a barrier of the cluster makes sure of, and must
+// not exit before it knows of the access.
+__device__ __forceinline__ std::uint32_t cluster_address(std::uint32_t offset, int rank) {
+  std::uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(address)
+      : "r"(shared_address(offset)), "r"(rank));
+  return address;
+}
+
+// "ld" and "st", .shared::cluster, of 4 or 16 bytes.
+template <typename V>
+__device__ __forceinline__ V load_cluster(std::uint32_t address) {
+  static_assert(sizeof(V) == 4 || sizeof(V) == 16);
+  std::uint32_t words[sizeof(V) / 4];
+  if constexpr (sizeof(V) == 16) {
+    asm volatile("ld.shared::cluster.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(address)
+                 : "memory");
+  } else {
+    asm volatile("ld.shared::cluster.b32 %0, [%1];" : "=r"(words[0]) : "r"(address) : "memory");
+  }
+  V value;
+  memcpy(&value, words, sizeof(V));
+  return value;
+}
+template <typename V>
+__device__ __forceinline__ void store_cluster(std::uint32_t address, const V& value) {
+  static_assert(sizeof(V) == 4 || sizeof(V) == 16);
+  std::uint32_t words[sizeof(V) / 4];
+  memcpy(words, &value, sizeof(V));
+  if constexpr (sizeof(V) == 16) {
+    asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words[0]),
+                 "r"(words[1]), "r"(words[2]), "r"(words[3])
+                 : "memory");
+  } else {
+    asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(address), "r"(words[0]) : "memory");
+  }
+}
+
+// "mbarrier.arrive" at an mbarrier of any block of the cluster, with a release of a block's scope:
+// what this thread has read may be overwritten, but another block need not see what it wrote.
+__device__ __forceinline__ void mbarrier_arrive_cluster(std::uint32_t address) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
+}
+
+// The same with the cluster's scope, and a wait for such arrivals: what the one wrote, the other
+// sees. A release of that scope is a fence of the whole GPU's in machine code.
+__device__ __forceinline__ void mbarrier_publish_cluster(std::uint32_t address) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address)
+               : "memory");
+}
+__device__ __forceinline__ void mbarrier_wait_cluster(std::uint32_t at, std::uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "retry:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra retry;\n"
+      "}\n" ::"r"(shared_address(at)),
+      "r"(parity)
+      : "memory");
 }
 
 // "barrier", bar.sync: waits until `threads` threads, whole warps, have come to barrier `number`.
@@ -239,14 +364,20 @@ __device__ __forceinline__ void wgmma_wait(float (&d)[kValues]) {
 
 namespace resnet_fused::ptx {
 
-// "Matrix Descriptor Format" of an operand of wgmma: rows of 128 bytes, whose 16-byte chunks are
-// permuted by the row's number modulo 8 as a tensor map's 128-byte swizzle does, from a multiple of
-// 1024 bytes on. `offset` names the first row, plus 32 bytes for each 16 elements of depth.
-__device__ __forceinline__ std::uint64_t matrix_descriptor(std::uint32_t offset) {
-  constexpr std::uint64_t kSwizzle128 = std::uint64_t{1} << 62;
-  constexpr std::uint64_t kEightRows = std::uint64_t{1024 >> 4} << 32;  // stride byte offset
-  constexpr std::uint64_t kLeading = std::uint64_t{1} << 16;            // unused with a swizzle
-  return kSwizzle128 | kEightRows | kLeading | (shared_address(offset) & 0x3ffff) >> 4;
+// "Matrix Descriptor Format" of an operand of wgmma: rows of kRowBytes (128, 64 or 32), one behind
+// the other, whose 16-byte chunks are permuted as a tensor map's swizzle of that many bytes does.
+// `offset` names the first row, plus 32 bytes for each 16 elements of depth. The pattern repeats
+// after 8 rows; `base_offset` is 0 where it counts them from an address that is a multiple of that,
+// as bulk copies do, and otherwise the 128-byte row, modulo 8, from which it does.
+template <int kRowBytes = 128>
+__device__ __forceinline__ std::uint64_t matrix_descriptor(std::uint32_t offset,
+                                                           std::uint32_t base_offset = 0) {
+  static_assert(kRowBytes == 128 || kRowBytes == 64 || kRowBytes == 32);
+  constexpr std::uint64_t kSwizzle = kRowBytes == 128 ? 1 : kRowBytes == 64 ? 2 : 3;
+  constexpr std::uint64_t kEightRows = 8 * kRowBytes >> 4;  // stride byte offset
+  constexpr std::uint64_t kLeading = 1;                     // unused with a swizzle
+  return kSwizzle << 62 | std::uint64_t{base_offset} << 49 | kEightRows << 32 | kLeading << 16 |
+         (shared_address(offset) & 0x3ffff) >> 4;
 }
 
 }  // namespace resnet_fused::ptx
