@@ -202,15 +202,27 @@ class Launcher:
     def _convolution(self, x: Array, weight: Array, layer: Layer) -> Any:
         pad, step = layer.padding, layer.stride
         return self._extension.ConvolutionBn(
-            self._memory.put(x), self._memory.put(weight), x.shape[1:3], layer.channels,
-            (layer.window,) * 2, (step, step), (pad, pad), (1, 1),
-            *self._put_vectors(layer.filters), 0.0,
-        )  # fmt: skip
+            self._memory.put(x),
+            self._memory.put(weight),
+            x.shape[1:3],
+            layer.channels,
+            (layer.window,) * 2,
+            (step, step),
+            (pad, pad),
+            (1, 1),
+            *self._put_vectors(layer.filters),
+            0.0,
+        )
 
     def convolution(
-        self, tile: str, images: int, pixels: int, layer: Layer,
-        residual: bool = False, projection: Layer | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        tile: str,
+        images: int,
+        pixels: int,
+        layer: Layer,
+        residual: bool = False,
+        projection: Layer | None = None,
+    ) -> None:
         """A tile's kernel; the projection is of an input of so many times the size."""
         x = self._values.activation(images, pixels, pixels, layer.channels)
         weight = self._values.weight(layer.filters, layer.window, layer.channels)
@@ -230,12 +242,21 @@ class Launcher:
 
         def launch(out: int) -> None:
             self._extension.cuda_conv_bn(
-                out, None if added is None else (self._memory.put(added), layer.filters, strides),
-                self._half, images, (size, size), layer.filters, 1,
+                out,
+                None if added is None else (self._memory.put(added), layer.filters, strides),
+                self._half,
+                images,
+                (size, size),
+                layer.filters,
+                1,
                 self._convolution(x, weight, layer),
                 self._convolution(*side) if side else None,
-                True, False, getattr(self._extension.ConvTile, tile), 0, 0,
-            )  # fmt: skip
+                True,
+                False,
+                getattr(self._extension.ConvTile, tile),
+                0,
+                0,
+            )
 
         def expected() -> Array:
             result = _convolved(x, weight, layer) + (0 if added is None else added)
@@ -260,9 +281,17 @@ class Launcher:
         def launch(out: int) -> None:
             put = [(self._memory.put(w), *self._put_vectors(len(w)), 0.0) for w in weights]
             block = self._extension.Bottleneck(
-                self._memory.put(x), self._half, images, (pixels, pixels), channels, inner,
-                out_channels, stride, put[:3], put[3] if project else None,
-            )  # fmt: skip
+                self._memory.put(x),
+                self._half,
+                images,
+                (pixels, pixels),
+                channels,
+                inner,
+                out_channels,
+                stride,
+                put[:3],
+                put[3] if project else None,
+            )
             self._extension.cuda_bottleneck(out, block, 0, 0)
 
         def expected() -> Array:
@@ -282,9 +311,18 @@ class Launcher:
 
         def launch(out: int) -> None:
             self._extension.cuda_stem(
-                out, self._memory.put(x), self._memory.put(weight), self._half, images,
-                (pixels, pixels), 64, *self._put_vectors(64), 0.0, 0, 0,
-            )  # fmt: skip
+                out,
+                self._memory.put(x),
+                self._memory.put(weight),
+                self._half,
+                images,
+                (pixels, pixels),
+                64,
+                *self._put_vectors(64),
+                0.0,
+                0,
+                0,
+            )
 
         def expected() -> Array:
             padded = np.pad(
@@ -292,8 +330,9 @@ class Launcher:
             )
             taps = [
                 padded[:, r : r + 2 * size : 2, s : s + 2 * size : 2]
-                for r in range(3) for s in range(3)
-            ]  # fmt: skip
+                for r in range(3)
+                for s in range(3)
+            ]
             return np.maximum.reduce([tap[:, :size, :size] for tap in taps])
 
         self._finish((images, size, size, 64), launch, expected)
@@ -307,14 +346,29 @@ class Launcher:
         def launch(out: int) -> None:
             pooled = self._memory.put(means, writable=True)
             self._extension.cuda_average_pool(
-                pooled, self._extension.DType.float32, self._memory.put(x), self._half, images, 64,
-                channels, 0, 0,
-            )  # fmt: skip
+                pooled,
+                self._extension.DType.float32,
+                self._memory.put(x),
+                self._half,
+                images,
+                64,
+                channels,
+                0,
+                0,
+            )
             bias = np.ones(classes, np.float16)
             self._extension.cuda_linear(
-                out, pooled, self._memory.put(weight), self._memory.put(bias), self._half, images,
-                channels, classes, 0, 0,
-            )  # fmt: skip
+                out,
+                pooled,
+                self._memory.put(weight),
+                self._memory.put(bias),
+                self._half,
+                images,
+                channels,
+                classes,
+                0,
+                0,
+            )
 
         def expected() -> Array:
             mean = x.astype(np.float32).mean((1, 2))
@@ -328,9 +382,19 @@ class Launcher:
 
         def launch(out: int) -> None:
             self._extension.cuda_bn_add_relu(
-                out, self._memory.put(x), (self._memory.put(added), channels, strides), self._half,
-                images, (9, 7), channels, *self._put_vectors(channels), 0.0, True, 0, 0,
-            )  # fmt: skip
+                out,
+                self._memory.put(x),
+                (self._memory.put(added), channels, strides),
+                self._half,
+                images,
+                (9, 7),
+                channels,
+                *self._put_vectors(channels),
+                0.0,
+                True,
+                0,
+                0,
+            )
 
         self._finish(x.shape, launch, lambda: np.maximum(_normalised(x) + added, 0))
 

@@ -337,8 +337,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m resnet_fused.selfcheck",
         description="Holds every kernel family against the reference, each in its own process.",
     )
-    parser.add_argument("--backend", nargs="+", choices=backends.NAMES,
-                        help="those with kernels that can run here: cuda, triton; cpu")  # fmt: skip
+    parser.add_argument(
+        "--backend",
+        nargs="+",
+        choices=backends.NAMES,
+        help="those with kernels that can run here: cuda, triton; cpu",
+    )
     parser.add_argument("--only", nargs="+", metavar="WORD", help="checks whose name has the word")
     parser.add_argument("--seconds", type=float, default=120.0, help="for one check (%(default)s)")
     parser.add_argument("--jobs", type=int, help="checks at a time (on a GPU 4, else 1)")

@@ -1,7 +1,7 @@
-// What a GPU's units reach: L2 and DRAM bandwidth, mma.sync and wgmma, as JSON on standard output.
+// What a GPU's units reach: L2 and DRAM bandwidth, mma.sync and wgmma, as JSON in a file.
 //
 //   nvcc -std=c++17 -O3 -I csrc -gencode arch=compute_90a,code=sm_90a \
-//       benchmarks/microbenchmarks/peaks.cu -o peaks && ./peaks > peaks.json
+//       benchmarks/microbenchmarks/peaks.cu -o peaks && ./peaks peaks.json
 //
 // Memory: every block reads the whole of a buffer that fits L2 (or, for DRAM, its part of one that
 // is many times larger), 16 bytes a thread, eight loads in flight; L1 is passed by (ld.global.cg).
@@ -160,7 +160,12 @@ double wgmma_flops(int sms, const unsigned* words, float* out, long long* cycles
 
 }  // namespace
 
-int main() {
+int main(int count, char** arguments) {
+  std::FILE* file = count > 1 ? std::fopen(arguments[1], "w") : stdout;
+  if (file == nullptr) {
+    std::perror(arguments[1]);
+    return 1;
+  }
   cudaDeviceProp properties;
   CHECK(cudaGetDeviceProperties(&properties, 0));
   const int sms = properties.multiProcessorCount;
@@ -196,14 +201,15 @@ int main() {
   constexpr std::size_t kTaken = std::size_t{kThreads} * kInFlight;
   const std::size_t dram_bytes = kDram / 16 / kTaken / blocks * blocks * kTaken * 16;
   const double l2_rate = static_cast<double>(in_l2) * blocks / l2;
-  std::printf(
-      "{\n \"gpu\": \"%s\",\n \"sms\": %d,\n \"l2_bytes\": %d,\n \"clock_hz\": %.6g,\n"
-      " \"l2_bytes_per_second\": %.6g,\n \"l2_bytes_per_cycle_and_sm\": %.4g,\n"
-      " \"dram_read_bytes_per_second\": %.6g,\n \"dram_copy_bytes_per_second\": %.6g,\n"
-      " \"mma_sync_bf16_flops\": %.6g,\n \"wgmma_m64n64_bf16_flops\": %.6g,\n"
-      " \"wgmma_m64n128_bf16_flops\": %.6g\n}\n",
-      properties.name, sms, properties.l2CacheSize, clock, l2_rate, l2_rate / clock / sms,
-      static_cast<double>(dram_bytes) / dram, static_cast<double>(kDram) / copy,
-      2.0 * 16 * 8 * 16 * kMmaTiles * kMmaSteps * 8 * 8 * sms / mma, wgmma64, wgmma128);
+  std::fprintf(file,
+               "{\n \"gpu\": \"%s\",\n \"sms\": %d,\n \"l2_bytes\": %d,\n \"clock_hz\": %.6g,\n"
+               " \"l2_bytes_per_second\": %.6g,\n \"l2_bytes_per_cycle_and_sm\": %.4g,\n"
+               " \"dram_read_bytes_per_second\": %.6g,\n \"dram_copy_bytes_per_second\": %.6g,\n"
+               " \"mma_sync_bf16_flops\": %.6g,\n \"wgmma_m64n64_bf16_flops\": %.6g,\n"
+               " \"wgmma_m64n128_bf16_flops\": %.6g\n}\n",
+               properties.name, sms, properties.l2CacheSize, clock, l2_rate, l2_rate / clock / sms,
+               static_cast<double>(dram_bytes) / dram, static_cast<double>(kDram) / copy,
+               2.0 * 16 * 8 * 16 * kMmaTiles * kMmaSteps * 8 * 8 * sms / mma, wgmma64, wgmma128);
+  std::fclose(file);
   return 0;
 }

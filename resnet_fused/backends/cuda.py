@@ -64,6 +64,11 @@ class CudaBackend(LayerByLayer):
         """The tiles of our convolutions, of all GPUs, as candidates are named."""
         return [name for name in self._extension.ConvTile.__members__ if name != "automatic"]
 
+    @property
+    def kernels(self) -> list[str]:
+        """All of its candidates by name, of whatever op and GPU."""
+        return [*self.tiles, _CUDNN, _FUSED, _SEPARATE, _LINEAR, _CUBLAS]
+
     def _check_device(self, index: int) -> str | None:
         with torch.cuda.device(index):
             try:
