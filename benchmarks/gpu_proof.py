@@ -16,7 +16,7 @@ move what is measured; --steps takes some steps of a call, --skip leaves some ou
 
 Works offline where torch, triton, nvcc, cmake, ninja, pybind11, pytest and pytest-xdist are
 installed. `--rehearse` goes through the same steps without a GPU: on the simulator and small sizes,
-skipping what needs hardware.
+skipping what needs hardware, into build/rehearsal/.
 """
 
 from __future__ import annotations
@@ -507,7 +507,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a call; 0 if no step failed, was stopped or ran out of its time."""
     options = parse(arguments)
     gpu = REHEARSAL if options.rehearse else find_gpu()
-    options.results = f"benchmarks/results/{gpu.name}"
+    options.results = "build/rehearsal" if options.rehearse else f"benchmarks/results/{gpu.name}"
     steps = steps_of(options, gpu)
     if options.list:
         print("\n".join(listing(steps)))
