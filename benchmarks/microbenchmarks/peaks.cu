@@ -4,7 +4,7 @@
 //       benchmarks/microbenchmarks/peaks.cu -o peaks && ./peaks peaks.json
 //
 // Memory: every block reads the whole of a buffer that fits L2 (or, for DRAM, its part of one that
-// is many times larger), 16 bytes a thread, eight loads in flight; L1 is passed by (ld.global.cg).
+// is many times larger), 16 bytes a thread, four loads in flight; L1 is passed by (ld.global.cg).
 // Products: enough warps to fill every SM, each with independent accumulators, operands as the
 // kernels have them: in registers for mma.sync, in swizzled shared memory for wgmma. Values are
 // random, since products of zeros draw less power and run faster. Each is the best of 10 launches
@@ -32,7 +32,7 @@ void check(cudaError_t status, const char* what) {
 #define CHECK(call) check(call, #call)
 
 constexpr int kThreads = 512;
-constexpr int kInFlight = 8;
+constexpr int kInFlight = 4;
 
 // Reads a buffer of so many vectors: each block all of it, from another place on, or a part.
 __global__ void __launch_bounds__(kThreads)
