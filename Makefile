@@ -24,8 +24,9 @@ bench:  ## ours beside every peer that is installed
 layers:  ## each fused op of ResNet-50 by itself
 	python benchmarks/layers.py
 
-gpu-proof:  ## everything that only a GPU can show, with result files
-	bash benchmarks/gpu_proof.sh
+CALL ?= first
+gpu-proof:  ## what only a GPU can show; CALL=first (9 minutes), training, tuning or checks
+	python benchmarks/gpu_proof.py $(CALL) --out build/gpu_proof
 
 env:  ## compiler, architectures, backends, versions
 	python -m resnet_fused.env
