@@ -6,9 +6,9 @@
 Each kernel family of a backend (of `cuda`, each tile of its convolutions) is one check, in a child
 process with a time limit, so that one that crashes or hangs takes no other with it. Sizes follow
 the GPU: at least three tiles for each multiprocessor, so that persistent blocks go round and rings
-of buffers wrap; tails in every direction; residuals, projections, strides. Values are integers, of
-which every correct kernel gives the same bits as float64; the head's means are held to the numerics
-contract. On a GPU each case runs many times, because a race is wrong only now and then.
+of buffers wrap; tails in every direction; residuals, projections, strides. Values are integers (the
+head's means whole 64ths), of which every correct kernel gives the same bits as float64. On a GPU
+each case runs many times, because a race is wrong only now and then.
 
 The exit status is 1 if a check failed. Backend `cuda_sim` and Triton's interpreter run it without
 a GPU.
@@ -28,16 +28,20 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from multiprocessing.connection import Connection
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from . import backends
 from .backends import Backend, LayerByLayer, tuning
+from .backends.training import INVSTD, MEAN, SCALE, Activation, RawGradient
 from .parameters import MaxPool
 from .reference import ops as reference
+from .reference.training import ReferenceTraining
 from .testing import machine
 from .testing.cases import (
     BlockCase,
@@ -48,7 +52,6 @@ from .testing.cases import (
     make_integers,
     make_residual,
 )
-from .testing.numerics import assert_contract, cast
 
 SIMULATED_MULTIPROCESSORS = 4
 _REPEATS_ON_GPU = 20
@@ -58,7 +61,8 @@ _CONVOLUTION = "conv_bn"
 _KERNELS = {"bottleneck": "fused", "stem": "fused", "head": "linear"}
 # Of bottlenecks: inner channels, stride, and whether there is a projection.
 _BLOCKS = ((64, 1, False), (64, 1, True), (64, 2, True), (128, 1, False), (128, 2, True))
-FAMILIES = (_CONVOLUTION, "bn_add_relu", *_KERNELS)
+_TRAINING = "training"
+FAMILIES = (_CONVOLUTION, "bn_add_relu", *_KERNELS, _TRAINING)
 
 
 class Result(NamedTuple):
@@ -81,23 +85,39 @@ class Result(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A call of a backend's op; `exact` where every correct kernel gives the same bits."""
+    """A call of a backend's op, or of a piece of its training; `results`: how many of those that it
+    gives are exact, first ones first."""
 
     name: str
     op: str
     arguments: list[Any]
-    exact: bool = True
+    results: int = 9
 
 
 class _Rounded(LayerByLayer):
     """The reference in float64, each op's result rounded once, as a chain of kernels rounds it."""
 
+    training = ReferenceTraining()
+
     def __getattr__(self, op: str) -> Callable[..., Tensor]:
         def run(x: Tensor, *others: Any) -> Tensor:
-            wide = getattr(reference, op)(*(cast(v, torch.float64) for v in (x, *others)))
-            return wide.round().to(x.dtype)  # float64 convolutions may be off by 1e-12
+            out: Tensor = getattr(reference, op)(*_wide((x, *others)))
+            # To the 64ths that there can be: float64 convolutions may be off by 1e-12.
+            return (64 * out).round().div(64).to(x.dtype)
 
         return run
+
+
+def _wide(values: Any) -> Any:
+    """With every floating tensor in float64."""
+    return tree_map(
+        lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v, values
+    )
+
+
+def _expected(case: Case) -> list[Tensor]:
+    arguments = _wide(case.arguments) if case.op.startswith(_TRAINING) else case.arguments
+    return tree_leaves(attrgetter(case.op)(_Rounded())(*arguments))[: case.results]
 
 
 def check_case(backend: Backend, case: Case, kernel: str | None = None, repeats: int = 1) -> bool:
@@ -106,32 +126,33 @@ def check_case(backend: Backend, case: Case, kernel: str | None = None, repeats:
     kernel: the candidate to take; None for the one that the backend chooses.
     Raises AssertionError where the result is wrong.
     """
-    op = getattr(backend, case.op)
-    truth = getattr(_Rounded() if case.exact else reference, case.op)
-    expected = truth(*case.arguments)
+    op = attrgetter(case.op)(backend)
+    expected = _expected(case)
     for turn in range(repeats):
         # What torch.empty returns next: an element that nobody writes shows.
-        torch.full_like(expected, float("nan"))
+        torch.full_like(expected[0], float("nan"))
         with torch.no_grad(), tuning.watch() as decisions, tuning.prefer(kernel or ""):
-            out = op(*case.arguments)
+            out = tree_leaves(op(*case.arguments))
         if kernel is not None and all(decision.choice != kernel for decision in decisions):
             return False
-        if not case.exact:
-            wide = truth(*(cast(v, torch.float64) for v in case.arguments))
-            assert_contract(out, expected, wide, noise=1.1, what=case.name)
-        elif out.dtype != expected.dtype or out.shape != expected.shape:
-            raise AssertionError(
-                f"{case.name}: {out.dtype} {tuple(out.shape)}, expected {expected.dtype} "
-                f"{tuple(expected.shape)}"
-            )
-        elif not torch.equal(out, expected):
-            wrong = (out != expected).nonzero()
-            first = tuple(wrong[0].tolist())
-            raise AssertionError(
-                f"{case.name}: {len(wrong)} of {out.numel()} elements differ in run {turn}, the "
-                f"first at {first}: {out[first].item()}, expected {expected[first].item()}"
-            )
+        for ours, right in zip(out, expected, strict=False):
+            _compare(ours, right, f"{case.name}, run {turn}")
     return True
+
+
+def _compare(out: Tensor, expected: Tensor, what: str) -> None:
+    if out.dim() == 3:  # sums of parts of the batch, however many parts those are
+        out, expected = out.sum(0), expected.sum(0)
+    if out.shape != expected.shape:
+        raise AssertionError(f"{what}: {tuple(out.shape)}, expected {tuple(expected.shape)}")
+    expected = expected.to(out.dtype)
+    if not torch.equal(out, expected):
+        wrong = (out != expected).nonzero()
+        first = tuple(wrong[0].tolist())
+        raise AssertionError(
+            f"{what}: {len(wrong)} of {out.numel()} elements differ, the first at {first}: "
+            f"{out[first].item()}, expected {expected[first].item()}"
+        )
 
 
 def _convolutions(dtype: torch.dtype, device: str, multiprocessors: int) -> Iterator[Case]:
@@ -196,15 +217,60 @@ def _others(family: str, dtype: torch.dtype, device: str, multiprocessors: int) 
             case = ConvCase(images, 3, height, width, channels, 7, 2, 3)
             arguments = [*make_integers(case, rng, dtype, device), MaxPool(3, 2, 1)]
             yield Case(f"{channels} channels", family, arguments)
-    elif family == "head":
-        for batch, channels, classes in ((3, 512, 1000), (17, 264, 11)):
-            x = torch.randn(batch, channels, 7, 7, generator=rng)
-            weight, bias = (
-                torch.randn(s, generator=rng) for s in ((classes, channels), (classes,))
-            )
-            nhwc = x.to(device, dtype, memory_format=torch.channels_last)
-            arguments = [nhwc, weight.to(device, dtype), bias.to(device, dtype)]
-            yield Case(f"{batch} images, {classes} classes", family, arguments, exact=False)
+    elif family == "head":  # means of 64 and of 16 values
+        for batch, channels, classes, side in ((3, 512, 1000, 8), (17, 264, 11, 4)):
+            shape = ConvCase(batch, channels, side, side, classes)
+            x, conv, _ = make_integers(shape, rng, dtype, device)
+            weight = conv.weight[:, :, 0, 0].contiguous()
+            bias = torch.ones(classes, device=device, dtype=dtype)
+            yield Case(f"{batch} images, {classes} classes", family, [x, weight, bias])
+
+
+def _training(dtype: torch.dtype, device: str, multiprocessors: int) -> Iterator[Case]:
+    """The pieces of a training step around a convolution, forward and backward; of the moments,
+    which are no integers, nothing is said."""
+    rng = generator()
+    images = -(-128 * multiprocessors // 81)
+    for name, case in {
+        "1x1": ConvCase(images, 72, 9, 9, 136),
+        "3x3": ConvCase(images, 40, 9, 9, 136, 3, 1, 1),
+        "3x3 strided": ConvCase(images, 40, 18, 18, 72, 3, 2, 1),
+    }.items():
+        x, conv, _ = make_integers(case, rng, dtype, device)
+        grad, raw = (_integers_like(case, x, rng) for _ in range(2))
+        below = Activation(x, _terms(case.channels, device))
+        above = Activation(raw, _terms(case.out_channels, device))
+        slopes = _terms(case.out_channels, device)[[SCALE, INVSTD, MEAN, MEAN]]
+        gradient = RawGradient(grad, raw, slopes, False)
+        add = _integers_like(
+            case._replace(kernel=1, stride=1, padding=0, out_channels=case.channels), x, rng
+        )
+        y = torch.relu(raw)
+        pooled = ConvCase(images, case.out_channels, *case.output_size, case.out_channels, 3, 2, 1)
+        pieces: dict[str, list[Any]] = {
+            "conv_stats": [below, conv, True],
+            "bn_add_relu": [above, grad],
+            "relu_gradient": [grad, y, [above]],
+            "dgrad": [gradient, conv, x.shape, below, add],
+            "wgrad": [gradient, below, conv],
+            "bn_relu_pool": [above, MaxPool(3, 2, 1)],
+            "pool_gradient": [_integers_like(pooled, x, rng), above, MaxPool(3, 2, 1)],
+        }
+        for piece, arguments in pieces.items():
+            exact = 1 if piece == "conv_stats" else 9
+            yield Case(f"{name} {piece}", f"{_TRAINING}.{piece}", arguments, exact)
+
+
+def _integers_like(case: ConvCase, x: Tensor, rng: torch.Generator) -> Tensor:
+    """Small integers of the shape of the case's result, like `x` otherwise."""
+    return make_residual(case, x, rng).round_()
+
+
+def _terms(channels: int, device: str) -> Tensor:
+    """Means 1, scales 1 and -1, shifts 1, as `resnet_fused.backends.training` has them."""
+    terms = torch.ones(6, channels, device=device)
+    terms[SCALE, ::3] = -1
+    return terms
 
 
 def cases(family: str, backend: Backend, device: str, multiprocessors: int) -> Iterator[Case]:
@@ -219,7 +285,9 @@ def cases(family: str, backend: Backend, device: str, multiprocessors: int) -> I
     }
     for name in served if device == "cuda" else list(served)[:1]:
         torch.backends.cudnn.allow_tf32 = name == "TF32"
-        make = _convolutions if family == _CONVOLUTION else partial(_others, family)
+        make = {_CONVOLUTION: _convolutions, _TRAINING: _training}.get(
+            family, partial(_others, family)
+        )
         for case in make(served[name], device, multiprocessors):
             yield case._replace(name=f"{name} {case.name}")
 
@@ -255,6 +323,8 @@ def checks(backend: str) -> list[Check]:
     tiles: Sequence[str | None] = getattr(implementation, "tiles", (None,))
     found = []
     for family in FAMILIES:
+        if family == _TRAINING and implementation.training is None:
+            continue
         kernels = tiles if family == _CONVOLUTION else (None,)
         if hasattr(implementation, "tiles") and family in _KERNELS:
             kernels = (_KERNELS[family],)
