@@ -11,12 +11,12 @@ lint:
 	ruff check .
 	ruff format --check .
 	mypy
-	git ls-files 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.h' 'csrc/*.cuh' | xargs clang-format --dry-run -Werror
+	git ls-files 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.h' 'csrc/*.cuh' 'benchmarks/*.cu' | xargs clang-format --dry-run -Werror
 
 format:
 	ruff check --fix .
 	ruff format .
-	git ls-files 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.h' 'csrc/*.cuh' | xargs clang-format -i
+	git ls-files 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.h' 'csrc/*.cuh' 'benchmarks/*.cu' | xargs clang-format -i
 
 bench:  ## ours beside every peer that is installed
 	python benchmarks/throughput.py

@@ -251,8 +251,8 @@ def shell(name: str, script: str, limit: int = 20, **others: Any) -> Step:
 
 
 def test_a_step_that_hangs_or_fails_costs_itself_only(tree: Path, tmp_path: Path) -> None:
-    mark = tmp_path / "grandchild"
-    hang = f"(sleep 3; touch {mark}) & echo begun; trap '' TERM; while :; do sleep 1; done"
+    mark = tmp_path / "alive"
+    hang = f"trap '' TERM; echo begun; while :; do sleep 1; touch {mark}; done"
     run, out = proof(tree)
     start = time.monotonic()
     code = run.run([
@@ -274,6 +274,9 @@ def test_a_step_that_hangs_or_fails_costs_itself_only(tree: Path, tmp_path: Path
     folder = f"{H100.name}/"
     assert files[folder + "passes.log"].endswith(b"\noff\n")
     assert b"begun" in files[folder + "hangs.log"]
+    mark.unlink()
+    time.sleep(2)
+    assert not mark.exists()
 
 
 def test_what_a_step_leaves_running_ends_with_it(tree: Path, tmp_path: Path) -> None:
