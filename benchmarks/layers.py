@@ -9,9 +9,10 @@ numerics contract on every backend (one that fails is not timed) and then measur
 vendor library's own convolution (cuDNN's fused ops on a GPU, oneDNN's on a CPU, batch norm folded
 into the weights beforehand).
 The share of the floor is max(bytes / bandwidth, operations / peak) over the time: bytes count
-every operand and the result once, both peaks are measured in the run. A network's operands are
-often in cache when an op starts; here they are as the previous round left them. On a GPU several
-calls are captured in a graph and its replays timed by events, so that the host has no part in it.
+every operand and the result once (of a strided 1×1 window's input what it sees), both peaks are
+measured in the run. A network's operands are often in cache when an op starts; here they are as the
+previous round left them. On a GPU several calls are captured in a graph and its replays timed by
+events, so that the host has no part in it.
 A whole bottleneck has a row beside those of its layers, and no part in the sums.
 """
 
@@ -109,7 +110,10 @@ class Layer(NamedTuple):
             for x, conv, _ in self.convolutions():
                 positions = _convolve(x[:1].to("meta"), conv, "meta").numel() * x.shape[0]
                 operations += 2 * positions * conv.weight[0].numel()
-                moved += x.nbytes + conv.weight.nbytes
+                height, width = conv.weight.shape[2:]
+                # A 1×1 window sees every stride-th pixel only.
+                unread = conv.stride[0] * conv.stride[1] if height * width == 1 else 1
+                moved += x.nbytes // unread + conv.weight.nbytes
         residual = self.residual()
         moved += out.nbytes + (0 if residual is None else residual.nbytes)
         return operations, moved, max(moved / peaks.bandwidth, operations / peaks.arithmetic)

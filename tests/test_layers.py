@@ -48,6 +48,14 @@ def test_a_blocks_floor_is_that_of_its_layers_without_what_lies_between(
     assert moved == 4 * (64 * 256 + weights + 256 * 256)
 
 
+def test_a_strided_shortcut_is_read_where_it_is_seen(recorded: list[Layer]) -> None:
+    """layer2's first block end: 128 channels at 8 × 8, and every other pixel of 256 at 16 × 16."""
+    end = [layer for layer in recorded if layer.op == "conv_bn_projection"][1]
+    _, moved, _ = end.floor(torch.empty(1, 512, 8, 8), Peaks(1.0, 1.0))
+    weights = 128 * 512 + 256 * 512
+    assert moved == 4 * (64 * 128 + 64 * 256 + weights + 64 * 512)
+
+
 def test_a_column_is_of_the_kernel_that_it_names(simulator: ModuleType, monkeypatch: Any) -> None:
     monkeypatch.setenv("RESNET_FUSED_HOST_SIM_CAPABILITY", "90")
     x, conv, bn = make_integers(ConvCase(1, 16, 6, 6, 24), generator(), torch.float16)
