@@ -104,7 +104,11 @@ def build(options: argparse.Namespace, gpu: Gpu) -> Step:
 
 
 def environment(options: argparse.Namespace, gpu: Gpu) -> Step:
-    return Step("environment", 8, 40, [[PYTHON, "-m", "resnet_fused.env"]])
+    """What is installed, and the GPU's clocks and power as they are found."""
+    commands = [[PYTHON, "-m", "resnet_fused.env"]]
+    if not options.rehearse:
+        commands.append(["nvidia-smi", "-q", "-d", "CLOCK,POWER,PERFORMANCE"])
+    return Step("environment", 8, 40, commands)
 
 
 _BY_RULE = {"RESNET_FUSED_TUNE": "off"}
