@@ -11,12 +11,12 @@ lint:
 	ruff check .
 	ruff format --check .
 	mypy
-	git ls-files 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.h' 'csrc/*.cuh' | xargs clang-format --dry-run -Werror
+	git ls-files 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.h' 'csrc/*.cuh' 'benchmarks/*.cu' | xargs clang-format --dry-run -Werror
 
 format:
 	ruff check --fix .
 	ruff format .
-	git ls-files 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.h' 'csrc/*.cuh' | xargs clang-format -i
+	git ls-files 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.h' 'csrc/*.cuh' 'benchmarks/*.cu' | xargs clang-format -i
 
 bench:  ## ours beside every peer that is installed
 	python benchmarks/throughput.py
@@ -28,8 +28,9 @@ matrix:  ## every Python with every torch; PYTHONS="PROGRAM ..." where they are 
 	python benchmarks/matrix.py $(if $(PYTHONS),--python $(PYTHONS))
 	python benchmarks/render.py
 
-gpu-proof:  ## everything that only a GPU can show, with result files
-	bash benchmarks/gpu_proof.sh
+CALL ?= first
+gpu-proof:  ## what only a GPU can show; CALL=first (9 minutes), training, tuning or checks
+	python benchmarks/gpu_proof.py $(CALL) --out build/gpu_proof
 
 env:  ## compiler, architectures, backends, versions
 	python -m resnet_fused.env

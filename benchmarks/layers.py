@@ -2,14 +2,18 @@
 
     python benchmarks/layers.py                              ResNet-50, this machine's defaults
     python benchmarks/layers.py --batch 256 --dtype bfloat16 --json out.json
+    python benchmarks/layers.py --backends cuda --kernels    and each of its kernels: tiles, cuDNN
 
 The ops are recorded from one forward pass. Each distinct shape is held against float64 by the
 numerics contract on every backend (one that fails is not timed) and then measured, beside the
 vendor library's own convolution (cuDNN's fused ops on a GPU, oneDNN's on a CPU, batch norm folded
 into the weights beforehand).
 The share of the floor is max(bytes / bandwidth, operations / peak) over the time: bytes count
-every operand and the result once, both peaks are measured in the run. A network's operands are
-often in cache when an op starts; here they are as the previous round left them.
+every operand and the result once (of a strided 1×1 window's input what it sees), both peaks are
+measured in the run. A network's operands are often in cache when an op starts; here they are as the
+previous round left them. On a GPU several calls are captured in a graph and its replays timed by
+events, so that the host has no part in it.
+A whole bottleneck has a row beside those of its layers, and no part in the sums.
 """
 
 from __future__ import annotations
@@ -29,13 +33,15 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout runs uni
 
 import torch
 import torch.nn.functional as F
+from contestants import in_cuda_graph
 from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from tqdm import tqdm
 
 import resnet_fused
 from resnet_fused import available_backends, backends
-from resnet_fused.backends import LayerByLayer
+from resnet_fused.backends import LayerByLayer, tuning
+from resnet_fused.backends.cuda import CudaBackend
 from resnet_fused.parameters import BatchNorm, Convolution
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing import machine
@@ -45,7 +51,9 @@ from resnet_fused.testing.roofline import Peaks
 from resnet_fused.testing.timing import iterations_for, times_of
 from resnet_fused.tune import ARCHITECTURES
 
-_SECONDS = 0.15  # of calls in a round
+_SECONDS = {"cpu": 0.15, "cuda": 0.02}  # of calls in a round
+_CALLS_IN_GRAPH = 4
+_CHOOSERS = ("tuned", "reference")  # of which no layer has a kernel
 _GATE_IMAGES = 4  # float64 convolutions of a whole batch would take longer than everything else
 
 
@@ -58,7 +66,7 @@ class Layer(NamedTuple):
 
     def convolutions(self) -> list[tuple[Tensor, Convolution, BatchNorm]]:
         """(input, convolution, batch norm) of the main path and of a projection."""
-        if self.op == "head":
+        if self.op in ("head", "bottleneck"):
             return []
         triples = [self.arguments[:3]]
         if self.op == "conv_bn_projection":
@@ -72,6 +80,13 @@ class Layer(NamedTuple):
         """For people: op, window/stride, channels, size of the map."""
         if self.op == "head":
             return f"head {self.arguments[1].shape[1]}→{self.arguments[1].shape[0]}"
+        if self.op == "bottleneck":
+            x, conv1, _, conv2, _, conv3, _, projection, _ = self.arguments
+            widths = [x.shape[1], conv1.weight.shape[0], conv3.weight.shape[0]]
+            return (
+                f"bottleneck/{conv2.stride[0]} {'→'.join(map(str, widths))} on "
+                f"{x.shape[2]}×{x.shape[3]}{' + projection' if projection else ''}"
+            )
         x, conv, _ = self.convolutions()[0]
         filters, channels, height, width = conv.weight.shape
         added = " + shortcut" if self.residual() is not None else ""
@@ -85,12 +100,21 @@ class Layer(NamedTuple):
         if self.op == "head":
             x, weight = self.arguments[:2]
             operations, moved = 2 * out.numel() * x.shape[1], x.nbytes + weight.nbytes
+        elif self.op == "bottleneck":
+            x, weights = self.arguments[0], [c.weight for c in self.arguments[1::2] if c]
+            first, others = x[:, 0].numel(), out[:, 0].numel()  # positions of conv1 and of the rest
+            operations = 2 * first * weights[0].numel()
+            operations += sum(2 * others * weight.numel() for weight in weights[1:])
+            moved = x.nbytes + sum(weight.nbytes for weight in weights)
         else:
             operations, moved = 0, 0
             for x, conv, _ in self.convolutions():
                 positions = _convolve(x[:1].to("meta"), conv, "meta").numel() * x.shape[0]
                 operations += 2 * positions * conv.weight[0].numel()
-                moved += x.nbytes + conv.weight.nbytes
+                height, width = conv.weight.shape[2:]
+                # A 1×1 window sees every stride-th pixel only.
+                unread = conv.stride[0] * conv.stride[1] if height * width == 1 else 1
+                moved += x.nbytes // unread + conv.weight.nbytes
         residual = self.residual()
         moved += out.nbytes + (0 if residual is None else residual.nbytes)
         return operations, moved, max(moved / peaks.bandwidth, operations / peaks.arithmetic)
@@ -104,13 +128,18 @@ def record(architecture: str, x: Tensor) -> list[Layer]:
     """The distinct ops of one forward pass on `x`, in the order of their first call."""
     calls: dict[Any, list[Any]] = {}
 
+    def note(op: str, *arguments: Any) -> None:
+        key = (op, *map(_signature, arguments))
+        calls.setdefault(key, [op, arguments, 0])[2] += 1
+
     class Recorder:
-        bottleneck = LayerByLayer.bottleneck
+        def bottleneck(self, *arguments: Any) -> Tensor:
+            note("bottleneck", *arguments)
+            return LayerByLayer.bottleneck(self, *arguments)  # type: ignore[arg-type]
 
         def __getattr__(self, op: str) -> Callable[..., Tensor]:
             def run(*arguments: Any) -> Tensor:
-                key = (op, *map(_signature, arguments))
-                calls.setdefault(key, [op, arguments, 0])[2] += 1
+                note(op, *arguments)
                 return getattr(reference, op)(*arguments)
 
             return run
@@ -132,7 +161,7 @@ def _signature(value: Any) -> Any:
 
 def library_call(layer: Layer) -> Callable[[], object] | None:
     """The vendor's fused convolution(s) for `layer`, weights folded; None where it has none."""
-    if layer.op == "head":
+    if layer.op in ("head", "bottleneck"):
         return None
     folded = []
     for x, conv, bn in layer.convolutions():
@@ -186,36 +215,78 @@ def _onednn(layer: Layer, folded: list[tuple[Any, ...]]) -> Callable[[], object]
     return run
 
 
+def _kernels_of_cuda() -> list[str]:
+    backend = backends.get("cuda")
+    assert isinstance(backend, CudaBackend)
+    return backend.kernels
+
+
 def _is_activation(argument: Any) -> bool:
     return isinstance(argument, Tensor) and argument.dim() == 4
 
 
-def measure(layer: Layer, names: list[str], rounds: int, peaks: Peaks) -> dict[str, Any]:
-    """One row: every backend's times and the library's, rounds in turn."""
+class Contestant(NamedTuple):
+    """A column: a backend, and which of its kernels; None for the one that it chooses."""
+
+    backend: str
+    kernel: str | None = None
+
+    def __str__(self) -> str:
+        return self.backend if self.kernel is None else f"{self.backend}/{self.kernel}"
+
+    def call(self, layer: Layer, arguments: Sequence[Any]) -> Tensor | None:
+        """The result; None where the kernel does not serve the layer."""
+        op = getattr(backends.get(self.backend), layer.op)
+        if self.kernel is None:
+            return op(*arguments)
+        with tuning.prefer(self.kernel), tuning.watch() as decisions:
+            out = op(*arguments)
+        return out if any(d.choice == self.kernel for d in decisions) else None
+
+
+def _timed(call: Callable[[], object], device: torch.device) -> tuple[Callable[[], object], int]:
+    """What to time, and how many calls it makes."""
+    if device.type != "cuda":
+        return call, 1
+
+    def calls() -> Any:
+        for _ in range(_CALLS_IN_GRAPH):
+            call()
+
+    return in_cuda_graph(calls), _CALLS_IN_GRAPH
+
+
+def measure(layer: Layer, columns: list[Contestant], rounds: int, peaks: Peaks) -> dict[str, Any]:
+    """One row: the times of every column that serves the layer and the library's, in turn."""
     device = layer.arguments[0].device
     meaning = getattr(reference, layer.op)
     contestants: dict[str, Callable[[], object]] = {}
     wrong: dict[str, str] = {}
     few = [a[:_GATE_IMAGES] if _is_activation(a) else a for a in layer.arguments]
-    for name in names:
-        op = getattr(backends.get(name), layer.op)
+    for column in columns:
+        run = partial(column.call, layer)
         try:
-            check_op(op, meaning, few, what=layer.title())
-        except AssertionError as error:
-            wrong[name] = str(error)
+            if run(layer.arguments) is None:
+                continue
+            check_op(lambda *given, run=run: run(given), meaning, few, what=layer.title())
+        except (AssertionError, RuntimeError) as error:
+            wrong[str(column)] = str(error)
         else:
-            contestants[name] = partial(op, *layer.arguments)
+            contestants[str(column)] = partial(run, layer.arguments)
     if call := library_call(layer):
         contestants["library"] = call
     out = meaning(*layer.arguments)
-    counts = {key: iterations_for(call, device, _SECONDS) for key, call in contestants.items()}
+    timed = {key: _timed(call, device) for key, call in contestants.items()}
+    seconds = _SECONDS[device.type]
+    counts = {key: iterations_for(call, device, seconds) for key, (call, _) in timed.items()}
     samples: dict[str, list[float]] = {key: [] for key in contestants}
     for _ in range(rounds):
-        for key, call in contestants.items():
-            samples[key].append(statistics.median(times_of(call, device, counts[key])))
+        for key, (call, calls) in timed.items():
+            samples[key].append(statistics.median(times_of(call, device, counts[key])) / calls)
     operations, moved, floor = layer.floor(out, peaks)
     return {
         "layer": layer.title(),
+        "op": layer.op,
         "calls": layer.calls,
         "operations": operations,
         "bytes": moved,
@@ -228,30 +299,33 @@ def measure(layer: Layer, names: list[str], rounds: int, peaks: Peaks) -> dict[s
 def table(rows: list[dict[str, Any]], names: list[str]) -> str:
     """The rows as text: milliseconds a call, rates, share of the floor, time over the library's."""
     lines = [
-        f"{'layer':58}{'×':>3} {'backend':>9}{'ms':>9}{'TFLOP/s':>9}{'GB/s':>8}{'floor':>7}"
+        f"{'layer':58}{'×':>3} {'by':>20}{'ms':>9}{'TFLOP/s':>9}{'GB/s':>8}{'floor':>7}"
         f"{'× library':>11}"
     ]
     for row in rows:
         library = row["seconds"].get("library")
         for name in names:
             if name in row["wrong"]:
-                lines.append(f"{row['layer']:58}{row['calls']:>3} {name:>9}  {row['wrong'][name]}")
+                lines.append(f"{row['layer']:58}{row['calls']:>3} {name:>20}  {row['wrong'][name]}")
+                continue
+            if name not in row["seconds"]:
                 continue
             seconds = statistics.median(row["seconds"][name])
             ratio = f"{statistics.median(library) / seconds:.2f}" if library else "–"
             lines.append(
-                f"{row['layer']:58}{row['calls']:>3} {name:>9}{seconds * 1e3:>9.3f}"
+                f"{row['layer']:58}{row['calls']:>3} {name:>20}{seconds * 1e3:>9.3f}"
                 f"{row['operations'] / seconds / 1e12:>9.3f}{row['bytes'] / seconds / 1e9:>8.0f}"
                 f"{row['floor_seconds'] / seconds:>7.0%}{ratio:>11}"
             )
     for name in [*names, "library"]:
-        measured = [row for row in rows if name in row["seconds"]]
+        measured = [r for r in rows if name in r["seconds"] and r["op"] != "bottleneck"]
         total = sum(row["calls"] * statistics.median(row["seconds"][name]) for row in measured)
         lines.append(f"{name}: {total * 1e3:.2f} ms for all calls of {len(measured)} shapes")
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, with defaults that suit the machine."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -264,20 +338,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--device", type=machine.device, default="cuda" if gpu else "cpu")
+    parser.add_argument("--backends", nargs="+", choices=backends.NAMES, help="those to measure")
+    parser.add_argument("--kernels", action="store_true", help="each kernel of `cuda` as well")
     parser.add_argument("--rounds", type=machine.positive, default=7)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample here")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
 
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
     device, dtype = options.device, getattr(torch, options.dtype)
     shape = (options.batch, 3, options.size, options.size)
+    # `tuned` is another one's kernels, and measures them itself.
+    usual = [name for name in backends.PREFERENCE[device.type] if name not in _CHOOSERS]
     names = [
         name
-        for name in backends.PREFERENCE[device.type]
-        if name in set(available_backends()) - {"reference"}
-        and backends.get(name).unsupported(device, dtype) is None
+        for name in options.backends or usual
+        if name in available_backends() and backends.get(name).unsupported(device, dtype) is None
     ]
     if not names:
         sys.exit(f"no backend serves {options.dtype} on {device}; see python -m resnet_fused.env")
+    columns = [Contestant(name) for name in names]
+    if options.kernels and "cuda" in names:
+        columns += [Contestant("cuda", kernel) for kernel in _kernels_of_cuda()]
     with torch.inference_mode():
         x = torch.randn(shape).to(device, dtype).contiguous(memory_format=torch.channels_last)
         peaks = machine.measure_peaks(device, dtype)
@@ -291,11 +374,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "peaks": peaks._asdict(),
         }
         for layer in tqdm(record(options.arch, x), unit="layer", leave=False):
-            rows.append(measure(layer, names, options.rounds, peaks))
+            rows.append(measure(layer, columns, options.rounds, peaks))
             if options.json:  # after each: a run that is stopped keeps what it has
                 options.json.parent.mkdir(parents=True, exist_ok=True)
                 options.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
-    print(table(rows, names))
+    print(table(rows, [str(column) for column in columns]))
     if any(row["wrong"] for row in rows):
         sys.exit("some results break the numerics contract, so they were not timed")
 

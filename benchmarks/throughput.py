@@ -38,7 +38,7 @@ import photographs
 import weights as weights_
 from contestants import CONTESTANTS, Contestant, UnavailableError
 from report import Comparison, Entry, plot, table
-from workers import Built, FailedError, Job, Referee, Runner, Truth, Worker
+from workers import ANSWER_SECONDS, Built, FailedError, Job, Referee, Runner, Truth, Worker
 
 from resnet_fused.testing import machine, roofline
 from resnet_fused.testing.numerics import relative_error
@@ -66,6 +66,7 @@ def parse(arguments: Sequence[str] | None, contestants: Sequence[Contestant]) ->
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     peers = [contestant.key for contestant in contestants if not contestant.ours]
+    ours = [contestant.key for contestant in contestants if contestant.ours]
     parser.add_argument(
         "--arch",
         default="resnet50",
@@ -91,12 +92,26 @@ def parse(arguments: Sequence[str] | None, contestants: Sequence[Contestant]) ->
         metavar="PEER",
         help=f"all, none, or some of: {', '.join(peers)}",
     )
+    parser.add_argument(
+        "--ours", nargs="+", choices=ours, metavar="NAME", help=f"only these: {', '.join(ours)}"
+    )
     parser.add_argument("--images", type=Path, help="folder of photographs (scikit-image's)")
     parser.add_argument("--weights", help="torchvision's name, e.g. DEFAULT, or a file (random)")
     parser.add_argument("--rounds", type=int, help="rounds of all contestants (8; with --quick: 3)")
     parser.add_argument("--quick", action="store_true", help="few short rounds, one dtype")
     parser.add_argument(
         "--new-batch", action="store_true", help="also time the start with another batch size"
+    )
+    parser.add_argument(
+        "--warm",
+        action="store_true",
+        help="use the caches of kernels that are there; starts are not stated then",
+    )
+    parser.add_argument(
+        "--answer-seconds",
+        type=float,
+        default=ANSWER_SECONDS,
+        help="give up on a contestant that takes longer to build or to time (%(default)s)",
     )
     parser.add_argument("--json", type=Path, help="write machine, versions and all samples here")
     parser.add_argument("--plot", type=Path, help="write a bar chart here (PNG, SVG or PDF)")
@@ -133,7 +148,11 @@ class Benchmark:
             contestant
             for contestant in contestants
             if options.device.type in contestant.devices
-            and (contestant.ours or "all" in chosen or contestant.key in chosen)
+            and (
+                contestant.key in (options.ours or [contestant.key])
+                if contestant.ours
+                else "all" in chosen or contestant.key in chosen
+            )
         ]
         self.folder = folder
         self.comparisons: list[Comparison] = []
@@ -255,28 +274,36 @@ class _Race:
                 self.field.append((contestant, entry))
 
     def run(self, job: Job, truth: Truth) -> None:
-        """Builds everyone, holds them against the truth, then times them in turns."""
+        """Builds everyone, holds them against the truth, and times them in turns.
+
+        The first round is each one's own, as soon as it is built: who stops the run, or a peer that
+        never ends, finds the others measured.
+        """
         from tqdm import tqdm  # not above: every worker imports this file, and needs no bar
 
         for contestant, _ in self.field:
-            self.workers[contestant.key] = Worker(Runner)
+            self.workers[contestant.key] = Worker(
+                Runner, self.options.answer_seconds, self.options.warm
+            )
         # Only then: nobody's cold start shall compete with another one's imports.
         for worker in self.workers.values():
             worker.wait_until_started()
-        steps = len(self.field) * (1 + self.options.rounds)
+        steps = len(self.field) * self.options.rounds
         with tqdm(total=steps, unit="step", dynamic_ncols=True, leave=False, disable=None) as bar:
             for contestant, entry in self.field:
                 bar.set_description(f"{job.batch}×{self.comparison.dtype}: build {entry.title}")
                 self._build(contestant, entry, job, truth)
+                self._time(entry)
                 bar.update()
             if self.comparison.gate_is_red():
                 # Ours is not timed at all then; the peers' numbers still stand.
                 for _, entry in self.field:
                     if entry.ours and entry.status == "measured":
                         entry.status, entry.reason = "unavailable", "another of ours is wrong"
+                        entry.rounds.clear()
             racing = [entry for _, entry in self.field if entry.status == "measured"]
-            bar.total = len(self.field) + len(racing) * self.options.rounds
-            for turn in range(self.options.rounds):
+            bar.total = len(self.field) + len(racing) * (self.options.rounds - 1)
+            for turn in range(1, self.options.rounds):
                 for place in range(len(racing)):
                     entry = racing[(turn + place) % len(racing)]
                     bar.set_description(f"{job.batch}×{self.comparison.dtype}: {entry.title}")
@@ -296,7 +323,8 @@ class _Race:
             entry.status = "unavailable" if isinstance(error, UnavailableError) else "failed"
             entry.reason = str(error)
         else:
-            entry.cold_start, entry.new_batch = built.cold_start, built.new_batch
+            if not self.options.warm:
+                entry.cold_start, entry.new_batch = built.cold_start, built.new_batch
             entry.error = _error(built.logits, truth)
             limit = (1.0 if entry.ours else _PEER_LIMIT) * (self.comparison.eager_error or 0.0)
             entry.status = "measured" if entry.error <= limit else "wrong"

@@ -30,7 +30,7 @@ from resnet_fused.testing.machine import cores, measure_peaks, peak_memory, rese
 from resnet_fused.testing.roofline import Peaks
 from resnet_fused.testing.timing import iterations_for, times_of
 
-_ANSWER_SECONDS = 1200  # max-autotune on a large batch takes minutes
+ANSWER_SECONDS = 1200  # max-autotune on a large batch takes minutes
 
 
 class FailedError(Exception):
@@ -149,11 +149,19 @@ class Referee:
 class Worker:
     """A process that holds one Runner or Referee, and the line to it."""
 
-    def __init__(self, kind: Callable[[], Runner | Referee]) -> None:
+    def __init__(
+        self,
+        kind: Callable[[], Runner | Referee],
+        seconds: float = ANSWER_SECONDS,
+        warm: bool = False,
+    ) -> None:
+        """seconds: for an answer. warm: with the machine's caches of compiled and tuned kernels,
+        instead of empty ones."""
         context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory(prefix="resnet_fused_benchmark_")
         self._connection, far_end = context.Pipe()
-        arguments = (kind, far_end, self._folder.name)
+        self._seconds = seconds
+        arguments = (kind, far_end, self._folder.name, warm)
         self._process = context.Process(target=_main, args=arguments, daemon=True)
         self._process.start()
         far_end.close()
@@ -171,9 +179,9 @@ class Worker:
         self.wait_until_started()
         try:
             self._connection.send((method, arguments))
-            if not self._connection.poll(_ANSWER_SECONDS):
+            if not self._connection.poll(self._seconds):
                 self._process.kill()  # its late answer must not be taken for the next one
-                raise FailedError(f"no answer within {_ANSWER_SECONDS} s")
+                raise FailedError(f"no answer within {self._seconds:.0f} s")
             answer = self._connection.recv()
         except (EOFError, OSError) as error:
             self._process.join(10)
@@ -198,13 +206,15 @@ def _cause_of_death(code: int | None) -> str:
     return f"process died of {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
 
 
-def _main(kind: Callable[[], Any], connection: Connection, folder: str) -> None:
+def _main(kind: Callable[[], Any], connection: Connection, folder: str, warm: bool) -> None:
     # Ctrl-C is the parent's to handle. What libraries print would tear its progress bar apart.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     log = os.open(Path(folder, "log"), os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "RESNET_FUSED_CACHE_DIR"):
+    for variable in (
+        () if warm else ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "RESNET_FUSED_CACHE_DIR")
+    ):
         os.environ[variable] = folder
     torch.set_num_threads(cores())
     # float32 means float32, for everybody; and PyTorch may measure which convolution is fastest.

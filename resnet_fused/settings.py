@@ -47,6 +47,11 @@ VARIABLES = (
         "run: folder of the tuning cache ($XDG_CACHE_HOME is honoured)",
     ),
     Variable(
+        "RESNET_FUSED_COMMIT",
+        "",
+        "run: the commit that result files name where the sources are no git checkout",
+    ),
+    Variable(
         "RESNET_FUSED_CPU_KEEP_MEMORY",
         "on",
         "run: on makes glibc keep up to 1 GiB of freed memory, for the whole process, from the "
@@ -70,6 +75,11 @@ def tuning_enabled() -> bool:
 def host_sim_capability() -> int:
     """Ten times the simulated compute capability (`RESNET_FUSED_HOST_SIM_CAPABILITY`)."""
     return int(_choice("RESNET_FUSED_HOST_SIM_CAPABILITY", "80", ("80", "90")))
+
+
+def commit() -> str | None:
+    """The commit of sources that are no git checkout (`RESNET_FUSED_COMMIT`)."""
+    return os.environ.get("RESNET_FUSED_COMMIT") or None
 
 
 def cpu_keeps_memory() -> bool:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -64,6 +65,15 @@ def build_broken(task: Task) -> Call:
 def build_dying(task: Task) -> Call:
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("unreachable")
+
+
+def build_hanging(task: Task) -> Call:
+    time.sleep(600)
+    raise AssertionError("unreachable")
+
+
+def build_telling_its_cache(task: Task) -> Call:
+    raise contestants.UnavailableError(os.environ["RESNET_FUSED_CACHE_DIR"])
 
 
 EAGER = next(c for c in contestants.CONTESTANTS if c.key == "eager")
@@ -161,6 +171,56 @@ def test_red_gate_states_no_speedup(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert entries["eager"]["rate"] > 0
     assert all(entry["speedup"] is None for entry in entries.values())
     assert "RED GATE" in capsys.readouterr().out
+
+
+def test_one_that_never_ends_costs_its_own_time_only(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    arguments = [*TINY, "--batch", "1", "--rounds", "1", "--answer-seconds", "20"]
+    hanging = Contestant("hanging", "hanging", build_hanging)
+    assert throughput.main([*arguments, "--json", str(out)], (EXACT, hanging)) == 0
+    _, (entries,) = read(out)
+    assert entries["exact"]["rate"] > 0
+    assert entries["hanging"]["reason"] == "no answer within 20 s"
+
+
+def test_each_is_timed_once_before_the_next_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who stops the run while a peer compiles finds ours measured."""
+    build = throughput._Race._build
+
+    def interrupted(race: throughput._Race, contestant: Contestant, *arguments: Any) -> None:
+        if contestant.key == "eager":
+            raise KeyboardInterrupt
+        build(race, contestant, *arguments)
+
+    monkeypatch.setattr(throughput._Race, "_build", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    out = tmp_path / "out.json"
+    arguments = [*TINY, "--batch", "1", "--rounds", "5", "--json", str(out)]
+    try:
+        assert throughput.main(arguments, (EXACT, EAGER)) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    _, (entries,) = read(out)
+    assert entries["exact"]["rate"] > 0
+    assert entries["eager"]["rate"] is None
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_caches_are_empty_unless_asked_for(
+    warm: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RESNET_FUSED_CACHE_DIR", "the machine's own")
+    out = tmp_path / "out.json"
+    teller = Contestant("teller", "teller", build_telling_its_cache)
+    arguments = [*TINY, "--batch", "1", "--rounds", "1", "--json", str(out)]
+    arguments += ["--ours", "exact"] + ["--warm"] * warm
+    assert throughput.main(arguments, (EXACT, WRONG, teller)) == 0
+    _, (entries,) = read(out)
+    assert list(entries) == ["exact", "teller"]  # of ours, those that were asked for
+    assert (entries["teller"]["reason"] == "the machine's own") == warm
+    assert (entries["exact"]["cold_start"] is None) == warm
 
 
 @pytest.mark.parametrize(

@@ -441,3 +441,11 @@ def test_results_are_no_change_of_the_code(tmp_path: Path) -> None:
     for file, dirty in zip(files, (False, True), strict=True):
         file.write_text("after")
         assert machine.commit(tmp_path / "experiments")["dirty"] is dirty
+
+
+def test_sources_without_git_are_of_the_commit_that_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert machine.commit(tmp_path) == {"commit": None, "dirty": None}
+    monkeypatch.setenv("RESNET_FUSED_COMMIT", "0123abc")
+    assert machine.commit(tmp_path) == {"commit": "0123abc", "dirty": None}

@@ -1,114 +1,389 @@
-"""The command for a GPU machine, as far as a machine without one can try it: what it would run."""
+"""The calls for a GPU machine, as far as a machine without one can try them."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
-import shlex
+import signal
 import subprocess
 import sys
+import tarfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 pytest.importorskip("torchvision", reason="the benchmarks' peers are torchvision's models")
+pytest.importorskip("skimage", reason="the benchmark's photographs come with scikit-image")
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
+import beside_prediction  # noqa: E402
 import contestants  # noqa: E402
+import gpu_proof  # noqa: E402
+import launch  # noqa: E402
+import layers  # noqa: E402
 import throughput  # noqa: E402
 import training  # noqa: E402
+from gpu_proof import CALLS, Gpu, Proof, Step, find_gpu, steps_of  # noqa: E402
 
-from resnet_fused import tune  # noqa: E402
+from resnet_fused import selfcheck, tune  # noqa: E402
 
-TIMEOUT = """#!/bin/sh
-shift 2  # -k 15
-echo "$1" >> "$CALLS.seconds"
-shift
-exec "$@"
-"""
-RECORDER = """#!/bin/sh
-echo "$(basename "$0") $*" >> "$CALLS"
-"""
+H100 = Gpu("h100_80gb_hbm3", "90a")
 
 
-def calls(tmp_path: Path, *parts: str) -> list[list[str]]:
-    """The commands that gpu_proof.sh runs for `parts`, in a copy of the tree's outline."""
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    for name in ("python", "pytest", "pip", "compute-sanitizer"):
-        (tools / name).write_text(RECORDER)
-    (tools / "timeout").write_text(TIMEOUT)
-    (tools / "nvidia-smi").write_text("#!/bin/sh\necho NVIDIA H200\n")
-    for tool in tools.iterdir():
-        tool.chmod(0o755)
-    script = tmp_path / "benchmarks" / "gpu_proof.sh"
-    script.parent.mkdir()
-    script.write_text((ROOT / "benchmarks/gpu_proof.sh").read_text())
-    (tmp_path / "tests").mkdir()
-    for test in (ROOT / "tests").glob("test_*.py"):
-        (tmp_path / "tests" / test.name).touch()
-    log = tmp_path / "calls"
-    environment = {"PATH": f"{tools}:{os.environ['PATH']}", "CALLS": str(log)}
-    subprocess.run(["bash", str(script), *parts], env=environment, check=True, timeout=60)
-    assert (tmp_path / "benchmarks/results/h200").is_dir()
-    return [shlex.split(line) for line in log.read_text().splitlines()]
+def options(*arguments: str, gpu: Gpu = H100) -> argparse.Namespace:
+    parsed = gpu_proof.parse(arguments)
+    parsed.results = f"benchmarks/results/{gpu.name}"
+    return parsed
 
 
-def options_of(commands: list[list[str]], *program: str) -> list[list[str]]:
-    length = len(program)
-    return [command[length:] for command in commands if command[:length] == list(program)]
+def steps(*arguments: str) -> list[Step]:
+    return steps_of(options(*arguments), H100)
 
 
-def test_every_command_is_one_that_the_programs_take(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    commands = calls(tmp_path)
-    (measured,) = options_of(commands, "python", "benchmarks/throughput.py")
-    assert throughput.parse(measured, contestants.CONTESTANTS).batch == [256, 1, 32]
-    trained = options_of(commands, "python", "benchmarks/training.py")
-    assert {64, 128, 256} <= set(training.parse(trained[0]).batch)
-    (tuned,) = options_of(commands, "python", "-m", "resnet_fused.tune")
-    assert tune._options(tuned).batch
-    assert len(options_of(commands, "python", "benchmarks/layers.py")) == 2
-    tools = [command[2] for command in commands if command[0] == "compute-sanitizer"]
-    assert tools == ["memcheck", "racecheck", "initcheck"]
-    for command in commands:
-        for word in command:
-            if word.startswith("tests/"):
-                assert (ROOT / word).exists(), word
+# What would run
 
 
-@pytest.mark.parametrize("part", ["cuda", "training", "throughput", "layers", "networks", "tuning"])
-def test_no_part_takes_more_than_eight_minutes(part: str, tmp_path: Path) -> None:
-    assert calls(tmp_path, part)
-    seconds = (tmp_path / "calls.seconds").read_text().split()
-    assert 0 < sum(map(int, seconds)) <= 8 * 60
+@pytest.mark.parametrize("call", CALLS)
+def test_each_call_fits_its_seconds(call: str) -> None:
+    found = steps(call)
+    assert sum(step.estimate for step in found) <= gpu_proof.SECONDS[call]
+    assert gpu_proof.SECONDS[call] <= (540 if call == "first" else 570)
+    for step in found:
+        assert 0 < step.estimate < step.limit <= 300
 
 
-def test_the_grid_covers_every_network_dtype_and_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    runs = options_of(calls(tmp_path, "every"), "python", "benchmarks/throughput.py")
-    found = set()
-    for run in runs:
-        options = throughput.parse(run, contestants.CONTESTANTS)
-        found |= {(options.arch, *options.dtype, batch) for batch in options.batch}
-    assert found == {
-        (f"resnet{depth}", dtype, batch)
-        for depth in (18, 34, 50, 101, 152)
-        for dtype in ("bfloat16", "float16")
-        for batch in (1, 8, 32, 64, 128, 256, 512)
+def check_python(command: list[str]) -> None:
+    """That the program takes these arguments; a failure where it is not known how to tell."""
+    program, given = command[0], command[1:]
+    if program == "-m":
+        program, given = command[1], command[2:]
+    if program == "pytest":
+        files = [word for word in given if word.startswith("tests/")]
+        assert files
+        assert all((ROOT / file).exists() for file in files)
+        return
+    if program == "benchmarks/predict.py":  # another program's, skipped where it is not there
+        return
+    parsers: dict[str, Any] = {
+        "benchmarks/throughput.py": lambda a: throughput.parse(a, contestants.CONTESTANTS),
+        "benchmarks/layers.py": layers.parse,
+        "benchmarks/training.py": training.parse,
+        "benchmarks/launch.py": launch.parse,
+        "benchmarks/beside_prediction.py": beside_prediction.parse,
+        "resnet_fused.selfcheck": selfcheck._options,
+        "resnet_fused.tune": tune._options,
+        "resnet_fused.env": lambda a: not a or pytest.fail(f"{a}"),
+        "setup.py": lambda a: a == ["build_ext", "--inplace"] or pytest.fail(f"{a}"),
     }
+    parsers[program](given)
 
 
-def test_one_part_of_the_grid(tmp_path: Path) -> None:
-    (command,) = calls(tmp_path, "inference-resnet34-float16-1,8")
-    assert command[1:] == shlex.split(
-        "benchmarks/throughput.py --device cuda --arch resnet34 --dtype float16 --quick --rounds 5 "
-        "--batch 1 8 --json benchmarks/results/h200/inference_resnet34_float16_1_8.json "
-        "--plot benchmarks/results/h200/inference_resnet34_float16_1_8.png"
+@pytest.mark.parametrize("rehearse", [False, True])
+@pytest.mark.parametrize("call", CALLS)
+def test_every_command_is_one_that_its_program_takes(
+    call: str, rehearse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: not rehearse)
+    seen = 0
+    for step in steps(call, *(["--rehearse"] if rehearse else [])):
+        for command in step.commands:
+            if gpu_proof.PYTHON in command:
+                check_python(command[command.index(gpu_proof.PYTHON) + 1 :])
+            else:
+                assert command[0] in ("nvcc", "nvidia-smi") or command[0].endswith("/peaks")
+                # The GPU's settings are read, never changed.
+                assert command[0] != "nvidia-smi" or command[1] == "-q"
+            seen += 1
+    assert seen >= 4
+
+
+def test_the_first_call_holds_what_tells_most() -> None:
+    commands = {step.name: step.commands for step in steps("first")}
+    (measured,) = commands["throughput"]
+    found = throughput.parse([*measured[2:], "--device", "cpu"], contestants.CONTESTANTS)
+    assert found.batch == [256, 1]
+    assert (found.ours, found.peers) == (["cuda-graph"], ["cudnn-graph", "compile-reduce-overhead"])
+    (profiled,) = commands["profile"]
+    assert profiled[:3] == ["ncu", "--clock-control", "none"]
+    assert len(list(launch.large(mock.Mock(), 1))) == 6
+    (built,) = [step for step in steps("first") if step.name == "build"]
+    assert built.environment["RESNET_FUSED_CUDA_ARCHS"] == "90a"
+
+
+def test_the_sanitizer_sees_every_kernel_under_every_tool() -> None:
+    (step,) = [step for step in steps("checks") if step.name == "sanitizer"]
+    assert [c[2] for c in step.commands] == ["memcheck", "racecheck", "initcheck", "synccheck"]
+    for command in step.commands:
+        assert not launch.parse(command[command.index("benchmarks/launch.py") + 1 :]).only
+
+
+def test_sizes_and_peers_can_be_narrowed() -> None:
+    (step,) = steps(
+        *("tuning", "--steps", "peers", "--arch", "resnet18", "--dtype", "float16"),
+        *("--batch", "8", "--peers", "jax"),
     )
+    (command,) = step.commands
+    assert command[2:8] == ["--arch", "resnet18", "--dtype", "float16", "--batch", "8"]
+    assert command[-2:] == ["--peers", "jax"]
+    assert [s.name for s in steps("checks", "--skip", "build", "op_tests")] == [
+        *("environment", "sanitizer", "networks"),
+    ]
+    with pytest.raises(SystemExit):
+        options("first", "--steps", "tune")
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3, 9.0", Gpu("h100_80gb_hbm3", "90a")),
+        ("NVIDIA H200, 9.0\nNVIDIA H200, 9.0", Gpu("h200", "90a")),
+        ("NVIDIA A100-SXM4-40GB, 8.0", Gpu("a100_sxm4_40gb", "80")),
+        ("NVIDIA GeForce RTX 4090, 8.9", Gpu("geforce_rtx_4090", "89")),
+        ("NVIDIA B200, 10.0", Gpu("b200", "100a")),
+    ],
+)
+def test_results_and_architecture_follow_the_gpu(answer: str, expected: Gpu, tools: Path) -> None:
+    program(tools / "nvidia-smi", f"echo '{answer}'")
+    assert find_gpu() == expected
+
+
+def test_models_of_the_prediction() -> None:
+    assert [Gpu(name, "90a").model for name in ("h100_pcie", "h200", "l4")] == [
+        "h100",
+        "h200",
+        None,
+    ]
+
+
+def test_without_a_gpu_it_says_so(tools: Path) -> None:
+    program(tools / "nvidia-smi", "exit 9")
+    with pytest.raises(SystemExit, match="no NVIDIA GPU found"):
+        find_gpu()
+
+
+# A run, on a stub GPU
+
+
+def program(path: Path, script: str) -> None:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that comes first in PATH."""
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+@pytest.fixture
+def tree(tmp_path: Path, tools: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An outline of the tree on a machine whose programs do nothing but note their calls."""
+    folder = tmp_path / "tree"
+    (folder / "benchmarks").mkdir(parents=True)
+    (folder / "tests").mkdir()
+    for test in (ROOT / "tests").glob("test_*.py"):
+        (folder / "tests" / test.name).touch()
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    note = 'echo "$(basename "$0") $*" >> "$CALLS"; echo "output of $1"'
+    for name in ("python", "nvcc", "ncu", "compute-sanitizer"):
+        program(tools / name, note)
+    program(tools / "nvidia-smi", "echo NVIDIA H200, 9.0")
+    monkeypatch.setattr(gpu_proof, "ROOT", folder)
+    monkeypatch.setattr(gpu_proof, "PYTHON", str(tools / "python"))
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    yield folder
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def packed(out: Path, call: str) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The record beside the pack, and the packed files."""
+    with tarfile.open(out / f"{call}.tar.gz") as archive:
+        files = {
+            member.name: archive.extractfile(member).read()  # type: ignore[union-attr]
+            for member in archive.getmembers()
+        }
+    return json.loads((out / f"{call}.json").read_text()), files
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_call_on_a_stub_gpu_is_packed(call: str, tree: Path, tmp_path: Path) -> None:
+    results = tree / "benchmarks" / "results" / "h200"
+    results.mkdir(parents=True)
+    program(results / "peaks", 'echo measured > "$1"')
+    out = tmp_path / "out"
+    assert gpu_proof.main([call, "--out", str(out)]) == 0
+    record, files = packed(out, call)
+    assert (record["gpu"], record["call"], record["rehearsal"]) == ("h200", call, False)
+    outcomes = {step["name"]: step for step in record["steps"]}
+    assert list(outcomes) == [make.__name__ for make in CALLS[call]]
+    for name, outcome in outcomes.items():
+        if name == "prediction":
+            assert outcome["reason"] == "there is no benchmarks/predict.py here"
+            continue
+        assert outcome["status"] == "passed"
+        assert b"output of" in files[f"h200/{name}.log"]
+    assert json.loads(files[f"h200/{call}.json"]) == record
+    assert ("h200/peaks.json" in files) == (call == "first")
+    assert "h200/peaks" not in files  # a program, compiled anew where it is needed
+    assert len(list(out.iterdir())) == 2
+    ran = (tmp_path / "calls").read_text()
+    assert "python setup.py build_ext --inplace" in ran
+
+
+def proof(tree: Path, seconds: int = 60) -> tuple[Proof, Path]:
+    out = tree / "out"
+    made = options("first", "--out", str(out), "--seconds", str(seconds))
+    return Proof(made, H100), out
+
+
+def shell(name: str, script: str, limit: int = 20, **others: Any) -> Step:
+    return Step(name, 1, limit, [["sh", "-c", script]], **others)
+
+
+def test_a_step_that_hangs_or_fails_costs_itself_only(tree: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "alive"
+    hang = f"trap '' TERM; echo begun; while :; do sleep 1; touch {mark}; done"
+    run, out = proof(tree)
+    start = time.monotonic()
+    code = run.run([
+        shell("fails", "echo why; exit 3"),
+        shell("hangs", hang, limit=1),
+        shell("wants", "true", needs=("no-such-program",)),
+        shell("passes", "echo $RESNET_FUSED_TUNE", environment={"RESNET_FUSED_TUNE": "off"}),
+    ])  # fmt: skip
+    assert code == 1
+    assert time.monotonic() - start < 20
+    record, files = packed(out, "first")
+    found = [(step["name"], step["status"], step["reason"]) for step in record["steps"]]
+    assert found == [
+        ("fails", "failed", "exit status 3 of sh -c 'echo why; exit 3'"),
+        ("hangs", "timed out", "stopped after 1 s"),
+        ("wants", "skipped", "there is no no-such-program here"),
+        ("passes", "passed", ""),
+    ]
+    folder = f"{H100.name}/"
+    assert files[folder + "passes.log"].endswith(b"\noff\n")
+    assert b"begun" in files[folder + "hangs.log"]
+    mark.unlink()
+    time.sleep(2)
+    assert not mark.exists()
+
+
+def test_what_a_step_leaves_running_ends_with_it(tree: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    run, _ = proof(tree)
+    assert run.run([shell("leaves", f"(sleep 2; touch {mark}) & exit 0")]) == 0
+    time.sleep(3)
+    assert not mark.exists()
+
+
+def test_steps_beyond_the_calls_seconds_are_left_out(tree: Path) -> None:
+    run, out = proof(tree, seconds=gpu_proof._SECONDS_TO_END + gpu_proof._SECONDS_TO_PACK + 3)
+    assert run.run([shell("long", "sleep 60"), shell("next", "true")]) == 1
+    record, _ = packed(out, "first")
+    assert [step["status"] for step in record["steps"]] == ["timed out", "skipped"]
+    assert record["steps"][1]["reason"] == "the call's seconds had run out"
+
+
+def test_a_stopped_call_packs_what_the_step_had(tmp_path: Path) -> None:
+    """SIGTERM, as from `timeout`: the step is asked to end and keeps what it has measured."""
+    out, folder = tmp_path / "out", tmp_path / "tree"
+    folder.mkdir()
+    keeps = "trap 'echo kept > $RESULTS/partial.json; exit 1' TERM; echo $$; "
+    keeps += "while :; do sleep 0.1; done"
+    script = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+import gpu_proof
+from pathlib import Path
+gpu_proof.ROOT = Path({str(folder)!r})
+steps = [
+    gpu_proof.Step("short", 1, 20, [["true"]]),
+    gpu_proof.Step("long", 1, 60, [["sh", "-c", {keeps!r}]], {{"RESULTS": "build/rehearsal"}}),
+    gpu_proof.Step("never", 1, 60, [["true"]]),
+]
+gpu_proof.steps_of = lambda options, gpu: steps
+sys.exit(gpu_proof.main(["first", "--rehearse", "--out", {str(out)!r}]))
+"""
+    running = subprocess.Popen([sys.executable, "-c", script])
+    try:
+        log = folder / "build" / "rehearsal" / "long.log"
+        deadline = time.monotonic() + 60
+        while not (log.exists() and log.read_text().count("\n") >= 2):
+            assert time.monotonic() < deadline, "the step did not begin"
+            time.sleep(0.1)
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(30) == 1
+    finally:
+        running.kill()
+    record, files = packed(out, "first")
+    assert [(step["name"], step["status"]) for step in record["steps"]] == [
+        ("short", "passed"),
+        ("long", "stopped"),
+        ("never", "stopped"),
+    ]
+    assert record["steps"][1]["reason"] == "the call was stopped by SIGTERM"
+    assert files["rehearsal/partial.json"] == b"kept\n"
+    process = int(log.read_text().splitlines()[1])
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
+
+
+# Predicted beside measured
+
+
+def test_prediction_is_set_beside_what_was_measured(tmp_path: Path, capsys: Any) -> None:
+    def write(name: str, value: Any) -> str:
+        (tmp_path / name).write_text(json.dumps(value))
+        return str(tmp_path / name)
+
+    launches = [
+        {"multiply_adds": 50, "dram_bytes": 1010, "microseconds": 10.0, "bound": "DRAM"},
+        {"multiply_adds": 50, "dram_bytes": 1990, "microseconds": 30.0, "bound": "L2"},
+        {"multiply_adds": 70, "dram_bytes": 1000, "microseconds": 99.0, "bound": "tensor"},
+    ]
+    predicted = write("predicted.json", {
+        "arch": "resnet50", "dtype": "bfloat16", "batch": 256, "note": "A model.",
+        "images_per_second": {"low": 33000, "expected": 37000, "high": 42000}, "layers": launches,
+    })  # fmt: skip
+    same = {"architecture": "resnet50", "dtype": "bfloat16"}
+    entries = [{"key": "cuda-graph", "rate": 18500.0}, {"key": "cudnn-graph", "rate": 99.0}]
+    measured = write("throughput.json", {"comparisons": [
+        {**same, "batch": 256, "entries": entries}, {**same, "batch": 1, "entries": entries},
+    ]})  # fmt: skip
+    rows = [
+        {"layer": name, "calls": 2, "operations": 100, "bytes": moved, "seconds": {"cuda": times}}
+        for name, moved, times in (("a", 1000, [9e-6, 2e-5, 1e-3]), ("b", 2000, [1.5e-5] * 3))
+    ]
+    rows.append({**rows[0], "layer": "c", "bytes": 1500})
+    file = tmp_path / "out.json"
+    arguments = ["--predicted", predicted, "--throughput", measured, "--json", str(file)]
+    assert beside_prediction.main([*arguments, "--layers", write("l.json", {"rows": rows})]) == 0
+    record = json.loads(file.read_text())
+    (rate,) = record["images_per_second"]
+    assert (rate["measured"], rate["over_expected"], rate["within"]) == (18500.0, 0.5, False)
+    ratios = {row["layer"]: (row["over_predicted"], row["bound"]) for row in record["layers"]}
+    assert ratios["a"] == (pytest.approx(2.0), "DRAM")
+    assert ratios["b"] == (pytest.approx(0.5), "L2")
+    assert ratios["c"] == (None, None)
+    printed = capsys.readouterr().out
+    assert "OUTSIDE its range" in printed
+    assert "c: no launch of the prediction is its like" in printed
+
+
+def test_nothing_to_compare_is_no_success(tmp_path: Path, capsys: Any) -> None:
+    missing = str(tmp_path / "none.json")
+    assert beside_prediction.main(["--predicted", missing, "--throughput", missing]) == 1
+    assert "nothing to compare" in capsys.readouterr().err

@@ -59,6 +59,16 @@ class CudaBackend(LayerByLayer):
         }
         self._unloadable = functools.cache(self._check_device)
 
+    @property
+    def tiles(self) -> list[str]:
+        """The tiles of our convolutions, of all GPUs, as candidates are named."""
+        return [name for name in self._extension.ConvTile.__members__ if name != "automatic"]
+
+    @property
+    def kernels(self) -> list[str]:
+        """All of its candidates by name, of whatever op and GPU."""
+        return [*self.tiles, _CUDNN, _FUSED, _SEPARATE, _LINEAR, _CUBLAS]
+
     def _check_device(self, index: int) -> str | None:
         with torch.cuda.device(index):
             try:
@@ -167,7 +177,7 @@ class CudaBackend(LayerByLayer):
         if self._tile is not None:
             return [self._tile.name]
         out, _, call = self._conv_bn_call(*arguments)
-        tiles = [t.name for t in self._extension.cuda_conv_bn_tiles(*call, out.device.index or 0)]
+        tiles = [t.name for t in self._extension.cuda_conv_bn_tiles(*call, self._place(out.device))]
         return [other, *tiles] if other_first else ["automatic", *tiles, other]
 
     def _conv_bn(self, tile: str, *arguments: Any) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import settings
 from ..env import versions as versions
 from .roofline import Peaks
 from .timing import times_of
@@ -105,7 +106,7 @@ def commit(folder: Path) -> dict[str, Any]:
     """The git commit that `folder` stands at and whether tracked files differ from it.
 
     Results do not count: one of several that are made in a row would call the next one's code
-    changed.
+    changed. Where there is no git, `RESNET_FUSED_COMMIT` names the commit.
     """
 
     def git(*arguments: str) -> str:
@@ -118,7 +119,7 @@ def commit(folder: Path) -> dict[str, Any]:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *others)
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.SubprocessError):
-        return {"commit": None, "dirty": None}
+        return {"commit": settings.commit(), "dirty": None}
 
 
 def measure_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:

@@ -1,0 +1,479 @@
+"""Single launches of the CUDA kernels without PyTorch, for profilers and memory checkers.
+
+    python benchmarks/launch.py small                              every kernel, results verified
+    compute-sanitizer --tool racecheck python benchmarks/launch.py small --only sm90 stem
+    ncu --clock-control none --set full python benchmarks/launch.py large
+
+`small`: each kernel and each tile of a convolution on integers in float16, three tiles for each
+multiprocessor of a large GPU; results have to equal NumPy's, bit for bit. `large`: six layers of a
+ResNet-50 on random values, 256 images, one launch each. The process holds nothing but the extension
+and the driver's library, and all kernels in it are ours. `--simulate` takes the host simulator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+_PATTERN = 2**20 + 7  # random values in a large tensor before they repeat
+
+
+def load(name: str) -> ModuleType:
+    """resnet_fused's extension of that name, without the package, which imports PyTorch."""
+    folders = [str(Path(__file__).resolve().parents[1] / "resnet_fused")]
+    if installed := importlib.util.find_spec("resnet_fused"):
+        folders += installed.submodule_search_locations or []
+    found = importlib.machinery.PathFinder.find_spec(name, folders)
+    if found is None or found.loader is None:
+        sys.exit(f"{name} is not built: run `pip install -e .` (with RESNET_FUSED_HOST_SIM=on)")
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+class Driver:
+    """Global memory of GPU 0, by the driver's library, in the context that the kernels use."""
+
+    def __init__(self) -> None:
+        try:
+            self._library = ctypes.CDLL("libcuda.so.1")
+        except OSError as error:
+            sys.exit(f"there is no NVIDIA driver here ({error}); --simulate does without")
+        device, context = ctypes.c_int(), ctypes.c_void_p()
+        self._call("cuInit", 0)
+        self._call("cuDeviceGet", ctypes.byref(device), 0)
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+        self._call("cuCtxSetCurrent", context)
+        self._allocated: list[int] = []
+
+    def _call(self, function: str, *arguments: Any) -> None:
+        status = getattr(self._library, function)(*arguments)
+        if status != 0:
+            raise RuntimeError(f"{function} failed with CUDA error {status}")
+
+    def put(self, array: Array, writable: bool = False) -> int:
+        """The address of a copy."""
+        address = ctypes.c_uint64()
+        size = ctypes.c_size_t(array.nbytes)
+        self._call("cuMemAlloc_v2", ctypes.byref(address), size)
+        self._allocated.append(address.value)
+        self._call("cuMemcpyHtoD_v2", address, ctypes.c_void_p(array.ctypes.data), size)
+        return address.value
+
+    def get(self, address: int, array: Array) -> None:
+        """Fills `array` from memory, once all launches have ended."""
+        self._call("cuCtxSynchronize")
+        size = ctypes.c_size_t(array.nbytes)
+        self._call(
+            "cuMemcpyDtoH_v2", ctypes.c_void_p(array.ctypes.data), ctypes.c_uint64(address), size
+        )
+
+    def free(self) -> None:
+        """Frees all of it."""
+        self._call("cuCtxSynchronize")
+        for address in self._allocated:
+            self._call("cuMemFree_v2", ctypes.c_uint64(address))
+        self._allocated.clear()
+
+
+class Simulator:
+    """The same with the host's memory, which the simulated kernels may touch where told."""
+
+    def __init__(self, extension: ModuleType) -> None:
+        extension.set_capability(90)
+        self._extension = extension
+        self._arrays: list[tuple[Array, bool]] = []
+
+    def put(self, array: Array, writable: bool = False) -> int:
+        self._arrays.append((array.copy(), writable))
+        self._extension.set_buffers([(a.ctypes.data, a.nbytes, w) for a, w in self._arrays])
+        return int(self._arrays[-1][0].ctypes.data)
+
+    def get(self, address: int, array: Array) -> None:
+        (held,) = (a for a, _ in self._arrays if a.ctypes.data == address)
+        array[...] = held
+
+    def free(self) -> None:
+        self._arrays.clear()
+
+
+class Values:
+    """Where a launch's tensors come from: integers of few values, or random numbers."""
+
+    def __init__(self, integers: bool) -> None:
+        self._integers = integers
+        self._rng = np.random.default_rng(0)
+
+    def activation(self, *shape: int) -> Array:
+        if self._integers:
+            return self._rng.integers(-1, 2, shape).astype(np.float16)
+        return np.resize(self._rng.standard_normal(_PATTERN).astype(np.float16), shape)
+
+    def weight(self, filters: int, window: int, channels: int) -> Array:
+        shape = (filters, window, window, channels)
+        if self._integers:
+            kept = self._rng.random(shape) < 0.3
+            return (self._rng.integers(-1, 2, shape) * kept).astype(np.float16)
+        scale = (2 / (window * window * channels)) ** 0.5
+        return (self._rng.standard_normal(shape) * scale).astype(np.float16)
+
+
+class Layer(NamedTuple):
+    """A convolution with batch norm of an input (images, height, width, channels)."""
+
+    channels: int
+    filters: int
+    window: int = 1
+    stride: int = 1
+
+    @property
+    def padding(self) -> int:
+        return self.window // 2
+
+    def size(self, pixels: int) -> int:
+        return (pixels + 2 * self.padding - self.window) // self.stride + 1
+
+
+def _vectors(filters: int) -> list[Array]:
+    """Mean 1, variance 1, weights 1 and -1, bias 1."""
+    one = np.ones(filters, np.float32)
+    sign = np.where(np.arange(filters) % 3 == 0, -1, 1).astype(np.float32)
+    return [one, one, sign, one]
+
+
+def _normalised(x: Array) -> Array:
+    return (x - 1) * _vectors(x.shape[-1])[2] + 1
+
+
+def _convolved(x: Array, weight: Array, layer: Layer) -> Array:
+    """The convolution's batch norm, exact in float32 on integers."""
+    step, pad = layer.stride, layer.padding
+    padded = np.pad(x.astype(np.float32), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    height, width = layer.size(x.shape[1]), layer.size(x.shape[2])
+    out = np.zeros((len(x), height, width, layer.filters), np.float32)
+    for r in range(layer.window):
+        for s in range(layer.window):
+            rows = slice(r, r + step * (height - 1) + 1, step)
+            columns = slice(s, s + step * (width - 1) + 1, step)
+            out += padded[:, rows, columns] @ weight[:, r, s].astype(np.float32).T
+    return _normalised(out)
+
+
+class Launcher:
+    """Launches kernels; verifies what they give where values are integers."""
+
+    def __init__(self, extension: ModuleType, memory: Driver | Simulator, verify: bool) -> None:
+        self._extension, self._memory, self._verify = extension, memory, verify
+        self._values = Values(integers=verify)
+        self._half = extension.DType.float16
+
+    def _put_vectors(self, filters: int) -> list[tuple[int, Any]]:
+        single = self._extension.DType.float32
+        return [(self._memory.put(v), single) for v in _vectors(filters)]
+
+    def _finish(
+        self, shape: Sequence[int], launch: Callable[[int], None], expected: Callable[[], Array]
+    ) -> None:
+        """`launch(address of the result)`; then frees everything."""
+        out = np.full(shape, np.nan, np.float16)
+        address = self._memory.put(out, writable=True)
+        launch(address)
+        self._memory.get(address, out)
+        self._memory.free()
+        if not self._verify:
+            return
+        right = expected().astype(np.float16)
+        if not np.array_equal(out, right):
+            wrong = int((out != right).sum())
+            raise AssertionError(f"{wrong} of {out.size} elements differ from NumPy's")
+
+    def _convolution(self, x: Array, weight: Array, layer: Layer) -> Any:
+        pad, step = layer.padding, layer.stride
+        return self._extension.ConvolutionBn(
+            self._memory.put(x),
+            self._memory.put(weight),
+            x.shape[1:3],
+            layer.channels,
+            (layer.window,) * 2,
+            (step, step),
+            (pad, pad),
+            (1, 1),
+            *self._put_vectors(layer.filters),
+            0.0,
+        )
+
+    def convolution(
+        self,
+        tile: str,
+        images: int,
+        pixels: int,
+        layer: Layer,
+        residual: bool = False,
+        projection: Layer | None = None,
+    ) -> None:
+        """A tile's kernel; the projection is of an input of so many times the size."""
+        x = self._values.activation(images, pixels, pixels, layer.channels)
+        weight = self._values.weight(layer.filters, layer.window, layer.channels)
+        size = layer.size(pixels)
+        shape = (images, size, size, layer.filters)
+        added = self._values.activation(*shape) if residual else None
+        side: tuple[Array, Array, Layer] | None = None
+        if projection:
+            wide = projection.stride * size
+            shortcut = self._values.activation(images, wide, wide, projection.channels)
+            side = (
+                shortcut,
+                self._values.weight(projection.filters, 1, projection.channels),
+                projection,
+            )
+        strides = (size * size * layer.filters, size * layer.filters, layer.filters)
+
+        def launch(out: int) -> None:
+            self._extension.cuda_conv_bn(
+                out,
+                None if added is None else (self._memory.put(added), layer.filters, strides),
+                self._half,
+                images,
+                (size, size),
+                layer.filters,
+                1,
+                self._convolution(x, weight, layer),
+                self._convolution(*side) if side else None,
+                True,
+                False,
+                getattr(self._extension.ConvTile, tile),
+                0,
+                0,
+            )
+
+        def expected() -> Array:
+            result = _convolved(x, weight, layer) + (0 if added is None else added)
+            return np.maximum(result + (_convolved(*side) if side else 0), 0)
+
+        self._finish(shape, launch, expected)
+
+    def bottleneck(self, images: int, pixels: int, inner: int, stride: int, project: bool) -> None:
+        """A whole block; without a projection its input has as many channels as its result."""
+        channels = out_channels = inner if self._verify else 4 * inner
+        layers = [
+            Layer(channels, inner),
+            Layer(inner, inner, 3, stride),
+            Layer(inner, out_channels),
+        ]
+        if project:
+            layers.append(Layer(channels, out_channels, 1, stride))
+        x = self._values.activation(images, pixels, pixels, channels)
+        weights = [self._values.weight(y.filters, y.window, y.channels) for y in layers]
+        size = layers[1].size(pixels)
+
+        def launch(out: int) -> None:
+            put = [(self._memory.put(w), *self._put_vectors(len(w)), 0.0) for w in weights]
+            block = self._extension.Bottleneck(
+                self._memory.put(x),
+                self._half,
+                images,
+                (pixels, pixels),
+                channels,
+                inner,
+                out_channels,
+                stride,
+                put[:3],
+                put[3] if project else None,
+            )
+            self._extension.cuda_bottleneck(out, block, 0, 0)
+
+        def expected() -> Array:
+            result: Array = x
+            for weight, layer in zip(weights[:2], layers, strict=False):
+                result = np.maximum(_convolved(result, weight, layer), 0)
+            shortcut = _convolved(x, weights[3], layers[3]) if project else x
+            return np.maximum(_convolved(result, weights[2], layers[2]) + shortcut, 0)
+
+        self._finish((images, size, size, out_channels), launch, expected)
+
+    def stem(self, images: int, pixels: int) -> None:
+        layer = Layer(3, 64, 7, 2)
+        x = self._values.activation(images, pixels, pixels, 3)
+        weight = self._values.weight(64, 7, 3)
+        size = (layer.size(pixels) + 1) // 2
+
+        def launch(out: int) -> None:
+            self._extension.cuda_stem(
+                out,
+                self._memory.put(x),
+                self._memory.put(weight),
+                self._half,
+                images,
+                (pixels, pixels),
+                64,
+                *self._put_vectors(64),
+                0.0,
+                0,
+                0,
+            )
+
+        def expected() -> Array:
+            padded = np.pad(
+                np.maximum(_convolved(x, weight, layer), 0), ((0, 0), (1, 2), (1, 2), (0, 0))
+            )
+            taps = [
+                padded[:, r : r + 2 * size : 2, s : s + 2 * size : 2]
+                for r in range(3)
+                for s in range(3)
+            ]
+            return np.maximum.reduce([tap[:, :size, :size] for tap in taps])
+
+        self._finish((images, size, size, 64), launch, expected)
+
+    def head(self, images: int, channels: int, classes: int) -> None:
+        """The pooled means of 8 × 8 positions, then their product: exact, of integers."""
+        x = self._values.activation(images, 8, 8, channels)
+        weight = self._values.weight(classes, 1, channels)
+        means = np.full((images, channels), np.nan, np.float32)
+
+        def launch(out: int) -> None:
+            pooled = self._memory.put(means, writable=True)
+            self._extension.cuda_average_pool(
+                pooled,
+                self._extension.DType.float32,
+                self._memory.put(x),
+                self._half,
+                images,
+                64,
+                channels,
+                0,
+                0,
+            )
+            bias = np.ones(classes, np.float16)
+            self._extension.cuda_linear(
+                out,
+                pooled,
+                self._memory.put(weight),
+                self._memory.put(bias),
+                self._half,
+                images,
+                channels,
+                classes,
+                0,
+                0,
+            )
+
+        def expected() -> Array:
+            mean = x.astype(np.float32).mean((1, 2))
+            return np.asarray(mean @ weight[:, 0, 0].astype(np.float32).T + 1)
+
+        self._finish((images, classes), launch, expected)
+
+    def bn_add_relu(self, images: int, channels: int) -> None:
+        x, added = (self._values.activation(images, 9, 7, channels) for _ in range(2))
+        strides = (63 * channels, 7 * channels, channels)
+
+        def launch(out: int) -> None:
+            self._extension.cuda_bn_add_relu(
+                out,
+                self._memory.put(x),
+                (self._memory.put(added), channels, strides),
+                self._half,
+                images,
+                (9, 7),
+                channels,
+                *self._put_vectors(channels),
+                0.0,
+                True,
+                0,
+                0,
+            )
+
+        self._finish(x.shape, launch, lambda: np.maximum(_normalised(x) + added, 0))
+
+
+Launch = tuple[str, Callable[[], None]]
+
+
+def small(run: Launcher, tiles: Sequence[str], images: int) -> Iterator[Launch]:
+    """Every kernel: 21 × 21 positions an image, so that 80 are three tiles for each of 132 SMs."""
+    pointwise = Layer(72, 136)
+    for tile in tiles:
+        conv = partial(run.convolution, tile, images)
+        yield f"{tile} pointwise residual", partial(conv, 21, pointwise, residual=True)
+        if tile != "m128n128":  # which has no kernel for it
+            side = Layer(40, 136, 1, 2)
+            yield f"{tile} projection", partial(conv, 21, pointwise, projection=side)
+        yield f"{tile} 3x3", partial(conv, 21, Layer(72, 136, 3))
+        yield f"{tile} 3x3 strided", partial(conv, 42, Layer(24, 136, 3, 2))
+    for inner, stride, project in ((64, 1, False), (64, 1, True), (64, 2, True), (128, 1, False)):
+        name = f"bottleneck {inner}/{stride}{' projection' * project}"
+        yield name, partial(run.bottleneck, images, 15, inner, stride, project)
+    yield "stem", partial(run.stem, images, 30)
+    yield "head", partial(run.head, min(images, 16), 264, 1000)
+    yield "bn_add_relu", partial(run.bn_add_relu, images, 64)
+
+
+def large(run: Launcher, images: int) -> Iterator[Launch]:
+    """Six layers of a ResNet-50, each bound by something else."""
+    narrow, wide = "m128n64_sm90", "m128n128_sm90"
+    deep = Layer(256, 256, 3)
+    yield "3x3 64 on 56", partial(run.convolution, narrow, images, 56, Layer(64, 64, 3))
+    yield (
+        "1x1 64-256 on 56",
+        partial(run.convolution, wide, images, 56, Layer(64, 256), residual=True),
+    )
+    yield "3x3 256 on 14", partial(run.convolution, wide, images, 14, deep)
+    yield "3x3 256 on 14 mma.sync", partial(run.convolution, "m128n128", images, 14, deep)
+    yield "bottleneck 64 on 56", partial(run.bottleneck, images, 56, 64, 1, False)
+    yield "stem", partial(run.stem, images, 224)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("small", "large"))
+    parser.add_argument(
+        "--only", nargs="+", metavar="WORD", help="launches whose name has the word"
+    )
+    parser.add_argument("--images", type=int, help="small: 80, simulated 2; large: 256")
+    parser.add_argument("--simulate", action="store_true", help="on the host, without a GPU")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the launches; 1 if a result differs from NumPy's."""
+    options = parse(arguments)
+    extension = load("_C_sim" if options.simulate else "_C")
+    verify = options.what == "small"
+    images = options.images or ((2 if options.simulate else 80) if verify else 256)
+    launcher = Launcher(extension, Simulator(extension) if options.simulate else Driver(), verify)
+    tiles = [name for name in extension.ConvTile.__members__ if name != "automatic"]
+    launches = small(launcher, tiles, images) if verify else large(launcher, images)
+    failed = ran = 0
+    for name, launch in launches:
+        if options.only and not any(word in name for word in options.only):
+            continue
+        ran += 1
+        try:
+            launch()
+            print(f"{name}: done{', as NumPy has it' if verify else ''}", flush=True)
+        except (AssertionError, RuntimeError) as error:
+            failed += 1
+            print(f"{name}: FAILED: {error}", flush=True)
+    if not ran:
+        print("There is no such launch.", file=sys.stderr)
+    return int(failed > 0 or not ran)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
