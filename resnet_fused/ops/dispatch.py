@@ -18,16 +18,17 @@ class use_backend:  # noqa: N801  (reads as the function it is used as)
     """Run every op on the named backend, from now on or within a `with` block.
 
     `name` is "reference", "cpu", "triton", "cuda", "tuned", or None for the best available one for
-    each tensor's device, which is the default. The choice holds for the whole process.
+    each tensor's device, which is the default; or a `Backend` of one's own. The choice holds for
+    the whole process.
 
     Raises ValueError for an unknown name and BackendUnavailableError, with the reason and the fix,
     for a backend that this machine or build does not have.
     """
 
-    def __init__(self, name: str | None) -> None:
+    def __init__(self, name: str | Backend | None) -> None:
         global _forced
         self._previous = _forced
-        _forced = None if name is None else backends.get(name)
+        _forced = backends.get(name) if isinstance(name, str) else name
 
     def __enter__(self) -> None:
         return None
