@@ -22,6 +22,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
+from resnet_fused.testing import machine_code
 from resnet_fused.testing.machine_code import LANES, LOADS, Code, Loop, Tally, tally
 
 from .rates import RESERVED, Gpu, Limits, Rates
@@ -203,36 +204,21 @@ def predict(work: Work, gpu: Gpu, r: Rates) -> Prediction:
 
 
 def facts(work: Work) -> dict[str, Any]:
-    """What the compiled code says, for a result file; per warp."""
+    """What the compiled code says, for a result file; instructions of one warp, for a tile."""
     if work.code is None:
         return {}
     outside, loops = parts(work.code)
-    described = loops[: len(work.trips)]
     main = work.code.main_loop()
-    found: dict[str, Any] = {
+    described = list(zip(work.trips, loops, strict=False))
+    elsewhere = sum(
+        trips * done.instructions for trips, (loop, done) in described if not loop.has_products
+    )
+    return {
         "registers": work.registers,
         "spilled_bytes": work.spilled,
         "shared_bytes": work.shared_bytes,
         "blocks_per_sm": work.blocks_per_sm,
-        "instructions_main_loop": 0,
-        "instructions_outside": sum(
-            round(trips * done.instructions)
-            for trips, (loop, done) in zip(work.trips, described, strict=True)
-            if loop != main
-        )
-        + (0 if work.persistent else outside.instructions),
+        "main_loop_trips": sum(trips for trips, (loop, _) in described if loop == main),
+        "instructions_outside": round(elsewhere + outside.instructions * (not work.persistent)),
+        "code": machine_code.facts(work.code),
     }
-    if main is None:
-        return found
-    done = tally(main.body)
-    trips = [t for t, (loop, _) in zip(work.trips, described, strict=True) if loop == main]
-    found |= {
-        "instructions_main_loop": done.instructions,
-        "main_loop_trips": sum(trips),
-        "tensor_instructions": sorted({i.opcode for i in main.body if i.base in ("HGMMA", "HMMA")}),
-        "load_bytes": {str(w): n for w, n in sorted(done.loads.items())},
-        "copy_bytes": {str(w): n for w, n in sorted(done.copies.items())},
-        "copies_pending": main.copies_pending,
-        "products_pending": main.products_pending,
-    }
-    return found

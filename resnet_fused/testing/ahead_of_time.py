@@ -137,7 +137,7 @@ def compile_launches(
 
 def _print_facts(name: str, launch: Launch, compiled: Any) -> None:
     ptx, config = compiled.asm["ptx"], launch.config
-    _, used = machine_code.of_cubin(compiled.asm["cubin"])
+    code, used = machine_code.of_cubin(compiled.asm["cubin"])
     facts = {
         "name": f"{name} {config.blocks} {config.warps} warps",
         "kernel": launch.kernel.__name__,
@@ -147,6 +147,7 @@ def _print_facts(name: str, launch: Launch, compiled: Any) -> None:
         **_loops(ptx),
         "shared": compiled.metadata.shared,
         **used._asdict(),
+        "code": machine_code.facts(code),
     }
     print(json.dumps(facts), flush=True)
 

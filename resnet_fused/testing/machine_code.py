@@ -14,7 +14,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 LANES = 32
 
@@ -256,6 +256,34 @@ def tally(instructions: Iterable[Instruction]) -> Tally:
         elif i.base == "HMMA":
             products["HMMA"] += {"16816": 2048, "1688": 1024, "1684": 512}[i.opcode.split(".")[1]]
     return Tally(count, products, loads, stores, copies, shared)
+
+
+def facts(code: Code) -> dict[str, Any]:
+    """What a step of the main loop is made of, or all of the code where there is no such loop.
+
+    instructions_elsewhere: outside the loops with products, each counted once.
+    load_bytes_elsewhere: of loops without products. Widths are bytes of a lane, as text, with how
+    many instructions have them; the pending counts are those of `Loop`.
+    """
+    outside, loops = code.regions()
+    main = code.main_loop()
+    body = outside if main is None else main.body
+    elsewhere = [i for loop in loops if loop != main and not loop.has_products for i in loop.body]
+    done = tally(body)
+    return {
+        "instructions_main_loop": 0 if main is None else done.instructions,
+        "instructions_elsewhere": tally([*outside, *elsewhere]).instructions,
+        "tensor_instructions": sorted({i.opcode for i in body if i.base in PRODUCTS}),
+        "load_bytes": _by_width(done.loads),
+        "copy_bytes": _by_width(done.copies),
+        "load_bytes_elsewhere": _by_width(tally(elsewhere).loads),
+        "copies_pending": None if main is None else main.copies_pending,
+        "products_pending": None if main is None else main.products_pending,
+    }
+
+
+def _by_width(counts: Counter[int]) -> dict[str, int]:
+    return {str(width): count for width, count in sorted(counts.items())}
 
 
 def disassembled(text: str) -> Iterator[Code]:

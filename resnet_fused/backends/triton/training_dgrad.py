@@ -247,7 +247,8 @@ def dgrad(
             batch, height, width, channels, p, q, filters, group_in, group_out, tiles_m,
             *add_shape, **window(conv), CLASS_H=class_h, CLASS_W=class_w,
             ADD_STRIDE=add_stride or 0,
-            EVEN=group_out % block_c == 0, EVEN_COLUMNS=group_in % block_n == 0, WIDE=wide, PRECISION=precision,
+            EVEN=group_out % block_c == 0, EVEN_COLUMNS=group_in % block_n == 0,
+            WIDE=wide, PRECISION=precision,
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
         )  # fmt: skip
         return sums
