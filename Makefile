@@ -1,5 +1,5 @@
 # Everyday commands. They use the active environment; `make develop` fills it.
-.PHONY: develop test lint format bench layers gpu-proof env clean
+.PHONY: develop test lint format bench layers predict gpu-proof env clean
 
 develop:  ## editable install, with the extension and the simulator of CUDA kernels in the tree
 	RESNET_FUSED_HOST_SIM=on pip install -e '.[bench,test]'
@@ -23,6 +23,16 @@ bench:  ## ours beside every peer that is installed
 
 layers:  ## each fused op of ResNet-50 by itself
 	python benchmarks/layers.py
+
+predict:  ## a model of time from compiled code, no GPU: result files, plots and docs/predicted.md
+	for gpu in h100 h200; do \
+	  for run in "inference_1 --batch 1" "inference_32 --batch 32" "inference_256 --batch 256" \
+	             "training_256 --batch 256 --training"; do \
+	    set -- $$run; to=benchmarks/results/predicted/$${gpu}_$$1; shift; \
+	    python benchmarks/predict.py --gpu $$gpu "$$@" --json $$to.json --plot $$to.png || exit; \
+	  done; \
+	done
+	python benchmarks/render.py
 
 gpu-proof:  ## everything that only a GPU can show, with result files
 	bash benchmarks/gpu_proof.sh

@@ -85,7 +85,7 @@ _COMMON = {
         36,
         44,
         "bytes / cycle / SM",
-        "5.5 to 7 TB/s of L2 reads measured on H100 (Chips and Cheese, 2023); 64 by the bus",
+        "assumed, about half of the 64 of a multiprocessor's port; for all, 8 TB/s",
     ),
     "latency": Assumption(
         800,

@@ -188,7 +188,7 @@ def predict(work: Work, gpu: Gpu, r: Rates) -> Prediction:
     busy = {name: tiles * value for name, value in total.items()}
     chains = {name: turns * value for name, value in chain.items()}
     if work.persistent:  # the first tile's operands; those of the others are there
-        chains["latency"] = r.latency
+        chains["latency"] = chains.get("latency", 0.0) + r.latency
     busy["chain"] = sum(chains.values())
     bound = max(busy, key=busy.__getitem__)
     on_chip = busy[bound] / r.clock / 1e3
