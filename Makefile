@@ -25,12 +25,12 @@ layers:  ## each fused op of ResNet-50 by itself
 	python benchmarks/layers.py
 
 predict:  ## a model of time from compiled code, no GPU: result files, plots and docs/predicted.md
-	for gpu in h100 h200; do \
-	  for run in "inference_1 --batch 1" "inference_32 --batch 32" "inference_256 --batch 256" \
-	             "training_256 --batch 256 --training"; do \
-	    set -- $$run; to=benchmarks/results/predicted/$${gpu}_$$1; shift; \
-	    python benchmarks/predict.py --gpu $$gpu "$$@" --json $$to.json --plot $$to.png || exit; \
+	cd benchmarks/results/predicted && for gpu in h100 h200; do \
+	  for batch in 1 32; do \
+	    python ../../predict.py --gpu $$gpu --batch $$batch --json $${gpu}_inference_$$batch.json || exit; \
 	  done; \
+	  python ../../predict.py --gpu $$gpu --json $${gpu}_inference_256.json --plot $${gpu}_inference_256.png && \
+	  python ../../predict.py --gpu $$gpu --training --json $${gpu}_training_256.json --plot $${gpu}_training_256.png || exit; \
 	done
 	python benchmarks/render.py
 

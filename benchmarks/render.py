@@ -4,7 +4,8 @@
     python benchmarks/render.py --check    exit code 1 where they are not what the files say
 
 Every JSON file under benchmarks/results/ that throughput.py, training.py or layers.py wrote has its
-part of docs/results.md; what predict.py wrote is no result and has a page of its own. What a profile explains goes into a Markdown file of the same name beside it, and is taken in.
+part of docs/results.md; what predict.py wrote is no result and has a page of its own. What a
+profile explains goes into a Markdown file of the same name beside it, and is taken in.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import Any
 from .rates import GPUS
 
 MARK = "<!-- From here on written by benchmarks/render.py. -->\n"
+_FOLDER = "../benchmarks/results/predicted"
 _SHOWN = 12  # launches of a table
 
 
@@ -25,11 +26,9 @@ def page(root: Path) -> str:
         "\n".join(_assumptions(records)),
     ]
     for name, record in records.items():
-        if record["batch"] == 256 and record["gpu"] == "h100":
-            parts += [f"## {_title(record)}", "\n".join(_launches(record))]
-            parts.append(
-                f"![time by layer and by bound](../benchmarks/results/predicted/{name}.png)"
-            )
+        if record["batch"] == 256:
+            plot = f"![time by layer and by bound]({_FOLDER}/{name}.png)"
+            parts += [f"## {_title(record)}", "\n".join(_launches(record)), plot]
     return written + MARK + "\n" + "\n\n".join(parts) + "\n"
 
 
@@ -44,7 +43,7 @@ def _summary(records: dict[str, dict[str, Any]]) -> Iterator[str]:
     for name, record in records.items():
         speed = record["images_per_second"]
         cells = [
-            f"[{name}](../benchmarks/results/predicted/{name}.json)",
+            f"[{name}]({_FOLDER}/{name}.json)",
             GPUS[record["gpu"]].name,
             "training step" if record["training"] else "inference",
             str(record["batch"]),
@@ -64,7 +63,7 @@ def _assumptions(records: dict[str, dict[str, Any]]) -> Iterator[str]:
         values = " / ".join(f"{assumed[side]:g}" for side in ("slow", "expected", "fast"))
         effects = [
             " / ".join(
-                f"{100 * (record['milliseconds_if'][name][side] / record['milliseconds'] - 1):+.1f}%"
+                f"{record['milliseconds_if'][name][side] / record['milliseconds'] - 1:+.1%}"
                 for side in ("slow", "fast")
             )
             for record in shown
@@ -74,16 +73,15 @@ def _assumptions(records: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 
 def _launches(record: dict[str, Any]) -> Iterator[str]:
-    yield "| launches | kernel | shape | tile | steps × instructions + rest | µs each | × floor | bound |"
+    yield "| launches | kernel | shape | tile | instructions | µs each | × floor | bound |"
     yield "|---|---|---|---|---|---|---|---|"
     rows = sorted(record["layers"], key=lambda r: r["calls"] * r["microseconds"], reverse=True)
     for row in rows[:_SHOWN]:
         counts = "–"
         if "code" in row:
-            counts = (
-                f"{row['main_loop_trips']:g} × {row['code']['instructions_main_loop']} + "
-                f"{row['instructions_outside']:,}"
-            )
+            counts = f"{row['instructions_outside']:,}"
+            if step := row["code"]["instructions_main_loop"]:
+                counts = f"{row['main_loop_trips']:g} × {step} + {counts}"
         cells = [
             str(row["calls"]),
             row["kernel"],

@@ -44,7 +44,7 @@ def draw(found: dict[str, Any], to: Path) -> None:
     left.legend(loc="lower right")
     names = sorted(bounds, key=bounds.__getitem__, reverse=True)
     right.bar(names, [bounds[name] for name in names], **_bars(names))
-    right.tick_params(axis="x", rotation=45)
+    right.tick_params(axis="x", rotation=90)
     right.set_title("by what binds it")
     what = "training step" if found["training"] else "inference"
     speed = found["images_per_second"]
