@@ -38,8 +38,9 @@ def violations(name: str, kernel: dict[str, Any]) -> dict[str, Any]:
     """The rules that a kernel breaks, each by the fact that does, with its value.
 
     kernel: facts as `machine_code.facts` gives them, and the bytes that it spills. No spills; no
-    loads or copies under 16 bytes a lane; copies and a warpgroup's products still running where
-    the main loop waits; the right product; instructions within the budget.
+    loads or copies under 16 bytes a lane, and beside products only copies; copies and a
+    warpgroup's products still running where the main loop waits; the right product; instructions
+    within the budget.
     """
     base = name.split(" ")[0]
     main, elsewhere = BUDGETS.get(name, (0, 0))
@@ -58,6 +59,8 @@ def violations(name: str, kernel: dict[str, Any]) -> dict[str, Any]:
     if narrow["load_bytes_elsewhere"]["2"] == 0:
         narrow["load_bytes_elsewhere"] = {}
     found = {fact: widths for fact, widths in narrow.items() if widths}
+    if product is not None and kernel["load_bytes"]:
+        found["load_bytes"] = kernel["load_bytes"]
     if kernel["spilled"]:
         found["spilled"] = kernel["spilled"]
     products = kernel["tensor_instructions"]
@@ -157,7 +160,7 @@ BUDGETS: dict[str, tuple[int, int]] = {
 #   again, and the pool itself over 9;
 # - conv_sm80.cu adds a residual one by one where rows are no whole chunks, in a loop of its own;
 # - 32 rows are too few for a warpgroup's product; ResNeXt's 4 channels of a group are 8 bytes, and
-#   the Triton bn_add_relu loads 8 bytes a lane.
+#   the Triton bn_add_relu loads 8 bytes a lane; its head pools what it multiplies, in registers.
 KNOWN: dict[str, dict[str, Any]] = {
     "conv_bn_kernel 128×128": {"load_bytes_elsewhere": {"2": 8}},
     "conv_bn_kernel 128×64": {"load_bytes_elsewhere": {"2": 8}},
@@ -166,6 +169,7 @@ KNOWN: dict[str, dict[str, Any]] = {
     "conv_bn_kernel 64×64 projection": {"load_bytes_elsewhere": {"2": 8}},
     "stem_kernel": {"load_bytes_elsewhere": {"2": 6}},
     "stem_kernel: stem (16, 16, 64) 8 warps": {"load_bytes": {"2": 38}, "products_pending": 0},
+    "head_kernel: head (16, 64, 32) 4 warps": {"load_bytes": {"16": 2}},
     "conv_bn_kernel: stage 1 of ResNeXt 3x3 (256, 32, 32) 8 warps": {"copy_bytes": {"8": 1}},
     "bn_add_relu_kernel: elementwise () 4 warps": {"load_bytes": {"8": 4}},
     "conv_stats_kernel: 256×64×64 8 warps 3 stages 7×7/2": {
