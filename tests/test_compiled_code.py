@@ -158,7 +158,9 @@ def check(found: Facts) -> None:
 # The gates
 
 
-def test_cuda_kernels(extension, cuda_facts):
+def test_cuda_kernels(extension, architectures, cuda_facts):
+    if not {"80", "90a"} <= set(architectures):
+        pytest.skip("built without sm_80 or sm_90a")
     skip_unless_compiled_by(nvcc=extension.build_info()["cuda_note"])
     assert set(cuda_facts) == {n for n in BUDGETS if ":" not in n}
     check(cuda_facts)
@@ -174,13 +176,16 @@ def test_triton_training_kernels(training_facts):
     check(training_facts)
 
 
-def test_no_spills_by_any_compiler(cuda_facts, triton_facts):
+@pytest.mark.parametrize("of", ["cuda_facts", "triton_facts", "training_facts"])
+def test_no_spills_by_any_compiler(request, of):
     """What no version of a compiler may do."""
-    for name, kernel in [*cuda_facts.items(), *triton_facts.items()]:
+    for name, kernel in request.getfixturevalue(of).items():
         assert kernel["spilled"] == 0, name
 
 
-def test_predicted_inference(extension, tmp_path):
+def test_predicted_inference(extension, architectures, tmp_path):
+    if "90a" not in architectures:
+        pytest.skip("built without sm_90a")
     skip_unless_compiled_by(nvcc=extension.build_info()["cuda_note"])
     check_time(run_predict(tmp_path, root=ROOT), "h100_inference_256")
 
