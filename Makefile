@@ -1,5 +1,5 @@
 # Everyday commands. They use the active environment; `make develop` fills it.
-.PHONY: develop test lint format bench layers matrix gpu-proof env clean
+.PHONY: develop test lint format bench layers matrix predict gpu-proof env clean
 
 develop:  ## editable install, with the extension and the simulator of CUDA kernels in the tree
 	RESNET_FUSED_HOST_SIM=on pip install -e '.[bench,test]'
@@ -26,6 +26,16 @@ layers:  ## each fused op of ResNet-50 by itself
 
 matrix:  ## every Python with every torch; PYTHONS="PROGRAM ..." where they are not on PATH
 	python benchmarks/matrix.py $(if $(PYTHONS),--python $(PYTHONS))
+	python benchmarks/render.py
+
+predict:  ## a model of time from compiled code, no GPU: result files, plots and docs/predicted.md
+	cd benchmarks/results/predicted && for gpu in h100 h200; do \
+	  for batch in 1 32; do \
+	    python ../../predict.py --gpu $$gpu --batch $$batch --json $${gpu}_inference_$$batch.json || exit; \
+	  done; \
+	  python ../../predict.py --gpu $$gpu --json $${gpu}_inference_256.json --plot $${gpu}_inference_256.png && \
+	  python ../../predict.py --gpu $$gpu --training --json $${gpu}_training_256.json --plot $${gpu}_training_256.png || exit; \
+	done
 	python benchmarks/render.py
 
 CALL ?= first

@@ -9,165 +9,39 @@ is needed and nothing is timed.
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torchvision
+from time_model.cuda_kernels import BlockKernel, Kernel, described
+from time_model.rates import LIMITS
+from time_model.work import resident_blocks
 from torch import nn
 
 from resnet_fused import _extension
-from resnet_fused.testing import roofline
+from resnet_fused.testing import machine_code, roofline
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "cuda_kernels.md"
 MARK = "<!-- From here on written by benchmarks/cuda_resources.py. -->\n"
 BATCH = 256
 
 
-class Limits(NamedTuple):
-    """Of a multiprocessor (CUDA programming guide, technical specifications)."""
-
-    shared: int  # KiB
-    warps: int
-    blocks: int
-
-
-LIMITS = {
-    "80": Limits(164, 64, 32),
-    "86": Limits(100, 48, 16),
-    "89": Limits(100, 48, 24),
-    "90a": Limits(228, 64, 32),
-    "100a": Limits(228, 64, 32),
-    "120": Limits(100, 48, 24),
-}
-RESERVED = 1024  # bytes of shared memory that the system takes per block, from sm_80 on
-
-
-class Kernel(NamedTuple):
-    """One instantiation of a convolution kernel, as its mangled name tells it."""
-
-    sm90: bool
-    dtype: str
-    positions: int
-    channels: int
-    row_bytes: int
-    warps: int
-    stages: int
-    vectorised: bool
-    projection: bool
-    claimed: tuple[
-        int, ...
-    ] = ()  # registers of copying and of multiplying threads, where they differ
-
-    @property
-    def shared(self) -> int:
-        """Bytes of dynamic shared memory: the stages, and 16 bytes a channel of batch norm; on
-        sm_90a two results and two such sets for each batch norm, and the mbarriers."""
-        stages = self.stages * (self.positions + self.channels) * self.row_bytes
-        terms = 16 * self.channels
-        if not self.sm90:
-            return stages + terms
-        results = 2 * 2 * self.positions * self.channels
-        return stages + results + 2 * (1 + self.projection) * terms + 256
-
-
-class BlockKernel(NamedTuple):
-    """One instantiation of the kernel for a whole bottleneck; sizes as in bottleneck.cu."""
-
-    dtype: str
-    inner: int
-    stride: int
-    projection: bool
-
-    @property
-    def warps(self) -> int:
-        return 4 * self.inner // 64
-
-    @property
-    def positions(self) -> int:
-        """That a block computes of the result; (14 / stride)² of them count."""
-        return (16 // self.stride) ** 2
-
-    @property
-    def shared(self) -> int:
-        """Bytes of dynamic shared memory: what is kept, the larger of two rings, the terms."""
-        channels = self.inner // 64 * (32 if self.projection else 64)  # of a slice
-        kept = (256 + 34) * self.inner * 2
-        ring = max(3 * self.inner * 128, 2 * (self.positions + channels) * 64 * self.projection)
-        first = 3 * (256 + self.inner) * 64
-        terms = 2 * self.inner + 2 * channels * (1 + self.projection)
-        return max(first, kept + ring) + 16 * terms
-
-
-def fitting(kernel: Kernel | BlockKernel, registers: int, limits: Limits) -> int:
-    """Blocks that fit a multiprocessor; registers are given out to warps by the 256."""
-    per_warp = -(-registers * 32 // 256) * 256
-    return min(
-        65536 // per_warp // kernel.warps,
-        limits.shared * 1024 // (kernel.shared + RESERVED),
-        limits.warps // kernel.warps,
-        limits.blocks,
-    )
-
-
-_DTYPES = {
-    "f": "float32",
-    "NS0_4Tf32E": "TF32",
-    "6__half": "float16",
-    "13__nv_bfloat16": "bfloat16",
-}
-
-
-def _block_kernel(name: str) -> BlockKernel | None:
-    found = re.search(
-        r"bottleneck_kernelI(6__half|13__nv_bfloat16)NS0_4TileILi(\d+)ELi(\d)ELb([01])E", name
-    )
-    if found is None:
-        return None
-    return BlockKernel(_DTYPES[found[1]], int(found[2]), int(found[3]), found[4] == "1")
-
-
-def _kernel(name: str) -> Kernel | None:
-    found = re.search(
-        r"conv_bn_(sm90_)?kernelI(f|NS0_4Tf32E|6__half|13__nv_bfloat16)NS0_4TileI((?:Li\d+E)+)EE"
-        r"(?:Lb([01])E)?Lb([01])E",
-        name,
-    )
-    if found is None:
-        return None
-    sm90, projection = found[1] is not None, found[5] == "1"
-    dtype = _DTYPES[found[2]]
-    sizes = list(map(int, re.findall(r"Li(\d+)E", found[3])))
-    if sm90:
-        n, stages, _, copying, multiplying = sizes
-        return Kernel(
-            sm90, dtype, 128, n, 128, 12, stages, True, projection, (copying, multiplying)
-        )
-    m, n, row_bytes, warps_m, warps_n, stages, _ = sizes
-    warps = warps_m * warps_n
-    return Kernel(sm90, dtype, m, n, row_bytes, warps, stages, found[4] == "1", projection)
+def fitting(kernel: Kernel | BlockKernel, registers: int, architecture: str) -> int:
+    """Blocks that fit a multiprocessor."""
+    return resident_blocks(LIMITS[architecture], registers, kernel.shared, kernel.warps)
 
 
 def registers() -> dict[Kernel | BlockKernel, dict[str, int]]:
     """Registers of each kernel per architecture, as the machine code records them."""
-    import triton
-
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    program = shutil.which("cuobjdump", path=f"{folder}{os.pathsep}{os.environ['PATH']}")
-    if program is None:
-        raise SystemExit("no cuobjdump, neither in triton's package nor in PATH")
-    command = [program, "--dump-resource-usage", str(_extension.load().__file__)]
-    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = machine_code.cuobjdump(str(_extension.load().__file__), "--dump-resource-usage")
     found: dict[Kernel | BlockKernel, dict[str, int]] = {}
     for part in re.split(r"^arch = sm_", usage, flags=re.MULTILINE)[1:]:
         architecture = part.split(maxsplit=1)[0]
         for name, count in re.findall(r"Function (\w+):\s+REG:(\d+)", part):
-            if kernel := _kernel(name) or _block_kernel(name):
+            if kernel := described(name):
                 found.setdefault(kernel, {})[architecture] = int(count)
     if not found:
         raise SystemExit(
@@ -181,7 +55,7 @@ def kernel_table(found: dict[Kernel, dict[str, int]]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|"
     for kernel, counts in sorted(found.items()):
         architectures = [a for a in LIMITS if a in counts]
-        blocks = [fitting(kernel, counts[a], LIMITS[a]) for a in architectures]
+        blocks = [fitting(kernel, counts[a], a) for a in architectures]
         numbers = [counts[a] for a in architectures]
         cells = [
             kernel.dtype,
@@ -209,7 +83,7 @@ def block_kernel_table(found: dict[BlockKernel, dict[str, int]]) -> Iterator[str
             str(32 * kernel.warps),
             f"{kernel.shared / 1024:g} KiB",
             " / ".join(str(counts[a]) for a in architectures),
-            " / ".join(str(fitting(kernel, counts[a], LIMITS[a])) for a in architectures),
+            " / ".join(str(fitting(kernel, counts[a], a)) for a in architectures),
         ]
         yield "| " + " | ".join(cells) + " |"
 

@@ -1,10 +1,11 @@
-"""The result files as pages: docs/results.md, and the README's tables, each between two marks.
+"""The result files as pages: docs/results.md, docs/predicted.md, and the README's tables.
 
-    python benchmarks/render.py            writes both
+    python benchmarks/render.py            writes all of them
     python benchmarks/render.py --check    exit code 1 where they are not what the files say
 
 Every JSON file under benchmarks/results/ that throughput.py, training.py or layers.py wrote has its
-part. What a profile explains goes into a Markdown file of the same name beside it, and is taken in.
+part of docs/results.md; what predict.py wrote is no result and has a page of its own. What a
+profile explains goes into a Markdown file of the same name beside it, and is taken in.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import layers
 import matrix
 import training
 from report import Comparison, Entry, cells, ranked
+from time_model import page as predicted
 
 ROOT = Path(__file__).resolve().parents[1]
 _TABLE = re.compile(r"(<!-- results of (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
@@ -167,7 +169,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     stale = [
         (path, text)
-        for path, text in ((ROOT / "docs/results.md", page()), (ROOT / "README.md", readme()))
+        for path, text in (
+            (ROOT / "docs/results.md", page()),
+            (ROOT / "docs/predicted.md", predicted.page(ROOT)),
+            (ROOT / "README.md", readme()),
+        )
         if not path.exists() or path.read_text() != text
     ]
     for path, text in stale:

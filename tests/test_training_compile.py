@@ -8,7 +8,9 @@ from importlib import import_module
 
 import pytest
 import torch
-from ahead_of_time import (
+
+from resnet_fused.ops.training_layers import Layer, flatten
+from resnet_fused.testing.ahead_of_time import (
     DTYPES,
     TARGETS,
     compile_launches,
@@ -16,8 +18,6 @@ from ahead_of_time import (
     meta,
     meta_convolution,
 )
-
-from resnet_fused.ops.training_layers import Layer, flatten
 
 pytest.importorskip("triton")
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from ahead_of_time import (
+
+from resnet_fused.parameters import BatchNorm, MaxPool
+from resnet_fused.testing.ahead_of_time import (
     DTYPES,
     TARGETS,
     compile_launches,
@@ -17,8 +19,6 @@ from ahead_of_time import (
     meta,
     meta_convolution,
 )
-
-from resnet_fused.parameters import BatchNorm, MaxPool
 
 pytest.importorskip("triton")
 

@@ -82,6 +82,7 @@ def dgrad_kernel(
     ADD_STRIDE: tl.constexpr,
     POINTWISE: tl.constexpr,
     EVEN: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -92,7 +93,8 @@ def dgrad_kernel(
 
     CLASS_H, CLASS_W: the strides, or 1 where positions are not told apart (dilation) and taps that
     fall between outputs read as zero. raw is None where the normalisation is frozen; add or below
-    or both are None. sums: (classes × tiles_m, 2, C). EVEN: BLOCK_C divides group_out.
+    or both are None. sums: (classes × tiles_m, 2, C). EVEN: BLOCK_C divides group_out;
+    EVEN_COLUMNS: BLOCK_N divides group_in.
     ADD_STRIDE: 0 where `add` is laid out like the result, else `add`, (add_p, add_q, add_channels),
     belongs to every so manieth row and column.
     """
@@ -118,7 +120,6 @@ def dgrad_kernel(
     first_s = (class_w + PAD_W) % CLASS_W
     r_taps = (R - first_r + CLASS_H - 1) // CLASS_H
     s_taps = (S - first_s + CLASS_W - 1) // CLASS_W
-    weight_column = tl.where(in_columns, column, 0)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     r = first_r
@@ -155,14 +156,18 @@ def dgrad_kernel(
         weight_row = inner_channel
         if WIDE:
             weight_row = inner_channel.to(tl.int64)
-        b = tl.load(
+        # Columns as they are and, in whole tiles, no mask: else the compiler loses sight of what is
+        # contiguous, and loads two bytes at a time.
+        b_tile = (
             weight
             + weight_row[:, None] * (R * S * group_in)
             + (r * S + s) * group_in
-            + weight_column[None, :],
-            in_inner[:, None] & in_columns[None, :],
-            other=0.0,
+            + column[None, :]
         )
+        if EVEN and EVEN_COLUMNS:
+            b = tl.load(b_tile)
+        else:
+            b = tl.load(b_tile, in_inner[:, None] & in_columns[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
         r, s, k = next_step(r, s, k, group_out, first_s, R, S, CLASS_H, CLASS_W, BLOCK_C)
 
@@ -242,7 +247,8 @@ def dgrad(
             batch, height, width, channels, p, q, filters, group_in, group_out, tiles_m,
             *add_shape, **window(conv), CLASS_H=class_h, CLASS_W=class_w,
             ADD_STRIDE=add_stride or 0,
-            EVEN=group_out % block_c == 0, WIDE=wide, PRECISION=precision,
+            EVEN=group_out % block_c == 0, EVEN_COLUMNS=group_in % block_n == 0,
+            WIDE=wide, PRECISION=precision,
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
         )  # fmt: skip
         return sums

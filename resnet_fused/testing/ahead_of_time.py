@@ -1,8 +1,8 @@
 """Ahead-of-time compilation of Triton kernels for GPUs that need not be present.
 
-A backend runs on tensors without memory (device `meta`) and its launches are compiled instead of
-started, so what is checked is what would run. Compilation happens in worker processes, which print
-a JSON line for each distinct kernel: in the tests' own the kernels may be interpreted objects.
+A backend runs on tensors without memory (device `meta`) and its launches are recorded and compiled
+instead of started, so what is checked is what would run. Tests do that in worker processes, which
+print a JSON line for each distinct kernel: in their own the kernels may be interpreted objects.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
 import resnet_fused
-from resnet_fused.parameters import Convolution
+
+from ..parameters import Convolution
+from . import machine_code
 
 
 class Target(NamedTuple):
@@ -61,53 +64,90 @@ def compiled_kernels(worker: str, capability: int, *rest: str) -> list[dict[str,
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
+class Launch(NamedTuple):
+    """One launch as the host side asked for it; `config` is a `triton.launching.Config`."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    config: Any
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+    def named(self) -> dict[str, Any]:
+        """The kernel's arguments by name, compile-time constants among them."""
+        names = self.kernel.arg_names
+        return {**dict(zip(names, self.arguments, strict=False)), **self.constants}
+
+    def identity(self) -> str:
+        """The same for launches that run the same machine code."""
+        return repr((self.kernel.__name__, _describe(self), self.config))
+
+
+@contextmanager
+def recorded_launches(capability: int, modules: Iterable[Any]) -> Iterator[list[Launch]]:
+    """The launches that the Triton `modules` make within, in order; none of them starts."""
+    from ..backends.triton.launching import Machine
+
+    launches: list[Launch] = []
+
+    def launch(kernel: Any, grid: Any, config: Any, *arguments: Any, **constants: Any) -> None:
+        launches.append(Launch(kernel, grid, config, arguments, constants))
+
+    with ExitStack() as patches:
+        for module in modules:
+            patches.enter_context(mock.patch.object(module, "launch", launch))
+            if hasattr(module, "machine"):
+                limits = Machine(*TARGETS[capability][:2])
+                patches.enter_context(
+                    mock.patch.object(module, "machine", lambda _, limits=limits: limits)
+                )
+        yield launches
+
+
+def compile_launch(launch: Launch, capability: int) -> Any:
+    """What Triton compiles for it; its cache spares the work the next time."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from ..backends.triton.launching import options
+
+    return triton.compile(
+        ASTSource(launch.kernel, *_describe(launch)),
+        target=GPUTarget("cuda", capability, machine_code.LANES),
+        options=options(launch.config),
+    )
+
+
 def compile_launches(
     capability: int,
     modules: Iterable[Any],
     calls: Iterable[tuple[str, Callable[[], object]]],
 ) -> None:
     """Makes the calls, compiles what the Triton `modules` launch in them, and prints its facts."""
-    from resnet_fused.backends.triton.launching import Machine
-
-    launches: list[Any] = []
-    for module in modules:
-        module.launch = lambda *a, **k: launches.append((a, k))
-        if hasattr(module, "machine"):
-            module.machine = lambda device: Machine(*TARGETS[capability][:2])
     seen = set()
     for name, call in calls:
-        launches.clear()
-        call()
-        for (kernel, _, config, *arguments), constants in launches:
-            description = _describe(kernel, tuple(arguments), constants)
-            identity = repr((kernel.__name__, description, config))
-            if identity not in seen:
-                seen.add(identity)
-                _compile(name, kernel, description, config, capability)
+        with recorded_launches(capability, modules) as launches:
+            call()
+        for launch in launches:
+            if launch.identity() not in seen:
+                seen.add(launch.identity())
+                _print_facts(name, launch, compile_launch(launch, capability))
 
 
-def _compile(name: str, kernel: Any, description: Any, config: Any, capability: int) -> None:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from resnet_fused.backends.triton.launching import options
-
-    compiled = triton.compile(
-        ASTSource(kernel, *description),
-        target=GPUTarget("cuda", capability, 32),
-        options=options(config),
-    )
-    ptx = compiled.asm["ptx"]
+def _print_facts(name: str, launch: Launch, compiled: Any) -> None:
+    ptx, config = compiled.asm["ptx"], launch.config
+    code, used = machine_code.of_cubin(compiled.asm["cubin"])
     facts = {
         "name": f"{name} {config.blocks} {config.warps} warps",
-        "kernel": kernel.__name__,
+        "kernel": launch.kernel.__name__,
         "rows": next(iter(config.blocks), 0),  # passes over whole rows have no blocks
         "instructions": [i for i in INSTRUCTIONS if i in ptx],
         "copies": _copy_widths(ptx),
         **_loops(ptx),
         "shared": compiled.metadata.shared,
-        **_resources(compiled.asm["cubin"]),
+        **used._asdict(),
+        "code": machine_code.facts(code),
     }
     print(json.dumps(facts), flush=True)
 
@@ -125,9 +165,10 @@ def meta_convolution(k: int, c: int, size: int, stride: int, dtype: torch.dtype)
     return Convolution(weight, (stride, stride), (padding, padding))
 
 
-def _describe(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> Any:
+def _describe(launch: Launch) -> Any:
     """(signature, constants, attributes) as Triton's launcher derives them: integers 1 and None
     become constants, multiples of 16 and allocations are known to be aligned."""
+    kernel, arguments, constants = launch.kernel, launch.arguments, launch.constants
     types = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
     signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
@@ -164,18 +205,3 @@ def _loops(ptx: str) -> dict[str, int]:
             bodies.append(ptx[label.start() : jumps[-1].start()])
     divisions = sum(len(re.findall(r"\b(?:div|rem)\.[su]\d\d", body)) for body in bodies)
     return {"loops": len(bodies), "divisions": divisions}
-
-
-def _resources(cubin: bytes) -> dict[str, int]:
-    """Registers and spilled bytes (stack and local memory) of the one kernel in `cubin`."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
-    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return {"registers": usage["REG"], "spilled": usage["STACK"] + usage["LOCAL"]}

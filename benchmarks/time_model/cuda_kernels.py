@@ -1,0 +1,105 @@
+"""What the names of the compiled CUDA kernels say: tiles, and a block's shared memory."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+
+class Kernel(NamedTuple):
+    """One instantiation of a convolution kernel, as its mangled name tells it."""
+
+    sm90: bool
+    dtype: str
+    positions: int
+    channels: int
+    row_bytes: int
+    warps: int
+    stages: int
+    vectorised: bool
+    projection: bool
+    claimed: tuple[
+        int, ...
+    ] = ()  # registers of copying and of multiplying threads, where they differ
+
+    @property
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory: the stages, and 16 bytes a channel of batch norm; on
+        sm_90a two results and two such sets for each batch norm, and the mbarriers."""
+        stages = self.stages * (self.positions + self.channels) * self.row_bytes
+        terms = 16 * self.channels
+        if not self.sm90:
+            return stages + terms
+        results = 2 * 2 * self.positions * self.channels
+        return stages + results + 2 * (1 + self.projection) * terms + 256
+
+
+class BlockKernel(NamedTuple):
+    """One instantiation of the kernel for a whole bottleneck; sizes as in bottleneck.cu."""
+
+    dtype: str
+    inner: int
+    stride: int
+    projection: bool
+
+    @property
+    def warps(self) -> int:
+        return 4 * self.inner // 64
+
+    @property
+    def positions(self) -> int:
+        """That a block computes of the result; (14 / stride)² of them count."""
+        return (16 // self.stride) ** 2
+
+    @property
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory: what is kept, the larger of two rings, the terms."""
+        channels = self.inner // 64 * (32 if self.projection else 64)  # of a slice
+        kept = (256 + 34) * self.inner * 2
+        ring = max(3 * self.inner * 128, 2 * (self.positions + channels) * 64 * self.projection)
+        first = 3 * (256 + self.inner) * 64
+        terms = 2 * self.inner + 2 * channels * (1 + self.projection)
+        return max(first, kept + ring) + 16 * terms
+
+
+_DTYPES = {
+    "f": "float32",
+    "NS0_4Tf32E": "TF32",
+    "6__half": "float16",
+    "13__nv_bfloat16": "bfloat16",
+}
+
+
+def _block_kernel(name: str) -> BlockKernel | None:
+    found = re.search(
+        r"bottleneck_kernelI(6__half|13__nv_bfloat16)NS0_4TileILi(\d+)ELi(\d)ELb([01])E", name
+    )
+    if found is None:
+        return None
+    return BlockKernel(_DTYPES[found[1]], int(found[2]), int(found[3]), found[4] == "1")
+
+
+def _kernel(name: str) -> Kernel | None:
+    found = re.search(
+        r"conv_bn_(sm90_)?kernelI(f|NS0_4Tf32E|6__half|13__nv_bfloat16)NS0_4TileI((?:Li\d+E)+)EE"
+        r"(?:Lb([01])E)?Lb([01])E",
+        name,
+    )
+    if found is None:
+        return None
+    sm90, projection = found[1] is not None, found[5] == "1"
+    dtype = _DTYPES[found[2]]
+    sizes = list(map(int, re.findall(r"Li(\d+)E", found[3])))
+    if sm90:
+        n, stages, _, copying, multiplying = sizes
+        return Kernel(
+            sm90, dtype, 128, n, 128, 12, stages, True, projection, (copying, multiplying)
+        )
+    m, n, row_bytes, warps_m, warps_n, stages, _ = sizes
+    warps = warps_m * warps_n
+    return Kernel(sm90, dtype, m, n, row_bytes, warps, stages, found[4] == "1", projection)
+
+
+def described(name: str) -> Kernel | BlockKernel | None:
+    """What the mangled name of a convolution's or bottleneck's kernel says; None for others."""
+    return _kernel(name) or _block_kernel(name)

@@ -1,0 +1,219 @@
+"""The launches of the Triton training kernels, compiled for Hopper, and their loops' trips."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from resnet_fused.backends.triton import (
+    training,
+    training_batch_norm,
+    training_convolution,
+    training_dgrad,
+    training_pool,
+    training_wgrad,
+)
+from resnet_fused.backends.triton.backend import TritonBackend
+from resnet_fused.backends.tuning import Tuner
+from resnet_fused.testing import ahead_of_time, machine_code
+from resnet_fused.testing.ahead_of_time import Launch
+
+from .rates import Gpu
+from .work import Work, resident_blocks
+
+CAPABILITY = 90
+_MODULES = (
+    training_batch_norm,
+    training_convolution,
+    training_dgrad,
+    training_pool,
+    training_wgrad,
+)
+_MERGED = 32  # parts that a step of a merge takes
+
+
+class _Training(TritonBackend):
+    """The Triton backend for tensors without memory."""
+
+    def __init__(self) -> None:
+        self._tuner = Tuner("predict")
+        self.training = training.TritonTraining(self._tuner)
+
+    def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        return None
+
+
+def backend() -> TritonBackend:
+    """What training ops are to run on while their launches are recorded."""
+    return _Training()
+
+
+def recorded() -> AbstractContextManager[list[Launch]]:
+    """The list that launches made within go to."""
+    return ahead_of_time.recorded_launches(CAPABILITY, _MODULES)
+
+
+class _Compiled(NamedTuple):
+    code: machine_code.Code
+    used: machine_code.Resources
+    shared: int
+
+
+_compiled: dict[str, _Compiled] = {}
+
+
+def _compile(launch: Launch) -> _Compiled:
+    identity = launch.identity()
+    if identity not in _compiled:
+        compiled = ahead_of_time.compile_launch(launch, CAPABILITY)
+        _compiled[identity] = _Compiled(
+            *machine_code.of_cubin(compiled.asm["cubin"]), compiled.metadata.shared
+        )
+    return _compiled[identity]
+
+
+def works(
+    launches: Sequence[Launch], name_of: Callable[[Sequence[Tensor]], str], gpu: Gpu
+) -> Iterator[Work]:
+    """What the launches have to do. name_of: the layer that some tensors are parameters of."""
+    for launch in launches:
+        code, used, shared = _compile(launch)
+        named = launch.named()
+        _, loops = code.regions()
+        geometry = _DESCRIBE[launch.kernel.__name__](SimpleNamespace(**named, loops=loops))
+        tensors = {id(t): t for t in named.values() if isinstance(t, Tensor)}
+        grid = math.prod(launch.grid)
+        moved = geometry.bytes or sum(_bytes(t) for t in tensors.values())
+        yield Work(
+            layer=name_of(list(tensors.values())),
+            kernel=launch.kernel.__name__,
+            config=str(launch.config),
+            shape=geometry.shape,
+            tiles=grid,
+            warps=launch.config.warps,
+            blocks_per_sm=resident_blocks(gpu.limits, used.registers, shared, launch.config.warps),
+            # The compiler unrolls short loops, all of them or none.
+            trips=geometry.trips if loops else (),
+            shared_loops=geometry.shared_loops,
+            dram_bytes=moved,
+            l2_bytes=grid * geometry.asked + moved if geometry.asked else moved,
+            multiply_adds=geometry.multiply_adds,
+            code=code,
+            registers=used.registers,
+            spilled=used.spilled,
+            shared_bytes=shared,
+        )
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+class _Geometry(NamedTuple):
+    """trips, shared_loops: as in `Work`. asked: bytes that a block asks of L2 in its main loop, 0
+    where nothing is asked for twice. bytes: of DRAM, where not every tensor counts once."""
+
+    shape: str
+    trips: tuple[float, ...] = ()
+    asked: int = 0
+    multiply_adds: int = 0
+    bytes: int = 0
+    shared_loops: tuple[int, ...] = ()
+
+
+def _window(a: Any) -> str:
+    stride = f"/{a.STRIDE_H}" if a.STRIDE_H > 1 else ""
+    return f"{a.R}×{a.S}{stride} {a.C}→{a.K} at {a.H}×{a.W}"
+
+
+def _conv_stats(a: Any) -> _Geometry:
+    depth = a.R * a.S * a.group_in if a.FLAT else a.group_in
+    steps = math.ceil(depth / a.BLOCK_C) * (1 if a.FLAT else a.R * a.S)
+    size = a.x.element_size()
+    read = min(1.0, a.R * a.S / (a.STRIDE_H * a.STRIDE_W))
+    written = [t for t in (a.out, a.moments) if t is not None]
+    return _Geometry(
+        _window(a) + ", normalises x" * (a.terms is not None),
+        (steps,),
+        steps * (a.BLOCK_M + a.BLOCK_N) * a.BLOCK_C * size,
+        a.rows * a.K * a.R * a.S * a.group_in,
+        int(read * _bytes(a.x)) + _bytes(a.weight) + sum(map(_bytes, written)),
+    )
+
+
+def _dgrad(a: Any) -> _Geometry:
+    taps = a.R * a.S / (a.CLASS_H * a.CLASS_W)  # of a class, on average
+    steps = taps * math.ceil(a.group_out / a.BLOCK_C)
+    operands = 1 if a.raw is None else 2
+    step = (operands * a.BLOCK_M + a.BLOCK_N) * a.BLOCK_C * a.grad.element_size()
+    ends = ", masks" * (a.below is not None) + ", adds" * (a.add is not None)
+    return _Geometry(
+        _window(a) + ends,
+        (steps,),
+        int(steps * step),
+        a.batch * a.P * a.Q * a.K * a.R * a.S * a.group_in,
+        shared_loops=(0,),
+    )
+
+
+def _wgrad(a: Any) -> _Geometry:
+    steps = math.ceil(a.rows_per_part / a.BLOCK_C)
+    operands = 1 if a.raw is None else 2
+    step = (operands * a.BLOCK_M + a.BLOCK_N) * a.BLOCK_C * a.grad.element_size()
+    read = min(1.0, a.R * a.S / (a.STRIDE_H * a.STRIDE_W))
+    kept = [t for t in (a.grad, a.raw, a.out) if t is not None]
+    return _Geometry(
+        _window(a),
+        (steps,),
+        steps * step,
+        a.rows * a.K * a.R * a.S * a.group_in,
+        int(read * _bytes(a.x)) + sum(map(_bytes, kept)),
+    )
+
+
+def _rows(a: Any) -> _Geometry:
+    return _Geometry(f"{a.rows} rows of {a.K}")
+
+
+def _relu_gradient(a: Any) -> _Geometry:
+    return _Geometry(f"{a.rows} rows of {a.K}", (a.TILES,))
+
+
+def _merge(loops: int) -> Callable[[Any], _Geometry]:
+    def describe(a: Any) -> _Geometry:
+        parts = min(getattr(a, "CHUNK", a.parts), a.parts)
+        trips = (math.ceil(parts / _MERGED),) * loops
+        return _Geometry(f"{a.parts} parts of {a.K}", trips, shared_loops=tuple(range(loops)))
+
+    return describe
+
+
+def _sum_parts(a: Any) -> _Geometry:
+    # An unrolled loop, and one for the rest, told apart by how many parts a trip loads.
+    loads = [sum(i.base in machine_code.LOADS for i in loop.body) for loop in a.loops]
+    trips, rest, one = [0] * len(loads), a.count, min(loads, default=1)
+    for n in sorted(range(len(loads)), key=loads.__getitem__, reverse=True):
+        trips[n], rest = divmod(rest, loads[n] // one)
+    return _Geometry(f"{a.count} parts of {a.elements}", tuple(trips))
+
+
+_DESCRIBE: dict[str, Callable[[Any], _Geometry]] = {
+    "conv_stats_kernel": _conv_stats,
+    "dgrad_kernel": _dgrad,
+    "wgrad_kernel": _wgrad,
+    "bn_add_relu_kernel": _rows,
+    "bn_relu_pool_kernel": _rows,
+    "pool_gradient_kernel": _rows,
+    "relu_gradient_kernel": _relu_gradient,
+    "merge_moments_kernel": _merge(2),
+    "merge_sums_kernel": _merge(1),
+    "bn_terms_kernel": _merge(2),
+    "bn_slopes_kernel": _merge(2),
+    "sum_parts_kernel": _sum_parts,
+}

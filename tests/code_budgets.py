@@ -1,0 +1,210 @@
+"""What compiled kernels may hold: rules for all, budgets by name, and who breaks a rule.
+
+A name says kernel, tile and window; Triton's have a colon. Budgets are counts of one warp, in a
+step of the main loop and outside loops with products, as they stood when they were last looked at:
+who exceeds one says in the commit why. KNOWN lists what breaks a rule today, with its value: what
+becomes better or worse must be written down here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Those that made the code that these numbers describe.
+COMPILERS = {"nvcc": "nvcc 13.0.88", "triton": "triton 3.8.0"}
+
+# How products must begin, by kernel; kernels that are not named have none.
+_HOPPER, _WARP = "HGMMA.64x", "HMMA.16816.F32"
+_TENSOR = {
+    "conv_bn_sm90_kernel": _HOPPER,
+    "conv_bn_kernel": _WARP,
+    "bottleneck_kernel": _WARP,
+    "stem_kernel": _WARP,
+    "conv_bn_kernel:": _HOPPER,
+    "conv_bn_projection_kernel:": _HOPPER,
+    "stem_kernel:": _HOPPER,
+    "head_kernel:": _WARP,  # 16 images a tile are too few for a warpgroup
+    "conv_stats_kernel:": _HOPPER,
+    "dgrad_kernel:": _HOPPER,
+    "wgrad_kernel:": _HOPPER,
+}
+# Vectors with a value for each channel are copied 4 bytes a lane, by so many instructions.
+_VECTORS = {"conv_stats_kernel:": 3, "dgrad_kernel:": 4}
+
+_LONGEST_PASS = 1000  # instructions of a kernel without a main loop
+
+
+def violations(name: str, kernel: dict[str, Any]) -> dict[str, Any]:
+    """The rules that a kernel breaks, each by the fact that does, with its value.
+
+    kernel: facts as `machine_code.facts` gives them, and the bytes that it spills. No spills; no
+    loads or copies under 16 bytes a lane, and beside products only copies; copies and a
+    warpgroup's products still running where the main loop waits; the right product; instructions
+    within the budget.
+    """
+    base = name.split(" ")[0]
+    main, elsewhere = BUDGETS.get(name, (0, 0))
+    if kernel["instructions_main_loop"] == 0:
+        elsewhere = min(elsewhere, _LONGEST_PASS)
+    product = _TENSOR.get(base)
+    narrow = {
+        fact: {width: count for width, count in kernel[fact].items() if int(width) < 16}
+        for fact in ("load_bytes", "copy_bytes", "load_bytes_elsewhere")
+    }
+    if narrow["copy_bytes"] == {"4": _VECTORS.get(base)}:
+        narrow["copy_bytes"] = {}
+    # Batch norm's vectors may be of any type: beside four loads of 4 bytes stand eight of 2.
+    vectors = narrow["load_bytes_elsewhere"].pop("4", 0)
+    narrow["load_bytes_elsewhere"]["2"] = narrow["load_bytes_elsewhere"].get("2", 0) - 2 * vectors
+    if narrow["load_bytes_elsewhere"]["2"] == 0:
+        narrow["load_bytes_elsewhere"] = {}
+    found = {fact: widths for fact, widths in narrow.items() if widths}
+    if product is not None and kernel["load_bytes"]:
+        found["load_bytes"] = kernel["load_bytes"]
+    if kernel["spilled"]:
+        found["spilled"] = kernel["spilled"]
+    products = kernel["tensor_instructions"]
+    right = [i for i in products if product is not None and i.startswith(product)]
+    if products != right or (product is not None and not products):
+        found["tensor_instructions"] = products
+    for fact, budget in (("instructions_main_loop", main), ("instructions_elsewhere", elsewhere)):
+        if kernel[fact] > budget:
+            found[fact] = kernel[fact]
+    if kernel["copy_bytes"] and not kernel["copies_pending"]:
+        found["copies_pending"] = kernel["copies_pending"]
+    if product == _HOPPER and not kernel["products_pending"]:
+        found["products_pending"] = kernel["products_pending"]
+    return found
+
+
+BUDGETS: dict[str, tuple[int, int]] = {
+    "conv_bn_kernel 128×128": (265, 2230),
+    "conv_bn_kernel 128×64": (205, 1812),
+    "conv_bn_kernel 128×64 projection": (208, 3138),
+    "conv_bn_kernel 64×64": (288, 1513),
+    "conv_bn_kernel 64×64 projection": (236, 2630),
+    "conv_bn_sm90_kernel 128×64": (71, 1199),
+    "conv_bn_sm90_kernel 128×64 projection": (71, 1742),
+    "conv_bn_sm90_kernel 128×128": (71, 1631),
+    "conv_bn_sm90_kernel 128×128 projection": (71, 2269),
+    "bn_add_relu_kernel 8 0": (153, 227),
+    "bn_add_relu_kernel 8 1": (224, 234),
+    "bottleneck_kernel 64 inner, stride 2 projection": (273, 3823),
+    "bottleneck_kernel 64 inner, stride 1": (385, 5295),
+    "bottleneck_kernel 64 inner, stride 1 projection": (383, 5213),
+    "bottleneck_kernel 128 inner, stride 2 projection": (226, 3638),
+    "bottleneck_kernel 128 inner, stride 1": (370, 5187),
+    "bottleneck_kernel 128 inner, stride 1 projection": (373, 5012),
+    "linear_kernel 8 4": (413, 329),
+    "linear_kernel 8 1": (193, 267),
+    "average_pool_kernel 8": (110, 183),
+    "stem_kernel": (56, 1343),
+    "stem_kernel: stem (16, 16, 64) 8 warps": (371, 1663),
+    "conv_bn_projection_kernel: stage 1 projection (128, 128, 64) 8 warps": (80, 2252),
+    "conv_bn_kernel: stage 1 3x3 (256, 64, 64) 8 warps": (163, 1589),
+    "conv_bn_kernel: stage 1 expand (128, 128, 64) 8 warps": (80, 1500),
+    "conv_bn_kernel: stage 2 3x3 strided (256, 128, 64) 8 warps": (167, 2570),
+    "conv_bn_projection_kernel: stage 2 projection (128, 128, 64) 8 warps": (80, 2412),
+    "conv_bn_kernel: stage 2 reduce (256, 128, 64) 8 warps": (105, 2158),
+    "conv_bn_kernel: stage 3 3x3 (128, 256, 64) 8 warps": (123, 2790),
+    "conv_bn_kernel: stage 4 3x3 (128, 128, 64) 8 warps": (114, 1586),
+    "conv_bn_kernel: stage 4 expand (128, 256, 64) 8 warps": (93, 2829),
+    "conv_bn_kernel: stage 2 shortcut option A (256, 128, 64) 8 warps": (167, 2766),
+    "conv_bn_kernel: stage 1 of ResNeXt 3x3 (256, 32, 32) 8 warps": (115, 900),
+    "bn_add_relu_kernel: elementwise () 4 warps": (0, 449),
+    "head_kernel: head (16, 64, 32) 4 warps": (1274, 1062),
+    "conv_stats_kernel: 256×64×64 8 warps 3 stages 7×7/2": (1189, 1772),
+    "merge_moments_kernel: 32 4 warps 1 stages": (105, 543),
+    "bn_terms_kernel: 32 4 warps 1 stages": (103, 1016),
+    "bn_relu_pool_kernel: 32×64 4 warps 1 stages": (0, 1458),
+    "conv_stats_kernel: 256×64×64 8 warps 3 stages 1×1": (86, 1377),
+    "conv_stats_kernel: 256×64×64 8 warps 3 stages 3×3, normalises x": (835, 2007),
+    "conv_stats_kernel: 128×128×64 8 warps 3 stages 1×1, normalises x": (329, 1431),
+    "conv_stats_kernel: 128×128×64 8 warps 3 stages 1×1": (69, 1304),
+    "bn_add_relu_kernel: 32×128 8 warps 1 stages": (0, 310),
+    "conv_stats_kernel: 128×128×64 8 warps 3 stages 3×3/2, normalises x": (451, 1590),
+    "conv_stats_kernel: 128×128×64 8 warps 3 stages 1×1/2": (77, 1461),
+    "conv_stats_kernel: 128×128×64 8 warps 3 stages 3×3, normalises x": (451, 1590),
+    "relu_gradient_kernel: 32×128 8 warps 1 stages": (242, 413),
+    "bn_slopes_kernel: 32 4 warps 1 stages": (66, 734),
+    "wgrad_kernel: 128×128×32 8 warps 3 stages 1×1": (360, 625),
+    "sum_parts_kernel: 1024 4 warps 1 stages": (83, 147),
+    "dgrad_kernel: 128×128×64 8 warps 3 stages 1×1, masks": (463, 2206),
+    "wgrad_kernel: 128×64×32 4 warps 3 stages 3×3": (640, 855),
+    "dgrad_kernel: 128×128×64 8 warps 3 stages 3×3, masks": (549, 2295),
+    "dgrad_kernel: 128×128×64 8 warps 3 stages 1×1, adds": (465, 1286),
+    "wgrad_kernel: 128×128×32 8 warps 3 stages 1×1/2": (362, 729),
+    "dgrad_kernel: 128×128×64 8 warps 3 stages 1×1/2": (465, 1033),
+    "wgrad_kernel: 128×64×32 4 warps 3 stages 3×3/2": (640, 855),
+    "dgrad_kernel: 128×128×64 8 warps 3 stages 3×3/2, masks": (564, 2374),
+    "merge_sums_kernel: 32 4 warps 1 stages": (64, 225),
+    "wgrad_kernel: 128×128×32 8 warps 3 stages 3×3": (474, 829),
+    "wgrad_kernel: 128×128×32 8 warps 3 stages 3×3/2": (474, 829),
+    "wgrad_kernel: 128×64×32 8 warps 3 stages 1×1": (299, 490),
+    "dgrad_kernel: 128×64×64 8 warps 3 stages 1×1, masks": (453, 1322),
+    "wgrad_kernel: 64×128×32 8 warps 3 stages 3×3": (396, 683),
+    "dgrad_kernel: 128×64×64 8 warps 3 stages 3×3, masks": (529, 1418),
+    "wgrad_kernel: 64×128×32 8 warps 3 stages 1×1": (169, 480),
+    "dgrad_kernel: 128×64×64 8 warps 3 stages 1×1": (445, 590),
+    "wgrad_kernel: 32×32×32 4 warps 3 stages 1×1": (136, 298),
+    "dgrad_kernel: 128×64×64 8 warps 3 stages 1×1, adds": (445, 705),
+    "pool_gradient_kernel: 32×64 4 warps 1 stages": (0, 7938),
+    "wgrad_kernel: 64×128×32 8 warps 3 stages 7×7/2": (747, 545),
+}
+
+# What is known to be slow, and why it stands:
+# - training kernels that form their operand in registers wait for each product before the next
+#   step's operand is written ("products_pending": 0), wgrad in steps of 32 positions;
+# - the Triton stems read 3 channels one by one; stem.cu copies pixels and weights so as well;
+# - the pool's gradient is unrolled over 36 window positions, 64 scalar loads, to find each maximum
+#   again, and the pool itself over 9;
+# - conv_sm80.cu adds a residual one by one where rows are no whole chunks, in a loop of its own;
+# - 32 rows are too few for a warpgroup's product; ResNeXt's 4 channels of a group are 8 bytes, and
+#   the Triton bn_add_relu loads 8 bytes a lane; its head pools what it multiplies, in registers.
+KNOWN: dict[str, dict[str, Any]] = {
+    "conv_bn_kernel 128×128": {"load_bytes_elsewhere": {"2": 8}},
+    "conv_bn_kernel 128×64": {"load_bytes_elsewhere": {"2": 8}},
+    "conv_bn_kernel 128×64 projection": {"load_bytes_elsewhere": {"2": 8}},
+    "conv_bn_kernel 64×64": {"load_bytes_elsewhere": {"2": 8}},
+    "conv_bn_kernel 64×64 projection": {"load_bytes_elsewhere": {"2": 8}},
+    "stem_kernel": {"load_bytes_elsewhere": {"2": 6}},
+    "stem_kernel: stem (16, 16, 64) 8 warps": {"load_bytes": {"2": 38}, "products_pending": 0},
+    "head_kernel: head (16, 64, 32) 4 warps": {"load_bytes": {"16": 2}},
+    "conv_bn_kernel: stage 1 of ResNeXt 3x3 (256, 32, 32) 8 warps": {"copy_bytes": {"8": 1}},
+    "bn_add_relu_kernel: elementwise () 4 warps": {"load_bytes": {"8": 4}},
+    "conv_stats_kernel: 256×64×64 8 warps 3 stages 7×7/2": {
+        "load_bytes": {"2": 80},
+        "products_pending": 0,
+    },
+    "bn_relu_pool_kernel: 32×64 4 warps 1 stages": {"instructions_elsewhere": 1458},
+    "conv_stats_kernel: 256×64×64 8 warps 3 stages 3×3, normalises x": {"products_pending": 0},
+    "conv_stats_kernel: 128×128×64 8 warps 3 stages 1×1, normalises x": {"products_pending": 0},
+    "wgrad_kernel: 128×128×32 8 warps 3 stages 1×1": {"products_pending": 0},
+    "dgrad_kernel: 128×128×64 8 warps 3 stages 1×1, masks": {"products_pending": 0},
+    "wgrad_kernel: 128×64×32 4 warps 3 stages 3×3": {"products_pending": 0},
+    "dgrad_kernel: 128×128×64 8 warps 3 stages 3×3, masks": {"products_pending": 0},
+    "dgrad_kernel: 128×128×64 8 warps 3 stages 1×1, adds": {"products_pending": 0},
+    "wgrad_kernel: 128×64×32 4 warps 3 stages 3×3/2": {"products_pending": 0},
+    "dgrad_kernel: 128×128×64 8 warps 3 stages 3×3/2, masks": {"products_pending": 0},
+    "wgrad_kernel: 128×128×32 8 warps 3 stages 3×3": {"products_pending": 0},
+    "wgrad_kernel: 128×128×32 8 warps 3 stages 3×3/2": {"products_pending": 0},
+    "wgrad_kernel: 128×64×32 8 warps 3 stages 1×1": {"products_pending": 0},
+    "dgrad_kernel: 128×64×64 8 warps 3 stages 1×1, masks": {"products_pending": 0},
+    "wgrad_kernel: 64×128×32 8 warps 3 stages 3×3": {"products_pending": 0},
+    "dgrad_kernel: 128×64×64 8 warps 3 stages 3×3, masks": {"products_pending": 0},
+    "wgrad_kernel: 64×128×32 8 warps 3 stages 1×1": {"products_pending": 0},
+    "dgrad_kernel: 128×64×64 8 warps 3 stages 1×1": {"products_pending": 0},
+    "wgrad_kernel: 32×32×32 4 warps 3 stages 1×1": {
+        "tensor_instructions": ["HMMA.16816.F32.BF16"],
+        "products_pending": None,
+    },
+    "dgrad_kernel: 128×64×64 8 warps 3 stages 1×1, adds": {"products_pending": 0},
+    "pool_gradient_kernel: 32×64 4 warps 1 stages": {
+        "load_bytes": {"2": 64},
+        "instructions_elsewhere": 7938,
+    },
+    "wgrad_kernel: 64×128×32 8 warps 3 stages 7×7/2": {
+        "load_bytes": {"2": 16},
+        "products_pending": 0,
+    },
+}

@@ -1,0 +1,345 @@
+"""Compiled code held to numbers: what a step of each kernel's main loop may hold, and how long the
+model of time (benchmarks/time_model) says that networks take with it.
+
+Speed that nobody measures drifts: kernels with 2-byte loads, or unrolled to thousands of
+instructions, compute the right results. The rules and budgets stand in code_budgets.py, with every
+kernel that breaks one by name. Regressions planted below turn each rule red.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from code_budgets import BUDGETS, COMPILERS, KNOWN, violations
+from machine_code import cuobjdump
+from time_model import cuda_kernels, network
+from time_model.rates import GPUS, rates
+from time_model.work import Work, predict
+
+from resnet_fused.testing import machine_code
+from resnet_fused.testing.ahead_of_time import compiled_kernels
+from resnet_fused.testing.machine_code import Code, Instruction, Resources
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "predicted"
+Facts = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def cuda_facts(extension, architectures) -> Facts:
+    """Of the CUDA kernels for bfloat16, whole chunks: sm_90a's, and the convolution for sm_80."""
+    found: Facts = {}
+    for architecture in {"80", "90a"} & set(architectures):
+        options = (f"-arch=sm_{architecture}",)
+        used = machine_code.resources(cuobjdump(extension, "--dump-resource-usage", *options))
+        for code in machine_code.disassembled(cuobjdump(extension, "--dump-sass", *options)):
+            name = cuda_variant(code.name)
+            if name is None or (architecture == "80") != name.startswith("conv_bn_kernel"):
+                continue
+            found[name] = facts(code, used[code.name])
+    return found
+
+
+def cuda_variant(symbol: str) -> str | None:
+    """A readable name of a mangled one; None for what has no budget of its own."""
+    if "13__nv_bfloat16" not in symbol:
+        return None
+    # A name stands behind its length; parts of those before it may look like that too.
+    lengths = re.finditer(r"(?=(\d\d)([a-z]\w*_kernel)I)", symbol)
+    *_, base = (found[2] for found in lengths if len(found[2]) == int(found[1]))
+    kernel = cuda_kernels.described(symbol)
+    if isinstance(kernel, cuda_kernels.BlockKernel):
+        projection = " projection" * kernel.projection
+        return f"{base} {kernel.inner} inner, stride {kernel.stride}{projection}"
+    if kernel is not None:
+        tile = f"{kernel.positions}×{kernel.channels}" + " projection" * kernel.projection
+        return f"{base} {tile}" if kernel.vectorised else None
+    sizes = re.search(r"13__nv_bfloat16((?:L[ib]\d+E)*)E", symbol)
+    assert sizes is not None, symbol
+    numbers = re.findall(r"L[ib](\d+)E", sizes[1])
+    return None if numbers[:1] == ["1"] else " ".join([base, *numbers])
+
+
+@pytest.fixture(scope="module")
+def triton_facts() -> Facts:
+    """Of the Triton kernels for inference, as test_triton_compile.py compiles them for sm_90."""
+    pytest.importorskip("triton")
+    worker = str(Path(__file__).with_name("test_triton_compile.py"))
+    return {
+        f"{kernel['kernel']}: {kernel['name']}": {**kernel["code"], "spilled": kernel["spilled"]}
+        for kernel in compiled_kernels(worker, 90, "bfloat16")
+    }
+
+
+@pytest.fixture(scope="module")
+def training_record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The model's file for a training step on an H100."""
+    pytest.importorskip("triton")
+    return run_predict(tmp_path_factory.mktemp("predict"), "--training", root=ROOT)
+
+
+@pytest.fixture(scope="module")
+def training_facts(training_record: dict[str, Any]) -> Facts:
+    """Of the Triton kernels of a training step, equal code once."""
+    return facts_of_rows(training_record["layers"])
+
+
+def facts(code: Code, used: Resources) -> dict[str, Any]:
+    return {**machine_code.facts(code), "spilled": used.spilled}
+
+
+def facts_of_rows(rows: list[dict[str, Any]]) -> Facts:
+    """By kernel, tile and window; what several codes of one name hold is put together."""
+    found: Facts = {}
+    for row in rows:
+        if "code" not in row:
+            continue
+        window = re.sub(r" \d+→.*? at \d+×\d+|^\d+ (rows|parts) of \d+", "", row["shape"])
+        tile = re.sub(r"^(\d+×\d+×\d+)×\d+", r"\1", row["config"])  # without wgrad's parts
+        name = f"{row['kernel']}: {tile} {window}".strip()
+        code = {**row["code"], "spilled": row["spilled_bytes"]}
+        known = found.get(name, code)
+        found[name] = {fact: worse(fact, value, known[fact]) for fact, value in code.items()}
+    return found
+
+
+def worse(fact: str, one: Any, other: Any) -> Any:
+    """Of two codes' values of a fact."""
+    if isinstance(one, dict):
+        return {w: max(one.get(w, 0), other.get(w, 0)) for w in sorted({*one, *other}, key=int)}
+    if isinstance(one, list):
+        return sorted({*one, *other})
+    if fact.endswith("pending"):
+        return min((value for value in (one, other) if value is not None), default=None)
+    return max(one, other)
+
+
+def run_predict(folder: Path, *options: str, root: Path) -> dict[str, Any]:
+    """What predict.py of the checkout `root` writes."""
+    file = folder / "predicted.json"
+    environment = {**os.environ, "RESNET_FUSED_TUNE": "off", "PYTHONPATH": str(root)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, root / "benchmarks" / "predict.py", *options, "--json", file]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    return json.loads(file.read_text())
+
+
+def skip_unless_compiled_by(**versions: str | None) -> None:
+    """Another compiler makes other code, which these numbers do not describe."""
+    for compiler, version in versions.items():
+        if version != COMPILERS[compiler]:
+            pytest.skip(f"numbers are those of {COMPILERS[compiler]}, and this is {version}")
+
+
+def triton_version() -> str:
+    return f"triton {metadata.version('triton')}"
+
+
+def check(found: Facts) -> None:
+    """Rules and budgets, with all that is known to break them and nothing else."""
+    assert found
+    broken = {name: rules for name, kernel in found.items() if (rules := violations(name, kernel))}
+    assert broken == {name: rules for name, rules in KNOWN.items() if name in found}
+
+
+# The gates
+
+
+def test_cuda_kernels(extension, architectures, cuda_facts):
+    if not {"80", "90a"} <= set(architectures):
+        pytest.skip("built without sm_80 or sm_90a")
+    skip_unless_compiled_by(nvcc=extension.build_info()["cuda_note"])
+    assert set(cuda_facts) == {n for n in BUDGETS if ":" not in n}
+    check(cuda_facts)
+
+
+def test_triton_inference_kernels(triton_facts):
+    skip_unless_compiled_by(triton=triton_version())
+    check(triton_facts)
+
+
+def test_triton_training_kernels(training_facts):
+    skip_unless_compiled_by(triton=triton_version())
+    check(training_facts)
+
+
+@pytest.mark.parametrize("of", ["cuda_facts", "triton_facts", "training_facts"])
+def test_no_spills_by_any_compiler(request, of):
+    """What no version of a compiler may do."""
+    for name, kernel in request.getfixturevalue(of).items():
+        assert kernel["spilled"] == 0, name
+
+
+def test_predicted_inference(extension, architectures, tmp_path):
+    if "90a" not in architectures:
+        pytest.skip("built without sm_90a")
+    skip_unless_compiled_by(nvcc=extension.build_info()["cuda_note"])
+    check_time(run_predict(tmp_path, root=ROOT), "h100_inference_256")
+
+
+def test_predicted_training(training_record):
+    skip_unless_compiled_by(triton=triton_version())
+    check_time(training_record, "h100_training_256")
+
+
+def check_time(record: dict[str, Any], name: str) -> None:
+    """The same launches as in the committed file, each within 5% of its time."""
+    committed = json.loads((RESULTS / f"{name}.json").read_text())
+
+    def times(of: dict[str, Any]) -> dict[tuple[str, ...], float]:
+        rows = of["layers"]
+        return {
+            (*row["layers"], row["kernel"], row["config"], row["shape"]): row["microseconds"]
+            for row in rows
+        }
+
+    assert times(record) == pytest.approx(times(committed), rel=0.05)
+    assert record["milliseconds"] == pytest.approx(committed["milliseconds"], rel=0.05)
+
+
+# Planted regressions: each must break its rule, and nothing else
+
+
+def edited(code: Code, edit: Callable[[Instruction], Instruction]) -> Code:
+    return code._replace(instructions=tuple(map(edit, code.instructions)))
+
+
+def in_main_loop(code: Code, base: str) -> Instruction:
+    """The first instruction of that kind in the main loop."""
+    main = code.main_loop()
+    assert main is not None
+    return next(i for i in main.body if i.base == base)
+
+
+@pytest.fixture(scope="module")
+def sm90_work(extension, architectures) -> Work:
+    """Stage 3's first 1×1 convolution in a ResNet-50, and its compiled code."""
+    if "90a" not in architectures:
+        pytest.skip("built without sm_90a")
+    file = Path(str(extension.__file__))
+    works = network.inference("resnet50", 256, torch.bfloat16, GPUS["h100"], file)
+    return next(work for work in works if work.layer == "layer3.1")
+
+
+SM90 = "conv_bn_sm90_kernel 128×128"
+
+
+def sm90_violations(work: Work, code: Code) -> set[str]:
+    return set(violations(SM90, facts(code, Resources(work.registers, work.spilled))))
+
+
+def test_the_code_as_it_is_breaks_nothing_more(sm90_work):
+    assert sm90_work.code is not None
+    assert sm90_violations(sm90_work, sm90_work.code) == set(KNOWN.get(SM90, {}))
+
+
+def test_a_serialised_wait_is_found(sm90_work):
+    code = edited(
+        sm90_work.code,
+        lambda i: (
+            i._replace(operands=i.operands.replace("0x1", "0x0"))
+            if i.opcode == "WARPGROUP.DEPBAR.LE"
+            else i
+        ),
+    )
+    assert "products_pending" in sm90_violations(sm90_work, code)
+    assert slower(sm90_work, code) > 1.05
+
+
+def test_a_narrower_load_is_found(sm90_work):
+    branch = in_main_loop(sm90_work.code, "SYNCS")
+    load = Instruction(branch.address, "", "LDG.E.U16", "R0, desc[UR4][R2.64]")
+    code = edited(sm90_work.code, lambda i: load if i == branch else i)
+    assert "load_bytes" in sm90_violations(sm90_work, code)
+    assert slower(sm90_work, code) > 1.05
+
+
+def test_a_doubled_epilogue_is_found(sm90_work):
+    """Every instruction of the tile's loop but its branches and products, twice."""
+    _, loops = sm90_work.code.regions()
+    repeated = {i for i in loops[0].body if i.target is None and i.base not in ("SYNCS", "BAR")}
+    code = sm90_work.code._replace(
+        instructions=tuple(
+            again
+            for i in sm90_work.code.instructions
+            for again in ([i, i._replace(address=i.address + 1)] if i in repeated else [i])
+        )
+    )
+    assert "instructions_elsewhere" in sm90_violations(sm90_work, code)
+    assert slower(sm90_work, code) > 1.05
+
+
+def test_a_weaker_product_and_a_spill_are_found(sm90_work):
+    code = edited(
+        sm90_work.code,
+        lambda i: i._replace(opcode="HMMA.16816.F32.BF16") if i.base == "HGMMA" else i,
+    )
+    assert "tensor_instructions" in sm90_violations(sm90_work, code)
+    spilling = facts(sm90_work.code, Resources(168, 8))
+    assert violations(SM90, spilling)["spilled"] == 8
+
+
+def slower(work: Work, code: Code) -> float:
+    """How many times longer the launch takes with `code`, by the model."""
+    gpu, r = GPUS["h100"], rates("h100")
+    before = predict(work, gpu, r).microseconds
+    return predict(replace(work, code=code), gpu, r).microseconds / before
+
+
+PLANTED = {
+    "dgrad's weights 2 bytes at a time": (
+        "training_dgrad.py",
+        "            + column[None, :]\n",
+        "            + tl.where(in_columns, column, 0)[None, :]\n",
+        {"load_bytes"},
+    ),
+    "one stage, so operands are loaded and waited for": (
+        "convolution.py",
+        "Config((128, 128, 64), 8, 3),",
+        "Config((128, 128, 64), 8, 1),",
+        {"load_bytes"},
+    ),
+    "statistics taken twice": (
+        "training_convolution.py",
+        "        mean, squares = tile_moments(stored, in_rows, count)\n",
+        "        mean, squares = tile_moments(stored, in_rows, count)\n"
+        "        mean, squares = tile_moments(stored + mean[None, :], in_rows, count)\n",
+        {"instructions_elsewhere"},
+    ),
+}
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_regression_planted_in_triton_is_found(name, tmp_path):
+    """The package's sources, changed, compiled and judged as a training step's are."""
+    skip_unless_compiled_by(triton=triton_version())
+    file, before, after, rules = PLANTED[name]
+    for folder in ("resnet_fused", "benchmarks"):
+        ignored = ("*.so", "__pycache__", "results")
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns(*ignored))
+    source = tmp_path / "resnet_fused" / "backends" / "triton" / file
+    text = source.read_text()
+    assert text.count(before) == 1
+    source.write_text(text.replace(before, after))
+    found = facts_of_rows(run_predict(tmp_path, "--training", root=tmp_path)["layers"])
+    new = {
+        rule
+        for kernel, those in found.items()
+        for rule, value in violations(kernel, those).items()
+        if KNOWN.get(kernel, {}).get(rule) != value
+    }
+    assert rules <= new

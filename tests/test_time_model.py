@@ -1,0 +1,127 @@
+"""The model of time by hand: loops of machine code, cycles of a launch, the host's choices."""
+
+from __future__ import annotations
+
+import pytest
+from time_model.cuda_backend import Block
+from time_model.rates import GPUS, rates
+from time_model.work import Work, predict, resident_blocks
+
+from resnet_fused.testing import machine_code
+
+# A tile's loop around a main loop; two waits out of line, one of which returns into a loop; a vote;
+# a function that is only called.
+LISTING = """
+        Function : kernel
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   IADD3 R2, R2, 0x1, RZ ;
+        /*0020*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR5], R9 ;
+        /*0030*/              @!P0 BRA 0x1000 ;
+        /*0040*/                   LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64] ;
+        /*0050*/                   LDGDEPBAR ;
+        /*0060*/                   LDG.E.U16 R3, desc[UR4][R2.64] ;
+        /*0070*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR12], R24, gsb0 ;
+        /*0080*/                   HGMMA.64x128x16.F32.BF16 R24, R4, gdesc[UR8], R24, gsb0 ;
+        /*0090*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*00a0*/                   DEPBAR.LE SB0, 0x2 ;
+        /*00b0*/              @!P1 BRA 0x20 ;
+        /*00c0*/                   CALL.REL.NOINC 0x2000 ;
+        /*00d0*/                   STS.128 [R1], R4 ;
+        /*00e0*/               @P2 BRA.U.ANY 0xd0 ;
+        /*00f0*/                   STG.E.64 desc[UR4][R2.64], R4 ;
+        /*0100*/               @P3 BRA 0x10 ;
+        /*0110*/                   EXIT ;
+        /*1000*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR5], R9 ;
+        /*1010*/              @!P0 BRA 0x1000 ;
+        /*1020*/                   BRA 0x40 ;
+        /*2000*/                   MUFU.RCP R1, R1 ;
+        /*2010*/                   RET.REL.NODEC R2 0x0 ;
+        /*2020*/                   BRA 0x2020 ;
+        /*2030*/                   NOP ;
+"""
+
+
+@pytest.fixture
+def code() -> machine_code.Code:
+    (found,) = machine_code.disassembled(LISTING)
+    return found
+
+
+def test_loops_of_a_listing(code):
+    outside, (tiles, main) = code.regions()
+    assert [i.address for i in outside] == [0x0, 0x110]
+    assert (tiles.first, tiles.last) == (0x10, 0x100)
+    assert [i.address for i in tiles.body] == [0x10, *range(0xC0, 0x110, 0x10)]
+    assert (main.first, main.last) == (0x20, 0xB0)
+    # The wait out of line belongs to the loop that it returns to.
+    assert {i.address for i in main.body} == {*range(0x20, 0xC0, 0x10), 0x1000, 0x1010, 0x1020}
+    assert code.main_loop() == main
+    assert (main.products_pending, main.copies_pending) == (1, 2)
+
+
+def test_what_a_loop_does(code):
+    main = code.main_loop()
+    assert main is not None
+    done = machine_code.tally(main.body)
+    assert done.multiply_adds == {"HGMMA": 2 * 64 * 128 * 16 // 4}
+    assert done.loads == {2: 1}
+    assert done.copies == {16: 1}
+    # A copy writes 512 bytes; the first product reads both operands, the second one has A already.
+    assert done.shared_bytes == 512 + (2 * (64 + 128) * 16 + 2 * 128 * 16) // 4
+
+
+def test_cycles_by_hand(code):
+    """2 tiles a multiprocessor of 10 steps, each of which is issued, then waits for its load."""
+    r = rates("h100")._replace(
+        issue=1.0, tensor=1e9, latency=100, shared=1e9, dram=1e9, clock=1.0, launch=0, overlap=0
+    )
+    gpu = GPUS["h100"]
+    steps, warps = 10, 40
+    work = Work(
+        layer="", kernel="kernel", config="", shape="", tiles=2 * gpu.sms, warps=warps,
+        blocks_per_sm=1, trips=(1, steps), dram_bytes=1, l2_bytes=1, multiply_adds=1, code=code,
+        persistent=True,
+    )  # fmt: skip
+    main = 13 * warps / 4  # instructions of a step
+    tile, stores = 6 * warps / 4, 2 * warps  # of 8 bytes a lane, two cycles each
+    found = predict(work, gpu, r)
+    assert found.cycles["issue"] == pytest.approx(2 * (steps * main + tile))
+    assert found.cycles["chain"] == pytest.approx(2 * (steps * (main + 100) + stores) + 100)
+    assert found.bound == "chain: issue"
+    assert found.microseconds == pytest.approx(found.cycles["chain"] / 1e3)
+    with pytest.raises(ValueError, match="has 2 loops and the model knows the trips of 3"):
+        predict(Work(**{**vars(work), "trips": (1, 2, 3)}), gpu, r)
+
+
+def test_blocks_that_fit():
+    limits = GPUS["h100"].limits
+    assert resident_blocks(limits, registers=128, shared_bytes=0, warps=8) == 2
+    assert resident_blocks(limits, registers=129, shared_bytes=0, warps=8) == 1
+    assert resident_blocks(limits, registers=32, shared_bytes=75 * 1024, warps=4) == 3
+
+
+@pytest.mark.parametrize(
+    ("batch", "size", "channels", "inner", "out", "stride", "projects"),
+    [
+        (2, 56, 256, 64, 256, 1, False),
+        (1, 14, 256, 64, 256, 1, False),
+        (2, 56, 64, 64, 256, 1, True),
+        (2, 28, 512, 128, 512, 1, False),
+        (2, 56, 256, 128, 512, 2, True),
+        (8, 56, 256, 256, 1024, 1, False),
+    ],
+)
+def test_a_whole_bottleneck_pays_as_the_extension_says(
+    simulator, batch, size, channels, inner, out, stride, projects
+):
+    """The simulated GPU has 4 multiprocessors."""
+    vector = (4096, simulator.DType.float32)
+    layer = (4096, vector, vector, None, None, 1e-5)
+    theirs = simulator.Bottleneck(
+        4096, simulator.DType.bfloat16, batch, (size, size), channels, inner, out, stride,
+        [layer] * 3, layer if projects else None,
+    )  # fmt: skip
+    ours = Block(batch, (size, size), channels, inner, out, stride, projects, 4)
+    simulator.set_capability(90)
+    assert ours.offered(0) == theirs.offered(0)
+    assert (ours.offered(0) and ours.pays(0)) == theirs.pays(0)
