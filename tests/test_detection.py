@@ -271,6 +271,8 @@ def scatter_statistics(network: nn.Module) -> None:
 
 def plain_features(network: ResidualNetwork, x: Tensor) -> list[Tensor]:
     features: list[Tensor] = []
+    # In the layout that ours computes in: PyTorch's kernels for another one have other errors.
+    x = x.contiguous(memory_format=torch.channels_last)
     run_modules(lambda x: features.extend(network.features(x)), x)
     return features
 

@@ -108,7 +108,8 @@ def test_every_command_is_one_that_its_program_takes(
 def test_the_first_call_holds_what_tells_most() -> None:
     commands = {step.name: step.commands for step in steps("first")}
     (measured,) = commands["throughput"]
-    found = throughput.parse([*measured[2:], "--device", "cpu"], contestants.CONTESTANTS)
+    arguments = ["cpu" if argument == "cuda" else argument for argument in measured[2:]]
+    found = throughput.parse(arguments, contestants.CONTESTANTS)
     assert found.batch == [256, 1]
     assert (found.ours, found.peers) == (["cuda-graph"], ["cudnn-graph", "compile-reduce-overhead"])
     (profiled,) = commands["profile"]

@@ -121,6 +121,7 @@ def _steps(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
             "",
             True,
             needs,
+            needs,
         )
 
     yield "stem", stem

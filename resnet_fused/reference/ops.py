@@ -17,11 +17,13 @@ from .convolution import convolve
 
 
 def nhwc(x: Tensor) -> Tensor:
-    """x (N, C, H, W) in channels_last memory; itself, as a view, where it already is.
+    """x (N, C, H, W) in channels_last memory; itself where it already is.
 
-    Unlike `contiguous(memory_format=...)`, this works inside `torch.vmap`.
+    Inside `torch.func`, whose tensors cannot be asked for a layout, it is x as it comes.
     """
-    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _normalise(x: Tensor, bn: BatchNorm) -> Tensor:
