@@ -118,6 +118,8 @@ def in_cuda_graph(call: Call) -> Call:
 def _ours(task: Task, backend: str) -> Call:
     resnet_fused.use_backend(backend)
     model = task.load(resnet_fused)
+    if task.images.is_cuda:  # the CPU's kernels pack weights of any layout
+        model.to(memory_format=torch.channels_last)
     images = task.images.contiguous(memory_format=torch.channels_last)
     return lambda: model(images)
 

@@ -90,7 +90,7 @@ PLAIN = "training ops in PyTorch"  # what ours keeps for backward can be read of
 PROFILED = ("resnet_fused", PLAIN)
 # name -> (library, what is done to the model)
 CONTESTANTS: dict[str, tuple[Any, Callable[[nn.Module], nn.Module]]] = {
-    "resnet_fused": (resnet_fused, _eager),
+    "resnet_fused": (resnet_fused, _channels_last),
     PLAIN: (resnet_fused, _eager),
     "eager NCHW": (torchvision.models, _eager),
     "eager channels_last": (torchvision.models, _channels_last),

@@ -32,6 +32,8 @@ _PRODUCTS = {"mm": 0, "linear": 0, "addmm": 1}
 class _Recorder(TorchDispatchMode):
     """Runs our ops' own code on meta tensors; `drain` gives the launches since the last call."""
 
+    sees_fused_ops = True
+
     def __init__(
         self, model: nn.Module, drain: Callable[[Callable[[Sequence[Any]], str]], Iterator[Work]]
     ) -> None:
@@ -144,6 +146,6 @@ def training(arch: str, batch: int, dtype: torch.dtype, gpu: Gpu) -> list[Work]:
 
 def _network(arch: str, batch: int, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
     with torch.device("meta"):
-        model = getattr(resnet_fused, arch)().to(dtype)
+        model = getattr(resnet_fused, arch)().to(dtype, memory_format=torch.channels_last)
         x = torch.empty(batch, 3, 224, 224, dtype=dtype)
     return model, x.contiguous(memory_format=torch.channels_last)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -39,9 +40,12 @@ is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def is_recorded() -> bool:
     """Whether a mode sees every function or operator that is called, to count or record it.
 
-    `torch.device` as a context is such a mode too, but only looks at where tensors are made.
+    `torch.device` as a context is such a mode too, but only looks at where tensors are made. A
+    dispatch mode that wants the fused ops whole says so by an attribute `sees_fused_ops = True`.
     """
-    if torch._C._len_torch_dispatch_stack() > 0:
+    if torch._C._len_torch_dispatch_stack() > 0 and not all(
+        getattr(mode, "sees_fused_ops", False) for mode in _get_current_dispatch_mode_stack()
+    ):
         return True
     return torch._C._len_torch_function_stack() > 0 and any(
         type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
