@@ -10,8 +10,9 @@ plain PyTorch.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -35,23 +36,30 @@ _FUSED = (
     nn.Sequential,
     FrozenBatchNorm2d,
 )
-# The methods that a module's call consists of.
-_METHODS = [(kind, name) for kind in _FUSED for name in ("__call__", "_call_impl", "forward")]
-_METHODS.append((nn.Conv2d, "_conv_forward"))
-_PYTORCHS = [getattr(kind, name) for kind, name in _METHODS]
+
+
+def _methods() -> tuple[Any, ...]:
+    """The methods that calls of those modules consist of."""
+    return (
+        *[(kind.__call__, kind._call_impl, kind.forward) for kind in _FUSED],
+        nn.Conv2d._conv_forward,
+    )
+
+
+_PYTORCHS = _methods()
+# Replaced before this package was imported, they are never PyTorch's.
+_REPLACED_BEFORE = not all(
+    method.__module__.startswith(("torch.", __package__))
+    for method in (*itertools.chain(*_PYTORCHS[:-1]), _PYTORCHS[-1])
+)
 
 
 def _is_replaced() -> bool:
     """Whether a method of one of those classes is no longer the one that PyTorch or we defined."""
-    return any(
-        getattr(kind, name) is not method
-        for (kind, name), method in zip(_METHODS, _PYTORCHS, strict=True)
-    )
+    return _REPLACED_BEFORE or _methods() != _PYTORCHS
 
 
 _is_replaced._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in ops.modes
-# Replaced before this package was imported, they are never PyTorch's.
-_REPLACED_BEFORE = not all(m.__module__.startswith(("torch.", __package__)) for m in _PYTORCHS)
 
 
 def must_call_modules(x: object) -> bool:
@@ -61,13 +69,12 @@ def must_call_modules(x: object) -> bool:
     of its own, under global module hooks, and where a class's call was replaced.
     """
     if torch.compiler.is_compiling():  # which traces tensors of any type and honours global hooks
-        return is_transformed() or _is_replaced() or _REPLACED_BEFORE
+        return is_transformed() or _is_replaced()
     return (
         not is_plain(x)
         or is_transformed()
         or is_recorded()
         or bool(_has_any_global_hook())
-        or _REPLACED_BEFORE
         or _is_replaced()
     )
 
@@ -111,15 +118,17 @@ def convolution(module: nn.Module) -> Convolution | None:
     """The argument group of a bias-free, zero-padded `nn.Conv2d`, else None."""
     if (
         type(module) is not nn.Conv2d
-        or module.bias is not None
         or module.padding_mode != "zeros"
         or isinstance(module.padding, str)
-        or not is_plain(module.weight)
         or not untouched(module)
     ):
         return None
+    # Looked up where they are registered, which is what an attribute of a module costs most.
+    weight = module._parameters.get("weight")
+    if not is_plain(weight) or module._parameters.get("bias", weight) is not None:
+        return None
     return Convolution(
-        module.weight,
+        cast("Tensor", weight),
         cast("tuple[int, int]", module.stride),
         cast("tuple[int, int]", module.padding),
         cast("tuple[int, int]", module.dilation),
@@ -133,21 +142,18 @@ def batch_norm(module: nn.Module) -> BatchNorm | None:
     That is `nn.BatchNorm2d` or `nn.SyncBatchNorm` in eval mode with running statistics, and frozen
     batch norm, ours and torchvision's.
     """
-    if type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d):
-        if module.training or module.running_mean is None or module.running_var is None:
+    kind, affine = type(module), module._parameters
+    if kind not in (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d):
+        if not _is_torchvisions_frozen(kind):
             return None
-    elif not _is_torchvisions_frozen(type(module)):
+        affine = module._buffers  # type: ignore[assignment]
+    elif module.training:
         return None
-    if not untouched(module):
+    mean, var = module._buffers.get("running_mean"), module._buffers.get("running_var")
+    registered = "weight" in affine and "bias" in affine
+    if mean is None or var is None or not registered or not untouched(module):
         return None
-    frozen = cast("nn.BatchNorm2d", module)  # the others have the same fields
-    return BatchNorm(
-        cast("Tensor", frozen.running_mean),
-        cast("Tensor", frozen.running_var),
-        frozen.weight,
-        frozen.bias,
-        frozen.eps,
-    )
+    return BatchNorm(mean, var, affine["weight"], affine["bias"], cast("float", module.eps))
 
 
 def conv_bn(conv: nn.Module, bn: nn.Module) -> tuple[Convolution, BatchNorm] | None:

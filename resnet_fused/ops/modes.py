@@ -8,6 +8,7 @@ from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._pytree import tree_leaves
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -52,7 +53,7 @@ def is_recorded() -> bool:
     )
 
 
-def refuse_tangents(name: str, *tensors: Tensor) -> None:
+def refuse_tangents(name: str, arguments: object) -> None:
     """Raises NotImplementedError where the op `name` would lose forward-mode derivatives.
 
     Reached only by who calls `torch.ops.resnet_fused` directly: the Python functions compute by
@@ -60,6 +61,7 @@ def refuse_tangents(name: str, *tensors: Tensor) -> None:
     """
     if forward_ad._current_level < 0:
         return
+    tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
     if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise NotImplementedError(
             f"torch.ops.resnet_fused.{name} has no forward-mode derivative; call "

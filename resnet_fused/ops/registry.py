@@ -130,7 +130,7 @@ class Op:
         return empty_result(flat[0], self._output_shape(*self._group(flat)))
 
     def _run(self, *flat: Any) -> Tensor:
-        refuse_tangents(self.name, *(v for v in flat if isinstance(v, Tensor)))
+        refuse_tangents(self.name, flat)
         arguments = self._group(flat)
         shape = self._output_shape(*arguments)
         if 0 in shape:
