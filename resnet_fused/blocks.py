@@ -95,6 +95,7 @@ class ResidualBlock(nn.Module):
         """x (N, inplanes, H, W) -> (N, planes × expansion, P, Q), each module called in turn."""
         raise NotImplementedError
 
+    @traced.annotated
     def forward(self, x: Tensor) -> Tensor:
         """x (N, inplanes, H, W) -> (N, planes × expansion, P, Q)."""
         if torch.jit.is_scripting():  # type: ignore[attr-defined]

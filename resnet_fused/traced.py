@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,16 +26,23 @@ from .ops.stem import stem
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
+Forward = TypeVar("Forward", bound=Callable[..., Tensor])
+
+
+def annotated(forward: Forward) -> Forward:
+    """`forward(self, x: Tensor) -> Tensor` with annotations that are types.
+
+    torch.fx writes them into the code it generates, where one that is a string, as
+    `from __future__ import annotations` makes them, is a name that nothing defines.
+    """
+    forward.__annotations__.update({"x": Tensor, "return": Tensor})
+    return forward
+
+
 def fuse(graph: fx.Graph) -> None:
     """Makes code generated from `graph` run fused; the graph itself stays what it is."""
-    if type(graph._codegen) is not CodeGen:
-        return
-    graph.set_codegen(FusedCode())
-    for node in graph.nodes:
-        if node.op == "placeholder" and node.type == "Tensor":
-            node.type = (
-                Tensor  # torch.fx writes an annotation that is a string so that it has no name
-            )
+    if type(graph._codegen) is CodeGen:
+        graph.set_codegen(FusedCode())
 
 
 class FusedCode(CodeGen):

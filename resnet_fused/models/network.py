@@ -59,7 +59,6 @@ class Stage(nn.Sequential):
         else:
             return self._forward(x)
 
-    @torch.jit.unused
     def _forward(self, x: Tensor) -> Tensor:
         if not self.run or not torch.is_grad_enabled():
             return _in_turn(self, x)
@@ -243,6 +242,7 @@ class ResidualNetwork(nn.Module):
         """`forward` as TorchScript compiles it, which cannot go through a list of stages."""
         raise NotImplementedError
 
+    @traced.annotated
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, num_classes) of images x (N, 3, H, W) of the weights' dtype and device.
 
@@ -255,7 +255,6 @@ class ResidualNetwork(nn.Module):
         else:
             return self._forward(x)
 
-    @torch.jit.unused
     def _forward(self, x: Tensor) -> Tensor:
         x = self._stem(x)
         for stage in self.stages():

@@ -71,6 +71,8 @@ class Op:
     ) -> None:
         self.name = name
         self._kinds = tuple(parameters.values())
+        # Looked up here, as Dynamo of PyTorch 2.9 cannot hash a union under Python 3.10.
+        self._absent = tuple(_ABSENT.get(kind) for kind in self._kinds)
         self._output_shape = output_shape
         self._reference = reference
         fields = [
@@ -105,9 +107,9 @@ class Op:
     def _flatten(self, arguments: Sequence[Any]) -> list[Any]:
         """Arguments as the schema takes them: groups give way to their fields."""
         flat: list[Any] = []
-        for kind, argument in zip(self._kinds, arguments, strict=True):
+        for absent, argument in zip(self._absent, arguments, strict=True):
             if argument is None:
-                argument = _ABSENT.get(kind)
+                argument = absent
             grouped = isinstance(argument, (Convolution, BatchNorm, MaxPool))
             flat.extend(argument if grouped else (argument,))
         return flat
