@@ -114,6 +114,15 @@ def _is_torchvisions_frozen(kind: type[nn.Module]) -> bool:
     )
 
 
+def _parameter(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter, or the tensor in its place, which replicas of `nn.DataParallel` have.
+
+    Looked up where they are kept, because a module's attributes are slow.
+    """
+    found = module._parameters.get(name)
+    return module.__dict__.get(name) if found is None else found
+
+
 def convolution(module: nn.Module) -> Convolution | None:
     """The argument group of a bias-free, zero-padded `nn.Conv2d`, else None."""
     if (
@@ -123,9 +132,8 @@ def convolution(module: nn.Module) -> Convolution | None:
         or not untouched(module)
     ):
         return None
-    # Looked up where they are registered, which is what an attribute of a module costs most.
-    weight = module._parameters.get("weight")
-    if not is_plain(weight) or module._parameters.get("bias", weight) is not None:
+    weight = _parameter(module, "weight")
+    if not is_plain(weight) or _parameter(module, "bias") is not None:
         return None
     return Convolution(
         cast("Tensor", weight),
@@ -142,18 +150,19 @@ def batch_norm(module: nn.Module) -> BatchNorm | None:
     That is `nn.BatchNorm2d` or `nn.SyncBatchNorm` in eval mode with running statistics, and frozen
     batch norm, ours and torchvision's.
     """
-    kind, affine = type(module), module._parameters
-    if kind not in (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d):
-        if not _is_torchvisions_frozen(kind):
+    buffers = module._buffers
+    if type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d):
+        if module.training:
             return None
-        affine = module._buffers  # type: ignore[assignment]
-    elif module.training:
+        weight, bias = _parameter(module, "weight"), _parameter(module, "bias")
+    elif _is_torchvisions_frozen(type(module)):
+        weight, bias = buffers["weight"], buffers["bias"]
+    else:
         return None
-    mean, var = module._buffers.get("running_mean"), module._buffers.get("running_var")
-    registered = "weight" in affine and "bias" in affine
-    if mean is None or var is None or not registered or not untouched(module):
+    mean, var = buffers.get("running_mean"), buffers.get("running_var")
+    if mean is None or var is None or not untouched(module):
         return None
-    return BatchNorm(mean, var, affine["weight"], affine["bias"], cast("float", module.eps))
+    return BatchNorm(mean, var, weight, bias, cast("float", module.eps))
 
 
 def conv_bn(conv: nn.Module, bn: nn.Module) -> tuple[Convolution, BatchNorm] | None:

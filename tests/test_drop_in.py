@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
+from unittest import mock
 
 import pytest
 import torch
@@ -898,6 +899,20 @@ def test_direct_ops_inside_transforms_and_modes() -> None:
             *(forward_ad.make_dual(x, x), conv.weight, (2, 2), (3, 3), (1, 1), 1),
             *(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps, None, True),
         )
+
+
+def test_tensors_in_the_place_of_parameters_are_fused_too() -> None:
+    """As in the replicas of `nn.DataParallel`."""
+    ours, theirs = pair()
+    for model in (ours, theirs):
+        for module in model.modules():
+            for name in ("weight", "bias"):
+                if name in module._parameters and module._parameters[name] is not None:
+                    tensor = module._parameters.pop(name).detach() * 1.1
+                    setattr(module, name, tensor)
+    with torch.no_grad(), mock.patch("resnet_fused.fusion.run_unfused", side_effect=AssertionError):
+        found = ours(images())
+    close(found, theirs(images()), 1e-9)
 
 
 @pytest.mark.parametrize("found", [[1, 2], images(1).numpy(), None, "image"], ids=str)
