@@ -447,14 +447,22 @@ def settled(network: ResidualNetwork, scenes: Any) -> ResidualNetwork:
 
 
 @pytest.mark.parametrize(
-    ("arrangement", "sizes"),
-    [("c4", {"pooled": 8}), pytest.param("fpn", {"pyramid": 64}, marks=pytest.mark.thorough)],
+    ("arrangement", "rate", "sizes"),
+    [
+        ("c4", 0.01, {"pooled": 8}),
+        pytest.param("fpn", 0.005, {"pyramid": 64}, marks=pytest.mark.thorough),
+    ],
 )
-def test_overfits_a_small_set(place: Launch, arrangement: str, sizes: dict[str, int]) -> None:
-    """Two scenes by heart, from random weights: the loss falls, and mAP on them passes 0.5."""
+def test_overfits_a_small_set(
+    place: Launch, arrangement: str, rate: float, sizes: dict[str, int]
+) -> None:
+    """Two scenes by heart, from random weights: the loss falls, and mAP on them passes 0.5.
+
+    At twice its rate a pyramid's loss leaps, and whether it comes back is a matter of rounding.
+    """
     scenes = digits.open_or_write(place.out / "scenes", 2, 1, place)
     known = replace(scenes, test=scenes.train)
-    recipe = training.Recipe(140, 2, 0.01, record_every=35, evaluate_every=140)
+    recipe = training.Recipe(140, 2, rate, record_every=35, evaluate_every=140)
 
     def build() -> Any:
         # Not zero_init_residual: scales are frozen, so that a zero would close its branch for good.

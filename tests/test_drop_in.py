@@ -9,9 +9,12 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -768,24 +771,26 @@ def test_traced_code_is_fused_but_for_what_was_asked_for() -> None:
     assert recorder.names  # a mode sees modules in traced code too
 
 
-def test_a_scripted_and_a_traced_model_need_no_package(tmp_path) -> None:
-    import subprocess
-    import sys
+def run_without_package(code: str, folder: Path) -> None:
+    """Runs `code` in a process of its own, where this package cannot be imported."""
+    code = f"import sys, torch; sys.modules['resnet_fused'] = None\n{code}"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=folder)
 
+
+def test_a_scripted_and_a_traced_model_need_no_package(tmp_path) -> None:
     ours, _ = pair(dtype=torch.float32)
     x = images(dtype=torch.float32)
     torch.jit.script(ours).save(tmp_path / "scripted.pt")
     torch.jit.trace(ours, x).save(tmp_path / "traced.pt")
     torch.export.save(torch.export.export(ours, (x,)), tmp_path / "exported.pt2")
     torch.save((x, ours(x).detach()), tmp_path / "expected")
-    code = (
-        "import sys, torch; sys.modules['resnet_fused'] = None\n"
+    run_without_package(
         "x, y = torch.load('expected')\n"
         "for m in (torch.jit.load('scripted.pt'), torch.jit.load('traced.pt'), "
         "torch.export.load('exported.pt2').module()):\n"
-        "    torch.testing.assert_close(m(x), y, rtol=1e-4, atol=1e-4)\n"
+        "    torch.testing.assert_close(m(x), y, rtol=1e-4, atol=1e-4)\n",
+        tmp_path,
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -807,13 +812,22 @@ def test_onnx_with_a_dynamic_batch(dynamo: bool, tmp_path) -> None:
 
 @pytest.mark.thorough
 def test_ahead_of_time_inductor(tmp_path) -> None:
+    """Compiled here and loaded where this package is not, each in a process of its own."""
     ours, _ = pair(dtype=torch.float32)
     x = images(dtype=torch.float32)
-    with torch.no_grad():
-        package = torch._inductor.aoti_compile_and_package(
-            torch.export.export(ours, (x,)), package_path=str(tmp_path / "model.pt2")
-        )
-        assert relative_error(torch._inductor.aoti_load_package(package)(x), ours(x)) < 1e-5
+    torch.export.save(torch.export.export(ours, (x,)), tmp_path / "exported.pt2")
+    torch.save((x, ours(x).detach()), tmp_path / "expected")
+    run_without_package(
+        "torch._inductor.aoti_compile_and_package(torch.export.load('exported.pt2'), "
+        "package_path='compiled.pt2')",
+        tmp_path,
+    )
+    run_without_package(
+        "x, y = torch.load('expected')\n"
+        "found = torch._inductor.aoti_load_package('compiled.pt2')(x)\n"
+        "torch.testing.assert_close(found, y, rtol=1e-4, atol=1e-4)",
+        tmp_path,
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
