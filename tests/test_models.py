@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from conftest import require
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FrozenBatchNorm2d
@@ -93,6 +94,7 @@ def test_error_is_no_larger_than_torchvisions(name: str, size: tuple[int, int]) 
 def test_triton_interpreted(name: str, dtype: torch.dtype) -> None:
     if torch.cuda.is_available():
         pytest.skip("kernels are compiled here, not interpreted")
+    require("triton", "cpu", dtype)
     ours, theirs = pair(name)
     with use_backend("triton"):
         check_against_torchvision(ours, theirs, images(1, 33, 33), dtype)

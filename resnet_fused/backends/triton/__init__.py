@@ -17,8 +17,13 @@ def create() -> Backend:
             "backend 'triton' needs the package triton, which is not installed; "
             "run `pip install triton` (Linux) or use another backend."
         )
-    from .backend import INTERPRETED, TritonBackend
+    from .backend import INTERPRETED, TritonBackend, interpreter_fault
 
+    if INTERPRETED and (fault := interpreter_fault()):
+        raise BackendUnavailableError(
+            "backend 'triton' was asked to run in Triton's interpreter, which fails here "
+            f"({fault}); install a newer Triton or an older NumPy, or unset TRITON_INTERPRET."
+        )
     if not INTERPRETED and not torch.cuda.is_available():
         raise BackendUnavailableError(
             "backend 'triton' needs a CUDA GPU and PyTorch finds none; use backend 'cpu', or set "

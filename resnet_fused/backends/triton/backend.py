@@ -7,6 +7,7 @@ import functools
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from ...parameters import BatchNorm, Convolution, MaxPool
@@ -19,6 +20,24 @@ from .training import TritonTraining
 # Decided when the kernels are defined, that is, when this module is imported.
 INTERPRETED = triton.knobs.runtime.interpret
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@triton.jit
+def _counting_kernel(out, n):
+    for i in range(0, n):
+        tl.store(out + i, i)
+
+
+def interpreter_fault() -> str | None:
+    """Why Triton's interpreter cannot run loops here, or None where it can.
+
+    That of Triton 3.5 converts arrays to numbers in a way that newer versions of NumPy refuse.
+    """
+    try:
+        _counting_kernel[(1,)](torch.empty(2, dtype=torch.int32), 2)
+    except Exception as error:  # whatever Triton makes of it
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 @functools.cache
