@@ -39,6 +39,7 @@ def test_settings_that_hold_pip_back_are_put_aside_for_the_newest_only(
     constraint = tmp_path / "constraints.txt"
     constraint.write_text("torch<=2.10\n")
     monkeypatch.setenv("PIP_CONSTRAINT", str(constraint))
+    monkeypatch.delenv("PIP_CONFIG_FILE", raising=False)
     shown = {}
     for choice in matrix.TORCHES:
         _, environment = matrix.pip_settings(choice)
