@@ -13,7 +13,7 @@ from ..backends.training import MEAN, UNBIASED_VAR, TrainingKernels
 from ..parameters import BatchNorm, Convolution
 from ..reference.training import ReferenceTraining
 from .checks import check_batch_norm, convolution_shape
-from .dispatch import choose, chosen_backend, use_backend
+from .dispatch import chosen_backend, serving, use_backend
 from .modes import refuse_tangents
 from .registry import autocast_dtype, library
 
@@ -114,13 +114,13 @@ def check_layer(
 
 def kernels(x: Tensor) -> TrainingKernels:
     """The training pieces of the backend chosen for `x`, else the plain PyTorch ones."""
-    found = choose(x).training
-    return ReferenceTraining() if found is None else found
+    found = (backend.training for backend in serving(x))
+    return next((kernels for kernels in found if kernels is not None), ReferenceTraining())
 
 
 def _has_kernels(device: str, dtype: torch.dtype) -> bool:
     sample = torch.empty(0, device=device, dtype=dtype)
-    return choose(sample).training is not None
+    return any(backend.training is not None for backend in serving(sample))
 
 
 # What torch.compiler.assume_constant_result sets; calling that would import all of torch._dynamo.
