@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from resnet_fused.backends.training import RawGradient
+from resnet_fused.backends.training import PreBnGradient
 from resnet_fused.ops.dispatch import choose
 from resnet_fused.parameters import Convolution
 from resnet_fused.testing.roofline import Peaks
@@ -54,7 +54,7 @@ def _operations(arguments: tuple[Any, ...], result: Any) -> int:
     conv = next((value for value in arguments if isinstance(value, Convolution)), None)
     if conv is None:
         return 0
-    gradient = next((value for value in arguments if isinstance(value, RawGradient)), None)
+    gradient = next((value for value in arguments if isinstance(value, PreBnGradient)), None)
     outputs = result[0] if gradient is None else gradient.grad
     return int(2 * outputs.numel() * conv.weight[0].numel())
 
