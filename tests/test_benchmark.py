@@ -32,10 +32,10 @@ import torchvision  # noqa: E402
 import training  # noqa: E402
 import weights  # noqa: E402
 from contestants import Call, Contestant, Task  # noqa: E402
-
-from resnet_fused.testing.numerics import relative_error  # noqa: E402
 from resnet_fused.testing.roofline import Layer, Peaks, floor_seconds, layers  # noqa: E402
 from resnet_fused.testing.timing import quantile, summarise  # noqa: E402
+
+from resnet_fused.testing.numerics import relative_error  # noqa: E402
 
 TINY = ["--arch", "resnet18", "--size", "64", "--device", "cpu", "--dtype", "float32"]
 ROUNDS = 2

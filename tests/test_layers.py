@@ -16,11 +16,11 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import layers
 from layers import Contestant, Layer
+from resnet_fused.testing.roofline import Peaks
 
 from resnet_fused.backends import tuning
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import ConvCase, generator, make_integers
-from resnet_fused.testing.roofline import Peaks
 
 
 @pytest.fixture(scope="module")
