@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from baselines.folded import fold, library_call
 from harness import results
 from harness.measure import Peaks, in_cuda_graph, in_turn, iterations_for, measure_peaks, times_of
@@ -38,7 +37,7 @@ import resnet_fused
 from resnet_fused import available_backends, backends
 from resnet_fused.backends import LayerByLayer, tuning
 from resnet_fused.backends.cuda import CudaBackend
-from resnet_fused.parameters import BatchNorm, Convolution
+from resnet_fused.parameters import ConvBn
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import randomise_statistics
 from resnet_fused.testing.numerics import check_op
@@ -57,30 +56,28 @@ class Layer(NamedTuple):
     arguments: tuple[Any, ...]
     calls: int
 
-    def convolutions(self) -> list[tuple[Tensor, Convolution, BatchNorm]]:
-        """(input, convolution, batch norm) of the main path and of a projection."""
+    def convolutions(self) -> list[tuple[Tensor, ConvBn]]:
+        """Inputs and layers of the main path and of a projection."""
         if self.op in ("head", "bottleneck"):
             return []
-        triples = [self.arguments[:3]]
-        if self.op == "conv_bn_projection":
-            triples.append(self.arguments[3:])
-        return triples
+        projects = self.op == "conv_bn_projection"
+        return [self.arguments[:2], *([self.arguments[2:]] if projects else [])]
 
     def residual(self) -> Tensor | None:
-        return self.arguments[3] if self.op == "conv_bn" else None
+        return self.arguments[2] if self.op == "conv_bn" else None
 
     def title(self) -> str:
         """For people: op, window/stride, channels, size of the map."""
         if self.op == "head":
             return f"head {self.arguments[1].shape[1]}→{self.arguments[1].shape[0]}"
         if self.op == "bottleneck":
-            x, conv1, _, conv2, _, conv3, _, projection, _ = self.arguments
-            widths = [x.shape[1], conv1.weight.shape[0], conv3.weight.shape[0]]
+            x, layer1, layer2, layer3, projection = self.arguments
+            widths = [x.shape[1], *(len(layer.conv.weight) for layer in (layer1, layer3))]
             return (
-                f"bottleneck/{conv2.stride[0]} {'→'.join(map(str, widths))} on "
+                f"bottleneck/{layer2.conv.stride[0]} {'→'.join(map(str, widths))} on "
                 f"{x.shape[2]}×{x.shape[3]}{' + projection' if projection else ''}"
             )
-        x, conv, _ = self.convolutions()[0]
+        x, (conv, _) = self.convolutions()[0]
         filters, channels, height, width = conv.weight.shape
         added = " + shortcut" if self.residual() is not None else ""
         return (
@@ -94,16 +91,17 @@ class Layer(NamedTuple):
             x, weight = self.arguments[:2]
             operations, moved = 2 * out.numel() * x.shape[1], x.nbytes + weight.nbytes
         elif self.op == "bottleneck":
-            x, weights = self.arguments[0], [c.weight for c in self.arguments[1::2] if c]
+            x, *layers = self.arguments
+            weights = [layer.conv.weight for layer in layers if layer]
             first, others = x[:, 0].numel(), out[:, 0].numel()  # positions of conv1 and of the rest
             operations = 2 * first * weights[0].numel()
             operations += sum(2 * others * weight.numel() for weight in weights[1:])
             moved = x.nbytes + sum(weight.nbytes for weight in weights)
         else:
             operations, moved = 0, 0
-            for x, conv, _ in self.convolutions():
-                positions = _convolve(x[:1].to("meta"), conv, "meta").numel() * x.shape[0]
-                operations += 2 * positions * conv.weight[0].numel()
+            for x, (conv, _) in self.convolutions():
+                height, width = conv.output_size(*x.shape[2:])
+                operations += 2 * len(x) * height * width * conv.weight.numel()
                 height, width = conv.weight.shape[2:]
                 # A 1×1 window sees every stride-th pixel only.
                 unread = conv.stride[0] * conv.stride[1] if height * width == 1 else 1
@@ -111,10 +109,6 @@ class Layer(NamedTuple):
         residual = self.residual()
         moved += out.nbytes + (0 if residual is None else residual.nbytes)
         return operations, moved, peaks.floor(moved, operations)
-
-
-def _convolve(x: Tensor, conv: Convolution, device: str) -> Tensor:
-    return F.conv2d(x, conv.weight.to(device), None, *conv[1:])
 
 
 def record(architecture: str, x: Tensor) -> list[Layer]:
@@ -156,8 +150,8 @@ def library(layer: Layer) -> Callable[[], object] | None:
     """The vendor's fused convolution(s) for `layer`, weights folded; None where it has none."""
     if layer.op in ("head", "bottleneck"):
         return None
-    convolutions = [(x, fold(conv, *bn)) for x, conv, bn in layer.convolutions()]
-    pool = layer.arguments[3] if layer.op == "stem" else None
+    convolutions = [(x, fold(conv, *bn)) for x, (conv, bn) in layer.convolutions()]
+    pool = layer.arguments[2] if layer.op == "stem" else None
     return library_call(convolutions, layer.residual(), pool)
 
 

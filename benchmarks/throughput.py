@@ -221,7 +221,8 @@ class Benchmark:
             subtitle = (
                 f"{results.chip(self.record['machine'])} · "
                 f"torch {self.record['versions']['torch']} · {self.record['date'][:10]} · bars: "
-                f"median of {self.options.rounds} interleaved rounds, whiskers: 10th to 90th percentile · "
+                f"median of {self.options.rounds} interleaved rounds, whiskers: 10th to 90th "
+                "percentile · "
                 "×: how much faster ours is"
             )
             plot(self.comparisons, subtitle, self.options.plot)

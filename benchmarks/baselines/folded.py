@@ -27,8 +27,10 @@ class Folded(NamedTuple):
 
 def fold(conv: Any, mean: Tensor, var: Tensor, gamma: Any, beta: Any, eps: float) -> Folded:
     """conv: a module or `Convolution`; the vectors are its batch norm's. Computed in float32."""
-    vectors = [None if v is None else v.float() for v in (mean, var, gamma, beta)]
-    weight, bias = fuse_conv_bn_weights(conv.weight.float(), None, *vectors[:2], eps, *vectors[2:])
+    gamma, beta = (None if v is None else v.float() for v in (gamma, beta))
+    weight, bias = fuse_conv_bn_weights(
+        conv.weight.float(), None, mean.float(), var.float(), eps, gamma, beta
+    )
     dtype = conv.weight.dtype
     nhwc = weight.detach().to(dtype, memory_format=torch.channels_last)
     window = conv.stride, conv.padding, conv.dilation, conv.groups
@@ -52,13 +54,18 @@ class CudnnNetwork:
 
     def __call__(self, x: Tensor) -> Tensor:
         x = self.model.maxpool(torch.cudnn_convolution_relu(x, *self.stem))
-        for (*inner, (weight, *rest)), projection in self.blocks:
+        for (*inner, last), projection in self.blocks:
             shortcut = x if projection is None else torch.conv2d(x, *projection)
             for layer in inner:
                 x = torch.cudnn_convolution_relu(x, *layer)
-            x = torch.cudnn_convolution_add_relu(x, weight, shortcut, 1.0, *rest)
+            x = _add_relu(x, last, shortcut)
         logits: Tensor = self.model.fc(self.model.avgpool(x).flatten(1))
         return logits
+
+
+def _add_relu(x: Tensor, folded: Folded, added: Tensor) -> Tensor:
+    """ReLU(convolution + `added`) in one call of cuDNN."""
+    return torch.cudnn_convolution_add_relu(x, folded[0], added, 1.0, *folded[1:])
 
 
 def _fold_modules(conv: Any, bn: Any) -> Folded:
@@ -94,8 +101,8 @@ def _cudnn(convolutions: Sequence[tuple[Tensor, Folded]]) -> tuple[Callable[...,
         return torch.cudnn_convolution_relu(x, *folded)
 
     def convolve_add_relu(i: int, added: Tensor) -> Tensor:
-        x, (weight, *rest) = convolutions[i]
-        return torch.cudnn_convolution_add_relu(x, weight, added, 1.0, *rest)
+        x, folded = convolutions[i]
+        return _add_relu(x, folded, added)
 
     return convolve, convolve_relu, convolve_add_relu
 

@@ -12,8 +12,9 @@ from .measure import summarise
 
 @dataclass
 class Entry:
-    """What was found of one implementation, ours or a baseline. Times in seconds, memory in bytes, rates in images per second.
+    """What was found of one implementation, ours or a baseline.
 
+    Times are in seconds, memory in bytes, rates in images per second.
     status: "measured"; "unavailable" or "failed" with the reason; "wrong" where the logits miss
     what is asked of them, with the reason, in which case it is not timed; "pending" until then.
     error: ‖logits - truth‖ / ‖truth‖, the truth computed in float64.

@@ -1,8 +1,8 @@
 """A process for each implementation, so that none warms or starves what another one uses.
 
 A worker starts, waits, builds its implementation, answers with the logits, then times a round
-whenever it is asked to. Between requests it sleeps in a read from its pipe. Whatever goes wrong in it comes
-back as a reason; the parent neither hangs on it nor dies with it.
+whenever it is asked to. Between requests it sleeps in a read from its pipe. Whatever goes wrong in
+it comes back as a reason; the parent neither hangs on it nor dies with it.
 """
 
 from __future__ import annotations
