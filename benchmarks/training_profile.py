@@ -13,13 +13,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from harness.measure import Peaks
+from harness.results import markdown
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from resnet_fused.backends.training import PreBnGradient
 from resnet_fused.ops.dispatch import choose
 from resnet_fused.parameters import Convolution
-from resnet_fused.testing.roofline import Peaks
 
 
 class _Counted:
@@ -34,10 +35,7 @@ class _Counted:
 
         def run(*arguments: Any) -> Any:
             result = piece(*arguments)
-            seconds = max(
-                _bytes(arguments, result) / self._peaks.bandwidth,
-                _operations(arguments, result) / self._peaks.arithmetic,
-            )
+            seconds = self._peaks.floor(_bytes(arguments, result), _operations(arguments, result))
             self.floors[name] = self.floors.get(name, 0.0) + seconds
             return result
 
@@ -106,12 +104,13 @@ def profile(step: Callable[[], object], x: Tensor, peaks: Peaks) -> list[dict[st
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The kernels that take a hundredth of the time or more, for people."""
-    lines = ["| kernel | calls | ms | share | floor ms |", "|---|---|---|---|---|"]
-    for row in rows:
-        if row["share"] >= 0.01:
-            floor = "–" if row["floor"] is None else f"{1e3 * row['floor']:.3f}"
-            lines.append(
-                f"| {row['kernel'][:60]} | {row['calls']} | {1e3 * row['seconds']:.3f} "
-                f"| {100 * row['share']:.1f}% | {floor} |"
-            )
-    return "\n".join(lines)
+    cells = [
+        [
+            *(row["kernel"][:60], str(row["calls"]), f"{1e3 * row['seconds']:.3f}"),
+            f"{100 * row['share']:.1f}%",
+            "–" if row["floor"] is None else f"{1e3 * row['floor']:.3f}",
+        ]
+        for row in rows
+        if row["share"] >= 0.01
+    ]
+    return markdown([["kernel", "calls", "ms", "share", "floor ms"], *cells])

@@ -1,4 +1,4 @@
-"""The one state dict that every contestant of a comparison loads."""
+"""The one state dict that every implementation in a comparison loads."""
 
 from __future__ import annotations
 

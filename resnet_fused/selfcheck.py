@@ -36,13 +36,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from . import backends
+from . import backends, env
 from .backends import Backend, LayerByLayer, tuning
 from .backends.training import INVSTD, MEAN, SCALE, Activation, PreBnGradient
 from .parameters import MaxPool
 from .reference import ops as reference
 from .reference.training import ReferenceTraining
-from .testing import machine
 from .testing.cases import (
     BlockCase,
     ConvCase,
@@ -443,9 +442,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{line}  {result.detail}".rstrip(), flush=True)
         if options.json:
             record = {
-                "machine": machine.describe(torch.device(_device(options.backend[0]))),
-                "versions": machine.versions("resnet-fused", "torch", "triton"),
-                **machine.commit(Path(__file__).parent),
+                "machine": env.machine(torch.device(_device(options.backend[0]))),
+                "versions": env.versions("resnet-fused", "torch", "triton"),
+                **env.commit(Path(__file__).parent),
                 "unavailable": {name: why for name, why in unavailable.items() if why},
                 "checks": [result._asdict() for result in done],
             }

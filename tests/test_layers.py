@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -12,15 +10,13 @@ import torch
 
 pytest.importorskip("torchvision", reason="the benchmark's peers are torchvision's models")
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
 import layers
-from layers import Contestant, Layer
+from harness.measure import Peaks
+from layers import Column, Layer
 
 from resnet_fused.backends import tuning
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import ConvCase, generator, make_integers
-from resnet_fused.testing.roofline import Peaks
 
 
 @pytest.fixture(scope="module")
@@ -58,18 +54,18 @@ def test_a_strided_shortcut_is_read_where_it_is_seen(recorded: list[Layer]) -> N
 
 def test_a_column_is_of_the_kernel_that_it_names(simulator: ModuleType, monkeypatch: Any) -> None:
     monkeypatch.setenv("RESNET_FUSED_HOST_SIM_CAPABILITY", "90")
-    x, layer = make_integers(ConvCase(1, 16, 6, 6, 24), generator(), torch.float16)
-    arguments = (x, layer, None, True)
+    x, conv_bn = make_integers(ConvCase(1, 16, 6, 6, 24), generator(), torch.float16)
+    arguments = (x, conv_bn, None, True)
     expected = reference.conv_bn(*arguments)
     layer = Layer("conv_bn", arguments, 1)
     for kernel, copies in (("m64n64", False), ("m128n64_sm90", True)):
         simulator.take_statistics()
-        out = Contestant("cuda_sim", kernel).call(layer, arguments)
+        out = Column("cuda_sim", kernel).call(layer, arguments)
         assert out is not None
         assert torch.equal(out, expected)
         assert (simulator.take_statistics()["bulk_copies"] > 0) == copies
-    assert Contestant("cuda_sim", "linear").call(layer, arguments) is None
-    assert str(Contestant("cuda", "m64n64")) == "cuda/m64n64"
+    assert Column("cuda_sim", "linear").call(layer, arguments) is None
+    assert str(Column("cuda", "m64n64")) == "cuda/m64n64"
 
 
 def test_a_preferred_candidate_runs_where_it_is_offered() -> None:

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from resnet_fused.testing.timing import summarise
+from .measure import summarise
 
 
 @dataclass
 class Entry:
-    """One contestant's result. Times in seconds, memory in bytes, rates in images per second.
+    """What was found of one implementation, ours or a baseline.
 
+    Times are in seconds, memory in bytes, rates in images per second.
     status: "measured"; "unavailable" or "failed" with the reason; "wrong" where the logits miss
     what is asked of them, with the reason, in which case it is not timed; "pending" until then.
     error: ‖logits - truth‖ / ‖truth‖, the truth computed in float64.
@@ -43,9 +44,9 @@ class Entry:
 
 @dataclass
 class Comparison:
-    """All contestants on one input. `eager_error` is the yardstick of the numerics contract.
+    """All implementations on one input. `eager_error` is the yardstick of the numerics contract.
 
-    floor: seconds a batch takes at least by the roofline (`resnet_fused.testing.roofline`), from
+    floor: seconds a batch takes at least by the roofline (`harness.measure`), from
     `bandwidth` (bytes/s) and `arithmetic` (operations/s) as measured in the same run.
     """
 
@@ -132,7 +133,7 @@ def _row(entry: Entry) -> list[str]:
 
 
 _HEADINGS = (
-    "  contestant",
+    "  implementation",
     "images/s",
     "p10–p90",
     "ms p50",
