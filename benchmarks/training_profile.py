@@ -18,7 +18,7 @@ from harness.results import markdown
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from resnet_fused.backends.training import RawGradient
+from resnet_fused.backends.training import PreBnGradient
 from resnet_fused.ops.dispatch import choose
 from resnet_fused.parameters import Convolution
 
@@ -52,7 +52,7 @@ def _operations(arguments: tuple[Any, ...], result: Any) -> int:
     conv = next((value for value in arguments if isinstance(value, Convolution)), None)
     if conv is None:
         return 0
-    gradient = next((value for value in arguments if isinstance(value, RawGradient)), None)
+    gradient = next((value for value in arguments if isinstance(value, PreBnGradient)), None)
     outputs = result[0] if gradient is None else gradient.grad
     return int(2 * outputs.numel() * conv.weight[0].numel())
 

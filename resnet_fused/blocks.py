@@ -167,7 +167,7 @@ class ResidualBlock(nn.Module):
         layers, shortcut = plan.layers, None
         if len(layers) > len(self.layers()):
             *layers, shortcut = layers
-        out, terms = residual_block_training(
+        out, scale_shifts = residual_block_training(
             x,
             layers,
             shortcut,
@@ -175,7 +175,7 @@ class ResidualBlock(nn.Module):
             plan.sync_group,
             None if identity is None else identity.stride,
         )
-        fusion.track_statistics([bn for _, bn in pairs], terms)
+        fusion.track_statistics([bn for _, bn in pairs], scale_shifts)
         return out
 
 

@@ -38,7 +38,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from . import backends, env
 from .backends import Backend, LayerByLayer, tuning
-from .backends.training import INVSTD, MEAN, SCALE, Activation, RawGradient
+from .backends.training import INVSTD, MEAN, SCALE, Activation, PreBnGradient
 from .parameters import MaxPool
 from .reference import ops as reference
 from .reference.training import ReferenceTraining
@@ -236,15 +236,15 @@ def _training(dtype: torch.dtype, device: str, multiprocessors: int) -> Iterator
         "3x3 strided": ConvCase(images, 40, 18, 18, 72, 3, 2, 1),
     }.items():
         x, (conv, _) = make_integers(case, rng, dtype, device)
-        grad, raw = (_integers_like(case, x, rng) for _ in range(2))
-        below = Activation(x, _terms(case.channels, device))
-        above = Activation(raw, _terms(case.out_channels, device))
-        slopes = _terms(case.out_channels, device)[[SCALE, INVSTD, MEAN, MEAN]]
-        gradient = RawGradient(grad, raw, slopes, False)
+        grad, pre_bn = (_integers_like(case, x, rng) for _ in range(2))
+        below = Activation(x, _scale_shift(case.channels, device))
+        above = Activation(pre_bn, _scale_shift(case.out_channels, device))
+        coefficients = _scale_shift(case.out_channels, device)[[SCALE, INVSTD, MEAN, MEAN]]
+        gradient = PreBnGradient(grad, pre_bn, coefficients, False)
         add = _integers_like(
             case._replace(kernel=1, stride=1, padding=0, out_channels=case.channels), x, rng
         )
-        y = torch.relu(raw)
+        y = torch.relu(pre_bn)
         pooled = ConvCase(images, case.out_channels, *case.output_size, case.out_channels, 3, 2, 1)
         pieces: dict[str, list[Any]] = {
             "conv_stats": [below, conv, True],
@@ -265,11 +265,11 @@ def _integers_like(case: ConvCase, x: Tensor, rng: torch.Generator) -> Tensor:
     return make_residual(case, x, rng).round_()
 
 
-def _terms(channels: int, device: str) -> Tensor:
+def _scale_shift(channels: int, device: str) -> Tensor:
     """Means 1, scales 1 and -1, shifts 1, as `resnet_fused.backends.training` has them."""
-    terms = torch.ones(6, channels, device=device)
-    terms[SCALE, ::3] = -1
-    return terms
+    scale_shift = torch.ones(6, channels, device=device)
+    scale_shift[SCALE, ::3] = -1
+    return scale_shift
 
 
 def cases(family: str, backend: Backend, device: str, multiprocessors: int) -> Iterator[Case]:

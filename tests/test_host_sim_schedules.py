@@ -91,9 +91,9 @@ def conv(simulator: ModuleType, tile: str, capability: int, projection: bool) ->
     bn = make_batch_norm(72, rng)
     if projection:
         shortcut = Convolution(torch.randn(72, 72, 1, 1, generator=rng).half())
-        return backend.conv_bn_projection(x, ConvBn(conv, bn), x, ConvBn(shortcut, bn))
+        return backend.conv_bn_projection(x, layer, x, ConvBn(shortcut, bn))
     residual = torch.randn(1, 72, 9, 32, generator=rng).half()
-    return backend.conv_bn(x, ConvBn(conv, bn), residual, True)
+    return backend.conv_bn(x, layer, residual, True)
 
 
 def stem(simulator: ModuleType) -> Tensor:

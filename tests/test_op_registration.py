@@ -28,23 +28,21 @@ from resnet_fused.testing.cases import (
 
 def _arguments(name: str, dtype: torch.dtype) -> list[Any]:
     rng = generator()
-    x, (conv, bn) = make_convolution(ConvCase(2, 6, 6, 6, 8, 3, 1, 1), rng, dtype)
+    x, layer = make_convolution(ConvCase(2, 6, 6, 6, 8, 3, 1, 1), rng, dtype)
     residual = torch.randn(2, 8, 6, 6, generator=rng).to(dtype)
     if name == "bn_add_relu":
         return [residual, bn, residual.flip(0), True]
     if name == "conv_bn":
-        return [x, conv, bn, residual, True]
+        return [x, layer, residual, True]
     if name == "conv_bn_projection":
-        shortcut, (projection, projection_bn) = make_convolution(
-            ConvCase(2, 5, 12, 12, 8, stride=2), rng, dtype
-        )
-        return [x, conv, bn, shortcut, projection, projection_bn]
+        shortcut, projection = make_convolution(ConvCase(2, 5, 12, 12, 8, stride=2), rng, dtype)
+        return [x, layer, shortcut, projection]
     if name == "bottleneck":
         return make_bottleneck(BlockCase(2, 6, 5, 6, 4, 6), rng, dtype)
     if name == "bottleneck projection":
         return make_bottleneck(BlockCase(2, 5, 5, 6, 4, 8, 2, True), rng, dtype)
     if name == "stem":
-        return [x, conv, bn, MaxPool(3, 2, 1)]
+        return [x, layer, MaxPool(3, 2, 1)]
     return [residual, torch.randn(4, 8, generator=rng).to(dtype), torch.zeros(4, dtype=dtype)]
 
 
@@ -61,13 +59,11 @@ def _of(module: Any, name: str) -> Callable[..., Tensor]:
 
 def test_gradient_of_a_strided_narrower_residual() -> None:
     """Through the op and the slices that make the residual, exactly."""
-    x, conv, bn, _, _ = _arguments("conv_bn", torch.float64)
+    x, layer, _, _ = _arguments("conv_bn", torch.float64)
     block_input = torch.randn(2, 5, 11, 12, generator=generator(1), dtype=torch.float64)
 
     def function(block_input: Tensor) -> Tensor:
-        return ops.conv_bn(
-            x, ConvBn(conv, bn), block_input[:, :, ::2, ::2], True, pad_residual=True
-        )
+        return ops.conv_bn(x, layer, block_input[:, :, ::2, ::2], True, pad_residual=True)
 
     assert torch.autograd.gradcheck(function, (block_input.requires_grad_(),), fast_mode=True)
 
@@ -116,7 +112,7 @@ def _calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     ):
         for name in NAMES:
             _of(ops, name)(*_with_grad(_arguments(name, torch.float32))[0]).sum().backward()
-        (x, conv, bn, shortcut, projection, projection_bn), _ = _with_grad(
+        (x, layer, shortcut, projection), _ = _with_grad(
             _arguments("conv_bn_projection", torch.float32)
         )
         stem = Layer(projection, projection_bn.weight, projection_bn.bias)
@@ -203,9 +199,9 @@ def test_compiles_without_a_graph_break(name: str) -> None:
 
 
 def test_autocast_lowers_activations_and_keeps_statistics() -> None:
-    x, (conv, bn) = make_convolution(ConvCase(1, 8, 5, 5, 8), generator())
+    x, layer = make_convolution(ConvCase(1, 8, 5, 5, 8), generator())
     with torch.autocast("cpu", torch.bfloat16):
-        out = ops.conv_bn(x, ConvBn(conv, bn), relu=True)
+        out = ops.conv_bn(x, layer, relu=True)
     low = conv._replace(weight=conv.weight.bfloat16())
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, ops.conv_bn(x.bfloat16(), low, bn, relu=True))
@@ -360,9 +356,9 @@ def test_an_unavailable_backend_says_why() -> None:
 
 
 def test_a_backend_refuses_what_it_cannot_compute() -> None:
-    x, (conv, bn) = make_convolution(ConvCase(1, 8, 5, 5, 8), generator(), torch.float64)
+    x, layer = make_convolution(ConvCase(1, 8, 5, 5, 8), generator(), torch.float64)
     with use_backend("cpu"), pytest.raises(BackendUnavailableError, match="float64"):
-        ops.conv_bn(x, ConvBn(conv, bn))
+        ops.conv_bn(x, layer)
 
 
 def test_use_backend_restores_the_previous_choice() -> None:

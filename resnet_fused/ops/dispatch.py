@@ -1,4 +1,4 @@
-"""Which backend runs an op: the user's choice, else the best one for the tensor."""
+"""Which backends an op chooses among: the one the user chose, else all that serve the tensor."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class use_backend:  # noqa: N801  (reads as the function it is used as)
     """Run every op on one backend, from now on or within a `with` block.
 
     Args:
-        backend: "reference", "cpu", "triton", "cuda", "tuned", an object that implements
-            `resnet_fused.backends.Backend`, or None for the best available one for each tensor's
-            device, which is the default.
+        backend: "reference", "cpu", "triton", "cuda", an object that implements
+            `resnet_fused.backends.Backend`, or None, the default: for each op and shape the
+            fastest kernel of all backends that serve the tensor.
 
     Like `torch.no_grad`, the choice holds for the thread (and the `contextvars` context) that makes
     it; a backward pass runs on the backend of its forward.
@@ -58,33 +58,33 @@ def available_backends() -> list[str]:
     return [name for name in backends.NAMES if backends.unavailable(name) is None]
 
 
-def choose(x: Tensor) -> Backend:
-    """The backend for an op whose main input is `x`."""
+def serving(x: Tensor) -> tuple[Backend, ...]:
+    """The backends that an op with main input `x` chooses among, PyTorch's ops last: the one that
+    `use_backend` chose alone, else all that serve the tensor."""
     chosen = _chosen.get()
     if chosen is None:
-        return _best(x.device, x.dtype)
+        return _all_serving(x.device, x.dtype)
     if reason := chosen.unsupported(x.device, x.dtype):
         raise BackendUnavailableError(
             f"backend {chosen.name!r} was chosen with use_backend, but {reason}."
         )
-    return chosen
+    return (chosen,)
 
 
-def _best(device: torch.device, dtype: torch.dtype) -> Backend:
-    reasons = []
-    for name in backends.PREFERENCE.get(device.type, ()):
-        if name == "reference":
-            break
+def _all_serving(device: torch.device, dtype: torch.dtype) -> tuple[Backend, ...]:
+    found, reasons = [], []
+    for name in backends.PREFERENCE.get(device.type, ("reference",)):
         reason = backends.unavailable(name)
         if reason is None:
             backend = backends.get(name)
             reason = backend.unsupported(device, dtype)
             if reason is None:
-                return backend
+                found.append(backend)
+                continue
         reasons.append(f"{name}: {reason}")
-    if dtype in backends.ACCELERATED.get(device.type, ()):
+    if len(found) == 1 and dtype in backends.ACCELERATED.get(device.type, ()):
         _say_once(device.type, dtype, "; ".join(reasons))
-    return backends.get("reference")
+    return tuple(found)
 
 
 @functools.cache
