@@ -165,10 +165,10 @@ def computed_by(layer: Layer, names: Sequence[str], kernels: bool) -> Iterator[C
     """What computes the layer: of each backend the candidate that it would choose, under the
     backend's name, and if `kernels` each candidate under its own."""
     for name in names:
-        listed = getattr(backends.get(name), layer.op)(*layer.arguments)
-        if listed:
+        list_candidates = partial(getattr(backends.get(name), layer.op), *layer.arguments)
+        if listed := list_candidates():
             meaning = getattr(reference, layer.op)
-            chosen = choose(layer.op, layer.arguments, lambda c=listed: c, meaning, name, True)
+            chosen = choose(layer.op, layer.arguments, list_candidates, meaning, name, True)
             yield chosen._replace(name=name)
         if kernels:
             yield from listed
