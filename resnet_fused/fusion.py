@@ -21,8 +21,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .ops.modes import is_plain, is_recorded, is_transformed
 from .ops.sync_batch_norm import sync_batch_norm
-from .ops.training_layers import Layer, batch_statistics
-from .parameters import BatchNorm, ConvBn, Convolution, MaxPool
+from .ops.training_layers import batch_statistics
+from .parameters import BatchNorm, ConvBn, Convolution, Layer, MaxPool
 from .training import FrozenBatchNorm2d
 
 _FUSED = (
