@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+from resnet_fused.backends.tuning import Tuner
 from torch import Tensor
 
 from resnet_fused.backends.triton import (
@@ -20,7 +21,6 @@ from resnet_fused.backends.triton import (
     training_wgrad,
 )
 from resnet_fused.backends.triton.backend import TritonBackend
-from resnet_fused.backends.tuning import Tuner
 from resnet_fused.testing import ahead_of_time, machine_code
 from resnet_fused.testing.ahead_of_time import Launch
 
