@@ -19,7 +19,7 @@ from .ops.bottleneck import bottleneck
 from .ops.conv_bn import conv_bn
 from .ops.conv_bn_projection import conv_bn_projection
 from .ops.training_layers import trains_fused
-from .parameters import BatchNorm, Convolution
+from .parameters import ConvBn
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -122,23 +122,23 @@ class ResidualBlock(nn.Module):
         fused = [layer for layer in layers if layer is not None]
         return self._infer(x, fused) if len(fused) == len(layers) else None
 
-    def _infer(self, x: Tensor, layers: list[tuple[Convolution, BatchNorm]]) -> Tensor:
+    def _infer(self, x: Tensor, layers: list[ConvBn]) -> Tensor:
         """Each layer as one op, the last one with the shortcut."""
-        *inner, (conv, bn) = layers
+        *inner, last = layers
         out = x
-        for inner_conv, inner_bn in inner:
-            out = conv_bn(out, inner_conv, inner_bn, relu=True)
+        for layer in inner:
+            out = conv_bn(out, layer, relu=True)
         if not self.has_shortcut:
-            return conv_bn(out, conv, bn, relu=True)
+            return conv_bn(out, last, relu=True)
         if self.downsample is None:
-            return conv_bn(out, conv, bn, residual=x, relu=True)
+            return conv_bn(out, last, residual=x, relu=True)
         if (identity := self._padded_identity()) is not None:
             sampled = identity.sampled(x)
-            return conv_bn(out, conv, bn, residual=sampled, relu=True, pad_residual=True)
+            return conv_bn(out, last, residual=sampled, relu=True, pad_residual=True)
         projection = fusion.projection(self.downsample)
         if projection is None:
-            return conv_bn(out, conv, bn, residual=self.downsample(x), relu=True)
-        return conv_bn_projection(out, conv, bn, x, *projection)
+            return conv_bn(out, last, residual=self.downsample(x), relu=True)
+        return conv_bn_projection(out, last, x, projection)
 
     def _padded_identity(self) -> PaddedIdentity | None:
         module = self.downsample
@@ -287,10 +287,10 @@ class Bottleneck(ResidualBlock):
         out += identity
         return self.relu(out)
 
-    def _infer(self, x: Tensor, layers: list[tuple[Convolution, BatchNorm]]) -> Tensor:
+    def _infer(self, x: Tensor, layers: list[ConvBn]) -> Tensor:
         """The whole block as one op, unless its shortcut is neither x nor a projection."""
-        projection = () if self.downsample is None else fusion.projection(self.downsample)
-        if projection is None:
+        projection = None if self.downsample is None else fusion.projection(self.downsample)
+        if self.downsample is not None and projection is None:
             return super()._infer(x, layers)
         first, second, third = layers
-        return bottleneck(x, *first, *second, *third, *projection)
+        return bottleneck(x, (first, second, third), projection)

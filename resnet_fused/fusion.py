@@ -22,7 +22,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from .ops.modes import is_plain, is_recorded, is_transformed
 from .ops.sync_batch_norm import sync_batch_norm
 from .ops.training_layers import Layer, batch_statistics
-from .parameters import BatchNorm, Convolution, MaxPool
+from .parameters import BatchNorm, ConvBn, Convolution, MaxPool
 from .training import FrozenBatchNorm2d
 
 _FUSED = (
@@ -165,13 +165,13 @@ def batch_norm(module: nn.Module) -> BatchNorm | None:
     return BatchNorm(mean, var, weight, bias, cast("float", module.eps))
 
 
-def conv_bn(conv: nn.Module, bn: nn.Module) -> tuple[Convolution, BatchNorm] | None:
-    """Argument groups of a convolution and its normalisation, or None if they cannot fuse."""
+def conv_bn(conv: nn.Module, bn: nn.Module) -> ConvBn | None:
+    """The argument group of a convolution and its normalisation, or None if they cannot fuse."""
     convolution_ = convolution(conv)
     batch_norm_ = batch_norm(bn)
     if convolution_ is None or batch_norm_ is None:
         return None
-    return convolution_, batch_norm_
+    return ConvBn(convolution_, batch_norm_)
 
 
 def projection_modules(module: nn.Module) -> tuple[nn.Module, nn.Module] | None:
@@ -181,8 +181,8 @@ def projection_modules(module: nn.Module) -> tuple[nn.Module, nn.Module] | None:
     return module[0], module[1]
 
 
-def projection(module: nn.Module) -> tuple[Convolution, BatchNorm] | None:
-    """Argument groups of a Sequential(convolution, normalisation) shortcut, else None."""
+def projection(module: nn.Module) -> ConvBn | None:
+    """The argument group of a Sequential(convolution, normalisation) shortcut, else None."""
     modules = projection_modules(module)
     return None if modules is None else conv_bn(*modules)
 

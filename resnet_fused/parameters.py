@@ -1,6 +1,6 @@
 """The arguments that every op shares, grouped as a layer groups them.
 
-The fields stand in the order of the op schemas, so `*conv, *bn` is a valid argument list.
+The fields stand in the order of the op schemas.
 """
 
 from __future__ import annotations
@@ -48,6 +48,13 @@ class BatchNorm(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
     eps: float = 1e-5
+
+
+class ConvBn(NamedTuple):
+    """A convolution and the normalisation of its result."""
+
+    conv: Convolution
+    bn: BatchNorm
 
 
 class MaxPool(NamedTuple):

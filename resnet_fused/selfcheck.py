@@ -160,7 +160,7 @@ def _convolutions(dtype: torch.dtype, device: str, multiprocessors: int) -> Iter
     channels, three or two tiles from each 128 positions, the last one all tail."""
     rng = generator()
 
-    def integers(name: str, case: ConvCase) -> tuple[ConvCase, Any, Any, Any]:
+    def integers(name: str, case: ConvCase) -> tuple[ConvCase, Any, Any]:
         """`case` with as many images as it takes."""
         height, width = case.output_size
         case = case._replace(batch=-(-2 * 128 * multiprocessors // (height * width)))
@@ -177,10 +177,10 @@ def _convolutions(dtype: torch.dtype, device: str, multiprocessors: int) -> Iter
         _CONVOLUTION,
         [*main, make_identity(case, 104, 2, main[0], rng), True],
     )
-    shortcut, projection, projection_bn = make_integers(
+    shortcut, projection = make_integers(
         ConvCase(case.batch, 200, 46, 38, 136, stride=2), rng, dtype, device
     )
-    yield Case("projection", "conv_bn_projection", [*main, shortcut, projection, projection_bn])
+    yield Case("projection", "conv_bn_projection", [*main, shortcut, projection])
     for name, window in {
         "pointwise strided": ConvCase(1, 64, 45, 37, 136, stride=2),
         "3x3": ConvCase(1, 72, 23, 19, 136, 3, 1, 1),
@@ -199,7 +199,7 @@ def _others(family: str, dtype: torch.dtype, device: str, multiprocessors: int) 
     if family == "bn_add_relu":
         for channels in (64, 19):
             case = ConvCase(images, 8, 11, 7, channels)
-            x, _, bn = make_integers(case._replace(channels=channels), rng, dtype, device)
+            x, (_, bn) = make_integers(case._replace(channels=channels), rng, dtype, device)
             for name, residual in (("", None), (" residual", make_residual(case, x, rng).round_())):
                 yield Case(f"{channels} channels{name}", family, [x, bn, residual, True])
     elif family == "bottleneck":  # blocks make 14 × 14 or, with stride 2, 7 × 7 positions
@@ -220,7 +220,7 @@ def _others(family: str, dtype: torch.dtype, device: str, multiprocessors: int) 
     elif family == "head":  # means of 64 and of 16 values
         for batch, channels, classes, side in ((3, 512, 1000, 8), (17, 264, 11, 4)):
             shape = ConvCase(batch, channels, side, side, classes)
-            x, conv, _ = make_integers(shape, rng, dtype, device)
+            x, (conv, _) = make_integers(shape, rng, dtype, device)
             weight = conv.weight[:, :, 0, 0].contiguous()
             bias = torch.ones(classes, device=device, dtype=dtype)
             yield Case(f"{batch} images, {classes} classes", family, [x, weight, bias])
@@ -236,7 +236,7 @@ def _training(dtype: torch.dtype, device: str, multiprocessors: int) -> Iterator
         "3x3": ConvCase(images, 40, 9, 9, 136, 3, 1, 1),
         "3x3 strided": ConvCase(images, 40, 18, 18, 72, 3, 2, 1),
     }.items():
-        x, conv, _ = make_integers(case, rng, dtype, device)
+        x, (conv, _) = make_integers(case, rng, dtype, device)
         grad, raw = (_integers_like(case, x, rng) for _ in range(2))
         below = Activation(x, _terms(case.channels, device))
         above = Activation(raw, _terms(case.out_channels, device))

@@ -90,8 +90,8 @@ def run_conv_bn(
         return out if pool is None else pool(out)
     window = None if pool is None else fusion.max_pool(pool)
     if window is not None:
-        return stem(x, *layer, window)
-    out = conv_bn(x, *layer, relu=relu is not None)
+        return stem(x, layer, window)
+    out = conv_bn(x, layer, relu=relu is not None)
     return out if pool is None else pool(out)
 
 
@@ -102,7 +102,7 @@ def run_block_end(
     layer = fusion.conv_bn(conv, bn) if _may_fuse(x) else None
     if layer is None or not fusion.is_relu(relu):
         return relu(bn(conv(x)) + shortcut)
-    return conv_bn(x, *layer, residual=shortcut, relu=True)
+    return conv_bn(x, layer, residual=shortcut, relu=True)
 
 
 def run_projected_block_end(
@@ -118,7 +118,7 @@ def run_projected_block_end(
     main, side = fusion.conv_bn(conv, bn), fusion.conv_bn(projection, projection_bn)
     if not _may_fuse(x) or main is None or side is None or not fusion.is_relu(relu):
         return relu(bn(conv(x)) + projection_bn(projection(shortcut)))
-    return conv_bn_projection(x, *main, shortcut, *side)
+    return conv_bn_projection(x, main, shortcut, side)
 
 
 def run_head(x: Tensor, pool: nn.Module, linear: nn.Module) -> Tensor:

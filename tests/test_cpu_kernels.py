@@ -396,7 +396,7 @@ DIRECT = {
 def test_direct_convolution_is_exact_on_integers(name, add, kernel):
     dtype, isa = kernel
     rng = generator()
-    x, conv, bn = make_integers(DIRECT[name], rng, dtype)
+    x, (conv, bn) = make_integers(DIRECT[name], rng, dtype)
     residual = make_residual(DIRECT[name], x, rng).round_() if add else None
     truth = reference.conv_bn(
         x.double(),
@@ -423,7 +423,7 @@ IDENTITIES = [
 def test_direct_convolution_reads_a_narrower_strided_residual(name, channels, stride, kernel):
     dtype, isa = kernel
     rng = generator()
-    x, conv, bn = make_integers(DIRECT[name], rng, dtype)
+    x, (conv, bn) = make_integers(DIRECT[name], rng, dtype)
     identity = make_identity(DIRECT[name], channels, stride, x, rng)
     truth = reference.conv_bn(x.double(), cast(conv, torch.float64), bn, identity.double(), True)
     assert torch.equal(direct(x, conv, bn, identity, isa), truth.to(dtype))
@@ -435,7 +435,7 @@ def test_direct_convolution_is_as_accurate_as_eager(name, layout, kernel):
     """As eager in either memory format, which sums in other orders."""
     dtype, isa = kernel
     rng = generator()
-    x, conv, bn = make_convolution(DIRECT[name], rng, dtype)
+    x, (conv, bn) = make_convolution(DIRECT[name], rng, dtype)
     arguments = [x.relu(), conv, bn, make_residual(DIRECT[name], x, rng), True]
     check_op(
         lambda x, conv, bn, residual, relu: direct(x, conv, bn, residual, isa),
@@ -448,7 +448,7 @@ def test_direct_convolution_gives_the_same_bits_with_any_number_of_threads(threa
     dtype, isa = kernel
     results = []
     for case in (DIRECT["many rows"], DIRECT["many strips"], DIRECT["long sums"]):
-        x, conv, bn = make_convolution(case, generator(), dtype)
+        x, (conv, bn) = make_convolution(case, generator(), dtype)
         for count in (1, 2, 5):
             torch.set_num_threads(count)
             results.append(direct(x, conv, bn, None, isa))
@@ -457,7 +457,7 @@ def test_direct_convolution_gives_the_same_bits_with_any_number_of_threads(threa
 
 def test_direct_convolution_passes_nan_on_only_where_it_is_read(kernel):
     dtype, isa = kernel
-    x, conv, bn = make_convolution(ConvCase(1, 33, 9, 9, 40, 3, 1, 1), generator(), dtype)
+    x, (conv, bn) = make_convolution(ConvCase(1, 33, 9, 9, 40, 3, 1, 1), generator(), dtype)
     x[0, 32, 4, 4] = float("nan")
     expected = reference.conv_bn(x.float(), cast(conv, torch.float32), bn, None, True).isnan()
     assert expected.any()
@@ -466,7 +466,7 @@ def test_direct_convolution_passes_nan_on_only_where_it_is_read(kernel):
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_batch_norm_is_read_in_any_type_and_stride(stored):
-    x, conv, bn = make_convolution(CONV_CASES["3x3"], generator(), torch.float32)
+    x, (conv, bn) = make_convolution(CONV_CASES["3x3"], generator(), torch.float32)
     rounded = BatchNorm(*(v.to(stored) for v in bn[:4]), bn.eps)
     wide = BatchNorm(*torch.stack(rounded[:4], 1).unbind(1), bn.eps)
     assert wide.mean.stride() == (4,)
@@ -577,7 +577,7 @@ def test_batch_norm_pass_rounds_once(shape, dtype, in_place):
 @pytest.mark.parametrize(("channels", "stride"), [(19, 2), (7, 1), (16, 3)])
 def test_batch_norm_pass_reads_a_narrower_strided_residual(channels, stride):
     case = ConvCase(2, 19, 5, 3, 19)
-    x, _, bn = make_integers(case, generator())
+    x, (_, bn) = make_integers(case, generator())
     identity = make_identity(case, channels, stride, x, generator(1))
     expected = reference.bn_add_relu(x, bn, None, False)
     expected[:, :channels] += identity

@@ -26,7 +26,7 @@ from resnet_fused.backends.cuda import CudaBackend
 from resnet_fused.backends.cuda_sim import SimulatedBackend
 from resnet_fused.backends.residual import residual_argument
 from resnet_fused.backends.tuning import Tuner
-from resnet_fused.parameters import BatchNorm, Convolution, MaxPool
+from resnet_fused.parameters import BatchNorm, ConvBn, Convolution, MaxPool
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import (
     CONV_CASES,
@@ -186,10 +186,10 @@ def truth(*arguments: Any) -> Tensor:
 def test_tiles_are_exact_on_integers_and_free_of_bank_conflicts(simulator, tiled, half, name):
     case = TILE_CASES[name]
     rng = generator()
-    x, conv, bn = make_integers(case, rng, half)
+    x, (conv, bn) = make_integers(case, rng, half)
     residual = make_residual(case, x, rng).round_()
     expected = truth(x, conv, bn, residual, True)
-    assert torch.equal(tiled.conv_bn(x, conv, bn, residual, True).double(), expected)
+    assert torch.equal(tiled.conv_bn(x, ConvBn(conv, bn), residual, True).double(), expected)
     counts = simulator.take_statistics()
     assert counts["matrix_loads"] > 0
     assert counts["bank_conflicts"] == 0
@@ -209,17 +209,17 @@ IDENTITIES = [
 @pytest.mark.parametrize(("name", "channels", "stride"), IDENTITIES)
 def test_tiles_read_a_narrower_strided_residual(tiled, half, name, channels, stride):
     rng = generator()
-    x, conv, bn = make_integers(TILE_CASES[name], rng, half)
+    x, (conv, bn) = make_integers(TILE_CASES[name], rng, half)
     identity = make_identity(TILE_CASES[name], channels, stride, x, rng)
     expected = truth(x, conv, bn, identity, True)
-    assert torch.equal(tiled.conv_bn(x, conv, bn, identity, True).double(), expected)
+    assert torch.equal(tiled.conv_bn(x, ConvBn(conv, bn), identity, True).double(), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("channels", [19, 16, 3])
 def test_batch_norm_pass_reads_a_narrower_strided_residual(simulator, dtype, channels):
     case = ConvCase(2, 24, 5, 3, 24)
-    x, _, bn = make_integers(case, generator(), dtype)
+    x, (_, bn) = make_integers(case, generator(), dtype)
     identity = make_identity(case, channels, 2, x, generator(1))
     expected = reference.bn_add_relu(x, bn, None, False)
     expected[:, :channels] += identity
@@ -230,7 +230,7 @@ def test_batch_norm_pass_reads_a_narrower_strided_residual(simulator, dtype, cha
 
 @pytest.mark.parametrize("name", TILE_CASES)
 def test_tiles_keep_the_contract(tiled, half, name):
-    x, conv, bn = make_convolution(TILE_CASES[name], generator(), half)
+    x, (conv, bn) = make_convolution(TILE_CASES[name], generator(), half)
     check_op(tiled.conv_bn, reference.conv_bn, [x, conv, bn, None, False])
 
 
@@ -254,11 +254,11 @@ def sm90(request: pytest.FixtureRequest, simulator: ModuleType) -> SimulatedBack
 def test_sm90_tiles_are_exact_on_integers(simulator, sm90, half, name):
     case = SM90_CASES[name]
     rng = generator()
-    x, conv, bn = make_integers(case, rng, half)
+    x, (conv, bn) = make_integers(case, rng, half)
     residual = make_residual(case, x, rng).round_()
     for added in (residual, None):
         expected = truth(x, conv, bn, added, True)
-        assert torch.equal(sm90.conv_bn(x, conv, bn, added, True).double(), expected)
+        assert torch.equal(sm90.conv_bn(x, ConvBn(conv, bn), added, True).double(), expected)
     counts = simulator.take_statistics()
     assert counts["products"] > 0
     assert counts["matrix_loads"] == 0
@@ -270,10 +270,10 @@ def test_sm90_tiles_are_exact_on_integers(simulator, sm90, half, name):
 )
 def test_sm90_tiles_read_a_narrower_strided_residual(sm90, half, name, channels, stride):
     rng = generator()
-    x, conv, bn = make_integers(SM90_CASES[name], rng, half)
+    x, (conv, bn) = make_integers(SM90_CASES[name], rng, half)
     identity = make_identity(SM90_CASES[name], channels, stride, x, rng)
     expected = truth(x, conv, bn, identity, True)
-    assert torch.equal(sm90.conv_bn(x, conv, bn, identity, True).double(), expected)
+    assert torch.equal(sm90.conv_bn(x, ConvBn(conv, bn), identity, True).double(), expected)
 
 
 @pytest.mark.parametrize("channels", [24, 20])
@@ -283,18 +283,18 @@ def test_a_residual_that_no_tensor_map_can_express_is_read_by_the_other_kernel(
     """Of images of an odd number of lines every second is read: no whole number apart."""
     case = ConvCase(2, 32, 5, 4, 40, 3, 1, 1)
     rng = generator()
-    x, conv, bn = make_integers(case, rng, half)
+    x, (conv, bn) = make_integers(case, rng, half)
     block_input = torch.randint(-9, 10, (2, channels, 9, 8), generator=rng).to(half)
     identity = block_input.contiguous(memory_format=torch.channels_last)[:, :, ::2, ::2]
     backend = SimulatedBackend(simulator, capability=90)
     expected = truth(x, conv, bn, identity, True)
-    assert torch.equal(backend.conv_bn(x, conv, bn, identity, True).double(), expected)
+    assert torch.equal(backend.conv_bn(x, ConvBn(conv, bn), identity, True).double(), expected)
     assert simulator.take_statistics()["bulk_copies"] == 0
 
 
 @pytest.mark.parametrize("name", SM90_CASES)
 def test_sm90_tiles_keep_the_contract(sm90, half, name):
-    x, conv, bn = make_convolution(SM90_CASES[name], generator(), half)
+    x, (conv, bn) = make_convolution(SM90_CASES[name], generator(), half)
     check_op(sm90.conv_bn, reference.conv_bn, [x, conv, bn, None, False])
 
 
@@ -306,13 +306,13 @@ def test_sm90_tells_height_from_width(sm90, half):
     conv = Convolution(weight, (1, 2), (2, 1), (3, 1))
     bn = BatchNorm(torch.zeros(24), torch.ones(24), None, None, 0.0)
     expected = truth(x, conv, bn, None, False)
-    assert torch.equal(sm90.conv_bn(x, conv, bn, None, False).double(), expected)
+    assert torch.equal(sm90.conv_bn(x, ConvBn(conv, bn), None, False).double(), expected)
 
 
 def test_sm90_projection_is_exact_on_integers(sm90, half):
     rng = generator()
-    x, conv, bn = make_integers(ConvCase(2, 40, 22, 23, 136), rng, half)
-    shortcut, projection, projection_bn = make_integers(
+    x, (conv, bn) = make_integers(ConvCase(2, 40, 22, 23, 136), rng, half)
+    shortcut, (projection, projection_bn) = make_integers(
         ConvCase(2, 72, 44, 45, 136, stride=2), rng, half
     )
     arguments = [x, conv, bn, shortcut, projection, projection_bn]
@@ -322,8 +322,8 @@ def test_sm90_projection_is_exact_on_integers(sm90, half):
 
 def test_sm90_projection_keeps_the_contract(sm90, half):
     rng = generator()
-    x, conv, bn = make_convolution(ConvCase(1, 40, 12, 13, 136), rng, half)
-    shortcut, projection, projection_bn = make_convolution(
+    x, (conv, bn) = make_convolution(ConvCase(1, 40, 12, 13, 136), rng, half)
+    shortcut, (projection, projection_bn) = make_convolution(
         ConvCase(1, 72, 24, 25, 136, stride=2), rng, half
     )
     arguments = [x, conv, bn, shortcut, projection, projection_bn]
@@ -343,24 +343,24 @@ NOT_FOR_SM90 = {
 
 @pytest.mark.parametrize("name", NOT_FOR_SM90)
 def test_sm90_leaves_the_rest_to_sm80(simulator, sm90, name):
-    x, conv, bn = make_integers(NOT_FOR_SM90[name], generator(), torch.float16)
+    x, (conv, bn) = make_integers(NOT_FOR_SM90[name], generator(), torch.float16)
     with pytest.raises(ValueError, match="tile"):
-        sm90.conv_bn(x, conv, bn, None, True)
+        sm90.conv_bn(x, ConvBn(conv, bn), None, True)
     expected = truth(x, conv, bn, None, True)
     simulator.take_statistics()
-    out = SimulatedBackend(simulator, capability=90).conv_bn(x, conv, bn, None, True)
+    out = SimulatedBackend(simulator, capability=90).conv_bn(x, ConvBn(conv, bn), None, True)
     assert torch.equal(out.double(), expected)
     assert simulator.take_statistics()["bulk_copies"] == 0
 
 
 def test_capability_chooses_the_kernel(simulator, half):
-    x, conv, bn = make_convolution(ConvCase(1, 16, 8, 8, 16, 3, 1, 1), generator(), half)
+    x, (conv, bn) = make_convolution(ConvCase(1, 16, 8, 8, 16, 3, 1, 1), generator(), half)
     for capability in (80, 90):
-        SimulatedBackend(simulator, capability=capability).conv_bn(x, conv, bn, None, True)
+        SimulatedBackend(simulator, capability=capability).conv_bn(x, ConvBn(conv, bn), None, True)
         assert (simulator.take_statistics()["bulk_copies"] > 0) == (capability == 90)
     tile = simulator.ConvTile.m128n64_sm90
     with pytest.raises(RuntimeError, match="invalid argument"):
-        SimulatedBackend(simulator, tile, capability=80).conv_bn(x, conv, bn, None, True)
+        SimulatedBackend(simulator, tile, capability=80).conv_bn(x, ConvBn(conv, bn), None, True)
 
 
 class EveryCandidate(Tuner):
@@ -431,8 +431,8 @@ def test_all_candidates_of_a_projection_agree(every, half):
 
 
 def test_all_candidates_of_a_stem_agree(every, half):
-    x, conv, bn = make_integers(ConvCase(1, 3, 30, 29, 64, 7, 2, 3), generator(), half)
-    every.stem(x, conv, bn, MaxPool())
+    x, (conv, bn) = make_integers(ConvCase(1, 3, 30, 29, 64, 7, 2, 3), generator(), half)
+    every.stem(x, ConvBn(conv, bn), MaxPool())
     wide = [cast(argument, torch.float64) for argument in (x, conv, bn)]
     expected = reference.stem(*wide, MaxPool())
     assert names(every, "stem") == ["fused", "separate"]
@@ -466,8 +466,8 @@ def test_what_is_left_to_cudnn_by_rule_may_be_ours_by_measurement(simulator, hal
 def test_projection_tiles_keep_the_contract(simulator, half, tile):
     backend = SimulatedBackend(simulator, getattr(simulator.ConvTile, tile))
     rng = generator()
-    x, conv, bn = make_convolution(ConvCase(1, 40, 12, 13, 136), rng, half)
-    shortcut, projection, projection_bn = make_convolution(
+    x, (conv, bn) = make_convolution(ConvCase(1, 40, 12, 13, 136), rng, half)
+    shortcut, (projection, projection_bn) = make_convolution(
         ConvCase(1, 72, 24, 25, 136, stride=2), rng, half
     )
     arguments = [x, conv, bn, shortcut, projection, projection_bn]
@@ -477,8 +477,8 @@ def test_projection_tiles_keep_the_contract(simulator, half, tile):
 def test_projection_runs_in_one_kernel(simulator, half):
     """Two K loops of one step each, and no rounding of the shortcut between them."""
     backend = backends.get("cuda_sim")
-    x, conv, bn = make_convolution(ConvCase(1, 64, 4, 4, 64), generator(), half)
-    backend.conv_bn_projection(x, conv, bn, x, conv, bn)
+    x, (conv, bn) = make_convolution(ConvCase(1, 64, 4, 4, 64), generator(), half)
+    backend.conv_bn_projection(x, ConvBn(conv, bn), x, ConvBn(conv, bn))
     counts = simulator.take_statistics()
     assert counts["waits"] == 2
     assert counts["barriers"] == 2 * 2 + 1
@@ -555,9 +555,9 @@ STEMS = {
 
 @pytest.mark.parametrize("name", STEMS)
 def test_stem_is_exact_on_integers_and_free_of_bank_conflicts(simulator, half, name):
-    x, conv, bn = make_integers(STEMS[name], generator(), half)
+    x, (conv, bn) = make_integers(STEMS[name], generator(), half)
     expected = reference.stem(*(cast(a, torch.float64) for a in (x, conv, bn)), MaxPool())
-    out = backends.get("cuda_sim").stem(x, conv, bn, MaxPool())
+    out = backends.get("cuda_sim").stem(x, ConvBn(conv, bn), MaxPool())
     assert torch.equal(out.double(), expected)
     counts = simulator.take_statistics()
     assert counts["matrix_loads"] > 0
@@ -566,14 +566,14 @@ def test_stem_is_exact_on_integers_and_free_of_bank_conflicts(simulator, half, n
 
 @pytest.mark.parametrize("name", STEMS)
 def test_stem_keeps_the_contract(simulator, half, name):
-    x, conv, bn = make_convolution(STEMS[name], generator(), half)
+    x, (conv, bn) = make_convolution(STEMS[name], generator(), half)
     check_op(backends.get("cuda_sim").stem, reference.stem, [x, conv, bn, MaxPool()])
 
 
 def test_stem_keeps_the_convolution_on_the_chip(simulator, half):
     """One launch of one block: pixels, products, maximum, and three barriers."""
-    x, conv, bn = make_convolution(STEMS["one tile"], generator(), half)
-    backends.get("cuda_sim").stem(x, conv, bn, MaxPool())
+    x, (conv, bn) = make_convolution(STEMS["one tile"], generator(), half)
+    backends.get("cuda_sim").stem(x, ConvBn(conv, bn), MaxPool())
     counts = simulator.take_statistics()
     assert counts["barriers"] == 3
     assert counts["products"] == 8 * 7 * 2 * 2 * 8
@@ -582,10 +582,10 @@ def test_stem_keeps_the_convolution_on_the_chip(simulator, half):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_stem_spreads_what_is_not_finite_no_further_than_pytorch(simulator, half, value):
     """The eighth pixel that the products read beside each window must not count."""
-    x, conv, bn = make_integers(STEMS["tails"], generator(), half)
+    x, (conv, bn) = make_integers(STEMS["tails"], generator(), half)
     x[0, 1, 20, 17] = value
     expected = reference.stem(*(cast(a, torch.float64) for a in (x, conv, bn)), MaxPool())
-    out = backends.get("cuda_sim").stem(x, conv, bn, MaxPool()).double()
+    out = backends.get("cuda_sim").stem(x, ConvBn(conv, bn), MaxPool()).double()
     assert expected.isnan().any() or expected.isinf().any()
     assert torch.equal(out.isnan(), expected.isnan())
     assert torch.equal(out.nan_to_num(), expected.to(half).double().nan_to_num())
@@ -617,11 +617,11 @@ def test_simulator_and_extension_load_into_one_process(simulator, extension):
 
 
 def test_larger_tiles_refuse_what_they_do_not_compute(simulator):
-    x, conv, bn = make_convolution(CONV_CASES["channel tails"], generator(), torch.float16)
+    x, (conv, bn) = make_convolution(CONV_CASES["channel tails"], generator(), torch.float16)
     for name in TILES[1:]:
         backend = SimulatedBackend(simulator, getattr(simulator.ConvTile, name))
         with pytest.raises(ValueError, match="tile"):
-            backend.conv_bn(x, conv, bn, None, False)
+            backend.conv_bn(x, ConvBn(conv, bn), None, False)
 
 
 def address(tensor: Tensor) -> int:
@@ -675,7 +675,7 @@ def test_out_may_be_the_residual(simulator, half, channels, capability):
     simulator.set_capability(capability)
     case = ConvCase(2, 24, 9, 9, channels, 3, 1, 1)
     rng = generator()
-    x, conv, bn = make_integers(case, rng, half)
+    x, (conv, bn) = make_integers(case, rng, half)
     both = make_residual(case, x, rng).round_()
     expected = truth(x, conv, bn, both, True)
     tensors = [x, conv.weight, *bn[:4]]
@@ -694,7 +694,7 @@ def test_pointers_off_sixteen_bytes(simulator, half, shifted):
 
     case = TILE_CASES["3x3"]
     rng = generator()
-    x, conv, bn = make_integers(case, rng, half)
+    x, (conv, bn) = make_integers(case, rng, half)
     residual = make_residual(case, x, rng).round_()
     expected = truth(x, conv, bn, residual, True)
     if shifted == "x":
@@ -703,7 +703,7 @@ def test_pointers_off_sixteen_bytes(simulator, half, shifted):
         conv = conv._replace(weight=moved(conv.weight))
     else:
         residual = moved(residual)
-    out = backends.get("cuda_sim").conv_bn(x, conv, bn, residual, True)
+    out = backends.get("cuda_sim").conv_bn(x, ConvBn(conv, bn), residual, True)
     assert torch.equal(out.double(), expected)
 
 
@@ -721,7 +721,7 @@ def test_more_than_two_to_the_31_elements(simulator):
         (stride, stride),
     )
     bn = BatchNorm(torch.zeros(8), torch.ones(8), None, None, 0.0)
-    out = backends.get("cuda_sim").conv_bn(x, conv, bn, None, False)
+    out = backends.get("cuda_sim").conv_bn(x, ConvBn(conv, bn), None, False)
     expected = truth(corners, conv._replace(stride=(1, 1)), bn, None, False)
     assert torch.equal(out.double(), expected)
 
@@ -735,7 +735,7 @@ def test_halo_off_by_one_is_caught(simulator, half, channels, capability):
     """The kernel is told of a row more than the image has: it must not read it unnoticed."""
     simulator.set_capability(capability)
     case = ConvCase(1, channels, 8, 8, 16, 3, 1, 1)
-    x, conv, bn = make_convolution(case, generator(), half)
+    x, (conv, bn) = make_convolution(case, generator(), half)
     out = torch.empty(1, 16, 9, 8, dtype=half)
     tensors = [x, conv.weight, *bn[:4]]
     simulator.set_buffers(
@@ -762,13 +762,13 @@ def test_halo_off_by_one_is_caught(simulator, half, channels, capability):
 )
 def test_binding_refuses(simulator, changes, message):
     case = ConvCase(1, 16, 8, 8, 16, 3, 1, 1)
-    x, conv, bn = make_convolution(case, generator(), torch.float16)
+    x, (conv, bn) = make_convolution(case, generator(), torch.float16)
     with pytest.raises(ValueError, match=message):
         call(simulator, x, conv, bn, **changes)
 
 
 def test_projection_excludes_residual_and_groups(simulator):
-    x, conv, bn = make_convolution(ConvCase(1, 16, 8, 8, 16), generator(), torch.float16)
+    x, (conv, bn) = make_convolution(ConvCase(1, 16, 8, 8, 16), generator(), torch.float16)
     vector = (16, simulator.DType.float32)
     projection = simulator.ConvolutionBn(
         16, 16, (8, 8), 16, (1, 1), (1, 1), (0, 0), (1, 1), vector, vector, None, None, 1e-5

@@ -886,7 +886,7 @@ def test_direct_ops_inside_transforms_and_modes() -> None:
     def fused(x: Tensor) -> Tensor:
         layer = resnet_fused.ops.Convolution(conv.weight, (2, 2), (3, 3))
         norm = resnet_fused.ops.BatchNorm(bn.running_mean, bn.running_var, bn.weight, bn.bias)
-        return resnet_fused.ops.conv_bn(x, layer, norm, relu=True)
+        return resnet_fused.ops.conv_bn(x, ConvBn(layer, norm), relu=True)
 
     def plain(x: Tensor) -> Tensor:
         return F.relu(theirs.bn1(theirs.conv1(x)))

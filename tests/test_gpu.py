@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import resnet_fused
 from resnet_fused import ops, use_backend
-from resnet_fused.parameters import BatchNorm, Convolution
+from resnet_fused.parameters import BatchNorm, ConvBn, Convolution
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import generator, make_batch_norm, randomise_statistics
 from resnet_fused.testing.numerics import assert_contract, cast
@@ -100,12 +100,12 @@ def test_more_than_two_to_the_31_elements(kernel: int) -> None:
     assert x.numel() > 2**31
     x.normal_(generator=torch.Generator("cuda").manual_seed(0))
     with torch.inference_mode():
-        result = ops.conv_bn(x, conv, bn, residual=x, relu=True)[-2:].clone()
+        result = ops.conv_bn(x, ConvBn(conv, bn), residual=x, relu=True)[-2:].clone()
         last = x[-2:].clone()
         del x
 
         def plain(x: Tensor, conv: Convolution, bn: BatchNorm) -> Tensor:
-            return reference.conv_bn(x, conv, bn, x, True)
+            return reference.conv_bn(x, ConvBn(conv, bn), x, True)
 
         eager, truth = plain(last, conv, bn), plain(*cast([last, conv, bn], torch.float64))
     assert_contract(result, eager, truth)

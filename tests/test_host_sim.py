@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends.cuda_sim import SimulatedBackend
-from resnet_fused.parameters import Convolution, MaxPool
+from resnet_fused.parameters import ConvBn, Convolution, MaxPool
 from resnet_fused.testing.cases import BlockCase, generator, make_batch_norm, make_bottleneck
 
 pytestmark = pytest.mark.simulator
@@ -698,8 +698,8 @@ def one_block(
     conv = Convolution(torch.randn(24, channels, 1, width, generator=rng).to(dtype))
     bn = make_batch_norm(24, rng)
     if request.param == "projection":
-        return lambda: backend.conv_bn_projection(x, conv, bn, x, conv, bn)
-    return lambda: backend.conv_bn(x, conv, bn, None, False)
+        return lambda: backend.conv_bn_projection(x, ConvBn(conv, bn), x, ConvBn(conv, bn))
+    return lambda: backend.conv_bn(x, ConvBn(conv, bn), None, False)
 
 
 def test_every_barrier_of_a_convolution_is_needed(simulator, one_block):
@@ -733,7 +733,7 @@ def test_every_barrier_of_the_stem_is_needed(simulator):
     for skipped in range(3):
         simulator.plant({"skipped_barrier": skipped})
         with pytest.raises(simulator.Fault, match="races"):
-            SimulatedBackend(simulator).stem(x, conv, bn, MaxPool())
+            SimulatedBackend(simulator).stem(x, ConvBn(conv, bn), MaxPool())
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -778,9 +778,9 @@ def sm90_blocks(request: pytest.FixtureRequest, simulator: ModuleType) -> dict[s
     bn = make_batch_norm(128, rng)
     residual = torch.randn(1, 128, 9, 128, generator=rng).half()
     return {
-        "plain": lambda: backend.conv_bn(x, conv, bn, None, False),
-        "residual": lambda: backend.conv_bn(x, conv, bn, residual, False),
-        "projection": lambda: backend.conv_bn_projection(x, conv, bn, x, conv, bn),
+        "plain": lambda: backend.conv_bn(x, ConvBn(conv, bn), None, False),
+        "residual": lambda: backend.conv_bn(x, ConvBn(conv, bn), residual, False),
+        "projection": lambda: backend.conv_bn_projection(x, ConvBn(conv, bn), x, ConvBn(conv, bn)),
     }
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends.cuda_sim import SimulatedBackend
-from resnet_fused.parameters import Convolution, MaxPool
+from resnet_fused.parameters import ConvBn, Convolution, MaxPool
 from resnet_fused.testing.cases import BlockCase, generator, make_batch_norm, make_bottleneck
 
 pytestmark = pytest.mark.simulator
@@ -91,9 +91,9 @@ def conv(simulator: ModuleType, tile: str, capability: int, projection: bool) ->
     bn = make_batch_norm(72, rng)
     if projection:
         shortcut = Convolution(torch.randn(72, 72, 1, 1, generator=rng).half())
-        return backend.conv_bn_projection(x, conv, bn, x, shortcut, bn)
+        return backend.conv_bn_projection(x, ConvBn(conv, bn), x, ConvBn(shortcut, bn))
     residual = torch.randn(1, 72, 9, 32, generator=rng).half()
-    return backend.conv_bn(x, conv, bn, residual, True)
+    return backend.conv_bn(x, ConvBn(conv, bn), residual, True)
 
 
 def stem(simulator: ModuleType) -> Tensor:

@@ -58,7 +58,7 @@ def test_a_strided_shortcut_is_read_where_it_is_seen(recorded: list[Layer]) -> N
 
 def test_a_column_is_of_the_kernel_that_it_names(simulator: ModuleType, monkeypatch: Any) -> None:
     monkeypatch.setenv("RESNET_FUSED_HOST_SIM_CAPABILITY", "90")
-    x, conv, bn = make_integers(ConvCase(1, 16, 6, 6, 24), generator(), torch.float16)
+    x, (conv, bn) = make_integers(ConvCase(1, 16, 6, 6, 24), generator(), torch.float16)
     arguments = (x, conv, bn, None, True)
     expected = reference.conv_bn(*arguments)
     layer = Layer("conv_bn", arguments, 1)

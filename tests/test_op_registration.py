@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from resnet_fused import BackendUnavailableError, ops, use_backend
-from resnet_fused.ops import BatchNorm, Convolution, Layer, MaxPool
+from resnet_fused.ops import BatchNorm, ConvBn, Convolution, Layer, MaxPool
 from resnet_fused.ops.dispatch import choose
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import (
@@ -28,14 +28,14 @@ from resnet_fused.testing.cases import (
 
 def _arguments(name: str, dtype: torch.dtype) -> list[Any]:
     rng = generator()
-    x, conv, bn = make_convolution(ConvCase(2, 6, 6, 6, 8, 3, 1, 1), rng, dtype)
+    x, (conv, bn) = make_convolution(ConvCase(2, 6, 6, 6, 8, 3, 1, 1), rng, dtype)
     residual = torch.randn(2, 8, 6, 6, generator=rng).to(dtype)
     if name == "bn_add_relu":
         return [residual, bn, residual.flip(0), True]
     if name == "conv_bn":
         return [x, conv, bn, residual, True]
     if name == "conv_bn_projection":
-        shortcut, projection, projection_bn = make_convolution(
+        shortcut, (projection, projection_bn) = make_convolution(
             ConvCase(2, 5, 12, 12, 8, stride=2), rng, dtype
         )
         return [x, conv, bn, shortcut, projection, projection_bn]
@@ -65,7 +65,9 @@ def test_gradient_of_a_strided_narrower_residual() -> None:
     block_input = torch.randn(2, 5, 11, 12, generator=generator(1), dtype=torch.float64)
 
     def function(block_input: Tensor) -> Tensor:
-        return ops.conv_bn(x, conv, bn, block_input[:, :, ::2, ::2], True, pad_residual=True)
+        return ops.conv_bn(
+            x, ConvBn(conv, bn), block_input[:, :, ::2, ::2], True, pad_residual=True
+        )
 
     assert torch.autograd.gradcheck(function, (block_input.requires_grad_(),), fast_mode=True)
 
@@ -201,9 +203,9 @@ def test_compiles_without_a_graph_break(name: str) -> None:
 
 
 def test_autocast_lowers_activations_and_keeps_statistics() -> None:
-    x, conv, bn = make_convolution(ConvCase(1, 8, 5, 5, 8), generator())
+    x, (conv, bn) = make_convolution(ConvCase(1, 8, 5, 5, 8), generator())
     with torch.autocast("cpu", torch.bfloat16):
-        out = ops.conv_bn(x, conv, bn, relu=True)
+        out = ops.conv_bn(x, ConvBn(conv, bn), relu=True)
     low = conv._replace(weight=conv.weight.bfloat16())
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, ops.conv_bn(x.bfloat16(), low, bn, relu=True))
@@ -222,43 +224,46 @@ WEIGHT = torch.zeros(4, 3, 3, 3)
 POINTWISE = Convolution(torch.zeros(3, 3, 1, 1)), _bn(3)
 MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "3-D input": (
-        lambda: ops.conv_bn(_x(3, 8, 8), Convolution(WEIGHT), _bn(4)),
+        lambda: ops.conv_bn(_x(3, 8, 8), ConvBn(Convolution(WEIGHT), _bn(4))),
         ValueError,
         r"4-dimensional.*unsqueeze",
     ),
     "integer input": (
-        lambda: ops.conv_bn(_x(1, 3, 8, 8, dtype=torch.uint8), Convolution(WEIGHT), _bn(4)),
+        lambda: ops.conv_bn(_x(1, 3, 8, 8, dtype=torch.uint8), ConvBn(Convolution(WEIGHT), _bn(4))),
         TypeError,
         r"floating point, found torch.uint8",
     ),
     "wrong channels": (
-        lambda: ops.conv_bn(_x(1, 4, 8, 8), Convolution(WEIGHT), _bn(4)),
+        lambda: ops.conv_bn(_x(1, 4, 8, 8), ConvBn(Convolution(WEIGHT), _bn(4))),
         ValueError,
         r"input has 4 channels.*expects 3",
     ),
     "wrong dtype": (
-        lambda: ops.conv_bn(_x(1, 3, 8, 8, dtype=torch.float16), Convolution(WEIGHT), _bn(4)),
+        lambda: ops.conv_bn(
+            _x(1, 3, 8, 8, dtype=torch.float16), ConvBn(Convolution(WEIGHT), _bn(4))
+        ),
         TypeError,
         r"conv.weight is torch.float32 and the input torch.float16",
     ),
     "mixed devices": (
-        lambda: ops.conv_bn(_x(1, 3, 8, 8), Convolution(WEIGHT.to("meta")), _bn(4)),
+        lambda: ops.conv_bn(_x(1, 3, 8, 8), ConvBn(Convolution(WEIGHT.to("meta")), _bn(4))),
         ValueError,
         r"conv.weight is on meta and the input on cpu",
     ),
     "small image": (
-        lambda: ops.conv_bn(_x(1, 3, 2, 2), Convolution(WEIGHT), _bn(4)),
+        lambda: ops.conv_bn(_x(1, 3, 2, 2), ConvBn(Convolution(WEIGHT), _bn(4))),
         ValueError,
         r"2×2 is smaller than the window",
     ),
     "bn length": (
-        lambda: ops.conv_bn(_x(1, 3, 8, 8), Convolution(WEIGHT), _bn(5)),
+        lambda: ops.conv_bn(_x(1, 3, 8, 8), ConvBn(Convolution(WEIGHT), _bn(5))),
         ValueError,
         r"bn.mean must have shape \(4,\), found \(5,\)",
     ),
     "bn integers": (
         lambda: ops.conv_bn(
-            _x(1, 3, 8, 8), Convolution(WEIGHT), _bn(4)._replace(var=torch.ones(4, dtype=torch.int))
+            _x(1, 3, 8, 8),
+            ConvBn(Convolution(WEIGHT), _bn(4))._replace(var=torch.ones(4, dtype=torch.int)),
         ),
         TypeError,
         r"bn.var must be floating point",
@@ -269,30 +274,37 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"conv.stride must be positive",
     ),
     "groups": (
-        lambda: ops.conv_bn(_x(1, 3, 8, 8), Convolution(WEIGHT, groups=3), _bn(4)),
+        lambda: ops.conv_bn(_x(1, 3, 8, 8), ConvBn(Convolution(WEIGHT, groups=3), _bn(4))),
         ValueError,
         r"groups=3 must divide the 4 output channels",
     ),
     "residual shape": (
-        lambda: ops.conv_bn(_x(1, 3, 8, 8), Convolution(WEIGHT), _bn(4), _x(1, 4, 8, 8)),
+        lambda: ops.conv_bn(_x(1, 3, 8, 8), ConvBn(Convolution(WEIGHT), _bn(4)), _x(1, 4, 8, 8)),
         ValueError,
         r"residual must have shape \(1, 4, 6, 6\)",
     ),
     "residual channels": (
-        lambda: ops.conv_bn(_x(1, 3, 8, 8), Convolution(WEIGHT), _bn(4), _x(1, 3, 6, 6)),
+        lambda: ops.conv_bn(_x(1, 3, 8, 8), ConvBn(Convolution(WEIGHT), _bn(4)), _x(1, 3, 6, 6)),
         ValueError,
         r"residual has 3 channels and the result 4; pad_residual",
     ),
     "padded residual too wide": (
         lambda: ops.conv_bn(
-            _x(1, 3, 8, 8), Convolution(WEIGHT), _bn(4), _x(1, 5, 6, 6), False, pad_residual=True
+            _x(1, 3, 8, 8),
+            ConvBn(Convolution(WEIGHT), _bn(4)),
+            _x(1, 5, 6, 6),
+            False,
+            pad_residual=True,
         ),
         ValueError,
         r"shape \(1, 4, 6, 6\) or fewer channels, found \(1, 5, 6, 6\)",
     ),
     "projection size": (
         lambda: ops.conv_bn_projection(
-            _x(1, 3, 8, 8), Convolution(WEIGHT), _bn(4), _x(1, 3, 9, 9), Convolution(WEIGHT), _bn(4)
+            _x(1, 3, 8, 8),
+            ConvBn(Convolution(WEIGHT), _bn(4)),
+            _x(1, 3, 9, 9),
+            ConvBn(Convolution(WEIGHT), _bn(4)),
         ),
         ValueError,
         r"must agree",
@@ -304,7 +316,10 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "block's second layer": (
         lambda: ops.bottleneck(
-            _x(1, 3, 8, 8), Convolution(WEIGHT), _bn(4), Convolution(WEIGHT), _bn(4), *POINTWISE
+            _x(1, 3, 8, 8),
+            ConvBn(Convolution(WEIGHT), _bn(4)),
+            ConvBn(Convolution(WEIGHT), _bn(4)),
+            *POINTWISE,
         ),
         ValueError,
         r"input has 4 channels, but conv2.weight of shape \(4, 3, 3, 3\)",
@@ -317,7 +332,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"projection and projection_bn belong together",
     ),
     "pool padding": (
-        lambda: ops.stem(_x(1, 3, 8, 8), Convolution(WEIGHT), _bn(4), MaxPool(2, 2, 2)),
+        lambda: ops.stem(_x(1, 3, 8, 8), ConvBn(Convolution(WEIGHT), _bn(4)), MaxPool(2, 2, 2)),
         ValueError,
         r"padding at most half",
     ),
@@ -345,9 +360,9 @@ def test_an_unavailable_backend_says_why() -> None:
 
 
 def test_a_backend_refuses_what_it_cannot_compute() -> None:
-    x, conv, bn = make_convolution(ConvCase(1, 8, 5, 5, 8), generator(), torch.float64)
+    x, (conv, bn) = make_convolution(ConvCase(1, 8, 5, 5, 8), generator(), torch.float64)
     with use_backend("cpu"), pytest.raises(BackendUnavailableError, match="float64"):
-        ops.conv_bn(x, conv, bn)
+        ops.conv_bn(x, ConvBn(conv, bn))
 
 
 def test_use_backend_restores_the_previous_choice() -> None:

@@ -30,7 +30,7 @@ def _arguments() -> dict[str, tuple[Any, ...]]:
     """Of every op, those of a call."""
     rng = generator()
     case = ConvCase(1, 8, 5, 5, 16)
-    x, conv, bn = make_convolution(case, rng, torch.float32)
+    x, (conv, bn) = make_convolution(case, rng, torch.float32)
     residual = make_residual(case, x, rng)
     return {
         "conv_bn": (x, conv, bn, residual, True),

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import BackendUnavailableError
-from ..parameters import BatchNorm, Convolution, MaxPool
+from ..parameters import BatchNorm, ConvBn, MaxPool
 from .training import TrainingKernels
 
 NAMES = ("tuned", "cuda", "triton", "cpu", "cuda_sim", "reference")
@@ -44,36 +44,22 @@ class Backend(Protocol):
         self, x: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool
     ) -> Tensor: ...
 
-    def conv_bn(
-        self, x: Tensor, conv: Convolution, bn: BatchNorm, residual: Tensor | None, relu: bool
-    ) -> Tensor: ...
+    def conv_bn(self, x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool) -> Tensor: ...
 
     def conv_bn_projection(
-        self,
-        x: Tensor,
-        conv: Convolution,
-        bn: BatchNorm,
-        shortcut: Tensor,
-        projection: Convolution,
-        projection_bn: BatchNorm,
-        /,
+        self, x: Tensor, layer: ConvBn, shortcut: Tensor, projection: ConvBn
     ) -> Tensor: ...
 
     def bottleneck(
         self,
         x: Tensor,
-        conv1: Convolution,
-        bn1: BatchNorm,
-        conv2: Convolution,
-        bn2: BatchNorm,
-        conv3: Convolution,
-        bn3: BatchNorm,
-        projection: Convolution | None,
-        projection_bn: BatchNorm | None,
-        /,
+        layer1: ConvBn,
+        layer2: ConvBn,
+        layer3: ConvBn,
+        projection: ConvBn | None,
     ) -> Tensor: ...
 
-    def stem(self, x: Tensor, conv: Convolution, bn: BatchNorm, pool: MaxPool) -> Tensor: ...
+    def stem(self, x: Tensor, layer: ConvBn, pool: MaxPool) -> Tensor: ...
 
     def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
 
@@ -81,13 +67,19 @@ class Backend(Protocol):
 class LayerByLayer:
     """What backends have in common that have no kernel for a whole block, or not for every one."""
 
-    def bottleneck(self: Backend, x: Tensor, *layers: Any) -> Tensor:
-        conv1, bn1, conv2, bn2, conv3, bn3, projection, projection_bn = layers
-        out = self.conv_bn(x, conv1, bn1, None, True)
-        out = self.conv_bn(out, conv2, bn2, None, True)
+    def bottleneck(
+        self: Backend,
+        x: Tensor,
+        layer1: ConvBn,
+        layer2: ConvBn,
+        layer3: ConvBn,
+        projection: ConvBn | None,
+    ) -> Tensor:
+        out = self.conv_bn(x, layer1, None, True)
+        out = self.conv_bn(out, layer2, None, True)
         if projection is None:
-            return self.conv_bn(out, conv3, bn3, x, True)
-        return self.conv_bn_projection(out, conv3, bn3, x, projection, projection_bn)
+            return self.conv_bn(out, layer3, x, True)
+        return self.conv_bn_projection(out, layer3, x, projection)
 
 
 @functools.cache

@@ -19,8 +19,30 @@ from ..errors import BackendUnavailableError
 from ..parameters import Convolution
 from . import Backend
 from .cuda import CudaBackend
+from .cuda.launch import Launcher
 
 _MODULE = "_C_sim"
+
+
+class _SimulatedLauncher(Launcher):
+    """Runs kernels in the simulator, told which memory each may touch."""
+
+    capability: int | None = None
+
+    def place(self, device: torch.device) -> int:
+        self.extension.set_capability(self.capability or settings.host_sim_capability())
+        return 0
+
+    def run(
+        self,
+        kernel: Callable[..., None],
+        out: Tensor,
+        read: Sequence[Tensor | None],
+        *arguments: Any,
+    ) -> None:
+        buffers = [(t.data_ptr(), _reach(t), False) for t in read if t is not None]
+        self.extension.set_buffers([*buffers, (out.data_ptr(), out.nbytes, True)])
+        kernel(*arguments, self.place(out.device), 0)
 
 
 class SimulatedBackend(CudaBackend):
@@ -36,32 +58,20 @@ class SimulatedBackend(CudaBackend):
     ) -> None:
         """`capability`: ten times the simulated GPU's; by default the setting's, at each call."""
         super().__init__(extension, tile)
-        self._capability = capability
+        self._launcher.capability = capability  # type: ignore[attr-defined]
+
+    def _make_launcher(self, extension: ModuleType) -> Launcher:
+        return _SimulatedLauncher(extension)
 
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cpu":
             return f"it simulates a GPU over CPU tensors and the input is on {device}"
-        if dtype not in self._dtypes:
+        if dtype not in self._launcher.dtypes:
             return f"the CUDA kernels do not serve {dtype}; use float32, float16 or bfloat16"
         return None
 
     def _left_to_cudnn(self, x: Tensor, conv: Convolution) -> bool:
         return False
-
-    def _place(self, device: torch.device) -> int:
-        self._extension.set_capability(self._capability or settings.host_sim_capability())
-        return 0
-
-    def _run(
-        self,
-        kernel: Callable[..., None],
-        out: Tensor,
-        read: Sequence[Tensor | None],
-        *arguments: Any,
-    ) -> None:
-        buffers = [(t.data_ptr(), _reach(t), False) for t in read if t is not None]
-        self._extension.set_buffers([*buffers, (out.data_ptr(), out.nbytes, True)])
-        kernel(*arguments, self._place(out.device), 0)
 
 
 def _reach(tensor: Tensor) -> int:

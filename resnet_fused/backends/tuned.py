@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendUnavailableError
-from ..parameters import BatchNorm, Convolution, MaxPool
+from ..parameters import BatchNorm, ConvBn, MaxPool
 from . import Backend, LayerByLayer, get, unavailable
 from .training import TrainingKernels
 from .tuning import Tuner, describe
@@ -63,10 +63,8 @@ class TunedBackend(LayerByLayer):
     def bn_add_relu(self, x: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool) -> Tensor:
         return self._run("bn_add_relu", x, bn, residual, relu)
 
-    def conv_bn(
-        self, x: Tensor, conv: Convolution, bn: BatchNorm, residual: Tensor | None, relu: bool
-    ) -> Tensor:
-        return self._run("conv_bn", x, conv, bn, residual, relu)
+    def conv_bn(self, x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool) -> Tensor:
+        return self._run("conv_bn", x, layer, residual, relu)
 
     def conv_bn_projection(self, x: Tensor, *others: Any) -> Tensor:
         return self._run("conv_bn_projection", x, *others)
@@ -84,8 +82,8 @@ class TunedBackend(LayerByLayer):
             ("bottleneck", *describe(x, *layers)), x.device, lambda: [_LAYERS, *serving], launch
         )
 
-    def stem(self, x: Tensor, conv: Convolution, bn: BatchNorm, pool: MaxPool) -> Tensor:
-        return self._run("stem", x, conv, bn, pool)
+    def stem(self, x: Tensor, layer: ConvBn, pool: MaxPool) -> Tensor:
+        return self._run("stem", x, layer, pool)
 
     def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._run("head", x, weight, bias)

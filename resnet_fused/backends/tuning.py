@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__, settings
-from ..parameters import BatchNorm, Convolution
+from ..parameters import BatchNorm, ConvBn, Convolution
 
 _FILE = "tuning-v2.json"  # the number is that of the format
 _WIDE = 2**31  # elements, from which on batches are measured one by one
@@ -90,7 +90,8 @@ def describe(x: Tensor, *others: Any) -> tuple[Hashable, ...]:
     for other in others:
         if isinstance(other, Tensor):
             parts.append(_activation(other) if other.dim() == 4 else _operand(other))
-        elif isinstance(other, Convolution):
+        elif isinstance(other, (ConvBn, Convolution)):
+            other = other.conv if isinstance(other, ConvBn) else other
             stride, padding, dilation = map(tuple, other[1:4])
             parts.append(Window(_operand(other.weight), stride, padding, dilation, other.groups))
         elif not isinstance(other, BatchNorm):

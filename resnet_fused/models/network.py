@@ -314,10 +314,10 @@ class ResidualNetwork(nn.Module):
         if layer is None:
             return None
         if self.maxpool is None:
-            return conv_bn(x, *layer, relu=True)
+            return conv_bn(x, layer, relu=True)
         if pool is None:
-            return self.maxpool(conv_bn(x, *layer, relu=True))
-        return stem(x, *layer, pool)
+            return self.maxpool(conv_bn(x, layer, relu=True))
+        return stem(x, layer, pool)
 
     def _train_stem(
         self, x: Tensor, plan: fusion.TrainingPlan, pool: MaxPool | None

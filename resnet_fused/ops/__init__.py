@@ -1,6 +1,6 @@
 """The fused operators: `torch.ops.resnet_fused.*` and their typed Python functions."""
 
-from ..parameters import BatchNorm, Convolution, MaxPool
+from ..parameters import BatchNorm, ConvBn, Convolution, MaxPool
 from .block_training import residual_block_training
 from .bn_add_relu import bn_add_relu
 from .bottleneck import bottleneck
@@ -15,6 +15,7 @@ from .training_layers import Layer, trains_fused
 
 __all__ = [
     "BatchNorm",
+    "ConvBn",
     "Convolution",
     "Layer",
     "MaxPool",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..parameters import BatchNorm, Convolution, MaxPool
+from ..parameters import BatchNorm, ConvBn, Convolution, MaxPool
 
 
 def check_is_tensor(name: str, x: object) -> None:
@@ -120,6 +120,15 @@ def convolution_shape(
             f"padding {tuple(conv.padding)})."
         )
     return shape[0], weight.shape[0], height, width
+
+
+def conv_bn_shape(
+    name: str, x: Tensor, layer: ConvBn, shape: tuple[int, ...] | None = None
+) -> tuple[int, int, int, int]:
+    """`convolution_shape` of the layer `name`, whose normalisation is checked too."""
+    result = convolution_shape(name, x, layer.conv, shape)
+    check_batch_norm(f"{name}.bn", layer.bn, result[1], x)
+    return result
 
 
 def pool_shape(shape: tuple[int, int, int, int], pool: MaxPool) -> tuple[int, int, int, int]:

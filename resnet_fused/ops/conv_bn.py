@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..parameters import BatchNorm, Convolution
+from ..parameters import ConvBn
 from ..reference import ops as reference
-from .checks import check_batch_norm, check_residual, convolution_shape
+from .checks import check_residual, conv_bn_shape
 from .registry import Op, OptionalTensor
 
 
-def _output_shape(
-    x: Tensor, conv: Convolution, bn: BatchNorm, residual: Tensor | None, relu: bool
-) -> tuple[int, ...]:
-    shape = convolution_shape("conv", x, conv)
-    check_batch_norm("bn", bn, shape[1], x)
+def _output_shape(x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool) -> tuple[int, ...]:
+    shape = conv_bn_shape("layer", x, layer)
     check_residual(residual, shape, x, narrow=True)
     return shape
 
 
 _op = Op(
     "conv_bn",
-    {"x": Tensor, "conv": Convolution, "bn": BatchNorm, "residual": OptionalTensor, "relu": bool},
+    {"x": Tensor, "layer": ConvBn, "residual": OptionalTensor, "relu": bool},
     _output_shape,
     reference.conv_bn,
 )
@@ -29,8 +26,7 @@ _op = Op(
 
 def conv_bn(
     x: Tensor,
-    conv: Convolution,
-    bn: BatchNorm,
+    layer: ConvBn,
     residual: Tensor | None = None,
     relu: bool = False,
     pad_residual: bool = False,
@@ -39,9 +35,9 @@ def conv_bn(
 
     Args:
         x: (N, C, H, W), floating; NHWC memory (channels_last) is used as it is, others converted.
-        conv: weight (K, C/groups, R, S) of x's dtype; any kernel size, stride, padding, dilation
-            and number of groups.
-        bn: statistics and affine parameters of K channels, read live, applied in float32.
+        layer: a convolution of weight (K, C/groups, R, S) and x's dtype, of any kernel size,
+            stride, padding, dilation and number of groups; and the statistics and affine
+            parameters of its K channels, read live and applied in float32.
         residual: (N, K, P, Q), added after the normalisation; x's dtype and device. Any strides:
             `block_input[:, :, ::2, ::2]` is read in place by backends that fuse it.
         relu: whether to clamp at zero.
@@ -51,9 +47,10 @@ def conv_bn(
     Returns (N, K, P, Q), channels_last, of x's dtype. Raises ValueError for shapes and devices
     that disagree and TypeError for dtypes that do.
     """
-    if residual is not None and not pad_residual and residual.shape[1] < conv.weight.shape[0]:
+    if residual is not None and not pad_residual and residual.shape[1] < layer.conv.weight.shape[0]:
         raise ValueError(
-            f"residual has {residual.shape[1]} channels and the result {conv.weight.shape[0]}; "
+            f"residual has {residual.shape[1]} channels and the result "
+            f"{layer.conv.weight.shape[0]}; "
             "pad_residual=True adds nothing to the others."
         )
-    return _op(x, conv, bn, residual, relu)
+    return _op(x, layer, residual, relu)

@@ -3,25 +3,24 @@
 An op is described by its parameters (name -> kind), the function that checks them and gives the
 result's shape, and its plain PyTorch meaning. A kind is `Tensor`, `OptionalTensor`, `bool`, or one
 of the groups of `resnet_fused.parameters`, whose fields become consecutive schema arguments; of an
-absent `OptionalConvolution` or `OptionalBatchNorm`, the first of them is None.
+absent `OptionalConvBn` all of them may be None.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ..parameters import BatchNorm, Convolution, MaxPool
+from ..parameters import BatchNorm, ConvBn, Convolution, MaxPool
 from .checks import check_is_tensor
 from .dispatch import choose
 from .modes import is_recorded, is_transformed, refuse_tangents
 
 OptionalTensor = Tensor | None
-OptionalConvolution = Convolution | None
-OptionalBatchNorm = BatchNorm | None
+OptionalConvBn = ConvBn | None
 
 library = torch.library.Library("resnet_fused", "DEF")
 
@@ -45,15 +44,14 @@ _SCHEMA: dict[Any, tuple[str, ...]] = {
     ),
     MaxPool: ("int {}_kernel", "int {}_stride", "int {}_padding"),
 }
-# The fields that stand for an absent group.
-_ABSENT: dict[Any, NamedTuple] = {
-    OptionalConvolution: Convolution(cast("Tensor", None)),
-    OptionalBatchNorm: BatchNorm(*(cast("Tensor", None),) * 4),
-}
-for _optional, _fields in _ABSENT.items():
-    _SCHEMA[_optional] = tuple(
-        field.replace("Tensor ", "Tensor? ") for field in _SCHEMA[type(_fields)]
-    )
+_SCHEMA[ConvBn] = (
+    *_SCHEMA[Convolution],
+    *(field.replace("{}", "{}_bn") for field in _SCHEMA[BatchNorm]),
+)
+_SCHEMA[OptionalConvBn] = tuple(field.replace("Tensor ", "Tensor? ") for field in _SCHEMA[ConvBn])
+# The fields that stand for an absent layer.
+_NO_TENSOR = cast("Tensor", None)
+_NO_LAYER = (*Convolution(_NO_TENSOR), *BatchNorm(*(_NO_TENSOR,) * 4))
 
 
 class Op:
@@ -72,7 +70,7 @@ class Op:
         self.name = name
         self._kinds = tuple(parameters.values())
         # Looked up here, as Dynamo of PyTorch 2.9 cannot hash a union under Python 3.10.
-        self._absent = tuple(_ABSENT.get(kind) for kind in self._kinds)
+        self._layers = tuple(kind in (ConvBn, OptionalConvBn) for kind in self._kinds)
         self._output_shape = output_shape
         self._reference = reference
         fields = [
@@ -107,24 +105,28 @@ class Op:
     def _flatten(self, arguments: Sequence[Any]) -> list[Any]:
         """Arguments as the schema takes them: groups give way to their fields."""
         flat: list[Any] = []
-        for absent, argument in zip(self._absent, arguments, strict=True):
-            if argument is None:
-                argument = absent
-            grouped = isinstance(argument, (Convolution, BatchNorm, MaxPool))
-            flat.extend(argument if grouped else (argument,))
+        for is_layer, argument in zip(self._layers, arguments, strict=True):
+            if is_layer:
+                flat += _NO_LAYER if argument is None else (*argument.conv, *argument.bn)
+            elif isinstance(argument, (BatchNorm, MaxPool)):
+                flat += argument
+            else:
+                flat.append(argument)
         return flat
 
     def _group(self, flat: Sequence[Any]) -> list[Any]:
         arguments: list[Any] = []
         position = 0
-        for kind in self._kinds:
+        for kind, is_layer in zip(self._kinds, self._layers, strict=True):
             width = len(_SCHEMA[kind])
             fields = flat[position : position + width]
-            if width == 1 or (kind in _ABSENT and fields[0] is None):
+            if width == 1 or fields[0] is None:
                 arguments.append(fields[0])
+            elif is_layer:
+                split = len(Convolution._fields)
+                arguments.append(ConvBn(Convolution(*fields[:split]), BatchNorm(*fields[split:])))
             else:
-                group = type(_ABSENT[kind]) if kind in _ABSENT else kind
-                arguments.append(group(*fields))
+                arguments.append(kind(*fields))
             position += width
         return arguments
 
@@ -196,8 +198,9 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
 def _autocast(argument: Any, dtype: torch.dtype) -> Any:
     """Tensors and weights in autocast's dtype; BN parameters stay as they are, read in float32."""
-    if isinstance(argument, Convolution):
-        return argument._replace(weight=argument.weight.to(dtype))
+    if isinstance(argument, ConvBn):
+        conv = argument.conv
+        return argument._replace(conv=conv._replace(weight=conv.weight.to(dtype)))
     if (
         isinstance(argument, Tensor)
         and argument.is_floating_point()

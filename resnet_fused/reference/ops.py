@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..parameters import BatchNorm, Convolution, MaxPool
+from ..parameters import BatchNorm, ConvBn, MaxPool
 from .convolution import convolve
 
 
@@ -51,49 +51,31 @@ def pad_channels(x: Tensor, channels: int) -> Tensor:
     return nhwc(x)
 
 
-def conv_bn(
-    x: Tensor, conv: Convolution, bn: BatchNorm, residual: Tensor | None, relu: bool
-) -> Tensor:
+def conv_bn(x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool) -> Tensor:
     """relu?(bn(conv(x)) (+ residual)); x (N, C, H, W), residual (N, D, P, Q), zero from D on."""
     if residual is not None:
-        residual = pad_channels(residual, conv.weight.shape[0])
-    return bn_add_relu(convolve(x, conv), bn, residual, relu)
+        residual = pad_channels(residual, layer.conv.weight.shape[0])
+    return bn_add_relu(convolve(x, layer.conv), layer.bn, residual, relu)
 
 
-def conv_bn_projection(
-    x: Tensor,
-    conv: Convolution,
-    bn: BatchNorm,
-    shortcut: Tensor,
-    projection: Convolution,
-    projection_bn: BatchNorm,
-) -> Tensor:
-    """relu(bn(conv(x)) + projection_bn(projection(shortcut))): a block's end (paper, eq. 2)."""
-    return conv_bn(x, conv, bn, conv_bn(shortcut, projection, projection_bn, None, False), True)
+def conv_bn_projection(x: Tensor, layer: ConvBn, shortcut: Tensor, projection: ConvBn) -> Tensor:
+    """relu(bn(conv(x)) + bn'(conv'(shortcut))): a block's end (paper, eq. 2)."""
+    return conv_bn(x, layer, conv_bn(shortcut, projection, None, False), True)
 
 
 def bottleneck(
-    x: Tensor,
-    conv1: Convolution,
-    bn1: BatchNorm,
-    conv2: Convolution,
-    bn2: BatchNorm,
-    conv3: Convolution,
-    bn3: BatchNorm,
-    projection: Convolution | None,
-    projection_bn: BatchNorm | None,
+    x: Tensor, layer1: ConvBn, layer2: ConvBn, layer3: ConvBn, projection: ConvBn | None
 ) -> Tensor:
     """relu(F(x) + shortcut(x)), F three convolutions with BN, ReLU between (paper, Fig. 5)."""
-    out = conv_bn(conv_bn(x, conv1, bn1, None, True), conv2, bn2, None, True)
-    if projection is None or projection_bn is None:
-        return conv_bn(out, conv3, bn3, x, True)
-    return conv_bn_projection(out, conv3, bn3, x, projection, projection_bn)
+    out = conv_bn(conv_bn(x, layer1, None, True), layer2, None, True)
+    if projection is None:
+        return conv_bn(out, layer3, x, True)
+    return conv_bn_projection(out, layer3, x, projection)
 
 
-def stem(x: Tensor, conv: Convolution, bn: BatchNorm, pool: MaxPool) -> Tensor:
+def stem(x: Tensor, layer: ConvBn, pool: MaxPool) -> Tensor:
     """max_pool(relu(bn(conv(x)))): the network's first layers (paper, Table 1: conv1, pool)."""
-    out = F.max_pool2d(conv_bn(x, conv, bn, None, True), *pool)
-    return nhwc(out)
+    return nhwc(F.max_pool2d(conv_bn(x, layer, None, True), *pool))
 
 
 def head(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

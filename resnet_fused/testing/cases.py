@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..parameters import BatchNorm, Convolution
+from ..parameters import BatchNorm, ConvBn, Convolution
 
 
 class ConvCase(NamedTuple):
@@ -113,8 +113,8 @@ def make_convolution(
     rng: torch.Generator,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-) -> tuple[Tensor, Convolution, BatchNorm]:
-    """A random input (channels_last), convolution and BN of the case's shapes."""
+) -> tuple[Tensor, ConvBn]:
+    """A random input (channels_last) and a layer of the case's shapes."""
     x = torch.randn(case.batch, case.channels, case.height, case.width, generator=rng)
     fan_in = case.channels // case.groups * case.kernel**2
     weight = torch.randn(
@@ -129,7 +129,7 @@ def make_convolution(
         (case.dilation, case.dilation),
         case.groups,
     )
-    return x, conv, make_batch_norm(case.out_channels, rng, dtype, device)
+    return x, ConvBn(conv, make_batch_norm(case.out_channels, rng, dtype, device))
 
 
 def make_residual(case: ConvCase, x: Tensor, rng: torch.Generator) -> Tensor:
@@ -154,23 +154,20 @@ def make_integers(
     rng: torch.Generator,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-) -> tuple[Tensor, Convolution, BatchNorm]:
+) -> tuple[Tensor, ConvBn]:
     """Like `make_convolution`, with values whose exact result every dtype can hold.
 
     Activations and weights lie in {-1, 0, 1}, few enough non-zero that sums stay below 2⁷ for
     these shapes; the normalisation (mean 1, variance 1, eps 0) is exact.
     """
-    x, conv, _ = make_convolution(case, rng, dtype, device)
+    x, (conv, _) = make_convolution(case, rng, dtype, device)
     draw = torch.randint(-1, 2, tuple(x.shape), generator=rng)
     keep = torch.rand(tuple(conv.weight.shape), generator=rng) < 0.3
     weight = torch.randint(-1, 2, tuple(conv.weight.shape), generator=rng) * keep
     ones = torch.ones(case.out_channels, dtype=dtype, device=device)
     sign = torch.where(torch.arange(case.out_channels) % 3 == 0, -1.0, 1.0).to(device, dtype)
-    return (
-        x.copy_(draw),
-        conv._replace(weight=conv.weight.copy_(weight)),
-        BatchNorm(ones, ones.clone(), sign, ones.clone(), 0.0),
-    )
+    conv = conv._replace(weight=conv.weight.copy_(weight))
+    return x.copy_(draw), ConvBn(conv, BatchNorm(ones, ones.clone(), sign, ones.clone(), 0.0))
 
 
 def make_bottleneck(
@@ -178,12 +175,11 @@ def make_bottleneck(
     rng: torch.Generator,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    make: Callable[..., tuple[Tensor, Convolution, BatchNorm]] = make_convolution,
+    make: Callable[..., tuple[Tensor, ConvBn]] = make_convolution,
 ) -> list[Any]:
-    """The arguments of `ops.bottleneck`; `make`: how each convolution and its input are made."""
+    """The arguments of `reference.ops.bottleneck`; `make` makes each layer and its input."""
     made = [make(conv, rng, dtype, device) for conv in case.convolutions()]
-    layers = [value for _, conv, bn in made for value in (conv, bn)]
-    return [made[0][0], *layers, *(() if case.projection else (None, None))]
+    return [made[0][0], *(layer for _, layer in made), *(() if case.projection else (None,))]
 
 
 def randomise_statistics(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..parameters import BatchNorm, Convolution
+from ..parameters import BatchNorm, ConvBn, Convolution
 
 
 def relative_error(out: Tensor, truth: Tensor) -> float:
@@ -84,7 +84,7 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
     """`value` with every floating tensor in it converted: tensors, parameter groups, containers."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, (Convolution, BatchNorm)):
+    if isinstance(value, (ConvBn, Convolution, BatchNorm)):
         return type(value)(*(cast(v, dtype) for v in value))
     if isinstance(value, Mapping):
         return {key: cast(item, dtype) for key, item in value.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ... import _extension
 from ...errors import BackendUnavailableError
-from ...parameters import BatchNorm, Convolution, MaxPool
+from ...parameters import BatchNorm, ConvBn, Convolution, MaxPool
 from .. import Backend, LayerByLayer
 from .live_cache import LiveCache
 from .memory import keep_freed_memory
@@ -52,32 +52,26 @@ class CpuBackend(LayerByLayer):
     def bn_add_relu(self, x: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool) -> Tensor:
         return bn_add_relu(self._extension, x, bn, residual, relu)
 
-    def conv_bn(
-        self, x: Tensor, conv: Convolution, bn: BatchNorm, residual: Tensor | None, relu: bool
-    ) -> Tensor:
-        return self._pack(x, conv)(x, bn, residual, relu)
+    def conv_bn(self, x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool) -> Tensor:
+        return self._pack(x, layer.conv)(x, layer.bn, residual, relu)
 
     def conv_bn_projection(
-        self,
-        x: Tensor,
-        conv: Convolution,
-        bn: BatchNorm,
-        shortcut: Tensor,
-        projection: Convolution,
-        projection_bn: BatchNorm,
+        self, x: Tensor, layer: ConvBn, shortcut: Tensor, projection: ConvBn
     ) -> Tensor:
-        main, side = self._pack(x, conv), self._pack(shortcut, projection)
+        main, side = self._pack(x, layer.conv), self._pack(shortcut, projection.conv)
         if (
             isinstance(main, PackedConvolution)
             and isinstance(side, PackedConvolution)
             and main.adds_projection(side)
         ):
-            return main.with_projection(x, bn, shortcut, side, projection_bn)
-        return main(x, bn, side(shortcut, projection_bn, None, False), True, in_place=True)
+            return main.with_projection(x, layer.bn, shortcut, side, projection.bn)
+        residual = side(shortcut, projection.bn, None, False)
+        return main(x, layer.bn, residual, True, in_place=True)
 
-    def stem(self, x: Tensor, conv: Convolution, bn: BatchNorm, pool: MaxPool) -> Tensor:
+    def stem(self, x: Tensor, layer: ConvBn, pool: MaxPool) -> Tensor:
+        conv, bn = layer
         if conv.weight.dtype not in self._own or not PooledStem.serves(conv, pool):
-            return F.max_pool2d(self.conv_bn(x, conv, bn, None, True), *pool)
+            return F.max_pool2d(self.conv_bn(x, layer, None, True), *pool)
         keep_freed_memory()
         packed = self._stems.get(conv.weight, None, lambda: PooledStem(self._extension, conv))
         return packed(x, bn)

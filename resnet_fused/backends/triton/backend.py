@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...parameters import BatchNorm, Convolution, MaxPool
+from ...parameters import BatchNorm, ConvBn, MaxPool
 from .. import LayerByLayer
 from ..tuning import Tuner
 from . import convolution, elementwise, stem
@@ -86,29 +86,19 @@ class TritonBackend(LayerByLayer):
         with _on(x.device):
             return elementwise.bn_add_relu(x, bn, residual, relu)
 
-    def conv_bn(
-        self, x: Tensor, conv: Convolution, bn: BatchNorm, residual: Tensor | None, relu: bool
-    ) -> Tensor:
+    def conv_bn(self, x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool) -> Tensor:
         with _on(x.device):
-            return convolution.conv_bn(self._tuner, x, conv, bn, residual, relu)
+            return convolution.conv_bn(self._tuner, x, layer, residual, relu)
 
     def conv_bn_projection(
-        self,
-        x: Tensor,
-        conv: Convolution,
-        bn: BatchNorm,
-        shortcut: Tensor,
-        projection: Convolution,
-        projection_bn: BatchNorm,
+        self, x: Tensor, layer: ConvBn, shortcut: Tensor, projection: ConvBn
     ) -> Tensor:
         with _on(x.device):
-            return convolution.conv_bn_projection(
-                self._tuner, x, conv, bn, shortcut, projection, projection_bn
-            )
+            return convolution.conv_bn_projection(self._tuner, x, layer, shortcut, projection)
 
-    def stem(self, x: Tensor, conv: Convolution, bn: BatchNorm, pool: MaxPool) -> Tensor:
+    def stem(self, x: Tensor, layer: ConvBn, pool: MaxPool) -> Tensor:
         with _on(x.device):
-            return stem.stem(self._tuner, x, conv, bn, pool)
+            return stem.stem(self._tuner, x, layer, pool)
 
     def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         with _on(x.device):

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...parameters import BatchNorm, Convolution
+from ...parameters import ConvBn, Convolution
 from ..tuning import Tuner, describe
 from .launching import (
     Config,
@@ -348,10 +348,9 @@ def window(conv: Convolution) -> dict[str, Any]:
     }
 
 
-def conv_bn(
-    tuner: Tuner, x: Tensor, conv: Convolution, bn: BatchNorm, residual: Tensor | None, relu: bool
-) -> Tensor:
+def conv_bn(tuner: Tuner, x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool) -> Tensor:
     """relu?(bn(conv(x)) (+ residual)): see `resnet_fused.reference.ops.conv_bn`."""
+    conv, bn = layer
     x, weight = nhwc(x), nhwc(conv.weight)
     batch, channels, height, width = x.shape
     filters, group_in, r, s = weight.shape
@@ -398,19 +397,14 @@ def is_projection(conv: Convolution, projection: Convolution) -> bool:
 
 
 def conv_bn_projection(
-    tuner: Tuner,
-    x: Tensor,
-    conv: Convolution,
-    bn: BatchNorm,
-    shortcut: Tensor,
-    projection: Convolution,
-    projection_bn: BatchNorm,
+    tuner: Tuner, x: Tensor, layer: ConvBn, shortcut: Tensor, projection_layer: ConvBn
 ) -> Tensor:
-    """relu(bn(conv(x)) + projection_bn(projection(shortcut))); two launches where the projection is
-    not a plain strided 1×1 convolution."""
+    """relu(bn(conv(x)) + bn'(conv'(shortcut))); two launches where the projection is not a plain
+    strided 1×1 convolution."""
+    (conv, bn), (projection, projection_bn) = layer, projection_layer
     if not is_projection(conv, projection):
-        residual = conv_bn(tuner, shortcut, projection, projection_bn, None, False)
-        return conv_bn(tuner, x, conv, bn, residual, True)
+        residual = conv_bn(tuner, shortcut, projection_layer, None, False)
+        return conv_bn(tuner, x, layer, residual, True)
 
     x, weight = nhwc(x), nhwc(conv.weight)
     shortcut, projection_weight = nhwc(shortcut), nhwc(projection.weight)

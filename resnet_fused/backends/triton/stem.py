@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...parameters import BatchNorm, Convolution, MaxPool
+from ...parameters import ConvBn, MaxPool
 from ..tuning import Tuner, describe
 from .convolution import conv_bn
 from .elementwise import max_pool
@@ -171,12 +171,13 @@ _TENSOR_CORE = (
 _FMA = (Config((16, 16, 16), 8, 1), Config((8, 16, 32), 8, 1))
 
 
-def stem(tuner: Tuner, x: Tensor, conv: Convolution, bn: BatchNorm, pool: MaxPool) -> Tensor:
+def stem(tuner: Tuner, x: Tensor, layer: ConvBn, pool: MaxPool) -> Tensor:
     """max_pool(relu(bn(conv(x)))); two launches for other pools and for wide window rows."""
+    conv, bn = layer
     weight = conv.weight
     filters, channels, r, s = weight.shape
     if pool != _FUSED_POOL or conv.groups != 1 or s * channels > _MOST_INNER:
-        return max_pool(conv_bn(tuner, x, conv, bn, None, True), pool)
+        return max_pool(conv_bn(tuner, x, layer, None, True), pool)
 
     batch, _, height, width = x.shape
     p, q = conv.output_size(height, width)

@@ -1,0 +1,52 @@
+"""The ops as one backend computes them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import ops
+from ..backends import Backend
+from ..ops import BatchNorm, ConvBn, MaxPool, use_backend
+
+
+class On:
+    """The ops with the signatures of `resnet_fused.reference.ops`, run by a backend.
+
+    backend: a name or an object that implements `resnet_fused.backends.Backend`.
+    """
+
+    def __init__(self, backend: str | Backend) -> None:
+        self._backend = backend
+
+    def bn_add_relu(self, x: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool) -> Tensor:
+        with use_backend(self._backend):
+            return ops.bn_add_relu(x, bn, residual, relu)
+
+    def conv_bn(self, x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool) -> Tensor:
+        with use_backend(self._backend):
+            return ops.conv_bn(x, layer, residual, relu, pad_residual=True)
+
+    def conv_bn_projection(
+        self, x: Tensor, layer: ConvBn, shortcut: Tensor, projection: ConvBn
+    ) -> Tensor:
+        with use_backend(self._backend):
+            return ops.conv_bn_projection(x, layer, shortcut, projection)
+
+    def bottleneck(
+        self,
+        x: Tensor,
+        layer1: ConvBn,
+        layer2: ConvBn,
+        layer3: ConvBn,
+        projection: ConvBn | None,
+    ) -> Tensor:
+        with use_backend(self._backend):
+            return ops.bottleneck(x, (layer1, layer2, layer3), projection)
+
+    def stem(self, x: Tensor, layer: ConvBn, pool: MaxPool) -> Tensor:
+        with use_backend(self._backend):
+            return ops.stem(x, layer, pool)
+
+    def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        with use_backend(self._backend):
+            return ops.head(x, weight, bias)
