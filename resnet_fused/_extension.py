@@ -15,7 +15,7 @@ from importlib import metadata
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from .errors import BackendUnavailableError
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Address, number of the type, sizes, strides in elements, and the tensor, which it keeps alive.
-TensorArg: TypeAlias = "tuple[int, int, tuple[int, ...], tuple[int, ...], Tensor]"
+TensorArg = tuple[int, int, tuple[int, ...], tuple[int, ...], Any]
 # As csrc/bindings/tensor_arg.h numbers them.
 _TYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "float64": 3, "uint8": 4}
 _BINDINGS = Path(__file__).resolve().parent.parent / "csrc" / "bindings"
@@ -109,7 +109,8 @@ def available(name: str = "_C") -> str | None:
 
 
 @functools.cache
-def _types() -> dict[object, int]:
+def types() -> dict[object, int]:
+    """The types of tensors that the extension takes, and their numbers there."""
     import torch
 
     return {getattr(torch, name): number for name, number in _TYPES.items()}
@@ -117,7 +118,7 @@ def _types() -> dict[object, int]:
 
 def tensor_arg(tensor: Tensor) -> TensorArg:
     """A tensor as every function of the extension takes it."""
-    return tensor.data_ptr(), _types()[tensor.dtype], tensor.shape, tensor.stride(), tensor
+    return tensor.data_ptr(), types()[tensor.dtype], tensor.shape, tensor.stride(), tensor
 
 
 def optional_tensor_arg(tensor: Tensor | None) -> TensorArg | None:

@@ -393,21 +393,45 @@ void head(const TensorArg& out, const TensorArg& x, const TensorArg& weight,
   launch.run<run_head>();
 }
 
-std::vector<std::uint64_t> fingerprints(const std::vector<TensorArg>& tensors) {
-  std::vector<cpu::Bytes> inputs;
+// Tensors whose elements fill one span of memory each.
+std::vector<cpu::Bytes> bytes_of(const std::vector<TensorArg>& tensors) {
+  std::vector<cpu::Bytes> all;
   for (const TensorArg& tensor : tensors) {
     const Span span = tensor.span();
     if (static_cast<std::int64_t>(span.bytes()) != tensor.numel() * element_size(tensor.type)) {
       refuse("a fingerprint is of tensors whose elements fill one span of memory");
     }
     if (span.bytes() > 0 && span.first == 0) refuse("a tensor is a null pointer");
-    inputs.push_back({reinterpret_cast<const unsigned char*>(span.first), span.bytes()});
+    all.push_back({reinterpret_cast<const unsigned char*>(span.first), span.bytes()});
   }
+  return all;
+}
+
+std::vector<std::uint64_t> fingerprints_of(const std::vector<cpu::Bytes>& inputs) {
   std::vector<std::uint64_t> out(inputs.size());
-  py::gil_scoped_release unlocked;
+  const py::gil_scoped_release unlocked;
   cpu::fingerprints(inputs.data(), inputs.size(), out.data());
   return out;
 }
+
+std::vector<std::uint64_t> fingerprints(const std::vector<TensorArg>& tensors) {
+  return fingerprints_of(bytes_of(tensors));
+}
+
+// Tensors, which it does not keep alive, and the fingerprints that they had.
+class Contents {
+ public:
+  Contents(const std::vector<TensorArg>& tensors, std::vector<std::uint64_t> fingerprints)
+      : bytes_(bytes_of(tensors)), expected_(std::move(fingerprints)) {
+    if (bytes_.size() != expected_.size()) refuse("each tensor needs one fingerprint");
+  }
+
+  bool unchanged() const { return kernels_are_stubbed() || fingerprints_of(bytes_) == expected_; }
+
+ private:
+  std::vector<cpu::Bytes> bytes_;
+  std::vector<std::uint64_t> expected_;
+};
 
 }  // namespace
 
@@ -482,4 +506,10 @@ void register_cpu_kernels(py::module_& module) {
              "A 64-bit hash of each tensor's bytes, in one parallel region. Certain to change when\n"
              "the bytes of one aligned 8-byte word change; the same for any number of threads. Not\n"
              "cryptographic.");
+
+  py::class_<Contents>(module, "Contents", py::module_local(),
+                       "Tensors, which it does not keep alive, and fingerprints that they had.")
+      .def(py::init<const std::vector<TensorArg>&, std::vector<std::uint64_t>>(),
+           py::arg("tensors"), py::arg("fingerprints"))
+      .def("unchanged", &Contents::unchanged, "Whether all still have them, in one pass.");
 }

@@ -37,6 +37,9 @@ struct RecordedLaunch {
 void run_kernel(Kernel kernel, void* arguments, std::uintptr_t stream,
                 const std::vector<Access>& accesses);
 
+// Whether Python asked for the host's part only: kernels then do not run.
+bool kernels_are_stubbed();
+
 #ifdef RESNET_FUSED_HOST_SIM
 // Whether the simulator was told which memory the next launch may touch; otherwise that is what the
 // launch's tensors cover.

@@ -9,6 +9,7 @@ from torch import Tensor, channels_last
 
 from .._extension import TensorArg, optional_tensor_arg, tensor_arg
 from ..parameters import BatchNorm
+from .recording import copied
 
 BatchNormArg = tuple[TensorArg, TensorArg, TensorArg | None, TensorArg | None, float]
 
@@ -42,7 +43,7 @@ def residual_arg(residual: Tensor | None) -> TensorArg | None:
 def batch_norm_arg(bn: BatchNorm, types: Collection[torch.dtype]) -> BatchNormArg:
     """`bn`, its vectors rounded to float32 where they are none of the `types` that kernels read."""
     mean, var, weight, bias = (
-        v if v is None or v.dtype in types else v.float() for v in bn[:4]
+        v if v is None or v.dtype in types else copied(v, v.float()) for v in bn[:4]
     )
     assert mean is not None and var is not None
     return (

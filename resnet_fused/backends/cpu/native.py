@@ -16,6 +16,7 @@ from torch import Tensor
 from ..._extension import optional_tensor_arg, tensor_arg
 from ...parameters import BatchNorm, Convolution, MaxPool
 from ..arguments import BatchNormArg, batch_norm_arg, empty_nhwc, nhwc, residual_arg
+from ..recording import copied
 
 _LANES = 16  # Winograd's channel counts that are no multiple of it leave vector lanes idle
 _STEM_LANES = 32
@@ -56,9 +57,9 @@ def bn_add_relu(
 def head(extension: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """linear(global_average_pool(x)), (N, C, H, W) -> (N, classes); on every processor."""
     if weight.stride(1) != 1:
-        weight = weight.contiguous()
+        weight = copied(weight, weight.contiguous())
     if bias is not None:
-        bias = bias.contiguous()
+        bias = copied(bias, bias.contiguous())
     out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
     extension.head(
         tensor_arg(out), tensor_arg(nhwc(x)), tensor_arg(weight), optional_tensor_arg(bias)
