@@ -136,7 +136,8 @@ def _compile(arguments: Sequence[str], jobs: int) -> None:
     children = [
         subprocess.Popen([*command, "--share", str(share), str(jobs)]) for share in range(jobs)
     ]
-    if any([child.wait() for child in children]):
+    statuses = [child.wait() for child in children]
+    if any(statuses):
         print("a compiling process failed; what it left is compiled below", file=sys.stderr)
 
 
@@ -205,15 +206,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for batch in options.batch:
         for training in (False, True)[: 1 + options.training]:
             mode = "training" if training else "inference"
+            title = f"{options.arch}, {mode}, batch {batch}, {options.size}², {options.dtype}"
             try:
                 images = torch.randn(batch, 3, options.size, options.size, device=device)
                 with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
                     if options.share is not None:
                         compile_share(network, images, training, *options.share)
                         continue
-                    print(
-                        f"{options.arch}, {mode}, batch {batch}, {options.size}², {options.dtype}"
-                    )
+                    print(title)
                     print(table(tune(network, images, training, _progress)))
             except torch.OutOfMemoryError:
                 sys.exit(f"{batch} images do not fit this GPU's memory: give --batch less of them.")
