@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ... import settings
 from ..base import Candidate, Candidates
@@ -264,9 +263,9 @@ def _best(options: Sequence[Candidate], times: Mapping[str, float | str]) -> Can
 
 
 def _device(arguments: Sequence[Any]) -> torch.device:
-    first = arguments[0]
-    if not isinstance(first, Tensor):
-        first = next(leaf for leaf in tree_leaves(first) if isinstance(leaf, Tensor))
+    first: Any = arguments
+    while not isinstance(first, Tensor):
+        first = first[0]
     return first.device
 
 
