@@ -187,17 +187,11 @@ def prediction(options: argparse.Namespace, gpu: Gpu) -> Step:
     """What the model of time says of this build, beside what was measured."""
     predict, results = "benchmarks/predict.py", options.results
     batch = max(options.batch or [256])
-    model = [PYTHON, predict, "--arch", options.arch, "--batch", str(batch)]
-    model += ["--dtype", options.dtype, "--gpu", gpu.model or "h100"]
-    compare = [PYTHON, "benchmarks/beside_prediction.py"]
-    for name in ("predicted", "throughput", "layers"):
-        file = f"layers_{batch}.json" if name == "layers" else f"{name}.json"
-        compare += [f"--{name}", f"{results}/{file}"]
-    commands = [
-        [*model, "--json", f"{results}/predicted.json"],
-        [*compare, "--json", f"{results}/beside_prediction.json"],
-    ]
-    return Step("prediction", 30, 90, commands, needs=(predict,))
+    command = [PYTHON, predict, "--arch", options.arch, "--batch", str(batch)]
+    command += ["--dtype", options.dtype, "--gpu", gpu.model or "h100"]
+    command += ["--json", f"{results}/predicted.json"]
+    command += ["--measured", f"{results}/throughput.json", f"{results}/layers_{batch}.json"]
+    return Step("prediction", 30, 90, [command], needs=(predict,))
 
 
 _WORKERS = ["-n", "8", "--timeout", "150"]
@@ -241,7 +235,7 @@ def peers(options: argparse.Namespace, gpu: Gpu) -> Step:
     command = _throughput(options, "throughput_tuned", options.batch or [256, 1])
     command += ["--warm", "--quick", "--rounds", "5", "--answer-seconds", "60"]
     if not options.rehearse:
-        command += ["--ours", "tuned-graph", "cuda-graph", "triton-graph"]
+        command += ["--ours", "resnet_fused-graph", "cuda-graph", "triton-graph"]
     command += ["--peers", *(options.peers or ["all"])]
     return Step("peers", 230, 300, [command])
 
@@ -330,6 +324,8 @@ class Proof:
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
             "PYTHONUNBUFFERED": "1",
             "RESNET_FUSED_CACHE_DIR": str(self.folder / "tuning"),
+            # Each step is a child process with a limit, and `selfcheck` a step of its own.
+            "RESNET_FUSED_SELFCHECK": "off",
         }
         if options.commit:
             self.environment["RESNET_FUSED_COMMIT"] = options.commit
