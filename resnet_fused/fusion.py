@@ -25,7 +25,7 @@ from .ops.training_layers import batch_statistics
 from .parameters import BatchNorm, ConvBn, Convolution, Layer, MaxPool
 from .training import FrozenBatchNorm2d
 
-_FUSED = (
+FUSED = (
     nn.Conv2d,
     nn.BatchNorm2d,
     nn.SyncBatchNorm,
@@ -41,7 +41,7 @@ _FUSED = (
 def _methods() -> tuple[Any, ...]:
     """The methods that calls of those modules consist of."""
     return (
-        *[(kind.__call__, kind._call_impl, kind.forward) for kind in _FUSED],
+        *[(kind.__call__, kind._call_impl, kind.forward) for kind in FUSED],
         nn.Conv2d._conv_forward,
     )
 

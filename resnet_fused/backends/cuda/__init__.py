@@ -52,6 +52,11 @@ class CudaBackend:
     def _make_launcher(self, extension: ModuleType) -> Launcher:
         return Launcher(extension)
 
+    @property
+    def tiles(self) -> list[str]:
+        """The tiles of our convolutions, of all GPUs, as candidates and families name them."""
+        return list(self._extension.ConvTile.__members__)
+
     def _check_device(self, index: int) -> str | None:
         with torch.cuda.device(index):
             try:
