@@ -111,7 +111,7 @@ def environment(options: argparse.Namespace, gpu: Gpu) -> Step:
     return Step("environment", 8, 40, commands)
 
 
-_BY_RULE = {"RESNET_FUSED_TUNE": "off"}
+_BY_HEURISTIC = {"RESNET_FUSED_TUNE": "off"}
 
 
 def selfcheck(options: argparse.Namespace, gpu: Gpu) -> Step:
@@ -153,7 +153,7 @@ def layers(options: argparse.Namespace, gpu: Gpu) -> Step:
         command += ["--device", "cpu", "--size", "32", "--rounds", "1"]
     else:
         command += ["--backends", "cuda", "--kernels", "--rounds", "3"]
-    return Step("layers", 60, 110, [command], _BY_RULE)
+    return Step("layers", 60, 110, [command], _BY_HEURISTIC)
 
 
 def throughput(options: argparse.Namespace, gpu: Gpu) -> Step:
@@ -164,7 +164,7 @@ def throughput(options: argparse.Namespace, gpu: Gpu) -> Step:
     else:
         command += ["--ours", "cuda-graph", "--rounds", "5", "--answer-seconds", "90"]
         command += ["--peers", *(options.peers or ["cudnn-graph", "compile-reduce-overhead"])]
-    return Step("throughput", 150, 200, [command], _BY_RULE)
+    return Step("throughput", 150, 200, [command], _BY_HEURISTIC)
 
 
 def _throughput(options: argparse.Namespace, name: str, batch: Sequence[int]) -> list[str]:
@@ -200,13 +200,14 @@ _WORKERS = ["-n", "8", "--timeout", "150"]
 def training_tests(options: argparse.Namespace, gpu: Gpu) -> Step:
     files = sorted(str(f.relative_to(ROOT)) for f in (ROOT / "tests").glob("test_training*.py"))
     command = [PYTHON, "-m", "pytest", "-q", "-m", "gpu", *_WORKERS, *files]
-    return Step("training_tests", 110, 170, [command], _BY_RULE, hardware=True)
+    return Step("training_tests", 110, 170, [command], _BY_HEURISTIC, hardware=True)
 
 
 def training(options: argparse.Namespace, gpu: Gpu) -> Step:
     peers = options.peers or ["eager channels_last", "torch.compile"]
     command = _training(options, "training")
-    return Step("training", 170, 230, [[*command, "--only", "resnet_fused", *peers]], _BY_RULE)
+    only = ["--only", "resnet_fused triton", *peers]
+    return Step("training", 170, 230, [[*command, *only]], _BY_HEURISTIC)
 
 
 def training_tuned(options: argparse.Namespace, gpu: Gpu) -> Step:
@@ -256,7 +257,7 @@ def networks(options: argparse.Namespace, gpu: Gpu) -> Step:
     """Full-size images, a thousand runs, two streams, tensors past 2^31 elements: in one process,
     which then has the memory to itself."""
     command = [PYTHON, "-m", "pytest", "-q", "-m", "gpu", "--timeout", "120", "tests/test_gpu.py"]
-    return Step("networks", 150, 220, [command], _BY_RULE, hardware=True)
+    return Step("networks", 150, 220, [command], _BY_HEURISTIC, hardware=True)
 
 
 def op_tests(options: argparse.Namespace, gpu: Gpu) -> Step:
@@ -268,7 +269,7 @@ def op_tests(options: argparse.Namespace, gpu: Gpu) -> Step:
         if file.name not in others and not file.name.startswith("test_training")
     )
     command = [PYTHON, "-m", "pytest", "-q", "-m", "gpu", *_WORKERS, *files]
-    return Step("op_tests", 150, 220, [command], _BY_RULE, hardware=True)
+    return Step("op_tests", 150, 220, [command], _BY_HEURISTIC, hardware=True)
 
 
 Maker = Callable[[argparse.Namespace, Gpu], Step]
