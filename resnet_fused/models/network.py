@@ -358,7 +358,9 @@ class ResidualNetwork(nn.Module):
         if backend is None:
             return None
         if pool is not None:
-            out, terms = run_on(backend, stem_training, x, training.layers[0], pool, training.sync_group)
+            out, terms = run_on(
+                backend, stem_training, x, training.layers[0], pool, training.sync_group
+            )
         else:
             out, (terms,) = run_on(backend, residual_block_training, *block)
         fusion.track_statistics([self.bn1], [terms])

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .. import fusion
 from .._extension import tensor_arg, types
 from ..backends import recording
-from ..backends.autotune import generation
 from ..backends.arguments import nhwc
+from ..backends.autotune import generation
 from ..blocks import BasicBlock, Bottleneck, PaddedIdentity, PlainBlock
 from .validity import Snapshot
 
