@@ -68,6 +68,7 @@ class Tuner:
         self._cache: TuningCache | None = None
         self._spent = 0.0
         self._unlimited = False
+        self._share: tuple[int, int] | None = None
         self._lock = threading.RLock()  # a candidate may be made of ops that choose in turn
         self._watchers: list[list[Decision]] = []
         self._preferred: list[str] = []
@@ -131,6 +132,18 @@ class Tuner:
         finally:
             self._unlimited = before
 
+    @contextlib.contextmanager
+    def compile_share(self, share: int, of: int) -> Iterator[None]:
+        """Within the block every `of`-th candidate of a call, from number `share` on, runs once and
+        none is measured: so that several processes compile what one of them measures later."""
+        self._share = (share, of)
+        self._forget()
+        try:
+            yield
+        finally:
+            self._share = None
+            self._forget()
+
     def _forget(self) -> None:
         self._chosen.clear()
         self.generation += 1
@@ -164,6 +177,12 @@ class Tuner:
         options = [c for c in listed if not c.family or self._passed(c.family, device)]
         options = options or [Candidate("pytorch", reference)]
         times: Times = {}
+        if self._share is not None:
+            share, of = self._share
+            for candidate in options[share::of]:
+                with contextlib.suppress(Exception):  # which the process that measures reports
+                    candidate.launch(*arguments)
+            measuring = False
         with self._lock:
             if place in self._chosen and not self._preferred:
                 return self._chosen[place]
