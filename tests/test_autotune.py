@@ -22,12 +22,12 @@ from resnet_fused import resnet50, settings, use_backend
 from resnet_fused.backends import Candidate, autotune
 from resnet_fused.backends.autotune import BUDGET_SECONDS, Tuner, batch_bucket, describe, signature
 from resnet_fused.backends.autotune import measure as measure_module
-from resnet_fused.backends.autotune.cache import FILE, TuningCache
+from resnet_fused.backends.autotune.cache import FILE, Times, TuningCache
 from resnet_fused.backends.reference import ReferenceBackend
 from resnet_fused.parameters import BatchNorm, ConvBn, Convolution
 from resnet_fused.reference import ops as reference
 
-FIRST = {"small": 2e-3, "large": 1e-3, "odd": "RuntimeError: too large"}
+FIRST: Times = {"small": 2e-3, "large": 1e-3, "odd": "RuntimeError: too large"}
 SECOND = {"small": 3e-3}
 GPU = torch.device("cuda", 0)
 MACHINE = ("Imaginary 1000", "driver 1", "build 1")
@@ -262,7 +262,7 @@ class Machine:
         self.now = 0.0
         self.ran: list[str] = []
         self.measured: list[str] = []
-        self.environment = MACHINE
+        self.environment: tuple[str, ...] = MACHINE
         self.refused: set[str] = set()  # families
 
     def tuner(self) -> Tuner:
