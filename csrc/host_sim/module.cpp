@@ -90,6 +90,7 @@ PYBIND11_MODULE(_C_sim, module) {
             {"skipped_barrier", &plant.skipped_barrier},
             {"skipped_named_barrier", &plant.skipped_named_barrier},
             {"skipped_wait", &plant.skipped_wait},
+            {"skipped_arrival", &plant.skipped_arrival},
             {"skipped_mbarrier_wait", &plant.skipped_mbarrier_wait},
             {"skipped_product_wait", &plant.skipped_product_wait},
             {"skipped_store_wait", &plant.skipped_store_wait},
