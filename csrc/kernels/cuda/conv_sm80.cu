@@ -291,10 +291,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   const std::int64_t first_row = std::int64_t(blockIdx.x / tiles_across) * Tile::kM;
   const int first_column = blockIdx.x % tiles_across * Tile::kN;
 
+  const std::int64_t channel = std::int64_t(group) * columns + first_column;
+  const int count = columns - first_column;
   const auto start = [&](auto& loader, const ConvolutionBn& conv) {
     Operands::start(loader);
-    load_scale_shift(kScaleShift, conv.bn, std::int64_t(group) * columns + first_column,
-                     columns - first_column, Tile::kN, threadIdx.x, Tile::kThreads);
+    load_scale_shift(kScaleShift, conv.bn, channel, count, Tile::kN, threadIdx.x, Tile::kThreads);
   };
   const auto multiply = [&](auto& loader, Accumulators& acc) {
     Operands::run(loader, [&](std::uint32_t stage) { acc.multiply(stage); });
@@ -406,7 +407,7 @@ Plan make_plan(const ConvBn& a, ConvTile tile) {
 Plan choose(const ConvBn& a, int num_sms) {
   constexpr std::pair<ConvTile, int> kLarge[] = {{ConvTile::k128x128, 128},
                                                  {ConvTile::k128x64, 64}};
-  for (const auto [tile, tile_n] : kLarge) {
+  for (const auto& [tile, tile_n] : kLarge) {
     const Plan plan = make_plan(a, tile);
     if (plan.kernel != nullptr && 2 * a.out_channels / a.groups > tile_n &&
         std::int64_t{plan.shape.grid.x} * plan.shape.grid.y >= num_sms) {
