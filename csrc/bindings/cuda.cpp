@@ -218,7 +218,7 @@ void conv_bn(std::uintptr_t out, const ResidualArgument& residual, DType dtype, 
              bool tf32, ConvTile tile, int device, std::uintptr_t stream) {
   const ConvBn arguments = conv_bn_arguments(out, residual, dtype, batch, out_image, out_channels,
                                              groups, conv, projection, relu, tf32);
-  if (!resnet_fused::conv_bn_offers(arguments, tile)) {
+  if (!resnet_fused::conv_bn_can_implement(arguments, tile)) {
     throw std::invalid_argument("this tile does not compute such a convolution; use automatic");
   }
   py::gil_scoped_release unlocked;
@@ -273,7 +273,7 @@ Bottleneck bottleneck(std::uintptr_t x, DType dtype, std::int64_t batch, const P
 void run_bottleneck(std::uintptr_t out, const Bottleneck& block, int device,
                     std::uintptr_t stream) {
   if (out == 0) throw std::invalid_argument("out is a null pointer");
-  if (!resnet_fused::bottleneck_offers(block, device)) {
+  if (!resnet_fused::bottleneck_can_implement(block, device)) {
     throw std::invalid_argument("there is no kernel for such a bottleneck on this device");
   }
   py::gil_scoped_release unlocked;
@@ -421,9 +421,9 @@ void register_cuda_kernels(py::module_& module) {
       .def(py::init(&bottleneck), py::arg("x"), py::arg("dtype"), py::arg("batch"),
            py::arg("image"), py::arg("channels"), py::arg("inner"), py::arg("out_channels"),
            py::arg("stride"), py::arg("layers"), py::arg("projection"))
-      .def("offered", &resnet_fused::bottleneck_offers, py::arg("device"),
+      .def("offered", &resnet_fused::bottleneck_can_implement, py::arg("device"),
            "Whether there is a kernel for it on that device.")
-      .def("pays", &resnet_fused::bottleneck_pays, py::arg("device"),
+      .def("pays", &resnet_fused::bottleneck_is_profitable, py::arg("device"),
            "Whether there is one that is expected to be faster than a kernel for each layer.");
 
   module.def("cuda_bottleneck", &run_bottleneck, py::arg("out"), py::arg("block"),
