@@ -26,7 +26,7 @@ class CpuBackend(LayerByLayer):
 
     def __init__(self) -> None:
         extension = _extension.load()
-        self._extension = extension
+        self.extension = extension
         self._convolutions: LiveCache[PackedConvolution | OneDnnConvolution] = LiveCache(extension)
         self._stems: LiveCache[PooledStem] = LiveCache(extension)
         self._own = set()  # dtypes that our kernels convolve, and as fast as any
@@ -50,7 +50,7 @@ class CpuBackend(LayerByLayer):
         return None
 
     def bn_add_relu(self, x: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool) -> Tensor:
-        return bn_add_relu(self._extension, x, bn, residual, relu)
+        return bn_add_relu(self.extension, x, bn, residual, relu)
 
     def conv_bn(self, x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool) -> Tensor:
         return self._pack(x, layer.conv)(x, layer.bn, residual, relu)
@@ -73,11 +73,11 @@ class CpuBackend(LayerByLayer):
         if conv.weight.dtype not in self._own or not PooledStem.serves(conv, pool):
             return F.max_pool2d(self.conv_bn(x, layer, None, True), *pool)
         keep_freed_memory()
-        packed = self._stems.get(conv.weight, None, lambda: PooledStem(self._extension, conv))
+        packed = self._stems.get(conv.weight, None, lambda: PooledStem(self.extension, conv))
         return packed(x, bn)
 
     def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return head(self._extension, x, weight, bias)
+        return head(self.extension, x, weight, bias)
 
     def _pack(self, x: Tensor, conv: Convolution) -> PackedConvolution | OneDnnConvolution:
         keep_freed_memory()
@@ -87,8 +87,8 @@ class CpuBackend(LayerByLayer):
 
         def pack() -> PackedConvolution | OneDnnConvolution:
             if own:
-                return PackedConvolution(self._extension, conv, winograd)
-            return OneDnnConvolution(self._extension, conv)
+                return PackedConvolution(self.extension, conv, winograd)
+            return OneDnnConvolution(self.extension, conv)
 
         return self._convolutions.get(conv.weight, form, pack)
 

@@ -49,7 +49,7 @@ class CudaBackend(LayerByLayer):
 
     def __init__(self, extension: ModuleType, tile: Any = None) -> None:
         """`tile`: the ConvTile that every convolution takes; by default each has its own."""
-        self._extension = extension
+        self.extension = extension
         self._launcher = self._make_launcher(extension)
         self._tile = tile
         self._tuner = Tuner(self.name)
@@ -61,7 +61,7 @@ class CudaBackend(LayerByLayer):
     @property
     def tiles(self) -> list[str]:
         """The tiles of our convolutions, of all GPUs, as candidates are named."""
-        return [name for name in self._extension.ConvTile.__members__ if name != "automatic"]
+        return [name for name in self.extension.ConvTile.__members__ if name != "automatic"]
 
     @property
     def kernels(self) -> list[str]:
@@ -71,7 +71,7 @@ class CudaBackend(LayerByLayer):
     def _check_device(self, index: int) -> str | None:
         with torch.cuda.device(index):
             try:
-                self._extension.cuda_check_device(index)
+                self.extension.cuda_check_device(index)
             except RuntimeError as error:
                 return str(error)
         return None
@@ -120,11 +120,7 @@ class CudaBackend(LayerByLayer):
         """Names of the ways to compute a convolution: our tiles, and `other`; the rule's first."""
         if self._tile is not None:
             return [self._tile.name]
-        out, _, call = self._launcher.conv_bn_call(*arguments)
-        tiles = [
-            t.name
-            for t in self._extension.cuda_conv_bn_tiles(*call, self._launcher.place(out.device))
-        ]
+        tiles = self._launcher.tiles(*arguments)
         return [other, *tiles] if other_first else ["automatic", *tiles, other]
 
     def conv_bn_projection(
@@ -175,11 +171,10 @@ class CudaBackend(LayerByLayer):
 
     def _bottleneck_kernels(self, x: Tensor, layers: Sequence[ConvBn]) -> list[str]:
         """The ways to compute a bottleneck, the rule's first."""
-        block, _ = self._launcher.block(x, layers)
-        device = self._launcher.place(x.device)
-        if not block.offered(device):
+        if not self._launcher.can_implement_bottleneck(x, layers):
             return [_SEPARATE]
-        return [_FUSED, _SEPARATE] if block.pays(device) else [_SEPARATE, _FUSED]
+        profitable = self._launcher.is_bottleneck_profitable(x, layers)
+        return [_FUSED, _SEPARATE] if profitable else [_SEPARATE, _FUSED]
 
     def stem(self, x: Tensor, layer: ConvBn, pool: MaxPool) -> Tensor:
         def launch(kernel: str) -> Tensor:
