@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 _BYTES = 0.05  # by which both counts may differ: one of them leaves out batch norm's vectors
-OURS = "cuda-graph"  # throughput.py's contestant whose launches predict.py counts
+OURS = "cuda-graph"  # throughput.py's key of whose launches predict.py counts
 BACKEND = "cuda"
 
 

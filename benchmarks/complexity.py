@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,12 +18,12 @@ from typing import Any
 
 import torch
 import torchvision
+from harness import results
 from torch import nn
 
 import resnet_fused
 from resnet_fused import complexity
 from resnet_fused.models import cifar
-from resnet_fused.testing import machine
 
 SIZE = 224
 CIFAR_SIZE = 32
@@ -110,36 +109,37 @@ def table(found: Sequence[dict[str, Any]], batch: int) -> str:
         *("network", "layers", "parameters, M", "paper", "multiply-adds, G", "paper"),
         *("activations, M", *(f"MB, {level}" for level in complexity.FUSION)),
     ]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = [head]
     for row in found:
-        cells = [
-            row["network"],
-            str(row["layers"]),
-            f"{row['parameters'] / 1e6:.2f}",
-            _paper(row["paper_parameters"]),
-            f"{row['multiply_adds'] / 1e9:.3g}",
-            _paper(row["paper_multiply_adds"]),
-            f"{row['activations'] / 1e6:.2f}",
-            *(f"{row[f'bytes, {level}'] / 1e6:.3g}" for level in complexity.FUSION),
+        lines.append(
+            [
+                row["network"],
+                str(row["layers"]),
+                f"{row['parameters'] / 1e6:.2f}",
+                _paper(row["paper_parameters"]),
+                f"{row['multiply_adds'] / 1e9:.3g}",
+                _paper(row["paper_multiply_adds"]),
+                f"{row['activations'] / 1e6:.2f}",
+                *(f"{row[f'bytes, {level}'] / 1e6:.3g}" for level in complexity.FUSION),
+            ]
+        )
+    return "\n".join(
+        [
+            results.markdown(lines),
+            "",
+            *(f"{key}: {what}." for key, what in complexity.FUSION.items()),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *(f"{key}: {what}." for key, what in complexity.FUSION.items())])
+    )
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = results.parser(__doc__, "json")
     parser.add_argument("--network", nargs="+", choices=networks(), default=list(networks()))
-    parser.add_argument(
-        "--batch", type=int, default=32, help="images that share one read of weights"
-    )
-    parser.add_argument("--element-size", type=int, default=2, help="bytes of a number")
-    parser.add_argument("--json", type=Path, help="write everything, with versions and commit")
+    positive = results.positive
+    parser.add_argument("--batch", type=positive, default=32, help="images that share weights")
+    parser.add_argument("--element-size", type=positive, default=2, help="bytes of a number")
     parser.add_argument("--csv", type=Path, help="write the rows")
-    options = parser.parse_args(arguments)
-    for name in ("batch", "element_size"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be positive")
-    return options
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -150,15 +150,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         end="",
     )
     print(f"{options.batch}.\n\n{table(found, options.batch)}")
-    if options.json is not None:
-        record = {
-            "options": {"batch": options.batch, "element_size": options.element_size},
-            "versions": machine.versions("torch", "torchvision"),
-            **machine.commit(Path(__file__).parent),
-            "networks": found,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    record = {
+        **results.facts(None, "torch", "torchvision"),
+        "options": {"batch": options.batch, "element_size": options.element_size},
+        "networks": found,
+    }
+    results.write(options.json, record)
     if options.csv is not None:
         options.csv.parent.mkdir(parents=True, exist_ok=True)
         with options.csv.open("w", newline="", encoding="utf-8") as file:

@@ -3,34 +3,34 @@
     python benchmarks/cuda_resources.py
 
 Registers come from the machine code in resnet_fused._C (cuobjdump of triton's wheel or from PATH),
-blocks per multiprocessor from CUDA's limits per architecture, bytes from ResNet-50's layers. No GPU
+blocks per SM from CUDA's limits per architecture, bytes from ResNet-50's layers. No GPU
 is needed and nothing is timed.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torchvision
+from harness.results import ROOT, markdown
 from time_model.cuda_kernels import BlockKernel, Kernel, described
 from time_model.rates import LIMITS
 from time_model.work import resident_blocks
 from torch import nn
 
-from resnet_fused import _extension
-from resnet_fused.testing import machine_code, roofline
+from resnet_fused import _extension, complexity
+from resnet_fused.testing import machine_code
 
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "cuda_kernels.md"
+DOCUMENT = ROOT / "docs" / "cuda_kernels.md"
 MARK = "<!-- From here on written by benchmarks/cuda_resources.py. -->\n"
 BATCH = 256
 
 
 def fitting(kernel: Kernel | BlockKernel, registers: int, architecture: str) -> int:
-    """Blocks that fit a multiprocessor."""
+    """Blocks that fit an SM."""
     return resident_blocks(LIMITS[architecture], registers, kernel.shared, kernel.warps)
 
 
@@ -50,42 +50,46 @@ def registers() -> dict[Kernel | BlockKernel, dict[str, int]]:
     return found
 
 
-def kernel_table(found: dict[Kernel, dict[str, int]]) -> Iterator[str]:
-    yield "| type | tile | channels | projection | threads | shared memory | registers | blocks |"
-    yield "|---|---|---|---|---|---|---|---|"
+def kernel_table(found: dict[Kernel, dict[str, int]]) -> str:
+    head = "type, tile, channels, projection, threads, shared memory, registers, blocks"
+    rows = [head.split(", ")]
     for kernel, counts in sorted(found.items()):
         architectures = [a for a in LIMITS if a in counts]
         blocks = [fitting(kernel, counts[a], a) for a in architectures]
         numbers = [counts[a] for a in architectures]
-        cells = [
-            kernel.dtype,
-            f"{kernel.positions} × {kernel.channels}",
-            "16 bytes" if kernel.vectorised else "one by one",
-            "yes" if kernel.projection else "",
-            str(32 * kernel.warps),
-            f"{kernel.shared / 1024:g} KiB",
-            " / ".join(map(str, [*numbers, *kernel.claimed])),
-            " / ".join(map(str, blocks)),
-        ]
-        yield "| " + " | ".join(cells) + " |"
+        rows.append(
+            [
+                kernel.dtype,
+                f"{kernel.positions} × {kernel.channels}",
+                "16 bytes" if kernel.vectorised else "one by one",
+                "yes" if kernel.projection else "",
+                str(32 * kernel.warps),
+                f"{kernel.shared / 1024:g} KiB",
+                " / ".join(map(str, [*numbers, *kernel.claimed])),
+                " / ".join(map(str, blocks)),
+            ]
+        )
+    return markdown(rows)
 
 
-def block_kernel_table(found: dict[BlockKernel, dict[str, int]]) -> Iterator[str]:
-    yield "| type | inner channels | shortcut | threads | shared memory | registers | blocks |"
-    yield "|---|---|---|---|---|---|---|"
+def block_kernel_table(found: dict[BlockKernel, dict[str, int]]) -> str:
+    head = "type, inner channels, shortcut, threads, shared memory, registers, blocks"
+    rows = [head.split(", ")]
     for kernel, counts in sorted(found.items()):
         architectures = [a for a in LIMITS if a in counts]
         shortcut = f"projection, stride {kernel.stride}" if kernel.projection else "x"
-        cells = [
-            kernel.dtype,
-            str(kernel.inner),
-            shortcut,
-            str(32 * kernel.warps),
-            f"{kernel.shared / 1024:g} KiB",
-            " / ".join(str(counts[a]) for a in architectures),
-            " / ".join(str(fitting(kernel, counts[a], a)) for a in architectures),
-        ]
-        yield "| " + " | ".join(cells) + " |"
+        rows.append(
+            [
+                kernel.dtype,
+                str(kernel.inner),
+                shortcut,
+                str(32 * kernel.warps),
+                f"{kernel.shared / 1024:g} KiB",
+                " / ".join(str(counts[a]) for a in architectures),
+                " / ".join(str(fitting(kernel, counts[a], a)) for a in architectures),
+            ]
+        )
+    return markdown(rows)
 
 
 class Product(NamedTuple):
@@ -138,19 +142,14 @@ def products(model: nn.Module) -> dict[str, Product]:
     return found
 
 
-def layer_table() -> Iterator[str]:
+def layer_table() -> str:
     with torch.device("meta"):
         model = torchvision.models.resnet50().eval()
-    floors = {layer.name: layer for layer in roofline.layers(model, BATCH, 224)}
+    floors = {layer.name: layer for layer in complexity.passes(model, BATCH, 224)}
     of = products(model)
     tiles = ((64, 64), (128, 64), (128, 128))
-    yield (
-        "| layers | window | image → result | floor | "
-        + " | ".join(f"{m} × {n}" for m, n in tiles)
-        + " |"
-    )
-    yield "|---|---|---|---|---|---|---|"
     rows: dict[tuple[Any, ...], list[str]] = {}
+    cells = [["layers", "window", "image → result", "floor", *(f"{m} × {n}" for m, n in tiles)]]
     for name, layer in floors.items():
         if name not in of or name == "conv1":
             continue
@@ -167,27 +166,23 @@ def layer_table() -> Iterator[str]:
             moved.append(f"{2 * (both + streamed) / 1e6:.0f}")
         label = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
         stride = f"/{product.stride}" if product.stride > 1 else ""
-        yield (
-            "| "
-            + " | ".join(
-                [
-                    label + (" + downsample" if projection else ""),
-                    f"{product.kernel} × {product.kernel}{stride}",
-                    f"{product.image}² × {product.channels} → "
-                    f"{product.positions}² × {product.out_channels}",
-                    f"{2 * elements / 1e6:.0f}",
-                    *moved,
-                ]
-            )
-            + " |"
+        cells.append(
+            [
+                label + (" + downsample" if projection else ""),
+                f"{product.kernel} × {product.kernel}{stride}",
+                f"{product.image}² × {product.channels} → "
+                f"{product.positions}² × {product.out_channels}",
+                f"{2 * elements / 1e6:.0f}",
+                *moved,
+            ]
         )
+    return markdown(cells)
 
 
-def block_table() -> Iterator[str]:
+def block_table() -> str:
     with torch.device("meta"):
         of = products(torchvision.models.resnet50().eval())
-    yield "| block | by layers | floor | asked for | operations per byte of the layers |"
-    yield "|---|---|---|---|---|"
+    rows = [["block", "by layers", "floor", "asked for", "operations per byte of the layers"]]
     for block in ("layer1.0", "layer1.1", "layer2.0", "layer2.1"):
         first, second, third = (of[f"{block}.conv{i}"] for i in (1, 2, 3))
         projection = of.get(f"{block}.downsample.0")
@@ -210,12 +205,14 @@ def block_table() -> Iterator[str]:
         floor = pixels * first.channels + positions * out + weights
         asked = BATCH * inside**2 * first.channels + positions * (first.channels + out)
         asked += tiles * weights
-        cells = [
-            block,
-            *(f"{2 * moved / 1e6:.0f}" for moved in (layers + weights, floor, asked)),
-            f"{products_ / layers:.0f}",
-        ]
-        yield "| " + " | ".join(cells) + " |"
+        rows.append(
+            [
+                block,
+                *(f"{2 * moved / 1e6:.0f}" for moved in (layers + weights, floor, asked)),
+                f"{products_ / layers:.0f}",
+            ]
+        )
+    return markdown(rows)
 
 
 def main() -> None:
@@ -223,21 +220,21 @@ def main() -> None:
     compiler = _extension.load().build_info()["cuda_note"]
     text = DOCUMENT.read_text().split(MARK)[0]
     lines = [
-        "## Registers, shared memory and blocks per multiprocessor",
+        "## Registers, shared memory and blocks per SM",
         "",
-        f"Compiled by {compiler}. Registers of a thread and blocks that fit a multiprocessor are",
+        f"Compiled by {compiler}. Registers of a thread and blocks that fit an SM are",
         f"those of sm_{' / sm_'.join(LIMITS)}. Nothing spills.",
         "",
-        *kernel_table({k: v for k, v in found.items() if isinstance(k, Kernel) and not k.sm90}),
+        kernel_table({k: v for k, v in found.items() if isinstance(k, Kernel) and not k.sm90}),
         "",
         "The kernel for sm_90a: registers of a thread at launch / then of one that copies / of one",
         "that multiplies.",
         "",
-        *kernel_table({k: v for k, v in found.items() if isinstance(k, Kernel) and k.sm90}),
+        kernel_table({k: v for k, v in found.items() if isinstance(k, Kernel) and k.sm90}),
         "",
         "The kernel for a whole bottleneck.",
         "",
-        *block_kernel_table({k: v for k, v in found.items() if isinstance(k, BlockKernel)}),
+        block_kernel_table({k: v for k, v in found.items() if isinstance(k, BlockKernel)}),
         "",
         f"## ResNet-50 at 224², batch {BATCH}, 16-bit: megabytes",
         "",
@@ -247,7 +244,7 @@ def main() -> None:
         "share positions or channels, and comes from L2 as far as it holds them. Only sm_90a's",
         "kernel has a 128 × 128 tile for a shortcut's projection, and it has no 64 × 64 one.",
         "",
-        *layer_table(),
+        layer_table(),
         "",
         f"## Bottlenecks of ResNet-50 at 224², batch {BATCH}, 16-bit, whole: megabytes",
         "",
@@ -255,7 +252,7 @@ def main() -> None:
         "what its blocks ask for, halo, shortcut and weights again, which come from L2 as far as",
         "it holds them; and its arithmetic, recomputation included, by what the layers move.",
         "",
-        *block_table(),
+        block_table(),
         "",
     ]
     DOCUMENT.write_text(text + MARK + "\n" + "\n".join(lines))

@@ -2,12 +2,12 @@
 
     python benchmarks/layers.py                              ResNet-50, this machine's defaults
     python benchmarks/layers.py --batch 256 --dtype bfloat16 --json out.json
-    python benchmarks/layers.py --backends cuda --kernels    and each of its kernels: tiles, cuDNN
+    python benchmarks/layers.py --backends cuda --kernels    and each of its candidates
 
-The ops are recorded from one forward pass. Each distinct shape is held against float64 by the
-numerics contract on every backend (one that fails is not timed) and then measured, beside the
-vendor library's own convolution (cuDNN's fused ops on a GPU, oneDNN's on a CPU, batch norm folded
-into the weights beforehand).
+The ops are recorded from one forward pass. For each distinct shape every backend's choice is held
+against float64 (one that fails is not timed) and then measured, beside the vendor library's own
+convolution (cuDNN's fused ops on a GPU, oneDNN's on a CPU, batch norm folded into the weights
+beforehand).
 The share of the floor is max(bytes / bandwidth, operations / peak) over the time: bytes count
 every operand and the result once (of a strided 1×1 window's input what it sees), both peaks are
 measured in the run. A network's operands are often in cache when an op starts; here they are as the
@@ -19,42 +19,31 @@ A whole bottleneck has a row beside those of its layers, and no part in the sums
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
-from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout runs uninstalled too
+from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
-from contestants import in_cuda_graph
+from baselines.folded import fold, library_call
+from harness import results
+from harness.measure import Peaks, in_cuda_graph, in_turn, iterations_for, measure_peaks, times_of
 from torch import Tensor
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 from tqdm import tqdm
 
 import resnet_fused
-from resnet_fused import available_backends, backends
-from resnet_fused.backends import LayerByLayer, tuning
-from resnet_fused.backends.cuda import CudaBackend
-from resnet_fused.parameters import BatchNorm, Convolution
+from resnet_fused import available_backends, backends, ops
+from resnet_fused.backends import Backend, Candidate, Candidates
+from resnet_fused.backends.autotune import choose
+from resnet_fused.backends.autotune.verify import Check
+from resnet_fused.parameters import ConvBn
 from resnet_fused.reference import ops as reference
-from resnet_fused.testing import machine
 from resnet_fused.testing.cases import randomise_statistics
-from resnet_fused.testing.numerics import check_op
-from resnet_fused.testing.roofline import Peaks
-from resnet_fused.testing.timing import iterations_for, times_of
 from resnet_fused.tune import ARCHITECTURES
 
 _SECONDS = {"cpu": 0.15, "cuda": 0.02}  # of calls in a round
 _CALLS_IN_GRAPH = 4
-_CHOOSERS = ("tuned", "reference")  # of which no layer has a kernel
-_GATE_IMAGES = 4  # float64 convolutions of a whole batch would take longer than everything else
 
 
 class Layer(NamedTuple):
@@ -64,30 +53,28 @@ class Layer(NamedTuple):
     arguments: tuple[Any, ...]
     calls: int
 
-    def convolutions(self) -> list[tuple[Tensor, Convolution, BatchNorm]]:
-        """(input, convolution, batch norm) of the main path and of a projection."""
+    def convolutions(self) -> list[tuple[Tensor, ConvBn]]:
+        """Inputs and layers of the main path and of a projection."""
         if self.op in ("head", "bottleneck"):
             return []
-        triples = [self.arguments[:3]]
-        if self.op == "conv_bn_projection":
-            triples.append(self.arguments[3:])
-        return triples
+        projects = self.op == "conv_bn_projection"
+        return [self.arguments[:2], *([self.arguments[2:]] if projects else [])]
 
     def residual(self) -> Tensor | None:
-        return self.arguments[3] if self.op == "conv_bn" else None
+        return self.arguments[2] if self.op == "conv_bn" else None
 
     def title(self) -> str:
         """For people: op, window/stride, channels, size of the map."""
         if self.op == "head":
             return f"head {self.arguments[1].shape[1]}→{self.arguments[1].shape[0]}"
         if self.op == "bottleneck":
-            x, conv1, _, conv2, _, conv3, _, projection, _ = self.arguments
-            widths = [x.shape[1], conv1.weight.shape[0], conv3.weight.shape[0]]
+            x, layer1, layer2, layer3, projection = self.arguments
+            widths = [x.shape[1], *(len(layer.conv.weight) for layer in (layer1, layer3))]
             return (
-                f"bottleneck/{conv2.stride[0]} {'→'.join(map(str, widths))} on "
+                f"bottleneck/{layer2.conv.stride[0]} {'→'.join(map(str, widths))} on "
                 f"{x.shape[2]}×{x.shape[3]}{' + projection' if projection else ''}"
             )
-        x, conv, _ = self.convolutions()[0]
+        x, (conv, _) = self.convolutions()[0]
         filters, channels, height, width = conv.weight.shape
         added = " + shortcut" if self.residual() is not None else ""
         return (
@@ -101,147 +88,90 @@ class Layer(NamedTuple):
             x, weight = self.arguments[:2]
             operations, moved = 2 * out.numel() * x.shape[1], x.nbytes + weight.nbytes
         elif self.op == "bottleneck":
-            x, weights = self.arguments[0], [c.weight for c in self.arguments[1::2] if c]
+            x, *layers = self.arguments
+            weights = [layer.conv.weight for layer in layers if layer]
             first, others = x[:, 0].numel(), out[:, 0].numel()  # positions of conv1 and of the rest
             operations = 2 * first * weights[0].numel()
             operations += sum(2 * others * weight.numel() for weight in weights[1:])
             moved = x.nbytes + sum(weight.nbytes for weight in weights)
         else:
             operations, moved = 0, 0
-            for x, conv, _ in self.convolutions():
-                positions = _convolve(x[:1].to("meta"), conv, "meta").numel() * x.shape[0]
-                operations += 2 * positions * conv.weight[0].numel()
+            for x, (conv, _) in self.convolutions():
+                height, width = conv.output_size(*x.shape[2:])
+                operations += 2 * len(x) * height * width * conv.weight.numel()
                 height, width = conv.weight.shape[2:]
                 # A 1×1 window sees every stride-th pixel only.
                 unread = conv.stride[0] * conv.stride[1] if height * width == 1 else 1
                 moved += x.nbytes // unread + conv.weight.nbytes
         residual = self.residual()
         moved += out.nbytes + (0 if residual is None else residual.nbytes)
-        return operations, moved, max(moved / peaks.bandwidth, operations / peaks.arithmetic)
+        return operations, moved, peaks.floor(moved, operations)
 
 
-def _convolve(x: Tensor, conv: Convolution, device: str) -> Tensor:
-    return F.conv2d(x, conv.weight.to(device), None, *conv[1:])
+class _Recorder:
+    """A backend that notes each call of an op, and computes it by the reference."""
+
+    name = "recorder"
+    training = None
+
+    def __init__(self) -> None:
+        self.layers: dict[Any, Layer] = {}
+
+    def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        return None
+
+    def __getattr__(self, op: str) -> Callable[..., Candidates]:
+        def launch(*arguments: Any) -> Tensor:
+            key = (op, *map(_shapes, arguments))
+            known = self.layers.get(key, Layer(op, arguments, 0))
+            self.layers[key] = known._replace(calls=known.calls + 1)
+            if op != "bottleneck":
+                return getattr(reference, op)(*arguments)
+            x, layer1, layer2, layer3, projection = arguments  # its layers are of interest too
+            out = ops.conv_bn(ops.conv_bn(x, layer1, relu=True), layer2, relu=True)
+            if projection is None:
+                return ops.conv_bn(out, layer3, x, relu=True)
+            return ops.conv_bn_projection(out, layer3, x, projection)
+
+        return lambda *_: [Candidate("recorder", launch)]
 
 
 def record(architecture: str, x: Tensor) -> list[Layer]:
     """The distinct ops of one forward pass on `x`, in the order of their first call."""
-    calls: dict[Any, list[Any]] = {}
-
-    def note(op: str, *arguments: Any) -> None:
-        key = (op, *map(_signature, arguments))
-        calls.setdefault(key, [op, arguments, 0])[2] += 1
-
-    class Recorder:
-        def bottleneck(self, *arguments: Any) -> Tensor:
-            note("bottleneck", *arguments)
-            return LayerByLayer.bottleneck(self, *arguments)  # type: ignore[arg-type]
-
-        def __getattr__(self, op: str) -> Callable[..., Tensor]:
-            def run(*arguments: Any) -> Tensor:
-                note(op, *arguments)
-                return getattr(reference, op)(*arguments)
-
-            return run
-
     torch.manual_seed(0)
     model = randomise_statistics(getattr(resnet_fused, architecture)()).eval().to(x)
-    with mock.patch("resnet_fused.ops.registry.choose", return_value=Recorder()):
+    recorder = _Recorder()
+    with resnet_fused.use_backend(cast(Backend, recorder)), torch.inference_mode():
         model(x)
-    return [Layer(*call) for call in calls.values()]
+    return list(recorder.layers.values())
 
 
-def _signature(value: Any) -> Any:
+def _shapes(value: Any) -> Any:
     if isinstance(value, Tensor):
         return tuple(value.shape)
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_signature, value))
-    return value
+    return tuple(map(_shapes, value)) if isinstance(value, tuple) else value
 
 
-def library_call(layer: Layer) -> Callable[[], object] | None:
+def library(layer: Layer) -> Callable[[], object] | None:
     """The vendor's fused convolution(s) for `layer`, weights folded; None where it has none."""
     if layer.op in ("head", "bottleneck"):
         return None
-    folded = []
-    for x, conv, bn in layer.convolutions():
-        mean, var, gamma, beta = (v.float() for v in bn[:4] if v is not None)
-        weight, bias = fuse_conv_bn_weights(
-            conv.weight.float(), None, mean, var, bn.eps, gamma, beta
-        )
-        nhwc = weight.detach().to(x.dtype, memory_format=torch.channels_last)
-        folded.append((x, conv, nhwc, bias.detach().to(x.dtype)))
-    build = _cudnn if folded[0][0].is_cuda else _onednn
-    return build(layer, folded)
+    convolutions = [(x, fold(conv, *bn)) for x, (conv, bn) in layer.convolutions()]
+    pool = layer.arguments[2] if layer.op == "stem" else None
+    return library_call(convolutions, layer.residual(), pool)
 
 
-def _cudnn(layer: Layer, folded: list[tuple[Any, ...]]) -> Callable[[], object]:
-    x, conv, weight, bias = folded[0]
-    stride, padding, dilation, groups = conv[1:]
-
-    def run() -> object:
-        residual = layer.residual()
-        if layer.op == "conv_bn_projection":
-            shortcut, projection, other, offset = folded[1]
-            residual = F.conv2d(shortcut, other, offset, *projection[1:])
-        if residual is not None:
-            return torch.cudnn_convolution_add_relu(
-                x, weight, residual, 1.0, bias, stride, padding, dilation, groups
-            )
-        out = torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, groups)
-        return F.max_pool2d(out, *layer.arguments[3]) if layer.op == "stem" else out
-
-    return run
-
-
-def _onednn(layer: Layer, folded: list[tuple[Any, ...]]) -> Callable[[], object]:
-    ops = torch.ops.mkldnn
-    packed = []
-    for x, conv, weight, bias in folded:
-        window = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
-        weight = ops._reorder_convolution_weight(weight, *window, list(x.shape))
-        packed.append((x.contiguous(memory_format=torch.channels_last), weight, bias, *window))
-
-    def run() -> object:
-        residual = layer.residual()
-        if layer.op == "conv_bn_projection":
-            residual = ops._convolution_pointwise(*packed[1], "none", [], "")
-        if residual is not None:
-            x, *rest = packed[0]
-            return ops._convolution_pointwise.binary(x, residual, *rest, "add", 1.0, "relu", [], "")
-        out = ops._convolution_pointwise(*packed[0], "relu", [], "")
-        return F.max_pool2d(out, *layer.arguments[3]) if layer.op == "stem" else out
-
-    return run
-
-
-def _kernels_of_cuda() -> list[str]:
-    backend = backends.get("cuda")
-    assert isinstance(backend, CudaBackend)
-    return backend.kernels
-
-
-def _is_activation(argument: Any) -> bool:
-    return isinstance(argument, Tensor) and argument.dim() == 4
-
-
-class Contestant(NamedTuple):
-    """A column: a backend, and which of its kernels; None for the one that it chooses."""
-
-    backend: str
-    kernel: str | None = None
-
-    def __str__(self) -> str:
-        return self.backend if self.kernel is None else f"{self.backend}/{self.kernel}"
-
-    def call(self, layer: Layer, arguments: Sequence[Any]) -> Tensor | None:
-        """The result; None where the kernel does not serve the layer."""
-        op = getattr(backends.get(self.backend), layer.op)
-        if self.kernel is None:
-            return op(*arguments)
-        with tuning.prefer(self.kernel), tuning.watch() as decisions:
-            out = op(*arguments)
-        return out if any(d.choice == self.kernel for d in decisions) else None
+def computed_by(layer: Layer, names: Sequence[str], kernels: bool) -> Iterator[Candidate]:
+    """What computes the layer: of each backend the candidate that it would choose, under the
+    backend's name, and if `kernels` each candidate under its own."""
+    for name in names:
+        list_candidates = partial(getattr(backends.get(name), layer.op), *layer.arguments)
+        if listed := list_candidates():
+            meaning = getattr(reference, layer.op)
+            chosen = choose(layer.op, layer.arguments, list_candidates, meaning, name, True)
+            yield chosen._replace(name=name)
+        if kernels:
+            yield from listed
 
 
 def _timed(call: Callable[[], object], device: torch.device) -> tuple[Callable[[], object], int]:
@@ -256,33 +186,33 @@ def _timed(call: Callable[[], object], device: torch.device) -> tuple[Callable[[
     return in_cuda_graph(calls), _CALLS_IN_GRAPH
 
 
-def measure(layer: Layer, columns: list[Contestant], rounds: int, peaks: Peaks) -> dict[str, Any]:
-    """One row: the times of every column that serves the layer and the library's, in turn."""
+def measure(
+    layer: Layer, candidates: Iterable[Candidate], rounds: int, peaks: Peaks
+) -> dict[str, Any]:
+    """One row: the times of every candidate and of the library's call, in turn."""
     device = layer.arguments[0].device
     meaning = getattr(reference, layer.op)
-    contestants: dict[str, Callable[[], object]] = {}
+    check = Check(meaning, layer.arguments, per_image=True)
+    calls: dict[str, Callable[[], object]] = {}
     wrong: dict[str, str] = {}
-    few = [a[:_GATE_IMAGES] if _is_activation(a) else a for a in layer.arguments]
-    for column in columns:
-        run = partial(column.call, layer)
+    for candidate in candidates:
         try:
-            if run(layer.arguments) is None:
-                continue
-            check_op(lambda *given, run=run: run(given), meaning, few, what=layer.title())
-        except (AssertionError, RuntimeError) as error:
-            wrong[str(column)] = str(error)
+            fault = check.fault(candidate.launch)
+        except RuntimeError as error:
+            fault = str(error)
+        if fault is None:
+            calls[candidate.name] = partial(candidate.launch, *layer.arguments)
         else:
-            contestants[str(column)] = partial(run, layer.arguments)
-    if call := library_call(layer):
-        contestants["library"] = call
+            wrong[candidate.name] = fault
+    if call := library(layer):
+        calls["library"] = call
     out = meaning(*layer.arguments)
-    timed = {key: _timed(call, device) for key, call in contestants.items()}
+    timed = {key: _timed(call, device) for key, call in calls.items()}
     seconds = _SECONDS[device.type]
     counts = {key: iterations_for(call, device, seconds) for key, (call, _) in timed.items()}
-    samples: dict[str, list[float]] = {key: [] for key in contestants}
-    for _ in range(rounds):
-        for key, (call, calls) in timed.items():
-            samples[key].append(statistics.median(times_of(call, device, counts[key])) / calls)
+    samples: dict[str, list[float]] = {key: [] for key in calls}
+    for key, (call, each) in in_turn(list(timed.items()), range(rounds)):
+        samples[key].append(statistics.median(times_of(call, device, counts[key])) / each)
     operations, moved, floor = layer.floor(out, peaks)
     return {
         "layer": layer.title(),
@@ -296,8 +226,10 @@ def measure(layer: Layer, columns: list[Contestant], rounds: int, peaks: Peaks) 
     }
 
 
-def table(rows: list[dict[str, Any]], names: list[str]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """The rows as text: milliseconds a call, rates, share of the floor, time over the library's."""
+    names = list(dict.fromkeys(n for row in rows for n in [*row["seconds"], *row["wrong"]]))
+    names = [name for name in names if name != "library"]
     lines = [
         f"{'layer':58}{'×':>3} {'by':>20}{'ms':>9}{'TFLOP/s':>9}{'GB/s':>8}{'floor':>7}"
         f"{'× library':>11}"
@@ -326,22 +258,14 @@ def table(rows: list[dict[str, Any]], names: list[str]) -> str:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line, with defaults that suit the machine."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    gpu = torch.cuda.is_available()
+    parser = results.parser(__doc__, "device", "size", "dtype", "json")
     choices = [name for name in ARCHITECTURES if hasattr(resnet_fused, name)]
     parser.add_argument("--arch", default="resnet50", choices=choices)
-    parser.add_argument("--batch", type=machine.positive, default=256 if gpu else 8)
-    parser.add_argument(
-        "--size", type=machine.positive, default=224, help="pixels per side (%(default)s)"
-    )
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"))
-    parser.add_argument("--device", type=machine.device, default="cuda" if gpu else "cpu")
+    usual = 256 if torch.cuda.is_available() else 8
+    parser.add_argument("--batch", type=results.positive, default=usual)
     parser.add_argument("--backends", nargs="+", choices=backends.NAMES, help="those to measure")
-    parser.add_argument("--kernels", action="store_true", help="each kernel of `cuda` as well")
-    parser.add_argument("--rounds", type=machine.positive, default=7)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample here")
+    parser.add_argument("--kernels", action="store_true", help="each kernel of theirs as well")
+    parser.add_argument("--rounds", type=results.positive, default=7)
     return parser.parse_args(arguments)
 
 
@@ -349,36 +273,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     device, dtype = options.device, getattr(torch, options.dtype)
     shape = (options.batch, 3, options.size, options.size)
-    # `tuned` is another one's kernels, and measures them itself.
-    usual = [name for name in backends.PREFERENCE[device.type] if name not in _CHOOSERS]
     names = [
         name
-        for name in options.backends or usual
-        if name in available_backends() and backends.get(name).unsupported(device, dtype) is None
+        for name in options.backends or backends.PREFERENCE[device.type]
+        if name != "reference"  # which has no kernels
+        and name in available_backends()
+        and backends.get(name).unsupported(device, dtype) is None
     ]
     if not names:
         sys.exit(f"no backend serves {options.dtype} on {device}; see python -m resnet_fused.env")
-    columns = [Contestant(name) for name in names]
-    if options.kernels and "cuda" in names:
-        columns += [Contestant("cuda", kernel) for kernel in _kernels_of_cuda()]
     with torch.inference_mode():
         x = torch.randn(shape).to(device, dtype).contiguous(memory_format=torch.channels_last)
-        peaks = machine.measure_peaks(device, dtype)
+        peaks = measure_peaks(device, dtype)
         rows: list[dict[str, Any]] = []
         facts = {
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            **machine.commit(Path(__file__).parent),
-            "options": {k: str(value) for k, value in vars(options).items() if k != "json"},
-            "machine": machine.describe(device),
-            "versions": machine.versions("resnet-fused", "torch", "triton", "numpy"),
+            **results.facts(device, "resnet-fused", "torch", "triton", "numpy"),
+            "options": results.options(options),
             "peaks": peaks._asdict(),
         }
         for layer in tqdm(record(options.arch, x), unit="layer", leave=False):
-            rows.append(measure(layer, columns, options.rounds, peaks))
-            if options.json:  # after each: a run that is stopped keeps what it has
-                options.json.parent.mkdir(parents=True, exist_ok=True)
-                options.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
-    print(table(rows, [str(column) for column in columns]))
+            candidates = computed_by(layer, names, options.kernels)
+            rows.append(measure(layer, candidates, options.rounds, peaks))
+            results.write(options.json, {**facts, "rows": rows})  # a stopped run keeps what it has
+    print(table(rows))
     if any(row["wrong"] for row in rows):
         sys.exit("some results break the numerics contract, so they were not timed")
 

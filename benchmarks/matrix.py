@@ -23,19 +23,15 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout runs uninstalled too
-
 import torch
+from harness import results
+from harness.results import ROOT
 
-from resnet_fused.testing import machine
-
-ROOT = Path(__file__).resolve().parents[1]
-RESULT = ROOT / "benchmarks/results/matrix.json"
+RESULT = results.RESULTS / "matrix.json"
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 TORCHES = ("oldest", "default", "newest")
 TESTS = ("tests/test_drop_in.py", "tests/test_models.py")
@@ -231,10 +227,8 @@ def still_holds(row: Row, tests: bool) -> bool:
 
 def table(record: Mapping[str, Any]) -> str:
     """The rows in Markdown, and below them where they come from."""
-    lines = [
-        "| Python | torch | torchvision | Triton | extension | smoke test | drop-in tests |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    head = "Python, torch, torchvision, Triton, extension, smoke test, drop-in tests"
+    lines = [head.split(", ")]
     for row in (Row(**found) for found in record["rows"]):
         versions = [row.versions.get(name) for name in ("torch", "torchvision", "triton")]
         if not row.versions:
@@ -250,11 +244,11 @@ def table(record: Mapping[str, Any]) -> str:
         elif row.smoke:
             tests = row.reason or "not run"
         cells = [row.versions.get("python") or row.python, *versions, build, smoke, tests]
-        lines.append("| " + " | ".join(cell or "–" for cell in cells) + " |")
+        lines.append([cell or "–" for cell in cells])
     commits = ", ".join(dict.fromkeys(row["commit"][:10] for row in record["rows"]))
     facts = record["machine"]
-    lines += ["", f"{facts['cpu']}, {facts['system']}; {record['date'][:10]}, commit {commits}."]
-    return "\n".join(lines)
+    where = f"{facts['cpu']}, {facts['system']}; {record['date'][:10]}, commit {commits}."
+    return f"{results.markdown(lines)}\n\n{where}"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -284,12 +278,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def save(row: Row) -> None:
         rows[row.python, row.torch] = row
         order = [rows[p, t] for p in PYTHONS for t in TORCHES if (p, t) in rows]
-        record = {
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "machine": machine.describe(torch.device("cpu")),
-            "rows": [asdict(row) for row in order],
-        }
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        facts = results.facts(torch.device("cpu"))
+        results.write(options.json, {**facts, "rows": [asdict(row) for row in order]})
         print(f"{row.python}, torch {row.torch}: {row.outcome} {row.reason or ''}", flush=True)
 
     wanted = [(p, t) for p in (found if options.python else PYTHONS) for t in options.torch]

@@ -15,21 +15,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout runs uninstalled too
-
 import torch
+from harness import results
 from time_model import network, plot
 from time_model.rates import GPUS, Rates, assumptions, rates
 from time_model.work import Work, facts, predict
 
 from resnet_fused import _extension
-from resnet_fused.testing import machine
 
 NOTE = (
     "A model, not a measurement: times follow from compiled code, shapes and assumed rates; "
@@ -106,19 +102,19 @@ def record(options: argparse.Namespace) -> dict[str, Any]:
         for side in ("slow", "fast")
     )
     batch = options.batch
+    facts = results.facts(None, "torch", "triton")
     return {
         "note": NOTE,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **facts,
         "arch": options.arch,
         "batch": batch,
         "dtype": options.dtype,
         "gpu": options.gpu,
         "training": options.training,
         "versions": {
-            **machine.versions("torch", "triton"),
+            **facts["versions"],
             "nvcc": None if options.training else _extension.load().build_info()["cuda_note"],
         },
-        **machine.commit(Path(__file__).parent),
         "images_per_second": {
             "low": round(batch / (expected + slower), 1),
             "expected": round(batch / expected, 1),
@@ -162,23 +158,19 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser(__doc__, "json", "plot")
     parser.add_argument("--arch", default="resnet50")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--gpu", choices=tuple(GPUS), default="h100")
     parser.add_argument("--training", action="store_true", help="a step, not a forward")
-    parser.add_argument("--json", type=Path, help="write everything here")
-    parser.add_argument("--plot", type=Path, help="draw time by layer and by bound here")
     options = parser.parse_args()
     try:
         found = record(options)
     except RuntimeError as error:
         parser.exit(1, f"predict: {error}\n")
     print(table(found))
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(dumps(found))
+    results.write(options.json, dumps(found))
     if options.plot is not None:
         plot.draw(found, options.plot)
 

@@ -1,10 +1,10 @@
-"""The result files as pages: docs/results.md, docs/predicted.md, and the README's tables.
+"""Reports from the result files: docs/results.md, docs/predicted.md, and the README's tables.
 
     python benchmarks/render.py            writes all of them
     python benchmarks/render.py --check    exit code 1 where they are not what the files say
 
 Every JSON file under benchmarks/results/ that throughput.py, training.py or layers.py wrote has its
-part of docs/results.md; what predict.py wrote is no result and has a page of its own. What a
+part of docs/results.md; what predict.py wrote is no result and has a report of its own. What a
 profile explains goes into a Markdown file of the same name beside it, and is taken in.
 """
 
@@ -22,10 +22,10 @@ from typing import Any
 import layers
 import matrix
 import training
-from report import Comparison, Entry, cells, ranked
-from time_model import page as predicted
+from harness.comparison import Comparison, Entry, cells, ranked
+from harness.results import ROOT, chip, markdown
+from time_model import report as predicted
 
-ROOT = Path(__file__).resolve().parents[1]
 _TABLE = re.compile(r"(<!-- results of (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -59,11 +59,9 @@ def verdict(comparison: Comparison) -> str:
 def throughput_part(record: dict[str, Any]) -> Iterator[str]:
     """One table for each comparison, and who was not measured."""
     for comparison in comparisons(record):
-        headings, *rows = cells(comparison)
         yield f"### {comparison.title()}"
         yield verdict(comparison)
-        lines = [headings, ["---"] * len(headings), *rows]
-        yield "\n".join("| " + " | ".join(cell.strip() for cell in row) + " |" for row in lines)
+        yield markdown([cell.strip() for cell in row] for row in cells(comparison))
         absent = [entry for entry in comparison.entries if entry.rate is None]
         if absent:
             yield "\n".join(f"- {e.status}: {e.title} – {e.reason}" for e in absent)
@@ -76,13 +74,11 @@ def training_part(record: dict[str, Any]) -> Iterator[str]:
 
 def layers_part(record: dict[str, Any]) -> Iterator[str]:
     """The layers' table."""
-    rows = record["rows"]
-    names = list(dict.fromkeys(n for row in rows for n in [*row["seconds"], *row["wrong"]]))
-    yield f"```\n{layers.table(rows, [name for name in names if name != 'library'])}\n```"
+    yield f"```\n{layers.table(record['rows'])}\n```"
 
 
 def part(path: Path, folder: Path) -> Iterator[str]:
-    """A result file's part of a page in `folder`; nothing for a file of another kind."""
+    """A result file's part of a report in `folder`; nothing for a file of another kind."""
     record = json.loads(path.read_text())
     rows = record.get("rows") or [{}]
     if "comparisons" in record:
@@ -93,14 +89,13 @@ def part(path: Path, folder: Path) -> Iterator[str]:
         body = layers_part(record)
     else:
         return
-    machine = record["machine"]
-    chip = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
     versions = ", ".join(f"{name} {v}" for name, v in record["versions"].items() if v)
     changed = " with uncommitted changes" if record["dirty"] else ""
     name = path.relative_to(ROOT)
     yield f"## {name.relative_to('benchmarks/results').with_suffix('')}"
     yield (
-        f"[{name.name}]({os.path.relpath(path, folder)}): {chip}; {versions}; "
+        f"[{name.name}]({os.path.relpath(path, folder)}): {chip(record['machine'])}; "
+        f"{versions}; "
         f"{record['date'][:10]}, commit {record['commit'][:10]}{changed}."
     )
     yield from body
@@ -110,7 +105,7 @@ def part(path: Path, folder: Path) -> Iterator[str]:
         yield reasons.read_text().strip()
 
 
-def page() -> str:
+def report() -> str:
     """docs/results.md."""
     parts = [
         "# Results",
@@ -126,7 +121,7 @@ def page() -> str:
 
 
 def summary(record: dict[str, Any]) -> str:
-    """One row for each contestant, fastest first, a pair of columns for each comparison."""
+    """One row for each implementation, fastest first, a pair of columns for each comparison."""
     shown = comparisons(record)
     order = dict.fromkeys(entry.key for found in shown for entry in ranked(found))
     batches = len({found.batch for found in shown}) > 1
@@ -145,8 +140,7 @@ def summary(record: dict[str, Any]) -> str:
             else:
                 row += [f"{entry.rate:,.1f}", f"{entry.error:.1e}"]
         rows.append([f"**{cell}**" if ours and cell != "–" else cell for cell in (title, *row)])
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown([headings, *rows])
 
 
 def readme() -> str:
@@ -170,8 +164,8 @@ def main(arguments: list[str] | None = None) -> int:
     stale = [
         (path, text)
         for path, text in (
-            (ROOT / "docs/results.md", page()),
-            (ROOT / "docs/predicted.md", predicted.page(ROOT)),
+            (ROOT / "docs/results.md", report()),
+            (ROOT / "docs/predicted.md", predicted.report(ROOT)),
             (ROOT / "README.md", readme()),
         )
         if not path.exists() or path.read_text() != text

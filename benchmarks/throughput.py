@@ -7,26 +7,21 @@
 
 A correctness gate comes first: logits are held against float64, and ours may not be further off
 than PyTorch's own in the same dtype, else the exit code is 1 and no speed-up is stated. Then the
-contestants take turns, round after round, each in a process of its own with all cores, one
-running at a time, so that a drifting clock or a busy neighbour hits all of them alike.
+implementations take turns, round after round, each in a process of its own with all cores, one
+running at a time.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import os
 import signal
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout runs uninstalled too
 
 try:
     import torch
@@ -34,13 +29,14 @@ try:
 except ImportError as missing:
     sys.exit(f"{missing}; install the benchmark's packages: pip install '.[bench]'")
 
-import photographs
-import weights as weights_
-from contestants import CONTESTANTS, Contestant, UnavailableError
-from report import Comparison, Entry, plot, table
-from workers import ANSWER_SECONDS, Built, FailedError, Job, Referee, Runner, Truth, Worker
+import inputs
+from baselines import BASELINES, Baseline, UnavailableError
+from harness import results
+from harness.comparison import Comparison, Entry, plot, table
+from harness.measure import Peaks, floor_seconds, in_turn
+from harness.workers import ANSWER_SECONDS, Built, FailedError, Job, Referee, Runner, Truth, Worker
 
-from resnet_fused.testing import machine, roofline
+from resnet_fused import complexity, env
 from resnet_fused.testing.numerics import relative_error
 from resnet_fused.tune import ARCHITECTURES
 
@@ -60,30 +56,26 @@ _PACKAGES = (
 )
 
 
-def parse(arguments: Sequence[str] | None, contestants: Sequence[Contestant]) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None, baselines: Sequence[Baseline]) -> argparse.Namespace:
     """The command line, with defaults that suit the machine."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    peers = [contestant.key for contestant in contestants if not contestant.ours]
-    ours = [contestant.key for contestant in contestants if contestant.ours]
+    parser = results.parser(__doc__, "device", "size", "json", "plot")
+    peers = [baseline.key for baseline in baselines if not baseline.ours]
+    ours = [baseline.key for baseline in baselines if baseline.ours]
     parser.add_argument(
         "--arch",
         default="resnet50",
         choices=[name for name in ARCHITECTURES if hasattr(torchvision.models, name)],
         help="a ResNet by torchvision's name (%(default)s)",
     )
-    parser.add_argument("--batch", type=int, nargs="+", help="batch sizes (CPU: 8; GPU: 1 32 256)")
+    parser.add_argument(
+        "--batch", type=results.positive, nargs="+", help="batch sizes (CPU: 8; GPU: 1 32 256)"
+    )
     parser.add_argument(
         "--dtype",
         nargs="+",
         choices=_DTYPES,
         help="CPU: float32, and bfloat16 where it has it; GPU: bfloat16",
     )
-    parser.add_argument(
-        "--device", type=machine.device, help="cpu, cuda, cuda:1 … (a GPU if there is one)"
-    )
-    parser.add_argument("--size", type=int, default=224, help="pixels a side (%(default)s)")
     parser.add_argument(
         "--peers",
         nargs="+",
@@ -97,7 +89,9 @@ def parse(arguments: Sequence[str] | None, contestants: Sequence[Contestant]) ->
     )
     parser.add_argument("--images", type=Path, help="folder of photographs (scikit-image's)")
     parser.add_argument("--weights", help="torchvision's name, e.g. DEFAULT, or a file (random)")
-    parser.add_argument("--rounds", type=int, help="rounds of all contestants (8; with --quick: 3)")
+    parser.add_argument(
+        "--rounds", type=results.positive, help="rounds of turns (8; with --quick: 3)"
+    )
     parser.add_argument("--quick", action="store_true", help="few short rounds, one dtype")
     parser.add_argument(
         "--new-batch", action="store_true", help="also time the start with another batch size"
@@ -111,27 +105,21 @@ def parse(arguments: Sequence[str] | None, contestants: Sequence[Contestant]) ->
         "--answer-seconds",
         type=float,
         default=ANSWER_SECONDS,
-        help="give up on a contestant that takes longer to build or to time (%(default)s)",
+        help="give up on a baseline that takes longer to build or to time (%(default)s)",
     )
-    parser.add_argument("--json", type=Path, help="write machine, versions and all samples here")
-    parser.add_argument("--plot", type=Path, help="write a bar chart here (PNG, SVG or PDF)")
     options = parser.parse_args(arguments)
-    if options.device is None:
-        options.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = options.device.type == "cuda"
     options.batch = options.batch or ([1, 32, 256] if gpu else [8])
     options.dtype = options.dtype or _usual_dtypes(options.device, options.quick)
     options.rounds = options.rounds or (3 if options.quick else 8)
     options.round_seconds = 0.3 if gpu else 0.6
-    if min(*options.batch, options.rounds, options.size, 1) < 1:
-        parser.error("--batch, --rounds and --size must be positive")
     return options
 
 
 def _usual_dtypes(device: torch.device, quick: bool) -> list[str]:
     if device.type == "cuda":
         return ["bfloat16"]
-    flags = machine.describe(device)["cpu_flags"]
+    flags = env.machine(device)["cpu_flags"]
     has_bfloat16 = any(flag in flags for flag in ("avx512_bf16", "amx_bf16", "bf16"))
     return ["float32", "bfloat16"] if has_bfloat16 and not quick else ["float32"]
 
@@ -140,43 +128,31 @@ class Benchmark:
     """One run of the program: the input, and the comparisons made on it so far."""
 
     def __init__(
-        self, options: argparse.Namespace, contestants: Sequence[Contestant], folder: Path
+        self, options: argparse.Namespace, baselines: Sequence[Baseline], folder: Path
     ) -> None:
         self.options = options
-        chosen = options.peers
-        self.contestants = [
-            contestant
-            for contestant in contestants
-            if options.device.type in contestant.devices
-            and (
-                contestant.key in (options.ours or [contestant.key])
-                if contestant.ours
-                else "all" in chosen or contestant.key in chosen
-            )
-        ]
+
+        def wanted(baseline: Baseline) -> bool:
+            if baseline.ours:
+                return baseline.key in (options.ours or [baseline.key])
+            return "all" in options.peers or baseline.key in options.peers
+
+        self.baselines = [b for b in baselines if options.device.type in b.devices and wanted(b)]
         self.folder = folder
         self.comparisons: list[Comparison] = []
-        self.record: dict[str, Any] = {
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "machine": machine.describe(options.device),
-            "load_average": os.getloadavg(),
-            "versions": machine.versions(*_PACKAGES),
-            **machine.commit(Path(__file__).parent),
-            "options": {
-                name: str(value) if isinstance(value, (Path, torch.device)) else value
-                for name, value in vars(options).items()
-                if name not in ("json", "plot")
-            },
+        self.record = {
+            **results.facts(options.device, *_PACKAGES),
+            "options": results.options(options),
         }
         preset = torchvision.models.get_model_weights(options.arch).DEFAULT.transforms()
-        paths = photographs.find(options.images)
-        self.photographs = photographs.preprocess(paths, max(options.batch), options.size, preset)
+        paths = inputs.find(options.images)
+        self.photographs = inputs.preprocess(paths, max(options.batch), options.size, preset)
         self.record["photographs"] = self.photographs.names
         torch.save(self.photographs.images, folder / "images")
-        self.state = weights_.make_state(options.arch, options.weights, self.photographs.images[:8])
+        self.state = inputs.make_state(options.arch, options.weights, self.photographs.images[:8])
 
     def run(self) -> None:
-        """Compares all contestants for each dtype and batch, printing each table when it stands."""
+        """Compares all implementations for each dtype and batch, and prints each table."""
         for name in self.options.dtype:
             dtype = _DTYPES[name]
             state = self.folder / f"state_{name}"
@@ -200,25 +176,25 @@ class Benchmark:
             for batch in self.options.batch:
                 self._compare(job._replace(batch=batch), truth, peaks, name)
 
-    def _compare(self, job: Job, truth: Truth, peaks: roofline.Peaks, dtype: str) -> None:
+    def _compare(self, job: Job, truth: Truth, peaks: Peaks, dtype: str) -> None:
         truth = Truth(truth.logits[: job.batch], [e[: job.batch] for e in truth.eager])
         with torch.device("meta"):
             model = getattr(torchvision.models, job.architecture)().eval()
-        work = roofline.layers(model, job.batch, self.options.size)
+        passes = complexity.passes(model, job.batch, self.options.size)
         comparison = Comparison(
             job.architecture,
             str(job.device),
             dtype,
             job.batch,
             self.options.size,
-            [Entry(c.key, c.title, c.ours) for c in self.contestants],
+            [Entry(c.key, c.title, c.ours) for c in self.baselines],
             # The larger of PyTorch's own two layouts: which is closer is chance.
             max(_error(logits, truth) for logits in truth.eager),
             *peaks,
-            roofline.floor_seconds(work, peaks, job.dtype.itemsize),
+            floor_seconds(passes, peaks, job.dtype.itemsize),
         )
         self.comparisons.append(comparison)
-        race = _Race(self.contestants, comparison, self.options)
+        race = _Race(self.baselines, comparison, self.options)
         try:
             race.run(job, truth)
         finally:
@@ -228,7 +204,7 @@ class Benchmark:
             self.save()
 
     def _print_labels(self, truth: Truth) -> None:
-        labels = weights_.labels(self.options.arch, self.options.weights)
+        labels = inputs.labels(self.options.arch, self.options.weights)
         if labels is None or len(labels) != truth.logits.shape[1]:
             return
         probabilities = torch.from_numpy(truth.logits).softmax(1)
@@ -238,16 +214,14 @@ class Benchmark:
 
     def save(self) -> None:
         """Writes the JSON and the chart that were asked for, from what is there."""
-        if path := self.options.json:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            comparisons = [asdict(comparison) for comparison in self.comparisons]
-            path.write_text(json.dumps({**self.record, "comparisons": comparisons}, indent=1))
+        comparisons = [asdict(comparison) for comparison in self.comparisons]
+        results.write(self.options.json, {**self.record, "comparisons": comparisons})
         if self.options.plot and any(e.rate for c in self.comparisons for e in c.entries):
-            facts, versions = self.record["machine"], self.record["versions"]
-            chip = facts.get("gpu") or f"{facts['cpu']}, {facts['cores']} cores"
             subtitle = (
-                f"{chip} · torch {versions['torch']} · {self.record['date'][:10]} · bars: median "
-                f"of {self.options.rounds} interleaved rounds, whiskers: 10th to 90th percentile · "
+                f"{results.chip(self.record['machine'])} · "
+                f"torch {self.record['versions']['torch']} · {self.record['date'][:10]} · bars: "
+                f"median of {self.options.rounds} interleaved rounds, whiskers: 10th to 90th "
+                "percentile · "
                 "×: how much faster ours is"
             )
             plot(self.comparisons, subtitle, self.options.plot)
@@ -258,20 +232,20 @@ class Benchmark:
 
 
 class _Race:
-    """The contestants of one comparison, each in its worker."""
+    """The implementations of one comparison, each in its worker."""
 
     def __init__(
-        self, contestants: Sequence[Contestant], comparison: Comparison, options: argparse.Namespace
+        self, baselines: Sequence[Baseline], comparison: Comparison, options: argparse.Namespace
     ) -> None:
         self.comparison = comparison
         self.options = options
         self.workers: dict[str, Worker] = {}
-        self.field: list[tuple[Contestant, Entry]] = []
-        for contestant, entry in zip(contestants, comparison.entries, strict=True):
-            if options.quick and contestant.slow and contestant.key not in options.peers:
+        self.field: list[tuple[Baseline, Entry]] = []
+        for baseline, entry in zip(baselines, comparison.entries, strict=True):
+            if options.quick and baseline.slow and baseline.key not in options.peers:
                 entry.status, entry.reason = "unavailable", "takes long to build; not in --quick"
             else:
-                self.field.append((contestant, entry))
+                self.field.append((baseline, entry))
 
     def run(self, job: Job, truth: Truth) -> None:
         """Builds everyone, holds them against the truth, and times them in turns.
@@ -281,8 +255,8 @@ class _Race:
         """
         from tqdm import tqdm  # not above: every worker imports this file, and needs no bar
 
-        for contestant, _ in self.field:
-            self.workers[contestant.key] = Worker(
+        for baseline, _ in self.field:
+            self.workers[baseline.key] = Worker(
                 Runner, self.options.answer_seconds, self.options.warm
             )
         # Only then: nobody's cold start shall compete with another one's imports.
@@ -290,9 +264,9 @@ class _Race:
             worker.wait_until_started()
         steps = len(self.field) * self.options.rounds
         with tqdm(total=steps, unit="step", dynamic_ncols=True, leave=False, disable=None) as bar:
-            for contestant, entry in self.field:
+            for baseline, entry in self.field:
                 bar.set_description(f"{job.batch}×{self.comparison.dtype}: build {entry.title}")
-                self._build(contestant, entry, job, truth)
+                self._build(baseline, entry, job, truth)
                 self._time(entry)
                 bar.update()
             if self.comparison.gate_is_red():
@@ -303,21 +277,19 @@ class _Race:
                         entry.rounds.clear()
             racing = [entry for _, entry in self.field if entry.status == "measured"]
             bar.total = len(self.field) + len(racing) * (self.options.rounds - 1)
-            for turn in range(1, self.options.rounds):
-                for place in range(len(racing)):
-                    entry = racing[(turn + place) % len(racing)]
-                    bar.set_description(f"{job.batch}×{self.comparison.dtype}: {entry.title}")
-                    self._time(entry)
-                    bar.update()
+            for entry in in_turn(racing, range(1, self.options.rounds)):
+                bar.set_description(f"{job.batch}×{self.comparison.dtype}: {entry.title}")
+                self._time(entry)
+                bar.update()
             for entry in racing:
                 with contextlib.suppress(FailedError):
                     entry.memory = self.workers[entry.key].ask("memory")
 
-    def _build(self, contestant: Contestant, entry: Entry, job: Job, truth: Truth) -> None:
+    def _build(self, baseline: Baseline, entry: Entry, job: Job, truth: Truth) -> None:
         worker = self.workers[entry.key]
         try:
             built: Built = worker.ask(
-                "build", contestant, job, self.options.round_seconds, self.options.new_batch
+                "build", baseline, job, self.options.round_seconds, self.options.new_batch
             )
         except (UnavailableError, FailedError) as error:
             entry.status = "unavailable" if isinstance(error, UnavailableError) else "failed"
@@ -355,19 +327,17 @@ def _error(logits: Any, truth: Truth) -> float:
     return relative_error(torch.from_numpy(logits), torch.from_numpy(truth.logits))
 
 
-def main(
-    arguments: Sequence[str] | None = None, contestants: Sequence[Contestant] = CONTESTANTS
-) -> int:
+def main(arguments: Sequence[str] | None = None, baselines: Sequence[Baseline] = BASELINES) -> int:
     """Runs the benchmark; 0 if all went well, 1 on a red gate, 130 when interrupted."""
-    options = parse(arguments, contestants)
+    options = parse(arguments, baselines)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was measured is kept then, too
     with tempfile.TemporaryDirectory(prefix="resnet_fused_benchmark_") as folder:
         try:
-            benchmark = Benchmark(options, contestants, Path(folder))
+            benchmark = Benchmark(options, baselines, Path(folder))
         except (FileNotFoundError, ValueError) as error:
             print(f"throughput.py: {error}", file=sys.stderr)
             return 2
-        if benchmark.record["load_average"][0] > 0.5 * machine.cores():
+        if benchmark.record["load_average"][0] > 0.5 * env.cores():
             print("This machine is busy with other work; the timings will be noisy.")
         try:
             benchmark.run()

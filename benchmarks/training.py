@@ -4,8 +4,8 @@
 
 Gate first: 20 steps from one seed in float32 on small images, logits, gradients and losses beside
 eager PyTorch's and a float64 run's (`gate`). Nothing is timed on a red gate. Then each
-contestant trains on random images under autocast, one after the other in the same process; times
-are read from CUDA events, memory from the allocator, kept bytes from saved-tensor hooks.
+implementation trains on random images under autocast, one after the other in the same process;
+times are read from CUDA events, memory from the allocator, kept bytes from saved-tensor hooks.
 
 Ours come first, what compiles for minutes last, and the result file is written after each
 measurement: a run that is stopped keeps what it has. Rounds are not interleaved for that reason:
@@ -19,36 +19,30 @@ import argparse
 import contextlib
 import copy
 import gc
-import json
 import math
-import os
 import signal
 import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torchvision
+import training_profile
+from baselines import training as baselines
+from harness import measure, results
+from harness.measure import Peaks, floor_seconds
 from torch import Tensor, nn
 from tqdm import tqdm
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout runs uninstalled too
-
-import training_profile
-
 import resnet_fused
-from resnet_fused import settings
-from resnet_fused.testing import machine, roofline
+from resnet_fused import complexity, settings
 from resnet_fused.testing.cases import clear_batch
 from resnet_fused.testing.numerics import relative_error
 from resnet_fused.testing.plain import training_ops_in_pytorch
-from resnet_fused.testing.roofline import Peaks
-from resnet_fused.testing.timing import times_of
 from resnet_fused.tune import ARCHITECTURES
 
 GATE_STEPS, GATE_STRIDE, GATE_NUDGES = 20, 4, 7
@@ -56,11 +50,11 @@ GATE_STEPS, GATE_STRIDE, GATE_NUDGES = 20, 4, 7
 
 @dataclass
 class Row:
-    """One contestant at one batch size. Times in seconds, memory in bytes."""
+    """One implementation at one batch size. Times in seconds, memory in bytes."""
 
     model: str
     batch: int
-    contestant: str
+    name: str
     step: float | None = None
     images_per_second: float | None = None
     peak_memory: int | None = None
@@ -69,35 +63,6 @@ class Row:
     speedup_over: float | None = None
     failure: str | None = None
     kernels: list[dict[str, Any]] | None = None  # of ours; see training_profile.py
-
-
-def _eager(model: nn.Module) -> nn.Module:
-    return model
-
-
-def _channels_last(model: nn.Module) -> nn.Module:
-    return model.to(memory_format=torch.channels_last)
-
-
-def _compiled(mode: str | None) -> Callable[[nn.Module], nn.Module]:
-    def compile_model(model: nn.Module) -> nn.Module:
-        return torch.compile(_channels_last(model), mode=mode)  # type: ignore[return-value]
-
-    return compile_model
-
-
-PLAIN = "training ops in PyTorch"  # what ours keeps for backward can be read off it anywhere
-PROFILED = ("resnet_fused", PLAIN)
-# name -> (library, what is done to the model)
-CONTESTANTS: dict[str, tuple[Any, Callable[[nn.Module], nn.Module]]] = {
-    "resnet_fused": (resnet_fused, _channels_last),
-    PLAIN: (resnet_fused, _eager),
-    "eager NCHW": (torchvision.models, _eager),
-    "eager channels_last": (torchvision.models, _channels_last),
-    "torch.compile": (torchvision.models, _compiled(None)),
-    "resnet_fused compiled": (resnet_fused, _compiled(None)),
-    "torch.compile max-autotune": (torchvision.models, _compiled("max-autotune")),
-}
 
 
 def training_step(
@@ -152,7 +117,11 @@ def gate(name: str, device: torch.device) -> dict[str, Any]:
     weights moved by one unit in the last place: the furthest of them is the yardstick.
     """
     torch.manual_seed(0)
-    eager = _channels_last(getattr(torchvision.models, name)(num_classes=10)).to(device).train()
+    eager = (
+        baselines.channels_last(getattr(torchvision.models, name)(num_classes=10))
+        .to(device)
+        .train()
+    )
     ours = getattr(resnet_fused, name)(num_classes=10).to(device).train()
     ours.load_state_dict(eager.state_dict())
     truth = copy.deepcopy(eager).double()
@@ -199,17 +168,17 @@ def gate(name: str, device: torch.device) -> dict[str, Any]:
     return {"model": name, "errors": errors, "losses": losses, "green": green}
 
 
-def measure(
+def measure_row(
     row: Row, size: int, device: torch.device, dtype: torch.dtype, seconds: float, peaks: Peaks
 ) -> None:
-    """Fills in `row`; a contestant that cannot run says why."""
-    library, prepare = CONTESTANTS[row.contestant]
+    """Fills in `row`; one that cannot run says why."""
+    library, prepare = baselines.ALL[row.name]
     torch.manual_seed(0)
     x = torch.randn(row.batch, 3, size, size, device=device)
-    if row.contestant != "eager NCHW":
+    if row.name != "eager NCHW":
         x = x.contiguous(memory_format=torch.channels_last)
     target = torch.randint(0, 1000, (row.batch,), device=device)
-    ops = training_ops_in_pytorch() if row.contestant == PLAIN else contextlib.nullcontext()
+    ops = training_ops_in_pytorch() if row.name == baselines.PLAIN else contextlib.nullcontext()
     try:
         with ops:
             _measure(row, library, prepare, x, target, dtype, seconds, peaks)
@@ -241,26 +210,26 @@ def _measure(
         step()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    first = statistics.median(times_of(step, device, 3))
-    times = times_of(step, device, max(3, round(seconds / first)))
+    first = statistics.median(measure.times_of(step, device, 3))
+    times = measure.times_of(step, device, max(3, round(seconds / first)))
     row.step = statistics.median(times)
     row.images_per_second = row.batch / row.step
     if device.type == "cuda":
         row.peak_memory = torch.cuda.max_memory_allocated(device)
-    if row.contestant in PROFILED:
+    if row.name in baselines.PROFILED:
         row.kernels = training_profile.profile(step, x, peaks)
 
 
-def floor_seconds(name: str, batch: int, size: int, peaks: Peaks) -> float:
+def step_floor(name: str, batch: int, size: int, peaks: Peaks) -> float:
     """Three times the floor of a fused forward in 16 bits: backward has two products for each of
     the forward's, and moves each activation and its gradient."""
     with torch.device("meta"):
         model = getattr(torchvision.models, name)().eval()
-    return 3 * roofline.floor_seconds(roofline.layers(model, batch, size), peaks, 2)
+    return 3 * floor_seconds(complexity.passes(model, batch, size), peaks, 2)
 
 
 def compare(rows: list[Row], floors: dict[tuple[str, int], float]) -> None:
-    """Shares of the floor, and how much faster our best is than each contestant."""
+    """Shares of the floor, and how much faster our best is than each baseline."""
     for row in rows:
         if row.step is None:
             continue
@@ -269,7 +238,7 @@ def compare(rows: list[Row], floors: dict[tuple[str, int], float]) -> None:
         ours = [
             other.step
             for other in rows
-            if other.contestant.startswith("resnet_fused")
+            if other.name.startswith("resnet_fused")
             and (other.model, other.batch) == (row.model, row.batch)
             and other.step is not None
         ]
@@ -279,33 +248,32 @@ def compare(rows: list[Row], floors: dict[tuple[str, int], float]) -> None:
 
 def table(rows: list[Row]) -> str:
     """The rows, for people."""
-    lines = [
-        "| model | batch | contestant | images/s | step ms | kept MB | peak MB | floor | ours × |"
-    ]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
+    head = "model, batch, implementation, images/s, step ms, kept MB, peak MB, floor, ours ×"
 
     def cell(value: float | None, scale: float, digits: int) -> str:
         return "–" if value is None else f"{value * scale:.{digits}f}"
 
-    for row in rows:
-        lines.append(
-            f"| {row.model} | {row.batch} | {row.contestant} | {cell(row.images_per_second, 1, 0)} "
-            f"| {row.failure or cell(row.step, 1e3, 2)} | {cell(row.kept_bytes, 1e-6, 0)} "
-            f"| {cell(row.peak_memory, 1e-6, 0)} | {cell(row.floor_share, 100, 1)}% "
-            f"| {cell(row.speedup_over, 1, 2)} |"
-        )
-    return "\n".join(lines)
+    cells = [
+        [
+            *(row.model, str(row.batch), row.name, cell(row.images_per_second, 1, 0)),
+            *(row.failure or cell(row.step, 1e3, 2), cell(row.kept_bytes, 1e-6, 0)),
+            *(cell(row.peak_memory, 1e-6, 0), cell(row.floor_share, 100, 1) + "%"),
+            cell(row.speedup_over, 1, 2),
+        ]
+        for row in rows
+    ]
+    return results.markdown([head.split(", "), *cells])
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Images/s of every contestant, one group of bars for each model and batch."""
+    """Images/s of every implementation, one group of bars for each model and batch."""
     import matplotlib.pyplot as plt
 
     groups = list(dict.fromkeys((row.model, row.batch) for row in rows))
-    names = list(dict.fromkeys(row.contestant for row in rows))
+    names = list(dict.fromkeys(row.name for row in rows))
     figure, axes = plt.subplots(figsize=(3 + 2.5 * len(groups), 4.5), layout="constrained")
     for i, name in enumerate(names):
-        rates = {(r.model, r.batch): r.images_per_second or 0 for r in rows if r.contestant == name}
+        rates = {(r.model, r.batch): r.images_per_second or 0 for r in rows if r.name == name}
         places = [g + 0.8 * i / len(names) for g in range(len(groups))]
         axes.bar(places, [rates.get(g, 0) for g in groups], 0.8 / len(names), label=name)
     axes.set_xticks([g + 0.35 for g in range(len(groups))], [f"{m}, batch {b}" for m, b in groups])
@@ -316,20 +284,13 @@ def plot(rows: list[Row], path: Path) -> None:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser(__doc__, "device", "size", "json", "plot")
     choices = [name for name in ARCHITECTURES if hasattr(torchvision.models, name)]
     parser.add_argument("--model", nargs="+", default=["resnet50"], choices=choices)
-    parser.add_argument("--batch", nargs="+", type=machine.positive, default=[64])
-    parser.add_argument(
-        "--size", type=machine.positive, default=224, help="height and width of the images"
-    )
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=machine.device, default=here)
+    parser.add_argument("--batch", nargs="+", type=results.positive, default=[64])
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of timing per contestant")
-    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of timing for each")
+    parser.add_argument("--only", nargs="+", choices=baselines.ALL, default=list(baselines.ALL))
     return parser.parse_args(arguments)
 
 
@@ -344,22 +305,19 @@ def main(arguments: list[str]) -> int:
         print("The gate is red: nothing is timed.", file=sys.stderr)
         return 1
     torch.backends.cudnn.benchmark = True
-    peaks = machine.measure_peaks(device, dtype)
+    peaks = measure.measure_peaks(device, dtype)
     rows = [
-        Row(name, batch, contestant)
-        for contestant in options.only
-        for name in options.model
+        Row(model, batch, name)
+        for name in options.only
+        for model in options.model
         for batch in options.batch
     ]
     floors = {
-        (row.model, row.batch): floor_seconds(row.model, row.batch, options.size, peaks)
+        (row.model, row.batch): step_floor(row.model, row.batch, options.size, peaks)
         for row in rows
     }
     record = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine.describe(device),
-        "versions": machine.versions("torch", "torchvision", "triton"),
-        **machine.commit(Path(__file__).parent),
+        **results.facts(device, "torch", "torchvision", "triton"),
         "tuning": settings.tuning_enabled(),
         "dtype": options.dtype,
         "size": options.size,
@@ -369,32 +327,23 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     measured: list[Row] = []
     try:
-        for row in tqdm(rows, desc="contestants"):
-            measure(row, options.size, device, dtype, options.seconds, peaks)
+        for row in tqdm(rows, desc="implementations"):
+            measure_row(row, options.size, device, dtype, options.seconds, peaks)
             measured.append(row)
             rate = row.failure or f"{row.images_per_second:.1f} images/s"
-            tqdm.write(f"{row.model} {row.batch} {row.contestant}: {rate}")
+            tqdm.write(f"{row.model} {row.batch} {row.name}: {rate}")
             compare(measured, floors)
-            if options.json:
-                save(options.json, {**record, "rows": [asdict(row) for row in measured]})
+            results.write(options.json, {**record, "rows": [asdict(row) for row in measured]})
     except KeyboardInterrupt:
         print(f"Stopped after {len(measured)} of {len(rows)} measurements.", file=sys.stderr)
     print(table(measured))
     for row in measured:
-        if row.kernels and row.contestant == "resnet_fused":
+        if row.kernels and row.name == "resnet_fused":
             print(f"\n{row.model}, batch {row.batch}, one step of resnet_fused:")
             print(training_profile.table(row.kernels))
     if options.plot and measured:
         plot(measured, options.plot)
     return 0 if len(measured) == len(rows) else 130
-
-
-def save(path: Path, record: dict[str, Any]) -> None:
-    """Replaces the result file in one step: whoever stops the run finds a whole one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(part, path)
 
 
 if __name__ == "__main__":

@@ -17,30 +17,25 @@ stays that of single runs. How far rounding alone moves a run is reported beside
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
 import json
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torchvision
+from harness import results as files
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from tqdm import tqdm
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout runs uninstalled too
-
 from training import nudge
 
 import resnet_fused
-from resnet_fused.testing import machine
 from resnet_fused.testing.plain import training_ops_in_pytorch
 
 STEPS, BATCH, SEEDS, COPIES, TEST = 200, 32, 5, 3, 397
@@ -112,12 +107,7 @@ def plot(results: Results, path: Path) -> None:
 
 def main() -> int:
     """Trains, compares, writes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=machine.device, default=here)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path)
-    options = parser.parse_args()
+    options = files.parser(__doc__, "device", "json", "plot").parse_args()
     device = options.device
     pieces = "PyTorch" if device.type == "cpu" else "kernels"
     images, labels = digits(device)
@@ -138,18 +128,9 @@ def main() -> int:
             results[name][seed].append(found)
     summary = compare(results)
     print(json.dumps(summary, indent=1))
-    if options.json:
-        facts = {
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "machine": machine.describe(device),
-            "versions": machine.versions("torch", "torchvision", "triton", "scikit-learn"),
-            **machine.commit(Path(__file__).parent),
-            "pieces of the training ops": pieces,
-            "steps": STEPS,
-            "batch": BATCH,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({**facts, **summary}, indent=1) + "\n")
+    facts = files.facts(device, "torch", "torchvision", "triton", "scikit-learn")
+    facts |= {"pieces of the training ops": pieces, "steps": STEPS, "batch": BATCH}
+    files.write(options.json, {**facts, **summary})
     if options.plot:
         plot(results, options.plot)
     return 0 if summary["same"] else 1

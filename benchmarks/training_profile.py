@@ -9,17 +9,19 @@ have none, nor has what is not ours (loss, head, optimizer).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from harness.measure import Peaks
+from harness.results import markdown
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from resnet_fused.backends.training import RawGradient
-from resnet_fused.ops.dispatch import choose
+from resnet_fused.backends.training import PreBnGradient
+from resnet_fused.ops.dispatch import serving, use_backend
 from resnet_fused.parameters import Convolution
-from resnet_fused.testing.roofline import Peaks
 
 
 class _Counted:
@@ -34,10 +36,7 @@ class _Counted:
 
         def run(*arguments: Any) -> Any:
             result = piece(*arguments)
-            seconds = max(
-                _bytes(arguments, result) / self._peaks.bandwidth,
-                _operations(arguments, result) / self._peaks.arithmetic,
-            )
+            seconds = self._peaks.floor(_bytes(arguments, result), _operations(arguments, result))
             self.floors[name] = self.floors.get(name, 0.0) + seconds
             return result
 
@@ -54,23 +53,21 @@ def _operations(arguments: tuple[Any, ...], result: Any) -> int:
     conv = next((value for value in arguments if isinstance(value, Convolution)), None)
     if conv is None:
         return 0
-    gradient = next((value for value in arguments if isinstance(value, RawGradient)), None)
+    gradient = next((value for value in arguments if isinstance(value, PreBnGradient)), None)
     outputs = result[0] if gradient is None else gradient.grad
     return int(2 * outputs.numel() * conv.weight[0].numel())
 
 
 def floors(step: Callable[[], object], x: Tensor, peaks: Peaks) -> dict[str, float]:
     """Seconds of floor of each piece in one training step on `x`; none where it trains unfused."""
-    backend = choose(x)
-    pieces = backend.training
-    if pieces is None:
+    backend = next((b for b in serving(x) if b.training is not None), None)
+    if backend is None:
         return {}
-    counted = _Counted(pieces, peaks)
-    backend.training = counted  # type: ignore[misc]
-    try:
+    counted = _Counted(backend.training, peaks)
+    counting = copy.copy(backend)
+    counting.training = counted  # type: ignore[misc]
+    with use_backend(counting):
         step()
-    finally:
-        backend.training = pieces  # type: ignore[misc]
     return counted.floors
 
 
@@ -106,12 +103,13 @@ def profile(step: Callable[[], object], x: Tensor, peaks: Peaks) -> list[dict[st
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The kernels that take a hundredth of the time or more, for people."""
-    lines = ["| kernel | calls | ms | share | floor ms |", "|---|---|---|---|---|"]
-    for row in rows:
-        if row["share"] >= 0.01:
-            floor = "–" if row["floor"] is None else f"{1e3 * row['floor']:.3f}"
-            lines.append(
-                f"| {row['kernel'][:60]} | {row['calls']} | {1e3 * row['seconds']:.3f} "
-                f"| {100 * row['share']:.1f}% | {floor} |"
-            )
-    return "\n".join(lines)
+    cells = [
+        [
+            *(row["kernel"][:60], str(row["calls"]), f"{1e3 * row['seconds']:.3f}"),
+            f"{100 * row['share']:.1f}%",
+            "–" if row["floor"] is None else f"{1e3 * row['floor']:.3f}",
+        ]
+        for row in rows
+        if row["share"] >= 0.01
+    ]
+    return markdown([["kernel", "calls", "ms", "share", "floor ms"], *cells])

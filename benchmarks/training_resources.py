@@ -9,68 +9,51 @@ table. No GPU is needed and nothing is timed; from an empty cache of Triton's it
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from collections.abc import Iterator
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout runs uninstalled too
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
 import test_training_compile as compilation  # type: ignore[import-not-found]
+from harness import results
 from tqdm import tqdm
-
-from resnet_fused.testing import machine
 
 FIELDS = ("name", "kernel", "registers", "spilled", "shared")
 
 
-def table(found: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+def table(found: dict[str, list[dict[str, Any]]]) -> str:
     """Per kernel and target: variants; most registers of a thread, most KiB of shared memory."""
-    yield "| kernel | " + " | ".join(found) + " |"
-    yield "|---" * (len(found) + 1) + "|"
+    rows = [["kernel", *found]]
     for name in sorted(compilation.KERNELS):
-        cells = [name.removesuffix("_kernel")]
+        rows.append([name.removesuffix("_kernel")])
         for kernels in found.values():
             variants = [kernel for kernel in kernels if kernel["kernel"] == name]
             registers = max(kernel["registers"] for kernel in variants)
             shared = max(kernel["shared"] for kernel in variants) / 1024
-            cells.append(f"{len(variants)}; {registers}, {shared:.0f}")
-        yield "| " + " | ".join(cells) + " |"
+            rows[-1].append(f"{len(variants)}; {registers}, {shared:.0f}")
     spills = [sum(kernel["spilled"] > 0 for kernel in kernels) for kernels in found.values()]
-    yield "| variants that spill | " + " | ".join(map(str, spills)) + " |"
+    return results.markdown([*rows, ["variants that spill", *map(str, spills)]])
 
 
 def main() -> None:
     """Compiles, prints, writes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = results.parser(__doc__, "json").parse_args()
     found = {
         f"sm_{capability} {dtype}": compilation.compiled_kernels(
             compilation.__file__, capability, dtype
         )
         for capability, dtype in tqdm(compilation.WHOLE)
     }
-    print("\n".join(table(found)))
-    if options.json is None:
-        return
-    facts = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": machine.versions("torch", "triton"),
-        **machine.commit(Path(__file__).parent),
-        "batch": compilation.BATCH,
-    }
+    print(table(found))
+    facts = {**results.facts(None, "torch", "triton"), "batch": compilation.BATCH}
     targets = []
     for target, kernels in found.items():
         rows = [json.dumps({field: kernel[field] for field in FIELDS}) for kernel in kernels]
         targets.append(f'"{target}": [\n  ' + ",\n  ".join(rows) + "\n ]")
     head = json.dumps(facts, indent=1).removesuffix("\n}")
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(head + ",\n " + ",\n ".join(targets) + "\n}\n")
+    results.write(options.json, head + ",\n " + ",\n ".join(targets) + "\n}\n")
 
 
 if __name__ == "__main__":

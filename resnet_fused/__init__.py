@@ -6,6 +6,8 @@
 Importing compiles nothing, looks for no GPU and needs no extension: backends load when first used.
 """
 
+from ._version import __version__ as __version__
+
 try:
     import torch  # noqa: F401
 except ImportError as _error:  # `python -m resnet_fused.env` has to say so
@@ -38,8 +40,6 @@ else:
     from .ops import available_backends, use_backend
     from .responses import record_responses
     from .training import freeze_batch_norm, kept_activation_bytes
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailableError",

@@ -8,9 +8,24 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import settings
+
+if TYPE_CHECKING:
+    import torch
+
+# CPU features that decide which kernels a library picks.
+_TELLING_FLAGS = (
+    *("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_tile", "amx_bf16", "amx_fp16"),
+    *("asimd", "asimdhp", "bf16", "sve", "sve2"),
+)
 
 
 def versions(*packages: str) -> dict[str, str | None]:
@@ -24,6 +39,71 @@ def versions(*packages: str) -> dict[str, str | None]:
     return found
 
 
+def cores() -> int:
+    """Processors this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Facts about the machine, ready for JSON: CPU, memory, system, and the GPU if it is one."""
+    present = set((_cpu_info("flags") or _cpu_info("Features")).split())
+    facts: dict[str, Any] = {
+        "cpu": _cpu_info("model name") or platform.processor() or platform.machine(),
+        "cores": cores(),
+        "cpu_flags": [flag for flag in _TELLING_FLAGS if flag in present],
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": platform.platform(),
+    }
+    if device.type == "cuda":
+        import torch
+
+        properties = torch.cuda.get_device_properties(device)
+        facts["gpu"] = properties.name
+        facts["gpu_capability"] = f"{properties.major}.{properties.minor}"
+        facts["gpu_memory_bytes"] = properties.total_memory
+        facts["gpu_driver"] = _driver()
+    return facts
+
+
+def _cpu_info(key: str) -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "")
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"unknown ({error})"
+    return answer.stdout.split("\n", 1)[0].strip()
+
+
+def commit(folder: Path, *apart_from: str) -> dict[str, Any]:
+    """The git commit that `folder` stands at and whether tracked files differ from it.
+
+    Changes in the folders `apart_from`, named from the checkout's root, do not count. Where there
+    is no git, `RESNET_FUSED_COMMIT` names the commit.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+        return answer.stdout.strip()
+
+    try:
+        others = [f":(top,exclude){name}" for name in apart_from]
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *others)
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": settings.commit(), "dirty": None}
+
+
 def _versions() -> Iterator[tuple[str, str]]:
     for package, version in versions("resnet_fused", "torch", "torchvision", "triton").items():
         yield package, version or "not installed"
@@ -32,9 +112,7 @@ def _versions() -> Iterator[tuple[str, str]]:
 def _processor() -> Iterator[tuple[str, str]]:
     import torch
 
-    from .testing.machine import describe
-
-    facts = describe(torch.device("cpu"))
+    facts = machine(torch.device("cpu"))
     yield "system", facts["system"]
     yield "CPU", f"{facts['cpu']}, {facts['cores']} cores: {' '.join(facts['cpu_flags'])}"
 
@@ -42,13 +120,11 @@ def _processor() -> Iterator[tuple[str, str]]:
 def _gpus() -> Iterator[tuple[str, str]]:
     import torch
 
-    from .testing.machine import describe
-
     if not torch.cuda.is_available():
         yield "GPU", f"none that torch can use (torch is built for CUDA {torch.version.cuda})"
         return
     for index in range(torch.cuda.device_count()):
-        facts = describe(torch.device("cuda", index))
+        facts = machine(torch.device("cuda", index))
         yield (
             f"GPU {index}",
             f"{facts['gpu']}, compute capability {facts['gpu_capability']}, "
@@ -96,9 +172,7 @@ def _unserved(name: str) -> str | None:
 
 
 def _variables() -> Iterator[tuple[str, str]]:
-    from .settings import VARIABLES
-
-    for variable in VARIABLES:
+    for variable in settings.VARIABLES:
         value = os.environ.get(variable.name)
         shown = f"{variable.default} (default)" if value is None else value
         yield variable.name, f"{shown}\n{variable.meaning}"

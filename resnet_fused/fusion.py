@@ -3,7 +3,7 @@
 A fused op replaces the calls of several modules. That is only right where nobody could tell: where
 each module is exactly the layer it looks like, its call is PyTorch's own and nobody has hooked on
 to it, and where no mode, transform or tracer watches the calls. The ops of inference also need
-given statistics to normalise with. Everything else gets None here and runs module by module, as in
+frozen statistics to normalise with. Everything else gets None here and runs module by module, as in
 plain PyTorch.
 """
 
@@ -21,8 +21,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .ops.modes import is_plain, is_recorded, is_transformed
 from .ops.sync_batch_norm import sync_batch_norm
-from .ops.training_layers import Layer, batch_statistics
-from .parameters import BatchNorm, ConvBn, Convolution, MaxPool
+from .ops.training_layers import batch_statistics
+from .parameters import BatchNorm, ConvBn, Convolution, Layer, MaxPool
 from .training import FrozenBatchNorm2d
 
 FUSED = (
@@ -145,7 +145,7 @@ def convolution(module: nn.Module) -> Convolution | None:
 
 
 def batch_norm(module: nn.Module) -> BatchNorm | None:
-    """The argument group of a normalisation with given statistics, else None.
+    """The argument group of a normalisation with frozen statistics, else None.
 
     That is `nn.BatchNorm2d` or `nn.SyncBatchNorm` in eval mode with running statistics, and frozen
     batch norm, ours and torchvision's.
@@ -201,24 +201,24 @@ class TrainingPlan(NamedTuple):
         return x.requires_grad or any(t.requires_grad for t in own)
 
     def is_frozen(self) -> bool:
-        """Whether every layer normalises with given statistics."""
-        return all(layer.given is not None for layer in self.layers)
+        """Whether every layer normalises with frozen statistics."""
+        return all(layer.frozen is not None for layer in self.layers)
 
 
 def training_plan(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> TrainingPlan | None:
     """What the training ops need of (convolution, normalisation) pairs, else None.
 
     Each normalisation takes the batch's statistics, those of a process group's batches
-    (`nn.SyncBatchNorm`; one group for all), or given ones (`batch_norm`).
+    (`nn.SyncBatchNorm`; one group for all), or frozen ones (`batch_norm`).
     """
     layers: list[Layer] = []
     groups: set[str] = set()
     for conv, bn in pairs:
         convolution_ = convolution(conv)
-        given = batch_norm(bn)
+        frozen = batch_norm(bn)
         if convolution_ is None:
             return None
-        if given is None:
+        if frozen is None:
             if type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm) or not untouched(bn):
                 return None
             groups.add(_sync_group(bn))
@@ -233,7 +233,7 @@ def training_plan(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> TrainingPlan 
                 weight,
                 bias,
                 cast("float", bn.eps),
-                None if given is None else (given.mean, given.var),
+                None if frozen is None else (frozen.mean, frozen.var),
             )
         )
     if len(groups) > 1:
@@ -275,19 +275,19 @@ def run_unfused(forward: Callable[[Tensor], Tensor], module: nn.Module, x: Tenso
 
 def _forward_synchronised(bn: nn.Module, group: str, x: Tensor) -> Tensor:
     assert isinstance(bn, nn.SyncBatchNorm)
-    out, terms = sync_batch_norm(x, bn.weight, bn.bias, bn.eps, group)
-    track_statistics([bn], [terms])
+    out, scale_shift = sync_batch_norm(x, bn.weight, bn.bias, bn.eps, group)
+    track_statistics([bn], [scale_shift])
     return out
 
 
 @torch.no_grad()
-def track_statistics(norms: Sequence[nn.Module], terms: Sequence[Tensor]) -> None:
+def track_statistics(norms: Sequence[nn.Module], scale_shifts: Sequence[Tensor]) -> None:
     """Updates running statistics after a training op, as `nn.BatchNorm2d` does in its forward.
 
-    terms: the layers' (6, K) terms from the op.
+    scale_shifts: the layers' (6, K) `scale_shift` from the op.
     """
     by_weight: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
-    for bn, layer_terms in zip(norms, terms, strict=True):
+    for bn, scale_shift in zip(norms, scale_shifts, strict=True):
         if not isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)) or not bn.training:
             continue
         if not bn.track_running_stats:
@@ -296,7 +296,7 @@ def track_statistics(norms: Sequence[nn.Module], terms: Sequence[Tensor]) -> Non
             bn.num_batches_tracked.add_(1)
         if bn.running_mean is None or bn.running_var is None:
             continue
-        mean, var = batch_statistics(layer_terms)
+        mean, var = batch_statistics(scale_shift)
         pairs = ((bn.running_mean, mean), (bn.running_var, var))
         if bn.momentum is None and bn.num_batches_tracked is not None:
             # The average of all batches; their count stays on the device.

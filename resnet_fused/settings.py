@@ -40,11 +40,27 @@ VARIABLES = (
         "80",
         "run: the compute capability, 80 or 90, of the GPU that backend cuda_sim stands for",
     ),
-    Variable("RESNET_FUSED_TUNE", "on", "run: on measures kernel candidates once, off never does"),
+    Variable(
+        "RESNET_FUSED_TUNE",
+        "on",
+        "run: on lets a process measure kernels for a few seconds, off leaves the choice to "
+        "heuristics; `python -m resnet_fused.tune` measures ahead",
+    ),
+    Variable(
+        "RESNET_FUSED_TRAINING",
+        "speed",
+        "run: speed trains each block by what was measured fastest, memory by the fused ops, which "
+        "keep less than 0.6 of the bytes for backward",
+    ),
+    Variable(
+        "RESNET_FUSED_SELFCHECK",
+        "on",
+        "run: on checks the kernels in a child process before their first use on a machine",
+    ),
     Variable(
         "RESNET_FUSED_CACHE_DIR",
         "~/.cache/resnet_fused",
-        "run: folder of the tuning cache ($XDG_CACHE_HOME is honoured)",
+        "run: folder of measured times and self-checks ($XDG_CACHE_HOME is honoured)",
     ),
     Variable(
         "RESNET_FUSED_COMMIT",
@@ -72,6 +88,16 @@ def tuning_enabled() -> bool:
     return _choice("RESNET_FUSED_TUNE", "on", ("on", "off")) == "on"
 
 
+def training_saves_memory() -> bool:
+    """Whether blocks train by ops that keep fewer bytes (`RESNET_FUSED_TRAINING`)."""
+    return _choice("RESNET_FUSED_TRAINING", "speed", ("speed", "memory")) == "memory"
+
+
+def selfcheck_enabled() -> bool:
+    """Whether kernels have to pass the self-check first (`RESNET_FUSED_SELFCHECK`)."""
+    return _choice("RESNET_FUSED_SELFCHECK", "on", ("on", "off")) == "on"
+
+
 def host_sim_capability() -> int:
     """Ten times the simulated compute capability (`RESNET_FUSED_HOST_SIM_CAPABILITY`)."""
     return int(_choice("RESNET_FUSED_HOST_SIM_CAPABILITY", "80", ("80", "90")))
@@ -88,7 +114,7 @@ def cpu_keeps_memory() -> bool:
 
 
 def cache_directory() -> Path:
-    """Folder that holds the tuning cache (`RESNET_FUSED_CACHE_DIR`); it need not exist."""
+    """Folder of measured times and self-checks (`RESNET_FUSED_CACHE_DIR`); it need not exist."""
     if path := os.environ.get("RESNET_FUSED_CACHE_DIR"):
         return Path(path).expanduser()
     root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"

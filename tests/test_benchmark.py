@@ -20,28 +20,26 @@ import torch
 pytest.importorskip("torchvision", reason="the benchmark's peers are torchvision's models")
 pytest.importorskip("skimage", reason="the benchmark's photographs come with scikit-image")
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
+import baselines
+import inputs
+import layers as layers_
+import throughput
+import torchvision
+import training
+from baselines import Baseline, Call, Task
+from harness.comparison import Comparison, Entry, table
+from harness.measure import Peaks, floor_seconds, in_turn
+from harness.results import ROOT
 
-import contestants  # noqa: E402
-import layers as layers_  # noqa: E402
-import photographs  # noqa: E402
-import report  # noqa: E402
-import throughput  # noqa: E402
-import torchvision  # noqa: E402
-import training  # noqa: E402
-import weights  # noqa: E402
-from contestants import Call, Contestant, Task  # noqa: E402
-
-from resnet_fused.testing.numerics import relative_error  # noqa: E402
-from resnet_fused.testing.roofline import Layer, Peaks, floor_seconds, layers  # noqa: E402
-from resnet_fused.testing.timing import quantile, summarise  # noqa: E402
+from resnet_fused import complexity
+from resnet_fused.complexity import Pass
+from resnet_fused.testing.numerics import relative_error
 
 TINY = ["--arch", "resnet18", "--size", "64", "--device", "cpu", "--dtype", "float32"]
 ROUNDS = 2
 
 
-# Contestants of known merit; workers import them from here.
+# Baselines of known merit; workers import them from here.
 
 
 def build_exact(task: Task) -> Call:
@@ -55,7 +53,7 @@ def build_wrong(task: Task) -> Call:
 
 
 def build_missing(task: Task) -> Call:
-    raise contestants.UnavailableError("nobody wrote it; pip install it")
+    raise baselines.UnavailableError("nobody wrote it; pip install it")
 
 
 def build_broken(task: Task) -> Call:
@@ -73,19 +71,19 @@ def build_hanging(task: Task) -> Call:
 
 
 def build_telling_its_cache(task: Task) -> Call:
-    raise contestants.UnavailableError(os.environ["RESNET_FUSED_CACHE_DIR"])
+    raise baselines.UnavailableError(os.environ["RESNET_FUSED_CACHE_DIR"])
 
 
-EAGER = next(c for c in contestants.CONTESTANTS if c.key == "eager")
-EXACT = Contestant("exact", "exact", build_exact, ours=True)
-WRONG = Contestant("wrong", "wrong", build_wrong, ours=True)
+EAGER = next(c for c in baselines.BASELINES if c.key == "eager")
+EXACT = Baseline("exact", "exact", build_exact, ours=True)
+WRONG = Baseline("wrong", "wrong", build_wrong, ours=True)
 OTHERS = (
-    Contestant("far-off", "far off", build_wrong),
-    Contestant("missing", "missing", build_missing),
-    Contestant("broken", "broken", build_broken),
-    Contestant("dying", "dying", build_dying),
-    Contestant("slow", "slow", build_exact, slow=True),
-    Contestant("elsewhere", "elsewhere", build_exact, devices=("cuda",)),
+    Baseline("far-off", "far off", build_wrong),
+    Baseline("missing", "missing", build_missing),
+    Baseline("broken", "broken", build_broken),
+    Baseline("dying", "dying", build_dying),
+    Baseline("slow", "slow", build_exact, slow=True),
+    Baseline("elsewhere", "elsewhere", build_exact, devices=("cuda",)),
 )
 
 
@@ -97,7 +95,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, dict[str, Any]]]]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
-    """Exit code and folder of a run of every kind of contestant."""
+    """Exit code and folder of a run of every kind of baseline."""
     folder = tmp_path_factory.mktemp("benchmark")
     files = ["--json", str(folder / "out.json"), "--plot", str(folder / "plots" / "out.png")]
     arguments = [*TINY, "--batch", "2", "--rounds", str(ROUNDS), "--quick", "--new-batch", *files]
@@ -144,8 +142,8 @@ def test_who_cannot_run_is_listed_with_the_reason(finished: tuple[int, Path]) ->
         "slow": ("unavailable", "takes long to build; not in --quick"),
     }
     comparison = record["comparisons"][0]
-    rows = [report.Entry(**entry) for entry in comparison.pop("entries")]
-    text = report.table(report.Comparison(entries=rows, **comparison))
+    rows = [Entry(**entry) for entry in comparison.pop("entries")]
+    text = table(Comparison(entries=rows, **comparison))
     assert "failed: broken – RuntimeError: it broke in two lines" in text
     assert "1.00×" in text
 
@@ -176,7 +174,7 @@ def test_red_gate_states_no_speedup(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_one_that_never_ends_costs_its_own_time_only(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     arguments = [*TINY, "--batch", "1", "--rounds", "1", "--answer-seconds", "20"]
-    hanging = Contestant("hanging", "hanging", build_hanging)
+    hanging = Baseline("hanging", "hanging", build_hanging)
     assert throughput.main([*arguments, "--json", str(out)], (EXACT, hanging)) == 0
     _, (entries,) = read(out)
     assert entries["exact"]["rate"] > 0
@@ -189,10 +187,10 @@ def test_each_is_timed_once_before_the_next_is_built(
     """Who stops the run while a peer compiles finds ours measured."""
     build = throughput._Race._build
 
-    def interrupted(race: throughput._Race, contestant: Contestant, *arguments: Any) -> None:
-        if contestant.key == "eager":
+    def interrupted(race: throughput._Race, baseline: Baseline, *arguments: Any) -> None:
+        if baseline.key == "eager":
             raise KeyboardInterrupt
-        build(race, contestant, *arguments)
+        build(race, baseline, *arguments)
 
     monkeypatch.setattr(throughput._Race, "_build", interrupted)
     before = signal.getsignal(signal.SIGTERM)
@@ -213,7 +211,7 @@ def test_caches_are_empty_unless_asked_for(
 ) -> None:
     monkeypatch.setenv("RESNET_FUSED_CACHE_DIR", "the machine's own")
     out = tmp_path / "out.json"
-    teller = Contestant("teller", "teller", build_telling_its_cache)
+    teller = Baseline("teller", "teller", build_telling_its_cache)
     arguments = [*TINY, "--batch", "1", "--rounds", "1", "--json", str(out)]
     arguments += ["--ours", "exact"] + ["--warm"] * warm
     assert throughput.main(arguments, (EXACT, WRONG, teller)) == 0
@@ -234,7 +232,7 @@ def test_interrupt_keeps_what_was_measured(
     out = tmp_path / "out.json"
     time_round = throughput._Race._time
 
-    def interrupted(race: throughput._Race, entry: report.Entry) -> None:
+    def interrupted(race: throughput._Race, entry: Entry) -> None:
         if entry.rounds:
             signal.raise_signal(number)
         time_round(race, entry)
@@ -254,8 +252,8 @@ def test_interrupt_keeps_what_was_measured(
 
 def test_program_measures_our_cpu_backend(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    program = [sys.executable, str(BENCHMARKS / "throughput.py"), *TINY, "--batch", "1", "2"]
-    options = ["--rounds", "1", "--peers", "none", "--json", str(out)]
+    program = [sys.executable, str(ROOT / "benchmarks/throughput.py"), *TINY]
+    options = ["--batch", "1", "2", "--rounds", "1", "--peers", "none", "--json", str(out)]
     done = subprocess.run([*program, *options], capture_output=True, text=True)
     record, comparisons = read(out)
     # On so small a net whose rounding errors are smaller is chance; that the gate acts on it isn't.
@@ -282,8 +280,8 @@ def test_program_measures_our_cpu_backend(tmp_path: Path) -> None:
         (["--arch", "ResNet"], "invalid choice: 'ResNet'"),
         (["--device", "tpu"], "'tpu' is neither cpu nor cuda"),
         (["--device", "cuda:77"], "'cuda:77' is no GPU that PyTorch sees"),
-        (["--batch", "0"], "must be positive"),
-        (["--rounds", "-1"], "must be positive"),
+        (["--batch", "0"], "'0' is not a number from 1"),
+        (["--rounds", "-1"], "'-1' is not a number from 1"),
     ],
 )
 def test_bad_options_are_refused(
@@ -317,10 +315,10 @@ def test_so_do_the_other_benchmarks(
 @pytest.mark.parametrize("name", ["resnet50", "resnext50_32x4d"])
 def test_jax_computes_torchvisions_network(name: str) -> None:
     jax = pytest.importorskip("jax", reason="JAX is a peer where it is installed")
-    import jax_resnet
+    from baselines import jax_resnet
 
     torch.manual_seed(0)
-    state = weights.make_state(name, None, torch.randn(4, 3, 64, 64))
+    state = inputs.make_state(name, None, torch.randn(4, 3, 64, 64))
     model = getattr(torchvision.models, name)().eval()
     model.load_state_dict(state)
     images = torch.randn(2, 3, 65, 97)
@@ -364,7 +362,7 @@ def test_weights_out_of_reach_name_their_address(
 def test_photographs_are_distinct_and_reproducible() -> None:
     def batch(size: int) -> torch.Tensor:
         preset = torchvision.models.ResNet50_Weights.DEFAULT.transforms()
-        return photographs.preprocess(photographs.find(None), size, 64, preset).images
+        return inputs.preprocess(inputs.find(None), size, 64, preset).images
 
     images = batch(12)
     assert images.shape == (12, 3, 64, 64)
@@ -376,10 +374,10 @@ def test_photographs_are_distinct_and_reproducible() -> None:
 
 def test_work_of_resnet50_by_hand() -> None:
     with torch.device("meta"):
-        work = {layer.name: layer for layer in layers(_resnet50(), 256, 224)}
-    operations = sum(layer.operations for layer in work.values()) / 256
-    assert operations == pytest.approx(8.178e9, rel=1e-4)  # 4.089 G multiply-adds
-    traffic = 2 * sum(layer.elements for layer in work.values()) / 256
+        work = {found.name: found for found in complexity.passes(_resnet50(), 256, 224)}
+    multiply_adds = sum(found.multiply_adds for found in work.values()) / 256
+    assert multiply_adds == pytest.approx(4.089e9, rel=1e-4)
+    traffic = 2 * sum(found.elements for found in work.values()) / 256
     weights = 2 * sum(p.numel() for p in _resnet50().parameters() if p.dim() > 1) / 256
     pooled = 2 * (49 + 1) * 2048  # average pool
     # 50.6 MB with the stem's convolution written and read, and strided projections reading all.
@@ -388,10 +386,11 @@ def test_work_of_resnet50_by_hand() -> None:
     assert traffic - weights - pooled == pytest.approx(50.6e6 - stem - skipped, rel=1e-3)
     # 1×1, 64 -> 256 at 56×56, and the projection 64 -> 256 of the block's input beside it.
     pixels = 256 * 56 * 56
-    assert work["layer1.0.conv3"] == Layer(
+    assert work["layer1.0.conv3"] == Pass(
         "layer1.0.conv3",
-        2 * pixels * (64 + 64) * 256,
-        pixels * (64 + 64 + 256) + (64 + 64) * 256,
+        pixels * (64 + 64) * 256,
+        pixels * (64 + 64 + 256),
+        (64 + 64) * 256,
     )
     # 3×3 with stride 2, 128 -> 128, and an identity block's end, which reads its shortcut.
     assert work["layer2.0.conv2"].elements == 256 * 128 * (56**2 + 28**2) + 9 * 128**2
@@ -405,25 +404,25 @@ def _resnet50() -> torch.nn.Module:
     return model
 
 
-def test_work_is_counted_on_the_meta_device_only() -> None:
-    with pytest.raises(ValueError, match="meta device"):
-        layers(torch.nn.Conv2d(3, 8, 1), 1, 8)
-
-
 def test_floor_takes_the_larger_of_memory_and_arithmetic() -> None:
     peaks = Peaks(bandwidth=100.0, arithmetic=1000.0)
-    memory_bound, compute_bound = Layer("a", 10, 50), Layer("b", 5000, 50)
-    assert memory_bound.seconds(peaks, 2) == 1.0
-    assert compute_bound.seconds(peaks, 2) == 5.0
+    memory_bound, compute_bound = Pass("a", 5, 40, 10), Pass("b", 2500, 40, 10)
+    assert floor_seconds([memory_bound], peaks, 2) == 1.0
+    assert floor_seconds([compute_bound], peaks, 2) == 5.0
     assert floor_seconds([memory_bound, compute_bound], peaks, 2) == 6.0
 
 
+def test_another_one_begins_each_round() -> None:
+    assert "".join(in_turn("abc", range(1, 4))) == "bcacababc"
+
+
 def test_summary_by_hand() -> None:
-    summary = summarise([[1.0, 1.0], [2.0, 2.0], [4.0, 4.0]], batch=8)
-    assert summary.rate == 4.0
-    assert summary.rate_low == pytest.approx(2.4)
-    assert summary.rate_high == pytest.approx(7.2)
-    assert summary.latency_p50 == 2.0
-    assert quantile([3.0, 1.0, 2.0], 1.0) == 3.0
-    with pytest.raises(ValueError, match="must not be empty"):
-        quantile([], 0.5)
+    entry = Entry("a", "a", ours=True, status="measured")
+    entry.rounds = [[1.0, 1.0], [2.0, 2.0], [4.0, 4.0]]
+    Comparison("resnet18", "cpu", "float32", 8, 64, [entry], floor=0.5).summarise()
+    assert entry.rate == 4.0
+    assert entry.rate_p10 == pytest.approx(2.4)
+    assert entry.rate_p90 == pytest.approx(7.2)
+    assert entry.latency_p50 == 2.0
+    assert entry.latency_p99 == 4.0
+    assert entry.floor_share == 0.25

@@ -88,11 +88,11 @@ def test_conv_bn_meets_the_contract(
     name: str, backend: cpu.CpuBackend, dtype: torch.dtype, noise: float
 ) -> None:
     rng = generator(1)
-    x, (conv, bn) = make_convolution(LARGE[name], rng, dtype)
+    x, layer = make_convolution(LARGE[name], rng, dtype)
     x = non_negative(x)
     for residual in (None, make_residual(LARGE[name], x, rng)):
         for relu in (False, True):
-            arguments = [x, conv, bn, residual, relu]
+            arguments = [x, layer, residual, relu]
             out = check_op(backend.conv_bn, reference.conv_bn, arguments, noise=noise)
             assert out.is_contiguous(memory_format=torch.channels_last)
 
@@ -102,9 +102,9 @@ def test_conv_bn_is_exact_on_integers(
     name: str, backend: cpu.CpuBackend, dtype: torch.dtype
 ) -> None:
     rng = generator()
-    x, (conv, bn) = make_integers(LARGE[name], rng, dtype)
+    x, layer = make_integers(LARGE[name], rng, dtype)
     residual = make_residual(LARGE[name], x, rng).round_()
-    out = backend.conv_bn(x, ConvBn(conv, bn), residual, True)
+    out = backend.conv_bn(x, layer, residual, True)
     truth = reference.conv_bn(
         x.double(), conv._replace(weight=conv.weight.double()), bn, residual.double(), True
     )
@@ -118,9 +118,9 @@ def test_projection_meets_the_contract(
 ) -> None:
     rng = generator(2)
     case = ConvCase(2, 64, 28, 28, 128, kernel, 1, kernel // 2)
-    x, (conv, bn) = make_convolution(case, rng, dtype)
+    x, layer = make_convolution(case, rng, dtype)
     wide = ConvCase(2, 64, 56, 55, 128, stride=2)
-    shortcut, (projection, projection_bn) = make_convolution(wide, rng, dtype)
+    shortcut, projection = make_convolution(wide, rng, dtype)
     arguments = [
         *(non_negative(x), conv, bn),
         *(non_negative(shortcut), projection, projection_bn),
@@ -132,7 +132,7 @@ def test_projection_meets_the_contract(
 def test_stem_meets_the_contract(
     size: tuple[int, int], backend: cpu.CpuBackend, dtype: torch.dtype, noise: float
 ) -> None:
-    x, (conv, bn) = make_convolution(ConvCase(2, 3, *size, 64, 7, 2, 3), generator(3), dtype)
+    x, layer = make_convolution(ConvCase(2, 3, *size, 64, 7, 2, 3), generator(3), dtype)
     for layout in (x, x.contiguous()):
         out = check_op(backend.stem, reference.stem, [layout, conv, bn, MaxPool()], noise=noise)
         assert out.is_contiguous(memory_format=torch.channels_last)
@@ -259,12 +259,12 @@ def test_every_edit_is_seen(
 
 
 def test_the_stem_sees_edits_too(backend: cpu.CpuBackend, dtype: torch.dtype) -> None:
-    x, (conv, bn) = make_convolution(ConvCase(2, 3, 64, 64, 64, 7, 2, 3), generator(), dtype)
-    before = backend.stem(x, ConvBn(conv, bn), MaxPool())
+    x, layer = make_convolution(ConvCase(2, 3, 64, 64, 64, 7, 2, 3), generator(), dtype)
+    before = backend.stem(x, layer, MaxPool())
     conv.weight.data.mul_(2)
-    after = backend.stem(x, ConvBn(conv, bn), MaxPool())
+    after = backend.stem(x, layer, MaxPool())
     assert relative_error(after, before.double()) > 0.1
-    assert torch.equal(after, make_backend(bool(backend._own)).stem(x, ConvBn(conv, bn), MaxPool()))
+    assert torch.equal(after, make_backend(bool(backend._own)).stem(x, layer, MaxPool()))
 
 
 def test_unchanged_weights_are_packed_once(backend: cpu.CpuBackend, dtype: torch.dtype) -> None:
@@ -309,29 +309,29 @@ def test_modes_of_inference_mix(backend: cpu.CpuBackend, dtype: torch.dtype) -> 
 
 def test_strided_weights_and_other_sizes(backend: cpu.CpuBackend, dtype: torch.dtype) -> None:
     rng = generator()
-    x, (conv, bn) = make_integers(ConvCase(2, 32, 28, 28, 64, 3, 1, 1), rng, dtype)
+    x, layer = make_integers(ConvCase(2, 32, 28, 28, 64, 3, 1, 1), rng, dtype)
     wide = torch.zeros(64, 32, 3, 6, dtype=dtype)
     wide[..., ::2] = conv.weight
     sliced = conv._replace(weight=wide[..., ::2])
     for crop in (28, 7, 20, 28):
         part = x[:, :, :crop, :crop]
-        expected = reference.conv_bn(part, ConvBn(conv, bn), None, False)
-        assert torch.equal(backend.conv_bn(part, ConvBn(conv, bn), None, False), expected)
+        expected = reference.conv_bn(part, layer, None, False)
+        assert torch.equal(backend.conv_bn(part, layer, None, False), expected)
         assert torch.equal(backend.conv_bn(part, ConvBn(sliced, bn), None, False), expected)
 
 
 def test_the_callers_tensors_are_left_alone(backend: cpu.CpuBackend, dtype: torch.dtype) -> None:
     rng = generator()
     case = LARGE["3x3"]
-    x, (conv, bn) = make_convolution(case, rng, dtype)
+    x, layer = make_convolution(case, rng, dtype)
     residual = make_residual(case, x, rng)
     wide = ConvCase(2, 64, 28, 28, 64)
-    shortcut, (projection, projection_bn) = make_convolution(wide, rng, dtype)
+    shortcut, projection = make_convolution(wide, rng, dtype)
     tensors = [x, residual, shortcut, conv.weight, projection.weight, *bn[:4], *projection_bn[:4]]
     before = [t.clone() for t in tensors if t is not None]
-    backend.conv_bn(x, ConvBn(conv, bn), residual, True)
-    backend.conv_bn(x, ConvBn(conv, bn), x, True)
-    backend.conv_bn_projection(x, ConvBn(conv, bn), shortcut, ConvBn(projection, projection_bn))
+    backend.conv_bn(x, layer, residual, True)
+    backend.conv_bn(x, layer, x, True)
+    backend.conv_bn_projection(x, layer, shortcut, projection)
     after = [t for t in tensors if t is not None]
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
@@ -403,7 +403,7 @@ def test_the_processor_decides_what_onednn_computes(
     monkeypatch.setattr(extension, "cpu_has_amx_bf16", lambda: amx)
     backend = cpu.CpuBackend()
     for dtype in (torch.float32, torch.bfloat16):
-        x, (conv, _) = make_convolution(LARGE["pointwise"], generator(), dtype)
+        x, layer = make_convolution(LARGE["pointwise"], generator(), dtype)
         assert isinstance(backend._pack(x, conv), OneDnnConvolution) == (dtype not in own)
 
 

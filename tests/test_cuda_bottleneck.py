@@ -6,7 +6,6 @@ import copy
 import re
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +14,10 @@ from machine_code import cuobjdump
 from torch import Tensor
 
 import resnet_fused
+from resnet_fused import use_backend
+from resnet_fused.backends.cuda.launch import Launcher
 from resnet_fused.backends.cuda_sim import SimulatedBackend
+from resnet_fused.parameters import ConvBn
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import (
     BlockCase,
@@ -25,6 +27,7 @@ from resnet_fused.testing.cases import (
     randomise_statistics,
 )
 from resnet_fused.testing.numerics import assert_contract, cast, check_op
+from resnet_fused.testing.on import On
 
 # One tile; several in each direction with tails in all of them; slices of output channels.
 CASES = {
@@ -51,23 +54,22 @@ class WholeBlocks(SimulatedBackend):
 
 
 @pytest.fixture
-def whole(simulator) -> SimulatedBackend:
-    return WholeBlocks(simulator)
+def whole(simulator) -> On:
+    return On(WholeBlocks(simulator))
 
 
 def rounded_truth(arguments: list[Any]) -> Tensor:
     """In float64, what the layers give each other rounded to the input's dtype."""
-    x, *layers = cast(arguments, torch.float64)
+    x, layer1, layer2, layer3, projection = cast(arguments, torch.float64)
     half = arguments[0].dtype
 
-    def conv_bn(*layer: Any) -> Tensor:
-        return reference.conv_bn(*layer).to(half).double()
+    def conv_bn(x: Tensor, layer: ConvBn, residual: Tensor | None = None) -> Tensor:
+        return reference.conv_bn(x, layer, residual, True).to(half).double()
 
-    out = conv_bn(x, *layers[:2], None, True)
-    out = conv_bn(out, *layers[2:4], None, True)
-    if layers[6] is None:
-        return conv_bn(out, *layers[4:6], x, True)
-    return reference.conv_bn_projection(out, *layers[4:6], x, *layers[6:]).to(half).double()
+    out = conv_bn(conv_bn(x, layer1), layer2)
+    if projection is None:
+        return conv_bn(out, layer3, x)
+    return reference.conv_bn_projection(out, layer3, x, projection).to(half).double()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -160,7 +162,7 @@ def test_rule_takes_the_whole_block(simulator, half):
     """Four tiles of one launch: the steps of conv1, conv2 and four slices of conv3."""
     case = BlockCase(1, 256, 28, 28, 64, 256)
     arguments = make_bottleneck(case, generator(), half, make=make_integers)
-    out = SimulatedBackend(simulator, capability=90).bottleneck(*arguments)
+    out = On(SimulatedBackend(simulator, capability=90)).bottleneck(*arguments)
     assert torch.equal(out.double(), rounded_truth(arguments))
     assert simulator.take_statistics()["waits"] == 4 * (8 + 9 + 4)
 
@@ -170,7 +172,7 @@ def test_reads_tensors_off_sixteen_bytes_layer_by_layer(simulator, half):
     x = arguments[0]
     storage = torch.zeros(x.numel() + 1, dtype=half)[1:]
     arguments[0] = storage.as_strided(x.shape, x.stride(), 1).copy_(x)
-    out = SimulatedBackend(simulator).bottleneck(*arguments)
+    out = On(SimulatedBackend(simulator)).bottleneck(*arguments)
     assert torch.equal(out.double(), rounded_truth(arguments))
 
 
@@ -198,11 +200,9 @@ def test_binding_refuses_a_null_result(simulator):
 
 def test_halo_off_by_one_is_caught(simulator, half):
     """The kernel is told of a row more than the image has: it must not read it unnoticed."""
-    x, *layers = make_bottleneck(BlockCase(1, 16, 13, 8, 16, 16), generator(), half)
-    backend = SimulatedBackend(simulator)
+    x, *layers, _ = make_bottleneck(BlockCase(1, 16, 13, 8, 16, 16), generator(), half)
     taller = torch.empty(1, 16, 14, 8, dtype=half).contiguous(memory_format=torch.channels_last)
-    pairs = list(zip(layers[:6:2], layers[1:6:2], strict=True))
-    described, read = backend._block(taller, pairs)
+    described, read = Launcher(simulator).block(taller, layers)
     buffers = [(t.data_ptr(), t.nbytes, False) for t in read[1:] if t is not None]
     short = (taller.data_ptr(), x.nbytes, False)
     out = torch.empty_like(taller)
@@ -211,14 +211,14 @@ def test_halo_off_by_one_is_caught(simulator, half):
         simulator.cuda_bottleneck(out.data_ptr(), described, 0, 0)
 
 
-def test_whole_network_keeps_the_contract(simulator, whole, half):
+def test_whole_network_keeps_the_contract(simulator, half):
     torch.manual_seed(0)
     theirs = randomise_statistics(torchvision.models.resnet50()).eval()
     ours = resnet_fused.resnet50().eval()
     ours.load_state_dict(theirs.state_dict())
     ours, theirs = ours.to(half), theirs.to(half)
     x = torch.randn(2, 3, 33, 33, generator=generator()).to(half)
-    with torch.no_grad(), mock.patch("resnet_fused.ops.registry.choose", return_value=whole):
+    with torch.no_grad(), use_backend(WholeBlocks(simulator)):
         result = ours(x)
     assert simulator.take_statistics()["bank_conflicts"] == 0
     with torch.no_grad():

@@ -21,7 +21,7 @@ from machine_code import cuobjdump
 from torch import Tensor
 
 import resnet_fused
-from resnet_fused import backends, use_backend
+from resnet_fused import use_backend
 from resnet_fused.backends.cuda import CudaBackend
 from resnet_fused.backends.cuda_sim import SimulatedBackend
 from resnet_fused.backends.residual import residual_argument
@@ -39,6 +39,7 @@ from resnet_fused.testing.cases import (
     randomise_statistics,
 )
 from resnet_fused.testing.numerics import assert_contract, cast, check_op
+from resnet_fused.testing.on import On
 
 ROOT = Path(__file__).resolve().parents[1]
 TILES = ("m64n64", "m128n64", "m128n128")
@@ -162,9 +163,9 @@ def test_assembly_stands_apart():
 
 
 @pytest.fixture(params=TILES)
-def tiled(request: pytest.FixtureRequest, simulator: ModuleType) -> SimulatedBackend:
+def tiled(request: pytest.FixtureRequest, simulator: ModuleType) -> On:
     """The backend with one tile for every convolution."""
-    return SimulatedBackend(simulator, getattr(simulator.ConvTile, request.param))
+    return On(SimulatedBackend(simulator, getattr(simulator.ConvTile, request.param)))
 
 
 # Several tiles in each direction, tails in all of them, and the windows of ResNets.
@@ -179,17 +180,17 @@ TILE_CASES = {
 
 
 def truth(*arguments: Any) -> Tensor:
-    return reference.conv_bn(*(cast(argument, torch.float64) for argument in arguments))
+    return reference.conv_bn(*cast(arguments, torch.float64))
 
 
 @pytest.mark.parametrize("name", TILE_CASES)
 def test_tiles_are_exact_on_integers_and_free_of_bank_conflicts(simulator, tiled, half, name):
     case = TILE_CASES[name]
     rng = generator()
-    x, (conv, bn) = make_integers(case, rng, half)
+    x, layer = make_integers(case, rng, half)
     residual = make_residual(case, x, rng).round_()
-    expected = truth(x, conv, bn, residual, True)
-    assert torch.equal(tiled.conv_bn(x, ConvBn(conv, bn), residual, True).double(), expected)
+    expected = truth(x, layer, residual, True)
+    assert torch.equal(tiled.conv_bn(x, layer, residual, True).double(), expected)
     counts = simulator.take_statistics()
     assert counts["matrix_loads"] > 0
     assert counts["bank_conflicts"] == 0
@@ -209,29 +210,26 @@ IDENTITIES = [
 @pytest.mark.parametrize(("name", "channels", "stride"), IDENTITIES)
 def test_tiles_read_a_narrower_strided_residual(tiled, half, name, channels, stride):
     rng = generator()
-    x, (conv, bn) = make_integers(TILE_CASES[name], rng, half)
+    x, layer = make_integers(TILE_CASES[name], rng, half)
     identity = make_identity(TILE_CASES[name], channels, stride, x, rng)
-    expected = truth(x, conv, bn, identity, True)
-    assert torch.equal(tiled.conv_bn(x, ConvBn(conv, bn), identity, True).double(), expected)
+    expected = truth(x, layer, identity, True)
+    assert torch.equal(tiled.conv_bn(x, layer, identity, True).double(), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("channels", [19, 16, 3])
 def test_batch_norm_pass_reads_a_narrower_strided_residual(simulator, dtype, channels):
     case = ConvCase(2, 24, 5, 3, 24)
-    x, (_, bn) = make_integers(case, generator(), dtype)
+    x, layer = make_integers(case, generator(), dtype)
     identity = make_identity(case, channels, 2, x, generator(1))
-    expected = reference.bn_add_relu(x, bn, None, False)
-    expected[:, :channels] += identity
-    assert torch.equal(
-        SimulatedBackend(simulator).bn_add_relu(x, bn, identity, True), expected.relu()
-    )
+    out = every_result(SimulatedBackend(simulator), "conv_bn", x, layer, identity, True)["cudnn"]
+    assert torch.equal(out.double(), truth(x, layer, identity, True))
 
 
 @pytest.mark.parametrize("name", TILE_CASES)
 def test_tiles_keep_the_contract(tiled, half, name):
-    x, (conv, bn) = make_convolution(TILE_CASES[name], generator(), half)
-    check_op(tiled.conv_bn, reference.conv_bn, [x, conv, bn, None, False])
+    x, layer = make_convolution(TILE_CASES[name], generator(), half)
+    check_op(tiled.conv_bn, reference.conv_bn, [x, layer, None, False])
 
 
 # Windows that im2col mode must get right; more tiles than blocks, so that every ring turns over.
@@ -245,20 +243,21 @@ SM90_CASES = {
 
 
 @pytest.fixture(params=SM90_TILES)
-def sm90(request: pytest.FixtureRequest, simulator: ModuleType) -> SimulatedBackend:
+def sm90(request: pytest.FixtureRequest, simulator: ModuleType) -> On:
     """The backend on a simulated Hopper GPU, with one of its tiles for every convolution."""
-    return SimulatedBackend(simulator, getattr(simulator.ConvTile, request.param), capability=90)
+    tile = getattr(simulator.ConvTile, request.param)
+    return On(SimulatedBackend(simulator, tile, capability=90))
 
 
 @pytest.mark.parametrize("name", SM90_CASES)
 def test_sm90_tiles_are_exact_on_integers(simulator, sm90, half, name):
     case = SM90_CASES[name]
     rng = generator()
-    x, (conv, bn) = make_integers(case, rng, half)
+    x, layer = make_integers(case, rng, half)
     residual = make_residual(case, x, rng).round_()
     for added in (residual, None):
-        expected = truth(x, conv, bn, added, True)
-        assert torch.equal(sm90.conv_bn(x, ConvBn(conv, bn), added, True).double(), expected)
+        expected = truth(x, layer, added, True)
+        assert torch.equal(sm90.conv_bn(x, layer, added, True).double(), expected)
     counts = simulator.take_statistics()
     assert counts["products"] > 0
     assert counts["matrix_loads"] == 0
@@ -270,10 +269,10 @@ def test_sm90_tiles_are_exact_on_integers(simulator, sm90, half, name):
 )
 def test_sm90_tiles_read_a_narrower_strided_residual(sm90, half, name, channels, stride):
     rng = generator()
-    x, (conv, bn) = make_integers(SM90_CASES[name], rng, half)
+    x, layer = make_integers(SM90_CASES[name], rng, half)
     identity = make_identity(SM90_CASES[name], channels, stride, x, rng)
-    expected = truth(x, conv, bn, identity, True)
-    assert torch.equal(sm90.conv_bn(x, ConvBn(conv, bn), identity, True).double(), expected)
+    expected = truth(x, layer, identity, True)
+    assert torch.equal(sm90.conv_bn(x, layer, identity, True).double(), expected)
 
 
 @pytest.mark.parametrize("channels", [24, 20])
@@ -283,19 +282,19 @@ def test_a_residual_that_no_tensor_map_can_express_is_read_by_the_other_kernel(
     """Of images of an odd number of lines every second is read: no whole number apart."""
     case = ConvCase(2, 32, 5, 4, 40, 3, 1, 1)
     rng = generator()
-    x, (conv, bn) = make_integers(case, rng, half)
+    x, layer = make_integers(case, rng, half)
     block_input = torch.randint(-9, 10, (2, channels, 9, 8), generator=rng).to(half)
     identity = block_input.contiguous(memory_format=torch.channels_last)[:, :, ::2, ::2]
-    backend = SimulatedBackend(simulator, capability=90)
-    expected = truth(x, conv, bn, identity, True)
-    assert torch.equal(backend.conv_bn(x, ConvBn(conv, bn), identity, True).double(), expected)
+    backend = On(SimulatedBackend(simulator, capability=90))
+    expected = truth(x, layer, identity, True)
+    assert torch.equal(backend.conv_bn(x, layer, identity, True).double(), expected)
     assert simulator.take_statistics()["bulk_copies"] == 0
 
 
 @pytest.mark.parametrize("name", SM90_CASES)
 def test_sm90_tiles_keep_the_contract(sm90, half, name):
-    x, (conv, bn) = make_convolution(SM90_CASES[name], generator(), half)
-    check_op(sm90.conv_bn, reference.conv_bn, [x, conv, bn, None, False])
+    x, layer = make_convolution(SM90_CASES[name], generator(), half)
+    check_op(sm90.conv_bn, reference.conv_bn, [x, layer, None, False])
 
 
 def test_sm90_tells_height_from_width(sm90, half):
@@ -304,29 +303,25 @@ def test_sm90_tells_height_from_width(sm90, half):
     x = torch.randint(-3, 4, (2, 16, 11, 14), generator=rng).to(half)
     weight = torch.randint(-2, 3, (24, 16, 2, 3), generator=rng).to(half)
     conv = Convolution(weight, (1, 2), (2, 1), (3, 1))
-    bn = BatchNorm(torch.zeros(24), torch.ones(24), None, None, 0.0)
-    expected = truth(x, conv, bn, None, False)
-    assert torch.equal(sm90.conv_bn(x, ConvBn(conv, bn), None, False).double(), expected)
+    layer = ConvBn(conv, BatchNorm(torch.zeros(24), torch.ones(24), None, None, 0.0))
+    expected = truth(x, layer, None, False)
+    assert torch.equal(sm90.conv_bn(x, layer, None, False).double(), expected)
 
 
 def test_sm90_projection_is_exact_on_integers(sm90, half):
     rng = generator()
-    x, (conv, bn) = make_integers(ConvCase(2, 40, 22, 23, 136), rng, half)
-    shortcut, (projection, projection_bn) = make_integers(
-        ConvCase(2, 72, 44, 45, 136, stride=2), rng, half
-    )
-    arguments = [x, conv, bn, shortcut, projection, projection_bn]
-    expected = reference.conv_bn_projection(*(cast(a, torch.float64) for a in arguments))
+    x, layer = make_integers(ConvCase(2, 40, 22, 23, 136), rng, half)
+    shortcut, projection = make_integers(ConvCase(2, 72, 44, 45, 136, stride=2), rng, half)
+    arguments = [x, layer, shortcut, projection]
+    expected = reference.conv_bn_projection(*cast(arguments, torch.float64))
     assert torch.equal(sm90.conv_bn_projection(*arguments).double(), expected)
 
 
 def test_sm90_projection_keeps_the_contract(sm90, half):
     rng = generator()
-    x, (conv, bn) = make_convolution(ConvCase(1, 40, 12, 13, 136), rng, half)
-    shortcut, (projection, projection_bn) = make_convolution(
-        ConvCase(1, 72, 24, 25, 136, stride=2), rng, half
-    )
-    arguments = [x, conv, bn, shortcut, projection, projection_bn]
+    x, layer = make_convolution(ConvCase(1, 40, 12, 13, 136), rng, half)
+    shortcut, projection = make_convolution(ConvCase(1, 72, 24, 25, 136, stride=2), rng, half)
+    arguments = [x, layer, shortcut, projection]
     check_op(sm90.conv_bn_projection, reference.conv_bn_projection, arguments)
 
 
@@ -343,24 +338,24 @@ NOT_FOR_SM90 = {
 
 @pytest.mark.parametrize("name", NOT_FOR_SM90)
 def test_sm90_leaves_the_rest_to_sm80(simulator, sm90, name):
-    x, (conv, bn) = make_integers(NOT_FOR_SM90[name], generator(), torch.float16)
+    x, layer = make_integers(NOT_FOR_SM90[name], generator(), torch.float16)
     with pytest.raises(ValueError, match="tile"):
-        sm90.conv_bn(x, ConvBn(conv, bn), None, True)
-    expected = truth(x, conv, bn, None, True)
+        sm90.conv_bn(x, layer, None, True)
+    expected = truth(x, layer, None, True)
     simulator.take_statistics()
-    out = SimulatedBackend(simulator, capability=90).conv_bn(x, ConvBn(conv, bn), None, True)
+    out = On(SimulatedBackend(simulator, capability=90)).conv_bn(x, layer, None, True)
     assert torch.equal(out.double(), expected)
     assert simulator.take_statistics()["bulk_copies"] == 0
 
 
 def test_capability_chooses_the_kernel(simulator, half):
-    x, (conv, bn) = make_convolution(ConvCase(1, 16, 8, 8, 16, 3, 1, 1), generator(), half)
+    x, layer = make_convolution(ConvCase(1, 16, 8, 8, 16, 3, 1, 1), generator(), half)
     for capability in (80, 90):
-        SimulatedBackend(simulator, capability=capability).conv_bn(x, ConvBn(conv, bn), None, True)
+        On(SimulatedBackend(simulator, capability=capability)).conv_bn(x, layer, None, True)
         assert (simulator.take_statistics()["bulk_copies"] > 0) == (capability == 90)
     tile = simulator.ConvTile.m128n64_sm90
     with pytest.raises(RuntimeError, match="invalid argument"):
-        SimulatedBackend(simulator, tile, capability=80).conv_bn(x, ConvBn(conv, bn), None, True)
+        On(SimulatedBackend(simulator, tile, capability=80)).conv_bn(x, layer, None, True)
 
 
 class EveryCandidate(Tuner):
@@ -368,117 +363,104 @@ class EveryCandidate(Tuner):
 
     def __init__(self) -> None:
         super().__init__("tests")
-        self.results: dict[str, list[tuple[str, Tensor]]] = {}
+        self.results: dict[str, dict[str, Tensor]] = {}
 
     def run(self, key: Any, device: Any, candidates: Any, launch: Any) -> Any:
-        found = [(name, launch(name)) for name in candidates()]
-        self.results.setdefault(key[0], []).extend(found)
-        return found[-1][1]
+        found = self.results[key[0]] = {name: launch(name) for name in candidates()}
+        return list(found.values())[-1]
 
 
-@pytest.fixture(params=[80, 90])
-def every(request: pytest.FixtureRequest, simulator: ModuleType) -> SimulatedBackend:
-    """A backend that computes everything in all its ways; its `_tuner` keeps the results."""
-    simulator.set_capability(request.param)
-    backend = SimulatedBackend(simulator, capability=request.param)
-    backend._tuner = EveryCandidate()
-    return backend
+def every_result(backend: SimulatedBackend, op: str, *arguments: Any) -> dict[str, Tensor]:
+    """What each of the backend's candidates computes, by name, the heuristic's choice first."""
+    backend._tuner = tuner = EveryCandidate()
+    getattr(On(backend), op)(*arguments)
+    return tuner.results[op]
 
 
-def names(backend: SimulatedBackend, op: str) -> list[str]:
-    return [name for name, _ in backend._tuner.results[op]]
+def tiles_of(capability: int) -> list[str]:
+    return [*TILES, *(SM90_TILES if capability == 90 else ())]
 
 
-def tiles_of(backend: SimulatedBackend) -> list[str]:
-    return [*TILES, *(SM90_TILES if backend._capability == 90 else ())]
-
-
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("add", [False, True], ids=["plain", "residual"])
-def test_all_candidates_of_a_convolution_agree(every, half, add):
+def test_all_candidates_of_a_convolution_agree(simulator, half, add, capability):
     case = ConvCase(2, 40, 9, 11, 72, 3, 1, 1)
     rng = generator()
     for make in (make_integers, make_convolution):
-        x, conv, bn = make(case, rng, half)
+        x, layer = make(case, rng, half)
         residual = make_residual(case, x, rng).round_() if add else None
-        arguments = (x, conv, bn, residual, True)
-        every._tuner.results.clear()
-        every.conv_bn(*arguments)
-        assert names(every, "conv_bn") == ["automatic", *tiles_of(every), "cudnn"]
+        arguments = (x, layer, residual, True)
+        backend = SimulatedBackend(simulator, capability=capability)
+        results = every_result(backend, "conv_bn", *arguments)
+        assert list(results) == ["automatic", *tiles_of(capability), "cudnn"]
         expected, eager = truth(*arguments), reference.conv_bn(*arguments)
-        for name, result in every._tuner.results["conv_bn"]:
+        for name, result in results.items():
             if make is make_integers:
                 assert torch.equal(result.double(), expected), name
             else:
                 assert_contract(result, eager, expected, what=name)
 
 
-def test_all_candidates_of_a_projection_agree(every, half):
+@pytest.mark.parametrize("capability", [80, 90])
+def test_all_candidates_of_a_projection_agree(simulator, half, capability):
     rng = generator()
     arguments = [
         *make_integers(ConvCase(2, 40, 9, 7, 72), rng, half),
         *make_integers(ConvCase(2, 24, 17, 14, 72, stride=2), rng, half),
     ]
-    every.conv_bn_projection(*arguments)
-    assert names(every, "conv_bn_projection") == [
-        "automatic",
-        *(tile for tile in tiles_of(every) if tile != "m128n128"),
-        "separate",
-    ]
-    wide = [cast(argument, torch.float64) for argument in arguments]
-    expected = reference.conv_bn_projection(*wide)
-    for name, result in every._tuner.results["conv_bn_projection"]:
+    backend = SimulatedBackend(simulator, capability=capability)
+    results = every_result(backend, "conv_bn_projection", *arguments)
+    tiles = [tile for tile in tiles_of(capability) if tile != "m128n128"]
+    assert list(results) == ["automatic", *tiles, "separate"]
+    expected = reference.conv_bn_projection(*cast(arguments, torch.float64))
+    for name, result in results.items():
         assert torch.equal(result.double(), expected), name
 
 
-def test_all_candidates_of_a_stem_agree(every, half):
-    x, (conv, bn) = make_integers(ConvCase(1, 3, 30, 29, 64, 7, 2, 3), generator(), half)
-    every.stem(x, ConvBn(conv, bn), MaxPool())
-    wide = [cast(argument, torch.float64) for argument in (x, conv, bn)]
-    expected = reference.stem(*wide, MaxPool())
-    assert names(every, "stem") == ["fused", "separate"]
-    for name, result in every._tuner.results["stem"]:
+@pytest.mark.parametrize("capability", [80, 90])
+def test_all_candidates_of_a_stem_agree(simulator, half, capability):
+    x, layer = make_integers(ConvCase(1, 3, 30, 29, 64, 7, 2, 3), generator(), half)
+    backend = SimulatedBackend(simulator, capability=capability)
+    results = every_result(backend, "stem", x, layer, MaxPool())
+    expected = reference.stem(*cast([x, layer], torch.float64), MaxPool())
+    assert list(results) == ["fused", "separate"]
+    for name, result in results.items():
         assert torch.equal(result.double(), expected), name
 
 
 def test_tiles_are_offered_only_for_what_they_compute(simulator, half):
-    simulator.set_capability(90)
     backend = SimulatedBackend(simulator, capability=90)
-    backend._tuner = EveryCandidate()
     for case, dtype, tiles in (
         (ConvCase(1, 12, 9, 9, 16), half, TILES[:1]),
         (ConvCase(1, 16, 9, 9, 16, groups=2), half, TILES),
         (ConvCase(1, 16, 9, 9, 16), torch.float32, TILES[:1]),
     ):
-        backend._tuner.results.clear()
-        backend.conv_bn(*make_integers(case, generator(), dtype), None, True)
-        assert names(backend, "conv_bn") == ["automatic", *tiles, "cudnn"]
+        layer = make_integers(case, generator(), dtype)
+        results = every_result(backend, "conv_bn", *layer, None, True)
+        assert list(results) == ["automatic", *tiles, "cudnn"]
 
 
 def test_what_is_left_to_cudnn_by_rule_may_be_ours_by_measurement(simulator, half, monkeypatch):
     monkeypatch.setattr(SimulatedBackend, "_left_to_cudnn", CudaBackend._left_to_cudnn)
     backend = SimulatedBackend(simulator, capability=80)
-    backend._tuner = EveryCandidate()
-    backend.conv_bn(*make_integers(ConvCase(1, 12, 9, 9, 16), generator(), half), None, True)
-    assert names(backend, "conv_bn") == ["cudnn", "m64n64"]
+    layer = make_integers(ConvCase(1, 12, 9, 9, 16), generator(), half)
+    assert list(every_result(backend, "conv_bn", *layer, None, True)) == ["cudnn", "m64n64"]
 
 
 @pytest.mark.parametrize("tile", TILES[:2])
 def test_projection_tiles_keep_the_contract(simulator, half, tile):
-    backend = SimulatedBackend(simulator, getattr(simulator.ConvTile, tile))
+    backend = On(SimulatedBackend(simulator, getattr(simulator.ConvTile, tile)))
     rng = generator()
-    x, (conv, bn) = make_convolution(ConvCase(1, 40, 12, 13, 136), rng, half)
-    shortcut, (projection, projection_bn) = make_convolution(
-        ConvCase(1, 72, 24, 25, 136, stride=2), rng, half
-    )
-    arguments = [x, conv, bn, shortcut, projection, projection_bn]
+    x, layer = make_convolution(ConvCase(1, 40, 12, 13, 136), rng, half)
+    shortcut, projection = make_convolution(ConvCase(1, 72, 24, 25, 136, stride=2), rng, half)
+    arguments = [x, layer, shortcut, projection]
     check_op(backend.conv_bn_projection, reference.conv_bn_projection, arguments)
 
 
 def test_projection_runs_in_one_kernel(simulator, half):
     """Two K loops of one step each, and no rounding of the shortcut between them."""
-    backend = backends.get("cuda_sim")
-    x, (conv, bn) = make_convolution(ConvCase(1, 64, 4, 4, 64), generator(), half)
-    backend.conv_bn_projection(x, ConvBn(conv, bn), x, ConvBn(conv, bn))
+    x, layer = make_convolution(ConvCase(1, 64, 4, 4, 64), generator(), half)
+    On("cuda_sim").conv_bn_projection(x, layer, x, layer)
     counts = simulator.take_statistics()
     assert counts["waits"] == 2
     assert counts["barriers"] == 2 * 2 + 1
@@ -490,14 +472,15 @@ def tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
 
 
-def rounded(x: Tensor, conv: Convolution, bn: BatchNorm) -> list[Any]:
+def rounded(x: Tensor, layer: ConvBn) -> list[Any]:
     """x and weight to 10 bits behind the point, ties away from zero. PyTorch has no TF32 on the
     CPU: it gets operands that are rounded beforehand, and forms the same products."""
 
     def near(t: Tensor) -> Tensor:
         return ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
-    return [near(x), conv._replace(weight=near(conv.weight)), bn]
+    conv = layer.conv._replace(weight=near(layer.conv.weight))
+    return [near(x), layer._replace(conv=conv)]
 
 
 @pytest.mark.usefixtures("tf32")
@@ -519,8 +502,8 @@ def test_tf32_projection_keeps_the_contract_of_rounded_operands(simulator):
     main = make_convolution(ConvCase(1, 40, 12, 13, 136), rng, torch.float32)
     shortcut = make_convolution(ConvCase(1, 72, 24, 25, 136, stride=2), rng, torch.float32)
     arguments = [*rounded(*main), *rounded(*shortcut)]
-    ours = SimulatedBackend(simulator).conv_bn_projection(*main, *shortcut)
-    expected = reference.conv_bn_projection(*(cast(a, torch.float64) for a in arguments))
+    ours = On(SimulatedBackend(simulator)).conv_bn_projection(*main, *shortcut)
+    expected = reference.conv_bn_projection(*cast(arguments, torch.float64))
     assert_contract(ours, reference.conv_bn_projection(*arguments), expected)
     assert simulator.take_statistics()["products"] > 0
 
@@ -528,7 +511,7 @@ def test_tf32_projection_keeps_the_contract_of_rounded_operands(simulator):
 @pytest.mark.usefixtures("tf32")
 def test_single_channels_have_exact_products_where_tf32_is_allowed(simulator):
     layer = make_convolution(ConvCase(1, 10, 9, 9, 24, 3, 1, 1), generator(), torch.float32)
-    check_op(SimulatedBackend(simulator).conv_bn, reference.conv_bn, [*layer, None, True])
+    check_op(On(SimulatedBackend(simulator)).conv_bn, reference.conv_bn, [*layer, None, True])
     assert simulator.take_statistics()["products"] == 0
 
 
@@ -536,12 +519,11 @@ def test_single_channels_have_exact_products_where_tf32_is_allowed(simulator):
 def test_tf32_is_a_candidate_that_no_rule_prefers(simulator, monkeypatch):
     monkeypatch.setattr(SimulatedBackend, "_left_to_cudnn", CudaBackend._left_to_cudnn)
     backend = SimulatedBackend(simulator, capability=90)
-    backend._tuner = EveryCandidate()
     layer = make_integers(ConvCase(1, 16, 9, 9, 16), generator(), torch.float32)
-    backend.conv_bn(*layer, None, True)
-    assert names(backend, "conv_bn") == ["cudnn", *TF32_TILES]
-    backend.conv_bn_projection(*layer, *layer)
-    assert names(backend, "conv_bn_projection") == ["separate", TF32_TILES[0]]
+    results = every_result(backend, "conv_bn", *layer, None, True)
+    assert list(results) == ["cudnn", *TF32_TILES]
+    results = every_result(backend, "conv_bn_projection", *layer, *layer)
+    assert list(results) == ["separate", TF32_TILES[0]]
 
 
 # One block; several in each direction, with tails; channels beyond the tile.
@@ -555,9 +537,9 @@ STEMS = {
 
 @pytest.mark.parametrize("name", STEMS)
 def test_stem_is_exact_on_integers_and_free_of_bank_conflicts(simulator, half, name):
-    x, (conv, bn) = make_integers(STEMS[name], generator(), half)
-    expected = reference.stem(*(cast(a, torch.float64) for a in (x, conv, bn)), MaxPool())
-    out = backends.get("cuda_sim").stem(x, ConvBn(conv, bn), MaxPool())
+    x, layer = make_integers(STEMS[name], generator(), half)
+    expected = reference.stem(*cast([x, layer], torch.float64), MaxPool())
+    out = On("cuda_sim").stem(x, layer, MaxPool())
     assert torch.equal(out.double(), expected)
     counts = simulator.take_statistics()
     assert counts["matrix_loads"] > 0
@@ -566,14 +548,14 @@ def test_stem_is_exact_on_integers_and_free_of_bank_conflicts(simulator, half, n
 
 @pytest.mark.parametrize("name", STEMS)
 def test_stem_keeps_the_contract(simulator, half, name):
-    x, (conv, bn) = make_convolution(STEMS[name], generator(), half)
-    check_op(backends.get("cuda_sim").stem, reference.stem, [x, conv, bn, MaxPool()])
+    x, layer = make_convolution(STEMS[name], generator(), half)
+    check_op(On("cuda_sim").stem, reference.stem, [x, layer, MaxPool()])
 
 
 def test_stem_keeps_the_convolution_on_the_chip(simulator, half):
     """One launch of one block: pixels, products, maximum, and three barriers."""
-    x, (conv, bn) = make_convolution(STEMS["one tile"], generator(), half)
-    backends.get("cuda_sim").stem(x, ConvBn(conv, bn), MaxPool())
+    x, layer = make_convolution(STEMS["one tile"], generator(), half)
+    On("cuda_sim").stem(x, layer, MaxPool())
     counts = simulator.take_statistics()
     assert counts["barriers"] == 3
     assert counts["products"] == 8 * 7 * 2 * 2 * 8
@@ -582,10 +564,10 @@ def test_stem_keeps_the_convolution_on_the_chip(simulator, half):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_stem_spreads_what_is_not_finite_no_further_than_pytorch(simulator, half, value):
     """The eighth pixel that the products read beside each window must not count."""
-    x, (conv, bn) = make_integers(STEMS["tails"], generator(), half)
+    x, layer = make_integers(STEMS["tails"], generator(), half)
     x[0, 1, 20, 17] = value
-    expected = reference.stem(*(cast(a, torch.float64) for a in (x, conv, bn)), MaxPool())
-    out = backends.get("cuda_sim").stem(x, ConvBn(conv, bn), MaxPool()).double()
+    expected = reference.stem(*cast([x, layer], torch.float64), MaxPool())
+    out = On("cuda_sim").stem(x, layer, MaxPool()).double()
     assert expected.isnan().any() or expected.isinf().any()
     assert torch.equal(out.isnan(), expected.isnan())
     assert torch.equal(out.nan_to_num(), expected.to(half).double().nan_to_num())
@@ -617,21 +599,20 @@ def test_simulator_and_extension_load_into_one_process(simulator, extension):
 
 
 def test_larger_tiles_refuse_what_they_do_not_compute(simulator):
-    x, (conv, bn) = make_convolution(CONV_CASES["channel tails"], generator(), torch.float16)
+    x, layer = make_convolution(CONV_CASES["channel tails"], generator(), torch.float16)
     for name in TILES[1:]:
-        backend = SimulatedBackend(simulator, getattr(simulator.ConvTile, name))
+        backend = On(SimulatedBackend(simulator, getattr(simulator.ConvTile, name)))
         with pytest.raises(ValueError, match="tile"):
-            backend.conv_bn(x, ConvBn(conv, bn), None, False)
+            backend.conv_bn(x, layer, None, False)
 
 
 def address(tensor: Tensor) -> int:
     return tensor.data_ptr()
 
 
-def call(
-    simulator: ModuleType, x: Tensor, conv: Convolution, bn: BatchNorm, /, **changes: Any
-) -> None:
+def call(simulator: ModuleType, x: Tensor, layer: ConvBn, /, **changes: Any) -> None:
     """The binding itself: no residual and an automatic tile, unless `changes` say otherwise."""
+    conv, bn = layer
     known = (torch.float32, torch.float16, torch.bfloat16)
     dtypes = {dtype: getattr(simulator.DType, str(dtype)[6:]) for dtype in known}
     image = changes.pop("image", tuple(x.shape[2:]))
@@ -675,14 +656,14 @@ def test_out_may_be_the_residual(simulator, half, channels, capability):
     simulator.set_capability(capability)
     case = ConvCase(2, 24, 9, 9, channels, 3, 1, 1)
     rng = generator()
-    x, (conv, bn) = make_integers(case, rng, half)
+    x, layer = make_integers(case, rng, half)
     both = make_residual(case, x, rng).round_()
-    expected = truth(x, conv, bn, both, True)
-    tensors = [x, conv.weight, *bn[:4]]
+    expected = truth(x, layer, both, True)
+    tensors = [x, layer.conv.weight, *layer.bn[:4]]
     simulator.set_buffers(
         [*((address(t), t.nbytes, False) for t in tensors), (address(both), both.nbytes, True)]
     )
-    call(simulator, x, conv, bn, out=address(both), residual=residual_argument(both))
+    call(simulator, x, layer, out=address(both), residual=residual_argument(both))
     assert torch.equal(both.double(), expected)
 
 
@@ -694,16 +675,16 @@ def test_pointers_off_sixteen_bytes(simulator, half, shifted):
 
     case = TILE_CASES["3x3"]
     rng = generator()
-    x, (conv, bn) = make_integers(case, rng, half)
+    x, layer = make_integers(case, rng, half)
     residual = make_residual(case, x, rng).round_()
-    expected = truth(x, conv, bn, residual, True)
+    expected = truth(x, layer, residual, True)
     if shifted == "x":
         x = moved(x)
     elif shifted == "weight":
-        conv = conv._replace(weight=moved(conv.weight))
+        layer = layer._replace(conv=layer.conv._replace(weight=moved(layer.conv.weight)))
     else:
         residual = moved(residual)
-    out = backends.get("cuda_sim").conv_bn(x, ConvBn(conv, bn), residual, True)
+    out = On("cuda_sim").conv_bn(x, layer, residual, True)
     assert torch.equal(out.double(), expected)
 
 
@@ -721,8 +702,9 @@ def test_more_than_two_to_the_31_elements(simulator):
         (stride, stride),
     )
     bn = BatchNorm(torch.zeros(8), torch.ones(8), None, None, 0.0)
-    out = backends.get("cuda_sim").conv_bn(x, ConvBn(conv, bn), None, False)
-    expected = truth(corners, conv._replace(stride=(1, 1)), bn, None, False)
+    layer = ConvBn(conv, bn)
+    out = On("cuda_sim").conv_bn(x, layer, None, False)
+    expected = truth(corners, ConvBn(conv._replace(stride=(1, 1)), bn), None, False)
     assert torch.equal(out.double(), expected)
 
 
@@ -735,14 +717,14 @@ def test_halo_off_by_one_is_caught(simulator, half, channels, capability):
     """The kernel is told of a row more than the image has: it must not read it unnoticed."""
     simulator.set_capability(capability)
     case = ConvCase(1, channels, 8, 8, 16, 3, 1, 1)
-    x, (conv, bn) = make_convolution(case, generator(), half)
+    x, layer = make_convolution(case, generator(), half)
     out = torch.empty(1, 16, 9, 8, dtype=half)
-    tensors = [x, conv.weight, *bn[:4]]
+    tensors = [x, layer.conv.weight, *layer.bn[:4]]
     simulator.set_buffers(
         [*((address(t), t.nbytes, False) for t in tensors), (address(out), out.nbytes, True)]
     )
     with pytest.raises(simulator.Fault, match=r"reads .* out of bounds of global memory"):
-        call(simulator, x, conv, bn, out=address(out), image=(9, 8))
+        call(simulator, x, layer, out=address(out), image=(9, 8))
 
 
 @pytest.mark.parametrize(
@@ -762,20 +744,20 @@ def test_halo_off_by_one_is_caught(simulator, half, channels, capability):
 )
 def test_binding_refuses(simulator, changes, message):
     case = ConvCase(1, 16, 8, 8, 16, 3, 1, 1)
-    x, (conv, bn) = make_convolution(case, generator(), torch.float16)
+    x, layer = make_convolution(case, generator(), torch.float16)
     with pytest.raises(ValueError, match=message):
-        call(simulator, x, conv, bn, **changes)
+        call(simulator, x, layer, **changes)
 
 
 def test_projection_excludes_residual_and_groups(simulator):
-    x, (conv, bn) = make_convolution(ConvCase(1, 16, 8, 8, 16), generator(), torch.float16)
+    x, layer = make_convolution(ConvCase(1, 16, 8, 8, 16), generator(), torch.float16)
     vector = (16, simulator.DType.float32)
     projection = simulator.ConvolutionBn(
         16, 16, (8, 8), 16, (1, 1), (1, 1), (0, 0), (1, 1), vector, vector, None, None, 1e-5
     )
     for changes in ({"residual": (16, 16, (1024, 128, 16))}, {"groups": 2}):
         with pytest.raises(ValueError, match="a projection needs groups = 1"):
-            call(simulator, x, conv, bn, projection=projection, **changes)
+            call(simulator, x, layer, projection=projection, **changes)
 
 
 def test_all_of_resnet50_but_the_stem_is_ours(simulator, half):

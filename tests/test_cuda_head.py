@@ -17,6 +17,7 @@ from resnet_fused.backends.cuda_sim import SimulatedBackend
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import generator
 from resnet_fused.testing.numerics import cast, check_op
+from resnet_fused.testing.on import On
 
 # Batch, channels, height, width, classes. A block of products has 4 images, or one, and 8 classes.
 CASES = {
@@ -34,8 +35,8 @@ CASES = {
 
 
 @pytest.fixture
-def backend(simulator: ModuleType) -> SimulatedBackend:
-    return SimulatedBackend(simulator)
+def backend(simulator: ModuleType) -> On:
+    return On(SimulatedBackend(simulator))
 
 
 def test_spills_nothing(extension):
@@ -64,7 +65,7 @@ def integers(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 def test_exact_on_integers(backend, dtype, name, biased):
     x, weight, bias = integers(name, dtype)
     offset = bias if biased else None
-    truth = reference.head(*(cast(a, torch.float64) for a in (x, weight, offset)))
+    truth = reference.head(*cast([x, weight, offset], torch.float64))
     assert torch.equal(backend.head(x, weight, offset), truth.to(dtype))
 
 
@@ -98,7 +99,7 @@ def test_pointers_off_sixteen_bytes(backend, dtype, shifted):
 
     x, weight, bias = integers("tails", dtype)
     x = x.contiguous(memory_format=torch.channels_last)
-    truth = reference.head(*(cast(a, torch.float64) for a in (x, weight, bias)))
+    truth = reference.head(*cast([x, weight, bias], torch.float64))
     if shifted == "x":
         x = moved(x)
     else:
@@ -110,7 +111,7 @@ def test_pointers_off_sixteen_bytes(backend, dtype, shifted):
 def test_what_is_not_finite_stays_in_its_image(backend, dtype, value):
     x, weight, bias = integers("most images", dtype)
     x[2, 5, 1, 1] = value
-    truth = reference.head(*(cast(a, torch.float64) for a in (x, weight, bias)))
+    truth = reference.head(*cast([x, weight, bias], torch.float64))
     out = backend.head(x, weight, bias).double()
     assert torch.equal(out.isnan(), truth.isnan())
     assert torch.equal(out.nan_to_num(), truth.to(dtype).double().nan_to_num())
@@ -125,7 +126,7 @@ def test_both_barriers_are_needed(simulator, backend, images):
     simulator.plant({"skipped_barrier": 0})
     try:
         with pytest.raises(simulator.Fault, match="races"):
-            backend._average_pool(x, torch.float32)
+            backend.head(x, weight, None)  # in its first kernel, which pools
         with pytest.raises(simulator.Fault, match="races"):
             multiply(simulator, x[:, :, 0, 0].float(), weight)
     finally:

@@ -6,7 +6,6 @@ import csv
 import itertools
 import json
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,19 +21,18 @@ from resnet_fused.models.network import ResidualNetwork
 from resnet_fused.testing.numerics import assert_contract
 from resnet_fused.testing.plain import run_modules
 
-torchvision = pytest.importorskip("torchvision", reason="detectors are torchvision's")
+pytest.importorskip("torchvision", reason="detectors are torchvision's")
 pytest.importorskip("sklearn", reason="the default scenes are of scikit-learn's digits")
 pytest.importorskip("pycocotools", reason="COCO is read and measured by it")
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
-import detection  # noqa: E402
-from common.errors import DataError, ExperimentError  # noqa: E402
-from common.launch import Launch  # noqa: E402
-from common.training import Result  # noqa: E402
-from detectors import digits, inference, metric, training  # noqa: E402
-from detectors.model import faster_rcnn  # noqa: E402
-from detectors.scenes import Scene, open_scenes, voc  # noqa: E402
-from torchvision.ops import box_iou  # noqa: E402
+import detection
+from common.errors import DataError, ExperimentError
+from common.launch import Launch
+from common.training import Result
+from detectors import digits, inference, metric, training
+from detectors.model import faster_rcnn
+from detectors.scenes import Scene, open_scenes, voc
+from torchvision.ops import box_iou
 
 # VOC's pixels count from 1 and both ends belong to a box: the edges are one less, and the same.
 OBJECTS = {

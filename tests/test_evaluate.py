@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ import resnet_fused
 pytest.importorskip("torchvision", reason="the experiments' data comes through torchvision")
 pytest.importorskip("sklearn", reason="the experiments' digits come with scikit-learn")
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
 import evaluate
 from common import data
 from common.errors import DataError

@@ -21,14 +21,13 @@ from torch import Tensor, nn
 pytest.importorskip("torchvision", reason="the experiments' data comes through torchvision")
 pytest.importorskip("sklearn", reason="the experiments' digits come with scikit-learn")
 
+import progressive_deepening
+from common import checkpoint, launch, report, training
+from common.errors import ExperimentError
+
+from resnet_fused import cifar
+
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
-sys.path.append(str(EXPERIMENTS))
-
-import progressive_deepening  # noqa: E402
-from common import checkpoint, launch, report, training  # noqa: E402
-from common.errors import ExperimentError  # noqa: E402
-
-from resnet_fused import cifar  # noqa: E402
 
 # experiment -> (names of its runs, iterations of each, a label of its plot's legend)
 QUICK = {

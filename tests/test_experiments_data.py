@@ -6,7 +6,6 @@ import csv
 import importlib
 import pickle
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
@@ -19,14 +18,11 @@ from torch import nn
 
 pytest.importorskip("torchvision", reason="the experiments' data comes through torchvision")
 pytest.importorskip("sklearn", reason="the experiments' digits come with scikit-learn")
-from PIL import Image
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
-
 from common import augmentation, data, networks, recipes, schedules
 from common.errors import DataError, ExperimentError
+from PIL import Image
 
-from resnet_fused.testing import machine
+from resnet_fused import env
 
 BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
 
@@ -440,12 +436,12 @@ def test_results_are_no_change_of_the_code(tmp_path: Path) -> None:
     git("commit", "-q", "-m", "x")
     for file, dirty in zip(files, (False, True), strict=True):
         file.write_text("after")
-        assert machine.commit(tmp_path / "experiments")["dirty"] is dirty
+        assert env.commit(tmp_path / "experiments", "experiments/reports")["dirty"] is dirty
 
 
 def test_sources_without_git_are_of_the_commit_that_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert machine.commit(tmp_path) == {"commit": None, "dirty": None}
+    assert env.commit(tmp_path) == {"commit": None, "dirty": None}
     monkeypatch.setenv("RESNET_FUSED_COMMIT", "0123abc")
-    assert machine.commit(tmp_path) == {"commit": "0123abc", "dirty": None}
+    assert env.commit(tmp_path) == {"commit": "0123abc", "dirty": None}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,16 +14,15 @@ from torch import Tensor, nn
 pytest.importorskip("torchvision", reason="the experiments' data comes through torchvision")
 pytest.importorskip("sklearn", reason="the experiments' digits come with scikit-learn")
 
+import gradient_flow
+import responses
+from common import data, launch, recipes
+from common.training import Result
+
+from resnet_fused import cifar
+from resnet_fused.testing.cases import randomise_statistics
+
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
-sys.path.append(str(EXPERIMENTS))
-
-import gradient_flow  # noqa: E402
-import responses  # noqa: E402
-from common import data, launch, recipes  # noqa: E402
-from common.training import Result  # noqa: E402
-
-from resnet_fused import cifar  # noqa: E402
-from resnet_fused.testing.cases import randomise_statistics  # noqa: E402
 
 
 def table(path: Path) -> list[dict[str, str]]:

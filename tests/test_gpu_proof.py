@@ -21,20 +21,18 @@ import torch
 pytest.importorskip("torchvision", reason="the benchmarks' peers are torchvision's models")
 pytest.importorskip("skimage", reason="the benchmark's photographs come with scikit-image")
 
+import baselines
+import beside_prediction
+import gpu_proof
+import launch
+import layers
+import throughput
+import training
+from gpu_proof import CALLS, Gpu, Proof, Step, find_gpu, steps_of
+
+from resnet_fused import selfcheck, tune
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "benchmarks"))
-
-import beside_prediction  # noqa: E402
-import contestants  # noqa: E402
-import gpu_proof  # noqa: E402
-import launch  # noqa: E402
-import layers  # noqa: E402
-import throughput  # noqa: E402
-import training  # noqa: E402
-from gpu_proof import CALLS, Gpu, Proof, Step, find_gpu, steps_of  # noqa: E402
-
-from resnet_fused import selfcheck, tune  # noqa: E402
-
 H100 = Gpu("h100_80gb_hbm3", "90a")
 
 
@@ -73,7 +71,7 @@ def check_python(command: list[str]) -> None:
     if program == "benchmarks/predict.py":  # another program's, skipped where it is not there
         return
     parsers: dict[str, Any] = {
-        "benchmarks/throughput.py": lambda a: throughput.parse(a, contestants.CONTESTANTS),
+        "benchmarks/throughput.py": lambda a: throughput.parse(a, baselines.BASELINES),
         "benchmarks/layers.py": layers.parse,
         "benchmarks/training.py": training.parse,
         "benchmarks/launch.py": launch.parse,
@@ -109,7 +107,7 @@ def test_the_first_call_holds_what_tells_most() -> None:
     commands = {step.name: step.commands for step in steps("first")}
     (measured,) = commands["throughput"]
     arguments = ["cpu" if argument == "cuda" else argument for argument in measured[2:]]
-    found = throughput.parse(arguments, contestants.CONTESTANTS)
+    found = throughput.parse(arguments, baselines.BASELINES)
     assert found.batch == [256, 1]
     assert (found.ours, found.peers) == (["cuda-graph"], ["cudnn-graph", "compile-reduce-overhead"])
     (profiled,) = commands["profile"]
@@ -305,8 +303,7 @@ def test_a_stopped_call_packs_what_the_step_had(tmp_path: Path) -> None:
     keeps = "trap 'echo kept > $RESULTS/partial.json; exit 1' TERM; echo $$; "
     keeps += "while :; do sleep 0.1; done"
     script = f"""
-import os, sys
-sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+import sys
 import gpu_proof
 from pathlib import Path
 gpu_proof.ROOT = Path({str(folder)!r})
@@ -318,7 +315,8 @@ steps = [
 gpu_proof.steps_of = lambda options, gpu: steps
 sys.exit(gpu_proof.main(["first", "--rehearse", "--out", {str(out)!r}]))
 """
-    running = subprocess.Popen([sys.executable, "-c", script])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
+    running = subprocess.Popen([sys.executable, "-c", script], env=environment)
     try:
         log = folder / "build" / "rehearsal" / "long.log"
         deadline = time.monotonic() + 60

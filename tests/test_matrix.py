@@ -7,13 +7,10 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import matrix
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "benchmarks"))
-
-import matrix  # noqa: E402
-
 BUILD = {"cuda": False, "compiler": "GNU 12.2.0"}
 VERSIONS = {"python": "3.12.1", "torch": "2.9.1", "torchvision": "0.24.1", "triton": "3.5.1"}
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from resnet_fused import backends, ops
-from resnet_fused.ops import BatchNorm, ConvBn, Convolution, MaxPool
+from resnet_fused.ops import BatchNorm, ConvBn, MaxPool
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import (
     CONV_CASES,
@@ -23,7 +24,8 @@ from resnet_fused.testing.cases import (
     make_integers,
     make_residual,
 )
-from resnet_fused.testing.numerics import bn_add_relu_roundings, check_op
+from resnet_fused.testing.numerics import bn_add_relu_roundings, cast, check_op
+from resnet_fused.testing.on import On
 
 # The results have a few hundred elements, so one rounding more or less shows in the norm.
 NOISE = 1.1
@@ -51,20 +53,19 @@ def case(request: pytest.FixtureRequest) -> ConvCase:
 @pytest.mark.parametrize("add", [False, True], ids=["plain", "residual"])
 def test_conv_bn(case: ConvCase, device: str, dtype: torch.dtype, add: bool, relu: bool) -> None:
     rng = generator()
-    x, (conv, bn) = make_convolution(case, rng, dtype, device)
+    x, layer = make_convolution(case, rng, dtype, device)
     residual = make_residual(case, x, rng) if add else None
-    out = check_op(ops.conv_bn, reference.conv_bn, [x, conv, bn, residual, relu], noise=NOISE)
+    out = check_op(ops.conv_bn, reference.conv_bn, [x, layer, residual, relu], noise=NOISE)
     assert out.shape == case.output_shape
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_conv_bn_is_exact_on_integers(case: ConvCase, device: str, dtype: torch.dtype) -> None:
     rng = generator()
-    x, (conv, bn) = make_integers(case, rng, dtype, device)
+    x, layer = make_integers(case, rng, dtype, device)
     residual = make_residual(case, x, rng).round_()
-    out = ops.conv_bn(x, ConvBn(conv, bn), residual, True)
-    args = (x.double(), conv._replace(weight=conv.weight.double()), bn, residual.double(), True)
-    truth = reference.conv_bn(*args)
+    out = ops.conv_bn(x, layer, residual, True)
+    truth = reference.conv_bn(*cast([x, layer, residual, True], torch.float64))
     assert truth.abs().max() <= 256, "the case no longer fits every dtype exactly"
     assert torch.equal(out.double(), truth)
 
@@ -72,67 +73,61 @@ def test_conv_bn_is_exact_on_integers(case: ConvCase, device: str, dtype: torch.
 def test_conv_bn_reads_any_layout(device: str, dtype: torch.dtype) -> None:
     case = CONV_CASES["3x3"]
     rng = generator()
-    x, (conv, bn) = make_integers(case, rng, dtype, device)  # exact in whatever order sums run
+    x, layer = make_integers(case, rng, dtype, device)  # exact in whatever order sums run
     residual = make_residual(case, x, rng).round_()
-    expected = ops.conv_bn(x, ConvBn(conv, bn), residual, True)
+    expected = ops.conv_bn(x, layer, residual, True)
     wide = torch.randn(x.shape[0], x.shape[1], x.shape[2], 2 * x.shape[3]).to(x)
     sliced = wide[..., ::2].copy_(x)
-    vectors = torch.stack([v for v in bn[:4] if v is not None], 1)
-    strided = BatchNorm(*vectors.unbind(1), bn.eps)
+    vectors = torch.stack([v for v in layer.bn[:4] if v is not None], 1)
+    conv = layer.conv._replace(weight=layer.conv.weight.contiguous())
+    strided = ConvBn(conv, BatchNorm(*vectors.unbind(1), layer.bn.eps))
     for layout in (x.contiguous(), sliced, x.mT.contiguous().mT):
-        out = ops.conv_bn(
-            layout,
-            conv._replace(weight=conv.weight.contiguous()),
-            strided,
-            residual.contiguous(),
-            True,
-        )
+        out = ops.conv_bn(layout, strided, residual.contiguous(), True)
         assert torch.equal(out, expected)
 
 
 def test_conv_bn_keeps_small_deviations_from_a_large_mean(device: str, dtype: torch.dtype) -> None:
     """Mean 100 and standard deviation 0.1: the subtraction must not lose what is left."""
     rng = generator()
-    x, (conv, bn) = make_convolution(CONV_CASES["pointwise"], rng, dtype, device)
-    mean = torch.full_like(bn.mean, 100.0)
-    bn = BatchNorm(mean, torch.full_like(bn.var, 0.01), bn.weight, bn.bias, bn.eps)
+    x, layer = make_convolution(CONV_CASES["pointwise"], rng, dtype, device)
+    mean = torch.full_like(layer.bn.mean, 100.0)
+    layer = layer._replace(bn=layer.bn._replace(mean=mean, var=torch.full_like(mean, 0.01)))
     x = (x + 4).to(dtype)
-    check_op(ops.conv_bn, reference.conv_bn, [x, conv, bn, None, False], noise=NOISE)
+    check_op(ops.conv_bn, reference.conv_bn, [x, layer, None, False], noise=NOISE)
 
 
 @pytest.mark.parametrize("missing", ["weight", "bias", "both"])
 def test_conv_bn_without_affine_parameters(device: str, dtype: torch.dtype, missing: str) -> None:
-    x, (conv, bn) = make_convolution(CONV_CASES["pointwise"], generator(), dtype, device)
-    if missing in ("weight", "both"):
-        bn = bn._replace(weight=None)
-    if missing in ("bias", "both"):
-        bn = bn._replace(bias=None)
-    check_op(ops.conv_bn, reference.conv_bn, [x, conv, bn, None, True], noise=NOISE)
+    x, layer = make_convolution(CONV_CASES["pointwise"], generator(), dtype, device)
+    for name in ("weight", "bias") if missing == "both" else (missing,):
+        layer = layer._replace(bn=layer.bn._replace(**{name: None}))
+    check_op(ops.conv_bn, reference.conv_bn, [x, layer, None, True], noise=NOISE)
 
 
 def test_conv_bn_reads_float32_batch_norms_beside_any_dtype(
     device: str, dtype: torch.dtype
 ) -> None:
-    x, (conv, _) = make_convolution(CONV_CASES["3x3"], generator(), dtype, device)
-    bn = make_batch_norm(conv.weight.shape[0], generator(1), torch.float32, device)
-    check_op(ops.conv_bn, reference.conv_bn, [x, conv, bn, None, True], noise=NOISE)
+    x, layer = make_convolution(CONV_CASES["3x3"], generator(), dtype, device)
+    channels = layer.conv.weight.shape[0]
+    layer = layer._replace(bn=make_batch_norm(channels, generator(1), torch.float32, device))
+    check_op(ops.conv_bn, reference.conv_bn, [x, layer, None, True], noise=NOISE)
 
 
 def test_conv_bn_leaves_its_arguments_alone(device: str, dtype: torch.dtype) -> None:
     case = CONV_CASES["pointwise"]
     rng = generator()
-    x, (conv, bn) = make_convolution(case, rng, dtype, device)
+    x, layer = make_convolution(case, rng, dtype, device)
     residual = make_residual(case, x, rng)
-    tensors = [x, conv.weight, residual, *(v for v in bn if isinstance(v, torch.Tensor))]
+    tensors = [x, layer.conv.weight, residual, *layer.bn[:4]]
     before = [tensor.clone() for tensor in tensors]
-    ops.conv_bn(x, ConvBn(conv, bn), residual, True)
+    ops.conv_bn(x, layer, residual, True)
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
 
 def test_conv_bn_adds_the_input_itself(device: str, dtype: torch.dtype) -> None:
     """An identity block whose residual is its input, as in ResNets of one channel count."""
-    x, (conv, bn) = make_convolution(ConvCase(2, 16, 5, 5, 16), generator(), dtype, device)
-    check_op(ops.conv_bn, reference.conv_bn, [x, conv, bn, x, True], noise=NOISE)
+    x, layer = make_convolution(ConvCase(2, 16, 5, 5, 16), generator(), dtype, device)
+    check_op(ops.conv_bn, reference.conv_bn, [x, layer, x, True], noise=NOISE)
 
 
 # The block's input's channels, rows and columns, and its stride; the result has 37 × 5 × 4.
@@ -152,31 +147,17 @@ def test_conv_bn_adds_a_strided_narrower_residual(
     """Shortcut option A: integers, so that one element from a wrong place shows."""
     channels, height, width, stride = IDENTITIES[name]
     rng = generator()
-    x, (conv, bn) = make_integers(ConvCase(2, 8, 5, 4, 37, 3, 1, 1), rng, dtype, device)
+    x, layer = make_integers(ConvCase(2, 8, 5, 4, 37, 3, 1, 1), rng, dtype, device)
     block_input = torch.randint(-9, 10, (2, 40, height, width), generator=rng).to(device, dtype)
     if layout == "nhwc":
         block_input = block_input[:, :channels]
     if layout != "nchw":
         block_input = block_input.contiguous(memory_format=torch.channels_last)
     identity = block_input[:, :channels, ::stride, ::stride]
-    out = ops.conv_bn(x, ConvBn(conv, bn), identity, True, pad_residual=True)
-    linear = reference.conv_bn(
-        x.double(), conv._replace(weight=conv.weight.double()), bn, None, False
-    )
+    out = ops.conv_bn(x, layer, identity, True, pad_residual=True)
+    linear = reference.conv_bn(*cast([x, layer, None, False], torch.float64))
     linear[:, :channels] += identity
     assert torch.equal(out.double(), linear.clamp(min=0))
-
-
-class _Called(TorchDispatchMode):
-    """Collects the names of PyTorch's ops that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func._schema.name)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("name", ["cpu", pytest.param("cuda_sim", marks=pytest.mark.simulator)])
@@ -185,17 +166,14 @@ def test_conv_bn_copies_no_narrower_strided_residual(name: str, groups: int) -> 
     if reason := backends.unavailable(name):
         pytest.skip(reason)
     case = ConvCase(1, 16, 4, 4, 32, 3, 1, 1, groups=groups)
-    x, (conv, bn) = make_convolution(case, generator(), torch.float32)
+    x, layer = make_convolution(case, generator(), torch.float32)
     identity = make_identity(case, 16, 2, x, generator())
-    backend = backends.get(name)  # itself: what runs within an op, the mode does not see
-    with torch.no_grad():
-        backend.conv_bn(x, ConvBn(conv, bn), identity, True)  # packs the weights
-        with _Called() as called:
-            backend.conv_bn(x, ConvBn(conv, bn), identity, True)
-    assert any("empty" in op or "convolution" in op for op in called.names)
-    assert not any(
-        word in op for op in called.names for word in ("clone", "copy", "pad", "contiguous", "zero")
-    )
+    On(name).conv_bn(x, layer, identity, True)  # packs the weights
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        On(name).conv_bn(x, layer, identity, True)
+    called = {event.name for event in profiler.events()}
+    assert any("empty" in op or "convolution" in op for op in called)
+    assert not any(word in op for op in called for word in ("clone", "copy", "pad", "zero"))
 
 
 PROJECTIONS = {
@@ -210,20 +188,20 @@ PROJECTIONS = {
 def test_conv_bn_projection(name: str, device: str, dtype: torch.dtype) -> None:
     case, stride, (height, width) = PROJECTIONS[name]
     rng = generator()
-    x, (conv, bn) = make_convolution(case, rng, dtype, device)
+    x, layer = make_convolution(case, rng, dtype, device)
     block_input = ConvCase(case.batch, 24, height, width, case.out_channels, stride=stride)
-    shortcut, (projection, projection_bn) = make_convolution(block_input, rng, dtype, device)
-    arguments = [x, conv, bn, shortcut, projection, projection_bn]
+    shortcut, projection = make_convolution(block_input, rng, dtype, device)
+    arguments = [x, layer, shortcut, projection]
     out = check_op(ops.conv_bn_projection, reference.conv_bn_projection, arguments, noise=NOISE)
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_conv_bn_projection_with_a_3x3_projection(device: str, dtype: torch.dtype) -> None:
     rng = generator()
-    x, (conv, bn) = make_convolution(ConvCase(1, 8, 5, 5, 16), rng, dtype, device)
+    x, layer = make_convolution(ConvCase(1, 8, 5, 5, 16), rng, dtype, device)
     wide = ConvCase(1, 8, 10, 10, 16, 3, 2, 1)
-    shortcut, (projection, projection_bn) = make_convolution(wide, rng, dtype, device)
-    arguments = [x, conv, bn, shortcut, projection, projection_bn]
+    shortcut, projection = make_convolution(wide, rng, dtype, device)
+    arguments = [x, layer, shortcut, projection]
     check_op(ops.conv_bn_projection, reference.conv_bn_projection, arguments, noise=NOISE)
 
 
@@ -235,22 +213,29 @@ BOTTLENECKS = {
 }
 
 
+def bottleneck(
+    x: Tensor, layer1: ConvBn, layer2: ConvBn, layer3: ConvBn, projection: ConvBn | None
+) -> Tensor:
+    """The op with the reference's signature."""
+    return ops.bottleneck(x, (layer1, layer2, layer3), projection)
+
+
 @pytest.mark.parametrize("name", BOTTLENECKS)
 def test_bottleneck(name: str, device: str, dtype: torch.dtype) -> None:
     arguments = make_bottleneck(BOTTLENECKS[name], generator(), dtype, device)
-    out = check_op(ops.bottleneck, reference.bottleneck, arguments, noise=NOISE)
+    out = check_op(bottleneck, reference.bottleneck, arguments, noise=NOISE)
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_bottleneck_of_other_windows(device: str, dtype: torch.dtype) -> None:
     """Stride in the first layer, as in the paper, groups, dilation; a 3×3 projection."""
     rng = generator()
-    x, (conv1, bn1) = make_convolution(ConvCase(1, 16, 10, 9, 8, stride=2), rng, dtype, device)
-    _, (conv2, bn2) = make_convolution(ConvCase(1, 8, 5, 5, 8, 3, 1, 2, 2, 2), rng, dtype, device)
-    _, (conv3, bn3) = make_convolution(ConvCase(1, 8, 5, 5, 24), rng, dtype, device)
-    _, *projection = make_convolution(ConvCase(1, 16, 10, 9, 24, 3, 2, 1), rng, dtype, device)
-    arguments = [x, conv1, bn1, conv2, bn2, conv3, bn3, *projection]
-    check_op(ops.bottleneck, reference.bottleneck, arguments, noise=NOISE)
+    x, layer1 = make_convolution(ConvCase(1, 16, 10, 9, 8, stride=2), rng, dtype, device)
+    _, layer2 = make_convolution(ConvCase(1, 8, 5, 5, 8, 3, 1, 2, 2, 2), rng, dtype, device)
+    _, layer3 = make_convolution(ConvCase(1, 8, 5, 5, 24), rng, dtype, device)
+    _, projection = make_convolution(ConvCase(1, 16, 10, 9, 24, 3, 2, 1), rng, dtype, device)
+    arguments = [x, layer1, layer2, layer3, projection]
+    check_op(bottleneck, reference.bottleneck, arguments, noise=NOISE)
 
 
 STEMS = {
@@ -266,10 +251,10 @@ STEMS = {
 @pytest.mark.parametrize("name", STEMS)
 def test_stem(name: str, layout: str, device: str, dtype: torch.dtype) -> None:
     case, pool = STEMS[name]
-    x, (conv, bn) = make_convolution(case, generator(), dtype, device)
+    x, layer = make_convolution(case, generator(), dtype, device)
     if layout == "nchw":
         x = x.contiguous()
-    out = check_op(ops.stem, reference.stem, [x, conv, bn, pool], noise=NOISE)
+    out = check_op(ops.stem, reference.stem, [x, layer, pool], noise=NOISE)
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -336,32 +321,25 @@ def test_conv_bn_on_random_shapes(
 ) -> None:
     """Integers, so that the answer is exact and one wrong element among thousands shows."""
     rng = generator(seed)
-    x, (conv, bn) = make_integers(case, rng, dtype, device)
+    x, layer = make_integers(case, rng, dtype, device)
     residual = make_residual(case, x, rng).round_() if add else None
-    out = ops.conv_bn(x, ConvBn(conv, bn), residual, relu)
-    truth = reference.conv_bn(
-        x.double(),
-        conv._replace(weight=conv.weight.double()),
-        bn,
-        None if residual is None else residual.double(),
-        relu,
-    )
+    out = ops.conv_bn(x, layer, residual, relu)
+    truth = reference.conv_bn(*cast([x, layer, residual, relu], torch.float64))
     assert torch.equal(out.double(), truth)
 
 
 def test_same_inputs_give_the_same_bits(device: str, dtype: torch.dtype) -> None:
-    x, (conv, bn) = make_convolution(CONV_CASES["3x3"], generator(), dtype, device)
-    first = ops.conv_bn(x, ConvBn(conv, bn), None, True)
-    assert all(torch.equal(ops.conv_bn(x, ConvBn(conv, bn), None, True), first) for _ in range(3))
+    x, layer = make_convolution(CONV_CASES["3x3"], generator(), dtype, device)
+    first = ops.conv_bn(x, layer, None, True)
+    assert all(torch.equal(ops.conv_bn(x, layer, None, True), first) for _ in range(3))
 
 
 def test_batch_zero_gives_an_empty_result(device: str, dtype: torch.dtype) -> None:
-    x, (conv, bn) = make_convolution(ConvCase(0, 16, 8, 8, 32, 3, 2, 1), generator(), dtype, device)
-    assert ops.conv_bn(x, ConvBn(conv, bn)).shape == (0, 32, 4, 4)
-    assert ops.stem(x, ConvBn(conv, bn)).shape == (0, 32, 2, 2)
+    x, layer = make_convolution(ConvCase(0, 16, 8, 8, 32, 3, 2, 1), generator(), dtype, device)
+    assert ops.conv_bn(x, layer).shape == (0, 32, 4, 4)
+    assert ops.stem(x, layer).shape == (0, 32, 2, 2)
     weight = torch.zeros(7, 16, dtype=dtype, device=device)
     assert ops.head(x, weight).shape == (0, 7)
-    same = Convolution(conv.weight, (2, 2), (1, 1))
-    assert ops.conv_bn_projection(x, ConvBn(conv, bn), x, ConvBn(same, bn)).shape == (0, 32, 4, 4)
+    assert ops.conv_bn_projection(x, layer, x, layer).shape == (0, 32, 4, 4)
     block = make_bottleneck(BlockCase(0, 16, 8, 8, 8, 16), generator(), dtype, device)
-    assert ops.bottleneck(*block).shape == (0, 16, 8, 8)
+    assert bottleneck(*block).shape == (0, 16, 8, 8)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from resnet_fused import _extension
+from resnet_fused import __version__, _extension
 from resnet_fused import env as environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -218,6 +218,8 @@ def test_auto_without_compiler_builds_the_rest_and_says_so(source, without_nvcc,
     assert re.search("left out: no CUDA compiler was found .* when it was built", report)
     assert re.search(r"cuda +unavailable: .*no CUDA compiler", report)
     assert re.search(r"reference +available", report)
+    asked = "from resnet_fused import _extension; print(_extension.load().build_info()['version'])"
+    assert python(installed, without_nvcc, "-c", asked).strip() == __version__
 
 
 @needs_tools
@@ -354,6 +356,9 @@ def test_a_package_without_the_extension_needs_no_compiler(source, plain, python
     steered = {**plain, "RESNET_FUSED_EXTENSION": "off", "PATH": str(tmp_path)}
     installed = unpack(source, build_wheel(source, steered))
     assert not list(installed.rglob("*.so"))
+    assert (installed / "resnet_fused/py.typed").exists()
+    (wheel,) = source.parent.glob("wheels/*.whl")
+    assert wheel.name.split("-")[1] == __version__
     report = python(installed, plain, "-m", "resnet_fused.env")
     reason = r"was left out when the package was installed \(RESNET_FUSED_EXTENSION=off\)"
     assert re.search(rf"extension +not usable: .*{reason}; build it with `.*=on pip", report)
@@ -506,6 +511,7 @@ def test_ci_runs_the_commands_of_the_readme():
     assert test.startswith("pytest")
     ci = (ROOT / ".ci/run").read_text().splitlines()
     assert ci.index(install) < ci.index(test)
+    assert "- run: .ci/run\n" in (ROOT / ".github/workflows/ci.yml").read_text()
 
 
 def test_installed_extension_links_only_the_system():

@@ -1,25 +1,23 @@
-"""Pages from result files: they say what the files say, and who wins."""
+"""Reports from result files: they say what the files say, and who wins."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("torchvision", reason="the benchmarks' peers are torchvision's models")
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "benchmarks"))
+import render
+from harness.comparison import Comparison, Entry
 
-import render  # noqa: E402
-from report import Comparison, Entry  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def comparison(*rates: float, wrong: bool = False) -> Comparison:
     """Ours and peers with the given images per second, the floor at 100."""
     entries = [
-        Entry(str(i), f"contestant {i}", ours=i == 0, status="measured", rounds=[[2 / rate] * 2])
+        Entry(str(i), f"entry {i}", ours=i == 0, status="measured", rounds=[[2 / rate] * 2])
         for i, rate in enumerate(rates)
     ]
     if wrong:
@@ -29,7 +27,7 @@ def comparison(*rates: float, wrong: bool = False) -> Comparison:
     return found
 
 
-def test_readme_and_page_are_what_the_files_say(capsys: pytest.CaptureFixture[str]) -> None:
+def test_readme_and_reports_are_what_the_files_say(capsys: pytest.CaptureFixture[str]) -> None:
     assert render.main(["--check"]) == 0, capsys.readouterr().out
 
 
@@ -60,11 +58,10 @@ def test_a_changed_number_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_verdicts_by_hand() -> None:
     assert render.verdict(comparison(60, 40, 50)) == (
-        "**contestant 0** wins: 1.20× the best peer, contestant 2. "
-        "Ours runs at 60% of the roofline floor."
+        "**entry 0** wins: 1.20× the best peer, entry 2. Ours runs at 60% of the roofline floor."
     )
     assert render.verdict(comparison(40, 50, 20)).startswith(
-        "**contestant 1** wins: 1.25× ours, contestant 0."
+        "**entry 1** wins: 1.25× ours, entry 0."
     )
     assert "wrong" in render.verdict(comparison(60, 40, wrong=True))
     assert render.verdict(comparison(60)) == "Nothing to compare was measured."

@@ -30,7 +30,7 @@ class BlockCase(NamedTuple):
 
     layers: tuple[tuple[int, int, int, int, int], ...]
     shortcut: str = "identity"
-    given: tuple[bool, ...] = ()
+    frozen: tuple[bool, ...] = ()
     shape: tuple[int, int, int, int] = (2, 24, 6, 7)
 
 
@@ -39,7 +39,7 @@ STRIDED = ((1, 32, 1, 1, 1), (3, 32, 2, 1, 1), (1, 72, 1, 1, 1))
 CASES = {
     "bottleneck": BlockCase(BOTTLENECK),
     "bottleneck projection": BlockCase(STRIDED, "projection"),
-    "bottleneck frozen": BlockCase(BOTTLENECK, given=(True, True, True)),
+    "bottleneck frozen": BlockCase(BOTTLENECK, frozen=(True, True, True)),
     "bottleneck partly frozen": BlockCase(
         STRIDED, "projection", (True, False, True, False), (5, 24, 8, 7)
     ),
@@ -51,7 +51,7 @@ CASES = {
     "pointwise": BlockCase(((1, 16, 1, 1, 1), (1, 24, 1, 1, 1))),
     "basic": BlockCase(((3, 24, 1, 1, 1), (3, 24, 1, 1, 1))),
     "basic projection": BlockCase(((3, 33, 2, 1, 1), (3, 33, 1, 1, 1)), "projection"),
-    "basic frozen": BlockCase(((3, 24, 1, 1, 1), (3, 24, 1, 1, 1)), given=(True, True)),
+    "basic frozen": BlockCase(((3, 24, 1, 1, 1), (3, 24, 1, 1, 1)), frozen=(True, True)),
     "basic padded": BlockCase(((3, 40, 2, 1, 1), (3, 40, 1, 1, 1)), "padded", shape=(2, 24, 7, 8)),
     "bottleneck padded": BlockCase(
         ((1, 16, 2, 1, 1), (3, 16, 1, 1, 1), (1, 40, 1, 1, 1)), "padded"
@@ -76,7 +76,7 @@ def _convolution(
 
 
 def _layer(
-    rng: torch.Generator, channels: int, spec: tuple[int, int, int, int, int], given: bool
+    rng: torch.Generator, channels: int, spec: tuple[int, int, int, int, int], frozen: bool
 ) -> Layer:
     conv = _convolution(rng, channels, spec)
     filters = spec[1]
@@ -84,7 +84,7 @@ def _layer(
     weight[::4] *= -1
     bias = 0.3 * torch.randn(filters, generator=rng)
     mean, var = torch.randn(filters, generator=rng), torch.rand(filters, generator=rng) + 0.3
-    return Layer(conv, weight, bias, 1e-5, (mean, var) if given else None)
+    return Layer(conv, weight, bias, 1e-5, (mean, var) if frozen else None)
 
 
 def _block(case: BlockCase) -> tuple[Tensor, list[Layer], Tensor]:
@@ -113,22 +113,22 @@ def _least_relu_input(case: BlockCase, rng: torch.Generator) -> float:
 
 def _sample(case: BlockCase, rng: torch.Generator) -> tuple[Tensor, list[Layer], Tensor]:
     x = torch.randn(case.shape, generator=rng).relu()
-    given = case.given or (False,) * 4
+    frozen = case.frozen or (False,) * 4
     layers = []
     channels = case.shape[1]
-    for spec, fixed in zip(case.layers, given, strict=False):
+    for spec, fixed in zip(case.layers, frozen, strict=False):
         layers.append(_layer(rng, channels, spec, fixed))
         channels = spec[1]
     if case.shortcut == "projection":
         stride = max(spec[2] for spec in case.layers)
         spec = (1, channels, stride, 1, 1)
-        layers.append(_layer(rng, case.shape[1], spec, given[len(case.layers)]))
+        layers.append(_layer(rng, case.shape[1], spec, frozen[len(case.layers)]))
     y = _unfused_block(x, layers, case.shortcut)
     return x, layers, torch.randn(y.shape, generator=rng)
 
 
 def _normalise(x: Tensor, layer: Layer) -> Tensor:
-    mean, var = layer.given or (None, None)
+    mean, var = layer.frozen or (None, None)
     return F.batch_norm(
         x, mean, var, layer.weight, layer.bias, training=mean is None, eps=layer.eps
     )
@@ -199,7 +199,7 @@ def _prepare(
             leaf(layer.weight, vectors),
             leaf(layer.bias, vectors),
             layer.eps,
-            layer.given and tuple(leaf(v, vectors).detach() for v in layer.given),  # type: ignore[arg-type]
+            layer.frozen and tuple(leaf(v, vectors).detach() for v in layer.frozen),  # type: ignore[arg-type]
         )
         for layer in layers
     ]
@@ -287,10 +287,10 @@ STEMS = {
 @pytest.mark.parametrize("name", STEMS)
 def test_stem_by_the_contract(name: str, target: tuple[str, torch.dtype]) -> None:
     device, dtype = target
-    spec, shape, pool, given = STEMS[name]
+    spec, shape, pool, frozen = STEMS[name]
     rng = generator()
     x = torch.randn(shape, generator=rng)
-    layers = [_layer(rng, shape[1], spec, given)]
+    layers = [_layer(rng, shape[1], spec, frozen)]
     grad = torch.randn(_unfused_stem(x, layers, pool).shape, generator=rng).to(device, dtype)
     results = [
         _run(function, *_prepare(x, layers, dtype, device, wide), pool, grad)
@@ -370,14 +370,14 @@ def test_statistics_with_a_large_mean(backend: str, dtype: torch.dtype) -> None:
     x = (100 + 0.1 * torch.randn(4, 16, 24, 24, generator=generator())).to(dtype)
     conv = Convolution(torch.eye(16).reshape(16, 16, 1, 1).to(dtype))
     with use_backend(backend):
-        _, (terms,) = residual_block_training(
+        _, (scale_shift,) = residual_block_training(
             x, [Layer(conv, torch.ones(16), torch.zeros(16))], identity=False
         )
     wide = x.double().movedim(1, 0).flatten(1)
-    torch.testing.assert_close(terms[MEAN].double(), wide.mean(1), rtol=2e-7, atol=0)
+    torch.testing.assert_close(scale_shift[MEAN].double(), wide.mean(1), rtol=2e-7, atol=0)
     # The parts' means are rounded to float32, here to 1e-5 of a deviation.
-    torch.testing.assert_close(terms[UNBIASED_VAR].double(), wide.var(1), rtol=1e-5, atol=0)
-    assert terms[COUNT].eq(4 * 24 * 24).all()
+    torch.testing.assert_close(scale_shift[UNBIASED_VAR].double(), wide.var(1), rtol=1e-5, atol=0)
+    assert scale_shift[COUNT].eq(4 * 24 * 24).all()
 
 
 def test_many_parts_merge_as_one() -> None:
@@ -414,7 +414,7 @@ def test_same_bits_every_time(target: tuple[str, torch.dtype]) -> None:
 def test_weight_gradient_in_parts() -> None:
     """Positions split among programs, summed in order: the same as in one piece."""
     require("triton", "cpu", torch.float32)
-    from resnet_fused.backends.training import RawGradient
+    from resnet_fused.backends.training import PreBnGradient
     from resnet_fused.backends.triton import training_wgrad
     from resnet_fused.backends.triton.launching import Config
     from resnet_fused.backends.tuning import Tuner
@@ -423,13 +423,13 @@ def test_weight_gradient_in_parts() -> None:
     rng = generator()
     x = torch.randn(3, 16, 9, 9, generator=rng)
     conv = _convolution(rng, 16, (3, 16, 1, 1, 1))
-    raw, g = torch.randn(2, 3, 16, 9, 9, generator=rng)
-    gradient = RawGradient(g, raw, torch.randn(4, 16, generator=rng), False)
+    pre_bn, g = torch.randn(2, 3, 16, 9, 9, generator=rng)
+    gradient = PreBnGradient(g, pre_bn, torch.randn(4, 16, generator=rng), False)
     operand = Activation(x, torch.randn(6, 16, generator=rng))
-    wide = RawGradient(g.double(), raw.double(), gradient.slopes.double(), False)
+    wide = PreBnGradient(g.double(), pre_bn.double(), gradient.coefficients.double(), False)
     truth = ReferenceTraining().wgrad(
         wide,
-        Activation(x.double(), operand.terms.double()),
+        Activation(x.double(), operand.scale_shift.double()),
         conv._replace(weight=conv.weight.double()),
     )
     for parts in (1, 4, 7):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,16 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from torch import Tensor, nn
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
 import training
 import training_profile
+from baselines.training import PLAIN
+from harness.measure import Peaks
+from torch import Tensor, nn
 
 import resnet_fused
-from resnet_fused import BasicBlock, backends, use_backend
-from resnet_fused.backends.tuned import TunedBackend
-from resnet_fused.backends.tuning import Tuner
+from resnet_fused import BasicBlock
 from resnet_fused.models import resnet18
 from resnet_fused.reference.training import ReferenceTraining
-from resnet_fused.testing import roofline
 from resnet_fused.testing.plain import training_ops_in_pytorch
 
 CPU = torch.device("cpu")
@@ -66,23 +61,23 @@ def test_a_stopped_run_keeps_what_it_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "gate", lambda *_: {"green": True})
-    monkeypatch.setattr(training.machine, "measure_peaks", lambda *_: training.roofline.Peaks(1, 1))
+    monkeypatch.setattr(training.measure, "measure_peaks", lambda *_: Peaks(1, 1))
     measured: list[str] = []
 
     def measure(row: training.Row, *_: object) -> None:
-        if row.batch == 2 and row.contestant == "eager NCHW":
+        if row.batch == 2 and row.name == "eager NCHW":
             raise KeyboardInterrupt
-        measured.append(row.contestant)
-        row.step = 0.5 if row.contestant == "resnet_fused" else 1.0
+        measured.append(row.name)
+        row.step = 0.5 if row.name == "resnet_fused" else 1.0
         row.images_per_second = row.batch / row.step
 
-    monkeypatch.setattr(training, "measure", measure)
+    monkeypatch.setattr(training, "measure_row", measure)
     result, chart = tmp_path / "out.json", tmp_path / "out.png"
     options = ["--batch", "1", "2", "--only", "resnet_fused", "eager NCHW"]
     code = training.main([*options, "--json", str(result), "--plot", str(chart)])
     assert code == 130
     record = json.loads(result.read_text())
-    assert [row["contestant"] for row in record["rows"]] == measured == [
+    assert [row["name"] for row in record["rows"]] == measured == [
         "resnet_fused", "resnet_fused", "eager NCHW",
     ]  # fmt: skip
     assert [row["speedup_over"] for row in record["rows"]] == [1.0, 1.0, 2.0]
@@ -92,28 +87,28 @@ def test_a_stopped_run_keeps_what_it_measured(
 
 def test_nothing_is_timed_on_a_red_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "gate", lambda *_: {"green": False})
-    monkeypatch.setattr(training, "measure", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(training, "measure_row", lambda *_: pytest.fail("timed"))
     assert training.main([]) == 1
 
 
-def test_a_contestant_trains_and_says_what_it_kept() -> None:
+def test_each_trains_and_says_what_it_kept() -> None:
     kept = {}
-    for contestant in (training.PLAIN, "eager channels_last"):
-        row = training.Row("resnet18", 2, contestant)
-        training.measure(row, 32, CPU, torch.bfloat16, 0.01, roofline.Peaks(1, 1))
+    for name in (PLAIN, "eager channels_last"):
+        row = training.Row("resnet18", 2, name)
+        training.measure_row(row, 32, CPU, torch.bfloat16, 0.01, Peaks(1, 1))
         assert row.failure is None
         assert row.step
-        kept[contestant] = row.kept_bytes
-    assert kept[training.PLAIN] < 0.8 * kept["eager channels_last"]
+        kept[name] = row.kept_bytes
+    assert kept[PLAIN] < 0.8 * kept["eager channels_last"]
 
 
-def test_a_contestant_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise OSError("no compiler")
 
     monkeypatch.setattr(torchvision.models, "resnet18", fail)
     row = training.Row("resnet18", 2, "eager NCHW")
-    training.measure(row, 32, CPU, torch.bfloat16, 0.01, roofline.Peaks(1, 1))
+    training.measure_row(row, 32, CPU, torch.bfloat16, 0.01, Peaks(1, 1))
     assert row.failure == "OSError: no compiler"
 
 
@@ -147,7 +142,7 @@ def test_profile_puts_kernels_beside_their_floors(monkeypatch: pytest.MonkeyPatc
     def step() -> None:
         block(x).sum().backward()
 
-    peaks = roofline.Peaks(bandwidth=1.0, arithmetic=1e30)
+    peaks = Peaks(bandwidth=1.0, arithmetic=1e30)
     image, weight, terms = 4 * x.numel(), 4 * 4 * 4 * 9, 4 * 6 * 4
     with training_ops_in_pytorch():
         floors = training_profile.floors(step, x, peaks)
@@ -161,8 +156,3 @@ def test_profile_puts_kernels_beside_their_floors(monkeypatch: pytest.MonkeyPatc
     assert sum(row["share"] for row in rows) == pytest.approx(1)
     assert "aten::" in training_profile.table(rows)
     assert training_profile.floors(step, x, peaks) == {}
-    with training_ops_in_pytorch():
-        trained = backends.get("reference")
-        tuned = TunedBackend([trained], trained, Tuner("tests"))
-        with use_backend(tuned):  # a GPU's default backend
-            assert training_profile.floors(step, x, peaks) == floors

@@ -9,7 +9,8 @@ from importlib import import_module
 import pytest
 import torch
 
-from resnet_fused.ops.training_layers import Layer, flatten
+from resnet_fused.ops.training_layers import flatten
+from resnet_fused.parameters import Layer
 from resnet_fused.testing.ahead_of_time import (
     DTYPES,
     TARGETS,
@@ -71,10 +72,10 @@ def test_training_kernels_of_resnet50(capability: int, dtype: str, steps: tuple[
             assert wanted in kernel["instructions"], kernel
 
 
-def _layer(k: int, c: int, size: int, stride: int, given: bool) -> Layer:
+def _layer(k: int, c: int, size: int, stride: int, frozen: bool) -> Layer:
     conv = meta_convolution(k, c, size, stride, torch.float32)
     vector = meta(k, dtype=torch.float32)
-    return Layer(conv, vector, vector, 1e-5, (vector, vector) if given else None)
+    return Layer(conv, vector, vector, 1e-5, (vector, vector) if frozen else None)
 
 
 def _steps(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -84,28 +85,40 @@ def _steps(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     def stem() -> None:
         x = meta(BATCH, 3, 224, 224, dtype=dtype)
         layers = flatten([_layer(64, 3, 7, 2, False)])
-        y, raw, terms = stem_training._forward(x, *layers, 3, 2, 1, "")
+        y, pre_bn, scale_shift = stem_training._forward(x, *layers, 3, 2, 1, "")
         stem_training._backward(
-            y, x, raw, terms, layers.weights[0], layers.windows, False, 3, 2, 1, "", False, True
+            y,
+            x,
+            pre_bn,
+            scale_shift,
+            layers.weights[0],
+            layers.windows,
+            False,
+            3,
+            2,
+            1,
+            "",
+            False,
+            True,
         )
 
     def block(
-        width: int, c: int, size: int, stride: int, given: bool, padded: bool = False
+        width: int, c: int, size: int, stride: int, frozen: bool, padded: bool = False
     ) -> None:
         x = meta(BATCH, c, size, size, dtype=dtype)
         layers = [
-            _layer(width, c, 1, 1, given),
-            _layer(width, width, 3, stride, given),
-            _layer(4 * width, width, 1, 1, given),
+            _layer(width, c, 1, 1, frozen),
+            _layer(width, width, 3, stride, frozen),
+            _layer(4 * width, width, 1, 1, frozen),
         ]
         shortcut = "identity"
         if padded:
             shortcut = "padded"
         elif c != 4 * width:
-            layers.append(_layer(4 * width, c, 1, stride, given))
+            layers.append(_layer(4 * width, c, 1, stride, frozen))
             shortcut = "projection"
         flat = flatten(layers)
-        y, kept, terms = block_training._forward(x, *flat, shortcut, stride, "")
+        y, kept, scale_shift = block_training._forward(x, *flat, shortcut, stride, "")
         needs = [True] * len(layers)
         block_training._backward(
             y,
@@ -113,7 +126,7 @@ def _steps(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
             y,
             flat.weights,
             kept,
-            terms,
+            scale_shift,
             flat.windows,
             flat.frozen,
             shortcut,

@@ -26,7 +26,7 @@ from resnet_fused.backends.triton import convolution, elementwise, head, launchi
 from resnet_fused.backends.triton.launching import Config, Machine
 from resnet_fused.backends.tuning import Tuner
 from resnet_fused.errors import BackendUnavailableError
-from resnet_fused.ops import ConvBn, MaxPool
+from resnet_fused.ops import MaxPool
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import (
     ConvCase,
@@ -99,22 +99,22 @@ def test_tiles_smaller_than_the_result(
         pytest.skip("the interpreter has no warps")
     case = TILED[name]
     rng = generator()
-    x, (conv, bn) = make_convolution(case, rng, dtype, device)
+    x, layer = make_convolution(case, rng, dtype, device)
     residual = make_residual(case, x, rng)
     block_c = 32 if case.groups > 2 else 16
     force(Config((16 if device == "cpu" else 64, 16, block_c), warps, 3))
-    check_op(ops.conv_bn, reference.conv_bn, [x, conv, bn, residual, True], noise=NOISE)
+    check_op(ops.conv_bn, reference.conv_bn, [x, layer, residual, True], noise=NOISE)
 
 
 def test_tiles_wide_enough_to_be_finished_in_slices(
     device: str, dtype: torch.dtype, force: Callable[[Config], None]
 ) -> None:
     case = ConvCase(1, 16, 5, 5, 150)
-    x, (conv, bn) = make_convolution(case, generator(), dtype, device)
+    x, layer = make_convolution(case, generator(), dtype, device)
     force(Config((32, 128, 16), 4, 2))
-    check_op(ops.conv_bn, reference.conv_bn, [x, conv, bn, None, True], noise=NOISE)
-    shortcut, (projection, projection_bn) = make_convolution(case, generator(1), dtype, device)
-    arguments = [x, conv, bn, shortcut, projection, projection_bn]
+    check_op(ops.conv_bn, reference.conv_bn, [x, layer, None, True], noise=NOISE)
+    shortcut, projection = make_convolution(case, generator(1), dtype, device)
+    arguments = [x, layer, shortcut, projection]
     check_op(ops.conv_bn_projection, reference.conv_bn_projection, arguments, noise=NOISE)
 
 
@@ -127,7 +127,7 @@ def test_every_candidate_is_right(name: str, dtype: torch.dtype) -> None:
         "3x3": ConvCase(4, 96, 17, 15, 320, 3, 1, 1),
         "pointwise": ConvCase(4, 576, 17, 15, 320),
     }[name]
-    x, (conv, bn) = make_convolution(case, generator(), dtype, "cuda")
+    x, layer = make_convolution(case, generator(), dtype, "cuda")
     pool = convolution._FMA if dtype == torch.float32 else convolution._TENSOR_CORE
     for config in pool:
         with pytest.MonkeyPatch.context() as patch, use_backend("triton"):
@@ -136,7 +136,7 @@ def test_every_candidate_is_right(name: str, dtype: torch.dtype) -> None:
             check_op(
                 ops.conv_bn,
                 reference.conv_bn,
-                [x, conv, bn, None, True],
+                [x, layer, None, True],
                 noise=NOISE,
                 what=str(config),
             )
@@ -147,13 +147,11 @@ def _arguments(name: str, dtype: torch.dtype, device: str) -> list[Any]:
     rng = generator()
     if name == "conv_bn":
         case = ConvCase(2, 19, 7, 5, 21, 3, 2, 1)
-        x, (conv, bn) = make_integers(case, rng, dtype, device)
-        return [x, conv, bn, make_residual(case, x, rng).round_(), True]
+        x, layer = make_integers(case, rng, dtype, device)
+        return [x, layer, make_residual(case, x, rng).round_(), True]
     if name == "conv_bn grouped":
-        x, (conv, bn) = make_integers(
-            ConvCase(2, 16, 5, 5, 16, 3, 1, 1, groups=4), rng, dtype, device
-        )
-        return [x, conv, bn, None, True]
+        x, layer = make_integers(ConvCase(2, 16, 5, 5, 16, 3, 1, 1, groups=4), rng, dtype, device)
+        return [x, layer, None, True]
     if name == "conv_bn_projection":
         main = make_integers(ConvCase(2, 19, 4, 3, 21), rng, dtype, device)
         return [*main, *make_integers(ConvCase(2, 11, 7, 6, 21, stride=2), rng, dtype, device)]
@@ -162,10 +160,10 @@ def _arguments(name: str, dtype: torch.dtype, device: str) -> list[Any]:
             *make_integers(ConvCase(2, 3, 19, 21, 20, 7, 2, 3), rng, dtype, device),
             MaxPool(),
         ]
-    x, (conv, bn) = make_integers(ConvCase(2, 19, 5, 4, 19), rng, dtype, device)
+    x, layer = make_integers(ConvCase(2, 19, 5, 4, 19), rng, dtype, device)
     if name == "bn_add_relu":
-        return [x, bn, x.clone(), True]
-    return [x[..., :4, :], conv.weight[:, :, 0, 0], bn.weight]  # head: 16 positions
+        return [x, layer.bn, x.clone(), True]
+    return [x[..., :4, :], layer.conv.weight[:, :, 0, 0], layer.bn.weight]  # head: 16 positions
 
 
 OPS = ["conv_bn", "conv_bn grouped", "conv_bn_projection", "stem", "bn_add_relu", "head"]
@@ -237,12 +235,10 @@ def test_other_projections_take_two_launches(
 ) -> None:
     rng = generator()
     case = PROJECTION_FALLBACKS[name]
-    shortcut, (projection, projection_bn) = make_convolution(case, rng, dtype, device)
-    x, (conv, bn) = make_convolution(
-        ConvCase(1, 24, *case.output_size, 20, 3, 1, 1), rng, dtype, device
-    )
+    shortcut, projection = make_convolution(case, rng, dtype, device)
+    x, layer = make_convolution(ConvCase(1, 24, *case.output_size, 20, 3, 1, 1), rng, dtype, device)
     names = _kernels(monkeypatch)
-    arguments = [x, conv, bn, shortcut, projection, projection_bn]
+    arguments = [x, layer, shortcut, projection]
     # The shortcut is rounded on its way through memory, as PyTorch rounds it.
     check_op(ops.conv_bn_projection, reference.conv_bn_projection, arguments, noise=NOISE)
     assert names == ["conv_bn_kernel"] * 2
@@ -278,20 +274,20 @@ def test_stem_tiles(
     """Several patches in each direction, the last ones cut, and two channel tiles."""
     force(config)
     case = ConvCase(1, 3, 45, 39, 24, 7, 2, 3)
-    x, (conv, bn) = make_convolution(case, generator(), dtype, device)
-    check_op(ops.stem, reference.stem, [x, conv, bn, MaxPool()], noise=NOISE)
-    dilated = conv._replace(dilation=(2, 1), padding=(5, 0), stride=(1, 2))
-    check_op(ops.stem, reference.stem, [x, dilated, bn, MaxPool()], noise=NOISE)
+    x, layer = make_convolution(case, generator(), dtype, device)
+    check_op(ops.stem, reference.stem, [x, layer, MaxPool()], noise=NOISE)
+    conv = layer.conv._replace(dilation=(2, 1), padding=(5, 0), stride=(1, 2))
+    check_op(ops.stem, reference.stem, [x, layer._replace(conv=conv), MaxPool()], noise=NOISE)
 
 
 @pytest.mark.parametrize("pool", [MaxPool(), MaxPool(2, 2, 0)], ids=["fused", "pooled apart"])
 def test_not_a_number_passes_the_stem_as_in_pytorch(
     pool: MaxPool, device: str, dtype: torch.dtype
 ) -> None:
-    x, (conv, bn) = make_integers(ConvCase(1, 3, 24, 22, 16, 7, 2, 3), generator(), dtype, device)
+    x, layer = make_integers(ConvCase(1, 3, 24, 22, 16, 7, 2, 3), generator(), dtype, device)
     x[0, 1, 12, 13] = float("nan")
-    out = ops.stem(x, ConvBn(conv, bn), pool)
-    expected = reference.stem(x, ConvBn(conv, bn), pool)
+    out = ops.stem(x, layer, pool)
+    expected = reference.stem(x, layer, pool)
     assert torch.isnan(out).any()
     assert torch.equal(torch.isnan(out), torch.isnan(expected))
     torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
@@ -311,31 +307,31 @@ def test_infinities_stay_infinite(relu: bool, device: str, dtype: torch.dtype) -
 
 def test_parameters_in_another_dtype_than_the_input(device: str, dtype: torch.dtype) -> None:
     """Whole numbers, which all dtypes hold, so that the results are equal bit for bit."""
-    x, (conv, bn) = make_integers(ConvCase(2, 16, 5, 5, 16), generator(), dtype, device)
-    expected = ops.conv_bn(x, ConvBn(conv, bn), None, True)
+    x, layer = make_integers(ConvCase(2, 16, 5, 5, 16), generator(), dtype, device)
+    expected = ops.conv_bn(x, layer, None, True)
     for other in (torch.float16, torch.float32, torch.float64):
-        vectors = cast(bn, other)
-        assert torch.equal(ops.conv_bn(x, conv, vectors, None, True), expected)
+        mixed = layer._replace(bn=cast(layer.bn, other))
+        assert torch.equal(ops.conv_bn(x, mixed, None, True), expected)
 
 
 def test_the_same_bits_every_time(device: str, dtype: torch.dtype) -> None:
-    x, (conv, bn) = make_convolution(ConvCase(2, 48, 9, 9, 40, 3, 1, 1), generator(), dtype, device)
-    first = ops.conv_bn(x, ConvBn(conv, bn), None, True)
+    x, layer = make_convolution(ConvCase(2, 48, 9, 9, 40, 3, 1, 1), generator(), dtype, device)
+    first = ops.conv_bn(x, layer, None, True)
     for _ in range(3):
-        assert torch.equal(ops.conv_bn(x, ConvBn(conv, bn), None, True), first)
+        assert torch.equal(ops.conv_bn(x, layer, None, True), first)
 
 
 def test_a_batch_norm_is_read_live(device: str, dtype: torch.dtype) -> None:
-    x, (conv, bn) = make_integers(ConvCase(1, 16, 4, 4, 16), generator(), dtype, device)
-    before = ops.conv_bn(x, ConvBn(conv, bn), None, False)
-    assert bn.bias is not None
-    bn.bias.data.add_(1)
-    conv.weight.data.neg_()
+    x, layer = make_integers(ConvCase(1, 16, 4, 4, 16), generator(), dtype, device)
+    before = ops.conv_bn(x, layer, None, False)
+    assert layer.bn.bias is not None
+    layer.bn.bias.data.add_(1)
+    layer.conv.weight.data.neg_()
     assert torch.equal(
-        ops.conv_bn(x, ConvBn(conv, bn), None, False),
-        reference.conv_bn(x, ConvBn(conv, bn), None, False),
+        ops.conv_bn(x, layer, None, False),
+        reference.conv_bn(x, layer, None, False),
     )
-    assert not torch.equal(before, ops.conv_bn(x, ConvBn(conv, bn), None, False))
+    assert not torch.equal(before, ops.conv_bn(x, layer, None, False))
 
 
 @pytest.fixture
@@ -393,19 +389,19 @@ def test_without_gpu_and_interpreter_the_error_says_what_is_missing() -> None:
 @pytest.mark.gpu
 def test_in_a_cuda_graph_and_on_another_stream(dtype: torch.dtype) -> None:
     """Capturing neither measures nor synchronises, and replays read parameters live."""
-    x, (conv, bn) = make_integers(ConvCase(2, 64, 9, 9, 64, 3, 1, 1), generator(), dtype, "cuda")
+    x, layer = make_integers(ConvCase(2, 64, 9, 9, 64, 3, 1, 1), generator(), dtype, "cuda")
     with use_backend("triton"):
-        expected = ops.conv_bn(x, ConvBn(conv, bn), None, True)
+        expected = ops.conv_bn(x, layer, None, True)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            out = ops.conv_bn(x, ConvBn(conv, bn), None, True)
+            out = ops.conv_bn(x, layer, None, True)
         stream.synchronize()
         assert torch.equal(out, expected)
         graph = torch.cuda.CUDAGraph()
         unseen = x[:1]  # a batch that nothing was measured for
         with torch.cuda.graph(graph):
-            out = ops.conv_bn(unseen, conv, bn, None, True)
+            out = ops.conv_bn(unseen, layer, None, True)
         graph.replay()
         assert torch.equal(out, expected[:1])
 
@@ -413,11 +409,11 @@ def test_in_a_cuda_graph_and_on_another_stream(dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_on_a_device_that_is_not_the_current_one(dtype: torch.dtype) -> None:
-    x, (conv, bn) = make_integers(ConvCase(1, 16, 5, 5, 16), generator(), dtype, "cuda:1")
+    x, layer = make_integers(ConvCase(1, 16, 5, 5, 16), generator(), dtype, "cuda:1")
     with use_backend("triton"):
-        out = ops.conv_bn(x, ConvBn(conv, bn), None, True)
+        out = ops.conv_bn(x, layer, None, True)
     assert out.device == x.device
-    assert torch.equal(out, reference.conv_bn(x, ConvBn(conv, bn), None, True))
+    assert torch.equal(out, reference.conv_bn(x, layer, None, True))
 
 
 H200 = Machine(132, 227 * 1024)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from resnet_fused.parameters import BatchNorm, MaxPool
+from resnet_fused.parameters import BatchNorm, ConvBn, MaxPool
 from resnet_fused.testing.ahead_of_time import (
     DTYPES,
     TARGETS,
@@ -70,6 +70,11 @@ def _batch_norm(channels: int) -> BatchNorm:
     return BatchNorm(mean, var, weight, bias)
 
 
+def _layer(k: int, c: int, kernel: int, stride: int, dtype: torch.dtype, groups: int = 1) -> ConvBn:
+    conv = meta_convolution(k, c // groups, kernel, stride, dtype)._replace(groups=groups)
+    return ConvBn(conv, _batch_norm(k))
+
+
 def _resnet(backend: Any, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     """Every kind of op that ResNet-50 has, at shapes for which the rule picks different tiles."""
 
@@ -80,8 +85,7 @@ def _resnet(backend: Any, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[]
         return functools.partial(
             backend.conv_bn,
             meta(BATCH, c, size, size, dtype=dtype),
-            meta_convolution(k, c // groups, kernel, stride, dtype)._replace(groups=groups),
-            _batch_norm(k),
+            _layer(k, c, kernel, stride, dtype, groups),
             meta(*out, dtype=dtype) if add else None,
             True,
         )
@@ -90,11 +94,9 @@ def _resnet(backend: Any, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[]
         return functools.partial(
             backend.conv_bn_projection,
             meta(BATCH, width, size // stride, size // stride, dtype=dtype),
-            meta_convolution(4 * width, width, 1, 1, dtype),
-            _batch_norm(4 * width),
+            _layer(4 * width, width, 1, 1, dtype),
             meta(BATCH, c, size, size, dtype=dtype),
-            meta_convolution(4 * width, c, 1, stride, dtype),
-            _batch_norm(4 * width),
+            _layer(4 * width, c, 1, stride, dtype),
         )
 
     yield (
@@ -102,8 +104,7 @@ def _resnet(backend: Any, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[]
         functools.partial(
             backend.stem,
             torch.empty(BATCH, 3, 224, 224, dtype=dtype, device="meta"),
-            meta_convolution(64, 3, 7, 2, dtype),
-            _batch_norm(64),
+            _layer(64, 3, 7, 2, dtype),
             MaxPool(),
         ),
     )
@@ -121,8 +122,7 @@ def _resnet(backend: Any, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[]
         functools.partial(
             backend.conv_bn,
             meta(BATCH, 128, 28, 28, dtype=dtype),
-            meta_convolution(128, 128, 3, 1, dtype),
-            _batch_norm(128),
+            _layer(128, 128, 3, 1, dtype),
             meta(BATCH, 64, 56, 56, dtype=dtype)[:, :, ::2, ::2],
             True,
         ),

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+from resnet_fused.backends.tuning import Tuner
 from torch import Tensor
 
 from resnet_fused.backends.triton import (
@@ -20,7 +21,6 @@ from resnet_fused.backends.triton import (
     training_wgrad,
 )
 from resnet_fused.backends.triton.backend import TritonBackend
-from resnet_fused.backends.tuning import Tuner
 from resnet_fused.testing import ahead_of_time, machine_code
 from resnet_fused.testing.ahead_of_time import Launch
 
@@ -139,7 +139,7 @@ def _conv_stats(a: Any) -> _Geometry:
     read = min(1.0, a.R * a.S / (a.STRIDE_H * a.STRIDE_W))
     written = [t for t in (a.out, a.moments) if t is not None]
     return _Geometry(
-        _window(a) + ", normalises x" * (a.terms is not None),
+        _window(a) + ", normalises x" * (a.scale_shift is not None),
         (steps,),
         steps * (a.BLOCK_M + a.BLOCK_N) * a.BLOCK_C * size,
         a.rows * a.K * a.R * a.S * a.group_in,
@@ -150,7 +150,7 @@ def _conv_stats(a: Any) -> _Geometry:
 def _dgrad(a: Any) -> _Geometry:
     taps = a.R * a.S / (a.CLASS_H * a.CLASS_W)  # of a class, on average
     steps = taps * math.ceil(a.group_out / a.BLOCK_C)
-    operands = 1 if a.raw is None else 2
+    operands = 1 if a.pre_bn is None else 2
     step = (operands * a.BLOCK_M + a.BLOCK_N) * a.BLOCK_C * a.grad.element_size()
     ends = ", masks" * (a.below is not None) + ", adds" * (a.add is not None)
     return _Geometry(
@@ -164,10 +164,10 @@ def _dgrad(a: Any) -> _Geometry:
 
 def _wgrad(a: Any) -> _Geometry:
     steps = math.ceil(a.rows_per_part / a.BLOCK_C)
-    operands = 1 if a.raw is None else 2
+    operands = 1 if a.pre_bn is None else 2
     step = (operands * a.BLOCK_M + a.BLOCK_N) * a.BLOCK_C * a.grad.element_size()
     read = min(1.0, a.R * a.S / (a.STRIDE_H * a.STRIDE_W))
-    kept = [t for t in (a.grad, a.raw, a.out) if t is not None]
+    kept = [t for t in (a.grad, a.pre_bn, a.out) if t is not None]
     return _Geometry(
         _window(a),
         (steps,),

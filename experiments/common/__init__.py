@@ -3,4 +3,5 @@
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # a checkout runs uninstalled too
+# Where `harness` is, which is the benchmarks' too.
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))

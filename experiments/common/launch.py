@@ -21,9 +21,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from harness import results
 from torch import Tensor, nn
-
-from resnet_fused.testing import machine
 
 from .errors import ExperimentError
 
@@ -74,7 +73,7 @@ def parser(description: str, name: str) -> argparse.ArgumentParser:
     options.add_argument("--out", type=Path, default=Path("runs") / name, help="results go here")
     options.add_argument("--quick", action="store_true", help="a few iterations, to try it out")
     here = "cuda" if torch.cuda.is_available() else "cpu"
-    options.add_argument("--device", type=machine.device, default=here)
+    options.add_argument("--device", type=results.device, default=here)
     options.add_argument(
         "--dtype", choices=_DTYPES, help="of autocast; bfloat16 on a GPU and float32 on a CPU"
     )

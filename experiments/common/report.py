@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
 
-from resnet_fused.testing import machine
+from harness import results as files
 
 from .checkpoint import write_whole
 from .launch import Launch
@@ -94,19 +94,17 @@ class Report:
         if history is None:
             history = [{"run": result.name, **row} for result in results for row in result.history]
         self.csv("history", history)
-        facts = machine.describe(launch.device)
-        versions = machine.versions(*_PACKAGES)
-        commit = machine.commit(Path(__file__).parent)
-        where = facts.get("gpu") or f"{facts['cpu']}, {facts['cores']} cores"
+        facts = files.facts(launch.device, *_PACKAGES)
+        machine = facts["machine"]
         minutes = sum(result.seconds for result in results) / 60
-        changed = ", with uncommitted changes" if commit["dirty"] else ""
+        changed = ", with uncommitted changes" if facts["dirty"] else ""
         lines = [
             f"- command: `{_command()}`",
             f"- data: {images.description}",
-            f"- machine: {where}; {facts['system']}; {launch.world} process(es), "
+            f"- machine: {files.chip(machine)}; {machine['system']}; {launch.world} process(es), "
             f"{str(launch.dtype).removeprefix('torch.')}, seed {launch.seed}",
-            "- versions: " + ", ".join(f"{k} {v}" for k, v in versions.items() if v),
-            f"- commit: {commit['commit'] or 'unknown'}{changed}",
+            "- versions: " + ", ".join(f"{k} {v}" for k, v in facts["versions"].items() if v),
+            f"- commit: {facts['commit'] or 'unknown'}{changed}",
             f"- training took {minutes:.1f} minutes; written "
             f"{datetime.now(timezone.utc).isoformat(timespec='minutes')}",
         ]

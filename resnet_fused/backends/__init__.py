@@ -1,7 +1,6 @@
 """Backends: each implements every op for one kind of machine. Loaded when first asked for.
 
-A backend receives checked arguments (shapes, dtypes and devices agree, no dimension of the result
-is zero) and returns a new channels_last tensor. To add one, write a module with a function
+What a backend is, `backends/base.py` says. To add one, write a module with a function
 `create() -> Backend` (raising BackendUnavailableError where it cannot run) and name it below.
 """
 
@@ -9,77 +8,32 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from ..errors import BackendUnavailableError
-from ..parameters import BatchNorm, ConvBn, MaxPool
-from .training import TrainingKernels
+from .base import Backend, Candidate, Candidates
 
-NAMES = ("tuned", "cuda", "triton", "cpu", "cuda_sim", "reference")
-# Best first, for each type of device.
-PREFERENCE = {"cuda": ("tuned", "triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
+NAMES = ("cuda", "triton", "cpu", "cuda_sim", "reference")
+# For each type of device, those that an op chooses among, the heuristic's first one first.
+PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 # What each type of device has kernels for, where they are built and its processor is not too old.
 ACCELERATED = {
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
     "cpu": (torch.float32, torch.bfloat16),
 }
 
-
-class Backend(Protocol):
-    """One way to compute every op. Meanings: `resnet_fused.reference.ops`, same signatures."""
-
-    name: str
-
-    @property
-    def training(self) -> TrainingKernels | None:
-        """The pieces of fused training, or None where models train module by module."""
-
-    def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why tensors of this device and dtype cannot be served, or None."""
-
-    def bn_add_relu(
-        self, x: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool
-    ) -> Tensor: ...
-
-    def conv_bn(self, x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool) -> Tensor: ...
-
-    def conv_bn_projection(
-        self, x: Tensor, layer: ConvBn, shortcut: Tensor, projection: ConvBn
-    ) -> Tensor: ...
-
-    def bottleneck(
-        self,
-        x: Tensor,
-        layer1: ConvBn,
-        layer2: ConvBn,
-        layer3: ConvBn,
-        projection: ConvBn | None,
-    ) -> Tensor: ...
-
-    def stem(self, x: Tensor, layer: ConvBn, pool: MaxPool) -> Tensor: ...
-
-    def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
-
-
-class LayerByLayer:
-    """What backends have in common that have no kernel for a whole block, or not for every one."""
-
-    def bottleneck(
-        self: Backend,
-        x: Tensor,
-        layer1: ConvBn,
-        layer2: ConvBn,
-        layer3: ConvBn,
-        projection: ConvBn | None,
-    ) -> Tensor:
-        out = self.conv_bn(x, layer1, None, True)
-        out = self.conv_bn(out, layer2, None, True)
-        if projection is None:
-            return self.conv_bn(out, layer3, x, True)
-        return self.conv_bn_projection(out, layer3, x, projection)
+__all__ = [
+    "ACCELERATED",
+    "NAMES",
+    "PREFERENCE",
+    "Backend",
+    "Candidate",
+    "Candidates",
+    "get",
+    "tf32_in_convolutions",
+    "unavailable",
+]
 
 
 @functools.cache

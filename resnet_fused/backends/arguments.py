@@ -45,7 +45,8 @@ def batch_norm_arg(bn: BatchNorm, types: Collection[torch.dtype]) -> BatchNormAr
     mean, var, weight, bias = (
         v if v is None or v.dtype in types else copied(v, v.float()) for v in bn[:4]
     )
-    assert mean is not None and var is not None
+    assert mean is not None
+    assert var is not None
     return (
         tensor_arg(mean),
         tensor_arg(var),

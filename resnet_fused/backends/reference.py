@@ -1,25 +1,30 @@
-"""Backend `reference`: the plain PyTorch meaning of each op, on any device and floating dtype."""
+"""Backend `reference`: every op by its plain PyTorch meaning, on any device and floating dtype.
+
+It lists no kernels, because that meaning stands behind every op anyway.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from ..reference import ops
-from . import Backend
+from .base import Backend, Candidates
 
 
 class ReferenceBackend:
+    """Implements `resnet_fused.backends.Backend`."""
+
     name = "reference"
     training = None
-    bn_add_relu = staticmethod(ops.bn_add_relu)
-    conv_bn = staticmethod(ops.conv_bn)
-    conv_bn_projection = staticmethod(ops.conv_bn_projection)
-    bottleneck = staticmethod(ops.bottleneck)
-    stem = staticmethod(ops.stem)
-    head = staticmethod(ops.head)
 
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return None
+
+    def _nothing(self, *_: Any) -> Candidates:
+        return ()
+
+    bn_add_relu = conv_bn = conv_bn_projection = bottleneck = stem = head = _nothing
 
 
 def create() -> Backend:

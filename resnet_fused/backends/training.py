@@ -2,13 +2,15 @@
 
 Batch norm cannot normalise a convolution's result in the pass that makes it, so every piece works
 across a convolution: normalisation, ReLU and their gradients are applied while operands are read,
-and statistics are taken while results are written. Only raw (unnormalised) results reach memory.
+and statistics are taken while results are written. Only pre-BN outputs reach memory.
 
 Vectors of one layer of K channels, float32 (float64 where the activations are float64):
     moments (T, 3, K): mean, sum of squared deviations from it, and count, of T parts of the batch.
-    terms (6, K): the rows named below; an activation is relu((raw - mean) · scale + shift).
-    sums (T, 2, K): of g and of g · (raw - mean), g the gradient of the normalised result.
-    slopes (4, K): a, b, d, mean; the gradient of the raw result is a·g + b·(raw - mean) + d.
+    scale_shift (6, K): the rows named below, of which an activation, relu((pre_bn - mean) · scale
+        + shift), takes the first three.
+    sums (T, 2, K): of g and of g · (pre_bn - mean), g the gradient of the normalised result.
+    coefficients (4, K): a, b, d, mean; the gradient of the pre-BN output is
+        a·g + b·(pre_bn - mean) + d.
 """
 
 from __future__ import annotations
@@ -24,18 +26,18 @@ MEAN, SCALE, SHIFT, INVSTD, UNBIASED_VAR, COUNT = range(6)
 
 
 class Activation(NamedTuple):
-    """relu((raw - mean) · scale + shift) of a raw convolution result (N, K, P, Q)."""
+    """relu((pre_bn - mean) · scale + shift) of a pre-BN output (N, K, P, Q)."""
 
-    raw: Tensor
-    terms: Tensor
+    pre_bn: Tensor
+    scale_shift: Tensor
 
 
-class RawGradient(NamedTuple):
-    """The gradient of `raw`, unformed: a·grad + b·(raw - mean) + d, or a·grad if `frozen`."""
+class PreBnGradient(NamedTuple):
+    """The gradient of `pre_bn`, unformed: a·grad + b·(pre_bn - mean) + d, or a·grad if `frozen`."""
 
     grad: Tensor
-    raw: Tensor | None  # None only where `frozen`
-    slopes: Tensor
+    pre_bn: Tensor | None  # None only where `frozen`
+    coefficients: Tensor
     frozen: bool
 
 
@@ -45,18 +47,18 @@ class TrainingKernels(Protocol):
     def conv_stats(
         self, x: Tensor | Activation, conv: Convolution, statistics: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """The raw convolution of x, and the moments of the result as stored (rounded)."""
+        """The convolution of x, and the moments of the result as stored (rounded)."""
 
     def merge_moments(self, moments: Tensor) -> Tensor:
         """The (1, 3, K) moments of all parts together."""
 
-    def bn_terms(self, moments: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        """Terms of the normalisation with the merged moments."""
+    def bn_scale_shift(self, moments: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        """`scale_shift` of the normalisation with the merged moments."""
 
     def bn_add_relu(self, main: Activation, shortcut: Tensor | Activation | None) -> Tensor:
-        """relu(main's normalisation + shortcut, itself normalised if it has terms).
+        """relu(main's normalisation + shortcut, itself normalised if it is an `Activation`).
 
-        A shortcut without terms has any strides, and may have fewer channels than the result:
+        A shortcut that is a tensor has any strides, and may have fewer channels than the result:
         nothing is added to the others.
         """
 
@@ -68,15 +70,15 @@ class TrainingKernels(Protocol):
     def merge_sums(self, sums: Tensor) -> Tensor:
         """The (1, 2, K) sums of all parts together."""
 
-    def bn_slopes(
-        self, sums: Tensor, total: Tensor, terms: Tensor, frozen: bool
+    def bn_backward_coefficients(
+        self, sums: Tensor, total: Tensor, scale_shift: Tensor, frozen: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Slopes (from the sums `total` of all ranks) and the gradients of the normalisation's
-        weight and bias (from this rank's `sums`), float32."""
+        """BN-backward coefficients (from the sums `total` of all ranks) and the gradients of the
+        normalisation's weight and bias (from this rank's `sums`), float32."""
 
     def dgrad(
         self,
-        gradient: RawGradient,
+        gradient: PreBnGradient,
         conv: Convolution,
         shape: torch.Size,
         below: Activation | None,
@@ -85,14 +87,15 @@ class TrainingKernels(Protocol):
     ) -> tuple[Tensor, Tensor | None]:
         """The gradient (+ add) of a convolution's input of the given shape.
 
-        With `add_stride`, add (N, >= C, P, Q) belongs to every so manieth row and column, and its
-        first C channels count: the gradient of a strided identity that was padded with channels.
+        With `add_stride`, add (N, >= C, P, Q) belongs to every `add_stride`-th row and column, and
+        its first C channels count: the gradient of a strided identity that was padded with
+        channels.
 
         Where the input is the activation `below`, its ReLU's mask is applied and the sums of its
         normalisation are returned too.
         """
 
-    def wgrad(self, gradient: RawGradient, x: Tensor | Activation, conv: Convolution) -> Tensor:
+    def wgrad(self, gradient: PreBnGradient, x: Tensor | Activation, conv: Convolution) -> Tensor:
         """The gradient of the convolution's weight, summed in float32, of the weight's dtype."""
 
     def bn_relu_pool(self, x: Activation, pool: MaxPool) -> Tensor:

@@ -28,7 +28,7 @@ from ..ops.conv_bn import conv_bn
 from ..ops.head import head
 from ..ops.stem import stem
 from ..ops.stem_training import stem_training
-from ..ops.training_layers import trains_fused
+from ..ops.training_choice import run_on, training_backend
 from ..parameters import MaxPool
 from .weights import WeightsSource, load_weights, without_legacy
 
@@ -351,14 +351,18 @@ class ResidualNetwork(nn.Module):
         self, x: Tensor, training: fusion.TrainingPlan, pool: MaxPool | None
     ) -> Tensor | None:
         """The stem as one op, forward and backward, or None where it has to run by modules."""
-        if (self.maxpool is not None and pool is None) or not trains_fused(x, training.sync_group):
+        if self.maxpool is not None and pool is None:
+            return None
+        block = (x, training.layers, None, False, training.sync_group)
+        backend = training_backend(*block, pool=pool)
+        if backend is None:
             return None
         if pool is not None:
-            out, terms = stem_training(x, training.layers[0], pool, training.sync_group)
-        else:
-            out, (terms,) = residual_block_training(
-                x, training.layers, identity=False, sync_group=training.sync_group
+            out, terms = run_on(
+                backend, stem_training, x, training.layers[0], pool, training.sync_group
             )
+        else:
+            out, (terms,) = run_on(backend, residual_block_training, *block)
         fusion.track_statistics([self.bn1], [terms])
         return out
 

@@ -1,10 +1,11 @@
 """A residual block in training: one op forward and one backward, whatever its layers.
 
-Forward, each convolution normalises and rectifies its operand while reading it and takes its
-result's statistics while writing it; a last pass normalises, adds the shortcut and rectifies.
-Kept for backward: raw convolution results, the block's result, six numbers per channel. The raw
-results of 1×1 convolutions at the block's end (the widest of a Bottleneck, and its projection) are
-not even kept: computing one again reads a quarter of what reading it back would.
+Forward, each convolution applies the previous normalisation and ReLU while it reads its operand,
+and takes its result's statistics while it writes; a last pass normalises, adds the shortcut and
+applies ReLU.
+Saved for backward: pre-BN outputs, the block's result, six numbers per channel. The pre-BN outputs
+of 1×1 convolutions at the block's end (the widest of a Bottleneck, and its projection) are not even
+saved: computing one again reads a quarter of what reading it back would.
 Backward, batch norm's gradient is formed while dgrad and wgrad read their operands; dgrad writes
 the gradient before the next normalisation and takes its sums, and the first adds the shortcut's.
 """
@@ -17,13 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.training import Activation, RawGradient
-from ..parameters import Convolution
+from ..backends.training import Activation, PreBnGradient
+from ..parameters import Convolution, Layer
 from .checks import check_activation
 from .registry import autocast_dtype, empty_result
 from .training_layers import (
     LAYERS_SCHEMA,
-    Layer,
     LayerArguments,
     check_layer,
     convolutions,
@@ -31,8 +31,8 @@ from .training_layers import (
     differentiate,
     flatten,
     kernels,
-    layer_slopes,
-    layer_terms,
+    layer_backward_coefficients,
+    layer_scale_shift,
 )
 
 # "padded" is the identity at every shortcut_stride-th position, zero in the channels it lacks.
@@ -44,8 +44,8 @@ def _main_layers(layers: Sequence[object], shortcut: str) -> int:
     return len(layers) - (shortcut == "projection")
 
 
-def _keeps(convs: Sequence[Convolution], shortcut: str) -> list[bool]:
-    """Whether each layer's raw result is kept, or computed again in backward.
+def _is_saved(convs: Sequence[Convolution], shortcut: str) -> list[bool]:
+    """Whether each layer's pre-BN output is saved, or computed again in backward.
 
     A 1×1 convolution at the block's end is cheap beside its result, and nothing follows it.
     """
@@ -100,17 +100,19 @@ def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor], list[Ten
     activations: list[Activation] = []
     for i, conv in enumerate(convs):
         operand = x if i in (0, count) else activations[i - 1]
-        raw, moments = pieces.conv_stats(operand, conv, not layers.frozen[i])
-        terms = layer_terms(pieces, layers, i, moments, sync_group)
-        activations.append(Activation(raw, terms))
+        pre_bn, moments = pieces.conv_stats(operand, conv, not layers.frozen[i])
+        scale_shift = layer_scale_shift(pieces, layers, i, moments, sync_group)
+        activations.append(Activation(pre_bn, scale_shift))
     other: Tensor | Activation | None = None
     if shortcut == "projection":
         other = activations[-1]
     elif shortcut != "none":
         other = _identity(x, shortcut, stride)
     y = pieces.bn_add_relu(activations[count - 1], other)
-    kept = [a.raw for a, keep in zip(activations, _keeps(convs, shortcut), strict=True) if keep]
-    return y, kept, [a.terms for a in activations]
+    saved = [
+        a.pre_bn for a, keep in zip(activations, _is_saved(convs, shortcut), strict=True) if keep
+    ]
+    return y, saved, [a.scale_shift for a in activations]
 
 
 def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -119,7 +121,7 @@ def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor], lis
     shapes = _shapes(x, layers, shortcut, stride, sync_group)
     convs = convolutions(layers.weights, layers.windows)
     wide = torch.promote_types(x.dtype, torch.float32)
-    keeps = _keeps(convs, shortcut)
+    keeps = _is_saved(convs, shortcut)
     return (
         empty_result(x, shapes[_main_layers(convs, shortcut) - 1]),
         [empty_result(x, shape) for shape, keep in zip(shapes, keeps, strict=True) if keep],
@@ -140,13 +142,13 @@ class _Needs(NamedTuple):
         before = range(i) if i < self.layers else ()
         return self.x or any(self.weights[j] or self.affine[j] for j in before)
 
-    def raw(self, i: int) -> bool:
-        """Whether the gradient of layer i's raw result is needed."""
+    def pre_bn(self, i: int) -> bool:
+        """Whether the gradient of layer i's pre-BN output is needed."""
         return self.weights[i] or self.below(i)
 
     def layer(self, i: int) -> bool:
         """Whether anything is to be computed at layer i or before it."""
-        return self.affine[i] or self.raw(i)
+        return self.affine[i] or self.pre_bn(i)
 
 
 def _backward(
@@ -154,8 +156,8 @@ def _backward(
     x: Tensor,
     y: Tensor,
     weights: list[Tensor],
-    kept: list[Tensor],
-    all_terms: list[Tensor],
+    saved: list[Tensor],
+    scale_shifts: list[Tensor],
     windows: list[int],
     frozen: list[bool],
     shortcut: str,
@@ -169,28 +171,30 @@ def _backward(
     convs = convolutions(weights, windows)
     count = _main_layers(convs, shortcut)
     needs = _Needs(needs_x, needs_weights, needs_affine, count)
-    raws = iter(kept)
+    pre_bns = iter(saved)
     activations: list[Activation | None] = []
-    for i, keep in enumerate(_keeps(convs, shortcut)):
-        raw = next(raws) if keep else None
-        if raw is None and (needs.affine[i] or (needs.raw(i) and not frozen[i])):
+    for i, keep in enumerate(_is_saved(convs, shortcut)):
+        pre_bn = next(pre_bns) if keep else None
+        if pre_bn is None and (needs.affine[i] or (needs.pre_bn(i) and not frozen[i])):
             below = None if i in (0, count) else activations[i - 1]
-            raw, _ = pieces.conv_stats(x if below is None else below, convs[i], False)
-        activations.append(None if raw is None else Activation(raw, all_terms[i]))
+            pre_bn, _ = pieces.conv_stats(x if below is None else below, convs[i], False)
+        activations.append(None if pre_bn is None else Activation(pre_bn, scale_shifts[i]))
 
     def unneeded() -> list[Tensor]:
         return [x.new_empty(0) for _ in convs]
 
     weight_grads, gammas, betas = unneeded(), unneeded(), unneeded()
 
-    def raw_gradient(i: int, g: Tensor, sums: Tensor | None) -> RawGradient:
+    def pre_bn_gradient(i: int, g: Tensor, sums: Tensor | None) -> PreBnGradient:
         if sums is None:  # of a frozen layer whose weight and bias want no gradient
-            sums = all_terms[i].new_zeros((1, 2, all_terms[i].shape[1]))
-        slopes, gammas[i], betas[i] = layer_slopes(
-            pieces, sums, all_terms[i], frozen[i], sync_group, needs.raw(i)
+            sums = scale_shifts[i].new_zeros((1, 2, scale_shifts[i].shape[1]))
+        coefficients, gammas[i], betas[i] = layer_backward_coefficients(
+            pieces, sums, scale_shifts[i], frozen[i], sync_group, needs.pre_bn(i)
         )
         activation = activations[i]
-        return RawGradient(g, None if activation is None else activation.raw, slopes, frozen[i])
+        return PreBnGradient(
+            g, None if activation is None else activation.pre_bn, coefficients, frozen[i]
+        )
 
     ends = [i for i in range(count - 1, len(convs)) if needs.layer(i)]
     branches = {i: activation for i in ends if (activation := activations[i]) is not None}
@@ -199,7 +203,7 @@ def _backward(
     shortcut_grad = g if shortcut in ("identity", "padded") else None
     # The projection first, as autograd goes through modules: ranks that run those gather alike.
     if count in ends:
-        projected = raw_gradient(count, g, sums.get(count))
+        projected = pre_bn_gradient(count, g, sums.get(count))
         if needs_weights[count]:
             weight_grads[count] = pieces.wgrad(projected, x, convs[count])
         if needs_x:
@@ -208,7 +212,7 @@ def _backward(
     for i in reversed(range(count)):
         if not needs.layer(i):
             break
-        gradient = raw_gradient(i, g, layer_sums)
+        gradient = pre_bn_gradient(i, g, layer_sums)
         below = None if i == 0 else activations[i - 1]
         if needs_weights[i]:
             weight_grads[i] = pieces.wgrad(gradient, x if below is None else below, convs[i])
@@ -218,7 +222,7 @@ def _backward(
             add_stride = stride if shortcut == "padded" else None
             x_grad, _ = pieces.dgrad(gradient, convs[0], x.shape, None, shortcut_grad, add_stride)
         else:
-            g, layer_sums = pieces.dgrad(gradient, convs[i], below.raw.shape, below, None)
+            g, layer_sums = pieces.dgrad(gradient, convs[i], below.pre_bn.shape, below, None)
     return x_grad, weight_grads, gammas, betas
 
 
@@ -227,8 +231,8 @@ def _fake_backward(
     x: Tensor,
     y: Tensor,
     weights: list[Tensor],
-    kept: list[Tensor],
-    all_terms: list[Tensor],
+    saved: list[Tensor],
+    scale_shifts: list[Tensor],
     windows: list[int],
     frozen: list[bool],
     shortcut: str,
@@ -242,8 +246,8 @@ def _fake_backward(
 
     def vectors() -> list[Tensor]:
         return [
-            terms.new_empty(terms.shape[1]) if needs.layer(i) else x.new_empty(0)
-            for i, terms in enumerate(all_terms)
+            scale_shift.new_empty(scale_shift.shape[1]) if needs.layer(i) else x.new_empty(0)
+            for i, scale_shift in enumerate(scale_shifts)
         ]
 
     return (
@@ -266,7 +270,7 @@ _op = define(
 )
 _backward_op = define(
     "residual_block_training_backward",
-    "(Tensor grad, Tensor x, Tensor y, Tensor[] weights, Tensor[] kept, Tensor[] terms, "
+    "(Tensor grad, Tensor x, Tensor y, Tensor[] weights, Tensor[] saved, Tensor[] scale_shift, "
     "int[] windows, bool[] frozen, str shortcut, int shortcut_stride, str sync_group, "
     "bool needs_x, bool[] needs_weights, bool[] needs_affine) "
     "-> (Tensor, Tensor[], Tensor[], Tensor[])",
@@ -278,20 +282,24 @@ _backward_op = define(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     x, *arguments = inputs
     layers = LayerArguments(*arguments[:-3])
-    y, kept, terms = output
-    ctx.mark_non_differentiable(*kept, *terms)
+    y, saved, scale_shift = output
+    ctx.mark_non_differentiable(*saved, *scale_shift)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, y, *layers.weights, *kept, *terms)
-    ctx.sizes = len(layers.weights), len(kept)
+    ctx.save_for_backward(x, y, *layers.weights, *saved, *scale_shift)
+    ctx.sizes = len(layers.weights), len(saved)
     ctx.rest = layers.windows, layers.frozen, *arguments[-3:]
     ctx.dtypes = [[v.dtype for v in vs] for vs in (layers.bn_weights, layers.bn_biases)]
-    ctx.given = len(layers.given_means)
+    ctx.frozen_layers = len(layers.frozen_means)
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    count, kept = ctx.sizes
+    count, outputs = ctx.sizes
     if grad is None:
-        return (None, *([None] * n for n in (*(count,) * 3, *(ctx.given,) * 2)), *(None,) * 6)
+        return (
+            None,
+            *([None] * n for n in (*(count,) * 3, *(ctx.frozen_layers,) * 2)),
+            *(None,) * 6,
+        )
     x, y, *saved = ctx.saved_tensors
     needs_x, needs_weights, needs_gammas, needs_betas = ctx.needs_input_grad[:4]
     x_grad, weights, gammas, betas = _backward_op(
@@ -299,8 +307,8 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         x,
         y,
         saved[:count],
-        saved[count : count + kept],
-        saved[count + kept :],
+        saved[count : count + outputs],
+        saved[count + outputs :],
         *ctx.rest,
         needs_x,
         list(needs_weights),
@@ -314,7 +322,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         [g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True)]
         for grads, dtypes in zip((gammas, betas), ctx.dtypes, strict=True)
     )
-    nothing = [None] * ctx.given
+    nothing = [None] * ctx.frozen_layers
     return (
         x_grad if needs_x else None,
         wanted(weights, needs_weights),
@@ -337,7 +345,7 @@ def residual_block_training(
     sync_group: str = "",
     padded_stride: int | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """relu(F(x) + shortcut(x)) with batch statistics, differentiable, kept bytes at a minimum.
+    """relu(F(x) + shortcut(x)) with batch statistics, differentiable, saved bytes at a minimum.
 
     Args:
         x: (N, C, H, W), floating; NHWC memory (channels_last) is used as it is, others converted.
@@ -346,16 +354,16 @@ def residual_block_training(
         identity: without a projection, whether x itself is the shortcut, or there is none.
         sync_group: name of the process group over which statistics are taken; "" for this
             process alone.
-        padded_stride: makes the identity the paper's option A: x at every so manieth row and
-            column, with nothing added to the channels that it lacks.
+        padded_stride: makes the identity the paper's option A: x at every `padded_stride`-th row
+            and column, with nothing added to the channels that it lacks.
 
     Under autocast x is lowered to its dtype; float32 weights are lowered inside, and their
     gradients come back in float32 without having been rounded.
 
     Returns (N, K, P, Q), channels_last, of x's dtype, and for each layer, the projection last, its
-    (6, K) terms (rows: `resnet_fused.backends.training`), not differentiable. Raises ValueError
-    for shapes and devices that disagree and where a channel has a single value, TypeError for
-    dtypes.
+    (6, K) `scale_shift` (rows: `resnet_fused.backends.training`), not differentiable. Raises
+    ValueError for shapes and devices that disagree and where a channel has a single value,
+    TypeError for dtypes.
     """
     shortcut = "none"
     if identity:
@@ -363,5 +371,5 @@ def residual_block_training(
     if projection is not None:
         layers, shortcut = (*layers, projection), "projection"
     x = x.to(autocast_dtype(x)) if isinstance(x, Tensor) and x.is_floating_point() else x
-    y, _, terms = _op(x, *flatten(layers), shortcut, padded_stride or 1, sync_group)
-    return y, terms
+    y, _, scale_shift = _op(x, *flatten(layers), shortcut, padded_stride or 1, sync_group)
+    return y, scale_shift

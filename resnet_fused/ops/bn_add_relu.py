@@ -22,6 +22,7 @@ _op = Op(
     {"x": Tensor, "bn": BatchNorm, "residual": OptionalTensor, "relu": bool},
     _output_shape,
     reference.bn_add_relu,
+    lambda backend: backend.bn_add_relu,
 )
 
 

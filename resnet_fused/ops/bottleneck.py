@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..backends import Candidate
 from ..parameters import ConvBn
 from ..reference import ops as reference
 from .checks import conv_bn_shape
+from .conv_bn import op as conv_bn
+from .conv_bn_projection import op as conv_bn_projection
 from .registry import Op, OptionalConvBn
 
 
@@ -28,6 +31,16 @@ def _output_shape(
     return shape
 
 
+def _by_layers(
+    x: Tensor, layer1: ConvBn, layer2: ConvBn, layer3: ConvBn, projection: ConvBn | None
+) -> Tensor:
+    out = conv_bn.compute(x, layer1, None, True)
+    out = conv_bn.compute(out, layer2, None, True)
+    if projection is None:
+        return conv_bn.compute(out, layer3, x, True)
+    return conv_bn_projection.compute(out, layer3, x, projection)
+
+
 _op = Op(
     "bottleneck",
     {
@@ -39,6 +52,8 @@ _op = Op(
     },
     _output_shape,
     reference.bottleneck,
+    lambda backend: backend.bottleneck,
+    Candidate("layers", _by_layers),
 )
 
 

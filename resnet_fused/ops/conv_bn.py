@@ -16,11 +16,12 @@ def _output_shape(x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool)
     return shape
 
 
-_op = Op(
+op = Op(
     "conv_bn",
     {"x": Tensor, "layer": ConvBn, "residual": OptionalTensor, "relu": bool},
     _output_shape,
     reference.conv_bn,
+    lambda backend: backend.conv_bn,
 )
 
 
@@ -53,4 +54,4 @@ def conv_bn(
             f"{layer.conv.weight.shape[0]}; "
             "pad_residual=True adds nothing to the others."
         )
-    return _op(x, layer, residual, relu)
+    return op(x, layer, residual, relu)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..backends import Candidate
 from ..parameters import ConvBn
 from ..reference import ops as reference
 from .checks import check_like, conv_bn_shape
+from .conv_bn import op as conv_bn
 from .registry import Op
 
 
@@ -24,11 +26,17 @@ def _output_shape(
     return shape
 
 
-_op = Op(
+def _separate(x: Tensor, layer: ConvBn, shortcut: Tensor, projection: ConvBn) -> Tensor:
+    return conv_bn.compute(x, layer, conv_bn.compute(shortcut, projection, None, False), True)
+
+
+op = Op(
     "conv_bn_projection",
     {"x": Tensor, "layer": ConvBn, "shortcut": Tensor, "projection": ConvBn},
     _output_shape,
     reference.conv_bn_projection,
+    lambda backend: backend.conv_bn_projection,
+    Candidate("separate", _separate),
 )
 
 
@@ -47,4 +55,4 @@ def conv_bn_projection(x: Tensor, layer: ConvBn, shortcut: Tensor, projection: C
     Returns (N, K, P, Q), channels_last, of x's dtype. Raises ValueError for shapes and devices
     that disagree and TypeError for dtypes that do.
     """
-    return _op(x, layer, shortcut, projection)
+    return op(x, layer, shortcut, projection)

@@ -1,4 +1,4 @@
-"""Which backend runs an op: the user's choice, else the best one for the tensor."""
+"""Which backends an op chooses among: the one the user chose, else all that serve the tensor."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class use_backend:  # noqa: N801  (reads as the function it is used as)
     """Run every op on one backend, from now on or within a `with` block.
 
     Args:
-        backend: "reference", "cpu", "triton", "cuda", "tuned", an object that implements
-            `resnet_fused.backends.Backend`, or None for the best available one for each tensor's
-            device, which is the default.
+        backend: "reference", "cpu", "triton", "cuda", an object that implements
+            `resnet_fused.backends.Backend`, or None, the default: for each op and shape the
+            fastest kernel of all backends that serve the tensor.
 
     Like `torch.no_grad`, the choice holds for the thread (and the `contextvars` context) that makes
     it; a backward pass runs on the backend of its forward.
@@ -58,33 +58,36 @@ def available_backends() -> list[str]:
     return [name for name in backends.NAMES if backends.unavailable(name) is None]
 
 
-def choose(x: Tensor) -> Backend:
-    """The backend for an op whose main input is `x`."""
+def serving(x: Tensor) -> tuple[Backend, ...]:
+    """The backends that an op with main input `x` chooses among, PyTorch's ops last: the one that
+    `use_backend` chose alone, else all that serve the tensor."""
     chosen = _chosen.get()
     if chosen is None:
-        return _best(x.device, x.dtype)
+        return _all_serving(x.device, x.dtype)
     if reason := chosen.unsupported(x.device, x.dtype):
         raise BackendUnavailableError(
             f"backend {chosen.name!r} was chosen with use_backend, but {reason}."
         )
-    return chosen
+    return (chosen,)
 
 
-def _best(device: torch.device, dtype: torch.dtype) -> Backend:
-    reasons = []
-    for name in backends.PREFERENCE.get(device.type, ()):
-        if name == "reference":
-            break
-        reason = backends.unavailable(name)
-        if reason is None:
-            backend = backends.get(name)
-            reason = backend.unsupported(device, dtype)
-            if reason is None:
-                return backend
-        reasons.append(f"{name}: {reason}")
-    if dtype in backends.ACCELERATED.get(device.type, ()):
-        _say_once(device.type, dtype, "; ".join(reasons))
-    return backends.get("reference")
+def _all_serving(device: torch.device, dtype: torch.dtype) -> tuple[Backend, ...]:
+    available, unavailable = _available(device.type)
+    reasons = [(backend.name, backend.unsupported(device, dtype)) for backend in available]
+    found = tuple(b for b, (_, why) in zip(available, reasons, strict=True) if why is None)
+    if len(found) == 1 and dtype in backends.ACCELERATED.get(device.type, ()):
+        refused = [f"{name}: {why}" for name, why in reasons if why is not None]
+        _say_once(device.type, dtype, "; ".join([*unavailable, *refused]))
+    return found
+
+
+@functools.cache
+def _available(device: str) -> tuple[list[Backend], list[str]]:
+    """The backends for that type of device that can run here, and why others cannot."""
+    names = backends.PREFERENCE.get(device, ("reference",))
+    missing = {name: why for name in names if (why := backends.unavailable(name)) is not None}
+    found = [backends.get(name) for name in names if name not in missing]
+    return found, [f"{name}: {why}" for name, why in missing.items()]
 
 
 @functools.cache

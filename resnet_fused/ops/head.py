@@ -13,6 +13,7 @@ _op = Op(
     {"x": Tensor, "weight": Tensor, "bias": OptionalTensor},
     head_shape,
     reference.head,
+    lambda backend: backend.head,
 )
 
 

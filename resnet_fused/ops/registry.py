@@ -14,13 +14,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..backends import Backend, Candidate, Candidates, autotune
 from ..parameters import BatchNorm, ConvBn, Convolution, MaxPool
 from .checks import check_is_tensor
-from .dispatch import choose
+from .dispatch import serving
 from .modes import is_recorded, is_transformed, refuse_tangents
 
 OptionalTensor = Tensor | None
 OptionalConvBn = ConvBn | None
+
+_LIBRARY = "reference"  # the backend that has no kernels of its own
 
 library = torch.library.Library("resnet_fused", "DEF")
 
@@ -66,8 +69,14 @@ class Op:
         parameters: dict[str, Any],
         output_shape: Callable[..., Sequence[int]],
         reference: Callable[..., Tensor],
+        listed: Callable[[Backend], Callable[..., Candidates]],
+        composition: Candidate | None = None,
     ) -> None:
+        """`listed`: a backend's method that lists this op's candidates. `composition`: the op made
+        of other ops, each of which makes its own choice."""
         self.name = name
+        self._listed = listed
+        self._composition = composition
         self._kinds = tuple(parameters.values())
         # Looked up here, as Dynamo of PyTorch 2.9 cannot hash a union under Python 3.10.
         self._layers = tuple(kind in (ConvBn, OptionalConvBn) for kind in self._kinds)
@@ -139,7 +148,30 @@ class Op:
         shape = self._output_shape(*arguments)
         if 0 in shape:
             return empty_result(flat[0], shape)
-        return getattr(choose(flat[0]), self.name)(*arguments)
+        return self.compute(*arguments)
+
+    def compute(self, *arguments: Any) -> Tensor:
+        """The result for checked arguments, none of it empty, by the candidate that is chosen."""
+        among = serving(arguments[0])
+        candidate = autotune.choose(
+            self.name,
+            arguments,
+            lambda: self._candidates(among, arguments),
+            self._reference,
+            among=among,
+            per_image=True,
+        )
+        result: Tensor = candidate.launch(*arguments)
+        return result
+
+    def _candidates(self, among: Sequence[Backend], arguments: Sequence[Any]) -> Candidates:
+        """The backends' kernels, then the op as a composition of others, then PyTorch's own."""
+        found = [c for backend in among for c in self._listed(backend)(*arguments)]
+        if self._composition is not None and among[0].name != _LIBRARY:
+            found.append(self._composition)
+        if among[-1].name == _LIBRARY or not found:
+            found.append(Candidate("pytorch", self._reference))
+        return found
 
     def _save(self, ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
         # Statistics are copied: a forward in training mode changes them, and the gradient is to be

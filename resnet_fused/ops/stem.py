@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..backends import Candidate
 from ..parameters import ConvBn, MaxPool
 from ..reference import ops as reference
 from .checks import conv_bn_shape, pool_shape
+from .conv_bn import op as conv_bn
 from .registry import Op
 
 
@@ -14,11 +17,17 @@ def _output_shape(x: Tensor, layer: ConvBn, pool: MaxPool) -> tuple[int, ...]:
     return pool_shape(conv_bn_shape("layer", x, layer), pool)
 
 
+def _separate(x: Tensor, layer: ConvBn, pool: MaxPool) -> Tensor:
+    return reference.nhwc(F.max_pool2d(conv_bn.compute(x, layer, None, True), *pool))
+
+
 _op = Op(
     "stem",
     {"x": Tensor, "layer": ConvBn, "pool": MaxPool},
     _output_shape,
     reference.stem,
+    lambda backend: backend.stem,
+    Candidate("separate", _separate),
 )
 
 

@@ -1,7 +1,7 @@
 """The stem in training: max_pool(relu(bn(conv(x)))) with batch statistics, one op each way.
 
-Kept for backward: the raw convolution result and six numbers per channel; neither the activation
-nor the positions of the maxima, which are found again.
+Saved for backward: the pre-BN output and six numbers per channel; neither the activation nor the
+positions of the maxima, which are found again.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.training import Activation, RawGradient
-from ..parameters import MaxPool
+from ..backends.training import Activation, PreBnGradient
+from ..parameters import Layer, MaxPool
 from .checks import check_activation, pool_shape
 from .registry import autocast_dtype, empty_result
 from .training_layers import (
     LAYERS_SCHEMA,
-    Layer,
     LayerArguments,
     check_layer,
     convolutions,
@@ -25,8 +24,8 @@ from .training_layers import (
     differentiate,
     flatten,
     kernels,
-    layer_slopes,
-    layer_terms,
+    layer_backward_coefficients,
+    layer_scale_shift,
 )
 
 
@@ -35,9 +34,9 @@ def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     _shapes(x, layers, MaxPool(*pool), sync_group)
     pieces = kernels(x)
     (conv,) = convolutions(layers.weights, layers.windows)
-    raw, moments = pieces.conv_stats(x, conv, not layers.frozen[0])
-    terms = layer_terms(pieces, layers, 0, moments, sync_group)
-    return pieces.bn_relu_pool(Activation(raw, terms), MaxPool(*pool)), raw, terms
+    pre_bn, moments = pieces.conv_stats(x, conv, not layers.frozen[0])
+    scale_shift = layer_scale_shift(pieces, layers, 0, moments, sync_group)
+    return pieces.bn_relu_pool(Activation(pre_bn, scale_shift), MaxPool(*pool)), pre_bn, scale_shift
 
 
 def _shapes(
@@ -51,16 +50,16 @@ def _shapes(
 
 def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     layers, pool, sync_group = LayerArguments(*arguments[:8]), arguments[8:11], arguments[11]
-    raw, pooled = _shapes(x, layers, MaxPool(*pool), sync_group)
+    pre_bn, pooled = _shapes(x, layers, MaxPool(*pool), sync_group)
     wide = torch.promote_types(x.dtype, torch.float32)
-    return empty_result(x, pooled), empty_result(x, raw), x.new_empty((6, raw[1]), dtype=wide)
+    return empty_result(x, pooled), empty_result(x, pre_bn), x.new_empty((6, pre_bn[1]), dtype=wide)
 
 
 def _backward(
     grad: Tensor,
     x: Tensor,
-    raw: Tensor,
-    terms: Tensor,
+    pre_bn: Tensor,
+    scale_shift: Tensor,
     weight: Tensor,
     windows: list[int],
     frozen: bool,
@@ -74,11 +73,11 @@ def _backward(
     pieces = kernels(grad)
     (conv,) = convolutions([weight], windows)
     pool = MaxPool(pool_kernel, pool_stride, pool_padding)
-    g, sums = pieces.pool_gradient(grad, Activation(raw, terms), pool)
-    slopes, gamma, beta = layer_slopes(
-        pieces, sums, terms, frozen, sync_group, needs_x or needs_weight
+    g, sums = pieces.pool_gradient(grad, Activation(pre_bn, scale_shift), pool)
+    coefficients, gamma, beta = layer_backward_coefficients(
+        pieces, sums, scale_shift, frozen, sync_group, needs_x or needs_weight
     )
-    gradient = RawGradient(g, raw, slopes, frozen)
+    gradient = PreBnGradient(g, pre_bn, coefficients, frozen)
     weight_grad = pieces.wgrad(gradient, x, conv) if needs_weight else x.new_empty(0)
     x_grad = x.new_empty(0)
     if needs_x:
@@ -89,8 +88,8 @@ def _backward(
 def _fake_backward(
     grad: Tensor,
     x: Tensor,
-    raw: Tensor,
-    terms: Tensor,
+    pre_bn: Tensor,
+    scale_shift: Tensor,
     weight: Tensor,
     windows: list[int],
     frozen: bool,
@@ -104,8 +103,8 @@ def _fake_backward(
     return (
         empty_result(x, x.shape) if needs_x else x.new_empty(0),
         empty_result(weight, weight.shape) if needs_weight else x.new_empty(0),
-        terms.new_empty(terms.shape[1]),
-        terms.new_empty(terms.shape[1]),
+        scale_shift.new_empty(scale_shift.shape[1]),
+        scale_shift.new_empty(scale_shift.shape[1]),
     )
 
 
@@ -118,9 +117,9 @@ _op = define(
 )
 _backward_op = define(
     "stem_training_backward",
-    "(Tensor grad, Tensor x, Tensor raw, Tensor terms, Tensor weight, int[] windows, bool frozen, "
-    "int pool_kernel, int pool_stride, int pool_padding, str sync_group, bool needs_x, "
-    "bool needs_weight) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor x, Tensor pre_bn, Tensor scale_shift, Tensor weight, int[] windows, "
+    "bool frozen, int pool_kernel, int pool_stride, int pool_padding, str sync_group, "
+    "bool needs_x, bool needs_weight) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
 )
@@ -129,19 +128,19 @@ _backward_op = define(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, *arguments = inputs
     layers = LayerArguments(*arguments[:8])
-    _, raw, terms = output
-    ctx.mark_non_differentiable(raw, terms)
+    _, pre_bn, scale_shift = output
+    ctx.mark_non_differentiable(pre_bn, scale_shift)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, raw, terms, layers.weights[0])
+    ctx.save_for_backward(x, pre_bn, scale_shift, layers.weights[0])
     ctx.rest = layers.windows, layers.frozen[0], *arguments[8:]
     ctx.dtypes = layers.bn_weights[0].dtype, layers.bn_biases[0].dtype
-    ctx.given = len(layers.given_means)
+    ctx.frozen_layers = len(layers.frozen_means)
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    given, rest = [None] * ctx.given, (None,) * 7
+    no_gradient, rest = [None] * ctx.frozen_layers, (None,) * 7
     if grad is None:
-        return (None, [None], [None], [None], given, list(given), *rest)
+        return (None, [None], [None], [None], no_gradient, list(no_gradient), *rest)
     needs_x, needs_weight, needs_gamma, needs_beta = ctx.needs_input_grad[:4]
     x_grad, weight, gamma, beta = _backward_op(
         grad, *ctx.saved_tensors, *ctx.rest, needs_x, needs_weight[0]
@@ -151,8 +150,8 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         [weight if needs_weight[0] else None],
         [gamma.to(ctx.dtypes[0]) if needs_gamma[0] else None],
         [beta.to(ctx.dtypes[1]) if needs_beta[0] else None],
-        given,
-        list(given),
+        no_gradient,
+        list(no_gradient),
         *rest,
     )
 
@@ -173,8 +172,8 @@ def stem_training(
             process alone.
 
     Autocast, the result and errors are those of `residual_block_training`: the pooled (N, K, P, Q)
-    and the layer's (6, K) terms. Of equal values in a window, the first takes the gradient.
+    and the layer's (6, K) `scale_shift`. Of equal values in a window, the first takes the gradient.
     """
     x = x.to(autocast_dtype(x)) if isinstance(x, Tensor) and x.is_floating_point() else x
-    y, _, terms = _op(x, *flatten([layer]), *(pool or MaxPool()), sync_group)
-    return y, terms
+    y, _, scale_shift = _op(x, *flatten([layer]), *(pool or MaxPool()), sync_group)
+    return y, scale_shift

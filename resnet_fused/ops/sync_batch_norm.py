@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.training import Activation, RawGradient
+from ..backends.training import Activation, PreBnGradient
 from ..parameters import BatchNorm
 from ..reference import training
 from ..reference.ops import nhwc
@@ -26,8 +26,8 @@ def _forward(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, sync_group: str
 ) -> tuple[Tensor, Tensor]:
     moments = gather(training.moments(x), sync_group)
-    terms = _pieces.bn_terms(moments, weight, bias, eps)
-    return training.normalise(Activation(x, terms)), terms
+    scale_shift = _pieces.bn_scale_shift(moments, weight, bias, eps)
+    return training.normalise(Activation(x, scale_shift)), scale_shift
 
 
 def _fake_forward(
@@ -38,22 +38,22 @@ def _fake_forward(
 
 
 def _backward(
-    grad: Tensor, x: Tensor, terms: Tensor, sync_group: str, needs_x: bool
+    grad: Tensor, x: Tensor, scale_shift: Tensor, sync_group: str, needs_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sums = training.sums(grad, Activation(x, terms))
+    sums = training.sums(grad, Activation(x, scale_shift))
     # As in a fused block: nobody gathers for a layer whose input needs no gradient.
     total = gather(sums, sync_group) if needs_x else sums
-    slopes, gamma, beta = _pieces.bn_slopes(sums, total, terms, False)
+    coefficients, gamma, beta = _pieces.bn_backward_coefficients(sums, total, scale_shift, False)
     x_grad = x.new_empty(0)
     if needs_x:
-        x_grad = nhwc(training.raw_gradient(RawGradient(grad, x, slopes, False)))
+        x_grad = nhwc(training.pre_bn_gradient(PreBnGradient(grad, x, coefficients, False)))
     return x_grad, gamma, beta
 
 
 def _fake_backward(
-    grad: Tensor, x: Tensor, terms: Tensor, sync_group: str, needs_x: bool
+    grad: Tensor, x: Tensor, scale_shift: Tensor, sync_group: str, needs_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    vector = terms.new_empty(terms.shape[1])
+    vector = scale_shift.new_empty(scale_shift.shape[1])
     return empty_result(x, x.shape) if needs_x else x.new_empty(0), vector, vector.clone()
 
 
@@ -65,7 +65,7 @@ _op = define(
 )
 _backward_op = define(
     "sync_batch_norm_backward",
-    "(Tensor grad, Tensor x, Tensor terms, str sync_group, bool needs_x) "
+    "(Tensor grad, Tensor x, Tensor scale_shift, str sync_group, bool needs_x) "
     "-> (Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
@@ -107,7 +107,7 @@ def sync_batch_norm(
         weight, bias: (C,) of any floating dtype, or None for 1 and 0.
         sync_group: name of the process group; "" for this process alone.
 
-    Returns (N, C, H, W), channels_last, of x's dtype, and the (6, C) terms (rows:
+    Returns (N, C, H, W), channels_last, of x's dtype, and the (6, C) `scale_shift` (rows:
     `resnet_fused.backends.training`), not differentiable. Raises ValueError for shapes and devices
     that disagree and TypeError for dtypes.
     """

@@ -10,34 +10,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..backends.training import MEAN, UNBIASED_VAR, TrainingKernels
-from ..parameters import BatchNorm, Convolution
+from ..parameters import BatchNorm, Convolution, Layer
 from ..reference.training import ReferenceTraining
 from .checks import check_batch_norm, convolution_shape
-from .dispatch import choose, chosen_backend, use_backend
+from .dispatch import chosen_backend, serving, use_backend
 from .modes import refuse_tangents
-from .registry import autocast_dtype, library
+from .registry import library
 
 _WINDOW = 7  # integers that describe a convolution: stride, padding, dilation, groups
 
 LAYERS_SCHEMA = (
-    "Tensor[] weights, Tensor[] bn_weights, Tensor[] bn_biases, Tensor[] given_means, "
-    "Tensor[] given_vars, int[] windows, bool[] frozen, float[] eps"
+    "Tensor[] weights, Tensor[] bn_weights, Tensor[] bn_biases, Tensor[] frozen_means, "
+    "Tensor[] frozen_vars, int[] windows, bool[] frozen, float[] eps"
 )
-
-
-class Layer(NamedTuple):
-    """A convolution and its normalisation, in training.
-
-    conv: its weight is of the input's dtype or float32.
-    weight, bias: (K,) of the normalisation, any floating dtype.
-    given: mean and variance to normalise with (frozen batch norm), or None for the batch's own.
-    """
-
-    conv: Convolution
-    weight: Tensor
-    bias: Tensor
-    eps: float = 1e-5
-    given: tuple[Tensor, Tensor] | None = None
 
 
 class LayerArguments(NamedTuple):
@@ -46,8 +31,8 @@ class LayerArguments(NamedTuple):
     weights: list[Tensor]
     bn_weights: list[Tensor]
     bn_biases: list[Tensor]
-    given_means: list[Tensor]
-    given_vars: list[Tensor]
+    frozen_means: list[Tensor]
+    frozen_vars: list[Tensor]
     windows: list[int]
     frozen: list[bool]
     eps: list[float]
@@ -55,19 +40,19 @@ class LayerArguments(NamedTuple):
 
 def flatten(layers: Sequence[Layer]) -> LayerArguments:
     """Schema arguments of layers."""
-    given = [layer.given for layer in layers if layer.given is not None]
+    frozen = [layer.frozen for layer in layers if layer.frozen is not None]
     return LayerArguments(
         [layer.conv.weight for layer in layers],
         [layer.weight for layer in layers],
         [layer.bias for layer in layers],
-        [mean for mean, _ in given],
-        [var for _, var in given],
+        [mean for mean, _ in frozen],
+        [var for _, var in frozen],
         [
             int(n)
             for conv, *_ in layers
             for n in (*conv.stride, *conv.padding, *conv.dilation, conv.groups)
         ],
-        [layer.given is not None for layer in layers],
+        [layer.frozen is not None for layer in layers],
         [layer.eps for layer in layers],
     )
 
@@ -100,8 +85,8 @@ def check_layer(
     result = convolution_shape(name, like, conv._replace(weight=conv.weight.to("meta")))
     vectors = [layers.bn_weights[i], layers.bn_biases[i]]
     if layers.frozen[i]:
-        given = sum(layers.frozen[:i])
-        vectors += [layers.given_means[given], layers.given_vars[given]]
+        index = sum(layers.frozen[:i])
+        vectors += [layers.frozen_means[index], layers.frozen_vars[index]]
     for weight, bias in zip(vectors[::2], vectors[1::2], strict=True):
         check_batch_norm(f"{name}.bn", BatchNorm(weight, bias, None, None), result[1], x)
     if not layers.frozen[i] and not sync_group and result[0] * result[2] * result[3] == 1:
@@ -113,31 +98,10 @@ def check_layer(
 
 
 def kernels(x: Tensor) -> TrainingKernels:
-    """The training pieces of the backend chosen for `x`, else the plain PyTorch ones."""
-    found = choose(x).training
-    return ReferenceTraining() if found is None else found
-
-
-def _has_kernels(device: str, dtype: torch.dtype) -> bool:
-    sample = torch.empty(0, device=device, dtype=dtype)
-    return choose(sample).training is not None
-
-
-# What torch.compiler.assume_constant_result sets; calling that would import all of torch._dynamo.
-_has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def trains_fused(x: Any, sync_group: str = "") -> bool:
-    """Whether training should run `x` through the training ops instead of module by module.
-
-    True where the backend chosen for `x`, in the dtype it is computed in, has training kernels, and
-    on the CPU where statistics are synchronised, which `nn.SyncBatchNorm` refuses there.
-    """
-    if not isinstance(x, Tensor) or not x.dtype.is_floating_point or 0 in x.shape:
-        return False
-    if sync_group and x.device.type == "cpu":
-        return True
-    return bool(_has_kernels(x.device.type, autocast_dtype(x)))
+    """The training pieces of the backend chosen for `x`, else of the first that has any, else the
+    plain PyTorch ones."""
+    found = (backend.training for backend in serving(x))
+    return next((kernels for kernels in found if kernels is not None), ReferenceTraining())
 
 
 def gather(parts: Tensor, sync_group: str) -> Tensor:
@@ -155,47 +119,47 @@ def gather(parts: Tensor, sync_group: str) -> Tensor:
     return torch.cat(ranks)
 
 
-def layer_terms(
+def layer_scale_shift(
     pieces: TrainingKernels,
     layers: LayerArguments,
     i: int,
     moments: Tensor | None,
     sync_group: str,
 ) -> Tensor:
-    """Terms of layer `i`: from given statistics, the batch's, or those of all ranks' batches."""
+    """Layer `i`'s scale and shift from frozen statistics, the batch's, or all ranks' batches'."""
     if moments is None:
-        given = sum(layers.frozen[:i])
-        mean, var = layers.given_means[given], layers.given_vars[given]
+        index = sum(layers.frozen[:i])
+        mean, var = layers.frozen_means[index], layers.frozen_vars[index]
         mean = mean.to(torch.promote_types(mean.dtype, torch.float32))
         moments = torch.stack([mean, var.to(mean.dtype), torch.ones_like(mean)])[None]
     elif sync_group:
         moments = gather(pieces.merge_moments(moments), sync_group)
-    return pieces.bn_terms(moments, layers.bn_weights[i], layers.bn_biases[i], layers.eps[i])
+    return pieces.bn_scale_shift(moments, layers.bn_weights[i], layers.bn_biases[i], layers.eps[i])
 
 
-def batch_statistics(terms: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance (K,) in a layer's terms: what running statistics take in."""
-    return terms[MEAN], terms[UNBIASED_VAR]
+def batch_statistics(scale_shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance (K,) of a layer: what running statistics take in."""
+    return scale_shift[MEAN], scale_shift[UNBIASED_VAR]
 
 
-def layer_slopes(
+def layer_backward_coefficients(
     pieces: TrainingKernels,
     sums: Tensor,
-    terms: Tensor,
+    scale_shift: Tensor,
     frozen: bool,
     sync_group: str,
     goes_on: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Slopes, which cover all ranks, and this rank's gradients of bn weight and bias.
+    """BN-backward coefficients over all ranks, and this rank's gradients of bn weight and bias.
 
-    goes_on: whether the slopes are wanted, because the convolution or what is below it needs a
-    gradient; if not, no rank waits for the others.
+    goes_on: whether the coefficients are wanted, because the convolution or what is below it needs
+    a gradient; if not, no rank waits for the others.
     """
     total = sums
     if sync_group and not frozen and goes_on:
         sums = pieces.merge_sums(sums)
         total = gather(sums, sync_group)
-    return pieces.bn_slopes(sums, total, terms, frozen)
+    return pieces.bn_backward_coefficients(sums, total, scale_shift, frozen)
 
 
 def define(

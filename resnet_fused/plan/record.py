@@ -14,8 +14,9 @@ from .. import fusion
 from .._extension import tensor_arg, types
 from ..backends import recording
 from ..backends.arguments import nhwc
+from ..backends.autotune import generation
 from ..blocks import BasicBlock, Bottleneck, PaddedIdentity, PlainBlock
-from .validity import Snapshot, generation
+from .validity import Snapshot
 
 # Types whose calls consist of nothing but ops, where those stand for them.
 _PLANNED = (*fusion.FUSED, PaddedIdentity, BasicBlock, PlainBlock, Bottleneck)

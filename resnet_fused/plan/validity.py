@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import tf32_in_convolutions
+from ..backends.autotune import generation
 from ..ops.dispatch import chosen_backend
 
 _address, _shape, _strides = Tensor.data_ptr, Tensor.size, Tensor.stride
@@ -37,11 +38,6 @@ def surroundings(x: Tensor) -> Hashable:
         torch.are_deterministic_algorithms_enabled(),
         torch.get_num_threads(),
     )
-
-
-def generation() -> int:
-    """A number that changes with every choice of a kernel."""
-    return 0
 
 
 class Snapshot:

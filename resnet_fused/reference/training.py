@@ -6,15 +6,17 @@ norm on the CPU, where `nn.SyncBatchNorm` itself refuses to run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from ..backends.training import MEAN, SCALE, SHIFT, Activation, RawGradient
-from ..parameters import Convolution, MaxPool
+from ..backends.training import MEAN, SCALE, SHIFT, Activation, PreBnGradient
+from ..parameters import Convolution, Layer, MaxPool
 from .convolution import convolve
-from .ops import pad_channels
+from .ops import nhwc, pad_channels
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -31,43 +33,45 @@ def _like_channels(vector: Tensor) -> Tensor:
 
 
 def _normalised(x: Activation) -> Tensor:
-    mean, scale, shift = (_like_channels(x.terms[i]) for i in (MEAN, SCALE, SHIFT))
-    return (_wide(x.raw) - mean) * scale + shift
+    mean, scale, shift = (_like_channels(x.scale_shift[i]) for i in (MEAN, SCALE, SHIFT))
+    return (_wide(x.pre_bn) - mean) * scale + shift
 
 
 def _value(x: Tensor | Activation) -> Tensor:
-    return x if isinstance(x, Tensor) else F.relu(_normalised(x)).to(x.raw.dtype)
+    return x if isinstance(x, Tensor) else F.relu(_normalised(x)).to(x.pre_bn.dtype)
 
 
-def moments(raw: Tensor) -> Tensor:
-    """The (1, 3, K) moments of raw (N, K, P, Q), all zero for an empty one."""
-    rows = _rows(raw)
+def moments(pre_bn: Tensor) -> Tensor:
+    """The (1, 3, K) moments of pre_bn (N, K, P, Q), all zero for an empty one."""
+    rows = _rows(pre_bn)
     mean = rows.mean(0) if len(rows) else rows.sum(0)
     squares = (rows - mean).square().sum(0)
     found = torch.stack([mean, squares, torch.full_like(mean, len(rows))])[None]
-    return found.to(_wide(raw).dtype)
+    return found.to(_wide(pre_bn).dtype)
 
 
 def normalise(x: Activation) -> Tensor:
-    """(raw - mean) · scale + shift, channels_last, of raw's dtype."""
-    out = _normalised(x).to(x.raw.dtype)
+    """(pre_bn - mean) · scale + shift, channels_last, of pre_bn's dtype."""
+    out = _normalised(x).to(x.pre_bn.dtype)
     return out.contiguous(memory_format=torch.channels_last)
 
 
 def sums(g: Tensor, x: Activation) -> Tensor:
     """The (1, 2, K) sums of the gradient `g` of x's normalisation."""
     rows = _rows(g)
-    found = torch.stack([rows.sum(0), (rows * (_rows(x.raw) - x.terms[MEAN])).sum(0)])[None]
-    return found.to(x.terms.dtype)
+    found = torch.stack([rows.sum(0), (rows * (_rows(x.pre_bn) - x.scale_shift[MEAN])).sum(0)])[
+        None
+    ]
+    return found.to(x.scale_shift.dtype)
 
 
-def raw_gradient(gradient: RawGradient) -> Tensor:
-    """The gradient of a raw result, formed; of the dtype of `gradient.grad`."""
-    a, b, d, mean = (_like_channels(v) for v in gradient.slopes)
+def pre_bn_gradient(gradient: PreBnGradient) -> Tensor:
+    """The gradient of a pre-BN output, formed; of the dtype of `gradient.grad`."""
+    a, b, d, mean = (_like_channels(v) for v in gradient.coefficients)
     out = a * _wide(gradient.grad)
     if not gradient.frozen:
-        assert gradient.raw is not None
-        out = out + b * (_wide(gradient.raw) - mean) + d
+        assert gradient.pre_bn is not None
+        out = out + b * (_wide(gradient.pre_bn) - mean) + d
     return out.to(gradient.grad.dtype)
 
 
@@ -78,11 +82,11 @@ class ReferenceTraining:
         self, x: Tensor | Activation, conv: Convolution, statistics: bool
     ) -> tuple[Tensor, Tensor | None]:
         value = _value(x)
-        raw = convolve(value, conv._replace(weight=conv.weight.to(value.dtype)))
-        raw = raw.contiguous(memory_format=torch.channels_last)
+        pre_bn = convolve(value, conv._replace(weight=conv.weight.to(value.dtype)))
+        pre_bn = pre_bn.contiguous(memory_format=torch.channels_last)
         if not statistics:
-            return raw, None
-        return raw, moments(raw)
+            return pre_bn, None
+        return pre_bn, moments(pre_bn)
 
     def merge_moments(self, moments: Tensor) -> Tensor:
         mean, squares, count = moments.double().unbind(1)
@@ -92,12 +96,12 @@ class ReferenceTraining:
         squares = squares.sum(0) + (count * (mean - merged).square()).sum(0)
         return torch.stack([merged, squares, total])[None].to(moments.dtype)
 
-    def bn_terms(self, moments: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    def bn_scale_shift(self, moments: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         mean, squares, count = self.merge_moments(moments.double())[0].unbind(0)
         invstd = (squares / count + eps).rsqrt()
         unbiased = squares / (count - 1).clamp(min=1)
-        terms = [mean, weight.double() * invstd, bias.double(), invstd, unbiased, count]
-        return torch.stack(terms).to(moments.dtype)
+        scale_shift = [mean, weight.double() * invstd, bias.double(), invstd, unbiased, count]
+        return torch.stack(scale_shift).to(moments.dtype)
 
     def bn_add_relu(self, main: Activation, shortcut: Tensor | Activation | None) -> Tensor:
         out = _normalised(main)
@@ -105,7 +109,7 @@ class ReferenceTraining:
             if isinstance(shortcut, Tensor):
                 shortcut = pad_channels(shortcut, out.shape[1])
             out = out + (shortcut if isinstance(shortcut, Tensor) else _normalised(shortcut))
-        return F.relu(out).to(main.raw.dtype)
+        return F.relu(out).to(main.pre_bn.dtype)
 
     def relu_gradient(
         self, grad: Tensor, y: Tensor, branches: list[Activation]
@@ -116,29 +120,33 @@ class ReferenceTraining:
     def merge_sums(self, sums: Tensor) -> Tensor:
         return sums.sum(0, keepdim=True)
 
-    def bn_slopes(
-        self, sums: Tensor, total: Tensor, terms: Tensor, frozen: bool
+    def bn_backward_coefficients(
+        self, sums: Tensor, total: Tensor, scale_shift: Tensor, frozen: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         sum_g, sum_centred = sums.double().sum(0).unbind(0)
         total_g, total_centred = total.double().sum(0).unbind(0)
-        mean, scale, _, invstd, _, count = terms.double().unbind(0)
+        mean, scale, _, invstd, _, count = scale_shift.double().unbind(0)
         b = -scale * invstd.square() * total_centred / count
         d = -scale * total_g / count
         if frozen:
             b, d = torch.zeros_like(b), torch.zeros_like(d)
-        slopes = torch.stack([scale, b, d, mean]).to(terms.dtype)
-        return slopes, (invstd * sum_centred).to(terms.dtype), sum_g.to(terms.dtype)
+        coefficients = torch.stack([scale, b, d, mean]).to(scale_shift.dtype)
+        return (
+            coefficients,
+            (invstd * sum_centred).to(scale_shift.dtype),
+            sum_g.to(scale_shift.dtype),
+        )
 
     def dgrad(
         self,
-        gradient: RawGradient,
+        gradient: PreBnGradient,
         conv: Convolution,
         shape: torch.Size,
         below: Activation | None,
         add: Tensor | None,
         add_stride: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        dc = raw_gradient(gradient)
+        dc = pre_bn_gradient(gradient)
         out = conv2d_input(shape, conv.weight.to(dc.dtype), dc, *conv[1:])
         if add is not None and add_stride is None:
             out = out + add
@@ -149,8 +157,8 @@ class ReferenceTraining:
         out = out.contiguous(memory_format=torch.channels_last)
         return out, None if below is None else sums(out, below)
 
-    def wgrad(self, gradient: RawGradient, x: Tensor | Activation, conv: Convolution) -> Tensor:
-        dc, value = raw_gradient(gradient), _value(x)
+    def wgrad(self, gradient: PreBnGradient, x: Tensor | Activation, conv: Convolution) -> Tensor:
+        dc, value = pre_bn_gradient(gradient), _value(x)
         out = conv2d_weight(_wide(value), conv.weight.shape, _wide(dc), *conv[1:])
         return out.to(conv.weight.dtype).contiguous(memory_format=torch.channels_last)
 
@@ -167,3 +175,35 @@ class ReferenceTraining:
         ).to(grad.dtype)
         g = torch.where(value > 0, g, 0).contiguous(memory_format=torch.channels_last)
         return g, sums(g, x)
+
+
+def residual_block(
+    x: Tensor,
+    layers: Sequence[Layer],
+    projection: Layer | None,
+    identity: bool,
+    padded_stride: int | None,
+    pool: MaxPool | None,
+) -> Tensor:
+    """What the training ops mean, in the order of their modules: relu(F(x) + shortcut(x)), or
+    max_pool(relu(F(x))) where there is a pool."""
+
+    def normalised(x: Tensor, layer: Layer) -> Tensor:
+        conv, weight, bias, eps, frozen = layer
+        mean, var = (None, None) if frozen is None else frozen
+        out = convolve(x, conv)
+        if x.dtype == torch.float64:
+            weight, bias = weight.double(), bias.double()
+        return F.batch_norm(out, mean, var, weight, bias, frozen is None, 0.0, eps)
+
+    out = x
+    for layer in layers[:-1]:
+        out = F.relu(normalised(out, layer))
+    out = normalised(out, layers[-1])
+    if projection is not None:
+        out = out + normalised(x, projection)
+    elif identity:
+        stride = padded_stride or 1
+        out = out + pad_channels(x[:, :, ::stride, ::stride], out.shape[1])
+    out = F.relu(out)
+    return nhwc(out if pool is None else F.max_pool2d(out, *pool))

@@ -6,21 +6,24 @@ with its pooling. What those do not serve runs as oneDNN's convolution and one p
 
 from __future__ import annotations
 
+import functools
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ... import _extension
 from ...errors import BackendUnavailableError
 from ...parameters import BatchNorm, ConvBn, Convolution, MaxPool
-from .. import Backend, LayerByLayer
+from .. import Backend, Candidate, Candidates
 from .live_cache import LiveCache
 from .memory import keep_freed_memory
 from .native import PackedConvolution, PooledStem, bn_add_relu, head, suits_winograd
 from .onednn import OPERATORS, OneDnnConvolution
 
 
-class CpuBackend(LayerByLayer):
+class CpuBackend:
+    """Implements `resnet_fused.backends.Backend`."""
+
     name = "cpu"
     training = None
 
@@ -49,13 +52,41 @@ class CpuBackend(LayerByLayer):
             return "torch.backends.mkldnn.enabled is False; set it to True"
         return None
 
-    def bn_add_relu(self, x: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool) -> Tensor:
-        return bn_add_relu(self.extension, x, bn, residual, relu)
+    def bn_add_relu(
+        self, x: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool
+    ) -> Candidates:
+        return (Candidate("cpu", functools.partial(bn_add_relu, self.extension)),)
 
-    def conv_bn(self, x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool) -> Tensor:
-        return self._pack(x, layer.conv)(x, layer.bn, residual, relu)
+    def conv_bn(self, x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool) -> Candidates:
+        return (Candidate("cpu", self._conv_bn),)
 
     def conv_bn_projection(
+        self, x: Tensor, layer: ConvBn, shortcut: Tensor, projection: ConvBn
+    ) -> Candidates:
+        return (Candidate("cpu", self._conv_bn_projection),)
+
+    def bottleneck(
+        self,
+        x: Tensor,
+        layer1: ConvBn,
+        layer2: ConvBn,
+        layer3: ConvBn,
+        projection: ConvBn | None,
+    ) -> Candidates:
+        return ()
+
+    def stem(self, x: Tensor, layer: ConvBn, pool: MaxPool) -> Candidates:
+        if layer.conv.weight.dtype not in self._own or not PooledStem.serves(layer.conv, pool):
+            return ()
+        return (Candidate("cpu", self._stem),)
+
+    def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Candidates:
+        return (Candidate("cpu", functools.partial(head, self.extension)),)
+
+    def _conv_bn(self, x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool) -> Tensor:
+        return self._pack(x, layer.conv)(x, layer.bn, residual, relu)
+
+    def _conv_bn_projection(
         self, x: Tensor, layer: ConvBn, shortcut: Tensor, projection: ConvBn
     ) -> Tensor:
         main, side = self._pack(x, layer.conv), self._pack(shortcut, projection.conv)
@@ -68,16 +99,11 @@ class CpuBackend(LayerByLayer):
         residual = side(shortcut, projection.bn, None, False)
         return main(x, layer.bn, residual, True, in_place=True)
 
-    def stem(self, x: Tensor, layer: ConvBn, pool: MaxPool) -> Tensor:
+    def _stem(self, x: Tensor, layer: ConvBn, pool: MaxPool) -> Tensor:
         conv, bn = layer
-        if conv.weight.dtype not in self._own or not PooledStem.serves(conv, pool):
-            return F.max_pool2d(self.conv_bn(x, layer, None, True), *pool)
         keep_freed_memory()
         packed = self._stems.get(conv.weight, None, lambda: PooledStem(self.extension, conv))
         return packed(x, bn)
-
-    def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return head(self.extension, x, weight, bias)
 
     def _pack(self, x: Tensor, conv: Convolution) -> PackedConvolution | OneDnnConvolution:
         keep_freed_memory()

@@ -48,9 +48,7 @@ def bn_add_relu(
     """
     x = nhwc(x)
     out = x if in_place else torch.empty_like(x)
-    extension.bn_add_relu(
-        tensor_arg(out), tensor_arg(x), vectors(bn), residual_arg(residual), relu
-    )
+    extension.bn_add_relu(tensor_arg(out), tensor_arg(x), vectors(bn), residual_arg(residual), relu)
     return out
 
 
@@ -70,9 +68,7 @@ def head(extension: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None) 
 def pack(extension: ModuleType, form: str, weight: Tensor) -> Tensor:
     """The weight as the kernels of that form read it: "conv", "winograd" or "stem"."""
     described = tensor_arg(weight)
-    packed = torch.empty(
-        getattr(extension, f"{form}_packed_bytes")(described), dtype=torch.uint8
-    )
+    packed = torch.empty(getattr(extension, f"{form}_packed_bytes")(described), dtype=torch.uint8)
     getattr(extension, f"{form}_pack")(described, tensor_arg(packed))
     return packed
 
@@ -171,7 +167,5 @@ class PooledStem:
         height, width = x.shape[2:]
         # Halved twice, rounded up.
         out = empty_nhwc(x, self._out_channels, (height + 3) // 4, (width + 3) // 4)
-        self._kernel(
-            tensor_arg(out), tensor_arg(nhwc(x)), tensor_arg(self.packed), vectors(bn)
-        )
+        self._kernel(tensor_arg(out), tensor_arg(nhwc(x)), tensor_arg(self.packed), vectors(bn))
         return out

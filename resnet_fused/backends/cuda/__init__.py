@@ -1,12 +1,11 @@
-"""Backend `cuda`: our CUDA kernels, and torch's convolutions (cuDNN, NHWC) where those are ahead.
+"""Backend `cuda`: our CUDA kernels, and torch's convolutions (cuDNN, NHWC) with our passes.
 
-Each convolution runs with the fastest, as measured, of the tiles of our implicit GEMM and of cuDNN
-followed by our normalisation kernel. The rule, where measuring is not allowed: our kernel takes
-every convolution of whole 16-byte chunks on tensor cores (float16 and bfloat16, one group, channels
-that are multiples of 8), cuDNN the others (small groups, float32 with or without TF32). The stem's
-three channels have another kernel, with the pooling; a whole bottleneck of few inner channels has
-one as well, which is measured against its layers. The head is our average pool, then our product
-(by the rule, of few images) or cuBLAS's.
+A convolution may run in each tile of our implicit GEMM that serves it, or as cuDNN's followed by
+our normalisation kernel. The heuristic prefers our kernel for every convolution of whole 16-byte
+chunks on tensor cores (float16 and bfloat16, one group, channels that are multiples of 8), and
+cuDNN for the others (small groups, float32 with or without TF32). The stem's three channels have
+another kernel, with the pooling; a whole bottleneck of few inner channels has one as well. The head
+is our average pool, then our product (preferred for few images) or cuBLAS's.
 
 torch's fused `cudnn_convolution_relu` and `cudnn_convolution_add_relu` are no candidates: they add
 a bias and cannot scale, so that batch norm would have to be folded into rounded weights.
@@ -15,7 +14,7 @@ a bias and cannot scale, so that batch norm would have to be folded into rounded
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -26,24 +25,20 @@ from torch import Tensor
 from ... import _extension
 from ...errors import BackendUnavailableError
 from ...parameters import BatchNorm, ConvBn, Convolution, MaxPool
-from .. import Backend, LayerByLayer
-from ..tuning import Tuner, describe
+from ...reference.ops import pad_channels
+from .. import Backend, Candidate, Candidates
 from .launch import Launcher
 
-_CUDNN = "cudnn"
-_SEPARATE = "separate"
-_FUSED = "fused"
-_LINEAR = "linear"
-_CUBLAS = "cublas"
-
-# Of the rule: more images are work for tensor cores, which our product does without (head.cu).
+# For the heuristic: more images are work for tensor cores, which head.cu does without.
 _MOST_IMAGES_OF_LINEAR = 16
 
 # Inner channels of a bottleneck that its kernel keeps in shared memory.
 _WIDEST_INNER = 128
 
 
-class CudaBackend(LayerByLayer):
+class CudaBackend:
+    """Implements `resnet_fused.backends.Backend`."""
+
     name = "cuda"
     training = None
 
@@ -52,7 +47,6 @@ class CudaBackend(LayerByLayer):
         self.extension = extension
         self._launcher = self._make_launcher(extension)
         self._tile = tile
-        self._tuner = Tuner(self.name)
         self._unloadable = functools.cache(self._check_device)
 
     def _make_launcher(self, extension: ModuleType) -> Launcher:
@@ -60,13 +54,8 @@ class CudaBackend(LayerByLayer):
 
     @property
     def tiles(self) -> list[str]:
-        """The tiles of our convolutions, of all GPUs, as candidates are named."""
-        return [name for name in self.extension.ConvTile.__members__ if name != "automatic"]
-
-    @property
-    def kernels(self) -> list[str]:
-        """All of its candidates by name, of whatever op and GPU."""
-        return [*self.tiles, _CUDNN, _FUSED, _SEPARATE, _LINEAR, _CUBLAS]
+        """The tiles of our convolutions, of all GPUs, as candidates and families name them."""
+        return list(self.extension.ConvTile.__members__)
 
     def _check_device(self, index: int) -> str | None:
         with torch.cuda.device(index):
@@ -84,8 +73,64 @@ class CudaBackend(LayerByLayer):
         index = torch.cuda.current_device() if device.index is None else device.index
         return self._unloadable(index)
 
-    def bn_add_relu(self, x: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool) -> Tensor:
-        return self._launcher.bn_add_relu(x, bn, residual, relu)
+    def bn_add_relu(
+        self, x: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool
+    ) -> Candidates:
+        return (Candidate("cuda", self._launcher.bn_add_relu, "cuda bn_add_relu"),)
+
+    def conv_bn(self, x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool) -> Candidates:
+        tiles = self._tiles(self._conv_bn, (x, layer), None, residual, relu)
+        if self._tile is not None:
+            return tiles
+        cudnn = Candidate("cudnn", self._conv_bn_of_cudnn, "cuda bn_add_relu")
+        return [cudnn, *tiles] if self._left_to_cudnn(x, layer.conv) else [*tiles, cudnn]
+
+    def conv_bn_projection(
+        self, x: Tensor, layer: ConvBn, shortcut: Tensor, projection: ConvBn
+    ) -> Candidates:
+        if layer.conv.groups * projection.conv.groups > 1:
+            return ()
+        left = self._left_to_cudnn(x, layer.conv) or self._left_to_cudnn(shortcut, projection.conv)
+        tiles = self._tiles(
+            self._conv_bn_projection, (x, layer), (shortcut, projection), None, True
+        )
+        return [tile._replace(is_profitable=not left) for tile in tiles]
+
+    def _tiles(
+        self,
+        launch: Callable[..., Tensor],
+        main: tuple[Tensor, ConvBn],
+        projection: tuple[Tensor, ConvBn] | None,
+        residual: Tensor | None,
+        relu: bool,
+    ) -> list[Candidate]:
+        """Our kernel in each tile that serves the convolution, the heuristic's choice first."""
+        if self._tile is not None:
+            names = [self._tile.name]
+        else:
+            names = ["automatic", *self._launcher.tiles(main, projection, residual, relu)]
+        return [
+            Candidate(f"cuda {name}", functools.partial(launch, name), f"cuda conv_bn {name}")
+            for name in names
+        ]
+
+    def _conv_bn(
+        self, tile: str, x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool
+    ) -> Tensor:
+        return self._launcher.conv_bn(tile, (x, layer), None, residual, relu)
+
+    def _conv_bn_projection(
+        self, tile: str, x: Tensor, layer: ConvBn, shortcut: Tensor, projection: ConvBn
+    ) -> Tensor:
+        return self._launcher.conv_bn(tile, (x, layer), (shortcut, projection), None, True)
+
+    def _conv_bn_of_cudnn(
+        self, x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool
+    ) -> Tensor:
+        convolved = _convolve(x, layer.conv)
+        if residual is not None:
+            residual = pad_channels(residual, convolved.shape[1])
+        return self._launcher.bn_add_relu(convolved, layer.bn, residual, relu, out=convolved)
 
     def _left_to_cudnn(self, x: Tensor, conv: Convolution) -> bool:
         return (
@@ -95,57 +140,23 @@ class CudaBackend(LayerByLayer):
             or conv.weight.shape[1] % 8 > 0
         )
 
-    def conv_bn(self, x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool) -> Tensor:
-        arguments = ((x, layer), None, residual, relu)
-
-        def launch(kernel: str) -> Tensor:
-            if kernel == _CUDNN:
-                return self._conv_bn_of_cudnn(x, layer, residual, relu)
-            return self._launcher.conv_bn(kernel, *arguments)
-
-        return self._tuner.run(
-            ("conv_bn", *describe(x, layer, residual, relu)),
-            x.device,
-            lambda: self._kernels(_CUDNN, self._left_to_cudnn(x, layer.conv), *arguments),
-            launch,
-        )
-
-    def _conv_bn_of_cudnn(
-        self, x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool
-    ) -> Tensor:
-        convolved = _convolve(x, layer.conv)
-        return self._launcher.bn_add_relu(convolved, layer.bn, residual, relu, out=convolved)
-
-    def _kernels(self, other: str, other_first: bool, *arguments: Any) -> list[str]:
-        """Names of the ways to compute a convolution: our tiles, and `other`; the rule's first."""
-        if self._tile is not None:
-            return [self._tile.name]
-        tiles = self._launcher.tiles(*arguments)
-        return [other, *tiles] if other_first else ["automatic", *tiles, other]
-
-    def conv_bn_projection(
-        self, x: Tensor, layer: ConvBn, shortcut: Tensor, projection: ConvBn
-    ) -> Tensor:
-        arguments = ((x, layer), (shortcut, projection), None, True)
-        conv, projected_conv = layer.conv, projection.conv
-
-        def launch(kernel: str) -> Tensor:
-            if kernel == _SEPARATE:
-                projected = self.conv_bn(shortcut, projection, None, relu=False)
-                return self.conv_bn(x, layer, projected, relu=True)
-            return self._launcher.conv_bn(kernel, *arguments)
-
-        if conv.groups * projected_conv.groups > 1:
-            return launch(_SEPARATE)
-        separate = self._left_to_cudnn(x, conv) or self._left_to_cudnn(shortcut, projected_conv)
-        return self._tuner.run(
-            ("conv_bn_projection", *describe(x, layer, shortcut, projection)),
-            x.device,
-            lambda: self._kernels(_SEPARATE, separate, *arguments),
-            launch,
-        )
-
     def bottleneck(
+        self,
+        x: Tensor,
+        layer1: ConvBn,
+        layer2: ConvBn,
+        layer3: ConvBn,
+        projection: ConvBn | None,
+    ) -> Candidates:
+        layers = [layer1, layer2, layer3, *([] if projection is None else [projection])]
+        if not _resnet_bottleneck(x, [conv for conv, _ in layers]):
+            return ()
+        if not self._launcher.can_implement_bottleneck(x, layers):
+            return ()
+        profitable = self._launcher.is_bottleneck_profitable(x, layers)
+        return (Candidate("cuda fused", self._bottleneck, "cuda bottleneck", profitable),)
+
+    def _bottleneck(
         self,
         x: Tensor,
         layer1: ConvBn,
@@ -154,56 +165,24 @@ class CudaBackend(LayerByLayer):
         projection: ConvBn | None,
     ) -> Tensor:
         layers = [layer1, layer2, layer3, *([] if projection is None else [projection])]
+        return self._launcher.bottleneck(x, layers)
 
-        def launch(kernel: str) -> Tensor:
-            if kernel == _FUSED:
-                return self._launcher.bottleneck(x, layers)
-            return LayerByLayer.bottleneck(self, x, layer1, layer2, layer3, projection)
-
-        if not _resnet_bottleneck(x, [conv for conv, _ in layers]):
-            return launch(_SEPARATE)
-        return self._tuner.run(
-            ("bottleneck", *describe(x, *layers)),
-            x.device,
-            lambda: self._bottleneck_kernels(x, layers),
-            launch,
-        )
-
-    def _bottleneck_kernels(self, x: Tensor, layers: Sequence[ConvBn]) -> list[str]:
-        """The ways to compute a bottleneck, the rule's first."""
-        if not self._launcher.can_implement_bottleneck(x, layers):
-            return [_SEPARATE]
-        profitable = self._launcher.is_bottleneck_profitable(x, layers)
-        return [_FUSED, _SEPARATE] if profitable else [_SEPARATE, _FUSED]
-
-    def stem(self, x: Tensor, layer: ConvBn, pool: MaxPool) -> Tensor:
-        def launch(kernel: str) -> Tensor:
-            if kernel == _FUSED:
-                return self._launcher.stem(x, layer, pool)
-            out = F.max_pool2d(self.conv_bn(x, layer, None, relu=True), *pool)
-            return out.contiguous(memory_format=torch.channels_last)
-
+    def stem(self, x: Tensor, layer: ConvBn, pool: MaxPool) -> Candidates:
         if not _resnet_stem(x, layer.conv, pool):
-            return launch(_SEPARATE)
-        return self._tuner.run(
-            ("stem", *describe(x, layer, pool)), x.device, lambda: [_FUSED, _SEPARATE], launch
-        )
+            return ()
+        return (Candidate("cuda fused", self._launcher.stem, "cuda stem"),)
 
-    def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        def launch(product: str) -> Tensor:
-            if product == _CUBLAS:
-                return F.linear(self._launcher.average_pool(x, x.dtype), weight, bias)
-            return self._launcher.linear(
-                self._launcher.average_pool(x, torch.float32), weight, bias
-            )
+    def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Candidates:
+        linear = Candidate("cuda linear", self._linear, "cuda head")
+        cublas = Candidate("cublas", self._cublas, "cuda head")
+        return (linear, cublas) if x.shape[0] <= _MOST_IMAGES_OF_LINEAR else (cublas, linear)
 
-        few = x.shape[0] <= _MOST_IMAGES_OF_LINEAR
-        return self._tuner.run(
-            ("head", *describe(x, weight, bias)),
-            x.device,
-            lambda: [_LINEAR, _CUBLAS] if few else [_CUBLAS, _LINEAR],
-            launch,
-        )
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        means = self._launcher.average_pool(x, torch.float32)
+        return self._launcher.linear(means, weight, bias)
+
+    def _cublas(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(self._launcher.average_pool(x, x.dtype), weight, bias)
 
 
 def _resnet_stem(x: Tensor, conv: Convolution, pool: MaxPool) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...parameters import Convolution
-from ..training import Activation, RawGradient
+from ..training import Activation, PreBnGradient
 from ..tuning import Tuner
 from . import training_batch_norm as batch_norm
 from . import training_pool as pooling
@@ -19,11 +19,11 @@ class TritonTraining:
     """Implements `resnet_fused.backends.training.TrainingKernels`."""
 
     merge_moments = staticmethod(batch_norm.merge_moments)
-    bn_terms = staticmethod(batch_norm.bn_terms)
+    bn_scale_shift = staticmethod(batch_norm.bn_scale_shift)
     bn_add_relu = staticmethod(batch_norm.bn_add_relu)
     relu_gradient = staticmethod(batch_norm.relu_gradient)
     merge_sums = staticmethod(batch_norm.merge_sums)
-    bn_slopes = staticmethod(batch_norm.bn_slopes)
+    bn_backward_coefficients = staticmethod(batch_norm.bn_backward_coefficients)
     bn_relu_pool = staticmethod(pooling.bn_relu_pool)
     pool_gradient = staticmethod(pooling.pool_gradient)
 
@@ -37,7 +37,7 @@ class TritonTraining:
 
     def dgrad(
         self,
-        gradient: RawGradient,
+        gradient: PreBnGradient,
         conv: Convolution,
         shape: torch.Size,
         below: Activation | None,
@@ -46,5 +46,5 @@ class TritonTraining:
     ) -> tuple[Tensor, Tensor | None]:
         return dgrad(self._tuner, gradient, conv, shape, below, add, add_stride)
 
-    def wgrad(self, gradient: RawGradient, x: Tensor | Activation, conv: Convolution) -> Tensor:
+    def wgrad(self, gradient: PreBnGradient, x: Tensor | Activation, conv: Convolution) -> Tensor:
         return wgrad(self._tuner, gradient, x, conv)

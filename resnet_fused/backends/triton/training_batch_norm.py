@@ -1,5 +1,5 @@
-"""Batch norm between the convolutions of training: statistics merged, terms and slopes made, the
-block's end, and the gradient that enters the block there.
+"""Batch norm between the convolutions of training: statistics merged, scale and shift and the
+backward coefficients computed, the block's end, and the gradient that enters the block there.
 
 Algorithm: every reduction is a sum over parts in a fixed order, so that the same inputs give the
 same bits. Moments merge stably: first the mean of all parts, as a deviation from the first part's,
@@ -22,7 +22,7 @@ from torch import Tensor
 from ..training import Activation
 from .launching import Config, empty_nhwc, is_wide, launch, nhwc, strided_operand
 from .primitives import rectify, strided_rows, tile_index
-from .training_convolution import affine, channel_terms, for_sums
+from .training_convolution import affine, channel_scale_shift, for_sums
 
 _CHUNK = 64  # parts that one program merges where there are many
 _DIRECT = 256  # parts that the last merge takes without a first one
@@ -103,7 +103,7 @@ def merge_sums_kernel(sums, out, parts, K, CHUNK, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def bn_terms_kernel(moments, gamma, beta, out, eps, parts, K, BLOCK_C: tl.constexpr):
-    """Grid: (blocks of K,). out: the (6, K) terms of `resnet_fused.backends.training`."""
+    """Grid: (blocks of K,). out: the (6, K) `scale_shift` of `resnet_fused.backends.training`."""
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     valid = channel < K
     mean, squares, count = merged_moments(moments, 0, parts, K, channel, valid)
@@ -121,8 +121,8 @@ def bn_terms_kernel(moments, gamma, beta, out, eps, parts, K, BLOCK_C: tl.conste
 def bn_slopes_kernel(
     sums,
     total,
-    terms,
-    slopes,
+    scale_shift,
+    coefficients,
     gamma_grad,
     beta_grad,
     parts,
@@ -131,23 +131,23 @@ def bn_slopes_kernel(
     FROZEN: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Grid: (blocks of K,). Slopes from `total`, parameter gradients from `sums`."""
+    """Grid: (blocks of K,). Coefficients from `total`, parameter gradients from `sums`."""
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     valid = channel < K
     sum_g, sum_centred = merged_sums(sums, 0, parts, K, channel, valid)
-    mean = tl.load(terms + channel, valid, other=0.0)
-    scale = tl.load(terms + K + channel, valid, other=0.0)
-    invstd = tl.load(terms + 3 * K + channel, valid, other=0.0)
+    mean = tl.load(scale_shift + channel, valid, other=0.0)
+    scale = tl.load(scale_shift + K + channel, valid, other=0.0)
+    invstd = tl.load(scale_shift + 3 * K + channel, valid, other=0.0)
     tl.store(gamma_grad + channel, invstd * sum_centred, valid)
     tl.store(beta_grad + channel, sum_g, valid)
     b = tl.zeros((BLOCK_C,), tl.float64)
     d = b
     if not FROZEN:
-        count = tl.load(terms + 5 * K + channel, valid, other=1.0)
+        count = tl.load(scale_shift + 5 * K + channel, valid, other=1.0)
         total_g, total_centred = merged_sums(total, 0, total_parts, K, channel, valid)
         b = -scale.to(tl.float64) * invstd * invstd * (total_centred / count)
         d = -scale * (total_g / count)
-    place = slopes + channel
+    place = coefficients + channel
     tl.store(place, scale, valid)
     tl.store(place + K, b, valid)
     tl.store(place + 2 * K, d, valid)
@@ -156,10 +156,10 @@ def bn_slopes_kernel(
 
 @triton.jit
 def bn_add_relu_kernel(
-    raw,
-    terms,
+    pre_bn,
+    scale_shift,
     shortcut,
-    shortcut_terms,
+    shortcut_scale_shift,
     shortcut_channels,
     shortcut_n,
     shortcut_h,
@@ -173,15 +173,15 @@ def bn_add_relu_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Grid: (tiles of rows × K,). shortcut may be None; shortcut_terms None: added as it is.
+    """Grid: (tiles of rows × K,). shortcut may be None; shortcut_scale_shift None: added as it is.
     shortcut_channels and its strides are None where it is laid out like the result."""
     row, first_channel = tile_index(rows, K, BLOCK_M, BLOCK_C, WIDE)
     channel = first_channel + tl.arange(0, BLOCK_C)
     valid = channel < K
     offset = row[:, None] * K + channel[None, :]
     mask = (row < rows)[:, None] & valid[None, :]
-    mean, scale, shift = channel_terms(terms, K, channel, valid)
-    value = affine(tl.load(raw + offset, mask, other=0.0), mean, scale, shift)
+    mean, scale, shift = channel_scale_shift(scale_shift, K, channel, valid)
+    value = affine(tl.load(pre_bn + offset, mask, other=0.0), mean, scale, shift)
     if shortcut is not None:
         place = offset
         present = mask
@@ -190,8 +190,8 @@ def bn_add_relu_kernel(
             place = place + channel[None, :]
             present = mask & (channel < shortcut_channels)[None, :]
         other = tl.load(shortcut + place, present, other=0.0)
-        if shortcut_terms is not None:
-            mean, scale, shift = channel_terms(shortcut_terms, K, channel, valid)
+        if shortcut_scale_shift is not None:
+            mean, scale, shift = channel_scale_shift(shortcut_scale_shift, K, channel, valid)
             other = affine(other, mean, scale, shift)
         value += other.to(tl.float32)
     tl.store(out + offset, rectify(value).to(out.dtype.element_ty), mask)
@@ -201,11 +201,11 @@ def bn_add_relu_kernel(
 def relu_gradient_kernel(
     grad,
     y,
-    raw,
-    terms,
+    pre_bn,
+    scale_shift,
     sums,
-    other_raw,
-    other_terms,
+    other_pre_bn,
+    other_scale_shift,
     other_sums,
     out,
     rows,
@@ -224,10 +224,10 @@ def relu_gradient_kernel(
         first_row = block.to(tl.int64) * (TILES * BLOCK_M)
     channel = (tl.program_id(0) % tiles_n) * BLOCK_C + tl.arange(0, BLOCK_C)
     valid = channel < K
-    mean = tl.load(terms + channel, valid, other=0.0)
+    mean = tl.load(scale_shift + channel, valid, other=0.0)
     other_mean = mean
-    if other_raw is not None:
-        other_mean = tl.load(other_terms + channel, valid, other=0.0)
+    if other_pre_bn is not None:
+        other_mean = tl.load(other_scale_shift + channel, valid, other=0.0)
     sum_g = for_sums(tl.zeros((BLOCK_M, BLOCK_C), grad.dtype.element_ty))
     centred = sum_g
     other_centred = sum_g
@@ -240,16 +240,16 @@ def relu_gradient_kernel(
         tl.store(out + offset, g, mask)
         g = for_sums(g)
         sum_g += g
-        value = tl.load(raw + offset, mask, other=0.0)
+        value = tl.load(pre_bn + offset, mask, other=0.0)
         centred += g * (for_sums(value) - mean[None, :])
-        if other_raw is not None:
-            value = tl.load(other_raw + offset, mask, other=0.0)
+        if other_pre_bn is not None:
+            value = tl.load(other_pre_bn + offset, mask, other=0.0)
             other_centred += g * (for_sums(value) - other_mean[None, :])
     sum_g = tl.sum(sum_g, 0)
     place = block * 2 * K + channel
     tl.store(sums + place, sum_g, valid)
     tl.store(sums + place + K, tl.sum(centred, 0), valid)
-    if other_raw is not None:
+    if other_pre_bn is not None:
         tl.store(other_sums + place, sum_g, valid)
         tl.store(other_sums + place + K, tl.sum(other_centred, 0), valid)
 
@@ -285,8 +285,8 @@ def merge_sums(sums: Tensor) -> Tensor:
     return _reduce(sums, merge_sums_kernel, sums.shape[0])
 
 
-def bn_terms(moments: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """See `TrainingKernels.bn_terms`."""
+def bn_scale_shift(moments: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """See `TrainingKernels.bn_scale_shift`."""
     moments = _few(moments, merge_moments_kernel)
     parts, _, channels = moments.shape
     out = moments.new_empty((6, channels))
@@ -297,37 +297,39 @@ def bn_terms(moments: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tenso
     return out
 
 
-def bn_slopes(
-    sums: Tensor, total: Tensor, terms: Tensor, frozen: bool
+def bn_backward_coefficients(
+    sums: Tensor, total: Tensor, scale_shift: Tensor, frozen: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `TrainingKernels.bn_slopes`."""
+    """See `TrainingKernels.bn_backward_coefficients`."""
     few = _few(sums, merge_sums_kernel)
     total = few if total is sums else total
-    channels = terms.shape[1]
-    slopes = terms.new_empty((4, channels))
-    gamma_grad, beta_grad = terms.new_empty(channels), terms.new_empty(channels)
+    channels = scale_shift.shape[1]
+    coefficients = scale_shift.new_empty((4, channels))
+    gamma_grad, beta_grad = scale_shift.new_empty(channels), scale_shift.new_empty(channels)
     launch(
         bn_slopes_kernel, (triton.cdiv(channels, _BLOCK_C),), _MERGE,
-        few, total, terms, slopes, gamma_grad, beta_grad, few.shape[0], total.shape[0], channels,
+        few, total, scale_shift, coefficients, gamma_grad, beta_grad,
+        few.shape[0], total.shape[0], channels,
         FROZEN=frozen, BLOCK_C=_BLOCK_C,
     )  # fmt: skip
-    return slopes, gamma_grad, beta_grad
+    return coefficients, gamma_grad, beta_grad
 
 
 def bn_add_relu(main: Activation, shortcut: Tensor | Activation | None) -> Tensor:
     """See `TrainingKernels.bn_add_relu`."""
-    raw = nhwc(main.raw)
-    other, other_terms = shortcut if isinstance(shortcut, Activation) else (shortcut, None)
-    out = empty_nhwc(tuple(raw.shape), raw)
+    pre_bn = nhwc(main.pre_bn)
+    other, other_scale_shift = shortcut if isinstance(shortcut, Activation) else (shortcut, None)
+    out = empty_nhwc(tuple(pre_bn.shape), pre_bn)
     other, layout = strided_operand(other, out)
-    channels, height, width = raw.shape[1:]
-    rows = raw.numel() // channels
+    channels, height, width = pre_bn.shape[1:]
+    rows = pre_bn.numel() // channels
     config = _tile(channels)
     block_m, block_c = config.blocks
     launch(
         bn_add_relu_kernel, (triton.cdiv(rows, block_m) * triton.cdiv(channels, block_c),), config,
-        raw, main.terms, other, other_terms, *layout, out, rows, height, width, channels,
-        WIDE=is_wide(raw, *([] if other is None else [other])), BLOCK_M=block_m, BLOCK_C=block_c,
+        pre_bn, main.scale_shift, other, other_scale_shift, *layout, out,
+        rows, height, width, channels,
+        WIDE=is_wide(pre_bn, *([] if other is None else [other])), BLOCK_M=block_m, BLOCK_C=block_c,
     )  # fmt: skip
     return out
 
@@ -346,7 +348,7 @@ def relu_gradient(
     sums = [y.new_empty((blocks, 2, channels), dtype=torch.float32) for _ in branches]
     arguments: list[Tensor | None] = []
     for branch, branch_sums in zip(branches, sums, strict=True):
-        arguments += [nhwc(branch.raw), branch.terms, branch_sums]
+        arguments += [nhwc(branch.pre_bn), branch.scale_shift, branch_sums]
     arguments += [None] * (6 - len(arguments))
     launch(
         relu_gradient_kernel, (blocks * triton.cdiv(channels, block_c),), config,

@@ -1,10 +1,11 @@
 """conv(relu(bn(x))) with the statistics of its result: the forward convolution of training.
 
-Algorithm: implicit GEMM on NHWC activations and KRSC weights. The prologue normalises and
-rectifies the operand between its load and the tensor cores (zero where the window hangs over the
-edge, which is outside the activation, not outside the raw tensor). The epilogue rounds the float32
-accumulator to the result's dtype, stores it, and takes mean and squared deviations of the rounded
-tile: what later passes normalise is the rounded tensor, so that its statistics centre it exactly.
+Algorithm: implicit GEMM on NHWC activations and KRSC weights. The prologue applies normalisation
+and ReLU to the operand between its load and the tensor cores (zero where the window hangs over the
+edge, which is outside the activation, not outside the pre-BN output). The epilogue rounds the
+float32 accumulator to the result's dtype, stores it, and takes mean and squared deviations of the
+rounded tile: what later passes normalise is the rounded tensor, so that its statistics centre it
+exactly.
 Tiles: BLOCK_M positions × BLOCK_N channels, BLOCK_C of the inner dimension a step, which runs over
 taps and blocks of channels, or, for few channels, over both as one index (FLAT).
 Memory traffic: x once (again from L2 for each column tile and tap), the result once, and 12 bytes
@@ -29,19 +30,19 @@ FLAT_CHANNELS = 16  # below which taps and channels are one inner index
 
 
 @triton.jit
-def channel_terms(terms, channels, channel, mask):
-    """Float32 (mean, scale, shift) of the given channels of one layer's terms (6, channels)."""
-    mean = tl.load(terms + channel, mask, other=0.0)
-    scale = tl.load(terms + channels + channel, mask, other=0.0)
-    shift = tl.load(terms + 2 * channels + channel, mask, other=0.0)
+def channel_scale_shift(scale_shift, channels, channel, mask):
+    """Float32 (mean, scale, shift) of the given channels of a layer."""
+    mean = tl.load(scale_shift + channel, mask, other=0.0)
+    scale = tl.load(scale_shift + channels + channel, mask, other=0.0)
+    shift = tl.load(scale_shift + 2 * channels + channel, mask, other=0.0)
     return mean, scale, shift
 
 
 @triton.jit
-def affine(raw, mean, scale, shift):
-    """Float32 (raw - mean) · scale + shift of (rows, channels). Every pass forms the same bits, so
-    that all agree on a ReLU's sign."""
-    return tl.fma(raw.to(tl.float32) - mean[None, :], scale[None, :], shift[None, :])
+def affine(pre_bn, mean, scale, shift):
+    """Float32 (pre_bn - mean) · scale + shift of (rows, channels). Every pass forms the same bits,
+    so that all agree on a ReLU's sign."""
+    return tl.fma(pre_bn.to(tl.float32) - mean[None, :], scale[None, :], shift[None, :])
 
 
 @triton.jit
@@ -68,7 +69,7 @@ def tile_moments(tile, in_rows, count):
 @triton.jit
 def conv_stats_kernel(
     x,
-    terms,
+    scale_shift,
     weight,
     out,
     moments,
@@ -99,8 +100,8 @@ def conv_stats_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Grid: (tiles of rows × group_out, groups). terms: of x's layer, or None where x is no raw
-    tensor. moments: (row tiles, 3, K) or None. EVEN: BLOCK_C divides group_in."""
+    """Grid: (tiles of rows × group_out, groups). scale_shift: of x's layer, or None where x is no
+    pre-BN output. moments: (row tiles, 3, K) or None. EVEN: BLOCK_C divides group_in."""
     row, first_column = tile_index(rows, group_out, BLOCK_M, BLOCK_N, WIDE)
     group = tl.program_id(1)
     column = first_column + tl.arange(0, BLOCK_N)
@@ -163,8 +164,10 @@ def conv_stats_kernel(
             else:
                 a = tl.load(x_tile, in_inner[None, :], other=0.0)
             weight_step = (r * S + s) * group_in + inner_channel
-        if terms is not None:
-            mean, scale, shift = channel_terms(terms, C, first_channel + inner_channel, in_inner)
+        if scale_shift is not None:
+            mean, scale, shift = channel_scale_shift(
+                scale_shift, C, first_channel + inner_channel, in_inner
+            )
             active = rectify(affine(a, mean, scale, shift))
             if PADDED:
                 active = tl.where(in_image, active, 0.0)
@@ -196,27 +199,29 @@ def conv_stats(
     tuner: Tuner, x: Tensor | Activation, conv: Convolution, statistics: bool
 ) -> tuple[Tensor, Tensor | None]:
     """See `resnet_fused.backends.training.TrainingKernels.conv_stats`."""
-    raw, terms = x if isinstance(x, Activation) else (x, None)
-    raw, weight = nhwc(raw), nhwc(conv.weight.to(raw.dtype))
-    batch, channels, height, width = raw.shape
+    pre_bn, scale_shift = x if isinstance(x, Activation) else (x, None)
+    pre_bn, weight = nhwc(pre_bn), nhwc(conv.weight.to(pre_bn.dtype))
+    batch, channels, height, width = pre_bn.shape
     filters, group_in, r, s = weight.shape
     p, q = conv.output_size(height, width)
-    out = empty_nhwc((batch, filters, p, q), raw)
+    out = empty_nhwc((batch, filters, p, q), pre_bn)
     group_out = filters // conv.groups
     flat = group_in < FLAT_CHANNELS and r * s > 1
     rows = batch * p * q
     taps, inner = (1, r * s * group_in) if flat else (r * s, group_in)
     gemm = Gemm(rows, group_out, inner, taps, conv.groups, accumulators=2)
-    wide = is_wide(raw, weight, out)
-    precision = convolution_precision(raw.dtype)
+    wide = is_wide(pre_bn, weight, out)
+    precision = convolution_precision(pre_bn.dtype)
 
     def run(config: Config) -> Tensor | None:
         block_m, block_n, block_c = config.blocks
         tiles_m = triton.cdiv(rows, block_m)
-        moments = raw.new_empty((tiles_m, 3, filters), dtype=torch.float32) if statistics else None
+        moments = (
+            pre_bn.new_empty((tiles_m, 3, filters), dtype=torch.float32) if statistics else None
+        )
         launch(
             conv_stats_kernel, (tiles_m * triton.cdiv(group_out, block_n), conv.groups), config,
-            raw, terms, weight, out, moments, rows, height, width, channels, p, q, filters,
+            pre_bn, scale_shift, weight, out, moments, rows, height, width, channels, p, q, filters,
             group_in, group_out, **window(conv), PADDED=max(conv.padding) > 0, FLAT=flat,
             EVEN=group_in % block_c == 0, WIDE=wide, PRECISION=precision,
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
@@ -225,9 +230,9 @@ def conv_stats(
 
     # Statistics are no part of the key: backward repeats the forward's convolution, bit for bit.
     moments = tuner.run(
-        ("conv_stats", *describe(raw, conv), terms is not None, wide),
-        raw.device,
-        lambda: candidates(gemm, raw.element_size(), precision, machine(raw.device)),
+        ("conv_stats", *describe(pre_bn, conv), scale_shift is not None, wide),
+        pre_bn.device,
+        lambda: candidates(gemm, pre_bn.element_size(), precision, machine(pre_bn.device)),
         run,
     )
     return out, moments

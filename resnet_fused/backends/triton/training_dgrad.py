@@ -3,15 +3,15 @@ previous one.
 
 Algorithm: the transposed convolution as an implicit GEMM: rows are input positions, columns input
 channels, and the inner dimension runs over taps and output channels. The prologue forms batch
-norm's gradient a·g + b·(raw - mean) + d, per channel, between load and tensor cores. The epilogue
-adds another branch's gradient (that of a strided identity only where it was read), or masks with
-the previous layer's ReLU (its sign computed again from that layer's raw result) and takes the two
-sums that the previous batch norm's gradient needs.
+norm's gradient a·g + b·(pre_bn - mean) + d, per channel, between load and tensor cores. The
+epilogue adds another branch's gradient (that of a strided identity only where it was read), or
+masks with the previous layer's ReLU (its sign computed again from that layer's pre-BN output) and
+takes the two sums that the previous batch norm's gradient needs.
 A strided convolution falls into stride² classes of positions that meet disjoint taps; a program
 belongs to one class and runs over its taps only.
 Tiles: BLOCK_M positions × BLOCK_N input channels, BLOCK_C output channels a step.
-Memory traffic: g and raw once (again from L2 for each column tile and tap), the previous raw result
-once, the result once, 8 bytes per tile and channel of sums.
+Memory traffic: g and pre_bn once (again from L2 for each column tile and tap), the previous pre-BN
+output once, the result once, 8 bytes per tile and channel of sums.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ import triton.language as tl
 from torch import Tensor
 
 from ...parameters import Convolution
-from ..training import Activation, RawGradient
+from ..training import Activation, PreBnGradient
 from ..tuning import Tuner, describe
 from .convolution import Gemm, candidates, window
 from .launching import Config, convolution_precision, empty_nhwc, is_wide, launch, machine, nhwc
 from .primitives import is_inside, next_step, split_position, tile_index
-from .training_convolution import affine, channel_terms, for_sums
+from .training_convolution import affine, channel_scale_shift, for_sums
 
 
 @triton.jit
-def raw_gradient(g, raw, slopes, channels, channel, mask):
-    """a·g + b·(raw - mean) + d in float32, (rows, channel); a·g where raw is None."""
-    a = tl.load(slopes + channel, mask, other=0.0)
+def pre_bn_gradient(g, pre_bn, coefficients, channels, channel, mask):
+    """a·g + b·(pre_bn - mean) + d in float32, (rows, channel); a·g where pre_bn is None."""
+    a = tl.load(coefficients + channel, mask, other=0.0)
     g = g.to(tl.float32)
     out = g * a[None, :]
-    if raw is not None:
-        b = tl.load(slopes + channels + channel, mask, other=0.0)
-        d = tl.load(slopes + 2 * channels + channel, mask, other=0.0)
-        mean = tl.load(slopes + 3 * channels + channel, mask, other=0.0)
-        rest = tl.fma(raw.to(tl.float32) - mean[None, :], b[None, :], d[None, :])
+    if pre_bn is not None:
+        b = tl.load(coefficients + channels + channel, mask, other=0.0)
+        d = tl.load(coefficients + 2 * channels + channel, mask, other=0.0)
+        mean = tl.load(coefficients + 3 * channels + channel, mask, other=0.0)
+        rest = tl.fma(pre_bn.to(tl.float32) - mean[None, :], b[None, :], d[None, :])
         out = tl.fma(g, a[None, :], rest)
     return out
 
@@ -48,12 +48,12 @@ def raw_gradient(g, raw, slopes, channels, channel, mask):
 @triton.jit
 def dgrad_kernel(
     grad,
-    raw,
-    slopes,
+    pre_bn,
+    coefficients,
     weight,
     add,
     below,
-    below_terms,
+    below_scale_shift,
     out,
     sums,
     batch,
@@ -92,11 +92,11 @@ def dgrad_kernel(
     """Grid: (tiles_m × tiles of group_in, groups, classes).
 
     CLASS_H, CLASS_W: the strides, or 1 where positions are not told apart (dilation) and taps that
-    fall between outputs read as zero. raw is None where the normalisation is frozen; add or below
-    or both are None. sums: (classes × tiles_m, 2, C). EVEN: BLOCK_C divides group_out;
+    fall between outputs read as zero. pre_bn is None where the normalisation is frozen; add or
+    below or both are None. sums: (classes × tiles_m, 2, C). EVEN: BLOCK_C divides group_out;
     EVEN_COLUMNS: BLOCK_N divides group_in.
     ADD_STRIDE: 0 where `add` is laid out like the result, else `add`, (add_p, add_q, add_channels),
-    belongs to every so manieth row and column.
+    belongs to every `add_stride`-th row and column.
     """
     class_h = tl.program_id(2) // CLASS_W
     class_w = tl.program_id(2) % CLASS_W
@@ -149,9 +149,9 @@ def dgrad_kernel(
         offset = source[:, None] * K + inner_channel[None, :]
         g = tl.load(grad + offset, load_mask, other=0.0)
         value = None
-        if raw is not None:
-            value = tl.load(raw + offset, load_mask, other=0.0)
-        a = raw_gradient(g, value, slopes, K, inner_channel, in_inner)
+        if pre_bn is not None:
+            value = tl.load(pre_bn + offset, load_mask, other=0.0)
+        a = pre_bn_gradient(g, value, coefficients, K, inner_channel, in_inner)
         a = tl.where(mask, a, 0.0).to(grad.dtype.element_ty)
         weight_row = inner_channel
         if WIDE:
@@ -185,7 +185,7 @@ def dgrad_kernel(
                 other=0.0,
             ).to(tl.float32)
     if below is not None:
-        mean, scale, shift = channel_terms(below_terms, C, channel, in_columns)
+        mean, scale, shift = channel_scale_shift(below_scale_shift, C, channel, in_columns)
         value = tl.load(below + place, mask, other=0.0)
         acc = tl.where(mask & (affine(value, mean, scale, shift) > 0), acc, 0.0)
         rounded = acc.to(out.dtype.element_ty)
@@ -201,7 +201,7 @@ def dgrad_kernel(
 
 def dgrad(
     tuner: Tuner,
-    gradient: RawGradient,
+    gradient: PreBnGradient,
     conv: Convolution,
     shape: torch.Size,
     below: Activation | None,
@@ -210,15 +210,15 @@ def dgrad(
 ) -> tuple[Tensor, Tensor | None]:
     """See `resnet_fused.backends.training.TrainingKernels.dgrad`."""
     g = nhwc(gradient.grad)
-    raw = None if gradient.frozen or gradient.raw is None else nhwc(gradient.raw)
+    pre_bn = None if gradient.frozen or gradient.pre_bn is None else nhwc(gradient.pre_bn)
     weight = nhwc(conv.weight.to(g.dtype))
     batch, channels, height, width = shape
     _, filters, p, q = g.shape
     _, group_in, r, s = weight.shape
     group_out = filters // conv.groups
     out = empty_nhwc(tuple(shape), g)
-    below_raw = None if below is None else nhwc(below.raw)
-    below_terms = None if below is None else below.terms
+    below_pre_bn = None if below is None else nhwc(below.pre_bn)
+    below_scale_shift = None if below is None else below.scale_shift
     add = None if add is None else nhwc(add)
     add_shape = (1, 1, 1) if add is None else (*add.shape[2:], add.shape[1])
     class_h, class_w = (
@@ -243,7 +243,8 @@ def dgrad(
         launch(
             dgrad_kernel,
             (tiles_m * triton.cdiv(group_in, block_n), conv.groups, class_h * class_w),
-            config, g, raw, gradient.slopes, weight, add, below_raw, below_terms, out, sums,
+            config, g, pre_bn, gradient.coefficients, weight, add, below_pre_bn,
+            below_scale_shift, out, sums,
             batch, height, width, channels, p, q, filters, group_in, group_out, tiles_m,
             *add_shape, **window(conv), CLASS_H=class_h, CLASS_W=class_w,
             ADD_STRIDE=add_stride or 0,
@@ -258,6 +259,6 @@ def dgrad(
         found = candidates(gemm, g.element_size(), precision, machine(g.device))
         return [option for option in found if option.blocks[0] <= 128]
 
-    key = ("dgrad", *describe(g, conv, raw is None, below is None, add is None, add_stride))
+    key = ("dgrad", *describe(g, conv, pre_bn is None, below is None, add is None, add_stride))
     sums = tuner.run((*key, height, width, wide), g.device, options, run)
     return out, sums

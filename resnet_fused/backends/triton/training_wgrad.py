@@ -2,9 +2,9 @@
 
 Algorithm: a GEMM of output channels × (taps × input channels) whose inner dimension runs over all
 output positions. Both operands are formed between load and tensor cores: batch norm's gradient
-a·g + b·(raw - mean) + d, and the activation relu((raw - mean)·scale + shift), zero where the window
-hangs over the edge. Positions are split among programs, each of which writes a float32 part; a
-second kernel sums the parts in order, so that the same inputs give the same bits.
+a·g + b·(pre_bn - mean) + d, and the activation relu((pre_bn - mean)·scale + shift), zero where
+the window hangs over the edge. Positions are split among programs, each of which writes a float32
+part; a second kernel sums the parts in order, so that the same inputs give the same bits.
 Tiles: BLOCK_M output channels × BLOCK_N columns (tap, input channel), BLOCK_C positions a step.
 Memory traffic: each operand once per tile of the other, 4 bytes per part and weight.
 """
@@ -17,13 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ...parameters import Convolution
-from ..training import Activation, RawGradient
+from ..training import Activation, PreBnGradient
 from ..tuning import Tuner, describe
 from .convolution import window
 from .launching import Config, Machine, convolution_precision, is_wide, launch, machine, nhwc
 from .primitives import is_inside, rectify, split_position
-from .training_convolution import affine, channel_terms
-from .training_dgrad import raw_gradient
+from .training_convolution import affine, channel_scale_shift
+from .training_dgrad import pre_bn_gradient
 
 _SUM = Config((1024,), 4, 1)
 _TENSOR_CORE = (
@@ -45,10 +45,10 @@ _LEAST_POSITIONS = 1024  # of a part, else the parts cost more than they bring
 @triton.jit
 def wgrad_kernel(
     grad,
-    raw,
-    slopes,
+    pre_bn,
+    coefficients,
     x,
-    terms,
+    scale_shift,
     out,
     rows,
     rows_per_part,
@@ -77,7 +77,7 @@ def wgrad_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Grid: (tiles of group_out × R·S·group_in, parts, groups). out: (parts, K, R·S·group_in)
-    float32. raw and terms as in the other kernels. ONE_TAP: BLOCK_N divides group_in."""
+    float32. pre_bn and scale_shift as in the other kernels. ONE_TAP: BLOCK_N divides group_in."""
     columns = R * S * group_in
     tiles_n = tl.cdiv(columns, BLOCK_N)
     group = tl.program_id(2)
@@ -97,8 +97,8 @@ def wgrad_kernel(
         tap_h = (taps // S * DILATION_H - PAD_H)[None, :]
         tap_w = (taps % S * DILATION_W - PAD_W)[None, :]
         channel = group * group_in + column - taps * group_in
-    if terms is not None:
-        mean, scale, shift = channel_terms(terms, C, channel, in_columns)
+    if scale_shift is not None:
+        mean, scale, shift = channel_scale_shift(scale_shift, C, channel, in_columns)
 
     part = tl.program_id(1)
     first_row = part * rows_per_part
@@ -113,9 +113,9 @@ def wgrad_kernel(
         mask = in_rows & in_filters[None, :]
         g = tl.load(grad + offset, mask, other=0.0)
         value = None
-        if raw is not None:
-            value = tl.load(raw + offset, mask, other=0.0)
-        dc = raw_gradient(g, value, slopes, K, filter_channel, in_filters)
+        if pre_bn is not None:
+            value = tl.load(pre_bn + offset, mask, other=0.0)
+        dc = pre_bn_gradient(g, value, coefficients, K, filter_channel, in_filters)
         dc = tl.where(in_rows, dc, 0.0).to(grad.dtype.element_ty)
         if POINTWISE:
             position = row[:, None]
@@ -127,7 +127,7 @@ def wgrad_kernel(
             inside = in_rows & is_inside(h, H) & is_inside(w, W)
             position = (image[:, None] * H + h) * W + w
         b = tl.load(x + position * C + channel[None, :], inside & in_columns[None, :], other=0.0)
-        if terms is not None:
+        if scale_shift is not None:
             active = rectify(affine(b, mean, scale, shift))
             b = tl.where(inside, active, 0.0).to(x.dtype.element_ty)
         acc = tl.dot(tl.trans(dc), b, acc, input_precision=PRECISION)
@@ -168,11 +168,13 @@ def candidates(
     return sorted(fitting, key=fitting.__getitem__)
 
 
-def wgrad(tuner: Tuner, gradient: RawGradient, x: Tensor | Activation, conv: Convolution) -> Tensor:
+def wgrad(
+    tuner: Tuner, gradient: PreBnGradient, x: Tensor | Activation, conv: Convolution
+) -> Tensor:
     """See `resnet_fused.backends.training.TrainingKernels.wgrad`."""
     g = nhwc(gradient.grad)
-    raw = None if gradient.frozen or gradient.raw is None else nhwc(gradient.raw)
-    value, terms = x if isinstance(x, Activation) else (x, None)
+    pre_bn = None if gradient.frozen or gradient.pre_bn is None else nhwc(gradient.pre_bn)
+    value, scale_shift = x if isinstance(x, Activation) else (x, None)
     value = nhwc(value)
     batch, channels, height, width = value.shape
     _, filters, p, q = g.shape
@@ -190,7 +192,8 @@ def wgrad(tuner: Tuner, gradient: RawGradient, x: Tensor | Activation, conv: Con
         launch(
             wgrad_kernel,
             (triton.cdiv(group_out, block_m) * triton.cdiv(columns, block_n), parts, conv.groups),
-            config, g, raw, gradient.slopes, value, terms, partial, rows, rows_per_part,
+            config, g, pre_bn, gradient.coefficients, value, scale_shift, partial,
+            rows, rows_per_part,
             height, width, channels, p, q, filters, group_in, group_out,
             **window(conv), ONE_TAP=group_in % block_n == 0,
             WIDE=wide, PRECISION=precision, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
@@ -198,7 +201,7 @@ def wgrad(tuner: Tuner, gradient: RawGradient, x: Tensor | Activation, conv: Con
         return partial
 
     partial = tuner.run(
-        ("wgrad", *describe(g, conv, raw is None, terms is None), height, width, wide),
+        ("wgrad", *describe(g, conv, pre_bn is None, scale_shift is None), height, width, wide),
         g.device,
         lambda: candidates(
             group_out, columns, conv.groups, rows,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from harness.results import markdown
 
 from .rates import GPUS
 
@@ -14,21 +15,21 @@ _FOLDER = "../benchmarks/results/predicted"
 _SHOWN = 12  # launches of a table
 
 
-def page(root: Path) -> str:
-    """The page's text, for the checkout at `root`."""
+def report(root: Path) -> str:
+    """The document's text, for the checkout at `root`."""
     folder = root / "benchmarks" / "results" / "predicted"
     records = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     written = (root / "docs" / "predicted.md").read_text().split(MARK)[0]
     parts = [
         "## Predictions",
-        "\n".join(_summary(records)),
+        _summary(records),
         "## Rates assumed",
-        "\n".join(_assumptions(records)),
+        _assumptions(records),
     ]
     for name, record in records.items():
         if record["batch"] == 256:
             plot = f"![time by layer and by bound]({_FOLDER}/{name}.png)"
-            parts += [f"## {_title(record)}", "\n".join(_launches(record)), plot]
+            parts += [f"## {_title(record)}", _launches(record), plot]
     return written + MARK + "\n" + "\n\n".join(parts) + "\n"
 
 
@@ -37,28 +38,28 @@ def _title(record: dict[str, Any]) -> str:
     return f"{record['arch']}, {what}, batch {record['batch']}, {GPUS[record['gpu']].name}: a model"
 
 
-def _summary(records: dict[str, dict[str, Any]]) -> Iterator[str]:
-    yield "| file | GPU | what | batch | ms | images/s, modelled | range |"
-    yield "|---|---|---|---|---|---|---|"
+def _summary(records: dict[str, dict[str, Any]]) -> str:
+    rows = [["file", "GPU", "what", "batch", "ms", "images/s, modelled", "range"]]
     for name, record in records.items():
         speed = record["images_per_second"]
-        cells = [
-            f"[{name}]({_FOLDER}/{name}.json)",
-            GPUS[record["gpu"]].name,
-            "training step" if record["training"] else "inference",
-            str(record["batch"]),
-            f"{record['milliseconds']:.2f}",
-            f"{speed['expected']:,.0f}",
-            f"{speed['low']:,.0f} to {speed['high']:,.0f}",
-        ]
-        yield "| " + " | ".join(cells) + " |"
+        rows.append(
+            [
+                f"[{name}]({_FOLDER}/{name}.json)",
+                GPUS[record["gpu"]].name,
+                "training step" if record["training"] else "inference",
+                str(record["batch"]),
+                f"{record['milliseconds']:.2f}",
+                f"{speed['expected']:,.0f}",
+                f"{speed['low']:,.0f} to {speed['high']:,.0f}",
+            ]
+        )
+    return markdown(rows)
 
 
-def _assumptions(records: dict[str, dict[str, Any]]) -> Iterator[str]:
+def _assumptions(records: dict[str, dict[str, Any]]) -> str:
     """Each rate, and what its ends change of a batch of 256 on an H100, in percent of the time."""
     shown = [records[f"h100_{what}_256"] for what in ("inference", "training")]
-    yield "| rate | slow / expected / fast | unit | inference | training | from |"
-    yield "|---|---|---|---|---|---|"
+    rows = [["rate", "slow / expected / fast", "unit", "inference", "training", "from"]]
     for name, assumed in shown[0]["assumptions"].items():
         values = " / ".join(f"{assumed[side]:g}" for side in ("slow", "expected", "fast"))
         effects = [
@@ -68,13 +69,13 @@ def _assumptions(records: dict[str, dict[str, Any]]) -> Iterator[str]:
             )
             for record in shown
         ]
-        cells = [name, values, assumed["unit"], *effects, assumed["source"]]
-        yield "| " + " | ".join(cells) + " |"
+        rows.append([name, values, assumed["unit"], *effects, assumed["source"]])
+    return markdown(rows)
 
 
-def _launches(record: dict[str, Any]) -> Iterator[str]:
-    yield "| launches | kernel | shape | tile | instructions | µs each | × floor | bound |"
-    yield "|---|---|---|---|---|---|---|---|"
+def _launches(record: dict[str, Any]) -> str:
+    head = "launches, kernel, shape, tile, instructions, µs each, × floor, bound"
+    cells = [head.split(", ")]
     rows = sorted(record["layers"], key=lambda r: r["calls"] * r["microseconds"], reverse=True)
     for row in rows[:_SHOWN]:
         counts = "–"
@@ -82,16 +83,18 @@ def _launches(record: dict[str, Any]) -> Iterator[str]:
             counts = f"{row['instructions_outside']:,}"
             if step := row["code"]["instructions_main_loop"]:
                 counts = f"{row['main_loop_trips']:g} × {step} + {counts}"
-        cells = [
-            str(row["calls"]),
-            row["kernel"],
-            row["shape"],
-            row["config"],
-            counts,
-            f"{row['microseconds']:.1f}",
-            f"{row['microseconds'] / row['floor_microseconds']:.2f}",
-            row["bound"],
-        ]
-        yield "| " + " | ".join(cells) + " |"
+        cells.append(
+            [
+                str(row["calls"]),
+                row["kernel"],
+                row["shape"],
+                row["config"],
+                counts,
+                f"{row['microseconds']:.1f}",
+                f"{row['microseconds'] / row['floor_microseconds']:.2f}",
+                row["bound"],
+            ]
+        )
     rest = sum(row["calls"] * row["microseconds"] for row in rows[_SHOWN:]) / 1e3
-    yield f"\nThe other {sum(row['calls'] for row in rows[_SHOWN:])} launches take {rest:.2f} ms."
+    others = f"The other {sum(row['calls'] for row in rows[_SHOWN:])} launches take {rest:.2f} ms."
+    return f"{markdown(cells)}\n\n{others}"

@@ -1,7 +1,7 @@
-"""Who is measured: our backends and every peer, each as one function that builds a ready call.
+"""What is measured: our backends and every baseline, each one function that builds a ready call.
 
-A contestant is built in a process of its own (workers.py), so it may change process-wide settings.
-To add one, write a `build` function and list it in CONTESTANTS.
+Each is built in a process of its own (harness/workers.py), so it may change process-wide settings.
+To add a baseline, write a `build` function and list it in BASELINES.
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ from typing import Any, NamedTuple
 
 import torch
 import torchvision
+from harness.measure import in_cuda_graph
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 import resnet_fused
+
+from .folded import CudnnNetwork
 
 Call = Callable[[], Tensor]
 
 
 class UnavailableError(Exception):
-    """This contestant cannot run here; the message says why and what would change it."""
+    """This baseline cannot run here; the message says why and what would change it."""
 
 
 class Task(NamedTuple):
-    """What every contestant of one comparison is given.
+    """What every implementation in one comparison is given.
 
     state: file with a torchvision state dict of the architecture, floating values in `dtype`.
     images: (N, 3, H, W) in `dtype`, normalised, NCHW in memory, on `device`.
@@ -71,9 +73,10 @@ class Task(NamedTuple):
         return self.torchvision().to(memory_format=layout), images
 
 
-class Contestant(NamedTuple):
-    """A name for the command line, a title for tables, and how to build the call.
+class Baseline(NamedTuple):
+    """An implementation to measure, ours included.
 
+    It has a name for the command line, a title for tables, and builds the call that is timed.
     `build` runs in the worker's process under inference mode; what it raises becomes the reason in
     the table. It must be importable there.
     """
@@ -91,25 +94,6 @@ def _require(module: str, package: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise UnavailableError(f"{error}; pip install {package}") from error
-
-
-def in_cuda_graph(call: Call) -> Call:
-    """`call` captured once and replayed; its result is overwritten by each replay."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return result
-
-    return replay
 
 
 # Ours
@@ -152,44 +136,9 @@ def _compiled(task: Task, mode: str | None = None, freezing: bool = False) -> Ca
     return lambda: compiled(images)
 
 
-class _CudnnFused:
-    """torchvision's ResNet on cuDNN's fused operators, batch norms folded into the weights."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.stem = self._fold(model.conv1, model.bn1)
-        stages = (model.layer1, model.layer2, model.layer3, model.layer4)
-        self.blocks = [self._block(block) for stage in stages for block in stage]
-
-    def _fold(self, conv: Any, bn: Any) -> tuple[Any, ...]:
-        dtype = conv.weight.dtype
-        vectors = (bn.running_mean, bn.running_var, bn.weight, bn.bias)
-        mean, var, gamma, beta = (v.float() for v in vectors)
-        folded, bias = fuse_conv_bn_weights(
-            conv.weight.float(), None, mean, var, bn.eps, gamma, beta
-        )
-        weight = folded.to(dtype, memory_format=torch.channels_last)
-        return weight, bias.to(dtype), conv.stride, conv.padding, conv.dilation, conv.groups
-
-    def _block(self, block: Any) -> tuple[list[tuple[Any, ...]], tuple[Any, ...] | None]:
-        names = [n for n in ("1", "2", "3") if hasattr(block, f"conv{n}")]
-        layers = [self._fold(getattr(block, f"conv{n}"), getattr(block, f"bn{n}")) for n in names]
-        return layers, block.downsample and self._fold(*block.downsample)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        x = self.model.maxpool(torch.cudnn_convolution_relu(x, *self.stem))
-        for (*inner, (weight, *rest)), projection in self.blocks:
-            shortcut = x if projection is None else torch.conv2d(x, *projection)
-            for layer in inner:
-                x = torch.cudnn_convolution_relu(x, *layer)
-            x = torch.cudnn_convolution_add_relu(x, weight, shortcut, 1.0, *rest)
-        logits: Tensor = self.model.fc(self.model.avgpool(x).flatten(1))
-        return logits
-
-
 def _cudnn_graph(task: Task) -> Call:
     model, images = task.nhwc()
-    fused = _CudnnFused(model)
+    fused = CudnnNetwork(model)
     return in_cuda_graph(lambda: fused(images))
 
 
@@ -308,7 +257,7 @@ def _jax(task: Task) -> Call:
         devices = jax.devices("gpu" if gpu else "cpu")
     except RuntimeError as error:
         raise UnavailableError("this jax sees no GPU; pip install 'jax[cuda13]'") from error
-    import jax_resnet
+    from . import jax_resnet
 
     return jax_resnet.call(task.torchvision(), task.images, devices[task.device.index or 0])
 
@@ -316,27 +265,27 @@ def _jax(task: Task) -> Call:
 _CPU, _GPU = ("cpu",), ("cuda",)
 
 
-def _all() -> Iterator[Contestant]:
-    yield Contestant("cpu", "resnet_fused cpu", partial(_ours, backend="cpu"), _CPU, ours=True)
+def _all() -> Iterator[Baseline]:
+    yield Baseline("cpu", "resnet_fused cpu", partial(_ours, backend="cpu"), _CPU, ours=True)
     for name in ("tuned", "triton", "cuda"):
         title = f"resnet_fused {name}"
-        yield Contestant(name, title, partial(_ours, backend=name), _GPU, ours=True)
+        yield Baseline(name, title, partial(_ours, backend=name), _GPU, ours=True)
         build = partial(_ours_in_graph, backend=name)
-        yield Contestant(f"{name}-graph", f"{title}, graph", build, _GPU, ours=True)
-    yield Contestant("eager", "PyTorch eager NCHW", _eager)
-    yield Contestant("eager-nhwc", "PyTorch eager channels_last", _eager_nhwc)
-    yield Contestant("compile", "torch.compile", _compiled, slow=True)
+        yield Baseline(f"{name}-graph", f"{title}, graph", build, _GPU, ours=True)
+    yield Baseline("eager", "PyTorch eager NCHW", _eager)
+    yield Baseline("eager-nhwc", "PyTorch eager channels_last", _eager_nhwc)
+    yield Baseline("compile", "torch.compile", _compiled, slow=True)
     frozen = partial(_compiled, freezing=True)
-    yield Contestant("compile-freezing", "torch.compile, freezing", frozen, _CPU)
+    yield Baseline("compile-freezing", "torch.compile, freezing", frozen, _CPU)
     for mode in ("reduce-overhead", "max-autotune"):
         build = partial(_compiled, mode=mode, freezing=True)
         slow = mode == "max-autotune"
-        yield Contestant(f"compile-{mode}", f"torch.compile {mode}", build, _GPU, slow=slow)
-    yield Contestant("cudnn-graph", "cuDNN fused ops, graph", _cudnn_graph, _GPU)
-    yield Contestant("onnxruntime", "ONNX Runtime", _onnxruntime)
-    yield Contestant("openvino", "OpenVINO", _openvino, _CPU)
-    yield Contestant("jax", "JAX, jit", _jax)
-    yield Contestant("tensorrt", "TensorRT, graph", _tensorrt, _GPU)
+        yield Baseline(f"compile-{mode}", f"torch.compile {mode}", build, _GPU, slow=slow)
+    yield Baseline("cudnn-graph", "cuDNN fused ops, graph", _cudnn_graph, _GPU)
+    yield Baseline("onnxruntime", "ONNX Runtime", _onnxruntime)
+    yield Baseline("openvino", "OpenVINO", _openvino, _CPU)
+    yield Baseline("jax", "JAX, jit", _jax)
+    yield Baseline("tensorrt", "TensorRT, graph", _tensorrt, _GPU)
 
 
-CONTESTANTS = tuple(_all())
+BASELINES = tuple(_all())

@@ -1,8 +1,8 @@
-"""One process per contestant, so that none warms, starves or fragments what another one uses.
+"""A process for each implementation, so that none warms or starves what another one uses.
 
-A worker starts, waits, builds its contestant, answers with the logits, then times a round whenever
-it is asked to. Between requests it sleeps in a read from its pipe. Whatever goes wrong in it comes
-back as a reason; the parent neither hangs on it nor dies with it.
+A worker starts, waits, builds its implementation, answers with the logits, then times a round
+whenever it is asked to. Between requests it sleeps in a read from its pipe. Whatever goes wrong in
+it comes back as a reason; the parent neither hangs on it nor dies with it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from contestants import Call, Contestant, Task, UnavailableError
+from baselines import Baseline, Call, Task, UnavailableError
 from numpy.typing import NDArray
 
+from resnet_fused.env import cores
 from resnet_fused.errors import BackendUnavailableError
-from resnet_fused.testing.machine import cores, measure_peaks, peak_memory, reset_peak_memory
-from resnet_fused.testing.roofline import Peaks
-from resnet_fused.testing.timing import iterations_for, times_of
+
+from .measure import (
+    Peaks,
+    iterations_for,
+    measure_peaks,
+    peak_memory,
+    reset_peak_memory,
+    times_of,
+)
 
 ANSWER_SECONDS = 1200  # max-autotune on a large batch takes minutes
 
@@ -56,7 +63,7 @@ class Job(NamedTuple):
 
 
 class Built(NamedTuple):
-    """A built contestant's logits (float32, on the CPU), and seconds until it had them.
+    """An implementation's logits (float32, on the CPU), and seconds until it had them.
 
     cold_start: with every cache of compiled or tuned kernels empty. new_batch: for a batch size
     that is one less (two for one image), once it was built for the first; None if not asked for.
@@ -68,21 +75,19 @@ class Built(NamedTuple):
 
 
 class Runner:
-    """Lives in a worker: builds a contestant and times it."""
+    """Lives in a worker: builds an implementation and times it."""
 
-    def build(
-        self, contestant: Contestant, job: Job, round_seconds: float, new_batch: bool
-    ) -> Built:
+    def build(self, baseline: Baseline, job: Job, round_seconds: float, new_batch: bool) -> Built:
         """Builds, checks and calibrates. A start is building plus the first call, with PyTorch
         loaded; each builds its model, so reading the weights counts too."""
         task = job.task()
         self._device = job.device
         self._free = _free_on_gpu(job.device)
-        self._call, logits, cold_start = _start(contestant, task)
+        self._call, logits, cold_start = _start(baseline, task)
         other = None
         if new_batch:
             images = task.images[1:] if len(task.images) > 1 else task.images.repeat(2, 1, 1, 1)
-            *_, other = _start(contestant, task._replace(images=images))
+            *_, other = _start(baseline, task._replace(images=images))
         del task
         self._iterations = iterations_for(self._call, job.device, round_seconds)
         gc.collect()
@@ -105,10 +110,10 @@ class Runner:
         return self._free - (_free_on_gpu(self._device) or 0)
 
 
-def _start(contestant: Contestant, task: Task) -> tuple[Call, NDArray[np.float32], float]:
+def _start(baseline: Baseline, task: Task) -> tuple[Call, NDArray[np.float32], float]:
     """The built call, its first result, and the seconds that both took."""
     start = time.perf_counter()
-    call = contestant.build(task)
+    call = baseline.build(task)
     logits = call().float().cpu().numpy().copy()
     return call, logits, time.perf_counter() - start
 
@@ -221,7 +226,7 @@ def _main(kind: Callable[[], Any], connection: Connection, folder: str, warm: bo
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = True
-    servant = kind()
+    worker = kind()
     connection.send("started")
     while True:
         try:
@@ -230,7 +235,7 @@ def _main(kind: Callable[[], Any], connection: Connection, folder: str, warm: bo
             return
         try:
             with torch.inference_mode():
-                answer = getattr(servant, method)(*arguments)
+                answer = getattr(worker, method)(*arguments)
         except (UnavailableError, BackendUnavailableError) as error:
             answer = UnavailableError(str(error))
         except Exception as error:

@@ -1,0 +1,6 @@
+"""What the benchmarks and experiments share: measuring, workers, result files, comparisons."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # a checkout runs uninstalled too

@@ -1,0 +1,27 @@
+"""Which kernel computes a call: `choose`, and what decides it."""
+
+from .signature import Operand, Window, batch_bucket, describe, signature
+from .tuner import BUDGET_SECONDS, Decision, Tuner
+
+tuner = Tuner()
+choose = tuner.choose
+
+
+def generation() -> int:
+    """A number that is another one where equal calls may be computed otherwise than before."""
+    return tuner.generation
+
+
+__all__ = [
+    "BUDGET_SECONDS",
+    "Decision",
+    "Operand",
+    "Tuner",
+    "Window",
+    "batch_bucket",
+    "choose",
+    "describe",
+    "generation",
+    "signature",
+    "tuner",
+]

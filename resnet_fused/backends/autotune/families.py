@@ -1,0 +1,123 @@
+"""Which kernel families run on this machine: those that its self-check has passed.
+
+The check is made once for each GPU model, driver, torch, Triton and build, by
+`python -m resnet_fused.selfcheck --record` in a process of its own, because a kernel that nobody
+has seen run on this hardware may crash or hang it. What it finds is kept beside the tuning cache.
+The first call on a new machine waits for it for a few seconds; families that have no verdict by
+then are left out as long as the process lives, while the check goes on for the next one.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from ... import _extension, settings
+from .cache import Times, TuningCache
+
+FILE = "selfcheck-v1.json"
+FIRST_CALL_SECONDS = 8.0
+
+
+def passed(family: str, device: torch.device) -> bool:
+    """Whether kernels of the family may run on the device; warns, once, of one that may not."""
+    if device.type != "cuda" or not settings.selfcheck_enabled():
+        return True
+    verdict = _verdicts(environment(device)).get(family, "its self-check has not ended yet")
+    if isinstance(verdict, float):
+        return True
+    _warn(family, verdict)
+    return False
+
+
+def record(found: Times, device: torch.device) -> None:
+    """Keeps what a self-check found: by family, the seconds it took or what failed."""
+    _file().put("|".join(environment(device)), found)
+
+
+def recorded(device: torch.device) -> Times:
+    """What is kept for this machine."""
+    return _file().get("|".join(environment(device))) or {}
+
+
+def _file() -> TuningCache:
+    return TuningCache(settings.cache_directory() / FILE)
+
+
+@functools.cache
+def _verdicts(machine: tuple[str, ...]) -> Times:
+    title = "|".join(machine)
+    if (known := _file().get(title)) is not None:
+        return known
+    print(
+        f"resnet_fused: checking the kernels on {machine[0]}, once on each machine "
+        "(RESNET_FUSED_SELFCHECK=off skips it) ...",
+        file=sys.stderr,
+    )
+    command = [sys.executable, "-m", "resnet_fused.selfcheck", "--record"]
+    # Not on a terminal, its lines would be noise in somebody's log.
+    output = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
+    start = time.monotonic()
+    child = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+    try:
+        child.wait(FIRST_CALL_SECONDS)
+    except subprocess.TimeoutExpired:
+        print("resnet_fused: the check goes on beside this program.", file=sys.stderr)
+    found = _file().get(title) or {}
+    taken = time.monotonic() - start
+    print(f"resnet_fused: {len(found)} families checked in {taken:.0f} s.", file=sys.stderr)
+    return found
+
+
+@functools.cache
+def _warn(family: str, verdict: object) -> None:
+    warnings.warn(
+        f"resnet_fused leaves out its kernels {family!r} on this machine: {verdict}. Results stay "
+        "right, by other kernels. `python -m resnet_fused.selfcheck` repeats the check; please "
+        "report what it prints.",
+        stacklevel=2,
+    )
+
+
+@functools.cache
+def environment(device: torch.device) -> tuple[str, ...]:
+    """What measured times and verdicts are true for."""
+    from ... import __version__  # of the package, which imports this module
+
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = "none"
+    return (
+        torch.cuda.get_device_name(device),
+        f"driver {_driver()}",
+        f"resnet_fused {__version__} {_build()}",
+        f"torch {torch.__version__}",
+        f"triton {triton}",
+    )
+
+
+def _build() -> str:
+    """The compiled extension, by its content."""
+    if _extension.available() is not None:
+        return "without extension"
+    file = _extension.load().__file__
+    return "build " + hashlib.sha1(Path(str(file)).read_bytes()).hexdigest()[:10]
+
+
+def _driver() -> str:
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text().split()
+        return words[words.index("Module") + 1].strip()
+    except (OSError, ValueError, IndexError):
+        version: Callable[[], int] = torch._C._cuda_getDriverVersion  # type: ignore[attr-defined]
+        return f"for CUDA {version()}"

@@ -1,0 +1,263 @@
+"""The choice of a kernel: one look-up by op and signature among all candidates of all backends.
+
+A candidate is chosen by measurement where there is one, else by the heuristic: the first one
+listed as profitable. Only what has passed may be chosen: the self-check of its kernel family, made
+once on each machine in a child process, and, before a measurement counts, a comparison with the
+reference on the same inputs. What fails is excluded for this GPU, driver and build.
+
+Measuring takes a few seconds of a process at most (`BUDGET_SECONDS`), so that a first forward
+answers soon; `resnet_fused.tune` measures everything ahead. What is chosen for a signature stays
+chosen as long as the process lives, so that its results keep their bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import time
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ... import settings
+from ..base import Candidate, Candidates
+from . import families
+from .cache import FILE, Times, TuningCache
+from .measure import measure
+from .signature import describe, signature
+from .verify import Check
+
+BUDGET_SECONDS = 5.0
+
+
+class Decision(NamedTuple):
+    """What was chosen for a call, whose arguments are `described`; `times` of all candidates, empty
+    where the heuristic decided."""
+
+    op: str
+    described: tuple[object, ...]
+    candidate: Candidate
+    times: Times
+
+    def seconds(self) -> float | None:
+        """Of the chosen candidate; None where it was not measured."""
+        found = self.times.get(self.candidate.name)
+        return found if isinstance(found, float) else None
+
+
+class Tuner:
+    """Keeps and makes choices. There is one for the process; tests make others."""
+
+    def __init__(
+        self,
+        measure: Callable[[Callable[[], object], torch.device], float] = measure,
+        passed: Callable[[str, torch.device], bool] = families.passed,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`measure`: seconds of a call on a device. `passed`: whether a kernel family may run."""
+        self.generation = 0  # another one means that calls may be computed otherwise
+        self._measure = measure
+        self._passed = passed
+        self._clock = clock
+        self._chosen: dict[Hashable, Decision] = {}
+        self._cache: TuningCache | None = None
+        self._spent = 0.0
+        self._unlimited = False
+        self._lock = threading.RLock()  # a candidate may be made of ops that choose in turn
+        self._watchers: list[list[Decision]] = []
+        self._preferred: list[str] = []
+
+    def choose(
+        self,
+        op: str,
+        arguments: Sequence[Any],
+        candidates: Callable[[], Candidates],
+        reference: Callable[..., Any],
+        among: Hashable = None,
+        per_image: bool = False,
+    ) -> Candidate:
+        """The candidate by which to compute `op(*arguments)`.
+
+        candidates: lists them, the heuristic's order first to last; called once for a signature.
+        reference: what `op` means, and what runs where no candidate may.
+        among: tells apart calls that choose among other candidates.
+        per_image: see `Check`.
+        """
+        measuring = self._may_measure(arguments)
+        place = (op, signature(arguments), among, measuring)
+        decision = None if self._preferred else self._chosen.get(place)
+        if decision is None:
+            decision = self._decide(
+                op, place, arguments, candidates, reference, measuring, per_image
+            )
+        for watcher in self._watchers:
+            watcher.append(decision)
+        return decision.candidate
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[list[Decision]]:
+        """Collects all decisions within the block, those remembered from earlier calls too."""
+        decisions: list[Decision] = []
+        self._watchers.append(decisions)
+        try:
+            yield decisions
+        finally:
+            self._watchers.remove(decisions)
+
+    @contextlib.contextmanager
+    def prefer(self, name: str) -> Iterator[None]:
+        """Within the block the candidate of that name is taken, unmeasured and whether or not its
+        family has passed, wherever it is listed."""
+        self._preferred.append(name)
+        self.generation += 1
+        try:
+            yield
+        finally:
+            self._preferred.pop()
+            self.generation += 1
+
+    @contextlib.contextmanager
+    def ahead(self) -> Iterator[None]:
+        """Within the block everything is measured, however long it takes."""
+        before, self._unlimited = self._unlimited, True
+        self._forget()
+        try:
+            yield
+        finally:
+            self._unlimited = before
+
+    def _forget(self) -> None:
+        self._chosen.clear()
+        self.generation += 1
+
+    def _may_measure(self, arguments: Sequence[Any]) -> bool:
+        """Whether choices are by measurement: on a GPU, unless it is switched off
+        (`RESNET_FUSED_TUNE`), a graph is being captured, or PyTorch is asked to be deterministic,
+        because candidates differ in the order of their sums."""
+        return (
+            _device(arguments).type == "cuda"
+            and settings.tuning_enabled()
+            and not torch.are_deterministic_algorithms_enabled()
+        )
+
+    def _decide(
+        self,
+        op: str,
+        place: Hashable,
+        arguments: Sequence[Any],
+        candidates: Callable[[], Candidates],
+        reference: Callable[..., Any],
+        measuring: bool,
+        per_image: bool,
+    ) -> Decision:
+        listed, described = candidates(), tuple(describe(arguments))
+        if self._preferred:
+            for candidate in listed:
+                if candidate.name == self._preferred[-1]:
+                    return Decision(op, described, candidate, {})
+        device = _device(arguments)
+        options = [c for c in listed if not c.family or self._passed(c.family, device)]
+        options = options or [Candidate("pytorch", reference)]
+        times: Times = {}
+        with self._lock:
+            if place in self._chosen and not self._preferred:
+                return self._chosen[place]
+            if measuring and len(options) > 1:
+                times = self._times((op, *described), options, arguments, reference, per_image)
+            decision = Decision(op, described, _best(options, times), times)
+            capturing = measuring and torch.cuda.is_current_stream_capturing()
+            if not self._preferred and not capturing:
+                self._chosen[place] = decision
+        return decision
+
+    def _times(
+        self,
+        call: tuple[object, ...],
+        options: Sequence[Candidate],
+        arguments: Sequence[Any],
+        reference: Callable[..., Any],
+        per_image: bool,
+    ) -> Times:
+        """What is known of the options, from the cache or measured now, as far as time allows."""
+        if self._cache is None:
+            self._cache = TuningCache(settings.cache_directory() / FILE)
+        device = _device(arguments)
+        title = "|".join(map(str, (*families.environment(device), *call)))
+        known = dict(self._cache.get(title) or {})
+        # Where time is short, what would run anyway and what it has to beat come first.
+        first = [_best(options, {}), options[-1]]
+        missing = [c for c in [*first, *options] if c.name not in known]
+        check = Check(reference, arguments, per_image)
+        found: dict[str, float | str] = {}
+        for candidate in dict.fromkeys(missing):
+            if not self._unlimited and (self._spent >= BUDGET_SECONDS or not _may_take_time()):
+                break
+            start = self._clock()
+            try:
+                if not check.is_possible():
+                    break
+                found[candidate.name] = self._try(candidate, check, arguments, device, title)
+            except torch.OutOfMemoryError:
+                break  # the op may fit where measuring does not, and trying again takes long
+            finally:
+                self._spent += 0.0 if self._unlimited else self._clock() - start
+        if found:
+            self._cache.put(title, found)
+        return {c.name: times[c.name] for c in options if c.name in (times := {**known, **found})}
+
+    def _try(
+        self,
+        candidate: Candidate,
+        check: Check,
+        arguments: Sequence[Any],
+        device: torch.device,
+        title: str,
+    ) -> float | str:
+        """Seconds of a call, or why the candidate is excluded, of which the user is told."""
+        try:
+            fault = check.fault(candidate.launch) if candidate.family else None
+            if fault is None:
+                return self._measure(functools.partial(candidate.launch, *arguments), device)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # it asks for more than this GPU has, or a compiler fails
+            fault = f"{type(error).__name__}: {error}"
+        warnings.warn(
+            f"resnet_fused: candidate {candidate.name!r} is excluded on this machine: {fault}, for "
+            f"{title}. Results stay right, by another candidate; please report this line.",
+            stacklevel=2,
+        )
+        return fault
+
+
+def _best(options: Sequence[Candidate], times: Mapping[str, float | str]) -> Candidate:
+    """The fastest of those measured, if there is a choice; else the first profitable one."""
+    allowed = [c for c in options if not isinstance(times.get(c.name), str)] or [options[-1]]
+    measured = [c for c in allowed if c.name in times]
+    if len(measured) > 1 or len(measured) == len(allowed):
+        return min(measured, key=lambda c: times[c.name])
+    return next((c for c in allowed if c.is_profitable), allowed[-1])
+
+
+def _device(arguments: Sequence[Any]) -> torch.device:
+    first = arguments[0]
+    if not isinstance(first, Tensor):
+        first = next(leaf for leaf in tree_leaves(first) if isinstance(leaf, Tensor))
+    return first.device
+
+
+def _may_take_time() -> bool:
+    """Whether an ordinary call may measure: not while a graph is captured, nor where other
+    processes wait for this one, as in data-parallel training."""
+    distributed = torch.distributed
+    several = (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    )
+    return not several and not torch.cuda.is_current_stream_capturing()

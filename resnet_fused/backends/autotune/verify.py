@@ -1,0 +1,101 @@
+"""Whether a candidate computes what the reference does, on the inputs it is to be measured with.
+
+Truth is the reference in float64, the yardstick PyTorch's own error in the inputs' dtype, as in the
+numerics contract (`resnet_fused.testing.numerics`). Memory that a candidate gets for its result is
+filled with NaN, so that an element which nobody writes shows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ...testing.numerics import cast, relative_error, rounding_floor
+
+_CHUNK_ELEMENTS = 2**25  # of the main input, in float64 at a time
+# Two results of one rounding each have the same error but for chance.
+_NOISE = 1.1
+# Of batch norm in float32 (`testing.numerics.bn_add_relu_roundings`), with a residual.
+_ROUNDINGS = 6
+
+
+class Check:
+    """The truth of one call, computed when it is first asked for."""
+
+    def __init__(
+        self, reference: Callable[..., Any], arguments: Sequence[Any], per_image: bool
+    ) -> None:
+        """`per_image`: the result's images depend on those of the 4-dimensional arguments one by
+        one, so that truth can be computed a few images at a time."""
+        self._reference = reference
+        self._arguments = arguments
+        self._per_image = per_image
+
+    @functools.cached_property
+    def _truth(self) -> list[Tensor]:
+        x = self._arguments[0]
+        if not self._per_image:
+            return _tensors(self._reference(*cast(list(self._arguments), torch.float64)))
+        images = len(x)
+        step = max(1, _CHUNK_ELEMENTS * images // x.numel())
+        parts = []
+        for first in range(0, images, step):
+            chunk = [
+                v[first : first + step] if isinstance(v, Tensor) and v.dim() == 4 else v
+                for v in self._arguments
+            ]
+            parts.append(self._reference(*cast(chunk, torch.float64)))
+        return [torch.cat(parts)]
+
+    @functools.cached_property
+    def _allowed(self) -> list[float]:
+        eager = _tensors(self._reference(*self._arguments))
+        return [
+            max(_NOISE * relative_error(own, truth), rounding_floor(_ROUNDINGS, torch.float32))
+            for own, truth in zip(eager, self._truth, strict=True)
+        ]
+
+    def is_possible(self) -> bool:
+        """Whether there is anything to hold a result against: not where inputs hold NaN."""
+        return all(bool(torch.isfinite(truth).all()) for truth in self._truth)
+
+    def fault(self, launch: Callable[..., Any]) -> str | None:
+        """What is wrong with the result of `launch(*arguments)`, or None."""
+        with _uninitialised_memory_is_nan():
+            results = _tensors(launch(*self._arguments))
+        for i, (own, truth, allowed) in enumerate(
+            zip(results, self._truth, self._allowed, strict=True)
+        ):
+            if own.shape != truth.shape:
+                return f"result {i} has shape {tuple(own.shape)} instead of {tuple(truth.shape)}"
+            unwritten = int(own.isnan().sum())
+            if unwritten:
+                return f"result {i}: {unwritten} of {own.numel()} elements are NaN or unwritten"
+            if (error := relative_error(own, truth)) > allowed:
+                return f"result {i} has an error of {error:.3e} where {allowed:.3e} is allowed"
+        return None
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+@contextlib.contextmanager
+def _uninitialised_memory_is_nan() -> Iterator[None]:
+    """Within the block, PyTorch fills what `torch.empty` returns."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
