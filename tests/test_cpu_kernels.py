@@ -13,7 +13,7 @@ from torch import Tensor
 from resnet_fused import _extension
 from resnet_fused._extension import optional_tensor_arg, tensor_arg
 from resnet_fused.backends.cpu.native import PackedConvolution, bn_add_relu, head, pack, vectors
-from resnet_fused.parameters import BatchNorm, Convolution
+from resnet_fused.parameters import BatchNorm, ConvBn, Convolution
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import (
     CONV_CASES,
@@ -268,7 +268,11 @@ REFUSED_RESIDUALS = [
     ("x", {"address": 2}, "residual is not aligned"),
     ("x", {"sizes": (1, 17, 4, 4)}, "residual must have 1 to 16 channels, found 17"),
     ("x", {"sizes": (1, 0, 4, 4)}, "residual must have 1 to 16 channels, found 0"),
-    ("x", {"sizes": (1, 16, 4, 5)}, r"residual must be of size \(1, 16, 4, 4\), found \(1, 16, 4, 5\)"),
+    (
+        "x",
+        {"sizes": (1, 16, 4, 5)},
+        r"residual must be of size \(1, 16, 4, 4\), found \(1, 16, 4, 5\)",
+    ),
     ("x", {"strides": (256, 16, 4, 1)}, "residual must have adjacent channels"),
     ("x", {"strides": (256, 1, -64, 16)}, "a tensor has a stride of -64"),
     ("x", {"strides": (256, 1, 2**62, 16)}, "a tensor has a stride of"),
@@ -348,9 +352,7 @@ def direct(
 ) -> Tensor:
     """relu(bn(conv(x)) (+ residual)) by the direct kernel, into memory full of NaN."""
     packed = tensor_arg(pack(_C, "conv", conv.weight))
-    shape = reference.conv_bn(
-        x.double(), ConvBn(cast(conv, torch.float64), bn), None, True
-    ).shape
+    shape = reference.conv_bn(x.double(), ConvBn(cast(conv, torch.float64), bn), None, True).shape
     out = poisoned(*shape, dtype=x.dtype)
     window = (tuple(conv.weight.shape[2:]), *conv[1:4])
     layer = (tensor_arg(x.contiguous(memory_format=NHWC)), packed, window, vectors(bn))
@@ -385,8 +387,7 @@ def test_direct_convolution_is_exact_on_integers(name, add, kernel):
     residual = make_residual(DIRECT[name], x, rng).round_() if add else None
     truth = reference.conv_bn(
         x.double(),
-        cast(conv, torch.float64),
-        bn,
+        ConvBn(cast(conv, torch.float64), bn),
         residual.double() if add else None,
         True,
     )
@@ -410,7 +411,9 @@ def test_direct_convolution_reads_a_narrower_strided_residual(name, channels, st
     rng = generator()
     x, (conv, bn) = make_integers(DIRECT[name], rng, dtype)
     identity = make_identity(DIRECT[name], channels, stride, x, rng)
-    truth = reference.conv_bn(x.double(), cast(conv, torch.float64), bn, identity.double(), True)
+    truth = reference.conv_bn(
+        x.double(), ConvBn(cast(conv, torch.float64), bn), identity.double(), True
+    )
     assert torch.equal(direct(x, conv, bn, identity, isa), truth.to(dtype))
 
 
@@ -421,9 +424,9 @@ def test_direct_convolution_is_as_accurate_as_eager(name, layout, kernel):
     dtype, isa = kernel
     rng = generator()
     x, (conv, bn) = make_convolution(DIRECT[name], rng, dtype)
-    arguments = [x.relu(), conv, bn, make_residual(DIRECT[name], x, rng), True]
+    arguments = [x.relu(), ConvBn(conv, bn), make_residual(DIRECT[name], x, rng), True]
     check_op(
-        lambda x, conv, bn, residual, relu: direct(x, conv, bn, residual, isa),
+        lambda x, layer, residual, relu: direct(x, *layer, residual, isa),
         lambda x, *rest: reference.conv_bn(x.contiguous(memory_format=layout), *rest),
         arguments,
     )
@@ -444,7 +447,9 @@ def test_direct_convolution_passes_nan_on_only_where_it_is_read(kernel):
     dtype, isa = kernel
     x, (conv, bn) = make_convolution(ConvCase(1, 33, 9, 9, 40, 3, 1, 1), generator(), dtype)
     x[0, 32, 4, 4] = float("nan")
-    expected = reference.conv_bn(x.float(), cast(conv, torch.float32), bn, None, True).isnan()
+    expected = reference.conv_bn(
+        x.float(), ConvBn(cast(conv, torch.float32), bn), None, True
+    ).isnan()
     assert expected.any()
     assert torch.equal(direct(x, conv, bn, None, isa).isnan(), expected)
 
@@ -475,9 +480,7 @@ def test_direct_convolution_refuses_impossible_windows(field, value, message, ar
     packed = tensor_arg(pack(_C, "conv", torch.zeros(16, 16, 1, 1)))
     window = tuple(value if i == field else pair for i, pair in enumerate(WINDOW_1X1))
     with pytest.raises(ValueError, match=message):
-        _C.conv_bn(
-            arguments["out"], (arguments["x"], packed, window, arguments["bn"]), None, True
-        )
+        _C.conv_bn(arguments["out"], (arguments["x"], packed, window, arguments["bn"]), None, True)
 
 
 def test_direct_convolution_refuses_impossible_projections(arguments):
@@ -522,10 +525,11 @@ def test_projection_is_exact_on_integers_and_meets_the_contract(name, dtype):
     if dtype == torch.bfloat16 and not _C.cpu_convolves_bf16():
         pytest.skip("this processor lacks AVX512_BF16")
 
-    def by_kernel(x, conv, bn, shortcut, projection, projection_bn):
-        main, side = (PackedConvolution(_C, c, winograd=False) for c in (conv, projection))
+    def by_kernel(x, layer, shortcut, projection):
+        convolutions = (layer.conv, projection.conv)
+        main, side = (PackedConvolution(_C, conv, winograd=False) for conv in convolutions)
         assert main.adds_projection(side)
-        return main.with_projection(x, bn, shortcut, side, projection_bn)
+        return main.with_projection(x, layer.bn, shortcut, side, projection.bn)
 
     for make in (make_integers, make_convolution):
         rng = generator(3)

@@ -150,6 +150,8 @@ def _steps(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
 
 def _worker(capability: int, dtype: str, *names: str) -> None:
     """Compiles what a training step of ResNet-50 launches, or those of its parts."""
+    from resnet_fused.backends.tuning import Tuner
+
     from resnet_fused.backends.triton import (
         training,
         training_batch_norm,
@@ -158,7 +160,6 @@ def _worker(capability: int, dtype: str, *names: str) -> None:
         training_pool,
         training_wgrad,
     )
-    from resnet_fused.backends.tuning import Tuner
 
     modules = (
         training_batch_norm, training_convolution, training_dgrad, training_pool, training_wgrad,

@@ -20,11 +20,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from resnet_fused.backends.tuning import Tuner
+
 from resnet_fused import ops, use_backend
 from resnet_fused.backends import triton as package
 from resnet_fused.backends.triton import convolution, elementwise, head, launching, stem
 from resnet_fused.backends.triton.launching import Config, Machine
-from resnet_fused.backends.tuning import Tuner
 from resnet_fused.errors import BackendUnavailableError
 from resnet_fused.ops import MaxPool
 from resnet_fused.reference import ops as reference

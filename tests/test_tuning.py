@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from resnet_fused.backends.tuning import Tuner, TuningCache, batch_bucket, describe, watch
 
 from resnet_fused import settings
 from resnet_fused.backends import tuning
-from resnet_fused.backends.tuning import Tuner, TuningCache, batch_bucket, describe, watch
 from resnet_fused.parameters import BatchNorm, Convolution
 
 FIRST = {"small": 2e-3, "large": 1e-3, "odd": None}

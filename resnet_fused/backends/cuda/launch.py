@@ -151,7 +151,9 @@ class Launcher:
 
     def _vectors(self, bn: BatchNorm) -> BatchNormArg:
         dense = [None if v is None else copied(v, v.contiguous()) for v in bn[:4]]
-        return batch_norm_arg(bn._replace(**dict(zip(bn._fields, dense, strict=False))), self.dtypes)
+        return batch_norm_arg(
+            bn._replace(**dict(zip(bn._fields, dense, strict=False))), self.dtypes
+        )
 
 
 def _relaid(weight: Tensor) -> Tensor:
