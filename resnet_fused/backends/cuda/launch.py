@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, channels_last
 
-from ..._extension import TensorArg, optional_tensor_arg, tensor_arg
+from ..._extension import optional_tensor_arg, tensor_arg
 from ...parameters import BatchNorm, ConvBn, MaxPool
 from .. import tf32_in_convolutions
 from ..arguments import BatchNormArg, batch_norm_arg, empty_nhwc, nhwc, residual_arg
