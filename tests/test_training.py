@@ -414,11 +414,10 @@ def test_same_bits_every_time(target: tuple[str, torch.dtype]) -> None:
 def test_weight_gradient_in_parts() -> None:
     """Positions split among programs, summed in order: the same as in one piece."""
     require("triton", "cpu", torch.float32)
-    from resnet_fused.backends.tuning import Tuner
-
     from resnet_fused.backends.training import PreBnGradient
     from resnet_fused.backends.triton import training_wgrad
     from resnet_fused.backends.triton.launching import Config
+    from resnet_fused.backends.tuning import Tuner
     from resnet_fused.reference.training import ReferenceTraining
 
     rng = generator()
