@@ -18,14 +18,15 @@ import pytest
 import torch
 import torchvision
 from machine_code import cuobjdump
+from resnet_fused.backends.tuning import Tuner
 from torch import Tensor
 
 import resnet_fused
 from resnet_fused import use_backend
+from resnet_fused._extension import optional_tensor_arg, tensor_arg
+from resnet_fused.backends.arguments import batch_norm_arg
 from resnet_fused.backends.cuda import CudaBackend
 from resnet_fused.backends.cuda_sim import SimulatedBackend
-from resnet_fused.backends.residual import residual_argument
-from resnet_fused.backends.tuning import Tuner
 from resnet_fused.parameters import BatchNorm, ConvBn, Convolution, MaxPool
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import (
@@ -53,6 +54,8 @@ KERNELS = 2 * (3 + 2 + 2) + EXACT_KERNELS + TF32_KERNELS
 # For sm_90a: for each 16-bit type 2 tiles, with and without projection.
 SM90_TILES = ("m128n64_sm90", "m128n128_sm90")
 SM90_KERNELS = 2 * 2 * 2
+
+NHWC = torch.channels_last
 
 
 # Machine code
@@ -573,29 +576,55 @@ def test_stem_spreads_what_is_not_finite_no_further_than_pytorch(simulator, half
     assert torch.equal(out.nan_to_num(), expected.to(half).double().nan_to_num())
 
 
+def changed(argument: tuple[Any, ...], **changes: Any) -> tuple[Any, ...]:
+    """A tensor's description with other fields."""
+    fields = dict(zip(("address", "type", "sizes", "strides", "tensor"), argument, strict=True))
+    return tuple({**fields, **changes}.values())
+
+
+def nhwc(*shape: int, dtype: torch.dtype = torch.float16) -> tuple[Any, ...]:
+    return tensor_arg(torch.zeros(shape, dtype=dtype).contiguous(memory_format=NHWC))
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("name", "value", "message"),
     [
-        ({"out": 0}, "out, x or weight is a null pointer"),
-        ({"mean": None}, "mean and var are needed"),
-        ({"out_channels": 12}, "multiple of 8"),
-        ({"image": (2**29, 8)}, "height must be at least 0 and below 2"),
-        ({"batch": -1}, "batch must be at least 0"),
+        ("out", {"address": 0}, "out is a null pointer"),
+        ("x", {"address": 0}, "x is a null pointer"),
+        ("weight", {"address": 0}, "weight is a null pointer"),
+        ("x", {"address": 1}, "x is not aligned"),
+        ("x", {"type": 2}, "x must be float16, found bfloat16"),
+        ("mean", {"sizes": (9,)}, r"mean must be of size \(8\), found \(9\)"),
+        ("mean", {"strides": (2,)}, "mean must be contiguous"),
+        ("mean", {"type": 3}, "mean must be float32, float16 or bfloat16, found float64"),
+        ("weight", {"sizes": (8, 3, 7, 5)}, "weight must be dense"),
+        ("x", {"sizes": (1, 3, 8, 8), "strides": (192, 64, 8, 1)}, "x must be dense"),
+        ("x", {"sizes": (-1, 3, 8, 8)}, "negative size of -1"),
     ],
 )
-def test_stem_binding_refuses(simulator, changes, message):
-    vector = (16, simulator.DType.float32)
-    arguments = {"out": 16, "x": 16, "weight": 16, "dtype": simulator.DType.float16, "batch": 1}
-    arguments |= {"image": (8, 8), "out_channels": 8, "mean": vector, "var": vector}
-    arguments |= {"bn_weight": None, "bias": None, "eps": 0.0, "device": 0, "stream": 0}
+def test_stem_binding_refuses(simulator, name, value, message):
+    vector = tensor_arg(torch.ones(8))
+    tensors = {"out": nhwc(1, 8, 2, 2), "x": nhwc(1, 3, 8, 8), "weight": nhwc(8, 3, 7, 7)}
+    tensors["mean"] = vector
+    tensors[name] = changed(tensors[name], **value)
+    mean = tensors.pop("mean")
     with pytest.raises(ValueError, match=message):
-        simulator.cuda_stem(**{**arguments, **changes})
+        simulator.cuda_stem(**tensors, bn=(mean, vector, None, None, 0.0), device=0, stream=0)
+
+
+def test_stem_binding_refuses_other_types_and_channels(simulator):
+    for out_channels, dtype in ((12, torch.float16), (8, torch.float32)):
+        vector = tensor_arg(torch.ones(out_channels))
+        sizes = ((1, out_channels, 2, 2), (1, 3, 8, 8), (out_channels, 3, 7, 7))
+        tensors = [nhwc(*size, dtype=dtype) for size in sizes]
+        with pytest.raises(ValueError, match="multiple of 8"):
+            simulator.cuda_stem(*tensors, (vector, vector, None, None, 0.0), 0, 0)
 
 
 def test_simulator_and_extension_load_into_one_process(simulator, extension):
     """Both bind the same C++ types, which pybind11 would by default register once a process."""
-    assert simulator.DType.float16 is not extension.DType.float16
-    assert simulator.ConvolutionBn is not extension.ConvolutionBn
+    assert simulator.ConvTile is not extension.ConvTile
+    assert simulator.Program is not extension.Program
 
 
 def test_larger_tiles_refuse_what_they_do_not_compute(simulator):
@@ -606,41 +635,24 @@ def test_larger_tiles_refuse_what_they_do_not_compute(simulator):
             backend.conv_bn(x, layer, None, False)
 
 
-def address(tensor: Tensor) -> int:
-    return tensor.data_ptr()
-
-
-def call(simulator: ModuleType, x: Tensor, layer: ConvBn, /, **changes: Any) -> None:
+def call(simulator: ModuleType, x: Tensor, layer: ConvBn, out: Tensor, **changes: Any) -> None:
     """The binding itself: no residual and an automatic tile, unless `changes` say otherwise."""
     conv, bn = layer
-    known = (torch.float32, torch.float16, torch.bfloat16)
-    dtypes = {dtype: getattr(simulator.DType, str(dtype)[6:]) for dtype in known}
-    image = changes.pop("image", tuple(x.shape[2:]))
-    vectors = [None if v is None else (address(v), dtypes[v.dtype]) for v in bn[:4]]
-    product = {
-        "x": address(x),
-        "weight": address(conv.weight),
-        "image": image,
-        "channels": x.shape[1],
-        "kernel": tuple(conv.weight.shape[2:]),
-        "stride": conv.stride,
-        "padding": conv.padding,
-        "dilation": conv.dilation,
-        **dict(zip(("mean", "var", "bn_weight", "bias"), vectors, strict=True)),
-        "eps": bn.eps,
+    types = (torch.float32, torch.float16, torch.bfloat16)
+    described = {
+        "x": tensor_arg(x),
+        "weight": tensor_arg(conv.weight),
+        "window": conv[1:4],
+        "bn": batch_norm_arg(bn, types),
     }
-    for key in [k for k in changes if k in product]:
-        product[key] = changes.pop(key)
+    for key in [k for k in changes if k in described]:
+        described[key] = changes.pop(key)
     arguments = {
-        "out": 16,
-        "residual": None,
-        "dtype": dtypes[x.dtype],
-        "batch": x.shape[0],
-        "out_image": image,
-        "out_channels": conv.weight.shape[0],
-        "groups": conv.groups,
-        "conv": simulator.ConvolutionBn(**product),
+        "out": tensor_arg(out),
+        "layer": tuple(described.values()),
         "projection": None,
+        "residual": None,
+        "groups": conv.groups,
         "relu": True,
         "tf32": False,
         "tile": simulator.ConvTile.automatic,
@@ -659,11 +671,7 @@ def test_out_may_be_the_residual(simulator, half, channels, capability):
     x, layer = make_integers(case, rng, half)
     both = make_residual(case, x, rng).round_()
     expected = truth(x, layer, both, True)
-    tensors = [x, layer.conv.weight, *layer.bn[:4]]
-    simulator.set_buffers(
-        [*((address(t), t.nbytes, False) for t in tensors), (address(both), both.nbytes, True)]
-    )
-    call(simulator, x, layer, out=address(both), residual=residual_argument(both))
+    call(simulator, x, layer, both, residual=optional_tensor_arg(both))
     assert torch.equal(both.double(), expected)
 
 
@@ -718,46 +726,63 @@ def test_halo_off_by_one_is_caught(simulator, half, channels, capability):
     simulator.set_capability(capability)
     case = ConvCase(1, channels, 8, 8, 16, 3, 1, 1)
     x, layer = make_convolution(case, generator(), half)
-    out = torch.empty(1, 16, 9, 8, dtype=half)
-    tensors = [x, layer.conv.weight, *layer.bn[:4]]
-    simulator.set_buffers(
-        [*((address(t), t.nbytes, False) for t in tensors), (address(out), out.nbytes, True)]
-    )
+    taller = torch.empty(1, channels, 9, 8, dtype=half).contiguous(memory_format=NHWC)
+    out = torch.empty(1, 16, 9, 8, dtype=half).contiguous(memory_format=NHWC)
+    read = [*((t.data_ptr(), t.nbytes, False) for t in (layer.conv.weight, *layer.bn[:4]))]
+    short = (taller.data_ptr(), x.nbytes, False)
+    simulator.set_buffers([*read, short, (out.data_ptr(), out.nbytes, True)])
     with pytest.raises(simulator.Fault, match=r"reads .* out of bounds of global memory"):
-        call(simulator, x, layer, out=address(out), image=(9, 8))
+        call(simulator, taller, layer, out)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("out", {"address": 0}, "out is a null pointer"),
+        ("x", {"address": 0}, "x is a null pointer"),
+        ("weight", {"address": 0}, "weight is a null pointer"),
+        ("x", {"sizes": (1, 0, 8, 8)}, "channels must be at least 1"),
+        ("out", {"sizes": (1, 16, 8, 9)}, "out must be dense"),
+        ("x", {"sizes": (0, 16, 2**29, 8)}, "height must be at least 0 and below 2"),
+        ("x", {"sizes": (2**20, 16, 2**20, 2**20)}, r"more than 2\^48 elements"),
+        ("weight", {"sizes": (16, 8, 3, 3)}, "weight must be dense"),
+        ("weight", {"type": 0}, "weight must be float16, found float32"),
+    ],
+)
+def test_binding_refuses(simulator, name, value, message):
+    case = ConvCase(1, 16, 8, 8, 16, 3, 1, 1)
+    x, layer = make_convolution(case, generator(), torch.float16)
+    out = torch.empty_like(x)
+    tensors = {"x": x, "weight": layer.conv.weight, "out": out}
+    with pytest.raises(ValueError, match=message):
+        call(simulator, x, layer, out, **{name: changed(tensor_arg(tensors[name]), **value)})
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"out": 0}, "out is a null pointer"),
-        ({"x": 0}, "x or weight is a null pointer"),
-        ({"mean": None}, "mean and var are needed"),
-        ({"channels": 0}, "channels must be at least 1"),
-        ({"stride": (0, 1)}, "vertical stride must be at least 1"),
-        ({"padding": (0, -1)}, "horizontal padding must be at least 0"),
-        ({"out_image": (8, 9)}, "not of size 8 x 9"),
-        ({"image": (2**29, 8)}, "height must be at least 0 and below 2"),
+        ({"window": ((0, 1), (1, 1), (1, 1))}, "vertical stride must be at least 1"),
+        ({"window": ((1, 1), (0, -1), (1, 1))}, "horizontal padding must be at least 0"),
+        ({"window": ((1, 1), (0, 0), (1, 1))}, r"out must be of size \(1, 16, 6, 6\)"),
         ({"groups": 3}, "groups must divide"),
-        ({"batch": 2**29 - 1, "image": (2**20, 2**9)}, "out has too many elements"),
+        ({"groups": 2}, r"weight must be of size \(16, 8, 3, 3\)"),
     ],
 )
-def test_binding_refuses(simulator, changes, message):
+def test_binding_refuses_windows_and_groups(simulator, changes, message):
     case = ConvCase(1, 16, 8, 8, 16, 3, 1, 1)
     x, layer = make_convolution(case, generator(), torch.float16)
     with pytest.raises(ValueError, match=message):
-        call(simulator, x, layer, **changes)
+        call(simulator, x, layer, torch.empty_like(x), **changes)
 
 
 def test_projection_excludes_residual_and_groups(simulator):
-    x, layer = make_convolution(ConvCase(1, 16, 8, 8, 16), generator(), torch.float16)
-    vector = (16, simulator.DType.float32)
-    projection = simulator.ConvolutionBn(
-        16, 16, (8, 8), 16, (1, 1), (1, 1), (0, 0), (1, 1), vector, vector, None, None, 1e-5
-    )
-    for changes in ({"residual": (16, 16, (1024, 128, 16))}, {"groups": 2}):
+    x, (conv, bn) = make_convolution(ConvCase(1, 16, 8, 8, 16), generator(), torch.float16)
+    projection = (tensor_arg(x), tensor_arg(conv.weight), conv[1:4], batch_norm_arg(bn, ()))
+    halved = conv._replace(weight=conv.weight[:, :8].contiguous(memory_format=NHWC), groups=2)
+    for layer, residual in ((ConvBn(conv, bn), tensor_arg(x)), (ConvBn(halved, bn), None)):
+        out = torch.empty_like(x)
         with pytest.raises(ValueError, match="a projection needs groups = 1"):
-            call(simulator, x, layer, projection=projection, **changes)
+            call(simulator, x, layer, out, projection=projection, residual=residual)
 
 
 def test_all_of_resnet50_but_the_stem_is_ours(simulator, half):

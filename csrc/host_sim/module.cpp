@@ -9,7 +9,9 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings/program.h"
 #include "bindings/register.h"
+#include "build_info.h"
 #include "host_sim/layout.h"
 #include "host_sim/simulator.h"
 #include "host_sim/tests/primitives.h"
@@ -67,7 +69,7 @@ std::optional<Chunks> pixel_chunks(const std::array<std::uint64_t, 4>& size,
 PYBIND11_MODULE(_C_sim, module) {
   py::register_exception<host_sim::Fault>(module, "Fault", PyExc_RuntimeError);
 
-  module.attr("INTERFACE") = kInterface;
+  module.attr("INTERFACE") = RESNET_FUSED_INTERFACE;
   module.def(
       "set_buffers",
       [](const std::vector<std::tuple<std::uintptr_t, std::size_t, bool>>& buffers) {
@@ -75,9 +77,11 @@ PYBIND11_MODULE(_C_sim, module) {
         for (const auto& [address, bytes, writable] : buffers) {
           host_sim::register_buffer(reinterpret_cast<const void*>(address), bytes, writable);
         }
+        buffers_given = true;
       },
       py::arg("buffers"),
-      "Makes these (address, bytes, writable) all of the global memory that kernels may touch.");
+      "Makes these (address, bytes, writable) all of the global memory that the next kernel may\n"
+      "touch, in place of what the tensors among its arguments cover.");
 
   module.def(
       "set_capability", [](int capability) { host_sim::capability() = capability; },
@@ -180,5 +184,7 @@ PYBIND11_MODULE(_C_sim, module) {
   module.def("run_primitive", &host_sim::tests::run, py::arg("name"), py::arg("words"),
              py::arg("outputs"), "Runs a kernel of csrc/host_sim/tests/primitives.cu.");
 
+  register_programs(module);
+  register_snapshots(module);
   register_cuda_kernels(module);
 }
