@@ -417,7 +417,6 @@ def test_weight_gradient_in_parts() -> None:
     from resnet_fused.backends.training import PreBnGradient
     from resnet_fused.backends.triton import training_wgrad
     from resnet_fused.backends.triton.launching import Config
-    from resnet_fused.backends.tuning import Tuner
     from resnet_fused.reference.training import ReferenceTraining
 
     rng = generator()
@@ -434,9 +433,7 @@ def test_weight_gradient_in_parts() -> None:
     )
     for parts in (1, 4, 7):
         config = Config((16, 64, 32, parts), 4, 2)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training_wgrad, "candidates", lambda *_, c=config: [c])
-            ours = training_wgrad.wgrad(Tuner("tests"), gradient, operand, conv)
+        ours = training_wgrad.wgrad(config, gradient, operand, conv)
         assert relative_error(ours, truth) < 2e-6
 
 
