@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import resnet_fused
 from resnet_fused import BasicBlock, Bottleneck, freeze_batch_norm, use_backend
+from resnet_fused.parameters import Convolution
 from resnet_fused.reference.training import ReferenceTraining
 from resnet_fused.testing.cases import clear_batch, generator, randomise_statistics
 from resnet_fused.testing.numerics import relative_error
@@ -32,9 +33,30 @@ def fused() -> Iterator[None]:
 
 
 @pytest.fixture
-def interpreted() -> Iterator[None]:
-    """The Triton kernels, interpreted."""
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The Triton kernels interpreted, in tiles so large that whole models take seconds."""
     require("triton", "cpu", torch.float32)
+    from resnet_fused.backends.triton import training
+    from resnet_fused.backends.triton.launching import Config
+
+    def whole(size: int) -> int:
+        return min(512, max(16, 1 << (size - 1).bit_length()))
+
+    def forward(value: Tensor, conv: Convolution) -> list[Config]:
+        filters, columns = len(conv.weight), conv.weight[0].numel()
+        return [Config((64, whole(filters), whole(columns)), 4, 1)]
+
+    def backward(gradient: object, conv: Convolution, *_: object) -> list[Config]:
+        filters, channels = conv.weight.shape[:2]
+        return [Config((64, whole(channels), whole(filters)), 4, 1)]
+
+    def weights(gradient: object, x: object, conv: Convolution) -> list[Config]:
+        filters, columns = len(conv.weight), conv.weight[0].numel()
+        return [Config((whole(filters), whole(columns), 128, 1), 4, 1)]
+
+    monkeypatch.setattr(training, "conv_stats_configs", forward)
+    monkeypatch.setattr(training, "dgrad_configs", backward)
+    monkeypatch.setattr(training, "wgrad_configs", weights)
     with use_backend("triton"):
         yield
 
