@@ -16,6 +16,7 @@ from torch import Tensor
 import resnet_fused
 from resnet_fused import use_backend
 from resnet_fused._extension import tensor_arg
+from resnet_fused.backends import Candidate
 from resnet_fused.backends.arguments import batch_norm_arg
 from resnet_fused.backends.cuda_sim import SimulatedBackend
 from resnet_fused.parameters import ConvBn
@@ -46,12 +47,12 @@ CASES = {
 
 
 class WholeBlocks(SimulatedBackend):
-    """Takes the kernel for the whole block, and expects it to be offered."""
+    """Takes the kernel for the whole block, which it must have for few inner channels."""
 
-    def _bottleneck_kernels(self, *arguments: Any) -> list[str]:
-        kernels = super()._bottleneck_kernels(*arguments)
-        assert "fused" in kernels
-        return ["fused"]
+    def bottleneck(self, x: Tensor, layer1: ConvBn, *others: Any) -> list[Candidate]:
+        listed = super().bottleneck(x, layer1, *others)
+        assert listed or layer1.conv.weight.shape[0] > 128
+        return [candidate._replace(is_profitable=True) for candidate in listed]
 
 
 @pytest.fixture
@@ -191,7 +192,7 @@ def test_is_profitable_in_the_first_stage(simulator):
     assert not is_profitable(simulator, batch=1, image=(14, 42))
 
 
-def test_rule_takes_the_whole_block(simulator, half):
+def test_heuristic_takes_the_whole_block(simulator, half):
     """Four tiles of one launch: the steps of conv1, conv2 and four slices of conv3."""
     case = BlockCase(1, 256, 28, 28, 64, 256)
     arguments = make_bottleneck(case, generator(), half, make=make_integers)

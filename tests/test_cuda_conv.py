@@ -18,21 +18,23 @@ import pytest
 import torch
 import torchvision
 from machine_code import cuobjdump
-from resnet_fused.backends.tuning import Tuner
 from torch import Tensor
 
 import resnet_fused
 from resnet_fused import use_backend
 from resnet_fused._extension import optional_tensor_arg, tensor_arg
+from resnet_fused.backends import autotune
 from resnet_fused.backends.arguments import batch_norm_arg
 from resnet_fused.backends.cuda import CudaBackend
 from resnet_fused.backends.cuda_sim import SimulatedBackend
 from resnet_fused.parameters import BatchNorm, ConvBn, Convolution, MaxPool
 from resnet_fused.reference import ops as reference
+from resnet_fused.reference.convolution import convolve
 from resnet_fused.testing.cases import (
     CONV_CASES,
     ConvCase,
     generator,
+    make_batch_norm,
     make_convolution,
     make_identity,
     make_integers,
@@ -225,8 +227,12 @@ def test_batch_norm_pass_reads_a_narrower_strided_residual(simulator, dtype, cha
     case = ConvCase(2, 24, 5, 3, 24)
     x, layer = make_integers(case, generator(), dtype)
     identity = make_identity(case, channels, 2, x, generator(1))
-    out = every_result(SimulatedBackend(simulator), "conv_bn", x, layer, identity, True)["cudnn"]
-    assert torch.equal(out.double(), truth(x, layer, identity, True))
+    backend = SimulatedBackend(simulator)
+    expected = truth(x, layer, identity, True)
+    by_cudnn = every_result(backend, "conv_bn", x, layer, identity, True)["cudnn"]
+    assert torch.equal(by_cudnn.double(), expected)
+    out = backend._launcher.bn_add_relu(convolve(x, layer.conv), layer.bn, identity, True)
+    assert torch.equal(out.double(), expected)
 
 
 @pytest.mark.parametrize("name", TILE_CASES)
@@ -361,23 +367,19 @@ def test_capability_chooses_the_kernel(simulator, half):
         On(SimulatedBackend(simulator, tile, capability=80)).conv_bn(x, layer, None, True)
 
 
-class EveryCandidate(Tuner):
-    """Runs all candidates, those within candidates too, and keeps what each computes."""
+class WithCudnn(SimulatedBackend):
+    """Prefers cuDNN where the backend for GPUs does."""
 
-    def __init__(self) -> None:
-        super().__init__("tests")
-        self.results: dict[str, dict[str, Tensor]] = {}
-
-    def run(self, key: Any, device: Any, candidates: Any, launch: Any) -> Any:
-        found = self.results[key[0]] = {name: launch(name) for name in candidates()}
-        return list(found.values())[-1]
+    _left_to_cudnn = CudaBackend._left_to_cudnn
 
 
 def every_result(backend: SimulatedBackend, op: str, *arguments: Any) -> dict[str, Tensor]:
     """What each of the backend's candidates computes, by name, the heuristic's choice first."""
-    backend._tuner = tuner = EveryCandidate()
-    getattr(On(backend), op)(*arguments)
-    return tuner.results[op]
+    return {c.name: c.launch(*arguments) for c in getattr(backend, op)(*arguments)}
+
+
+def names(*tiles: str) -> list[str]:
+    return [f"cuda {tile}" for tile in ("automatic", *tiles)]
 
 
 def tiles_of(capability: int) -> list[str]:
@@ -395,7 +397,7 @@ def test_all_candidates_of_a_convolution_agree(simulator, half, add, capability)
         arguments = (x, layer, residual, True)
         backend = SimulatedBackend(simulator, capability=capability)
         results = every_result(backend, "conv_bn", *arguments)
-        assert list(results) == ["automatic", *tiles_of(capability), "cudnn"]
+        assert list(results) == [*names(*tiles_of(capability)), "cudnn"]
         expected, eager = truth(*arguments), reference.conv_bn(*arguments)
         for name, result in results.items():
             if make is make_integers:
@@ -413,8 +415,9 @@ def test_all_candidates_of_a_projection_agree(simulator, half, capability):
     ]
     backend = SimulatedBackend(simulator, capability=capability)
     results = every_result(backend, "conv_bn_projection", *arguments)
-    tiles = [tile for tile in tiles_of(capability) if tile != "m128n128"]
-    assert list(results) == ["automatic", *tiles, "separate"]
+    assert list(results) == names(*(tile for tile in tiles_of(capability) if tile != "m128n128"))
+    with autotune.tuner.prefer("separate"):
+        results["separate"] = On(backend).conv_bn_projection(*arguments)
     expected = reference.conv_bn_projection(*cast(arguments, torch.float64))
     for name, result in results.items():
         assert torch.equal(result.double(), expected), name
@@ -426,7 +429,9 @@ def test_all_candidates_of_a_stem_agree(simulator, half, capability):
     backend = SimulatedBackend(simulator, capability=capability)
     results = every_result(backend, "stem", x, layer, MaxPool())
     expected = reference.stem(*cast([x, layer], torch.float64), MaxPool())
-    assert list(results) == ["fused", "separate"]
+    assert list(results) == ["cuda fused"]
+    with autotune.tuner.prefer("separate"):
+        results["separate"] = On(backend).stem(x, layer, MaxPool())
     for name, result in results.items():
         assert torch.equal(result.double(), expected), name
 
@@ -440,14 +445,14 @@ def test_tiles_are_offered_only_for_what_they_compute(simulator, half):
     ):
         layer = make_integers(case, generator(), dtype)
         results = every_result(backend, "conv_bn", *layer, None, True)
-        assert list(results) == ["automatic", *tiles, "cudnn"]
+        assert list(results) == [*names(*tiles), "cudnn"]
 
 
-def test_what_is_left_to_cudnn_by_rule_may_be_ours_by_measurement(simulator, half, monkeypatch):
-    monkeypatch.setattr(SimulatedBackend, "_left_to_cudnn", CudaBackend._left_to_cudnn)
-    backend = SimulatedBackend(simulator, capability=80)
-    layer = make_integers(ConvCase(1, 12, 9, 9, 16), generator(), half)
-    assert list(every_result(backend, "conv_bn", *layer, None, True)) == ["cudnn", "m64n64"]
+def test_what_the_heuristic_leaves_to_cudnn_may_be_ours_by_measurement(simulator, half):
+    x, layer = make_integers(ConvCase(1, 12, 9, 9, 16), generator(), half)
+    listed = WithCudnn(simulator, capability=80).conv_bn(x, layer, None, True)
+    assert [candidate.name for candidate in listed] == ["cudnn", *names("m64n64")]
+    assert listed[0].is_profitable
 
 
 @pytest.mark.parametrize("tile", TILES[:2])
@@ -519,14 +524,14 @@ def test_single_channels_have_exact_products_where_tf32_is_allowed(simulator):
 
 
 @pytest.mark.usefixtures("tf32")
-def test_tf32_is_a_candidate_that_no_rule_prefers(simulator, monkeypatch):
-    monkeypatch.setattr(SimulatedBackend, "_left_to_cudnn", CudaBackend._left_to_cudnn)
-    backend = SimulatedBackend(simulator, capability=90)
+def test_tf32_is_a_candidate_that_the_heuristic_never_prefers(simulator):
+    backend = WithCudnn(simulator, capability=90)
     layer = make_integers(ConvCase(1, 16, 9, 9, 16), generator(), torch.float32)
-    results = every_result(backend, "conv_bn", *layer, None, True)
-    assert list(results) == ["cudnn", *TF32_TILES]
-    results = every_result(backend, "conv_bn_projection", *layer, *layer)
-    assert list(results) == ["separate", TF32_TILES[0]]
+    listed = backend.conv_bn(*layer, None, True)
+    assert [candidate.name for candidate in listed] == ["cudnn", *names(*TF32_TILES)]
+    listed = backend.conv_bn_projection(*layer, *layer)
+    assert [candidate.name for candidate in listed] == names(TF32_TILES[0])
+    assert not any(candidate.is_profitable for candidate in listed)
 
 
 # One block; several in each direction, with tails; channels beyond the tile.
@@ -786,14 +791,15 @@ def test_projection_excludes_residual_and_groups(simulator):
 
 
 def test_all_of_resnet50_but_the_stem_is_ours(simulator, half):
-    backend = CudaBackend(simulator)
-    image = torch.zeros(1, dtype=half)
-    left = [
-        name
-        for name, module in torchvision.models.resnet50().named_modules()
-        if isinstance(module, torch.nn.Conv2d)
-        and backend._left_to_cudnn(image, Convolution(module.weight, groups=module.groups))
-    ]
+    backend = WithCudnn(simulator)
+    left = []
+    for name, module in torchvision.models.resnet50().to(half).named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            x = torch.zeros(1, module.in_channels, 8, 8, dtype=half)
+            conv = Convolution(module.weight, module.stride, module.padding)
+            layer = ConvBn(conv, make_batch_norm(module.out_channels, generator()))
+            if backend.conv_bn(x, layer, None, True)[0].name == "cudnn":
+                left.append(name)
     assert left == ["conv1"]
 
 

@@ -176,7 +176,7 @@ def test_prediction_is_set_beside_what_was_measured() -> None:
 
 
 def test_nothing_to_compare_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program, "record", lambda options: {})
+    monkeypatch.setattr(program, "record", lambda options: {"layers": []})
     monkeypatch.setattr(program, "table", lambda found: "")
     assert program.main([]) == 0
     assert program.main(["--measured", str(tmp_path / "none.json")]) == 1

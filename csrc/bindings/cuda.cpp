@@ -245,7 +245,7 @@ void conv_bn(const TensorArg& out, const LayerArg& layer, const std::optional<La
   Launch<ConvLaunch> launch;
   set_conv_bn(launch, out, layer, projection, residual, groups, relu, tf32, device);
   launch.arguments.tile = tile;
-  if (!resnet_fused::conv_bn_offers(launch.arguments.op, tile)) {
+  if (!resnet_fused::conv_bn_can_implement(launch.arguments.op, tile)) {
     refuse("this tile does not compute such a convolution; use automatic");
   }
   launch.run<run_conv_bn>(stream);
@@ -319,7 +319,7 @@ void bottleneck(const TensorArg& out, const TensorArg& x, const std::vector<Inne
                resnet_fused::strided(op.width, op.stride)});
   check_apart("out", out, "x", x);
   launch.writes(launch.arguments.out, "out", out);
-  if (!resnet_fused::bottleneck_offers(op, device)) {
+  if (!resnet_fused::bottleneck_can_implement(op, device)) {
     refuse("there is no kernel for such a bottleneck on this device");
   }
   launch.run<run_bottleneck>(stream);
@@ -478,9 +478,9 @@ void register_cuda_kernels(py::module_& module) {
     module.def(name, function, py::arg("x"), py::arg("layers"), py::arg("stride"),
                py::arg("device"), meaning);
   };
-  ask("cuda_bottleneck_can_implement", &ask_bottleneck<&resnet_fused::bottleneck_offers>,
+  ask("cuda_bottleneck_can_implement", &ask_bottleneck<&resnet_fused::bottleneck_can_implement>,
       "Whether cuda_bottleneck has a kernel for this on that device.");
-  ask("cuda_bottleneck_is_profitable", &ask_bottleneck<&resnet_fused::bottleneck_pays>,
+  ask("cuda_bottleneck_is_profitable", &ask_bottleneck<&resnet_fused::bottleneck_is_profitable>,
       "Whether it has one that is expected to be faster than a kernel for each layer.");
 
   module.def("cuda_stem", &stem, py::arg("out"), py::arg("x"), py::arg("weight"), py::arg("bn"),

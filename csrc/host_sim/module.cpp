@@ -16,6 +16,7 @@
 #include "host_sim/simulator.h"
 #include "host_sim/tests/primitives.h"
 #include "kernels/cuda/ptx_sm90.cuh"
+#include "kernels/cuda/spin_limit.h"
 #include "kernels/cuda/tensor_map.h"
 
 namespace py = pybind11;
@@ -94,6 +95,7 @@ PYBIND11_MODULE(_C_sim, module) {
             {"skipped_barrier", &plant.skipped_barrier},
             {"skipped_named_barrier", &plant.skipped_named_barrier},
             {"skipped_wait", &plant.skipped_wait},
+            {"skipped_arrival", &plant.skipped_arrival},
             {"skipped_mbarrier_wait", &plant.skipped_mbarrier_wait},
             {"skipped_product_wait", &plant.skipped_product_wait},
             {"skipped_store_wait", &plant.skipped_store_wait},
@@ -108,6 +110,12 @@ PYBIND11_MODULE(_C_sim, module) {
       py::arg("mistakes") = std::map<std::string, int>{},
       "Makes every thread of later launches skip its barrier, wait or fence of that number,\n"
       "counted from 0, as the fields of host_sim::Plant say; nothing by default.");
+
+  module.def(
+      "set_spin_limit", [](std::uint32_t tries) { resnet_fused::set_spin_limit(0, tries); },
+      py::arg("tries") = 0,
+      "Whether a thread gives up where none can run any more; a number of tries has no meaning\n"
+      "here. 0: that is a deadlock.");
 
   module.def(
       "take_statistics",
