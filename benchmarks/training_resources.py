@@ -3,8 +3,9 @@
     python benchmarks/training_resources.py --json benchmarks/results/training_resources.json
 
 Compiles all that a training step of ResNet-50, batch 256, launches with the tiles that the
-heuristic takes, for each target of the tests marked `slow` in tests/test_training_compile.py, and prints a
-table. No GPU is needed and nothing is timed; from an empty cache of Triton's it takes minutes.
+heuristic takes, for each target of the tests marked `slow` in tests/test_training_compile.py, and
+prints a table. No GPU is needed and nothing is timed; from an empty cache of Triton's it takes
+minutes.
 """
 
 from __future__ import annotations
