@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..parameters import BatchNorm, ConvBn, Convolution
-
 
 def relative_error(out: Tensor, truth: Tensor) -> float:
     """‖out - truth‖ / ‖truth‖ in float64; inf where `out` holds a NaN or an infinity.
@@ -84,11 +82,11 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
     """`value` with every floating tensor in it converted: tensors, parameter groups, containers."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, (ConvBn, Convolution, BatchNorm)):
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(cast(v, dtype) for v in value))
     if isinstance(value, Mapping):
         return {key: cast(item, dtype) for key, item in value.items()}
-    if isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value):
+    if isinstance(value, (list, tuple)):
         return type(value)(cast(v, dtype) for v in value)
     return value
 
