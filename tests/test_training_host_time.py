@@ -22,7 +22,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCHES = 371  # of a ResNet-50 step, batch 2 of 64²
 # By folder of resnet_fused; Python 3.12 inlines comprehensions and makes fewer.
-BUDGETS = {"backends/triton": 1650, "backends/autotune": 1200, "": 3400}
+BUDGETS = {"backends/triton": 1800, "backends/autotune": 1200, "": 3400}
 
 
 def test_calls_of_a_training_step() -> None:
@@ -63,7 +63,7 @@ def _worker() -> None:
         model.zero_grad()
         model(x).sum().backward()
 
-    counts = Counter({folder: 0 for folder in BUDGETS})
+    counts = Counter(dict.fromkeys(BUDGETS, 0))
     package = str(Path(resnet_fused.__file__).parent)
 
     def count(frame: FrameType, event: str, argument: object) -> None:

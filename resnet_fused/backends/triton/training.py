@@ -39,20 +39,25 @@ class _Piece:
         return found[0], self.merge(found[1])
 
 
+_PLAIN = {
+    "conv_stats": _Piece(_reference.conv_stats, _reference.merge_moments),
+    "dgrad": _Piece(_reference.dgrad, _reference.merge_sums),
+    "wgrad": _Piece(_reference.wgrad),
+}
+
+
 def _choose(
     piece: str,
     arguments: tuple[Any, ...],
     run: Callable[..., Any],
     configs: Callable[[], Sequence[Config]],
-    reference: Callable[..., Any],
-    merge: Callable[[Tensor], Tensor] | None = None,
 ) -> Callable[..., Any]:
-    """What is to compute the piece, in one of the configurations or as the reference does."""
-    plain = _Piece(reference, merge)
+    """What is to compute the piece: `run` in one of the configurations, or the reference."""
+    plain = _PLAIN[piece]
 
     def listed() -> Candidates:
         found = candidates(run, configs(), "triton training")
-        found = [c._replace(launch=_Piece(c.launch, merge)) for c in found]
+        found = [c._replace(launch=_Piece(c.launch, plain.merge)) for c in found]
         return [*found, Candidate("pytorch", plain)]
 
     chosen = autotune.choose(piece, arguments, listed, plain).launch
@@ -80,8 +85,6 @@ class TritonTraining:
             (x, conv, True),  # in any case: backward repeats the forward's bits without statistics
             conv_stats,
             lambda: conv_stats_configs(x if isinstance(x, Tensor) else x.pre_bn, conv),
-            _reference.conv_stats,
-            _reference.merge_moments,
         )
         found: tuple[Tensor, Tensor | None] = run(x, conv, statistics)
         return found
@@ -101,16 +104,12 @@ class TritonTraining:
             arguments,
             dgrad,
             lambda: dgrad_configs(gradient, conv, shape, below is not None),
-            _reference.dgrad,
-            _reference.merge_sums,
         )
         found: tuple[Tensor, Tensor | None] = run(*arguments)
         return found
 
     def wgrad(self, gradient: PreBnGradient, x: Tensor | Activation, conv: Convolution) -> Tensor:
         arguments = (gradient, x, conv)
-        run = _choose(
-            "wgrad", arguments, wgrad, lambda: wgrad_configs(*arguments), _reference.wgrad
-        )
+        run = _choose("wgrad", arguments, wgrad, lambda: wgrad_configs(*arguments))
         found: Tensor = run(*arguments)
         return found
