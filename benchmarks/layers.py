@@ -2,12 +2,12 @@
 
     python benchmarks/layers.py                              ResNet-50, this machine's defaults
     python benchmarks/layers.py --batch 256 --dtype bfloat16 --json out.json
-    python benchmarks/layers.py --backends cuda --kernels    and each of its kernels: tiles, cuDNN
+    python benchmarks/layers.py --backends cuda --kernels    and each of its candidates
 
-The ops are recorded from one forward pass. Each distinct shape is held against float64 by the
-numerics contract on every backend (one that fails is not timed) and then measured, beside the
-vendor library's own convolution (cuDNN's fused ops on a GPU, oneDNN's on a CPU, batch norm folded
-into the weights beforehand).
+The ops are recorded from one forward pass. For each distinct shape every backend's choice is held
+against float64 (one that fails is not timed) and then measured, beside the vendor library's own
+convolution (cuDNN's fused ops on a GPU, oneDNN's on a CPU, batch norm folded into the weights
+beforehand).
 The share of the floor is max(bytes / bandwidth, operations / peak) over the time: bytes count
 every operand and the result once (of a strided 1×1 window's input what it sees), both peaks are
 measured in the run. A network's operands are often in cache when an op starts; here they are as the
@@ -21,10 +21,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import Any, NamedTuple, cast
 
 import torch
 from baselines.folded import fold, library_call
@@ -34,19 +33,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 import resnet_fused
-from resnet_fused import available_backends, backends
-from resnet_fused.backends import LayerByLayer, tuning
-from resnet_fused.backends.cuda import CudaBackend
+from resnet_fused import available_backends, backends, ops
+from resnet_fused.backends import Backend, Candidate, Candidates
+from resnet_fused.backends.autotune import choose
+from resnet_fused.backends.autotune.verify import Check
 from resnet_fused.parameters import ConvBn
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import randomise_statistics
-from resnet_fused.testing.numerics import check_op
 from resnet_fused.tune import ARCHITECTURES
 
 _SECONDS = {"cpu": 0.15, "cuda": 0.02}  # of calls in a round
 _CALLS_IN_GRAPH = 4
-_CHOOSERS = ("tuned", "reference")  # of which no layer has a kernel
-_GATE_IMAGES = 4  # float64 convolutions of a whole batch would take longer than everything else
 
 
 class Layer(NamedTuple):
@@ -111,39 +108,48 @@ class Layer(NamedTuple):
         return operations, moved, peaks.floor(moved, operations)
 
 
+class _Recorder:
+    """A backend that notes each call of an op, and computes it by the reference."""
+
+    name = "recorder"
+    training = None
+
+    def __init__(self) -> None:
+        self.layers: dict[Any, Layer] = {}
+
+    def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        return None
+
+    def __getattr__(self, op: str) -> Callable[..., Candidates]:
+        def launch(*arguments: Any) -> Tensor:
+            key = (op, *map(_shapes, arguments))
+            known = self.layers.get(key, Layer(op, arguments, 0))
+            self.layers[key] = known._replace(calls=known.calls + 1)
+            if op != "bottleneck":
+                return getattr(reference, op)(*arguments)
+            x, layer1, layer2, layer3, projection = arguments  # its layers are of interest too
+            out = ops.conv_bn(ops.conv_bn(x, layer1, relu=True), layer2, relu=True)
+            if projection is None:
+                return ops.conv_bn(out, layer3, x, relu=True)
+            return ops.conv_bn_projection(out, layer3, x, projection)
+
+        return lambda *_: [Candidate("recorder", launch)]
+
+
 def record(architecture: str, x: Tensor) -> list[Layer]:
     """The distinct ops of one forward pass on `x`, in the order of their first call."""
-    calls: dict[Any, list[Any]] = {}
-
-    def note(op: str, *arguments: Any) -> None:
-        key = (op, *map(_signature, arguments))
-        calls.setdefault(key, [op, arguments, 0])[2] += 1
-
-    class Recorder:
-        def bottleneck(self, *arguments: Any) -> Tensor:
-            note("bottleneck", *arguments)
-            return LayerByLayer.bottleneck(self, *arguments)  # type: ignore[arg-type]
-
-        def __getattr__(self, op: str) -> Callable[..., Tensor]:
-            def run(*arguments: Any) -> Tensor:
-                note(op, *arguments)
-                return getattr(reference, op)(*arguments)
-
-            return run
-
     torch.manual_seed(0)
     model = randomise_statistics(getattr(resnet_fused, architecture)()).eval().to(x)
-    with mock.patch("resnet_fused.ops.registry.choose", return_value=Recorder()):
+    recorder = _Recorder()
+    with resnet_fused.use_backend(cast(Backend, recorder)), torch.inference_mode():
         model(x)
-    return [Layer(*call) for call in calls.values()]
+    return list(recorder.layers.values())
 
 
-def _signature(value: Any) -> Any:
+def _shapes(value: Any) -> Any:
     if isinstance(value, Tensor):
         return tuple(value.shape)
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_signature, value))
-    return value
+    return tuple(map(_shapes, value)) if isinstance(value, (tuple, list)) else value
 
 
 def library(layer: Layer) -> Callable[[], object] | None:
@@ -155,33 +161,17 @@ def library(layer: Layer) -> Callable[[], object] | None:
     return library_call(convolutions, layer.residual(), pool)
 
 
-def _kernels_of_cuda() -> list[str]:
-    backend = backends.get("cuda")
-    assert isinstance(backend, CudaBackend)
-    return backend.kernels
-
-
-def _is_activation(argument: Any) -> bool:
-    return isinstance(argument, Tensor) and argument.dim() == 4
-
-
-class Column(NamedTuple):
-    """A column: a backend, and which of its kernels; None for the one that it chooses."""
-
-    backend: str
-    kernel: str | None = None
-
-    def __str__(self) -> str:
-        return self.backend if self.kernel is None else f"{self.backend}/{self.kernel}"
-
-    def call(self, layer: Layer, arguments: Sequence[Any]) -> Tensor | None:
-        """The result; None where the kernel does not serve the layer."""
-        op = getattr(backends.get(self.backend), layer.op)
-        if self.kernel is None:
-            return op(*arguments)
-        with tuning.prefer(self.kernel), tuning.watch() as decisions:
-            out = op(*arguments)
-        return out if any(d.choice == self.kernel for d in decisions) else None
+def computed_by(layer: Layer, names: Sequence[str], kernels: bool) -> Iterator[Candidate]:
+    """What computes the layer: of each backend the candidate that it would choose, under the
+    backend's name, and if `kernels` each candidate under its own."""
+    for name in names:
+        list_candidates = partial(getattr(backends.get(name), layer.op), *layer.arguments)
+        if listed := list_candidates():
+            meaning = getattr(reference, layer.op)
+            chosen = choose(layer.op, layer.arguments, list_candidates, meaning, name, True)
+            yield chosen._replace(name=name)
+        if kernels:
+            yield from listed
 
 
 def _timed(call: Callable[[], object], device: torch.device) -> tuple[Callable[[], object], int]:
@@ -196,23 +186,24 @@ def _timed(call: Callable[[], object], device: torch.device) -> tuple[Callable[[
     return in_cuda_graph(calls), _CALLS_IN_GRAPH
 
 
-def measure(layer: Layer, columns: list[Column], rounds: int, peaks: Peaks) -> dict[str, Any]:
-    """One row: the times of every column that serves the layer and the library's, in turn."""
+def measure(
+    layer: Layer, candidates: Iterable[Candidate], rounds: int, peaks: Peaks
+) -> dict[str, Any]:
+    """One row: the times of every candidate and of the library's call, in turn."""
     device = layer.arguments[0].device
     meaning = getattr(reference, layer.op)
+    check = Check(meaning, layer.arguments, per_image=True)
     calls: dict[str, Callable[[], object]] = {}
     wrong: dict[str, str] = {}
-    few = [a[:_GATE_IMAGES] if _is_activation(a) else a for a in layer.arguments]
-    for column in columns:
-        run = partial(column.call, layer)
+    for candidate in candidates:
         try:
-            if run(layer.arguments) is None:
-                continue
-            check_op(lambda *given, run=run: run(given), meaning, few, what=layer.title())
-        except (AssertionError, RuntimeError) as error:
-            wrong[str(column)] = str(error)
+            fault = check.fault(candidate.launch)
+        except RuntimeError as error:
+            fault = str(error)
+        if fault is None:
+            calls[candidate.name] = partial(candidate.launch, *layer.arguments)
         else:
-            calls[str(column)] = partial(run, layer.arguments)
+            wrong[candidate.name] = fault
     if call := library(layer):
         calls["library"] = call
     out = meaning(*layer.arguments)
@@ -235,8 +226,10 @@ def measure(layer: Layer, columns: list[Column], rounds: int, peaks: Peaks) -> d
     }
 
 
-def table(rows: list[dict[str, Any]], names: list[str]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """The rows as text: milliseconds a call, rates, share of the floor, time over the library's."""
+    names = list(dict.fromkeys(n for row in rows for n in [*row["seconds"], *row["wrong"]]))
+    names = [name for name in names if name != "library"]
     lines = [
         f"{'layer':58}{'×':>3} {'by':>20}{'ms':>9}{'TFLOP/s':>9}{'GB/s':>8}{'floor':>7}"
         f"{'× library':>11}"
@@ -271,7 +264,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     usual = 256 if torch.cuda.is_available() else 8
     parser.add_argument("--batch", type=results.positive, default=usual)
     parser.add_argument("--backends", nargs="+", choices=backends.NAMES, help="those to measure")
-    parser.add_argument("--kernels", action="store_true", help="each kernel of `cuda` as well")
+    parser.add_argument("--kernels", action="store_true", help="each kernel of theirs as well")
     parser.add_argument("--rounds", type=results.positive, default=7)
     return parser.parse_args(arguments)
 
@@ -280,18 +273,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     device, dtype = options.device, getattr(torch, options.dtype)
     shape = (options.batch, 3, options.size, options.size)
-    # `tuned` is another one's kernels, and measures them itself.
-    usual = [name for name in backends.PREFERENCE[device.type] if name not in _CHOOSERS]
     names = [
         name
-        for name in options.backends or usual
-        if name in available_backends() and backends.get(name).unsupported(device, dtype) is None
+        for name in options.backends or backends.PREFERENCE[device.type]
+        if name != "reference"  # which has no kernels
+        and name in available_backends()
+        and backends.get(name).unsupported(device, dtype) is None
     ]
     if not names:
         sys.exit(f"no backend serves {options.dtype} on {device}; see python -m resnet_fused.env")
-    columns = [Column(name) for name in names]
-    if options.kernels and "cuda" in names:
-        columns += [Column("cuda", kernel) for kernel in _kernels_of_cuda()]
     with torch.inference_mode():
         x = torch.randn(shape).to(device, dtype).contiguous(memory_format=torch.channels_last)
         peaks = measure_peaks(device, dtype)
@@ -302,9 +292,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "peaks": peaks._asdict(),
         }
         for layer in tqdm(record(options.arch, x), unit="layer", leave=False):
-            rows.append(measure(layer, columns, options.rounds, peaks))
+            candidates = computed_by(layer, names, options.kernels)
+            rows.append(measure(layer, candidates, options.rounds, peaks))
             results.write(options.json, {**facts, "rows": rows})  # a stopped run keeps what it has
-    print(table(rows, [str(column) for column in columns]))
+    print(table(rows))
     if any(row["wrong"] for row in rows):
         sys.exit("some results break the numerics contract, so they were not timed")
 

@@ -74,9 +74,7 @@ def training_part(record: dict[str, Any]) -> Iterator[str]:
 
 def layers_part(record: dict[str, Any]) -> Iterator[str]:
     """The layers' table."""
-    rows = record["rows"]
-    names = list(dict.fromkeys(n for row in rows for n in [*row["seconds"], *row["wrong"]]))
-    yield f"```\n{layers.table(rows, [name for name in names if name != 'library'])}\n```"
+    yield f"```\n{layers.table(record['rows'])}\n```"
 
 
 def part(path: Path, folder: Path) -> Iterator[str]:

@@ -29,8 +29,7 @@ try:
 except ImportError as missing:
     sys.exit(f"{missing}; install the benchmark's packages: pip install '.[bench]'")
 
-import photographs
-import weights as weights_
+import inputs
 from baselines import BASELINES, Baseline, UnavailableError
 from harness import results
 from harness.comparison import Comparison, Entry, plot, table
@@ -146,11 +145,11 @@ class Benchmark:
             "options": results.options(options),
         }
         preset = torchvision.models.get_model_weights(options.arch).DEFAULT.transforms()
-        paths = photographs.find(options.images)
-        self.photographs = photographs.preprocess(paths, max(options.batch), options.size, preset)
+        paths = inputs.find(options.images)
+        self.photographs = inputs.preprocess(paths, max(options.batch), options.size, preset)
         self.record["photographs"] = self.photographs.names
         torch.save(self.photographs.images, folder / "images")
-        self.state = weights_.make_state(options.arch, options.weights, self.photographs.images[:8])
+        self.state = inputs.make_state(options.arch, options.weights, self.photographs.images[:8])
 
     def run(self) -> None:
         """Compares all implementations for each dtype and batch, and prints each table."""
@@ -205,7 +204,7 @@ class Benchmark:
             self.save()
 
     def _print_labels(self, truth: Truth) -> None:
-        labels = weights_.labels(self.options.arch, self.options.weights)
+        labels = inputs.labels(self.options.arch, self.options.weights)
         if labels is None or len(labels) != truth.logits.shape[1]:
             return
         probabilities = torch.from_numpy(truth.logits).softmax(1)

@@ -9,6 +9,7 @@ have none, nor has what is not ours (loss, head, optimizer).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from resnet_fused.backends.training import PreBnGradient
-from resnet_fused.ops.dispatch import choose
+from resnet_fused.ops.dispatch import serving, use_backend
 from resnet_fused.parameters import Convolution
 
 
@@ -59,16 +60,14 @@ def _operations(arguments: tuple[Any, ...], result: Any) -> int:
 
 def floors(step: Callable[[], object], x: Tensor, peaks: Peaks) -> dict[str, float]:
     """Seconds of floor of each piece in one training step on `x`; none where it trains unfused."""
-    backend = choose(x)
-    pieces = backend.training
-    if pieces is None:
+    backend = next((b for b in serving(x) if b.training is not None), None)
+    if backend is None:
         return {}
-    counted = _Counted(pieces, peaks)
-    backend.training = counted  # type: ignore[misc]
-    try:
+    counted = _Counted(backend.training, peaks)
+    counting = copy.copy(backend)
+    counting.training = counted  # type: ignore[misc]
+    with use_backend(counting):
         step()
-    finally:
-        backend.training = pieces  # type: ignore[misc]
     return counted.floors
 
 

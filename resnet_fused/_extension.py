@@ -1,4 +1,4 @@
-"""The compiled parts of the package, imported when a backend first needs them.
+"""The compiled parts of the package, imported when a backend first needs them, and what they take.
 
 Sources that are imported from a checkout find them in an installation of the same interface too:
 `pip install .` puts them there, and in the checkout's own folder Python takes the sources.
@@ -7,6 +7,7 @@ Sources that are imported from a checkout find them in an installation of the sa
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -14,12 +15,18 @@ from importlib import metadata
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from .errors import BackendUnavailableError
 
-# The calls that this Python code makes into the extension, as a number: raised here and in
-# csrc/bindings/register.h with every change of a bound function's name, arguments or meaning.
-INTERFACE = 9
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Address, number of the type, sizes, strides in elements, and the tensor, which it keeps alive.
+TensorArg = tuple[int, int, tuple[int, ...], tuple[int, ...], Any]
+# As csrc/bindings/tensor_arg.h numbers them.
+_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "float64": 3, "uint8": 4}
+_BINDINGS = Path(__file__).resolve().parent.parent / "csrc" / "bindings"
 _INSTALL = {"_C": "pip install .", "_C_sim": "RESNET_FUSED_HOST_SIM=on pip install ."}
 
 
@@ -42,14 +49,24 @@ def _load(name: str) -> ModuleType | str:
                 f" build it with `RESNET_FUSED_EXTENSION=on {_INSTALL[name]}`"
             )
         return f"{title} is not built for this Python; install it with `{_INSTALL[name]}`"
-    found = getattr(module, "INTERFACE", 1)
-    if found == INTERFACE:
+    wanted = _interface()
+    if wanted is None or getattr(module, "INTERFACE", None) == wanted:
         return module
     return (
-        f"{title} in {module.__file__} has interface {found}, and this Python code needs "
-        f"{INTERFACE}; it was built from other sources, so build it anew with `{_INSTALL[name]}`, "
-        "or with `pip install -e .` if it lies in a source tree"
+        f"{title} in {module.__file__} was built from other bindings than those in {_BINDINGS}; "
+        f"build it anew with `{_INSTALL[name]}`, or with `pip install -e .` if it lies in a source "
+        "tree"
     )
+
+
+def _interface() -> str | None:
+    """What an extension for these sources calls itself: the hash of its bindings' sources, as
+    CMakeLists.txt computes it. None in an installation, whose parts were built together."""
+    files = sorted(f for f in _BINDINGS.glob("*") if f.suffix in (".cpp", ".h"))
+    if not files:
+        return None
+    hashes = "".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+    return hashlib.sha256(hashes.encode()).hexdigest()
 
 
 def _import(name: str) -> ModuleType | None:
@@ -89,3 +106,20 @@ def available(name: str = "_C") -> str | None:
     """Why the extension cannot be loaded, with the fix, or None when it can."""
     found = _load(name)
     return found if isinstance(found, str) else None
+
+
+@functools.cache
+def types() -> dict[object, int]:
+    """The types of tensors that the extension takes, and their numbers there."""
+    import torch
+
+    return {getattr(torch, name): number for name, number in _TYPES.items()}
+
+
+def tensor_arg(tensor: Tensor) -> TensorArg:
+    """A tensor as every function of the extension takes it."""
+    return tensor.data_ptr(), types()[tensor.dtype], tensor.shape, tensor.stride(), tensor
+
+
+def optional_tensor_arg(tensor: Tensor | None) -> TensorArg | None:
+    return None if tensor is None else tensor_arg(tensor)

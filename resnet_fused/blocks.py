@@ -18,7 +18,7 @@ from .ops.block_training import residual_block_training
 from .ops.bottleneck import bottleneck
 from .ops.conv_bn import conv_bn
 from .ops.conv_bn_projection import conv_bn_projection
-from .ops.training_layers import trains_fused
+from .ops.training_choice import run_on, training_backend
 from .parameters import ConvBn
 
 NormLayer = Callable[[int], nn.Module]
@@ -162,19 +162,15 @@ class ResidualBlock(nn.Module):
         identity: PaddedIdentity | None,
     ) -> Tensor | None:
         """The block as one op, forward and backward, or None where the backend has none."""
-        if not trains_fused(x, plan.sync_group):
-            return None
         layers, shortcut = plan.layers, None
         if len(layers) > len(self.layers()):
             *layers, shortcut = layers
-        out, scale_shifts = residual_block_training(
-            x,
-            layers,
-            shortcut,
-            self.has_shortcut,
-            plan.sync_group,
-            None if identity is None else identity.stride,
-        )
+        stride = None if identity is None else identity.stride
+        block = (x, layers, shortcut, self.has_shortcut, plan.sync_group, stride)
+        backend = training_backend(*block)
+        if backend is None:
+            return None
+        out, scale_shifts = run_on(backend, residual_block_training, *block)
         fusion.track_statistics([bn for _, bn in pairs], scale_shifts)
         return out
 

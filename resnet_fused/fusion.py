@@ -21,11 +21,11 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .ops.modes import is_plain, is_recorded, is_transformed
 from .ops.sync_batch_norm import sync_batch_norm
-from .ops.training_layers import Layer, batch_statistics
-from .parameters import BatchNorm, ConvBn, Convolution, MaxPool
+from .ops.training_layers import batch_statistics
+from .parameters import BatchNorm, ConvBn, Convolution, Layer, MaxPool
 from .training import FrozenBatchNorm2d
 
-_FUSED = (
+FUSED = (
     nn.Conv2d,
     nn.BatchNorm2d,
     nn.SyncBatchNorm,
@@ -41,7 +41,7 @@ _FUSED = (
 def _methods() -> tuple[Any, ...]:
     """The methods that calls of those modules consist of."""
     return (
-        *[(kind.__call__, kind._call_impl, kind.forward) for kind in _FUSED],
+        *[(kind.__call__, kind._call_impl, kind.forward) for kind in FUSED],
         nn.Conv2d._conv_forward,
     )
 

@@ -57,6 +57,21 @@ class ConvBn(NamedTuple):
     bn: BatchNorm
 
 
+class Layer(NamedTuple):
+    """A convolution and its normalisation, in training.
+
+    conv: its weight is of the input's dtype or float32.
+    weight, bias: (K,) of the normalisation, any floating dtype.
+    frozen: mean and variance to normalise with (frozen batch norm), or None for the batch's own.
+    """
+
+    conv: Convolution
+    weight: Tensor
+    bias: Tensor
+    eps: float = 1e-5
+    frozen: tuple[Tensor, Tensor] | None = None
+
+
 class MaxPool(NamedTuple):
     """Max pooling with implicit -inf padding, square window, floor rounding."""
 

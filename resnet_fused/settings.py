@@ -47,6 +47,12 @@ VARIABLES = (
         "heuristics; `python -m resnet_fused.tune` measures ahead",
     ),
     Variable(
+        "RESNET_FUSED_TRAINING",
+        "speed",
+        "run: speed trains each block by what was measured fastest, memory by the fused ops, which "
+        "keep less than 0.6 of the bytes for backward",
+    ),
+    Variable(
         "RESNET_FUSED_SELFCHECK",
         "on",
         "run: on checks the kernels in a child process before their first use on a machine",
@@ -80,6 +86,11 @@ def _choice(name: str, default: str, allowed: tuple[str, ...]) -> str:
 def tuning_enabled() -> bool:
     """Whether kernel candidates may be measured (`RESNET_FUSED_TUNE`)."""
     return _choice("RESNET_FUSED_TUNE", "on", ("on", "off")) == "on"
+
+
+def training_saves_memory() -> bool:
+    """Whether blocks train by ops that keep fewer bytes (`RESNET_FUSED_TRAINING`)."""
+    return _choice("RESNET_FUSED_TRAINING", "speed", ("speed", "memory")) == "memory"
 
 
 def selfcheck_enabled() -> bool:

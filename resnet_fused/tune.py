@@ -3,29 +3,33 @@
     python -m resnet_fused.tune --arch resnet50 --batch 256 --dtype bfloat16
 
 Every part of the network runs with random weights and images in every batch size, so that each
-choice of kernel is made and kept (`resnet_fused/backends/tuning.py`); a batch size stands for all
-down to half of it. What was measured before is not measured again, so the table is printed at once
-the second time. With --training the kernels of a training step are measured too.
+choice of kernel is made and kept (`resnet_fused/backends/autotune/`); a batch size stands for all
+down to half of it. Candidates are compiled by several processes first. What was measured before is
+not measured again, so the table is printed at once the second time. With --training the kernels of
+a training step are measured too.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import subprocess
 import sys
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backends, models, settings
-from .backends import tuning
-from .backends.tuned import TunedBackend
-from .backends.tuning import Decision, Operand, Window
+from .backends import autotune
+from .backends.autotune import Decision, Operand, Window
 from .models.network import ResidualNetwork
 
 _NOT_NETWORKS = ("ResNet", "cifar")
+_WITH_KERNELS = ("cuda", "triton")
+_COMPOSITIONS = ("layers", "separate")
 ARCHITECTURES = {
     **{name: getattr(models, name) for name in models.__all__ if name not in _NOT_NETWORKS},
     **{f"cifar.{n}": f for n, f in vars(models.cifar).items() if re.fullmatch(r"[a-z]+\d+", n)},
@@ -41,31 +45,18 @@ class Row(NamedTuple):
 
     def seconds(self) -> float | None:
         """Of all calls; None where nothing was measured."""
-        time = _seconds(self.decision)
+        time = self.decision.seconds()
         return None if time is None else len(self.parts) * time
-
-
-def _seconds(decision: Decision) -> float | None:
-    """A single candidate is not measured, but what is chosen within may be."""
-    if decision.seconds:
-        return decision.seconds[decision.choice]
-    times = [time for part in decision.parts if (time := _seconds(part)) is not None]
-    return sum(times) if times else None
-
-
-def winner(decision: Decision) -> str:
-    """The backend and its kernel, or several where the winner was more than one call."""
-    if decision.parts:
-        return " + ".join(winner(part) for part in decision.parts)
-    if decision.tuner == TunedBackend.name:
-        return decision.choice
-    return f"{decision.tuner} {decision.choice}"
 
 
 def runner_up(decision: Decision) -> str:
     """The next candidate, and by how much it is slower."""
-    times = {name: time for name, time in decision.seconds.items() if time is not None}
-    best = times.pop(decision.choice, None)
+    best = decision.seconds()
+    times = {
+        name: time
+        for name, time in decision.times.items()
+        if isinstance(time, float) and name != decision.candidate.name
+    }
     if not times or not best:
         return "-"
     name = min(times, key=times.__getitem__)
@@ -78,15 +69,14 @@ def table(rows: Iterable[Row]) -> str:
     total = sum(row.seconds() or 0.0 for row in rows)
     lines = [("layer", "op", "shape", "winner", "µs", "runner-up", "share")]
     for parts, decision in rows:
-        time, taken = _seconds(decision), Row(parts, decision).seconds()
+        time, taken = decision.seconds(), Row(parts, decision).seconds()
         more = f" and {len(parts) - 1} more" if len(parts) > 1 else ""
-        op, *described = decision.key
         lines.append(
             (
                 parts[0] + more,
-                str(op),
-                ", ".join(str(part) for part in described if isinstance(part, (Operand, Window))),
-                winner(decision),
+                decision.op,
+                ", ".join(str(p) for p in decision.described if isinstance(p, (Operand, Window))),
+                decision.candidate.name,
                 "-" if time is None else f"{time * 1e6:.1f}",
                 runner_up(decision),
                 "-" if taken is None else f"{taken / total:.1%}",
@@ -112,17 +102,43 @@ def tune(
     """
     network.train(training)
     parts = dict(network.parts())
-    rows: dict[tuple[str, tuple[Hashable, ...]], Row] = {}
+    rows: dict[tuple[object, ...], Row] = {}
     x = images
-    for name in progress(list(parts)):
-        _step(parts[name], x, training)
-        with tuning.watch() as decisions:
-            out = _step(parts[name], x, training)
-        for decision in decisions:
-            row = rows.setdefault((decision.tuner, decision.key), Row([], decision))
-            row.parts.append(name)
-        x = out.requires_grad_(training)
+    with autotune.tuner.ahead():
+        for name in progress(list(parts)):
+            _step(parts[name], x, training)
+            with autotune.tuner.watch() as decisions:
+                out = _step(parts[name], x, training)
+            for decision in decisions:
+                if decision.candidate.name in _COMPOSITIONS:  # its parts have rows of their own
+                    continue
+                row = rows.setdefault((decision.op, *decision.described), Row([], decision))
+                row.parts.append(name)
+            x = out.requires_grad_(training)
     return list(rows.values())
+
+
+def compile_share(
+    network: ResidualNetwork, images: Tensor, training: bool, share: int, of: int
+) -> None:
+    """Compiles one of so many shares of the candidates, in the order in which `tune` finds them."""
+    network.train(training)
+    with autotune.tuner.compile_share(share, of):
+        x = images
+        for _, part in network.parts():
+            x = _step(part, x, training).requires_grad_(training)
+
+
+def _compile(arguments: Sequence[str], jobs: int) -> None:
+    """Runs `compile_share` in so many processes."""
+    print(f"compiling in {jobs} processes", file=sys.stderr)
+    command = [sys.executable, "-m", "resnet_fused.tune", *arguments]
+    children = [
+        subprocess.Popen([*command, "--share", str(share), str(jobs)]) for share in range(jobs)
+    ]
+    statuses = [child.wait() for child in children]
+    if any(statuses):
+        print("a compiling process failed; what it left is compiled below", file=sys.stderr)
 
 
 def _step(part: Callable[[Tensor], Tensor], x: Tensor, training: bool) -> Tensor:
@@ -156,6 +172,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--size", type=int, help="rows and columns of an image: 224, CIFAR's 32")
     parser.add_argument("--training", action="store_true", help="a training step's kernels too")
+    parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1),
+                        help="processes that compile (%(default)s)")  # fmt: skip
+    parser.add_argument("--share", type=int, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.size is None:
         options.size = 32 if options.arch.startswith("cifar.") else 224
@@ -175,18 +194,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not settings.tuning_enabled():
         sys.exit("RESNET_FUSED_TUNE=off forbids measuring: unset it, or set it to on.")
     device, dtype = torch.device("cuda"), DTYPES[options.dtype]
-    name = TunedBackend.name
-    reason = backends.unavailable(name) or backends.get(name).unsupported(device, dtype)
-    if reason is not None:
-        sys.exit(f"There is nothing to choose among on this GPU: {reason}")
+    reasons = [
+        backends.unavailable(name) or backends.get(name).unsupported(device, dtype)
+        for name in _WITH_KERNELS
+    ]
+    if None not in reasons:
+        sys.exit(f"There is nothing to choose among on this GPU: {' '.join(map(str, reasons))}")
+    if options.share is None and options.jobs > 1:
+        _compile(sys.argv[1:] if arguments is None else arguments, options.jobs)
     network = ARCHITECTURES[options.arch]().to(device)
     for batch in options.batch:
         for training in (False, True)[: 1 + options.training]:
             mode = "training" if training else "inference"
-            print(f"{options.arch}, {mode}, batch {batch}, {options.size}², {options.dtype}")
+            title = f"{options.arch}, {mode}, batch {batch}, {options.size}², {options.dtype}"
             try:
                 images = torch.randn(batch, 3, options.size, options.size, device=device)
                 with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+                    if options.share is not None:
+                        compile_share(network, images, training, *options.share)
+                        continue
+                    print(title)
                     print(table(tune(network, images, training, _progress)))
             except torch.OutOfMemoryError:
                 sys.exit(f"{batch} images do not fit this GPU's memory: give --batch less of them.")

@@ -21,15 +21,14 @@ pytest.importorskip("torchvision", reason="the benchmark's peers are torchvision
 pytest.importorskip("skimage", reason="the benchmark's photographs come with scikit-image")
 
 import baselines
+import inputs
 import layers as layers_
-import photographs
 import throughput
 import torchvision
 import training
-import weights
 from baselines import Baseline, Call, Task
 from harness.comparison import Comparison, Entry, table
-from harness.measure import Peaks, floor_seconds, in_turn, quantile, summarise
+from harness.measure import Peaks, floor_seconds, in_turn
 from harness.results import ROOT
 
 from resnet_fused import complexity
@@ -316,10 +315,10 @@ def test_so_do_the_other_benchmarks(
 @pytest.mark.parametrize("name", ["resnet50", "resnext50_32x4d"])
 def test_jax_computes_torchvisions_network(name: str) -> None:
     jax = pytest.importorskip("jax", reason="JAX is a peer where it is installed")
-    import jax_resnet
+    from baselines import jax_resnet
 
     torch.manual_seed(0)
-    state = weights.make_state(name, None, torch.randn(4, 3, 64, 64))
+    state = inputs.make_state(name, None, torch.randn(4, 3, 64, 64))
     model = getattr(torchvision.models, name)().eval()
     model.load_state_dict(state)
     images = torch.randn(2, 3, 65, 97)
@@ -363,7 +362,7 @@ def test_weights_out_of_reach_name_their_address(
 def test_photographs_are_distinct_and_reproducible() -> None:
     def batch(size: int) -> torch.Tensor:
         preset = torchvision.models.ResNet50_Weights.DEFAULT.transforms()
-        return photographs.preprocess(photographs.find(None), size, 64, preset).images
+        return inputs.preprocess(inputs.find(None), size, 64, preset).images
 
     images = batch(12)
     assert images.shape == (12, 3, 64, 64)
@@ -418,11 +417,12 @@ def test_another_one_begins_each_round() -> None:
 
 
 def test_summary_by_hand() -> None:
-    summary = summarise([[1.0, 1.0], [2.0, 2.0], [4.0, 4.0]], batch=8)
-    assert summary.rate == 4.0
-    assert summary.rate_low == pytest.approx(2.4)
-    assert summary.rate_high == pytest.approx(7.2)
-    assert summary.latency_p50 == 2.0
-    assert quantile([3.0, 1.0, 2.0], 1.0) == 3.0
-    with pytest.raises(ValueError, match="must not be empty"):
-        quantile([], 0.5)
+    entry = Entry("a", "a", ours=True, status="measured")
+    entry.rounds = [[1.0, 1.0], [2.0, 2.0], [4.0, 4.0]]
+    Comparison("resnet18", "cpu", "float32", 8, 64, [entry], floor=0.5).summarise()
+    assert entry.rate == 4.0
+    assert entry.rate_p10 == pytest.approx(2.4)
+    assert entry.rate_p90 == pytest.approx(7.2)
+    assert entry.latency_p50 == 2.0
+    assert entry.latency_p99 == 4.0
+    assert entry.floor_share == 0.25

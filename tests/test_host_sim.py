@@ -21,6 +21,7 @@ from torch import Tensor
 from resnet_fused.backends.cuda_sim import SimulatedBackend
 from resnet_fused.parameters import ConvBn, Convolution, MaxPool
 from resnet_fused.testing.cases import BlockCase, generator, make_batch_norm, make_bottleneck
+from resnet_fused.testing.on import On
 
 pytestmark = pytest.mark.simulator
 
@@ -692,11 +693,11 @@ def one_block(
     """A convolution that one block of the kernel computes."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", request.param == "tf32")
     tile, dtype, channels, width = BLOCKS[request.param]
-    backend = SimulatedBackend(simulator, getattr(simulator.ConvTile, tile))
+    backend = On(SimulatedBackend(simulator, getattr(simulator.ConvTile, tile)))
     rng = generator()
     x = torch.randn(1, channels, 5, 8, generator=rng).to(dtype)
     conv = Convolution(torch.randn(24, channels, 1, width, generator=rng).to(dtype))
-    bn = make_batch_norm(24, rng)
+    layer = ConvBn(conv, make_batch_norm(24, rng))
     if request.param == "projection":
         return lambda: backend.conv_bn_projection(x, layer, x, layer)
     return lambda: backend.conv_bn(x, layer, None, False)
@@ -718,8 +719,8 @@ def test_convolution_has_no_bank_conflicts(simulator, tile, half):
     rng = generator()
     x = torch.randn(1, 64, 5, 32, generator=rng).to(half)
     conv = Convolution(torch.randn(128, 64, 1, 3, generator=rng).to(half))
-    backend = SimulatedBackend(simulator, getattr(simulator.ConvTile, tile))
-    backend.conv_bn(x, conv, make_batch_norm(128, rng), None, True)
+    backend = On(SimulatedBackend(simulator, getattr(simulator.ConvTile, tile)))
+    backend.conv_bn(x, ConvBn(conv, make_batch_norm(128, rng)), None, True)
     counts = simulator.take_statistics()
     assert counts["shared_requests"] > 0
     assert (counts["shared_conflicts"], counts["bank_conflicts"]) == (0, 0)
@@ -729,11 +730,11 @@ def test_every_barrier_of_the_stem_is_needed(simulator):
     rng = generator()
     x = torch.randn(1, 3, 28, 28, generator=rng).half()
     conv = Convolution(torch.randn(64, 3, 7, 7, generator=rng).half(), (2, 2), (3, 3))
-    bn = make_batch_norm(64, rng)
+    layer = ConvBn(conv, make_batch_norm(64, rng))
     for skipped in range(3):
         simulator.plant({"skipped_barrier": skipped})
         with pytest.raises(simulator.Fault, match="races"):
-            SimulatedBackend(simulator).stem(x, layer, MaxPool())
+            On(SimulatedBackend(simulator)).stem(x, layer, MaxPool())
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -741,8 +742,7 @@ def test_every_barrier_and_wait_of_a_bottleneck_is_needed(simulator, stride):
     """Three steps of conv1, nine of conv2, two slices of three and one, the latter of conv3."""
     case = BlockCase(1, 72, 14, 14, 64, 64, stride, projection=True)
     x, *layers = make_bottleneck(case, generator(), torch.bfloat16)
-    pairs = list(zip(layers[::2], layers[1::2], strict=True))
-    run = partial(SimulatedBackend(simulator)._whole_bottleneck, x, pairs)
+    run = partial(SimulatedBackend(simulator)._launcher.bottleneck, x, layers)
     run()
     counts = simulator.take_statistics()
     steps = 3 + 9 + 2 * (3 + 1)
@@ -771,11 +771,11 @@ def test_every_wait_of_a_convolution_is_needed(simulator, one_block):
 def sm90_blocks(request: pytest.FixtureRequest, simulator: ModuleType) -> dict[str, Runner]:
     """Convolutions for which each block of the kernel for sm_90a computes several tiles."""
     tile = getattr(simulator.ConvTile, request.param)
-    backend = SimulatedBackend(simulator, tile, capability=90)
+    backend = On(SimulatedBackend(simulator, tile, capability=90))
     rng = generator()
     x = torch.randn(1, 72, 9, 128, generator=rng).half()
     conv = Convolution(torch.randn(128, 72, 1, 1, generator=rng).half())
-    bn = make_batch_norm(128, rng)
+    layer = ConvBn(conv, make_batch_norm(128, rng))
     residual = torch.randn(1, 128, 9, 128, generator=rng).half()
     return {
         "plain": lambda: backend.conv_bn(x, layer, None, False),

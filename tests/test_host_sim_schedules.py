@@ -18,6 +18,7 @@ from torch import Tensor
 from resnet_fused.backends.cuda_sim import SimulatedBackend
 from resnet_fused.parameters import ConvBn, Convolution, MaxPool
 from resnet_fused.testing.cases import BlockCase, generator, make_batch_norm, make_bottleneck
+from resnet_fused.testing.on import On
 
 pytestmark = pytest.mark.simulator
 
@@ -84,14 +85,14 @@ def test_a_seed_gives_the_same_order_again(simulator):
 
 
 def conv(simulator: ModuleType, tile: str, capability: int, projection: bool) -> Tensor:
-    backend = SimulatedBackend(simulator, getattr(simulator.ConvTile, tile), capability)
+    backend = On(SimulatedBackend(simulator, getattr(simulator.ConvTile, tile), capability))
     rng = generator()
     x = torch.randn(1, 72, 9, 32, generator=rng).half()
     conv = Convolution(torch.randn(72, 72, 3, 3, generator=rng).half(), (1, 1), (1, 1))
-    bn = make_batch_norm(72, rng)
+    layer = ConvBn(conv, make_batch_norm(72, rng))
     if projection:
         shortcut = Convolution(torch.randn(72, 72, 1, 1, generator=rng).half())
-        return backend.conv_bn_projection(x, layer, x, ConvBn(shortcut, bn))
+        return backend.conv_bn_projection(x, layer, x, layer._replace(conv=shortcut))
     residual = torch.randn(1, 72, 9, 32, generator=rng).half()
     return backend.conv_bn(x, layer, residual, True)
 
@@ -100,27 +101,28 @@ def stem(simulator: ModuleType) -> Tensor:
     rng = generator()
     x = torch.randn(1, 3, 28, 28, generator=rng).half()
     conv = Convolution(torch.randn(64, 3, 7, 7, generator=rng).half(), (2, 2), (3, 3))
-    return SimulatedBackend(simulator).stem(x, conv, make_batch_norm(64, rng), MaxPool())
+    layer = ConvBn(conv, make_batch_norm(64, rng))
+    return On(SimulatedBackend(simulator)).stem(x, layer, MaxPool())
 
 
 def bottleneck(simulator: ModuleType) -> Tensor:
     case = BlockCase(1, 72, 14, 14, 64, 64, 1, projection=True)
     x, *layers = make_bottleneck(case, generator(), torch.bfloat16)
-    pairs = list(zip(layers[::2], layers[1::2], strict=True))
-    return SimulatedBackend(simulator)._whole_bottleneck(x, pairs)
+    return SimulatedBackend(simulator)._launcher.bottleneck(x, layers)
 
 
 def head(simulator: ModuleType) -> Tensor:
     rng = generator()
     x = torch.randn(2, 64, 7, 7, generator=rng).half()
     weight = torch.randn(24, 64, generator=rng).half()
-    return SimulatedBackend(simulator).head(x, weight, None)
+    return On(SimulatedBackend(simulator)).head(x, weight, None)
 
 
 def bn_add_relu(simulator: ModuleType) -> Tensor:
     rng = generator()
     x, residual = (torch.randn(2, 24, 5, 7, generator=rng).half() for _ in range(2))
-    return SimulatedBackend(simulator).bn_add_relu(x, make_batch_norm(24, rng), residual, True)
+    bn = make_batch_norm(24, rng)
+    return On(SimulatedBackend(simulator)).bn_add_relu(x, bn, residual, True)
 
 
 NETWORK: dict[str, Callable[[ModuleType], Tensor]] = {

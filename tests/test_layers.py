@@ -12,9 +12,9 @@ pytest.importorskip("torchvision", reason="the benchmark's peers are torchvision
 
 import layers
 from harness.measure import Peaks
-from layers import Column, Layer
+from layers import Layer
 
-from resnet_fused.backends import tuning
+from resnet_fused.backends import Candidate
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import ConvCase, generator, make_integers
 
@@ -52,33 +52,35 @@ def test_a_strided_shortcut_is_read_where_it_is_seen(recorded: list[Layer]) -> N
     assert moved == 4 * (64 * 128 + 64 * 256 + weights + 64 * 512)
 
 
-def test_a_column_is_of_the_kernel_that_it_names(simulator: ModuleType, monkeypatch: Any) -> None:
+def test_each_row_is_of_the_candidate_that_it_names(
+    simulator: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RESNET_FUSED_HOST_SIM_CAPABILITY", "90")
-    x, conv_bn = make_integers(ConvCase(1, 16, 6, 6, 24), generator(), torch.float16)
-    arguments = (x, conv_bn, None, True)
-    expected = reference.conv_bn(*arguments)
+    arguments = (*make_integers(ConvCase(1, 16, 6, 6, 24), generator(), torch.float16), None, True)
     layer = Layer("conv_bn", arguments, 1)
-    for kernel, copies in (("m64n64", False), ("m128n64_sm90", True)):
+    found = {c.name: c.launch for c in layers.computed_by(layer, ["cuda_sim"], kernels=True)}
+    assert next(iter(found)) == "cuda_sim"  # the one that it chooses
+    for name, copies in (("cuda m64n64", False), ("cuda m128n64_sm90", True)):
         simulator.take_statistics()
-        out = Column("cuda_sim", kernel).call(layer, arguments)
-        assert out is not None
-        assert torch.equal(out, expected)
+        assert torch.equal(found[name](*arguments), reference.conv_bn(*arguments))
         assert (simulator.take_statistics()["bulk_copies"] > 0) == copies
-    assert Column("cuda_sim", "linear").call(layer, arguments) is None
-    assert str(Column("cuda", "m64n64")) == "cuda/m64n64"
 
 
-def test_a_preferred_candidate_runs_where_it_is_offered() -> None:
-    tuner = tuning.Tuner("test")
-    device = torch.device("cpu")
+def test_what_is_wrong_is_named_and_not_timed() -> None:
+    arguments = (*make_integers(ConvCase(2, 8, 5, 5, 8), generator()), None, True)
 
-    def run() -> str:
-        return tuner.run(("key",), device, lambda: ["first", "second"], lambda name: name)
+    def off(*given: Any) -> torch.Tensor:
+        return reference.conv_bn(*given) + 1
 
-    assert run() == "first"
-    with tuning.prefer("second"), tuning.watch() as decisions:
-        assert run() == "second"
-        with tuning.prefer("third"):
-            assert run() == "first"
-    assert [decision.choice for decision in decisions] == ["second", "first"]
-    assert run() == "first"
+    def broken(*_: Any) -> torch.Tensor:
+        raise RuntimeError("no such kernel")
+
+    launches = {"right": reference.conv_bn, "off": off, "broken": broken}
+    candidates = [Candidate(name, launch) for name, launch in launches.items()]
+    row = layers.measure(Layer("conv_bn", arguments, 1), candidates, 2, Peaks(1.0, 1.0))
+    assert row["wrong"].keys() == {"off", "broken"}
+    assert {name: len(times) for name, times in row["seconds"].items()} == {
+        "right": 2,
+        "library": 2,
+    }
+    assert "no such kernel" in layers.table([row])

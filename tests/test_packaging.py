@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import os
 import re
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from resnet_fused import _extension
+from resnet_fused import __version__, _extension
 from resnet_fused import env as environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -218,6 +219,8 @@ def test_auto_without_compiler_builds_the_rest_and_says_so(source, without_nvcc,
     assert re.search("left out: no CUDA compiler was found .* when it was built", report)
     assert re.search(r"cuda +unavailable: .*no CUDA compiler", report)
     assert re.search(r"reference +available", report)
+    asked = "from resnet_fused import _extension; print(_extension.load().build_info()['version'])"
+    assert python(installed, without_nvcc, "-c", asked).strip() == __version__
 
 
 @needs_tools
@@ -354,6 +357,9 @@ def test_a_package_without_the_extension_needs_no_compiler(source, plain, python
     steered = {**plain, "RESNET_FUSED_EXTENSION": "off", "PATH": str(tmp_path)}
     installed = unpack(source, build_wheel(source, steered))
     assert not list(installed.rglob("*.so"))
+    assert (installed / "resnet_fused/py.typed").exists()
+    (wheel,) = source.parent.glob("wheels/*.whl")
+    assert wheel.name.split("-")[1] == __version__
     report = python(installed, plain, "-m", "resnet_fused.env")
     reason = r"was left out when the package was installed \(RESNET_FUSED_EXTENSION=off\)"
     assert re.search(rf"extension +not usable: .*{reason}; build it with `.*=on pip", report)
@@ -495,6 +501,40 @@ def test_sources_find_an_installed_extension(source, plain, uninstalled, tmp_pat
     assert re.search(rf"{name} cannot be loaded .*--force-reinstall", report())
 
 
+# What the extension's stub says
+
+
+def signatures(stub: str) -> dict[str, list[str]]:
+    """The names of the arguments of each function and method of a stub."""
+    found = {}
+    for node in ast.parse(stub).body:
+        members = node.body if isinstance(node, ast.ClassDef) else [node]
+        prefix = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
+        for member in members:
+            if isinstance(member, ast.FunctionDef) and not member.decorator_list:
+                found[prefix + member.name] = [a.arg for a in member.args.args]
+    return found
+
+
+def test_the_stub_is_of_the_bindings():
+    """As pybind11 gives signatures: the first line of each docstring."""
+    if reason := _extension.available():
+        pytest.skip(reason)
+    module = _extension.load()
+    stub = signatures((ROOT / "resnet_fused/_C.pyi").read_text())
+    del stub["__getattr__"]
+    for name, arguments in stub.items():
+        function = functools.reduce(getattr, name.split("."), module)
+        line = function.__doc__.split("\n")[0]
+        while "[" in line:  # types of types
+            line = re.sub(r"\[[^\[\]]*\]", "", line)
+        assert re.findall(r"[(,] ?(\w+): ", line) == arguments, line
+    bound = {name for name in dir(module) if callable(getattr(module, name))}
+    missing = {name for name in bound if not name.startswith("_")}
+    missing -= {name.split(".")[0] for name in stub}
+    assert not [name for name in missing if not re.match("cuda_|[A-Z]", name)]
+
+
 # Continuous integration
 
 
@@ -506,6 +546,7 @@ def test_ci_runs_the_commands_of_the_readme():
     assert test.startswith("pytest")
     ci = (ROOT / ".ci/run").read_text().splitlines()
     assert ci.index(install) < ci.index(test)
+    assert "- run: .ci/run\n" in (ROOT / ".github/workflows/ci.yml").read_text()
 
 
 def test_installed_extension_links_only_the_system():

@@ -17,9 +17,7 @@ from harness.measure import Peaks
 from torch import Tensor, nn
 
 import resnet_fused
-from resnet_fused import BasicBlock, backends, use_backend
-from resnet_fused.backends.tuned import TunedBackend
-from resnet_fused.backends.tuning import Tuner
+from resnet_fused import BasicBlock
 from resnet_fused.models import resnet18
 from resnet_fused.reference.training import ReferenceTraining
 from resnet_fused.testing.plain import training_ops_in_pytorch
@@ -158,8 +156,3 @@ def test_profile_puts_kernels_beside_their_floors(monkeypatch: pytest.MonkeyPatc
     assert sum(row["share"] for row in rows) == pytest.approx(1)
     assert "aten::" in training_profile.table(rows)
     assert training_profile.floors(step, x, peaks) == {}
-    with training_ops_in_pytorch():
-        trained = backends.get("reference")
-        tuned = TunedBackend([trained], trained, Tuner("tests"))
-        with use_backend(tuned):  # a GPU's default backend
-            assert training_profile.floors(step, x, peaks) == floors

@@ -9,7 +9,8 @@ from importlib import import_module
 import pytest
 import torch
 
-from resnet_fused.ops.training_layers import Layer, flatten
+from resnet_fused.ops.training_layers import flatten
+from resnet_fused.parameters import Layer
 from resnet_fused.testing.ahead_of_time import (
     DTYPES,
     TARGETS,

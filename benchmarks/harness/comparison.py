@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .measure import summarise
+import numpy as np
 
 
 @dataclass
@@ -65,9 +65,12 @@ class Comparison:
         """Fills in what follows from the samples. No speed-up is stated on a red gate."""
         timed = [entry for entry in self.entries if entry.status == "measured" and entry.rounds]
         for entry in timed:
-            summary = summarise(entry.rounds, self.batch)
-            entry.rate, entry.rate_p10, entry.rate_p90 = summary[:3]
-            entry.latency_p50, entry.latency_p99 = summary[3:]
+            # A round's rate is its images over its whole time; latencies are of single calls.
+            rates = [self.batch * len(times) / sum(times) for times in entry.rounds]
+            quantiles = np.quantile(rates, (0.1, 0.5, 0.9)).tolist()
+            entry.rate_p10, entry.rate, entry.rate_p90 = quantiles
+            singles = np.concatenate(entry.rounds)
+            entry.latency_p50, entry.latency_p99 = np.quantile(singles, (0.5, 0.99)).tolist()
             if self.floor is not None:
                 entry.floor_share = entry.rate * self.floor / self.batch
         best = self.best_of_ours()
@@ -115,47 +118,31 @@ def _milliseconds(seconds: float) -> str:
     return _number(seconds * 1e3)
 
 
-def _row(entry: Entry) -> list[str]:
-    spread = (_cell(entry.rate_p10, _number), _cell(entry.rate_p90, _number))
-    return [
-        ("▸ " if entry.ours else "  ") + entry.title,
-        _cell(entry.rate, _number),
-        "–".join(spread),
-        _cell(entry.latency_p50, _milliseconds),
-        _cell(entry.latency_p99, _milliseconds),
-        _cell(entry.speedup, "{:.2f}×".format),
-        _cell(entry.memory, _size),
-        _cell(entry.floor_share, "{:.0%}".format),
-        _cell(entry.error, "{:.1e}".format),
-        _cell(entry.cold_start, "{:.1f} s".format),
-        _cell(entry.new_batch, "{:.1f} s".format),
-    ]
-
-
-_HEADINGS = (
-    "  implementation",
-    "images/s",
-    "p10–p90",
-    "ms p50",
-    "ms p99",
-    "ours is",
-    "memory",
-    "of floor",
-    "error",
-    "cold start",
-    "new batch",
-)
+_COLUMNS: dict[str, Callable[[Entry], str]] = {
+    "  implementation": lambda e: ("▸ " if e.ours else "  ") + e.title,
+    "images/s": lambda e: _cell(e.rate, _number),
+    "p10–p90": lambda e: f"{_cell(e.rate_p10, _number)}–{_cell(e.rate_p90, _number)}",
+    "ms p50": lambda e: _cell(e.latency_p50, _milliseconds),
+    "ms p99": lambda e: _cell(e.latency_p99, _milliseconds),
+    "ours is": lambda e: _cell(e.speedup, "{:.2f}×".format),
+    "memory": lambda e: _cell(e.memory, _size),
+    "of floor": lambda e: _cell(e.floor_share, "{:.0%}".format),
+    "error": lambda e: _cell(e.error, "{:.1e}".format),
+    "cold start": lambda e: _cell(e.cold_start, "{:.1f} s".format),
+    "new batch": lambda e: _cell(e.new_batch, "{:.1f} s".format),
+}
 
 
 def cells(comparison: Comparison) -> list[list[str]]:
     """The comparison's table, fastest first, the headings above."""
-    return [list(_HEADINGS), *(_row(entry) for entry in ranked(comparison))]
+    rows = [[column(entry) for column in _COLUMNS.values()] for entry in ranked(comparison)]
+    return [list(_COLUMNS), *rows]
 
 
 def table(comparison: Comparison) -> str:
     """The comparison as text, and below it who was not measured and why."""
     rows = cells(comparison)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS))]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
     lines = [
         "  ".join(
             cell.rjust(width) if column else cell.ljust(width)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -92,47 +91,6 @@ def in_cuda_graph(call: Callable[[], Result]) -> Callable[[], Result]:
         return result
 
     return replay
-
-
-def quantile(values: Sequence[float], fraction: float) -> float:
-    """The value below which `fraction` (0 to 1) of `values` lie, interpolated linearly.
-
-    Raises ValueError for no values.
-    """
-    if not values:
-        raise ValueError("values must not be empty.")
-    ordered = sorted(values)
-    position = fraction * (len(ordered) - 1)
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
-
-
-class Summary(NamedTuple):
-    """What rounds of times say. Rates in images per second, latencies in seconds per call.
-
-    A round's rate is its images over its whole time; median and 10th to 90th percentile run over
-    the rounds. The latencies' percentiles run over all single calls.
-    """
-
-    rate: float
-    rate_low: float
-    rate_high: float
-    latency_p50: float
-    latency_p99: float
-
-
-def summarise(rounds: Sequence[Sequence[float]], batch: int) -> Summary:
-    """The summary of rounds of single times (seconds) of calls on `batch` images each."""
-    rates = [batch * len(times) / sum(times) for times in rounds]
-    singles = [time for times in rounds for time in times]
-    return Summary(
-        statistics.median(rates),
-        quantile(rates, 0.1),
-        quantile(rates, 0.9),
-        quantile(singles, 0.5),
-        quantile(singles, 0.99),
-    )
 
 
 class Peaks(NamedTuple):

@@ -1,5 +1,5 @@
 // The Python module resnet_fused._C: one register_<domain> per domain, and the build report.
-// Bindings check sizes and forward raw pointers; they compute nothing and know no torch.
+// Bindings check tensors and forward raw pointers; they compute nothing and know no torch.
 #include <pybind11/pybind11.h>
 
 #include "build_info.h"
@@ -8,7 +8,7 @@
 namespace py = pybind11;
 
 PYBIND11_MODULE(_C, module) {
-  module.attr("INTERFACE") = kInterface;
+  module.attr("INTERFACE") = RESNET_FUSED_INTERFACE;
   module.def(
       "build_info",
       [] {
@@ -27,6 +27,8 @@ PYBIND11_MODULE(_C, module) {
         return info;
       },
       "What this module was built with; cuda_note says why CUDA was left out.");
+  register_programs(module);
+  register_snapshots(module);
   register_cpu_kernels(module);
 #if RESNET_FUSED_CUDA
   register_cuda_kernels(module);

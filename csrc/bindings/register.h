@@ -3,9 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
-// What resnet_fused/_extension.py expects: raised there and here with every change of a bound
-// function's name, arguments or meaning.
-constexpr int kInterface = 9;
-
 void register_cpu_kernels(pybind11::module_& module);
 void register_cuda_kernels(pybind11::module_& module);
+void register_programs(pybind11::module_& module);
+void register_snapshots(pybind11::module_& module);

@@ -1,52 +1,43 @@
-// A residual as Python gives it to the kernels.
+// A residual as the kernels of the CPU and the GPU take it.
 #pragma once
 
-#include <pybind11/stl.h>
-
-#include <array>
-#include <cstdint>
 #include <optional>
-#include <stdexcept>
-#include <tuple>
 
 #include "kernels/residual.h"
+#include "program.h"
+#include "tensor_arg.h"
 
-// Address, channels, and elements from an image, a line and a pixel to the next; None for none.
-using ResidualArgument =
-    std::optional<std::tuple<std::uintptr_t, std::int64_t, std::array<std::int64_t, 3>>>;
-
-// Of a result at `out` of (batch, height, width, channels) elements of `size` bytes, none of them
-// 0. Throws ValueError where it cannot be read, or where writing the result would change it: they
-// may only be one tensor.
-inline resnet_fused::Residual residual_of(const ResidualArgument& argument, std::uintptr_t out,
-                                          const std::array<std::int64_t, 4>& shape,
-                                          std::int64_t size) {
-  if (!argument) return {};
-  const auto& [address, channels, strides] = *argument;
-  const auto& [batch, height, width, out_channels] = shape;
-  const auto& [image, line, pixel] = strides;
-  constexpr std::int64_t kLimit = std::int64_t{1} << 48;
-  if (address == 0) throw std::invalid_argument("residual is a null pointer");
-  if (address % size != 0) throw std::invalid_argument("residual is not aligned to its elements");
+// Of a result `out` (N, K, P, Q) without empty sizes, dense and channels_last. Throws ValueError
+// where the residual cannot be read, or where writing `out` would change it: they may only be one
+// tensor.
+template <typename Arguments>
+void set_residual(Launch<Arguments>& launch, resnet_fused::Residual& slot,
+                  const std::optional<TensorArg>& residual, const TensorArg& out) {
+  slot = {};
+  if (!residual) return;
+  check_rank("residual", *residual, 4);
+  check_type("residual", *residual, out.type);
+  const auto& [batch, out_channels, height, width] = out.sizes;
+  const std::int64_t channels = residual->sizes[1];
   if (channels < 1 || channels > out_channels) {
-    throw std::invalid_argument("residual must have 1 to " + std::to_string(out_channels) +
-                                " channels, found " + std::to_string(channels));
+    refuse("residual must have 1 to " + std::to_string(out_channels) + " channels, found " +
+           std::to_string(channels));
   }
-  std::int64_t reach = channels;
-  for (const auto& [count, stride] :
-       {std::pair{batch, image}, std::pair{height, line}, std::pair{width, pixel}}) {
-    if (stride < 0 || stride > kLimit / count) {
-      throw std::invalid_argument("residual has a stride of " + std::to_string(stride));
-    }
-    reach += (count - 1) * stride;
-  }
-  const resnet_fused::Residual residual{
-      reinterpret_cast<const void*>(address), channels, height, width, image, line, pixel};
-  const bool same =
-      address == out && channels == out_channels && pixel == channels && residual.in_line();
-  const std::int64_t out_bytes = batch * height * width * out_channels * size;
-  if (!same && out < address + reach * size && address < out + out_bytes) {
-    throw std::invalid_argument("out overlaps residual");
-  }
-  return residual;
+  check_sizes("residual", *residual, {batch, channels, height, width});
+  if (channels > 1 && residual->strides[1] != 1) refuse("residual must have adjacent channels");
+  auto [image, unused, line, pixel] = residual->strides;
+  // Along sizes of 1 a stride may be any; here it is that of a tensor without gaps.
+  if (width == 1) pixel = height > 1 ? line : batch > 1 ? image : channels;
+  if (height == 1) line = width * pixel;
+  if (batch == 1) image = height * line;
+  const bool same = residual->address == out.address && residual->sizes == out.sizes &&
+                    residual->dense({0, 2, 3, 1});
+  if (!same) check_apart("out", out, "residual", *residual);
+  launch.reads(slot.data, "residual", *residual);
+  slot.channels = channels;
+  slot.height = height;
+  slot.width = width;
+  slot.image = image;
+  slot.line = line;
+  slot.pixel = pixel;
 }

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.utils.checkpoint import checkpoint
 
-from .. import fusion, traced
+from .. import fusion, plan, traced
 from ..blocks import (
     BasicBlock,
     Bottleneck,
@@ -28,7 +28,7 @@ from ..ops.conv_bn import conv_bn
 from ..ops.head import head
 from ..ops.stem import stem
 from ..ops.stem_training import stem_training
-from ..ops.training_layers import trains_fused
+from ..ops.training_choice import run_on, training_backend
 from ..parameters import MaxPool
 from .weights import WeightsSource, load_weights, without_legacy
 
@@ -109,6 +109,10 @@ def _untracked(blocks: Sequence[nn.Module]) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = momentum, count
 
 
+# The methods that a network's forward consists of.
+_PIECES = ("_forward", "_stem", "_stem_fused", "_stem_unfused", "_head", "stages")
+
+
 class ResidualNetwork(nn.Module):
     """A stem, stages `layer1`, `layer2`, ..., average pooling and a fully connected layer.
 
@@ -118,7 +122,10 @@ class ResidualNetwork(nn.Module):
         stages: what each stage is made of.
     """
 
+    # In a slot, not among the attributes: plans are of one object and do not travel with a copy.
+    __slots__ = ("_plans",)
     if TYPE_CHECKING:  # TorchScript reads a class's annotations
+        _plans: plan.Plans
         conv1: nn.Module
         bn1: nn.Module
         relu: nn.Module
@@ -255,7 +262,12 @@ class ResidualNetwork(nn.Module):
         else:
             return self._forward(x)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(vars(self))
+
     def _forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and (planned := plan.run(self, x)) is not None:
+            return planned
         x = self._stem(x)
         for stage in self.stages():
             x = stage(x)
@@ -269,6 +281,22 @@ class ResidualNetwork(nn.Module):
             for i, block in enumerate(stage):
                 yield f"{name}.{i}", block
         yield "head", self._head
+
+    def plannable_parts(self) -> Iterator[plan.Part]:
+        """The same pieces as far as a plan may stand for them: a stage that somebody hooked or
+        replaced is one, and has to be called."""
+        own = not plan.shadows(self) and all(
+            getattr(type(self), name) is getattr(ResidualNetwork, name) for name in _PIECES
+        )
+        pool = [] if self.maxpool is None else [self.maxpool]
+        yield plan.part(self._stem, [self.conv1, self.bn1, self.relu, *pool], own)
+        for stage in self.stages():
+            if own and type(stage) is Stage and fusion.untouched(stage):
+                for block in stage:
+                    yield plan.part(block, list(block.modules()), own)
+            else:
+                yield plan.Part(stage, None)
+        yield plan.part(self._head, [self.avgpool, self.fc], own)
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Each stage's result (N, C, H / its stride, W / its stride), for x as in `forward`.
@@ -305,11 +333,11 @@ class ResidualNetwork(nn.Module):
             return None
         pool = None if self.maxpool is None else fusion.max_pool(self.maxpool)
         if self.training:
-            plan = fusion.training_plan([(self.conv1, self.bn1)])
-            if plan is None:
+            training = fusion.training_plan([(self.conv1, self.bn1)])
+            if training is None:
                 return None
-            if not plan.is_frozen() or plan.needs_gradients(x):
-                return self._train_stem(x, plan, pool)
+            if not training.is_frozen() or training.needs_gradients(x):
+                return self._train_stem(x, training, pool)
         layer = fusion.conv_bn(self.conv1, self.bn1)
         if layer is None:
             return None
@@ -320,17 +348,21 @@ class ResidualNetwork(nn.Module):
         return stem(x, layer, pool)
 
     def _train_stem(
-        self, x: Tensor, plan: fusion.TrainingPlan, pool: MaxPool | None
+        self, x: Tensor, training: fusion.TrainingPlan, pool: MaxPool | None
     ) -> Tensor | None:
         """The stem as one op, forward and backward, or None where it has to run by modules."""
-        if (self.maxpool is not None and pool is None) or not trains_fused(x, plan.sync_group):
+        if self.maxpool is not None and pool is None:
+            return None
+        block = (x, training.layers, None, False, training.sync_group)
+        backend = training_backend(*block, pool=pool)
+        if backend is None:
             return None
         if pool is not None:
-            out, terms = stem_training(x, plan.layers[0], pool, plan.sync_group)
-        else:
-            out, (terms,) = residual_block_training(
-                x, plan.layers, identity=False, sync_group=plan.sync_group
+            out, terms = run_on(
+                backend, stem_training, x, training.layers[0], pool, training.sync_group
             )
+        else:
+            out, (terms,) = run_on(backend, residual_block_training, *block)
         fusion.track_statistics([self.bn1], [terms])
         return out
 

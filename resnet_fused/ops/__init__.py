@@ -1,6 +1,6 @@
 """The fused operators: `torch.ops.resnet_fused.*` and their typed Python functions."""
 
-from ..parameters import BatchNorm, ConvBn, Convolution, MaxPool
+from ..parameters import BatchNorm, ConvBn, Convolution, Layer, MaxPool
 from .block_training import residual_block_training
 from .bn_add_relu import bn_add_relu
 from .bottleneck import bottleneck
@@ -11,7 +11,7 @@ from .head import head
 from .stem import stem
 from .stem_training import stem_training
 from .sync_batch_norm import sync_batch_norm
-from .training_layers import Layer, trains_fused
+from .training_choice import training_backend
 
 __all__ = [
     "BatchNorm",
@@ -29,6 +29,6 @@ __all__ = [
     "stem",
     "stem_training",
     "sync_batch_norm",
-    "trains_fused",
+    "training_backend",
     "use_backend",
 ]

@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from ..backends.training import Activation, PreBnGradient
-from ..parameters import Convolution
+from ..parameters import Convolution, Layer
 from .checks import check_activation
 from .registry import autocast_dtype, empty_result
 from .training_layers import (
     LAYERS_SCHEMA,
-    Layer,
     LayerArguments,
     check_layer,
     convolutions,

@@ -72,19 +72,22 @@ def serving(x: Tensor) -> tuple[Backend, ...]:
 
 
 def _all_serving(device: torch.device, dtype: torch.dtype) -> tuple[Backend, ...]:
-    found, reasons = [], []
-    for name in backends.PREFERENCE.get(device.type, ("reference",)):
-        reason = backends.unavailable(name)
-        if reason is None:
-            backend = backends.get(name)
-            reason = backend.unsupported(device, dtype)
-            if reason is None:
-                found.append(backend)
-                continue
-        reasons.append(f"{name}: {reason}")
+    available, unavailable = _available(device.type)
+    reasons = [(backend.name, backend.unsupported(device, dtype)) for backend in available]
+    found = tuple(b for b, (_, why) in zip(available, reasons, strict=True) if why is None)
     if len(found) == 1 and dtype in backends.ACCELERATED.get(device.type, ()):
-        _say_once(device.type, dtype, "; ".join(reasons))
-    return tuple(found)
+        refused = [f"{name}: {why}" for name, why in reasons if why is not None]
+        _say_once(device.type, dtype, "; ".join([*unavailable, *refused]))
+    return found
+
+
+@functools.cache
+def _available(device: str) -> tuple[list[Backend], list[str]]:
+    """The backends for that type of device that can run here, and why others cannot."""
+    names = backends.PREFERENCE.get(device, ("reference",))
+    missing = {name: why for name in names if (why := backends.unavailable(name)) is not None}
+    found = [backends.get(name) for name in names if name not in missing]
+    return found, [f"{name}: {why}" for name, why in missing.items()]
 
 
 @functools.cache

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from ..backends.training import Activation, PreBnGradient
-from ..parameters import MaxPool
+from ..parameters import Layer, MaxPool
 from .checks import check_activation, pool_shape
 from .registry import autocast_dtype, empty_result
 from .training_layers import (
     LAYERS_SCHEMA,
-    Layer,
     LayerArguments,
     check_layer,
     convolutions,

@@ -10,12 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..backends.training import MEAN, UNBIASED_VAR, TrainingKernels
-from ..parameters import BatchNorm, Convolution
+from ..parameters import BatchNorm, Convolution, Layer
 from ..reference.training import ReferenceTraining
 from .checks import check_batch_norm, convolution_shape
 from .dispatch import chosen_backend, serving, use_backend
 from .modes import refuse_tangents
-from .registry import autocast_dtype, library
+from .registry import library
 
 _WINDOW = 7  # integers that describe a convolution: stride, padding, dilation, groups
 
@@ -23,21 +23,6 @@ LAYERS_SCHEMA = (
     "Tensor[] weights, Tensor[] bn_weights, Tensor[] bn_biases, Tensor[] frozen_means, "
     "Tensor[] frozen_vars, int[] windows, bool[] frozen, float[] eps"
 )
-
-
-class Layer(NamedTuple):
-    """A convolution and its normalisation, in training.
-
-    conv: its weight is of the input's dtype or float32.
-    weight, bias: (K,) of the normalisation, any floating dtype.
-    frozen: mean and variance to normalise with (frozen batch norm), or None for the batch's own.
-    """
-
-    conv: Convolution
-    weight: Tensor
-    bias: Tensor
-    eps: float = 1e-5
-    frozen: tuple[Tensor, Tensor] | None = None
 
 
 class LayerArguments(NamedTuple):
@@ -113,31 +98,10 @@ def check_layer(
 
 
 def kernels(x: Tensor) -> TrainingKernels:
-    """The training pieces of the backend chosen for `x`, else the plain PyTorch ones."""
+    """The training pieces of the backend chosen for `x`, else of the first that has any, else the
+    plain PyTorch ones."""
     found = (backend.training for backend in serving(x))
     return next((kernels for kernels in found if kernels is not None), ReferenceTraining())
-
-
-def _has_kernels(device: str, dtype: torch.dtype) -> bool:
-    sample = torch.empty(0, device=device, dtype=dtype)
-    return any(backend.training is not None for backend in serving(sample))
-
-
-# What torch.compiler.assume_constant_result sets; calling that would import all of torch._dynamo.
-_has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def trains_fused(x: Any, sync_group: str = "") -> bool:
-    """Whether training should run `x` through the training ops instead of module by module.
-
-    True where the backend chosen for `x`, in the dtype it is computed in, has training kernels, and
-    on the CPU where statistics are synchronised, which `nn.SyncBatchNorm` refuses there.
-    """
-    if not isinstance(x, Tensor) or not x.dtype.is_floating_point or 0 in x.shape:
-        return False
-    if sync_group and x.device.type == "cpu":
-        return True
-    return bool(_has_kernels(x.device.type, autocast_dtype(x)))
 
 
 def gather(parts: Tensor, sync_group: str) -> Tensor:

@@ -6,15 +6,17 @@ norm on the CPU, where `nn.SyncBatchNorm` itself refuses to run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from ..backends.training import MEAN, SCALE, SHIFT, Activation, PreBnGradient
-from ..parameters import Convolution, MaxPool
+from ..parameters import Convolution, Layer, MaxPool
 from .convolution import convolve
-from .ops import pad_channels
+from .ops import nhwc, pad_channels
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -173,3 +175,35 @@ class ReferenceTraining:
         ).to(grad.dtype)
         g = torch.where(value > 0, g, 0).contiguous(memory_format=torch.channels_last)
         return g, sums(g, x)
+
+
+def residual_block(
+    x: Tensor,
+    layers: Sequence[Layer],
+    projection: Layer | None,
+    identity: bool,
+    padded_stride: int | None,
+    pool: MaxPool | None,
+) -> Tensor:
+    """What the training ops mean, in the order of their modules: relu(F(x) + shortcut(x)), or
+    max_pool(relu(F(x))) where there is a pool."""
+
+    def normalised(x: Tensor, layer: Layer) -> Tensor:
+        conv, weight, bias, eps, frozen = layer
+        mean, var = (None, None) if frozen is None else frozen
+        out = convolve(x, conv)
+        if x.dtype == torch.float64:
+            weight, bias = weight.double(), bias.double()
+        return F.batch_norm(out, mean, var, weight, bias, frozen is None, 0.0, eps)
+
+    out = x
+    for layer in layers[:-1]:
+        out = F.relu(normalised(out, layer))
+    out = normalised(out, layers[-1])
+    if projection is not None:
+        out = out + normalised(x, projection)
+    elif identity:
+        stride = padded_stride or 1
+        out = out + pad_channels(x[:, :, ::stride, ::stride], out.shape[1])
+    out = F.relu(out)
+    return nhwc(out if pool is None else F.max_pool2d(out, *pool))

@@ -25,7 +25,7 @@ def relative_error(out: Tensor, truth: Tensor) -> float:
     """
     if out.shape != truth.shape:
         raise ValueError(f"out has shape {tuple(out.shape)}, truth {tuple(truth.shape)}.")
-    out, truth = out.detach().double().cpu(), truth.detach().double().cpu()
+    out, truth = out.detach().double(), truth.detach().double().to(out.device)
     if not torch.isfinite(out).all():
         return float("inf")
     difference, norm = (out - truth).norm().item(), truth.norm().item()
@@ -86,7 +86,7 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
         return type(value)(*(cast(v, dtype) for v in value))
     if isinstance(value, Mapping):
         return {key: cast(item, dtype) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
+    if type(value) in (list, tuple):
         return type(value)(cast(v, dtype) for v in value)
     return value
 

@@ -17,6 +17,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from ..._extension import tensor_arg
+from .. import recording
+
 Packed = TypeVar("Packed")
 
 
@@ -44,7 +47,7 @@ class LiveCache(Generic[Packed]):
     """
 
     def __init__(self, extension: ModuleType) -> None:
-        self._fingerprint = extension.fingerprint
+        self._fingerprints = extension.fingerprints
         self._slots: dict[int, _Slot[Packed]] = {}
 
     def __len__(self) -> int:
@@ -59,15 +62,16 @@ class LiveCache(Generic[Packed]):
         # Taken before packing: an edit during it is then seen by the next look-up.
         content = self._content(weight)
         entry = slot.packed.get(form)
-        if entry is not None and entry[0] == content:
-            return entry[1]
-        packed = pack()
-        slot.packed[form] = (content, packed)
+        if entry is None or entry[0] != content:
+            entry = slot.packed[form] = (content, pack())
+        packed = entry[1]
+        if (notes := recording.current.get()) is not None:
+            notes.packed.append(recording.Packed(weight, content[-1], packed))
         return packed
 
     def _content(self, weight: Tensor) -> tuple[Any, ...]:
         dense = _dense(weight)
-        hashed = self._fingerprint(dense.data_ptr(), dense.nbytes)
+        (hashed,) = self._fingerprints([tensor_arg(dense)])
         return weight.dtype, weight.shape, weight.stride(), hashed
 
     def _open(self, weight: Tensor) -> _Slot[Packed]:

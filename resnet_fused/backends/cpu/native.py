@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._extension import optional_tensor_arg, tensor_arg
 from ...parameters import BatchNorm, Convolution, MaxPool
-from ..residual import readable, residual_argument
+from ..arguments import BatchNormArg, batch_norm_arg, empty_nhwc, nhwc, residual_arg
+from ..recording import copied
 
 _LANES = 16  # Winograd's channel counts that are no multiple of it leave vector lanes idle
 _STEM_LANES = 32
@@ -27,25 +29,9 @@ def _pair(values: Sequence[int]) -> tuple[int, int]:
     return values[0], values[1]
 
 
-class Vectors:
-    """A batch norm as the kernels take it; keeps alive what they point to."""
-
-    def __init__(self, bn: BatchNorm) -> None:
-        self._kept = [v if v is None or v.dtype in _READ_AS_THEY_ARE else v.float() for v in bn[:4]]
-        self.arguments = (
-            *(None if v is None else (v.data_ptr(), v.stride(0), v.itemsize) for v in self._kept),
-            bn.eps,
-        )
-
-
-def _nhwc(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def _empty(x: Tensor, channels: int, height: int, width: int) -> Tensor:
-    return torch.empty(
-        (x.shape[0], channels, height, width), dtype=x.dtype, memory_format=torch.channels_last
-    )
+def vectors(bn: BatchNorm) -> BatchNormArg:
+    """A batch norm as the kernels take it."""
+    return batch_norm_arg(bn, _READ_AS_THEY_ARE)
 
 
 def bn_add_relu(
@@ -60,47 +46,31 @@ def bn_add_relu(
 
     in_place: overwrite `x`, which then is channels_last.
     """
-    x, vectors = _nhwc(x), Vectors(bn)
+    x = nhwc(x)
     out = x if in_place else torch.empty_like(x)
-    residual = readable(residual)
-    batch, channels, height, width = x.shape
-    extension.bn_add_relu(
-        x.data_ptr(),
-        vectors.arguments,
-        residual_argument(residual),
-        out.data_ptr(),
-        batch,
-        height,
-        width,
-        channels,
-        relu,
-        x.dtype == torch.bfloat16,
-    )
+    extension.bn_add_relu(tensor_arg(out), tensor_arg(x), vectors(bn), residual_arg(residual), relu)
     return out
 
 
 def head(extension: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """linear(global_average_pool(x)), (N, C, H, W) -> (N, classes); on every processor."""
-    x = _nhwc(x)
     if weight.stride(1) != 1:
-        weight = weight.contiguous()
+        weight = copied(weight, weight.contiguous())
     if bias is not None:
-        bias = bias.contiguous()
-    batch, channels, height, width = x.shape
-    out = torch.empty((batch, weight.shape[0]), dtype=x.dtype)
+        bias = copied(bias, bias.contiguous())
+    out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
     extension.head(
-        x.data_ptr(),
-        weight.data_ptr(),
-        weight.stride(0),
-        0 if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        batch,
-        height * width,
-        channels,
-        weight.shape[0],
-        x.dtype == torch.bfloat16,
+        tensor_arg(out), tensor_arg(nhwc(x)), tensor_arg(weight), optional_tensor_arg(bias)
     )
     return out
+
+
+def pack(extension: ModuleType, form: str, weight: Tensor) -> Tensor:
+    """The weight as the kernels of that form read it: "conv", "winograd" or "stem"."""
+    described = tensor_arg(weight)
+    packed = torch.empty(getattr(extension, f"{form}_packed_bytes")(described), dtype=torch.uint8)
+    getattr(extension, f"{form}_pack")(described, tensor_arg(packed))
+    return packed
 
 
 class PackedConvolution:
@@ -111,21 +81,11 @@ class PackedConvolution:
 
     def __init__(self, extension: ModuleType, conv: Convolution, winograd: bool) -> None:
         weight = conv.weight
-        out_channels, channels, *kernel = weight.shape
         self._conv = conv._replace(weight=torch.empty_like(weight, device="meta"))
-        self._window: tuple[tuple[int, int], ...] = ()
-        self._format: tuple[bool, ...] = ()
-        sizes: tuple[Any, ...] = (channels, out_channels)
-        if winograd:
-            self._kernel, pack = extension.winograd_conv, extension.winograd_transform_weights
-            self._packed = torch.empty(extension.winograd_weight_floats(*sizes))
-        else:
-            self._window = (_pair(kernel), *map(_pair, conv[1:4]))
-            self._format = (weight.dtype == torch.bfloat16,)
-            sizes = (*sizes, self._window[0], *self._format)
-            self._kernel, pack = extension.conv_bn, extension.conv_transform_weights
-            self._packed = torch.empty(extension.conv_weight_bytes(*sizes), dtype=torch.uint8)
-        pack(weight.data_ptr(), weight.stride(), self._packed.data_ptr(), *sizes)
+        self._window = (_pair(weight.shape[2:]), *map(_pair, conv[1:4]))
+        self._winograd = winograd
+        self._kernel = extension.winograd_conv if winograd else extension.conv_bn
+        self.packed = pack(extension, "winograd" if winograd else "conv", weight)
 
     def __call__(
         self,
@@ -139,13 +99,12 @@ class PackedConvolution:
 
         in_place: return the result in the memory of `residual`, which then is channels_last.
         """
-        residual = readable(residual)
         out = residual if in_place else None
-        return self._run(_nhwc(x), bn, relu, out, residual)
+        return self._run(x, bn, out, residual_arg(residual), relu)
 
     def adds_projection(self, projection: PackedConvolution) -> bool:
         """Whether `with_projection` takes it: both by the direct kernel."""
-        return bool(self._window and projection._window)
+        return not (self._winograd or projection._winograd)
 
     def with_projection(
         self,
@@ -156,45 +115,17 @@ class PackedConvolution:
         projection_bn: BatchNorm,
     ) -> Tensor:
         """relu(bn(conv(x)) + bn(projection(shortcut))), one pass; the sum is rounded once."""
-        shortcut, vectors = _nhwc(shortcut), Vectors(projection_bn)
-        _, inplanes, *size = shortcut.shape
-        projected = (
-            *(shortcut.data_ptr(), projection._packed.data_ptr(), vectors.arguments),
-            *(*size, inplanes, *projection._window),
-        )
-        return self._run(_nhwc(x), bn, relu=True, projection=projected)
+        return self._run(x, bn, None, None, True, projection._layer(shortcut, projection_bn))
 
-    def _run(
-        self,
-        x: Tensor,
-        bn: BatchNorm,
-        relu: bool,
-        out: Tensor | None = None,
-        residual: Tensor | None = None,
-        **projection: Any,
-    ) -> Tensor:
+    def _layer(self, x: Tensor, bn: BatchNorm) -> tuple[Any, ...]:
+        return tensor_arg(nhwc(x)), tensor_arg(self.packed), self._window, vectors(bn)
+
+    def _run(self, x: Tensor, bn: BatchNorm, out: Tensor | None, *arguments: Any) -> Tensor:
         """Calls the kernel."""
-        batch, channels, height, width = x.shape
-        out_channels = self._conv.weight.shape[0]
         if out is None:
-            out = _empty(x, out_channels, *self._conv.output_size(height, width))
-        vectors = Vectors(bn)
-        self._kernel(
-            x.data_ptr(),
-            self._packed.data_ptr(),
-            vectors.arguments,
-            residual_argument(residual),
-            out.data_ptr(),
-            batch,
-            height,
-            width,
-            channels,
-            out_channels,
-            *self._window,
-            relu,
-            *self._format,
-            **projection,
-        )
+            image = self._conv.output_size(*x.shape[2:])
+            out = empty_nhwc(x, self._conv.weight.shape[0], *image)
+        self._kernel(tensor_arg(out), self._layer(x, bn), *arguments)
         return out
 
 
@@ -215,15 +146,9 @@ class PooledStem:
     """max_pool(relu(bn(conv7×7(x)))) in one pass, float32 and bfloat16."""
 
     def __init__(self, extension: ModuleType, conv: Convolution) -> None:
-        weight = conv.weight
         self._kernel = extension.stem_conv_pool
-        self._out_channels = weight.shape[0]
-        self._bfloat16 = weight.dtype == torch.bfloat16
-        sizes = (self._out_channels, self._bfloat16)
-        self._packed = torch.empty(extension.stem_weight_bytes(*sizes), dtype=torch.uint8)
-        extension.stem_transform_weights(
-            weight.data_ptr(), weight.stride(), self._packed.data_ptr(), *sizes
-        )
+        self._out_channels = conv.weight.shape[0]
+        self.packed = pack(extension, "stem", conv.weight)
 
     @staticmethod
     def serves(conv: Convolution, pool: MaxPool) -> bool:
@@ -239,19 +164,8 @@ class PooledStem:
 
     def __call__(self, x: Tensor, bn: BatchNorm) -> Tensor:
         """(N, 3, H, W) -> (N, K, P, Q), channels_last."""
-        x, vectors = _nhwc(x), Vectors(bn)
-        batch, _, height, width = x.shape
+        height, width = x.shape[2:]
         # Halved twice, rounded up.
-        out = _empty(x, self._out_channels, (height + 3) // 4, (width + 3) // 4)
-        self._kernel(
-            x.data_ptr(),
-            self._packed.data_ptr(),
-            vectors.arguments,
-            out.data_ptr(),
-            batch,
-            height,
-            width,
-            self._out_channels,
-            self._bfloat16,
-        )
+        out = empty_nhwc(x, self._out_channels, (height + 3) // 4, (width + 3) // 4)
+        self._kernel(tensor_arg(out), tensor_arg(nhwc(x)), tensor_arg(self.packed), vectors(bn))
         return out

@@ -1,4 +1,4 @@
-"""The input: real photographs, decoded and preprocessed as torchvision's weights ask for it."""
+"""What every implementation gets: one state dict, and real photographs preprocessed for it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+import torchvision
+from torch import Tensor, nn
+
+import resnet_fused
 
 # Colour photographs inside scikit-image's wheel; nothing is downloaded.
 _SHIPPED = ("chelsea.png", "coffee.png", "rocket.jpg", "astronaut.png", "motorcycle_left.png")
@@ -90,3 +93,37 @@ def _crop(photograph: Any, draw: random.Random) -> Any:
     left, top = draw.randrange(width - side + 1), draw.randrange(height - side + 1)
     crop = photograph.crop((left, top, left + side, top + side))
     return ImageOps.mirror(crop) if draw.random() < 0.5 else crop
+
+
+def make_state(architecture: str, weights: str | None, images: Tensor) -> dict[str, Tensor]:
+    """A float32 state dict: that of `weights` (torchvision's name or a file), else a random one.
+
+    The random one stands in for a trained network: seeded weights, batch norms with random scale
+    and shift, and the running statistics that `images` (N, 3, H, W) really have in it, so that
+    activations keep the range of a trained network's, in float16 too.
+    """
+    if weights is not None:
+        state = getattr(resnet_fused, architecture)(weights=weights).state_dict()
+        return {
+            name: value.float() if value.is_floating_point() else value
+            for name, value in state.items()
+        }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = getattr(torchvision.models, architecture)()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, 0.5, 1.0)
+                nn.init.normal_(module.bias, 0.0, 0.1)
+                module.momentum = None  # running statistics become those of the one batch below
+    with torch.no_grad():
+        model.train()(images)
+    return dict(model.state_dict())
+
+
+def labels(architecture: str, weights: str | None) -> list[str] | None:
+    """The class names that go with `weights`, None for random weights or another data set."""
+    if weights is None:
+        return None
+    entries = torchvision.models.get_model_weights(architecture)
+    return list(entries.DEFAULT.meta["categories"])

@@ -1,0 +1,56 @@
+"""What kernels of the extension read, as they take it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, channels_last
+
+from .._extension import TensorArg, optional_tensor_arg, tensor_arg
+from ..parameters import BatchNorm
+from .recording import copied
+
+BatchNormArg = tuple[TensorArg, TensorArg, TensorArg | None, TensorArg | None, float]
+
+
+def nhwc(x: Tensor) -> Tensor:
+    """`x` (N, C, H, W), or a copy of it, in channels_last memory."""
+    return x.contiguous(memory_format=channels_last)
+
+
+def empty_nhwc(x: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """An uninitialised result (N, channels, height, width) of x's batch, type and device."""
+    shape = (x.shape[0], channels, height, width)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=channels_last)
+
+
+def readable(residual: Tensor | None) -> Tensor | None:
+    """The residual itself, or its channels_last copy where its channels are no neighbours.
+
+    Kernels read it with any other strides and add nothing beyond its last channel, so that shortcut
+    option A's `x[:, :, ::2, ::2]` is never copied.
+    """
+    if residual is None or residual.shape[1] == 1 or residual.stride(1) == 1:
+        return residual
+    return nhwc(residual)
+
+
+def residual_arg(residual: Tensor | None) -> TensorArg | None:
+    return optional_tensor_arg(readable(residual))
+
+
+def batch_norm_arg(bn: BatchNorm, types: Collection[torch.dtype]) -> BatchNormArg:
+    """`bn`, its vectors rounded to float32 where they are none of the `types` that kernels read."""
+    mean, var, weight, bias = (
+        v if v is None or v.dtype in types else copied(v, v.float()) for v in bn[:4]
+    )
+    assert mean is not None
+    assert var is not None
+    return (
+        tensor_arg(mean),
+        tensor_arg(var),
+        optional_tensor_arg(weight),
+        optional_tensor_arg(bias),
+        bn.eps,
+    )

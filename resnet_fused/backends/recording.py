@@ -1,0 +1,38 @@
+"""What backends tell a plan that is being recorded, beside the launches that the extension sees.
+
+A launch may read memory that Python made from a parameter: packed weights, verified by content at
+each use, and copies in another type or layout, made anew at each use. A plan has to do the same.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Packed(NamedTuple):
+    """What was packed from a weight while its content had that fingerprint."""
+
+    weight: Tensor
+    fingerprint: int
+    packed: Any
+
+
+class Notes:
+    """What was noted while a plan was recorded."""
+
+    def __init__(self) -> None:
+        self.packed: list[Packed] = []
+        self.copies: list[tuple[Tensor, Tensor]] = []  # (source, copy)
+
+
+current: contextvars.ContextVar[Notes | None] = contextvars.ContextVar("notes", default=None)
+
+
+def copied(source: Tensor, copy: Tensor) -> Tensor:
+    """`copy`, noted as one of `source` unless it is `source` itself."""
+    if copy is not source and (notes := current.get()) is not None:
+        notes.copies.append((source, copy))
+    return copy

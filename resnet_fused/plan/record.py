@@ -1,0 +1,240 @@
+"""Records a network's forward, part by part, as programs of the extension."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .. import fusion
+from .._extension import tensor_arg, types
+from ..backends import recording
+from ..backends.arguments import nhwc
+from ..backends.autotune import generation
+from ..blocks import BasicBlock, Bottleneck, PaddedIdentity, PlainBlock
+from .validity import Snapshot
+
+# Types whose calls consist of nothing but ops, where those stand for them.
+_PLANNED = (*fusion.FUSED, PaddedIdentity, BasicBlock, PlainBlock, Bottleneck)
+# Bytes that an intermediate tensor starts at a multiple of, as PyTorch's allocators have it.
+_ALIGNMENT = {"cpu": 64, "cuda": 256}
+# What an input's address must have in common with the recorded one's: kernels that read 16 bytes at
+# a time serve no other.
+_INPUT_ALIGNMENT = 16
+
+
+class Part(NamedTuple):
+    """A piece of the network, to be applied to the result of the one before it."""
+
+    call: Callable[[Tensor], Tensor]
+    modules: list[nn.Module] | None  # all that it consists of; None where it has to be called
+
+
+class Network(Protocol):
+    """What plans need to know of a network, which is a module."""
+
+    training: bool
+
+    def stages(self) -> Iterable[nn.Module]:
+        """The containers of its blocks."""
+
+    def plannable_parts(self) -> Iterable[Part]:
+        """The network in pieces, each to be applied to the result of the one before."""
+
+
+class Form(NamedTuple):
+    """What kernels were launched for: the shape, strides and alignment of a tensor."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    offset: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> Form:
+        offset = x.data_ptr() % _INPUT_ALIGNMENT
+        return cls(x.shape, x.stride(), x.dtype, x.device, offset)
+
+
+class Segment(NamedTuple):
+    """Parts in a row that one program runs."""
+
+    program: Any
+    calls: list[Callable[[Tensor], Tensor]]
+    input: Form
+    output: Form
+
+
+class Plan:
+    """What a network runs for one kind of input.
+
+    Every part that was not recorded is called as ever, between the programs.
+    """
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        steps: Sequence[Segment | Callable[[Tensor], Tensor]],
+        contents: Any,
+        copies: Sequence[tuple[Tensor, Tensor]],
+        kept: Sequence[object],
+    ) -> None:
+        self.steps = steps
+        self._snapshot = snapshot
+        self._contents = contents
+        self._sources = [source for source, _ in copies]
+        self._copies = [copy for _, copy in copies]
+        self._kept = kept  # programs hold addresses only
+
+    def is_valid(self) -> bool:
+        """Whether the programs compute what the ordinary forward would."""
+        return self._snapshot.holds() and (
+            self._contents is None or bool(self._contents.unchanged())
+        )
+
+    def run(self, x: Tensor) -> Tensor:
+        """The network's result; `is_valid` was asked just before."""
+        fresh = True
+        if self._copies:
+            torch._foreach_copy_(self._copies, self._sources)
+        for step in self.steps:
+            if not isinstance(step, Segment):
+                x, fresh = step(x), False
+                continue
+            image = nhwc(x) if type(x) is Tensor and x.dim() == 4 else x
+            # What ran in between may have changed anything.
+            if Form.of(image) == step.input and (fresh or self.is_valid()):
+                x = _replay(step, image)
+                continue
+            for call in step.calls:
+                x = call(x)
+            fresh = False
+        return x
+
+
+def _replay(segment: Segment, x: Tensor) -> Tensor:
+    program, form = segment.program, segment.output
+    out = torch.empty_strided(form.shape, form.strides, dtype=form.dtype, device=form.device)
+    arena = torch.empty(program.arena_bytes, dtype=torch.uint8, device=form.device)
+    if form.device.type == "cuda":
+        with torch.cuda.device(form.device):
+            stream = torch.cuda.current_stream(form.device).cuda_stream
+            program.run(x.data_ptr(), out.data_ptr(), arena.data_ptr(), stream)
+    else:
+        program.run(x.data_ptr(), out.data_ptr(), arena.data_ptr())
+    return out
+
+
+class _Watch(TorchDispatchMode):
+    """Sees whether PyTorch's own ops write to memory, which no launch tells of."""
+
+    sees_fused_ops = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wrote = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.wrote |= func._schema.is_mutable
+        return func(*args, **(kwargs or {}))
+
+
+def part(call: Callable[[Tensor], Tensor], modules: list[nn.Module], plannable: bool) -> Part:
+    """A piece that may be planned if `plannable` and every module is one that ops stand for."""
+    for module in modules:
+        plannable = (
+            plannable
+            and type(module) in _PLANNED
+            and fusion.untouched(module)
+            and not shadows(module)
+        )
+    return Part(call, modules if plannable else None)
+
+
+def shadows(module: nn.Module) -> bool:
+    """Whether an attribute of the instance stands in the place of a method."""
+    return any(callable(getattr(type(module), name, None)) for name in vars(module))
+
+
+def record(network: Network, x: Tensor, extension: ModuleType) -> tuple[Tensor, Plan | None]:
+    """The network's result for `x`, and the plan, or None where there is nothing to be gained."""
+    pieces = list(network.plannable_parts())
+    watched = [network, *network.stages()]
+    watched += [m for piece in pieces if piece.modules is not None for m in piece.modules]
+    snapshot = Snapshot(extension, list(dict.fromkeys(watched)))
+    before = generation()
+    recorder, notes = extension.Recorder(), recording.Notes()
+    values, ends, complete = [x], [0], []
+    for piece in pieces:
+        if piece.modules is None:
+            values.append(piece.call(values[-1]))
+            complete.append(False)
+        else:
+            values[-1] = nhwc(values[-1]) if values[-1].dim() == 4 else values[-1]
+            watch = _Watch()
+            token = recording.current.set(notes)
+            recorder.start()
+            try:
+                with watch:
+                    values.append(piece.call(values[-1]))
+            finally:
+                recorder.stop()
+                recording.current.reset(token)
+            complete.append(not watch.wrote)
+        ends.append(len(recorder))
+    out = values[-1]
+    known = {id(tensor) for tensor in snapshot.tensors}
+    made_from = [*(note.weight for note in notes.packed), *(source for source, _ in notes.copies)]
+    if (
+        not snapshot.is_complete()
+        or generation() != before
+        or any(id(tensor) not in known for tensor in made_from)
+    ):
+        return out, None
+    packed = {id(note.weight): note for note in notes.packed if hasattr(note.packed, "packed")}
+    constants = [
+        *snapshot.tensors,
+        *(note.packed.packed for note in notes.packed if hasattr(note.packed, "packed")),
+        *(copy for _, copy in notes.copies),
+    ]
+    described = [tensor_arg(tensor) for tensor in constants if tensor.dtype in types()]
+
+    def program(first: int, last: int) -> Any:
+        return recorder.program(
+            ends[first],
+            ends[last],
+            tensor_arg(values[first]),
+            tensor_arg(values[last]),
+            described,
+            _ALIGNMENT[x.device.type],
+        )
+
+    complete = [done and program(i, i + 1) is not None for i, done in enumerate(complete)]
+    steps: list[Segment | Callable[[Tensor], Tensor]] = []
+    first = 0
+    while first < len(pieces):
+        last = first
+        while last < len(pieces) and complete[last]:
+            last += 1
+        if last == first:
+            steps.append(pieces[first].call)
+            first += 1
+            continue
+        calls = [piece.call for piece in pieces[first:last]]
+        forms = Form.of(values[first]), Form.of(values[last])
+        steps.append(Segment(program(first, last), calls, *forms))
+        first = last
+    if not any(isinstance(step, Segment) for step in steps):
+        return out, None
+    contents = None
+    if packed:
+        weights = [tensor_arg(note.weight) for note in packed.values()]
+        contents = extension.Contents(weights, [note.fingerprint for note in packed.values()])
+    return out, Plan(snapshot, steps, contents, notes.copies, [constants, notes])

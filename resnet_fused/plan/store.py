@@ -1,0 +1,111 @@
+"""The plans of a network: found by what they are for, recorded when it comes again, bounded."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .. import _extension, fusion
+from ..ops.dispatch import chosen_backend
+from .record import Network, Plan, record
+from .validity import surroundings
+
+# Kinds of input, of one network, whose plans are kept.
+_PLANS = 16
+# Calls between two recordings at most: each that comes to nothing, or whose plan was soon invalid,
+# doubles them.
+_LONGEST_WAIT = 1024
+
+
+class _Entry:
+    """The plan for one kind of input, or how many calls are to pass before one is recorded."""
+
+    def __init__(self) -> None:
+        self.plan: Plan | None = None
+        self.wait = 1
+        self.left = 1
+
+    def postpone(self) -> None:
+        self.plan = None
+        self.wait = self.left = min(2 * self.wait, _LONGEST_WAIT)
+
+
+class Plans:
+    """Plans of one network, the least recently used of which goes first. Threads may share it."""
+
+    def __init__(self) -> None:
+        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        """How many plans there are."""
+        return sum(entry.plan is not None for entry in self._entries.values())
+
+    def run(self, network: Network, x: Tensor) -> Tensor | None:
+        """The network's result, or None where the ordinary path has to compute it."""
+        entry = self._find(surroundings(x))
+        plan = entry.plan
+        if plan is not None:
+            if plan.is_valid():
+                return plan.run(x)
+            entry.postpone()
+            return None
+        entry.left -= 1
+        if entry.left >= 0:
+            return None
+        extension = _extension_for()
+        if extension is None or not x.numel() or _is_capturing(x):
+            entry.postpone()
+            return None
+        out, entry.plan = record(network, x, extension)
+        if entry.plan is None:
+            entry.postpone()
+        return out
+
+    def _find(self, kind: Hashable) -> _Entry:
+        with self._lock:
+            entry = self._entries.get(kind)
+            if entry is None:
+                entry = self._entries[kind] = _Entry()
+                if len(self._entries) > _PLANS:
+                    self._entries.popitem(last=False)
+            else:
+                self._entries.move_to_end(kind)
+            return entry
+
+
+def _extension_for() -> ModuleType | None:
+    """The extension whose kernels the chosen backend launches."""
+    extension = getattr(chosen_backend(), "extension", None)
+    if extension is None and _extension.available() is None:
+        extension = _extension.load()
+    return extension
+
+
+def _is_capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def run(network: Network, x: Tensor) -> Tensor | None:
+    """`network(x)` by its plan, or None where the ordinary path has to compute it.
+
+    So it is in training, where gradients may be wanted, inside modes, transforms and tracers, and
+    as long as no plan was recorded for such an `x`.
+    """
+    if (
+        network.training
+        or torch.is_grad_enabled()
+        or fusion.must_call_modules(x)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or x.dim() != 4
+    ):
+        return None
+    plans: Plans | None = getattr(network, "_plans", None)
+    if plans is None:
+        plans = network._plans = Plans()  # type: ignore[attr-defined]
+    return plans.run(network, x)

@@ -1,0 +1,66 @@
+"""Whether a network is still the one that a plan was recorded of, and what surrounds it the same.
+
+What a module computes is decided by its class, its attributes, its parameters and its hooks. All of
+them are compared by identity, in the extension; of every tensor also the memory that it covers,
+because `p.data = other` leaves the object. What tensors hold needs no comparison where kernels read
+it live; packed weights are verified by their fingerprints, as at every use of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from ..backends import tf32_in_convolutions
+from ..backends.autotune import generation
+from ..ops.dispatch import chosen_backend
+
+_address, _shape, _strides = Tensor.data_ptr, Tensor.size, Tensor.stride
+_dtype = Tensor.dtype.__get__  # type: ignore[attr-defined]
+
+
+def surroundings(x: Tensor) -> Hashable:
+    """What a plan for `x` depends on beside the network."""
+    kind = x.device.type
+    return (
+        x.shape,
+        x.dtype,
+        x.device,
+        chosen_backend(),
+        generation(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
+        tf32_in_convolutions(),
+        torch.backends.mkldnn.enabled,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_num_threads(),
+    )
+
+
+class Snapshot:
+    """Modules, and the tensors that they hold, as they are now."""
+
+    def __init__(self, extension: ModuleType, modules: Sequence[nn.Module]) -> None:
+        self._extension = extension
+        self._modules = extension.snapshot(list(modules))
+        self.tensors = list(dict.fromkeys(t for module in modules for t in _tensors(module)))
+        self._memory = self._covered()
+
+    def is_complete(self) -> bool:
+        """Whether every change would be seen."""
+        return self._modules is not None
+
+    def holds(self) -> bool:
+        """Whether nothing has changed."""
+        return self._extension.unchanged(self._modules) and self._memory == self._covered()
+
+    def _covered(self) -> list[list[object]]:
+        return [list(map(read, self.tensors)) for read in (_address, _shape, _strides, _dtype)]
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    kept = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+    return [t for t in kept if isinstance(t, Tensor) and t.is_floating_point()]

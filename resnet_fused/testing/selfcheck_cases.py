@@ -1,0 +1,262 @@
+"""The cases of the self-check: for each kernel family calls that a faulty kernel gets wrong.
+
+Sizes follow the GPU: at least three tiles for each SM, so that persistent blocks go
+round and rings of buffers wrap; tails in every direction; residuals, projections, strides. Values
+are integers (the head's means whole 64ths), of which every correct kernel gives the same bits as
+float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..backends import Backend, autotune
+from ..backends.training import INVSTD, MEAN, SCALE, Activation, PreBnGradient
+from ..parameters import ConvBn, MaxPool
+from ..reference import ops as reference
+from ..reference.training import ReferenceTraining
+from .cases import (
+    BlockCase,
+    ConvCase,
+    generator,
+    make_bottleneck,
+    make_identity,
+    make_integers,
+    make_residual,
+)
+from .on import On
+
+CONVOLUTION = "conv_bn"
+TRAINING = "training"
+FAMILIES = (CONVOLUTION, "bn_add_relu", "bottleneck", "stem", "head", TRAINING)
+# Of bottlenecks: inner channels, stride, and whether there is a projection.
+_BLOCKS = ((64, 1, False), (64, 1, True), (64, 2, True), (128, 1, False), (128, 2, True))
+
+
+class Case(NamedTuple):
+    """A call of a backend's op, or of a piece of its training; `results`: how many of those that it
+    gives are exact, first ones first."""
+
+    name: str
+    op: str
+    arguments: list[Any]
+    results: int = 9
+
+
+class _Rounded:
+    """The reference in float64, each op's result rounded once, as a chain of kernels rounds it."""
+
+    training = ReferenceTraining()
+
+    def bottleneck(
+        self,
+        x: Tensor,
+        layer1: ConvBn,
+        layer2: ConvBn,
+        layer3: ConvBn,
+        projection: ConvBn | None,
+    ) -> Tensor:
+        out = self.conv_bn(self.conv_bn(x, layer1, None, True), layer2, None, True)
+        if projection is None:
+            return self.conv_bn(out, layer3, x, True)
+        return self.conv_bn_projection(out, layer3, x, projection)
+
+    def __getattr__(self, op: str) -> Callable[..., Tensor]:
+        def run(x: Tensor, *others: Any) -> Tensor:
+            out: Tensor = getattr(reference, op)(*_wide((x, *others)))
+            # To the 64ths that there can be: float64 convolutions may be off by 1e-12.
+            return (64 * out).round().div(64).to(x.dtype)
+
+        return run
+
+
+def _wide(values: Any) -> Any:
+    """With every floating tensor in float64."""
+    return tree_map(
+        lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v, values
+    )
+
+
+def _expected(case: Case) -> list[Tensor]:
+    arguments = _wide(case.arguments) if case.op.startswith(TRAINING) else case.arguments
+    return tree_leaves(attrgetter(case.op)(_Rounded())(*arguments))[: case.results]
+
+
+def check_case(backend: Backend, case: Case, kernel: str | None = None, repeats: int = 1) -> bool:
+    """Holds a backend's result against the reference; False where `kernel` does not serve the case.
+
+    kernel: the candidate to take; None for the one that the backend chooses.
+    Raises AssertionError where the result is wrong.
+    """
+    op = attrgetter(case.op)(backend if case.op.startswith(TRAINING) else On(backend))
+    expected = _expected(case)
+    for turn in range(repeats):
+        # What torch.empty returns next: an element that nobody writes shows.
+        torch.full_like(expected[0], float("nan"))
+        tuner = autotune.tuner
+        with torch.no_grad(), tuner.watch() as decisions, tuner.prefer(kernel or ""):
+            out = tree_leaves(op(*case.arguments))
+        if kernel is not None and all(d.candidate.name != kernel for d in decisions):
+            return False
+        for ours, right in zip(out, expected, strict=False):
+            _compare(ours, right, f"{case.name}, run {turn}")
+    return True
+
+
+def _compare(out: Tensor, expected: Tensor, what: str) -> None:
+    if out.dim() == 3:  # sums of parts of the batch, however many parts those are
+        out, expected = out.sum(0), expected.sum(0)
+    if out.shape != expected.shape:
+        raise AssertionError(f"{what}: {tuple(out.shape)}, expected {tuple(expected.shape)}")
+    expected = expected.to(out.dtype)
+    if not torch.equal(out, expected):
+        wrong = (out != expected).nonzero()
+        first = tuple(wrong[0].tolist())
+        raise AssertionError(
+            f"{what}: {len(wrong)} of {out.numel()} elements differ, the first at {first}: "
+            f"{out[first].item()}, expected {expected[first].item()}"
+        )
+
+
+def _convolutions(dtype: torch.dtype, device: str, num_sms: int) -> Iterator[Case]:
+    """For each SM 2 × 128 positions, and 136 channels: with tiles of 64 or 128
+    channels, three or two tiles from each 128 positions, the last one all tail."""
+    rng = generator()
+
+    def integers(name: str, case: ConvCase) -> tuple[ConvCase, Any, Any]:
+        """`case` with as many images as it takes."""
+        height, width = case.output_size
+        case = case._replace(batch=-(-2 * 128 * num_sms // (height * width)))
+        return case, *make_integers(case, rng, dtype, device)
+
+    def added(case: ConvCase, x: Tensor) -> Tensor:
+        return make_residual(case, x, rng).round_()
+
+    case, *main = integers("pointwise", ConvCase(1, 72, 23, 19, 136))
+    yield Case("pointwise", CONVOLUTION, [*main, None, False])
+    yield Case("residual", CONVOLUTION, [*main, added(case, main[0]), True])
+    yield Case(
+        "narrower strided residual",
+        CONVOLUTION,
+        [*main, make_identity(case, 104, 2, main[0], rng), True],
+    )
+    shortcut, projection = make_integers(
+        ConvCase(case.batch, 200, 46, 38, 136, stride=2), rng, dtype, device
+    )
+    yield Case("projection", "conv_bn_projection", [*main, shortcut, projection])
+    for name, window in {
+        "pointwise strided": ConvCase(1, 64, 45, 37, 136, stride=2),
+        "3x3": ConvCase(1, 72, 23, 19, 136, 3, 1, 1),
+        "3x3 strided": ConvCase(1, 136, 45, 37, 136, 3, 2, 1),
+        "3x3 dilated": ConvCase(1, 24, 23, 19, 136, 3, 1, 2, 2),
+        "grouped": ConvCase(1, 48, 23, 19, 272, 3, 1, 1, groups=2),
+        "tails": ConvCase(1, 8, 3, 3, 8, 3, 1, 1),
+    }.items():
+        case, *main = integers(name, window)
+        yield Case(name, CONVOLUTION, [*main, added(case, main[0]), True])
+
+
+def _others(family: str, dtype: torch.dtype, device: str, num_sms: int) -> Iterator[Case]:
+    rng = generator()
+    images = 3 * num_sms
+    if family == "bn_add_relu":
+        for channels in (64, 19):
+            case = ConvCase(images, 8, 11, 7, channels)
+            x, (_, bn) = make_integers(case._replace(channels=channels), rng, dtype, device)
+            for name, residual in (("", None), (" residual", make_residual(case, x, rng).round_())):
+                yield Case(f"{channels} channels{name}", family, [x, bn, residual, True])
+    elif family == "bottleneck":  # blocks make 14 × 14 or, with stride 2, 7 × 7 positions
+        for inner, stride, projection in _BLOCKS:
+            out = 2 * inner if projection else inner
+            block = BlockCase(images, inner, 15, 13, inner, out, stride, projection)
+            shortcut = "projection" if projection else "identity"
+            yield Case(
+                f"{inner} inner channels, stride {stride}, {shortcut}",
+                family,
+                make_bottleneck(block, rng, dtype, device, make_integers),
+            )
+    elif family == "stem":
+        for channels, height, width in ((64, 37, 30), (24, 9, 50)):
+            case = ConvCase(images, 3, height, width, channels, 7, 2, 3)
+            arguments = [*make_integers(case, rng, dtype, device), MaxPool(3, 2, 1)]
+            yield Case(f"{channels} channels", family, arguments)
+    elif family == "head":  # means of 64 and of 16 values
+        for batch, channels, classes, side in ((3, 512, 1000, 8), (17, 264, 11, 4)):
+            shape = ConvCase(batch, channels, side, side, classes)
+            x, (conv, _) = make_integers(shape, rng, dtype, device)
+            weight = conv.weight[:, :, 0, 0].contiguous()
+            bias = torch.ones(classes, device=device, dtype=dtype)
+            yield Case(f"{batch} images, {classes} classes", family, [x, weight, bias])
+
+
+def _training(dtype: torch.dtype, device: str, num_sms: int) -> Iterator[Case]:
+    """The pieces of a training step around a convolution, forward and backward; of the moments,
+    which are no integers, nothing is said."""
+    rng = generator()
+    images = -(-128 * num_sms // 81)
+    for name, case in {
+        "1x1": ConvCase(images, 72, 9, 9, 136),
+        "3x3": ConvCase(images, 40, 9, 9, 136, 3, 1, 1),
+        "3x3 strided": ConvCase(images, 40, 18, 18, 72, 3, 2, 1),
+    }.items():
+        x, (conv, _) = make_integers(case, rng, dtype, device)
+        grad, pre_bn = (_integers_like(case, x, rng) for _ in range(2))
+        below = Activation(x, _scale_shift(case.channels, device))
+        above = Activation(pre_bn, _scale_shift(case.out_channels, device))
+        coefficients = _scale_shift(case.out_channels, device)[[SCALE, INVSTD, MEAN, MEAN]]
+        gradient = PreBnGradient(grad, pre_bn, coefficients, False)
+        add = _integers_like(
+            case._replace(kernel=1, stride=1, padding=0, out_channels=case.channels), x, rng
+        )
+        y = torch.relu(pre_bn)
+        pooled = ConvCase(images, case.out_channels, *case.output_size, case.out_channels, 3, 2, 1)
+        pieces: dict[str, list[Any]] = {
+            "conv_stats": [below, conv, True],
+            "bn_add_relu": [above, grad],
+            "relu_gradient": [grad, y, [above]],
+            "dgrad": [gradient, conv, x.shape, below, add],
+            "wgrad": [gradient, below, conv],
+            "bn_relu_pool": [above, MaxPool(3, 2, 1)],
+            "pool_gradient": [_integers_like(pooled, x, rng), above, MaxPool(3, 2, 1)],
+        }
+        for piece, arguments in pieces.items():
+            exact = 1 if piece == "conv_stats" else 9
+            yield Case(f"{name} {piece}", f"{TRAINING}.{piece}", arguments, exact)
+
+
+def _integers_like(case: ConvCase, x: Tensor, rng: torch.Generator) -> Tensor:
+    """Small integers of the shape of the case's result, like `x` otherwise."""
+    return make_residual(case, x, rng).round_()
+
+
+def _scale_shift(channels: int, device: str) -> Tensor:
+    """Means 1, scales 1 and -1, shifts 1, as `resnet_fused.backends.training` has them."""
+    scale_shift = torch.ones(6, channels, device=device)
+    scale_shift[SCALE, ::3] = -1
+    return scale_shift
+
+
+def cases(family: str, backend: Backend, device: str, num_sms: int) -> Iterator[Case]:
+    """A family's cases in every dtype that the backend serves; convolutions of float32 with and
+    without TF32. Without a GPU, where all takes long, the first dtype has to do."""
+    names = ["bfloat16", "float16", "float32", *(["TF32"] if family == CONVOLUTION else [])]
+    dtypes = {name: getattr(torch, name, torch.float32) for name in names}
+    served = {
+        name: dtype
+        for name, dtype in dtypes.items()
+        if backend.unsupported(torch.device(device), dtype) is None
+    }
+    for name in served if device == "cuda" else list(served)[:1]:
+        torch.backends.cudnn.allow_tf32 = name == "TF32"
+        make = {CONVOLUTION: _convolutions, TRAINING: _training}.get(
+            family, partial(_others, family)
+        )
+        for case in make(served[name], device, num_sms):
+            yield case._replace(name=f"{name} {case.name}")
