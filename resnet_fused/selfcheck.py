@@ -38,6 +38,7 @@ import torch
 from . import backends, env, settings
 from .backends.autotune import families
 from .backends.cuda import CudaBackend
+from .backends.reference import ReferenceBackend
 from .testing.selfcheck_cases import CONVOLUTION, FAMILIES, TRAINING, cases, check_case
 
 SIMULATED_SMS = 4
@@ -100,6 +101,8 @@ def checks(backend: str) -> list[Check]:
     for family in FAMILIES:
         if family == TRAINING and implementation.training is None:
             continue
+        if family != TRAINING and isinstance(implementation, ReferenceBackend):
+            continue  # it lists no kernels of its own
         kernels: dict[str, str | None] = {f"{backend} {family}": None}
         if isinstance(implementation, CudaBackend):
             kernels = {f"{backend} {family}": _KERNELS.get(family)}
@@ -256,7 +259,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--backend",
         nargs="+",
         choices=backends.NAMES,
-        help="those with kernels that can run here: cuda, triton; cpu",
+        help="those with kernels that can run here: cuda, triton, cudnn; cpu",
     )
     parser.add_argument("--only", nargs="+", metavar="WORD", help="checks whose name has the word")
     parser.add_argument("--seconds", type=float, default=120.0, help="for one check (%(default)s)")
@@ -268,7 +271,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     gpu = torch.cuda.is_available()
     options.jobs = options.jobs or (4 if gpu else 1)
-    options.backend = options.backend or (["cuda", "triton"] if gpu else ["cpu"])
+    options.backend = options.backend or (["cuda", "triton", "cudnn"] if gpu else ["cpu"])
     return options
 
 

@@ -4,14 +4,17 @@
 
 Every part of the network runs with random weights and images in every batch size, so that each
 choice of kernel is made and kept (`resnet_fused/backends/autotune/`); a batch size stands for all
-down to half of it. What was measured before is not measured again, so the table is printed at once
-the second time. With --training the kernels of a training step are measured too.
+down to half of it. Candidates are compiled by several processes first. What was measured before is
+not measured again, so the table is printed at once the second time. With --training the kernels of
+a training step are measured too.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -115,6 +118,29 @@ def tune(
     return list(rows.values())
 
 
+def compile_share(
+    network: ResidualNetwork, images: Tensor, training: bool, share: int, of: int
+) -> None:
+    """Compiles one of so many shares of the candidates, in the order in which `tune` finds them."""
+    network.train(training)
+    with autotune.tuner.compile_share(share, of):
+        x = images
+        for _, part in network.parts():
+            x = _step(part, x, training).requires_grad_(training)
+
+
+def _compile(arguments: Sequence[str], jobs: int) -> None:
+    """Runs `compile_share` in so many processes."""
+    print(f"compiling in {jobs} processes", file=sys.stderr)
+    command = [sys.executable, "-m", "resnet_fused.tune", *arguments]
+    children = [
+        subprocess.Popen([*command, "--share", str(share), str(jobs)]) for share in range(jobs)
+    ]
+    statuses = [child.wait() for child in children]
+    if any(statuses):
+        print("a compiling process failed; what it left is compiled below", file=sys.stderr)
+
+
 def _step(part: Callable[[Tensor], Tensor], x: Tensor, training: bool) -> Tensor:
     """The part's result; with backward, to x too unless it is the images, if `training`."""
     with torch.set_grad_enabled(training):
@@ -146,6 +172,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--size", type=int, help="rows and columns of an image: 224, CIFAR's 32")
     parser.add_argument("--training", action="store_true", help="a training step's kernels too")
+    parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1),
+                        help="processes that compile (%(default)s)")  # fmt: skip
+    parser.add_argument("--share", type=int, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.size is None:
         options.size = 32 if options.arch.startswith("cifar.") else 224
@@ -171,14 +200,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     if None not in reasons:
         sys.exit(f"There is nothing to choose among on this GPU: {' '.join(map(str, reasons))}")
+    if options.share is None and options.jobs > 1:
+        _compile(sys.argv[1:] if arguments is None else arguments, options.jobs)
     network = ARCHITECTURES[options.arch]().to(device)
     for batch in options.batch:
         for training in (False, True)[: 1 + options.training]:
             mode = "training" if training else "inference"
-            print(f"{options.arch}, {mode}, batch {batch}, {options.size}², {options.dtype}")
+            title = f"{options.arch}, {mode}, batch {batch}, {options.size}², {options.dtype}"
             try:
                 images = torch.randn(batch, 3, options.size, options.size, device=device)
                 with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+                    if options.share is not None:
+                        compile_share(network, images, training, *options.share)
+                        continue
+                    print(title)
                     print(table(tune(network, images, training, _progress)))
             except torch.OutOfMemoryError:
                 sys.exit(f"{batch} images do not fit this GPU's memory: give --batch less of them.")

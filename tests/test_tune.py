@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from resnet_fused.backends.tuned import TunedBackend
+from resnet_fused.backends.tuning import Decision, Operand, Tuner, Window
 from torch import Tensor
 
 from resnet_fused import backends, models, tune, use_backend
 from resnet_fused.backends import tuned as tuned_module
 from resnet_fused.backends.reference import ReferenceBackend
-from resnet_fused.backends.tuned import TunedBackend
-from resnet_fused.backends.tuning import Decision, Operand, Tuner, Window
 from resnet_fused.errors import BackendUnavailableError
 from resnet_fused.parameters import MaxPool
 from resnet_fused.testing.cases import (

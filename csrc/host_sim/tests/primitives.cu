@@ -5,7 +5,7 @@
 
 #include "host_sim/tests/primitives.h"
 #include "kernels/cuda/launch.h"
-#include "kernels/cuda/numbers.cuh"
+#include "kernels/cuda/dtype.cuh"
 #include "kernels/cuda/ptx.cuh"
 
 namespace host_sim::tests {

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ... import settings
 from ..base import Candidate, Candidates
@@ -76,6 +75,7 @@ class Tuner:
         self._spent = 0.0  # seconds, apart from those since `_since`
         self._since: float | None = None  # when the measuring began that is going on
         self._unlimited = False
+        self._share: tuple[int, int] | None = None
         self._lock = threading.RLock()  # a candidate may be made of ops that choose in turn
         self._watchers: list[list[Decision]] = []
         self._preferred: list[str] = []
@@ -140,6 +140,18 @@ class Tuner:
         finally:
             self._unlimited = before
 
+    @contextlib.contextmanager
+    def compile_share(self, share: int, of: int) -> Iterator[None]:
+        """Within the block every `of`-th candidate of a call, from number `share` on, runs once and
+        none is measured: so that several processes compile what one of them measures later."""
+        self._share = (share, of)
+        self._forget()
+        try:
+            yield
+        finally:
+            self._share = None
+            self._forget()
+
     def _forget(self) -> None:
         self._chosen.clear()
         self.generation += 1
@@ -173,6 +185,12 @@ class Tuner:
         options = [c for c in listed if not c.family or self._passed(c.family, device)]
         options = options or [Candidate("pytorch", reference)]
         times: Times = {}
+        if self._share is not None:
+            share, of = self._share
+            for candidate in options[share::of]:
+                with contextlib.suppress(Exception):  # which the process that measures reports
+                    candidate.launch(*arguments)
+            measuring = False
         with self._lock:
             if place in self._chosen and not self._preferred:
                 return self._chosen[place]
@@ -268,9 +286,9 @@ def _best(options: Sequence[Candidate], times: Mapping[str, float | str]) -> Can
 
 
 def _device(arguments: Sequence[Any]) -> torch.device:
-    first = arguments[0]
-    if not isinstance(first, Tensor):
-        first = next(leaf for leaf in tree_leaves(first) if isinstance(leaf, Tensor))
+    first: Any = arguments
+    while not isinstance(first, Tensor):
+        first = first[0]
     return first.device
 
 
