@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-import resnet_fused
 from resnet_fused import _extension, backends, selfcheck, settings
 from resnet_fused.backends.autotune import BUDGET_SECONDS, families
 from resnet_fused.backends.autotune.cache import Times
@@ -144,7 +143,7 @@ def test_what_was_found_elsewhere_does_not_count(
     place, name, value = {
         "GPU": (torch.cuda, "get_device_name", lambda device: "Imaginary 2000"),
         "driver": (torch._C, "_cuda_getDriverVersion", lambda: 13010),
-        "package": (resnet_fused, "__version__", "9.9"),
+        "package": (families, "__version__", "9.9"),
         "build": (_extension, "available", lambda *module: "not built"),
         "torch": (torch, "__version__", "9.9"),
         "triton": (families.metadata, "version", lambda package: "9.9"),

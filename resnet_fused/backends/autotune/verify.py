@@ -91,7 +91,7 @@ class Check:
 
     def fault(self, launch: Callable[..., Any]) -> str | None:
         """What is wrong with the result of `launch(*arguments)`, or None."""
-        with _uninitialised_memory_is_nan():
+        with uninitialised_memory_is_nan():
             results = _tensors(launch(*self._arguments))
         for i, (own, expected) in enumerate(zip(results, self._expected, strict=True)):
             if fault := _fault(own, expected):
@@ -124,7 +124,7 @@ def _tensors(result: Any) -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def _uninitialised_memory_is_nan() -> Iterator[None]:
+def uninitialised_memory_is_nan() -> Iterator[None]:
     """Within the block, PyTorch fills what `torch.empty` returns, as it does in its deterministic
     mode. That mode's warnings are for those who asked for it."""
     # torch.use_deterministic_algorithms would import Inductor, which takes seconds.
