@@ -16,6 +16,7 @@
 #include "kernels/cuda/bottleneck.h"
 #include "kernels/cuda/conv.h"
 #include "kernels/cuda/head.h"
+#include "kernels/cuda/spin_limit.h"
 #include "kernels/cuda/stem.h"
 #include "program.h"
 #include "register.h"
@@ -502,4 +503,16 @@ void register_cuda_kernels(py::module_& module) {
         check_cuda("loading the CUDA kernels", resnet_fused::bn_add_relu_loadable(device));
       },
       py::arg("device"), "Raises RuntimeError if the kernels cannot run on that device.");
+
+  module.def(
+      "cuda_set_spin_limit",
+      [](int device, std::uint32_t tries) {
+        check_cuda("set_spin_limit", resnet_fused::set_spin_limit(device, tries));
+      },
+      py::arg("device"), py::arg("tries"),
+      "Kernels launched later give up after so many tries of a barrier, which ends the GPU's\n"
+      "context; 0: they wait for ever.");
+
+  module.def("cuda_stuck_barrier", &resnet_fused::stuck_barrier,
+             "What a kernel gave up at since cuda_set_spin_limit, in one sentence; \"\" for none.");
 }
