@@ -238,7 +238,7 @@ def test_binding_refuses_layers(simulator):
 
 
 def test_binding_refuses_a_null_result(simulator):
-    x, layers, stride = described()
+    x, layers, stride = described(address=1 << 40)
     with pytest.raises(ValueError, match="out is a null pointer"):
         simulator.cuda_bottleneck((0, *x[1:]), x, layers, stride, 0, 0)
 

@@ -640,7 +640,7 @@ def test_larger_tiles_refuse_what_they_do_not_compute(simulator):
             backend.conv_bn(x, layer, None, False)
 
 
-def call(simulator: ModuleType, x: Tensor, layer: ConvBn, out: Tensor, **changes: Any) -> None:
+def call(simulator: ModuleType, x: Tensor, layer: ConvBn, out: Tensor, /, **changes: Any) -> None:
     """The binding itself: no residual and an automatic tile, unless `changes` say otherwise."""
     conv, bn = layer
     types = (torch.float32, torch.float16, torch.bfloat16)
@@ -746,9 +746,13 @@ def test_halo_off_by_one_is_caught(simulator, half, channels, capability):
         ("out", {"address": 0}, "out is a null pointer"),
         ("x", {"address": 0}, "x is a null pointer"),
         ("weight", {"address": 0}, "weight is a null pointer"),
-        ("x", {"sizes": (1, 0, 8, 8)}, "channels must be at least 1"),
+        ("x", {"sizes": (1, 0, 8, 8), "strides": (0, 1, 0, 0)}, "channels must be at least 1"),
         ("out", {"sizes": (1, 16, 8, 9)}, "out must be dense"),
-        ("x", {"sizes": (0, 16, 2**29, 8)}, "height must be at least 0 and below 2"),
+        (
+            "x",
+            {"sizes": (0, 16, 2**29, 8), "strides": (2**36, 1, 128, 16)},
+            "height must be at least 0 and below 2",
+        ),
         ("x", {"sizes": (2**20, 16, 2**20, 2**20)}, r"more than 2\^48 elements"),
         ("weight", {"sizes": (16, 8, 3, 3)}, "weight must be dense"),
         ("weight", {"type": 0}, "weight must be float16, found float32"),

@@ -115,7 +115,8 @@ def _shape(product: Product, filters: int) -> str:
 
 
 def _bottleneck(call: Call, gpu: Gpu) -> tuple[Work, str]:
-    block = Block.of(*call.arguments, gpu.sms)
+    x, layers, stride = call.arguments
+    block = Block.of(x, layers, stride, gpu.sms)
     if block.projects or block.stride > 1:
         raise ValueError("the model knows no whole block with projection; describe its loops.")
     width = 64 if block.inner <= 64 else 128

@@ -161,12 +161,16 @@ struct type_caster<TensorArg> {
     std::int64_t count = 1, reach = 1;
     bool empty = false;
     for (int i = 0; i < value.rank; ++i) {
-      const std::int64_t size = value.sizes[i], stride = value.strides[i];
+      const std::int64_t size = value.sizes[i];
       if (size < 0) refuse("a tensor has a negative size of " + std::to_string(size));
       empty |= size == 0;
-      if (size <= 1) continue;
+      if (size == 0) continue;
       if (count > kLimit / size) refuse("a tensor has more than 2^48 elements");
       count *= size;
+    }
+    for (int i = 0; i < value.rank; ++i) {
+      const std::int64_t size = value.sizes[i], stride = value.strides[i];
+      if (size <= 1) continue;
       if (stride < 0 || stride > kLimit / size) {
         refuse("a tensor has a stride of " + std::to_string(stride));
       }

@@ -51,7 +51,7 @@ def _check_unwatched(model: nn.Module) -> None:
                     "replay would not call; remove them, or call the model itself."
                 )
     for name, parameter in model.named_parameters():
-        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:  # type: ignore[attr-defined]
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             raise ValueError(f"{name} has a hook on its gradient, which a replay would not call.")
 
 
@@ -220,10 +220,10 @@ class GraphedStep:
         with torch.autocast("cuda", self._autocast, enabled=self._autocast is not None):
             value = self._loss(self._model(self._input), self._target)
         if self._scaler is None:
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             self._optimizer.step()
         else:
-            self._scaler.scale(value).backward()  # type: ignore[no-untyped-call]
+            self._scaler.scale(value).backward()
             self._scaler.step(self._optimizer)
             self._scaler.update()
         return value.detach()

@@ -150,10 +150,12 @@ class Launcher:
         )
 
     def _vectors(self, bn: BatchNorm) -> BatchNormArg:
-        dense = [None if v is None else copied(v, v.contiguous()) for v in bn[:4]]
-        return batch_norm_arg(
-            bn._replace(**dict(zip(bn._fields, dense, strict=False))), self.dtypes
-        )
+        def dense(vector: Tensor) -> Tensor:
+            return copied(vector, vector.contiguous())
+
+        weight, bias = (None if v is None else dense(v) for v in (bn.weight, bn.bias))
+        contiguous = BatchNorm(dense(bn.mean), dense(bn.var), weight, bias, bn.eps)
+        return batch_norm_arg(contiguous, self.dtypes)
 
 
 def _relaid(weight: Tensor) -> Tensor:
