@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import backends, env, settings
+from .backends import Backend
 from .backends.autotune import families
 from .backends.cuda import CudaBackend
 from .backends.reference import ReferenceBackend
@@ -44,6 +45,7 @@ from .testing.selfcheck_cases import CONVOLUTION, FAMILIES, TRAINING, cases, che
 SIMULATED_SMS = 4
 _REPEATS_ON_GPU = 20
 _SECONDS_TO_DIE = 10.0
+_SPINS = 2**22  # tries of a barrier, each of some hundred nanoseconds or more
 _SECONDS_TO_START = 120.0
 # The candidates that the families of `cuda` are about, where an op has several.
 _KERNELS = {"bottleneck": "cuda fused", "stem": "cuda fused", "head": "cuda linear"}
@@ -83,9 +85,24 @@ def _run(backend: str, family: str, kernel: str | None) -> Iterator[tuple[str, b
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         repeats = _REPEATS_ON_GPU
     implementation = backends.get(backend)
-    for case in cases(family, implementation, device, num_sms):
-        yield case.name, None
-        yield case.name, check_case(implementation, case, kernel, repeats)
+    with _bounded_waits(implementation, device):
+        for case in cases(family, implementation, device, num_sms):
+            yield case.name, None
+            yield case.name, check_case(implementation, case, kernel, repeats)
+
+
+@contextlib.contextmanager
+def _bounded_waits(backend: Backend, device: str) -> Iterator[None]:
+    """Makes our CUDA kernels give up at a barrier after a while, and an error say at which."""
+    if device != "cuda" or not isinstance(backend, CudaBackend):
+        yield
+        return
+    extension = backend.extension
+    extension.cuda_set_spin_limit(torch.cuda.current_device(), _SPINS)
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(f"{error}\n{extension.cuda_stuck_barrier()}".rstrip()) from error
 
 
 def _device(backend: str) -> str:

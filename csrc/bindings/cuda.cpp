@@ -16,6 +16,7 @@
 #include "kernels/cuda/bottleneck.h"
 #include "kernels/cuda/conv.h"
 #include "kernels/cuda/head.h"
+#include "kernels/cuda/spin_limit.h"
 #include "kernels/cuda/stem.h"
 #include "program.h"
 #include "register.h"
@@ -137,8 +138,7 @@ void set_batch_norm(Launch<Arguments>& launch, BatchNorm& slot, const BatchNormA
 }
 
 void run_bn_add_relu(OnDevice<BnAddRelu>& launch, std::uintptr_t stream) {
-  check_cuda("bn_add_relu",
-             resnet_fused::bn_add_relu(launch.op, launch.device, stream_of(stream)));
+  check_cuda("bn_add_relu", resnet_fused::bn_add_relu(launch.op, launch.device, stream_of(stream)));
 }
 
 void bn_add_relu(const TensorArg& out, const TensorArg& x, const BatchNormArg& bn,
@@ -188,20 +188,19 @@ void set_convolution(Launch<ConvLaunch>& launch, ConvolutionBn& conv, const Laye
   if (conv.channels % result.groups != 0 || result.out_channels % result.groups != 0) {
     refuse("groups must divide channels and out_channels");
   }
-  check_sizes("weight", weight, {out.sizes[1], conv.channels / result.groups, weight.sizes[2],
-                                 weight.sizes[3]});
+  check_sizes("weight", weight,
+              {out.sizes[1], conv.channels / result.groups, weight.sizes[2], weight.sizes[3]});
   const auto positions = [](std::int64_t in, std::int64_t kernel, std::int64_t stride,
                             std::int64_t padding, std::int64_t dilation) {
     const std::int64_t reach = dilation * (kernel - 1) + 1;
     if (in + 2 * padding < reach) return std::int64_t{0};
     return (in + 2 * padding - reach) / stride + 1;
   };
-  check_sizes("out", out,
-              {x.sizes[0], out.sizes[1],
-               positions(conv.height, conv.kernel_h, conv.stride_h, conv.padding_h,
-                         conv.dilation_h),
-               positions(conv.width, conv.kernel_w, conv.stride_w, conv.padding_w,
-                         conv.dilation_w)});
+  check_sizes(
+      "out", out,
+      {x.sizes[0], out.sizes[1],
+       positions(conv.height, conv.kernel_h, conv.stride_h, conv.padding_h, conv.dilation_h),
+       positions(conv.width, conv.kernel_w, conv.stride_w, conv.padding_w, conv.dilation_w)});
   launch.reads(conv.x, "x", x);
   launch.reads(conv.weight, "weight", weight);
   set_batch_norm(launch, conv.bn, bn, out.sizes[1]);
@@ -302,8 +301,8 @@ void set_bottleneck(Launch<BottleneckLaunch>& launch, const TensorArg& x,
 }
 
 void run_bottleneck(BottleneckLaunch& launch, std::uintptr_t stream) {
-  check_cuda("bottleneck", resnet_fused::bottleneck(launch.out, launch.op, launch.device,
-                                                    stream_of(stream)));
+  check_cuda("bottleneck",
+             resnet_fused::bottleneck(launch.out, launch.op, launch.device, stream_of(stream)));
 }
 
 void bottleneck(const TensorArg& out, const TensorArg& x, const std::vector<InnerLayerArg>& layers,
@@ -470,7 +469,8 @@ void register_cuda_kernels(py::module_& module) {
   module.def(
       "cuda_bottleneck", &bottleneck, py::arg("out"), py::arg("x"), py::arg("layers"),
       py::arg("stride"), py::arg("device"), py::arg("stream"),
-      "out = relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut): layers are (weight,\n"
+      "out = relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut): layers are "
+      "(weight,\n"
       "bn) of the three convolutions and, where x is not the shortcut itself, of its projection;\n"
       "conv2 is 3 x 3 with padding 1, the others 1 x 1; conv2 and the projection have the stride.\n"
       "out is no part of x.");
@@ -489,8 +489,7 @@ void register_cuda_kernels(py::module_& module) {
              "channels with stride 2 and padding 3, in float16 or bfloat16.");
 
   module.def("cuda_average_pool", &average_pool, py::arg("out"), py::arg("x"), py::arg("device"),
-             py::arg("stream"),
-             "out[n, c] = the mean of x[n, c], in x's type or float32.");
+             py::arg("stream"), "out[n, c] = the mean of x[n, c], in x's type or float32.");
 
   module.def("cuda_linear", &linear, py::arg("out"), py::arg("x"), py::arg("weight"),
              py::arg("bias"), py::arg("device"), py::arg("stream"),
@@ -504,4 +503,16 @@ void register_cuda_kernels(py::module_& module) {
         check_cuda("loading the CUDA kernels", resnet_fused::bn_add_relu_loadable(device));
       },
       py::arg("device"), "Raises RuntimeError if the kernels cannot run on that device.");
+
+  module.def(
+      "cuda_set_spin_limit",
+      [](int device, std::uint32_t tries) {
+        check_cuda("set_spin_limit", resnet_fused::set_spin_limit(device, tries));
+      },
+      py::arg("device"), py::arg("tries"),
+      "Kernels launched later give up after so many tries of a barrier, which ends the GPU's\n"
+      "context; 0: they wait for ever.");
+
+  module.def("cuda_stuck_barrier", &resnet_fused::stuck_barrier,
+             "What a kernel gave up at since cuda_set_spin_limit, in one sentence; \"\" for none.");
 }

@@ -61,7 +61,8 @@ struct Warpgroup {
 };
 
 struct ThreadState {
-  int arrivals = 0, mbarrier_waits = 0, product_waits = 0, store_waits = 0, proxy_fences = 0, releases = 0;
+  int arrivals = 0, mbarrier_waits = 0, product_waits = 0, store_waits = 0, proxy_fences = 0,
+      releases = 0;
   Actor stores = -1;
   Time stores_committed = 0, stores_done = 0;
   bool stores_open = false;  // some belong to no group yet

@@ -20,8 +20,8 @@ inline void mbarrier_arrive(std::uint32_t at) { host_sim::mbarrier_arrive(host_s
 inline void mbarrier_arrive_expect(std::uint32_t at, std::uint32_t bytes) {
   host_sim::mbarrier_arrive(host_sim::own(at), bytes);
 }
-inline bool mbarrier_wait(std::uint32_t at, std::uint32_t parity, std::uint32_t tries = 0) {
-  return host_sim::mbarrier_wait(at, parity, host_sim::Scope::kBlock, tries > 0);
+inline bool mbarrier_wait(std::uint32_t at, std::uint32_t parity, const SpinLimit& limit = {}) {
+  return host_sim::mbarrier_wait(at, parity, host_sim::Scope::kBlock, limit.step > 0);
 }
 [[noreturn]] inline void give_up(const SpinLimit&, const StuckBarrier& stuck) {
   host_sim::fault("traps: %s", to_string(stuck).c_str());

@@ -3,8 +3,8 @@
 #include <cuda_runtime_api.h>
 
 #include "host_sim/tests/primitives.h"
-#include "kernels/cuda/launch.h"
 #include "kernels/cuda/dtype.cuh"
+#include "kernels/cuda/launch.h"
 #include "kernels/cuda/ptx_sm90.cuh"
 #include "kernels/cuda/tensor_map.h"
 

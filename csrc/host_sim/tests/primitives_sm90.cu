@@ -4,8 +4,8 @@
 #include <cstring>
 
 #include "host_sim/tests/primitives.h"
-#include "kernels/cuda/launch.h"
 #include "kernels/cuda/dtype.cuh"
+#include "kernels/cuda/launch.h"
 #include "kernels/cuda/ptx_sm90.cuh"
 #include "kernels/cuda/tensor_map.h"
 
@@ -120,8 +120,9 @@ __global__ void store(const __grid_constant__ Arguments a) {
   if (kMistake != kNoFence) ptx::fence_proxy_async();
   __syncthreads();
   if (threadIdx.x > 0) return;
-  ptx::store_tile(a.a, 0, {static_cast<std::int32_t>(ptx::load_global(a.in)),
-                           static_cast<std::int32_t>(ptx::load_global(a.in + 1))});
+  ptx::store_tile(a.a, 0,
+                  {static_cast<std::int32_t>(ptx::load_global(a.in)),
+                   static_cast<std::int32_t>(ptx::load_global(a.in + 1))});
   ptx::bulk_commit();
   if (kMistake == kOverwrites) ptx::store_shared(0, 0u);
   if (kMistake != kNoStoreWait) ptx::bulk_wait_read<0>();

@@ -113,8 +113,8 @@ Kernel kernel_for(DType dtype, bool residual, bool vectorised) {
 
 LaunchPlan<BnAddRelu> make_plan(const BnAddRelu& a, int num_sms) {
   const int lanes = a.dtype == DType::kFloat32 ? 4 : 8;
-  const bool vectorised = a.channels % lanes == 0 && aligned(a.x) && aligned(a.out) &&
-                          a.residual.in_chunks(lanes);
+  const bool vectorised =
+      a.channels % lanes == 0 && aligned(a.x) && aligned(a.out) && a.residual.in_chunks(lanes);
   const std::int64_t width = vectorised ? a.channels / lanes : a.channels;
   const dim3 block(static_cast<unsigned>(std::min<std::int64_t>(width, kThreads)),
                    static_cast<unsigned>(std::max<std::int64_t>(kThreads / width, 1)));

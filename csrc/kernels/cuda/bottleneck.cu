@@ -1,27 +1,28 @@
 // A whole bottleneck block in one kernel, on mma.sync: both intermediates stay in shared memory.
 //
 // Algorithm: a block of threads makes 14 x 14 positions of the result, or 7 x 7 where the stride is
-// 2. It multiplies the 16 x 16 pixels that these depend on by conv1's weights and stores the result,
-// after batch norm and ReLU, in shared memory as 16-bit values, as a kernel of its own would round
-// them; zeros where a pixel lies outside the image, since it is conv1's result that conv2 pads. conv2 takes its
-// operand's rows from there, shifted by the tap; no row is copied. Its result replaces conv1's, and
-// conv3 makes the output channels slice by slice, each with a projection's product of x's pixels in
-// accumulators of its own, or with x itself added. Rows of 16 positions (of 8 with stride 2) make
-// every tap a constant distance; the last two (the last one) of each row are computed in vain, and
-// so are as many rows. What conv1 makes for a neighbour's positions is the halo, computed by both.
+// 2. It multiplies the 16 x 16 pixels that these depend on by conv1's weights and stores the
+// result, after batch norm and ReLU, in shared memory as 16-bit values, as a kernel of its own
+// would round them; zeros where a pixel lies outside the image, since it is conv1's result that
+// conv2 pads. conv2 takes its operand's rows from there, shifted by the tap; no row is copied. Its
+// result replaces conv1's, and conv3 makes the output channels slice by slice, each with a
+// projection's product of x's pixels in accumulators of its own, or with x itself added. Rows of 16
+// positions (of 8 with stride 2) make every tap a constant distance; the last two (the last one) of
+// each row are computed in vain, and so are as many rows. What conv1 makes for a neighbour's
+// positions is the halo, computed by both.
 //
 // Tiles: 4 x 1 warps for 64 inner channels, 4 x 2 for 128; a warp makes 64 (16 with stride 2)
 // positions x 64 channels, in conv3 with projection 2 x 32. Weights stream through a pipeline of
-// stages (CpAsyncPipeline): of all blocks the same ones, they come from L2. The rows of a weight are permuted
-// (channel_of), so that a lane's accumulators are 8 neighbouring channels, which it moves by 16
-// bytes: to shared memory, from x, to the result.
+// stages (CpAsyncPipeline): of all blocks the same ones, they come from L2. The rows of a weight
+// are permuted (channel_of), so that a lane's accumulators are 8 neighbouring channels, which it
+// moves by 16 bytes: to shared memory, from x, to the result.
 //
 // Shared memory, from 0 on: the intermediate result, 290 rows (the idle ones of the last taps reach
-// beyond 256) of 64 or 128 channels, their 16-byte chunks permuted against bank conflicts; a pipeline
-// of 3 stages of 64 or 128 rows of 128 bytes for weights, over which lie 2 stages for the
+// beyond 256) of 64 or 128 channels, their 16-byte chunks permuted against bank conflicts; a
+// pipeline of 3 stages of 64 or 128 rows of 128 bytes for weights, over which lie 2 stages for the
 // projection's pixels and weights; over both, before, 3 stages of pixels and conv1's weights, rows
-// of 64 bytes; at the end scale and shift of bn1, bn2 and, twice, of a slice. In all 64 KiB for 64 inner
-// channels (76 with projection) and 129 for 128.
+// of 64 bytes; at the end scale and shift of bn1, bn2 and, twice, of a slice. In all 64 KiB for 64
+// inner channels (76 with projection) and 129 for 128.
 //
 // Memory: x once, as far as L2 holds the halo (16 x 16 pixels for 14 x 14 positions, 1.3 times as
 // much) and what is read again as shortcut; the result once. Writing and reading two intermediates
@@ -79,16 +80,16 @@ __device__ __forceinline__ int channel_of(int row) {
   return row / 32 * 32 + row % 8 / 2 * 8 + row % 32 / 8 * 2 + row % 2;
 }
 
-// The byte offset of a chunk of a position of the intermediate result. Neighbouring rows differ in bit 2 of the
-// permutation: two rows of 4 chunks each, which 8 lanes store at a time, fill all banks once, as do
-// 8 rows of one chunk.
+// The byte offset of a chunk of a position of the intermediate result. Neighbouring rows differ in
+// bit 2 of the permutation: two rows of 4 chunks each, which 8 lanes store at a time, fill all
+// banks once, as do 8 rows of one chunk.
 template <int kWidth>
 __device__ __forceinline__ std::uint32_t inner_offset(int row, int chunk) {
   return row * kWidth * 2 + (chunk ^ (row % 2 * 4 + row / 2 % 4)) * kChunkBytes;
 }
 
-// A producer: loads kColumns rows of a weight, from an output channel on, step by step: the taps in order, of
-// each kRowBytes after kRowBytes of depth. Zeros beyond the channels.
+// A producer: loads kColumns rows of a weight, from an output channel on, step by step: the taps in
+// order, of each kRowBytes after kRowBytes of depth. Zeros beyond the channels.
 template <typename T, int kThreads, int kColumns, int kRowBytes>
 class WeightLoader {
  public:
@@ -135,8 +136,8 @@ class WeightLoader {
   int first_ = 0, tap_ = 0, c_ = 0;  // of the next step
 };
 
-// A producer: loads both operands of a 1 x 1 convolution of x: kPitch x kPitch pixels from (h, w) on, of which
-// kUsed x kUsed count, and kColumns rows of its weight. Zeros outside the image.
+// A producer: loads both operands of a 1 x 1 convolution of x: kPitch x kPitch pixels from (h, w)
+// on, of which kUsed x kUsed count, and kColumns rows of its weight. Zeros outside the image.
 template <typename T, int kThreads, int kPitch, int kUsed, int kColumns>
 class PixelLoader {
  public:
@@ -189,8 +190,8 @@ class PixelLoader {
   unsigned inside_ = 0;     // which of them are copied, by bit
 };
 
-// A warp's kM positions x kN channels; `column` counts the columns of the mma instructions, as scale
-// and shift in shared memory do.
+// A warp's kM positions x kN channels; `column` counts the columns of the mma instructions, as
+// scale and shift in shared memory do.
 template <typename T, int kWarpsN, int kM, int kN>
 class Product : public WarpTile<T, kM, kN> {
  public:
@@ -230,8 +231,8 @@ class Product : public WarpTile<T, kM, kN> {
     }
   }
 
-  // Adds the product of positions of the intermediate result, from chunk `first` on, and the weights
-  // at `stage`. `row` is the one that this lane names of the first 16.
+  // Adds the product of positions of the intermediate result, from chunk `first` on, and the
+  // weights at `stage`. `row` is the one that this lane names of the first 16.
   template <int kWidth>
   __device__ __forceinline__ void multiply_inner(int row, int first, std::uint32_t stage) {
     const int b_row = first_column() + Warp::b_row();
@@ -300,10 +301,9 @@ __device__ __forceinline__ void store_slice(const Arguments& a, Product& acc, st
 
 template <int kThreads>
 __device__ __forceinline__ void load_permuted_scale_shift(std::uint32_t to, const BatchNorm& bn,
-                                                          int first, int channels,
-                                                          int stored) {
+                                                          int first, int channels, int stored) {
   load_scale_shift(to, bn, first, channels - first, stored, threadIdx.x, kThreads,
-             [](int i) { return channel_of(i); });
+                   [](int i) { return channel_of(i); });
 }
 
 // Grid: images x tiles down x tiles across.
@@ -357,12 +357,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     if constexpr (Tile::kProjection) {
       projected_pixels.restart(first);
       Second::start(projected_pixels);
-      load_permuted_scale_shift<kThreads>(scale_shift_of_slice(first) + kSlice * kScaleShiftBytes, b.projection.bn, first,
-                                    b.out_channels, kSlice);
+      load_permuted_scale_shift<kThreads>(scale_shift_of_slice(first) + kSlice * kScaleShiftBytes,
+                                          b.projection.bn, first, b.out_channels, kSlice);
     } else {
       Weights::start(weights3);
     }
-    load_permuted_scale_shift<kThreads>(scale_shift_of_slice(first), b.conv3.bn, first, b.out_channels, kSlice);
+    load_permuted_scale_shift<kThreads>(scale_shift_of_slice(first), b.conv3.bn, first,
+                                        b.out_channels, kSlice);
   };
   {
     Product<T, kWarpsN, kWarpRows, 64> acc;
@@ -384,7 +385,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     __syncthreads();  // conv1's result and the stages are read
     start_slice(0);
     Epilogue<T>::normalise(acc, kScaleShift2);
-    store_inner<T, kWidth, kPitch>(acc, p, q, a.out_height, a.out_width, [](int row) { return row; });
+    store_inner<T, kWidth, kPitch>(acc, p, q, a.out_height, a.out_width,
+                                   [](int row) { return row; });
   }
 
   using Slice = Product<T, kWarpsN, kWarpRows, kSlice / kWarpsN>;
@@ -392,8 +394,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   for (int first = 0; first < b.out_channels; first += kSlice) {
     Slice projected;
     if constexpr (Tile::kProjection) {
-      Second::run(projected_pixels,
-                         [&](std::uint32_t stage) { projected.multiply_pixels(stage); });
+      Second::run(projected_pixels, [&](std::uint32_t stage) { projected.multiply_pixels(stage); });
       __syncthreads();  // the stages are read
       Weights::start(weights3);
       Epilogue<T>::normalise(projected, scale_shift_of_slice(first) + kSlice * kScaleShiftBytes);
@@ -460,8 +461,8 @@ Plan make_plan(void* out, const Bottleneck& a, int device) {
     if (!aligned(pointer)) return {};
   }
   if (a.inner > 128 || a.dtype == DType::kFloat32) return {};
-  const Plan plan = a.dtype == DType::kFloat16 ? plan_dtype<__half>(out, a)
-                                               : plan_dtype<__nv_bfloat16>(out, a);
+  const Plan plan =
+      a.dtype == DType::kFloat16 ? plan_dtype<__half>(out, a) : plan_dtype<__nv_bfloat16>(out, a);
   int most = 0;  // bytes of shared memory of a block
   const cudaError_t status =
       cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);

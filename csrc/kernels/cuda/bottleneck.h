@@ -37,14 +37,14 @@ constexpr int strided(int size, int stride) { return size / stride + (size % str
 // enough shared memory.
 bool bottleneck_can_implement(const Bottleneck& arguments, int device);
 
-// Whether the kernel can implement it and, by the arithmetic of docs/cuda_kernels.md, is faster than
-// a kernel for each layer.
+// Whether the kernel can implement it and, by the arithmetic of docs/cuda_kernels.md, is faster
+// than a kernel for each layer.
 bool bottleneck_is_profitable(const Bottleneck& arguments, int device);
 
 // Queues the kernel on `stream`, which belongs to `device`. Leaves `device` current. `out` is
 // (batch, strided height, strided width, out_channels), 16-byte aligned and no part of x. The
-// status is cudaErrorInvalidValue for what it cannot implement and cudaErrorInvalidConfiguration for a
-// result too large for one grid.
+// status is cudaErrorInvalidValue for what it cannot implement and cudaErrorInvalidConfiguration
+// for a result too large for one grid.
 cudaError_t bottleneck(void* out, const Bottleneck& arguments, int device, cudaStream_t stream);
 
 }  // namespace resnet_fused

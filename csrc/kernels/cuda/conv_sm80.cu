@@ -8,9 +8,9 @@
 // while the one before them is multiplied: ldmatrix and mma.m16n8k16 with fp32 accumulators; for
 // fp32 tensors fused multiply-adds, each product and sum rounded as fp32, or, where the caller
 // allows it, mma.m16n8k8 of operands rounded to TF32. The epilogue (epilogue.cuh) applies batch
-// norm, residual and ReLU and rounds once. A block end with projection runs a second K loop over the shortcut,
-// with its own geometry and batch norm, and adds before the store. Channels per group that are no
-// multiple of 16 bytes are loaded one by one into the same chunks.
+// norm, residual and ReLU and rounds once. A block end with projection runs a second K loop over
+// the shortcut, with its own geometry and batch norm, and adds before the store. Channels per group
+// that are no multiple of 16 bytes are loaded one by one into the same chunks.
 //
 // Tiles (positions x channels x bytes of depth, warps, stages): 64 x 64 x 128, 4, 3;
 // 128 x 64 x 64, 4, 4; 128 x 128 x 64, 4, 4; fp32: 64 x 64 x 64, 8, 4; TF32: the first, and the
@@ -46,7 +46,8 @@ struct Tile {
   static constexpr int kStageBytes = (kM + kN) * kRowBytes;
   static_assert(kM % kRowsAtOnce == 0 && kN % kRowsAtOnce == 0);
 
-  static constexpr int kSharedBytes = kStages * kStageBytes + kN * static_cast<int>(kScaleShiftBytes);
+  static constexpr int kSharedBytes =
+      kStages * kStageBytes + kN * static_cast<int>(kScaleShiftBytes);
   static_assert(kM * kN * static_cast<int>(sizeof(float)) <= kStages * kStageBytes);
 };
 
@@ -64,7 +65,8 @@ template <typename T, typename Tile, bool kVectorised>
 class OperandLoader {
  public:
   __device__ __forceinline__ OperandLoader(const ConvBn& a, const ConvolutionBn& conv,
-                                    std::int64_t first_position, int group, int first_channel)
+                                           std::int64_t first_position, int group,
+                                           int first_channel)
       : conv_(conv),
         channels_(conv.channels / a.groups),
         column_(threadIdx.x % Tile::kChunks),

@@ -136,10 +136,10 @@ struct Pixel {
   }
 };
 
-// The role of one thread: asks for all steps of one product of one tile.
+// Asks for all steps of one product of one tile.
 template <typename Tile, typename Operands>
-__device__ __forceinline__ void load_operands(const Arguments& a, const Product& product,
-                                              const TileScheduler<Tile>& at, Operands& operands) {
+__device__ __forceinline__ void load_product(const Arguments& a, const Product& product,
+                                             const TileScheduler<Tile>& at, Operands& operands) {
   const Pixel pixel(a, at.position());
   const int h = pixel.h * product.stride_h - product.padding_h;
   const int w = pixel.w * product.stride_w - product.padding_w;
@@ -168,6 +168,17 @@ __device__ __forceinline__ void load_operands(const Arguments& a, const Product&
   }
 }
 
+// The role of one thread: asks for the operands of every tile.
+template <typename Tile, bool kProjection>
+__device__ __forceinline__ void load_operands(const Arguments& a) {
+  typename Shared<Tile, kProjection>::Operands operands(a.spin_limit);
+#pragma unroll 1
+  for (TileScheduler<Tile> at(a); at.valid(); at.advance()) {
+    load_product(a, a.conv, at, operands);
+    if constexpr (kProjection) load_product(a, a.projection, at, operands);
+  }
+}
+
 // The role of one warp: computes scale and shift of every tile's channels.
 template <typename Tile, bool kProjection>
 __device__ __forceinline__ void load_scale_shifts(const Arguments& a) {
@@ -190,8 +201,9 @@ __device__ __forceinline__ void load_scale_shifts(const Arguments& a) {
 }
 
 // The role of one thread: copies every tile's residual to where the result will lie.
-template <typename Tile, typename Shared>
+template <typename Tile, bool kProjection>
 __device__ __forceinline__ void load_residuals(const Arguments& a) {
+  using Shared = Shared<Tile, kProjection>;
   typename Shared::Results results(a.spin_limit);
 #pragma unroll 1
   for (TileScheduler<Tile> at(a); at.valid(); at.advance()) {
@@ -230,12 +242,13 @@ class Accumulators {
   template <typename T, typename Tile, typename Operands>
   __device__ __forceinline__ void multiply(int steps, int consumer, int tile, Operands& operands) {
     const std::uint64_t first_x = ptx::matrix_descriptor(consumer * kConsumerM * kRowBytes);
-    const std::uint64_t first_weight = ptx::matrix_descriptor(kM * kRowBytes);
+    const unsigned to_weight = (kM - consumer * kConsumerM) * (kRowBytes / ptx::kDescriptorUnit);
+    const bool releases = threadIdx.x % 32 == 0;  // one lane of each warp
     int last = 0;
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       const unsigned stage = operands.stage() * (Tile::kStageBytes / ptx::kDescriptorUnit);
-      const std::uint64_t x = first_x + stage, weight = first_weight + stage;
+      const std::uint64_t x = first_x + stage, weight = x + to_weight;
       operands.wait(tile);
       ptx::wgmma_fence(d_);
 #pragma unroll
@@ -245,20 +258,15 @@ class Accumulators {
       }
       ptx::wgmma_commit();
       ptx::wgmma_wait<1>(d_);
-      if (step > 0) release<Operands>(last);
+      if (step > 0 && releases) Operands::release(last);
       last = operands.stage();
       operands.advance();
     }
     ptx::wgmma_wait<0>(d_);
-    release<Operands>(last);
+    if (releases) Operands::release(last);
   }
 
  private:
-  template <typename Operands>
-  __device__ __forceinline__ static void release(int stage) {
-    if (threadIdx.x % 32 == 0) Operands::release(stage);
-  }
-
   float d_[kN / 2];
 };
 
@@ -267,9 +275,9 @@ __device__ __forceinline__ int steps_of(const Product& product) {
          ((product.channels + kMapChannels - 1) / kMapChannels);
 }
 
-// Batch norm, the projection's product with its own (scale and shift lie behind the first ones), the
-// residual that lies in `result`, ReLU, rounding; the values go where the residual was. Columns one
-// after the other, each stored before the next is loaded, so that few registers hold scale and
+// Batch norm, the projection's product with its own (scale and shift lie behind the first ones),
+// the residual that lies in `result`, ReLU, rounding; the values go where the residual was. Columns
+// one after the other, each stored before the next is loaded, so that few registers hold scale and
 // shift.
 template <typename T, bool kProjection, int kN>
 __device__ __forceinline__ void store_result(Accumulators<kN>& acc, Accumulators<kN>& projected,
@@ -361,25 +369,20 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
   __syncthreads();
 
   const int warpgroup = ptx::uniform(threadIdx.x / kWarpgroup);
-  if (warpgroup > 0) {
-    ptx::increase_registers<Tile::kNumConsumerRegisters>();
-    consume<T, Tile, kProjection>(a, warpgroup - 1);
+  if (warpgroup == 0) {
+    ptx::decrease_registers<Tile::kNumProducerRegisters>();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (warp == 0 && lane == 0) {
+      load_operands<Tile, kProjection>(a);
+    } else if (warp == 1) {
+      load_scale_shifts<Tile, kProjection>(a);
+    } else if (warp == 2 && lane == 0 && a.has_residual) {
+      load_residuals<Tile, kProjection>(a);
+    }
     return;
   }
-  ptx::decrease_registers<Tile::kNumProducerRegisters>();
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (warp == 0 && lane == 0) {
-    typename Shared::Operands operands(a.spin_limit);
-#pragma unroll 1
-    for (TileScheduler<Tile> at(a); at.valid(); at.advance()) {
-      load_operands<Tile>(a, a.conv, at, operands);
-      if constexpr (kProjection) load_operands<Tile>(a, a.projection, at, operands);
-    }
-  } else if (warp == 1) {
-    load_scale_shifts<Tile, kProjection>(a);
-  } else if (warp == 2 && lane == 0 && a.has_residual) {
-    load_residuals<Tile, Shared>(a);
-  }
+  ptx::increase_registers<Tile::kNumConsumerRegisters>();
+  consume<T, Tile, kProjection>(a, warpgroup - 1);
 }
 
 std::int64_t positions(const ConvBn& a) { return a.batch * a.out_height * a.out_width; }

@@ -1,5 +1,5 @@
-// What every kernel does with the fp32 values of a result: batch norm, residual, ReLU, one rounding,
-// packed stores.
+// What every kernel does with the fp32 values of a result: batch norm, residual, ReLU, one
+// rounding, packed stores.
 //
 // Accumulators reach it in two ways. A kernel whose accumulators lie in rows of 16 bytes, or that
 // stores them from shared memory, calls `normalise` and `pack` itself. Others call `store_tile`:
@@ -55,8 +55,8 @@ class Epilogue {
     for (int j = 0; j < Accumulators::kColumns; ++j) {
 #pragma unroll
       for (int e = 0; e < Accumulators::kRun; ++e) {
-        const ScaleShift column = ptx::load_shared<ScaleShift>(
-            scale_shift + (acc.column(j) + e) * kScaleShiftBytes);
+        const ScaleShift column =
+            ptx::load_shared<ScaleShift>(scale_shift + (acc.column(j) + e) * kScaleShiftBytes);
 #pragma unroll
         for (int i = 0; i < Accumulators::kRows; ++i) {
           acc.at(i, j, e) = normalise(acc.at(i, j, e), column);
@@ -110,8 +110,7 @@ class Epilogue {
       float y[kLanes];
 #pragma unroll
       for (int e = 0; e < kLanes; e += 4) {
-        const auto quad =
-            ptx::load_shared<Pack<float, 4>>(staging + staged<kN>(row, column + e));
+        const auto quad = ptx::load_shared<Pack<float, 4>>(staging + staged<kN>(row, column + e));
 #pragma unroll
         for (int k = 0; k < 4; ++k) y[e + k] = quad.value[k];
       }

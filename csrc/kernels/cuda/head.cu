@@ -26,9 +26,9 @@
 #include <cstddef>
 #include <initializer_list>
 
+#include "kernels/cuda/dtype.cuh"
 #include "kernels/cuda/head.h"
 #include "kernels/cuda/launch.h"
-#include "kernels/cuda/dtype.cuh"
 #include "kernels/cuda/ptx.cuh"
 
 namespace resnet_fused {

@@ -1,5 +1,5 @@
-// What the kernels on mma.sync share: swizzled rows, the pipeline of stages that cp.async fills, and
-// a warp's products.
+// What the kernels on mma.sync share: swizzled rows, the pipeline of stages that cp.async fills,
+// and a warp's products.
 #pragma once
 
 #include <cstdint>
@@ -21,9 +21,9 @@ __device__ __forceinline__ std::uint32_t swizzle(int row, int chunk) {
   return row * kRowBytes + permuted * kChunkBytes;
 }
 
-// A ring of stages of shared memory from kFirst on, which the block's threads all fill, by cp.async,
-// and all multiply. (On sm_90a warps have roles of their own: Pipeline in pipeline.cuh.) A producer
-// has steps() and load(stage), which starts this thread's copies of the next of them.
+// A ring of stages of shared memory from kFirst on, which the block's threads all fill, by
+// cp.async, and all multiply. (On sm_90a warps have roles of their own: Pipeline in pipeline.cuh.)
+// A producer has steps() and load(stage), which starts this thread's copies of the next of them.
 template <int kFirst_, int kStageBytes, int kStages>
 struct CpAsyncPipeline {
   static constexpr int kFirst = kFirst_;

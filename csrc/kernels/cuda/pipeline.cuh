@@ -44,10 +44,10 @@ class Pipeline {
   // Where a kernel may have no producer, its consumer acquires stages itself.
   __device__ __forceinline__ void wait_or_acquire(bool has_producer, int tile) const {
     const std::uint32_t mbarrier = has_producer ? full(stage_) : empty(stage_);
-    if (ptx::mbarrier_wait(mbarrier, parity_ ^ !has_producer, limit_.tries)) return;
-    ptx::give_up(limit_, {1 + 2 * static_cast<std::uint32_t>(kId) + !has_producer,
-                          static_cast<std::uint32_t>(stage_), tile,
-                          static_cast<std::int32_t>(blockIdx.x)});
+    if (ptx::mbarrier_wait(mbarrier, parity_ ^ !has_producer, limit_)) return;
+    ptx::give_up(limit_,
+                 {1 + 2 * static_cast<std::uint32_t>(kId) + !has_producer,
+                  static_cast<std::uint32_t>(stage_), tile, static_cast<std::int32_t>(blockIdx.x)});
   }
   __device__ __forceinline__ static void release(int stage) { ptx::mbarrier_arrive(empty(stage)); }
   __device__ __forceinline__ void release() const { release(stage_); }

@@ -47,12 +47,14 @@ __device__ __forceinline__ void mbarrier_arrive_expect(std::uint32_t at, std::ui
 
 // "mbarrier.try_wait.parity", until the phase of that parity has ended: the current one, or the one
 // before it. Before the first phase the one of parity 1 counts as ended. False if it has not ended
-// after so many tries more than the first; 0 stands for any number.
+// after the limit's tries; nothing is counted where the first one succeeds.
 __device__ __forceinline__ bool mbarrier_wait(std::uint32_t at, std::uint32_t parity,
-                                              std::uint32_t tries = 0) {
+                                              const SpinLimit& limit = {}) {
   if (cu::mbarrier_try_wait_parity(mbarrier_at(at), parity)) return true;
+  std::uint32_t left = limit.tries;
   while (!cu::mbarrier_try_wait_parity(mbarrier_at(at), parity)) {
-    if (tries > 0 && --tries == 0) return false;
+    left -= limit.step;
+    if (left == 0) return false;
   }
   return true;
 }
@@ -60,7 +62,7 @@ __device__ __forceinline__ bool mbarrier_wait(std::uint32_t at, std::uint32_t pa
 // Leaves a record for the host, and ends the kernel with an error.
 __device__ __forceinline__ void give_up(const SpinLimit& limit, const StuckBarrier& stuck) {
   store_global(limit.record, stuck);
-  __threadfence_system();
+  cu::fence(cu::sem_acq_rel, cu::scope_sys);
   asm volatile("trap; exit;");
 }
 
@@ -200,8 +202,8 @@ __device__ __forceinline__ void mbarrier_publish_cluster(std::uint32_t address) 
                : "memory");
 }
 __device__ __forceinline__ void mbarrier_wait_cluster(std::uint32_t at, std::uint32_t parity) {
-  while (!cu::mbarrier_try_wait_parity(cu::sem_acquire, cu::scope_cluster, mbarrier_at(at),
-                                       parity)) {
+  while (
+      !cu::mbarrier_try_wait_parity(cu::sem_acquire, cu::scope_cluster, mbarrier_at(at), parity)) {
   }
 }
 
@@ -353,7 +355,8 @@ constexpr unsigned kDescriptorUnit = 16;
 // the other, whose 16-byte chunks are permuted as a tensor map's swizzle of that many bytes does.
 // `offset` names the first row, plus 32 bytes for each 16 elements of depth. The pattern repeats
 // after 8 rows; `base_offset` is 0 where it counts them from an address that is a multiple of that,
-// as bulk copies do, and otherwise the 128-byte row, modulo 8, from which it does.
+// as bulk copies do, and otherwise the 128-byte row, modulo 8, from which it does. (The format
+// masks 18 bits of the address; no block's shared memory reaches beyond them.)
 template <int kRowBytes = 128>
 __device__ __forceinline__ std::uint64_t matrix_descriptor(std::uint32_t offset,
                                                            std::uint32_t base_offset = 0) {
@@ -362,7 +365,7 @@ __device__ __forceinline__ std::uint64_t matrix_descriptor(std::uint32_t offset,
   constexpr std::uint64_t kEightRows = 8 * kRowBytes >> 4;  // stride byte offset
   constexpr std::uint64_t kLeading = 1;                     // unused with a swizzle
   return kSwizzle << 62 | std::uint64_t{base_offset} << 49 | kEightRows << 32 | kLeading << 16 |
-         (shared_address(offset) & 0x3ffff) >> 4;
+         shared_address(offset) >> 4;
 }
 
 }  // namespace resnet_fused::ptx

@@ -1,5 +1,5 @@
-// A limit on how often kernels try a barrier, for runs in which a kernel may hang: one that gives up
-// leaves a record of what it was waiting for, and traps.
+// A limit on how often kernels try a barrier, for runs in which a kernel may hang: one that gives
+// up leaves a record of what it was waiting for, and traps.
 //
 // The record lies in host memory, which outlives the GPU's context. Printing from the kernel would
 // need a function call, for which ptxas serialises every wgmma of the kernel (its remark C7510).
@@ -24,9 +24,10 @@ struct alignas(16) StuckBarrier {
   std::int32_t tile, block;
 };
 
-// What kernels are given: after so many tries in vain, one barrier is recorded. 0 tries: no limit.
+// What kernels are given: each try in vain takes `step` from `tries`, and who has none left records
+// the barrier. A step of 0 is no limit, and costs a waiting thread no more than one of 1.
 struct SpinLimit {
-  std::uint32_t tries = 0;
+  std::uint32_t tries = 1, step = 0;
   StuckBarrier* record = nullptr;
 };
 
@@ -62,7 +63,8 @@ inline cudaError_t set_spin_limit(int device, std::uint32_t tries) {
 #else
   static_cast<void>(device);
 #endif
-  spin_limit.tries = tries;
+  spin_limit.tries = tries > 0 ? tries : 1;
+  spin_limit.step = tries > 0;
   return cudaSuccess;
 }
 

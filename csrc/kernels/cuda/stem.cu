@@ -143,9 +143,9 @@ __device__ __forceinline__ void store_conv(const Arguments& a, const float (&d)[
       float y[2];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        y[e] = epilogue.normalise(d[i / 2][j][i % 2 * 2 + e],
-                                  ptx::load_shared<ScaleShift>(
-                                      kScaleShift + (column + e) * kScaleShiftBytes));
+        y[e] = epilogue.normalise(
+            d[i / 2][j][i % 2 * 2 + e],
+            ptx::load_shared<ScaleShift>(kScaleShift + (column + e) * kScaleShiftBytes));
       }
       const float outside[2] = {-INFINITY, -INFINITY};
       if (row < kRows) {
@@ -204,7 +204,8 @@ __global__ void __launch_bounds__(kThreads, 2) stem_kernel(const __grid_constant
 
   copy_pixels<T>(a.stem, image, 2 * h - 3, 2 * w - 3);
   copy_weights<T>(a.stem, first);
-  load_scale_shift(kScaleShift, a.stem.bn, first, a.stem.out_channels - first, kN, threadIdx.x, kThreads);
+  load_scale_shift(kScaleShift, a.stem.bn, first, a.stem.out_channels - first, kN, threadIdx.x,
+                   kThreads);
   __syncthreads();
   float d[2][kN / 8][4] = {};
   multiply<T>(d);

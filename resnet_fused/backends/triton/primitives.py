@@ -223,7 +223,10 @@ def convolve(
         if TILE.is_wide:
             weight_column = column.to(tl.int64) * (taps * channels)
 
-    acc = tl.zeros((TILE.m, TILE.n), tl.float32)
+    # Members of a tuple are no constants to Triton 3.5 where they stand in another one.
+    block_m: tl.constexpr = TILE.m
+    block_n: tl.constexpr = TILE.n
+    acc = tl.zeros((block_m, block_n), tl.float32)
     r = 0
     s = 0
     c = 0
