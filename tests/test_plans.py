@@ -705,3 +705,17 @@ def test_recorders_refuse_what_they_cannot_resolve():
     with pytest.raises(RuntimeError, match="another recorder is active"):
         second.start()
     first.stop()
+
+
+def test_a_profiler_sees_every_op(replays: list[int]) -> None:
+    """A replay is no op, so that under a profiler the ordinary path computes."""
+    network, x = make(), image()
+    for _ in range(3):
+        expected = run(network, x)
+    before = list(replays)
+    with torch.profiler.profile() as profile:
+        out = run(network, x)
+    assert before
+    assert replays == before
+    assert torch.equal(out, expected)
+    assert any(event.name.startswith("resnet_fused::") for event in profile.events())

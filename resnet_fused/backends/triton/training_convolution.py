@@ -21,8 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...parameters import Convolution
-from ..training import Activation
+from ...parameters import Activation, Convolution
 from .convolution import Gemm, configurations
 from .launching import (
     Config,
