@@ -150,7 +150,10 @@ def test_validate_counts_right_answers(inside, folder, weights, tmp_path, capsys
             "has 0 folders; these weights have 3 classes",
         ),
         (
-            "classify {folder} --arch resnet18 --weights {weights} --labels {weights}.labels".split(),
+            (
+                *("classify", "{folder}", "--arch", "resnet18"),
+                *("--weights", "{weights}", "--labels", "{weights}.labels"),
+            ),
             "--labels has 1 lines; the weights have 3 classes",
         ),
     ],
