@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from ... import _extension, settings
+from ..._version import __version__
 from .cache import Times, TuningCache
 
 FILE = "selfcheck-v1.json"
@@ -91,8 +92,6 @@ def _warn(family: str, verdict: object) -> None:
 @functools.cache
 def environment(device: torch.device) -> tuple[str, ...]:
     """What measured times and verdicts are true for."""
-    from ... import __version__  # of the package, which imports this module
-
     try:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
