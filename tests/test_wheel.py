@@ -61,7 +61,7 @@ def sdist(tracked: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in tracked:
         (folder / "sources" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / "sources" / name)
-    pytest.importorskip("setuptools", reason="builds the sdist")
+    pytest.importorskip("setuptools", minversion="77", reason="builds the sdist")
     code = "import build_backend; build_backend.build_sdist('..')"
     _run(sys.executable, "-c", code, cwd=folder / "sources")
     return folder / f"resnet_fused-{__version__}.tar.gz"
@@ -95,7 +95,8 @@ def repaired(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("auditwheel needs patchelf")
     if "manylinux" in wheel.name:
         return wheel
-    command = re.search(r'^repair-wheel-command = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.M)  # fmt: skip
+    settings = (ROOT / "pyproject.toml").read_text()
+    command = re.search(r'^repair-wheel-command = "(.*)"$', settings, re.MULTILINE)
     assert command is not None
     folder = tmp_path_factory.mktemp("repaired")
     filled = [part.format(dest_dir=folder, wheel=wheel) for part in command[1].split()]
