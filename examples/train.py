@@ -1,13 +1,17 @@
 """Training on any number of processes with DDP or FSDP2, which goes on where it was stopped.
 
     torchrun --nproc-per-node 8 examples/train.py --data IMAGENET/train --out runs/resnet50
-    torchrun --nproc-per-node 8 --max-restarts 3 examples/train.py ... --parallel fsdp
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nproc-per-node 8 --max-restarts 3 \
+        examples/train.py ... --parallel fsdp
 
 Every `--save-every` steps all processes write a checkpoint together (torch.distributed.checkpoint),
 which loads under either way and any number of processes. A start finds the last whole one; with
-`--max-restarts`, torchrun makes that start itself when a process dies. Which images a step sees and
-how they are cropped follows from the step alone, so with as many processes a run that was stopped
-ends in the same bits as one that was not.
+`--max-restarts`, torchrun makes that start itself when a process dies; the variable gives each
+start a store of its own, without which processes may wait for addresses of those that died.
+
+Which images a step sees and how they are cropped follows from the step alone, so with as many
+processes a run that was stopped ends in the same bits as one that was not. Running statistics are
+those of rank 0; for statistics of all processes see `nn.SyncBatchNorm.convert_sync_batchnorm`.
 """
 
 from __future__ import annotations
@@ -80,6 +84,9 @@ class Checkpoints:
 
     def save(self, step: int) -> None:
         """Called by all processes. Whoever is killed meanwhile leaves the one before."""
+        # What all have is written by any of them, but each has running statistics of its own.
+        for buffer in self.model.buffers():
+            dist.broadcast(buffer, 0)
         dcp.save(self._state(), checkpoint_id=self.out / f"step-{step}")
         if dist.get_rank() == 0:
             part = self.out / ".latest.part"

@@ -52,7 +52,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[..., str]:
+def run(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Iterator[Callable[..., str]]:
     """What an example prints, run as a program but in this process."""
 
     def program(name: str, *arguments: object) -> str:
@@ -62,7 +62,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[..., str]:
         runpy.run_path(str(path), run_name="__main__")
         return capsys.readouterr().out
 
-    return program
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the images are too small for more
+    yield program
+    torch.set_num_threads(threads)
 
 
 def theirs(weights: Path) -> torch.nn.Module:
@@ -165,6 +168,7 @@ class Training:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         program = [str(EXAMPLES / "train.py"), "--data", str(images), "--out", str(out)]
         sizes = ["--arch", "resnet18", "--size", "32", "--batch", "2", "--epochs", "3"]
+        sizes += ["--learning-rate", "0.01"]
         self.out = out
         self.printed = ""
         self.process = subprocess.Popen(
@@ -172,7 +176,11 @@ class Training:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # see examples/train.py
+            },
         )
 
     def until(self, pattern: str) -> re.Match[str]:
