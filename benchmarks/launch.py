@@ -5,7 +5,7 @@
     ncu --clock-control none --set full python benchmarks/launch.py large
 
 `small`: each kernel and each tile of a convolution on integers in float16, three tiles for each
-multiprocessor of a large GPU; results have to equal NumPy's, bit for bit. `large`: six layers of a
+SM of a large GPU; results have to equal NumPy's, bit for bit. `large`: six layers of a
 ResNet-50 on random values, 256 images, one launch each. The process holds nothing but the extension
 and the driver's library, and all kernels in it are ours. `--simulate` takes the host simulator.
 """

@@ -82,7 +82,7 @@ def training_backend(
         return found if memory else [*found, Candidate(_MODULES, _step_by_modules)]
 
     name = autotune.choose(
-        "training", (x, *block), candidates, _step_by_modules, among=tuple(fused)
+        "training", (x, *block), candidates, _step_by_modules, among=(memory, *fused)
     ).name
     return fused.get(name)
 
