@@ -77,7 +77,7 @@ def server(batcher: Batcher, port: int) -> ThreadingHTTPServer:
     """A server on localhost; port 0 takes a free one."""
 
     class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:  # noqa: N802  (the standard library's name)
+        def do_POST(self) -> None:
             try:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 status, answer = 200, json.dumps(batcher.ask(body))
