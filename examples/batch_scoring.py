@@ -66,6 +66,7 @@ def main() -> None:
         fn_constructor_args=(options.arch, options.weights),
         batch_size=options.batch,
         compute=ray.data.ActorPoolStrategy(size=options.workers),
+        num_cpus=0.5,  # reading needs cores too, where workers are as many as these
         num_gpus=options.gpus,
     ).write_csv(options.out)
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +149,46 @@ def test_video_reads_no_further_than_its_queue() -> None:
     time.sleep(0.5)
     assert len(drawn) <= 3 * 4
     assert sum(len(batch) for batch in stream) == 96
+
+
+def test_serve_answers_those_who_wait_in_one_batch(weights, images) -> None:
+    """Eight ask at once while the network is held up; then one asks for what is no image."""
+    example = runpy.run_path(str(EXAMPLES / "serve.py"))
+    batcher = example["Batcher"]("resnet18", str(weights), largest=8)
+    sizes, hold, model = [], threading.Event(), batcher.model
+
+    def held(x: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(x))
+        assert hold.wait(60)
+        return model(x)
+
+    batcher.model = held
+    paths = sorted(images.rglob("*.png"))[::3]
+    with example["server"](batcher, 0) as http, ThreadPoolExecutor(len(paths)) as pool:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        address = f"http://localhost:{http.server_address[1]}"
+
+        def ask(body: bytes) -> Any:
+            with urllib.request.urlopen(address, body) as answer:
+                return json.load(answer)
+
+        asked = [pool.submit(ask, path.read_bytes()) for path in paths]
+        while sum(sizes) + batcher.waiting.qsize() < len(paths):
+            time.sleep(0.01)
+        hold.set()
+        answers = [found.result() for found in asked]
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            ask(b"no image")
+        http.shutdown()
+    assert len(sizes) == 2, sizes  # the first that came, and all who waited for it
+    network, prepare = theirs(weights), RESNET18.transforms()
+    for path, answer in zip(paths, answers, strict=True):
+        with torch.no_grad():
+            best = network(prepare(Image.open(path))[None]).softmax(1)[0].topk(5)
+        assert [found["label"] for found in answer] == [
+            RESNET18.meta["categories"][index] for index in best.indices
+        ]
+        assert [found["probability"] for found in answer] == pytest.approx(best.values.tolist())
 
 
 def test_profiling(run, tmp_path) -> None:
