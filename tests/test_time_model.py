@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import predict as program
 import pytest
@@ -119,16 +121,28 @@ def test_a_whole_bottleneck_pays_as_the_extension_says(
     simulator, batch, size, channels, inner, out, stride, projects
 ):
     """The simulated GPU has 4 multiprocessors."""
-    vector = (4096, simulator.DType.float32)
-    layer = (4096, vector, vector, None, None, 1e-5)
-    theirs = simulator.Bottleneck(
-        4096, simulator.DType.bfloat16, batch, (size, size), channels, inner, out, stride,
-        [layer] * 3, layer if projects else None,
-    )  # fmt: skip
+    vector = (4096, 0, (0,), (1,), None)
+
+    def tensor(*sizes: int) -> tuple[Any, ...]:
+        strides = (math.prod(sizes[1:]), 1, sizes[3] * sizes[1], sizes[1])
+        return 4096, 2, sizes, strides, None
+
+    def layer(*sizes: int) -> tuple[Any, ...]:
+        return tensor(*sizes), (*[(*vector[:2], sizes[:1], *vector[3:])] * 2, None, None, 1e-5)
+
+    layers = [layer(inner, channels, 1, 1), layer(inner, inner, 3, 3), layer(out, inner, 1, 1)]
+    if projects:
+        layers.append(layer(out, channels, 1, 1))
+    described = (tensor(batch, channels, size, size), layers, stride)
+    theirs = [
+        getattr(simulator, f"cuda_bottleneck_{question}")
+        for question in ("can_implement", "is_profitable")
+    ]
     ours = Block(batch, (size, size), channels, inner, out, stride, projects, 4)
     simulator.set_capability(90)
-    assert ours.offered(0) == theirs.offered(0)
-    assert (ours.offered(0) and ours.pays(0)) == theirs.pays(0)
+    assert ours == Block.of(*described, 4)
+    assert ours.can_implement() == theirs[0](*described, 0)
+    assert (ours.can_implement() and ours.is_profitable()) == theirs[1](*described, 0)
 
 
 def test_prediction_is_set_beside_what_was_measured() -> None:
@@ -162,7 +176,7 @@ def test_prediction_is_set_beside_what_was_measured() -> None:
 
 
 def test_nothing_to_compare_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program, "record", lambda options: {})
+    monkeypatch.setattr(program, "record", lambda options: {"layers": []})
     monkeypatch.setattr(program, "table", lambda found: "")
     assert program.main([]) == 0
     assert program.main(["--measured", str(tmp_path / "none.json")]) == 1

@@ -27,11 +27,11 @@ BATCH = 256
 KERNELS = {
     "conv_stats_kernel",
     "merge_moments_kernel",
-    "bn_terms_kernel",
+    "bn_scale_shift_kernel",
     "bn_add_relu_kernel",
     "relu_gradient_kernel",
     "merge_sums_kernel",
-    "bn_slopes_kernel",
+    "bn_backward_coefficients_kernel",
     "dgrad_kernel",
     "wgrad_kernel",
     "sum_parts_kernel",

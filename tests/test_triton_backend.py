@@ -191,9 +191,8 @@ def test_64_bit_offsets_change_nothing(
     wide = op(*arguments)
     assert launches
     for launch in launches:
-        settled = dict(
-            zip(reversed(launch.kernel.arg_names), reversed(launch.settled), strict=False)
-        )
+        names = launch.kernel.arg_names[-len(launch.settled) :]
+        settled = dict(zip(names, launch.settled, strict=True))
         assert settled["TILE"].is_wide if "TILE" in settled else settled["WIDE"]
     assert torch.equal(wide, narrow)
     assert not torch.isnan(wide).any()

@@ -81,7 +81,7 @@ def _first(listed: Callable[..., Sequence[Candidate]], *arguments: Any) -> Calla
 
 
 def _resnet(backend: Any, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Every kind of op that ResNet-50 has, at shapes for which the heuristic picks different tiles."""
+    """Every kind of op that ResNet-50 has, at shapes with different tiles."""
 
     def conv(
         c: int, size: int, k: int, kernel: int, stride: int, add: bool, groups: int = 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from resnet_fused import ops, settings, use_backend
 from resnet_fused.backends import Candidate, autotune
-from resnet_fused.backends.autotune import Tuner
+from resnet_fused.backends.autotune import Tuner, verify
 from resnet_fused.backends.autotune.cache import FILE
 from resnet_fused.backends.reference import ReferenceBackend
 from resnet_fused.reference import ops as reference
@@ -37,6 +39,7 @@ def new_tuner(machine: str = "Imaginary 1000") -> Tuner:
     """As a new process has it on that machine; the candidate that is measured first is fastest."""
     seconds = iter(range(1, 100))
     return Tuner(
+        clock=lambda: 0.0,
         measure=lambda call, device: call() is None or float(next(seconds)),
         passed=lambda family, device: True,
         environment=lambda device: (machine,),
@@ -246,13 +249,45 @@ def test_truth_is_computed_a_few_images_at_a_time(monkeypatch: pytest.MonkeyPatc
         seen.append((x.dtype, len(x)))
         return 2 * x + residual
 
-    x, residual = torch.randn(2, 5, 1, 2**20, 8).unbind()
+    monkeypatch.setattr(verify, "CHUNK_ELEMENTS", 4 * 8 * 3)
+    x, residual = torch.randn(2, 5, 2, 4, 3).unbind()
     wrong = Candidate("wrong", lambda x, residual: 2 * x, "family")
     listed = [wrong, Candidate("pytorch", doubled)]
     with pytest.warns(UserWarning, match="'wrong' is excluded"):
         new_tuner().choose("op", (x, residual), lambda: listed, doubled, per_image=True)
     assert seen[:2] == [(torch.float64, 4), (torch.float64, 1)]
     assert (torch.float32, 5) in seen
+
+
+def test_a_check_imports_no_compiler() -> None:
+    """PyTorch's own switch of its deterministic mode does, which takes seconds of a first call."""
+    script = """
+import sys, torch
+from resnet_fused.backends.autotune.verify import Check
+assert Check(torch.abs, [torch.ones(2, 3)], False).fault(lambda x: torch.empty_like(x))
+assert Check(torch.abs, [torch.ones(2, 3)], False).fault(torch.abs) is None
+assert "torch._inductor" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_warnings_of_the_deterministic_mode_are_not_shown() -> None:
+    x = torch.ones(2, 3)
+    messages = (
+        "max_pool2d_with_indices_backward_cuda does not have a deterministic implementation, but",
+        "Deterministic behavior was enabled with either `torch.use_deterministic_algorithms(True)`",
+        "something else",
+    )
+
+    def launch(x: Tensor) -> Tensor:
+        for message in messages:
+            warnings.warn(message, stacklevel=1)
+        return x.abs()
+
+    check = verify.Check(torch.abs, [x], per_image=False)
+    with pytest.warns(UserWarning, match="something else") as caught:
+        assert check.fault(launch) is None
+    assert len(caught) == 1
 
 
 def test_settings_of_pytorch_are_as_before_a_check() -> None:

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from resnet_fused.backends.tuning import Tuner
 from torch import Tensor
 
 from resnet_fused.backends.triton.backend import TritonBackend

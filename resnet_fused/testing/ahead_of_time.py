@@ -94,7 +94,7 @@ def recorded_launches(capability: int) -> Iterator[list[Launch]]:
 
     with (
         mock.patch.object(launching.Launch, "__call__", record),
-        mock.patch.object(launching, "machine", lambda _: limits),
+        mock.patch.object(launching, "machine", return_value=limits),
     ):
         yield launches
 

@@ -31,7 +31,7 @@ FIRST_CALL_SECONDS = 8.0
 
 
 class Verdicts:
-    """What the self-check found, as far as this process knows it. There is one; tests make others."""
+    """What the self-check found, as far as this process knows. It has one; tests make others."""
 
     def __init__(self, start: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen) -> None:
         """`start`: how the child process is begun."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from ...testing.numerics import cast, relative_error, rounding_floor
 
-_CHUNK_ELEMENTS = 2**25  # of the main input, in float64 at a time
+CHUNK_ELEMENTS = 2**25  # of the main input, in float64 at a time
 # Two results of one rounding each have the same error but for chance, and the worst of their
 # elements up to a few times that of the other's.
 _NOISE = 1.1
@@ -55,7 +56,7 @@ class Check:
         if not self._per_image:
             return _tensors(self._reference(*cast(list(self._arguments), torch.float64)))
         images = len(x)
-        step = max(1, _CHUNK_ELEMENTS * images // x.numel())
+        step = max(1, CHUNK_ELEMENTS * images // x.numel())
         parts = []
         for first in range(0, images, step):
             chunk = [
@@ -90,7 +91,7 @@ class Check:
 
     def fault(self, launch: Callable[..., Any]) -> str | None:
         """What is wrong with the result of `launch(*arguments)`, or None."""
-        with _uninitialised_memory_is_nan():
+        with uninitialised_memory_is_nan():
             results = _tensors(launch(*self._arguments))
         for i, (own, expected) in enumerate(zip(results, self._expected, strict=True)):
             if fault := _fault(own, expected):
@@ -123,15 +124,20 @@ def _tensors(result: Any) -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def _uninitialised_memory_is_nan() -> Iterator[None]:
-    """Within the block, PyTorch fills what `torch.empty` returns."""
+def uninitialised_memory_is_nan() -> Iterator[None]:
+    """Within the block, PyTorch fills what `torch.empty` returns, as it does in its deterministic
+    mode. That mode's warnings are for those who asked for it."""
+    # torch.use_deterministic_algorithms would import Inductor, which takes seconds.
+    set_mode: Callable[..., None] = torch._C._set_deterministic_algorithms
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    set_mode(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*(deterministic impl|Deterministic behavior)")
+            yield
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        set_mode(deterministic, warn_only=warn_only)

@@ -163,9 +163,9 @@ def conv_bn_kernel(
         image,
         result,
         gemm.channels,
-        EVEN=EVEN,
-        WINDOW=WINDOW,
-        TILE=TILE,
+        EVEN,
+        WINDOW,
+        TILE,
     )
     residual_row = None
     if residual_strides is not None:
@@ -185,10 +185,10 @@ def conv_bn_kernel(
         pack * gemm.columns,
         gemm.columns,
         result.c,
-        RELU=RELU,
-        EXACT=out.dtype.element_ty == tl.float32 and TILE.precision == "ieee",
-        BLOCK_M=TILE.m,
-        BLOCK_N=TILE.n,
+        RELU,
+        out.dtype.element_ty == tl.float32 and TILE.precision == "ieee",
+        TILE.m,
+        TILE.n,
     )
 
 
@@ -217,20 +217,7 @@ def conv_bn_projection_kernel(
     column = first_column + tl.arange(0, TILE.n)
     column = tl.where(column < gemm.columns, column, 0)
     safe_row = tl.where(row < gemm.rows, row, 0)
-    acc = convolve(
-        x,
-        None,
-        weight,
-        safe_row,
-        column,
-        0,
-        image,
-        result,
-        image.c,
-        EVEN=EVEN,
-        WINDOW=WINDOW,
-        TILE=TILE,
-    )
+    acc = convolve(x, None, weight, safe_row, column, 0, image, result, image.c, EVEN, WINDOW, TILE)
     projected = convolve(
         shortcut,
         None,
@@ -241,9 +228,9 @@ def conv_bn_projection_kernel(
         shortcut_image,
         result,
         shortcut_image.c,
-        EVEN=SHORTCUT_EVEN,
-        WINDOW=PROJECTION_WINDOW,
-        TILE=TILE,
+        SHORTCUT_EVEN,
+        PROJECTION_WINDOW,
+        TILE,
     )
     finish(
         acc,
@@ -260,10 +247,10 @@ def conv_bn_projection_kernel(
         0,
         gemm.columns,
         result.c,
-        RELU=True,
-        EXACT=out.dtype.element_ty == tl.float32 and TILE.precision == "ieee",
-        BLOCK_M=TILE.m,
-        BLOCK_N=TILE.n,
+        True,
+        out.dtype.element_ty == tl.float32 and TILE.precision == "ieee",
+        TILE.m,
+        TILE.n,
     )
 
 

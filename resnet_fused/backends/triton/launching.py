@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -209,9 +210,11 @@ def planned(make: Callable[_Parameters, _Plan]) -> Callable[_Parameters, _Plan]:
     return find
 
 
-def nhwc(tensor: Tensor) -> Tensor:
-    """`tensor` in channels_last memory; itself where it already is."""
-    return tensor.contiguous(memory_format=torch.channels_last)
+# A tensor in channels_last memory; itself where it already is. No Python function, because every
+# operand of every launch comes by here.
+nhwc: Callable[[Tensor], Tensor] = operator.methodcaller(
+    "contiguous", memory_format=torch.channels_last
+)
 
 
 def readable(tensor: Tensor | None) -> Tensor | None:

@@ -204,7 +204,7 @@ def convolve(
         h = p * WINDOW.stride_h - WINDOW.pad_h
         w = q * WINDOW.stride_w - WINDOW.pad_w
         x_row = ((n * image.h + h) * image.w + w) * image.c
-    x_tile = x + first_channel + x_row[:, None] + inner[None, :]
+    x_row += first_channel
 
     if WINDOW.packed_in > 0:
         group_channel = (
@@ -222,9 +222,11 @@ def convolve(
         weight_column = column * (taps * channels)
         if TILE.is_wide:
             weight_column = column.to(tl.int64) * (taps * channels)
-    weight_tile = weight + weight_column[None, :] + inner[:, None]
 
-    acc = tl.zeros((TILE.m, TILE.n), tl.float32)
+    # Members of a tuple are no constants to Triton 3.5 where they stand in another one.
+    block_m: tl.constexpr = TILE.m
+    block_n: tl.constexpr = TILE.n
+    acc = tl.zeros((block_m, block_n), tl.float32)
     r = 0
     s = 0
     c = 0
@@ -241,31 +243,35 @@ def convolve(
                 w[:, None] + tap_w[None, :], image.w
             )
             x_step = (tap_h * image.w + tap_w) * image.c + inner_channel
-            a_tile = x + first_channel + x_row[:, None] + x_step[None, :]
+            a_tile = x + x_row[:, None] + x_step[None, :]
+            b_tile = weight + weight_column[None, :] + index[:, None]
             a = tl.load(a_tile, in_image & in_channels[None, :], other=0.0)
-            weight_step = step * TILE.c
         else:
+            inner_channel = c + inner
+            in_channels = inner < channels - c
+            # Of several taps a step is a number, of one tap it is added where channels are: either
+            # way round costs instructions.
             if taps > 1:
                 x_step = (r * WINDOW.dilation_h * image.w + s * WINDOW.dilation_w) * image.c + c
                 weight_step = (r * WINDOW.s + s) * weight_channels + c
+                a_tile = x + x_row[:, None] + inner[None, :] + x_step
+                b_tile = weight + weight_column[None, :] + inner[:, None] + weight_step
             else:
-                x_step = c
-                weight_step = c
-            inner_channel = c + inner
-            in_channels = inner < channels - c
+                a_tile = x + x_row[:, None] + inner_channel[None, :]
+                b_tile = weight + weight_column[None, :] + inner_channel[:, None]
             if WINDOW.is_padded:
                 in_image = (
                     is_inside(h + r * WINDOW.dilation_h, image.h)
                     & is_inside(w + s * WINDOW.dilation_w, image.w)
                 )[:, None]
                 if EVEN:
-                    a = tl.load(x_tile + x_step, in_image, other=0.0)
+                    a = tl.load(a_tile, in_image, other=0.0)
                 else:
-                    a = tl.load(x_tile + x_step, in_image & in_channels[None, :], other=0.0)
+                    a = tl.load(a_tile, in_image & in_channels[None, :], other=0.0)
             elif EVEN:
-                a = tl.load(x_tile + x_step)
+                a = tl.load(a_tile)
             else:
-                a = tl.load(x_tile + x_step, in_channels[None, :], other=0.0)
+                a = tl.load(a_tile, in_channels[None, :], other=0.0)
         if scale_shift is not None:
             mean, scale, shift = load_scale_shift(
                 scale_shift, image.c, first_channel + inner_channel, in_channels
@@ -275,11 +281,11 @@ def convolve(
                 active = tl.where(in_image, active, 0.0)
             a = active.to(x.dtype.element_ty)
         if WINDOW.packed_in > 0:
-            b = tl.load(weight_tile + weight_step, from_group, other=0.0)
+            b = tl.load(b_tile, from_group, other=0.0)
         elif EVEN and not WINDOW.is_flat:
-            b = tl.load(weight_tile + weight_step)
+            b = tl.load(b_tile)
         else:
-            b = tl.load(weight_tile + weight_step, in_channels[:, None], other=0.0)
+            b = tl.load(b_tile, in_channels[:, None], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=TILE.precision)
         if not WINDOW.is_flat:
             r, s, c = next_step(r, s, c, channels, 0, WINDOW.r, WINDOW.s, 1, 1, TILE.c)

@@ -22,10 +22,47 @@ from .training_wgrad import wgrad, wgrad_configs
 _reference = ReferenceTraining()
 
 
-def _candidates(
-    run: Callable[..., Any], configs: Sequence[Config], reference: Callable[..., Any]
-) -> Candidates:
-    return [*candidates(run, configs, "triton training"), Candidate("pytorch", reference)]
+class _Piece:
+    """A way to compute a piece. Called, which is how candidates are checked and measured, it merges
+    parts of statistics, of which other configurations make others; `run` leaves them apart."""
+
+    def __init__(
+        self, run: Callable[..., Any], merge: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        self.run = run
+        self.merge = merge
+
+    def __call__(self, *arguments: Any) -> Any:
+        found = self.run(*arguments)
+        if self.merge is None or found[1] is None:
+            return found
+        return found[0], self.merge(found[1])
+
+
+_PLAIN = {
+    "conv_stats": _Piece(_reference.conv_stats, _reference.merge_moments),
+    "dgrad": _Piece(_reference.dgrad, _reference.merge_sums),
+    "wgrad": _Piece(_reference.wgrad),
+}
+
+
+def _choose(
+    piece: str,
+    arguments: tuple[Any, ...],
+    run: Callable[..., Any],
+    configs: Callable[[], Sequence[Config]],
+) -> Callable[..., Any]:
+    """What is to compute the piece: `run` in one of the configurations, or the reference."""
+    plain = _PLAIN[piece]
+
+    def listed() -> Candidates:
+        found = candidates(run, configs(), "triton training")
+        found = [c._replace(launch=_Piece(c.launch, plain.merge)) for c in found]
+        return [*found, Candidate("pytorch", plain)]
+
+    chosen = autotune.choose(piece, arguments, listed, plain).launch
+    assert isinstance(chosen, _Piece)  # all that are listed
+    return chosen.run
 
 
 class TritonTraining:
@@ -43,15 +80,13 @@ class TritonTraining:
     def conv_stats(
         self, x: Tensor | Activation, conv: Convolution, statistics: bool
     ) -> tuple[Tensor, Tensor | None]:
-        value = x if isinstance(x, Tensor) else x.pre_bn
-        # With statistics or without: backward repeats the forward's convolution, bit for bit.
-        chosen = autotune.choose(
+        run = _choose(
             "conv_stats",
-            (x, conv, True),
-            lambda: _candidates(conv_stats, conv_stats_configs(value, conv), _reference.conv_stats),
-            _reference.conv_stats,
+            (x, conv, True),  # in any case: backward repeats the forward's bits without statistics
+            conv_stats,
+            lambda: conv_stats_configs(x if isinstance(x, Tensor) else x.pre_bn, conv),
         )
-        found: tuple[Tensor, Tensor | None] = chosen.launch(x, conv, statistics)
+        found: tuple[Tensor, Tensor | None] = run(x, conv, statistics)
         return found
 
     def dgrad(
@@ -64,23 +99,17 @@ class TritonTraining:
         add_stride: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         arguments = (gradient, conv, shape, below, add, add_stride)
-        chosen = autotune.choose(
+        run = _choose(
             "dgrad",
             arguments,
-            lambda: _candidates(
-                dgrad, dgrad_configs(gradient, conv, shape, below is not None), _reference.dgrad
-            ),
-            _reference.dgrad,
+            dgrad,
+            lambda: dgrad_configs(gradient, conv, shape, below is not None),
         )
-        found: tuple[Tensor, Tensor | None] = chosen.launch(*arguments)
+        found: tuple[Tensor, Tensor | None] = run(*arguments)
         return found
 
     def wgrad(self, gradient: PreBnGradient, x: Tensor | Activation, conv: Convolution) -> Tensor:
-        chosen = autotune.choose(
-            "wgrad",
-            (gradient, x, conv),
-            lambda: _candidates(wgrad, wgrad_configs(gradient, x, conv), _reference.wgrad),
-            _reference.wgrad,
-        )
-        found: Tensor = chosen.launch(gradient, x, conv)
+        arguments = (gradient, x, conv)
+        run = _choose("wgrad", arguments, wgrad, lambda: wgrad_configs(*arguments))
+        found: Tensor = run(*arguments)
         return found

@@ -85,9 +85,9 @@ def conv_stats_kernel(
         image,
         result,
         gemm.channels,
-        EVEN=EVEN,
-        WINDOW=WINDOW,
-        TILE=TILE,
+        EVEN,
+        WINDOW,
+        TILE,
     )
     channels = result.c
     mask = in_rows[:, None] & in_columns[None, :]

@@ -125,7 +125,9 @@ def dgrad_kernel(
     r_taps = (WINDOW.r - first_r + CLASS_H - 1) // CLASS_H
     s_taps = (WINDOW.s - first_s + CLASS_W - 1) // CLASS_W
 
-    acc = tl.zeros((TILE.m, TILE.n), tl.float32)
+    block_m: tl.constexpr = TILE.m
+    block_n: tl.constexpr = TILE.n
+    acc = tl.zeros((block_m, block_n), tl.float32)
     r = first_r
     s = first_s
     k = 0

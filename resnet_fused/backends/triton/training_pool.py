@@ -53,9 +53,10 @@ def bn_relu_pool_kernel(
     n, p, q = split_position(row, result.h, result.w)
     h = p * POOL.stride - POOL.padding
     w = q * POOL.stride - POOL.padding
+    kernel: tl.constexpr = POOL.kernel  # as static_range takes it in Triton 3.5
     best = tl.full((BLOCK_M, BLOCK_C), float("-inf"), tl.float32)
-    for i in tl.static_range(POOL.kernel):
-        for j in tl.static_range(POOL.kernel):
+    for i in tl.static_range(kernel):
+        for j in tl.static_range(kernel):
             inside = (row < rows) & is_inside(h + i, image.h) & is_inside(w + j, image.w)
             position = (n * image.h + h + i) * image.w + w + j
             mask = inside[:, None] & valid[None, :]
@@ -103,8 +104,10 @@ def pool_gradient_kernel(
     # The windows that cover h begin at p · stride - padding, the last at or before h.
     last_p = (h + POOL.padding) // POOL.stride
     last_q = (w + POOL.padding) // POOL.stride
-    for back_p in tl.static_range((POOL.kernel - 1) // POOL.stride + 1):
-        for back_q in tl.static_range((POOL.kernel - 1) // POOL.stride + 1):
+    kernel: tl.constexpr = POOL.kernel
+    windows: tl.constexpr = (POOL.kernel - 1) // POOL.stride + 1
+    for back_p in tl.static_range(windows):
+        for back_q in tl.static_range(windows):
             p = last_p - back_p
             q = last_q - back_q
             top = p * POOL.stride - POOL.padding
@@ -112,8 +115,8 @@ def pool_gradient_kernel(
             covers = in_rows & is_inside(p, result.h) & is_inside(q, result.w)
             covers &= (h - top < POOL.kernel) & (w - left < POOL.kernel)
             wins = covers[:, None] & valid[None, :]
-            for i in tl.static_range(POOL.kernel):
-                for j in tl.static_range(POOL.kernel):
+            for i in tl.static_range(kernel):
+                for j in tl.static_range(kernel):
                     inside = covers & is_inside(top + i, image.h) & is_inside(left + j, image.w)
                     position = (n * image.h + top + i) * image.w + left + j
                     other = tl.load(

@@ -101,7 +101,9 @@ def wgrad_kernel(
     if TILE.is_wide:
         first_row = part.to(tl.int64) * rows_per_part
     last_row = tl.minimum(first_row + rows_per_part, rows)
-    acc = tl.zeros((TILE.m, TILE.n), tl.float32)
+    block_m: tl.constexpr = TILE.m
+    block_n: tl.constexpr = TILE.n
+    acc = tl.zeros((block_m, block_n), tl.float32)
     for start in range(first_row, last_row, TILE.c):
         row = start + tl.arange(0, TILE.c)
         in_rows = (row < last_row)[:, None]
