@@ -25,9 +25,10 @@ class Pyramid(nn.Module):
 
     def __init__(self, network: resnet_fused.ResNet, channels: int = 256) -> None:
         super().__init__()
-        widths = [stage[-1].layers()[-1][0].out_channels for stage in network.stages()]
+        widths = [network.fc.in_features >> halvings for halvings in (3, 2, 1, 0)]
         network.fc = nn.Identity()
-        self.network = resnet_fused.freeze_batch_norm(network)
+        resnet_fused.freeze_batch_norm(network)
+        self.network = network
         self.pyramid = FeaturePyramidNetwork(widths, channels, LastLevelMaxPool())
         self.out_channels = channels  # torchvision's detectors ask for it
 

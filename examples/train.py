@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -87,7 +87,7 @@ class Checkpoints:
         # What all have is written by any of them, but each has running statistics of its own.
         for buffer in self.model.buffers():
             dist.broadcast(buffer, 0)
-        dcp.save(self._state(), checkpoint_id=self.out / f"step-{step}")
+        state_dict_saver.save(self._state(), checkpoint_id=self.out / f"step-{step}")
         if dist.get_rank() == 0:
             part = self.out / ".latest.part"
             part.write_text(str(step))
@@ -102,7 +102,7 @@ class Checkpoints:
         if not self.latest.exists():
             return 0
         step, state = int(self.latest.read_text()), self._state()
-        dcp.load(state, checkpoint_id=self.out / f"step-{step}")
+        state_dict_loader.load(state, checkpoint_id=self.out / f"step-{step}")
         set_state_dict(
             self.model,
             self.optimizer,
@@ -140,13 +140,14 @@ def main() -> None:
         parser.error(f"--data holds {count} images, fewer than a step of {options.batch * ranks}")
     torch.manual_seed(0)  # every process begins with the same weights
     classes = len(images.folder.classes)
-    model: nn.Module = getattr(resnet_fused, options.arch)(num_classes=classes).to(device).train()
+    network: resnet_fused.ResNet = getattr(resnet_fused, options.arch)(num_classes=classes)
+    model: nn.Module = network.to(device).train()
     if options.parallel == "fsdp":
-        for block in model.blocks():
+        for block in network.blocks():
             fully_shard(block)
-        fully_shard(model)
+        fully_shard(network)
     else:
-        model = DistributedDataParallel(model, device_ids=[device.index] if gpu else None)
+        model = DistributedDataParallel(network, device_ids=[device.index] if gpu else None)
     optimizer = torch.optim.SGD(
         model.parameters(), options.learning_rate, momentum=0.9, weight_decay=1e-4
     )
