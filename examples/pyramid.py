@@ -25,6 +25,7 @@ class Pyramid(nn.Module):
 
     def __init__(self, network: resnet_fused.ResNet, channels: int = 256) -> None:
         super().__init__()
+        assert isinstance(network.fc, nn.Linear)
         widths = [network.fc.in_features >> halvings for halvings in (3, 2, 1, 0)]
         network.fc = nn.Identity()
         resnet_fused.freeze_batch_norm(network)

@@ -83,6 +83,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         state = getattr(models, name)().state_dict()
         for entry in models.get_model_weights(name):
             torch.save(state, checkpoints / entry.url.rsplit("/", 1)[1])
+    torch.save(models.resnet18(num_classes=3).state_dict(), folder / "flowers.pth")
     for name in ("examples", "benchmarks"):
         (folder / name).symlink_to(ROOT / name)
     programs = folder / "bin"
