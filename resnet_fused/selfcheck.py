@@ -283,7 +283,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, help="checks at a time (on a GPU 4, else 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
     parser.add_argument(
-        "--record", action="store_true", help="keep the verdicts; those that are kept stand"
+        "--record", action="store_true", help="keep the verdicts, and check only what has not passed"
     )
     options = parser.parse_args(arguments)
     gpu = torch.cuda.is_available()
@@ -333,7 +333,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     with _alone(options.record):
         known = families.recorded(device) if options.record else {}
-        wanted = [check for check in wanted if check.name not in known]
+        passed = {name for name, verdict in known.items() if isinstance(verdict, float)}
+        wanted = [check for check in wanted if check.name not in passed]
         results = supervise(wanted, options.seconds, options.jobs, report)
     return int(any(result.failed for result in results) or any(unavailable.values()))
 

@@ -57,8 +57,8 @@ class Verdicts:
         if is_new:
             warnings.warn(
                 f"resnet_fused leaves out its kernels {family!r} on this machine: {verdict}. "
-                "Results stay right, by other kernels. `python -m resnet_fused.selfcheck` repeats "
-                "the check; please report what it prints.",
+                "Results stay right, by other kernels. `python -m resnet_fused.selfcheck --record` "
+                "repeats the check; please report what it prints.",
                 stacklevel=2,
             )
         return False
