@@ -7,6 +7,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -191,6 +192,50 @@ def test_serve_answers_those_who_wait_in_one_batch(weights, images) -> None:
         assert [found["probability"] for found in answer] == pytest.approx(
             best.values.tolist(), rel=1e-4
         )
+
+
+class StandIn:
+    """What the model uses of Triton Inference Server's module, which only the server has."""
+
+    class Tensor(NamedTuple):
+        name: str
+        array: Any
+
+        def as_numpy(self) -> Any:
+            return self.array
+
+    class InferenceResponse(NamedTuple):
+        output_tensors: list[Any]
+
+    @staticmethod
+    def get_input_tensor_by_name(request: dict[str, Any], name: str) -> Any:
+        return StandIn.Tensor(name, request[name])
+
+
+def test_triton_server(weights, tmp_path, monkeypatch) -> None:
+    """Requests of different batches get their own logits; names are those of the configuration."""
+    folder = EXAMPLES / "triton_server/resnet50"
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", StandIn)
+    model = runpy.run_path(str(folder / "1/model.py"))["TritonPythonModel"]()
+    (tmp_path / "1").mkdir()
+    shutil.copy(weights, tmp_path / "1/weights.pth")
+    parameters = {"parameters": {"arch": {"string_value": "resnet18"}}}
+    model.initialize(
+        {
+            "model_config": json.dumps(parameters),
+            "model_repository": str(tmp_path),
+            "model_version": "1",
+            "model_instance_kind": "CPU",
+            "model_instance_device_id": "0",
+        }
+    )
+    asked = [torch.randn(count, 3, 64, 64) for count in (1, 3)]
+    responses = model.execute([{"images": x.numpy()} for x in asked])
+    for x, response in zip(asked, responses, strict=True):
+        (logits,) = response.output_tensors
+        with torch.no_grad():
+            assert relative_error(torch.from_numpy(logits.array), theirs(weights)(x)) < 1e-5
+        assert f'output [{{ name: "{logits.name}"' in (folder / "config.pbtxt").read_text()
 
 
 def test_profiling(run, tmp_path) -> None:
