@@ -250,6 +250,8 @@ def test_profiling(run, tmp_path) -> None:
     kept = resnet_fused.kept_activation_bytes(resnet_fused.resnet18(), torch.cat([x, x])).total
     assert f"{kept / 2 / 2**20:.1f} MiB saved" in printed
     assert "Self CPU time total" in printed
+    if "cpu" in resnet_fused.available_backends():
+        assert re.search(r"^ *resnet_fused::conv_bn ", printed, re.MULTILINE)
     assert '"traceEvents"' in trace.read_text()
 
 
