@@ -46,7 +46,7 @@ _SMOKE = """
 import json, torch, torchvision, triton, resnet_fused
 from resnet_fused import _extension
 from resnet_fused.env import versions
-from resnet_fused.testing.numerics import relative_error
+from resnet_fused.numerics import relative_error
 torch.manual_seed(0)
 theirs, ours = torchvision.models.resnet18().eval(), resnet_fused.resnet18().eval()
 ours.load_state_dict(theirs.state_dict())

@@ -36,7 +36,7 @@ from harness.measure import Peaks, floor_seconds, in_turn
 from harness.workers import ANSWER_SECONDS, Built, FailedError, Job, Referee, Runner, Truth, Worker
 
 from resnet_fused import complexity, env
-from resnet_fused.testing.numerics import relative_error
+from resnet_fused.numerics import relative_error
 from resnet_fused.tune import ARCHITECTURES
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

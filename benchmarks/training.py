@@ -39,8 +39,8 @@ from tqdm import tqdm
 
 import resnet_fused
 from resnet_fused import complexity, settings
+from resnet_fused.numerics import relative_error
 from resnet_fused.testing.cases import clear_batch
-from resnet_fused.testing.numerics import relative_error
 from resnet_fused.tune import ARCHITECTURES
 
 GATE_STEPS, GATE_STRIDE, GATE_NUDGES = 20, 4, 7

@@ -19,9 +19,8 @@ from harness.results import markdown
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from resnet_fused.backends.training import PreBnGradient
 from resnet_fused.ops.dispatch import serving, use_backend
-from resnet_fused.parameters import Convolution
+from resnet_fused.parameters import Convolution, PreBnGradient
 
 
 class _Counted:

@@ -72,6 +72,26 @@ class Layer(NamedTuple):
     frozen: tuple[Tensor, Tensor] | None = None
 
 
+# Rows of `scale_shift`, the (6, K) vectors of a layer in training (`backends/training.py`).
+MEAN, SCALE, SHIFT, INVSTD, UNBIASED_VAR, COUNT = range(6)
+
+
+class Activation(NamedTuple):
+    """relu((pre_bn - mean) · scale + shift) of a pre-BN output (N, K, P, Q)."""
+
+    pre_bn: Tensor
+    scale_shift: Tensor
+
+
+class PreBnGradient(NamedTuple):
+    """The gradient of `pre_bn`, unformed: a·grad + b·(pre_bn - mean) + d, or a·grad if `frozen`."""
+
+    grad: Tensor
+    pre_bn: Tensor | None  # None only where `frozen`
+    coefficients: Tensor
+    frozen: bool
+
+
 class MaxPool(NamedTuple):
     """Max pooling with implicit -inf padding, square window, floor rounding."""
 

@@ -283,7 +283,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, help="checks at a time (on a GPU 4, else 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
     parser.add_argument(
-        "--record", action="store_true", help="keep the verdicts, and check only what has not passed"
+        "--record",
+        action="store_true",
+        help="keep the verdicts; check what has not passed",
     )
     options = parser.parse_args(arguments)
     gpu = torch.cuda.is_available()

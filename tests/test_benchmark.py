@@ -33,7 +33,7 @@ from harness.results import ROOT
 
 from resnet_fused import complexity
 from resnet_fused.complexity import Pass
-from resnet_fused.testing.numerics import relative_error
+from resnet_fused.numerics import relative_error
 
 TINY = ["--arch", "resnet18", "--size", "64", "--device", "cpu", "--dtype", "float32"]
 ROUNDS = 2

@@ -22,6 +22,7 @@ import resnet_fused.backends.cpu as cpu
 from resnet_fused import _extension, backends, use_backend
 from resnet_fused.backends.cpu.onednn import OneDnnConvolution
 from resnet_fused.errors import BackendUnavailableError
+from resnet_fused.numerics import assert_contract, cast, check_op, relative_error
 from resnet_fused.ops import BatchNorm, ConvBn, Convolution, MaxPool
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import (
@@ -33,7 +34,6 @@ from resnet_fused.testing.cases import (
     make_residual,
     randomise_statistics,
 )
-from resnet_fused.testing.numerics import assert_contract, cast, check_op, relative_error
 from resnet_fused.testing.on import On
 
 pytestmark = pytest.mark.skipif(

@@ -13,6 +13,7 @@ from torch import Tensor
 from resnet_fused import _extension
 from resnet_fused._extension import optional_tensor_arg, tensor_arg
 from resnet_fused.backends.cpu.native import PackedConvolution, bn_add_relu, head, pack, vectors
+from resnet_fused.numerics import bn_add_relu_roundings, cast, check_op, relative_error
 from resnet_fused.parameters import BatchNorm, ConvBn, Convolution
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import (
@@ -25,7 +26,6 @@ from resnet_fused.testing.cases import (
     make_integers,
     make_residual,
 )
-from resnet_fused.testing.numerics import bn_add_relu_roundings, cast, check_op, relative_error
 
 if reason := _extension.available():
     pytest.skip(reason, allow_module_level=True)

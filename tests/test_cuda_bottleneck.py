@@ -19,6 +19,7 @@ from resnet_fused._extension import tensor_arg
 from resnet_fused.backends import Candidate
 from resnet_fused.backends.arguments import batch_norm_arg
 from resnet_fused.backends.cuda_sim import SimulatedBackend
+from resnet_fused.numerics import assert_contract, cast, check_op
 from resnet_fused.parameters import ConvBn
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import (
@@ -28,7 +29,6 @@ from resnet_fused.testing.cases import (
     make_integers,
     randomise_statistics,
 )
-from resnet_fused.testing.numerics import assert_contract, cast, check_op
 from resnet_fused.testing.on import On
 
 # One tile; several in each direction with tails in all of them; slices of output channels.

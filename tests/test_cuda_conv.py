@@ -27,6 +27,7 @@ from resnet_fused.backends import autotune
 from resnet_fused.backends.arguments import batch_norm_arg
 from resnet_fused.backends.cuda import CudaBackend
 from resnet_fused.backends.cuda_sim import SimulatedBackend
+from resnet_fused.numerics import assert_contract, cast, check_op
 from resnet_fused.parameters import BatchNorm, ConvBn, Convolution, MaxPool
 from resnet_fused.reference import ops as reference
 from resnet_fused.reference.convolution import convolve
@@ -41,7 +42,6 @@ from resnet_fused.testing.cases import (
     make_residual,
     randomise_statistics,
 )
-from resnet_fused.testing.numerics import assert_contract, cast, check_op
 from resnet_fused.testing.on import On
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from resnet_fused._extension import tensor_arg
 from resnet_fused.backends.cuda_sim import SimulatedBackend
+from resnet_fused.numerics import cast, check_op
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import generator
-from resnet_fused.testing.numerics import cast, check_op
 from resnet_fused.testing.on import On
 
 # Batch, channels, height, width, classes. A block of products has 4 images, or one, and 8 classes.

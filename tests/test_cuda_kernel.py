@@ -17,9 +17,9 @@ from torch import Tensor
 from resnet_fused import backends, ops, use_backend
 from resnet_fused._extension import tensor_arg
 from resnet_fused.backends.arguments import batch_norm_arg
+from resnet_fused.numerics import cast, relative_error
 from resnet_fused.parameters import BatchNorm
 from resnet_fused.reference import ops as reference
-from resnet_fused.testing.numerics import cast, relative_error
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import resnet_fused
 from resnet_fused.models.network import ResidualNetwork
-from resnet_fused.testing.numerics import assert_contract
+from resnet_fused.numerics import assert_contract
 from resnet_fused.testing.plain import run_modules
 
 pytest.importorskip("torchvision", reason="detectors are torchvision's")

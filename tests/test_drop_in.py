@@ -34,10 +34,10 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 import resnet_fused
 from resnet_fused import backends, use_backend
+from resnet_fused.numerics import relative_error
 from resnet_fused.ops import BatchNorm, ConvBn, Convolution
 from resnet_fused.ops.dispatch import serving
 from resnet_fused.testing.cases import generator, randomise_statistics
-from resnet_fused.testing.numerics import relative_error
 from resnet_fused.testing.plain import run_modules, training_ops_in_pytorch
 
 Use = Callable[[nn.Module], Any]

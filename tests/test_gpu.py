@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import resnet_fused
 from resnet_fused import ops, use_backend
+from resnet_fused.numerics import assert_contract, cast
 from resnet_fused.parameters import ConvBn, Convolution
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import generator, make_batch_norm, randomise_statistics
-from resnet_fused.testing.numerics import assert_contract, cast
 
 pytestmark = pytest.mark.gpu
 

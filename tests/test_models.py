@@ -20,8 +20,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import resnet_fused
 from resnet_fused import CheckpointError, use_backend
+from resnet_fused.numerics import assert_contract, relative_error
 from resnet_fused.testing.cases import generator, randomise_statistics
-from resnet_fused.testing.numerics import assert_contract, relative_error
 from resnet_fused.testing.plain import run_modules
 
 FAMILY = [

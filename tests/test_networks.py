@@ -28,8 +28,8 @@ from resnet_fused import (
     use_backend,
 )
 from resnet_fused.models.network import ResidualNetwork
+from resnet_fused.numerics import assert_contract, relative_error
 from resnet_fused.testing.cases import generator, randomise_statistics
-from resnet_fused.testing.numerics import assert_contract, relative_error
 from resnet_fused.testing.plain import run_modules, training_ops_in_pytorch
 
 NOISE = 1.1  # the results are a few dozen numbers

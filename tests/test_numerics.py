@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from resnet_fused.reference import ops as reference
-from resnet_fused.testing.cases import generator, make_batch_norm
-from resnet_fused.testing.numerics import (
+from resnet_fused.numerics import (
     assert_contract,
     bn_add_relu_roundings,
     cast,
     relative_error,
     rounding_floor,
 )
+from resnet_fused.reference import ops as reference
+from resnet_fused.testing.cases import generator, make_batch_norm
 
 INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
 MOST_ROUNDINGS = bn_add_relu_roundings(torch.float32, add=True)

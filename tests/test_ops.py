@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from resnet_fused import backends, ops
+from resnet_fused.numerics import bn_add_relu_roundings, cast, check_op
 from resnet_fused.ops import BatchNorm, ConvBn, MaxPool
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import (
@@ -24,7 +25,6 @@ from resnet_fused.testing.cases import (
     make_integers,
     make_residual,
 )
-from resnet_fused.testing.numerics import bn_add_relu_roundings, cast, check_op
 from resnet_fused.testing.on import On
 
 # The results have a few hundred elements, so one rounding more or less shows in the norm.

@@ -16,11 +16,11 @@ from conftest import require
 from torch import Tensor
 
 from resnet_fused import use_backend
-from resnet_fused.backends.training import COUNT, MEAN, UNBIASED_VAR, Activation
+from resnet_fused.numerics import relative_error
 from resnet_fused.ops import Convolution, Layer, MaxPool, residual_block_training, stem_training
 from resnet_fused.ops.dispatch import chosen_backend
+from resnet_fused.parameters import COUNT, MEAN, UNBIASED_VAR, Activation
 from resnet_fused.testing.cases import generator
-from resnet_fused.testing.numerics import relative_error
 
 Result = tuple[Tensor, list[Tensor]]  # an op's result and its gradients
 NOISE = 1.1  # tensors of a few hundred elements
@@ -420,9 +420,9 @@ def test_same_bits_every_time(target: tuple[str, torch.dtype]) -> None:
 def test_weight_gradient_in_parts() -> None:
     """Positions split among programs, summed in order: the same as in one piece."""
     require("triton", "cpu", torch.float32)
-    from resnet_fused.backends.training import PreBnGradient
     from resnet_fused.backends.triton.launching import Config
     from resnet_fused.backends.triton.training_wgrad import wgrad
+    from resnet_fused.parameters import PreBnGradient
     from resnet_fused.reference.training import ReferenceTraining
 
     rng = generator()

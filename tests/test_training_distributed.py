@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from resnet_fused import BasicBlock, Bottleneck, freeze_batch_norm, use_backend
 from resnet_fused.models import ResNet
+from resnet_fused.numerics import relative_error
 from resnet_fused.testing.cases import generator, randomise_statistics
-from resnet_fused.testing.numerics import relative_error
 from resnet_fused.testing.plain import training_ops_in_pytorch
 
 SPLIT = 3  # of 5 images the first process gets 3: counts differ

@@ -15,10 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 import resnet_fused
 from resnet_fused import BasicBlock, Bottleneck, freeze_batch_norm, use_backend
+from resnet_fused.numerics import relative_error
 from resnet_fused.parameters import Convolution
 from resnet_fused.reference.training import ReferenceTraining
 from resnet_fused.testing.cases import clear_batch, generator, randomise_statistics
-from resnet_fused.testing.numerics import relative_error
 from resnet_fused.testing.plain import run_modules, training_ops_in_pytorch
 from resnet_fused.training import kept_activation_bytes
 

@@ -29,6 +29,7 @@ from resnet_fused.backends.triton.convolution import conv_bn, conv_bn_projection
 from resnet_fused.backends.triton.launching import Config, Launch, Machine
 from resnet_fused.backends.triton.stem import stem
 from resnet_fused.errors import BackendUnavailableError
+from resnet_fused.numerics import cast, check_op
 from resnet_fused.ops import MaxPool
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import (
@@ -39,7 +40,6 @@ from resnet_fused.testing.cases import (
     make_integers,
     make_residual,
 )
-from resnet_fused.testing.numerics import cast, check_op
 
 # Results of a few hundred elements: one rounding more or less shows in the norm.
 NOISE = 1.1

@@ -18,8 +18,7 @@ pytest.importorskip("triton")
 
 from resnet_fused.backends import autotune
 from resnet_fused.backends.autotune.verify import Check
-from resnet_fused.backends.training import Activation, PreBnGradient
-from resnet_fused.parameters import BatchNorm, Convolution
+from resnet_fused.parameters import Activation, BatchNorm, Convolution, PreBnGradient
 from resnet_fused.testing.cases import generator
 
 ROOT = Path(__file__).resolve().parents[1]

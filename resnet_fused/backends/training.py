@@ -15,30 +15,12 @@ Vectors of one layer of K channels, float32 (float64 where the activations are f
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..parameters import Convolution, MaxPool
-
-MEAN, SCALE, SHIFT, INVSTD, UNBIASED_VAR, COUNT = range(6)
-
-
-class Activation(NamedTuple):
-    """relu((pre_bn - mean) · scale + shift) of a pre-BN output (N, K, P, Q)."""
-
-    pre_bn: Tensor
-    scale_shift: Tensor
-
-
-class PreBnGradient(NamedTuple):
-    """The gradient of `pre_bn`, unformed: a·grad + b·(pre_bn - mean) + d, or a·grad if `frozen`."""
-
-    grad: Tensor
-    pre_bn: Tensor | None  # None only where `frozen`
-    coefficients: Tensor
-    frozen: bool
+from ..parameters import Activation, Convolution, MaxPool, PreBnGradient
 
 
 class TrainingKernels(Protocol):

@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.training import Activation, PreBnGradient
-from ..parameters import Convolution, Layer
+from ..parameters import Activation, Convolution, Layer, PreBnGradient
 from .checks import check_activation
 from .registry import autocast_dtype, empty_result
 from .training_layers import (

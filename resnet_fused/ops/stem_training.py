@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.training import Activation, PreBnGradient
-from ..parameters import Layer, MaxPool
+from ..parameters import Activation, Layer, MaxPool, PreBnGradient
 from .checks import check_activation, pool_shape
 from .registry import autocast_dtype, empty_result
 from .training_layers import (

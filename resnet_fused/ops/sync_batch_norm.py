@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.training import Activation, PreBnGradient
-from ..parameters import BatchNorm
+from ..parameters import Activation, BatchNorm, PreBnGradient
 from ..reference import training
 from ..reference.ops import nhwc
 from .checks import check_activation, check_batch_norm

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..backends.training import MEAN, UNBIASED_VAR, TrainingKernels
-from ..parameters import BatchNorm, Convolution, Layer
+from ..backends.training import TrainingKernels
+from ..parameters import MEAN, UNBIASED_VAR, BatchNorm, Convolution, Layer
 from ..reference.training import ReferenceTraining
 from .checks import check_batch_norm, convolution_shape
 from .dispatch import chosen_backend, serving, use_backend

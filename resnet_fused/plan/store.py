@@ -95,14 +95,15 @@ def _is_capturing(x: Tensor) -> bool:
 def run(network: Network, x: Tensor) -> Tensor | None:
     """`network(x)` by its plan, or None where the ordinary path has to compute it.
 
-    So it is in training, where gradients may be wanted, inside modes, transforms and tracers, and
-    as long as no plan was recorded for such an `x`.
+    So it is in training, where gradients may be wanted, inside modes, transforms and tracers, under
+    a profiler, which is to see the ops, and as long as no plan was recorded for such an `x`.
     """
     if (
         network.training
         or torch.is_grad_enabled()
         or fusion.must_call_modules(x)
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
         or x.dim() != 4
         or x.device.type not in _PLANNED
     ):

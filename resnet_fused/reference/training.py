@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from ..backends.training import MEAN, SCALE, SHIFT, Activation, PreBnGradient
-from ..parameters import Convolution, Layer, MaxPool
+from ..parameters import MEAN, SCALE, SHIFT, Activation, Convolution, Layer, MaxPool, PreBnGradient
 from .convolution import convolve
 from .ops import nhwc, pad_channels
 

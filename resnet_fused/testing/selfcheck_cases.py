@@ -19,8 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..backends import Backend, autotune
 from ..backends.autotune.verify import uninitialised_memory_is_nan
-from ..backends.training import INVSTD, MEAN, SCALE, Activation, PreBnGradient
-from ..parameters import ConvBn, MaxPool
+from ..parameters import INVSTD, MEAN, SCALE, Activation, ConvBn, MaxPool, PreBnGradient
 from ..reference import ops as reference
 from ..reference.training import ReferenceTraining
 from .cases import (

@@ -1,7 +1,7 @@
 """Whether a candidate computes what the reference does, on the inputs it is to be measured with.
 
 Truth is the reference in float64, the yardstick PyTorch's own error in the inputs' dtype, as in the
-numerics contract (`resnet_fused.testing.numerics`), and beside it PyTorch's worst element, because
+numerics contract (`resnet_fused.numerics`), and beside it PyTorch's worst element, because
 one wrong element among millions does not show in a norm. Memory that a candidate gets for its
 result is filled with NaN, so that an element which nobody writes shows.
 """
@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ...testing.numerics import cast, relative_error, rounding_floor
+from ...numerics import cast, relative_error, rounding_floor
 
 CHUNK_ELEMENTS = 2**25  # of the main input, in float64 at a time
 # Two results of one rounding each have the same error but for chance, and the worst of their
 # elements up to a few times that of the other's.
 _NOISE = 1.1
 _NOISE_OF_WORST = 2.0
-# Of batch norm in float32 (`testing.numerics.bn_add_relu_roundings`), with a residual.
+# Of batch norm in float32 (`resnet_fused.numerics.bn_add_relu_roundings`), with a residual.
 _ROUNDINGS = 6
 
 

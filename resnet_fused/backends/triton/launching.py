@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from ...parameters import BatchNorm, ConvBn, Convolution
+from ...parameters import BatchNorm, ConvBn, Convolution, PreBnGradient
 from .. import Candidate, tf32_in_convolutions
-from ..training import PreBnGradient
 
 # Row indices run past the result by at most a tile, which must not overflow 32 bits either.
 _NARROW_ELEMENTS = 2**31 - 2**16

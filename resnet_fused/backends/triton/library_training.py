@@ -15,9 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ...parameters import Convolution
+from ...parameters import Activation, Convolution, PreBnGradient
 from ...reference.convolution import convolve
-from ..training import Activation, PreBnGradient
 from .launching import Config, Launch, dense_gradient, empty_nhwc, is_wide, nhwc, planned
 from .primitives import tile_index
 from .training import TritonTraining

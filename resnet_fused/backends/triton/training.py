@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...parameters import Convolution
+from ...parameters import Activation, Convolution, PreBnGradient
 from ...reference.training import ReferenceTraining
 from .. import Candidate, Candidates, autotune
-from ..training import Activation, PreBnGradient
 from . import training_batch_norm as batch_norm
 from . import training_pool as pooling
 from .launching import Config, candidates

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..training import Activation
+from ...parameters import Activation
 from .launching import (
     Config,
     Image,

@@ -21,8 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...parameters import Convolution
-from ..training import Activation
+from ...parameters import Activation, Convolution
 from .convolution import Gemm, configurations
 from .launching import (
     Config,
@@ -47,10 +46,11 @@ def tile_moments(tile, in_rows, count):
     """Mean and sum of squared deviations of a (rows, channels) tile's columns; `count` of its
     rows are `in_rows`. Two passes over registers, the second correcting the first one's mean."""
     tile = for_sums(tile)
-    mean = tl.sum(tl.where(in_rows[:, None], tile, 0.0), 0) / count
+    share = 1.0 / count
+    mean = tl.sum(tl.where(in_rows[:, None], tile, 0.0), 0) * share
     deviation = tl.where(in_rows[:, None], tile - mean[None, :], 0.0)
-    rest = tl.sum(deviation, 0)
-    return mean + rest / count, tl.sum(deviation * deviation, 0) - rest * rest / count
+    rest = tl.sum(deviation, 0) * share
+    return mean + rest, tl.sum(deviation * deviation, 0) - rest * rest * count
 
 
 @triton.jit

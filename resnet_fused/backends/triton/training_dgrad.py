@@ -23,8 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...parameters import Convolution
-from ..training import Activation, PreBnGradient
+from ...parameters import Activation, Convolution, PreBnGradient
 from .convolution import Gemm, configurations
 from .launching import (
     Config,

@@ -16,8 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...parameters import MaxPool
-from ..training import Activation
+from ...parameters import Activation, MaxPool
 from .launching import Config, Image, Launch, empty_nhwc, is_wide, nhwc, planned
 from .primitives import (
     affine,

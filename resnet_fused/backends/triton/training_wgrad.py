@@ -18,8 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...parameters import Convolution
-from ..training import Activation, PreBnGradient
+from ...parameters import Activation, Convolution, PreBnGradient
 from . import launching
 from .launching import (
     Config,
