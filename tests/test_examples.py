@@ -26,7 +26,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import resnet_fused
-from resnet_fused.testing.numerics import relative_error
+from resnet_fused.numerics import relative_error
 
 Image = pytest.importorskip("PIL.Image", reason="writes and reads the images")
 models = pytest.importorskip("torchvision.models", reason="prepares the images")
