@@ -32,20 +32,18 @@ def main() -> None:
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    # Under inference_mode a recorded network is one call, in which the profiler sees no ops. With
-    # gradients enabled, which nothing here asks for, it runs op by op.
-    model.requires_grad_(False)
-    for _ in range(2):  # the first call packs weights and chooses kernels
-        model(images)
-    with profile(activities=activities) as seen:
-        model(images)
-    with FlopCounterMode(display=False) as flops:
-        model(images)
+    with torch.inference_mode():
+        for _ in range(2):  # the first call packs weights and chooses kernels
+            model(images)
+        with profile(activities=activities) as seen:
+            model(images)
+        with FlopCounterMode(display=False) as flops:
+            model(images)
     print(seen.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=12))
     if options.trace:
         seen.export_chrome_trace(options.trace)
     print(f"{flops.get_total_flops() / options.batch / 1e9:.2f} GFLOP an image")
-    kept = resnet_fused.kept_activation_bytes(model.requires_grad_(True).train(), images)
+    kept = resnet_fused.kept_activation_bytes(model.train(), images)
     print(f"{kept.total / options.batch / 2**20:.1f} MiB saved for backward an image")
 
 
