@@ -23,6 +23,10 @@ if not torch.cuda.is_available():
 from resnet_fused import _extension, backends, use_backend
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--wheel", help="a built wheel, for tests/test_wheel.py")
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m selects by the markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks what uses the fixture `simulator`, and skips what this machine or build lacks."""

@@ -23,8 +23,8 @@ class CifarResNet(ResidualNetwork):
     Args:
         block: BasicBlock or PlainBlock.
         layers: number of blocks in each of the three stages.
-        num_classes, zero_init_residual, norm_layer, shortcut, checkpoint: as for
-            `resnet_fused.ResNet`; the shortcuts are option A's by default.
+
+    The other arguments are those of `resnet_fused.ResNet`; the shortcuts are option A's by default.
     """
 
     def __init__(

@@ -26,7 +26,8 @@ class ResNet(ResidualNetwork):
         layers: number of blocks in each of the four stages.
         num_classes: outputs of the fully connected layer.
         zero_init_residual: start each block's last BN at zero, so that blocks begin as identities.
-        groups, width_per_group: cardinality and width of Bottleneck's 3×3 (ResNeXt, Wide ResNet).
+        groups: cardinality of Bottleneck's 3×3 (ResNeXt).
+        width_per_group: width of Bottleneck's 3×3 (ResNeXt, Wide ResNet).
         replace_stride_with_dilation: for stages 2, 3 and 4, dilate instead of striding.
         norm_layer: makes the normalisation of a number of channels; `nn.BatchNorm2d` if None.
         shortcut: the paper's option "A" (identities, strided and zero-padded where dimensions
