@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.utils.checkpoint import checkpoint
 
-from .. import fusion, plan, traced
+from .. import fusion, plan, sequence, traced
 from ..blocks import (
     BasicBlock,
     Bottleneck,
@@ -22,14 +22,8 @@ from ..blocks import (
     ResidualBlock,
     conv1x1,
 )
-from ..ops.block_training import residual_block_training
 from ..ops.checks import check_is_tensor
-from ..ops.conv_bn import conv_bn
 from ..ops.head import head
-from ..ops.stem import stem
-from ..ops.stem_training import stem_training
-from ..ops.training_choice import run_on, training_backend
-from ..parameters import MaxPool
 from .weights import WeightsSource, load_weights, without_legacy
 
 
@@ -110,7 +104,7 @@ def _untracked(blocks: Sequence[nn.Module]) -> Iterator[None]:
 
 
 # The methods that a network's forward consists of.
-_PIECES = ("_forward", "_stem", "_stem_fused", "_stem_unfused", "_head", "stages")
+_PIECES = ("_forward", "_stem", "_stem_unfused", "_head", "stages")
 
 
 class ResidualNetwork(nn.Module):
@@ -314,7 +308,7 @@ class ResidualNetwork(nn.Module):
             check_is_tensor("input", x)
         if fusion.must_call_modules(x):
             return fusion.run_unfused(self._stem_unfused, self, x)
-        out = self._stem_fused(x)
+        out = sequence.fused(x, self.conv1, self.bn1, self.relu, self.maxpool)
         if out is None:
             # As the fused ops leave it, and faster than what PyTorch makes of NCHW.
             x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
@@ -326,45 +320,6 @@ class ResidualNetwork(nn.Module):
         if self.maxpool is not None:
             x = self.maxpool(x)
         return x
-
-    def _stem_fused(self, x: Tensor) -> Tensor | None:
-        """The stem by fused ops, or None where its modules have to run."""
-        if not fusion.is_relu(self.relu):
-            return None
-        pool = None if self.maxpool is None else fusion.max_pool(self.maxpool)
-        if self.training:
-            training = fusion.training_plan([(self.conv1, self.bn1)])
-            if training is None:
-                return None
-            if not training.is_frozen() or training.needs_gradients(x):
-                return self._train_stem(x, training, pool)
-        layer = fusion.conv_bn(self.conv1, self.bn1)
-        if layer is None:
-            return None
-        if self.maxpool is None:
-            return conv_bn(x, layer, relu=True)
-        if pool is None:
-            return self.maxpool(conv_bn(x, layer, relu=True))
-        return stem(x, layer, pool)
-
-    def _train_stem(
-        self, x: Tensor, training: fusion.TrainingPlan, pool: MaxPool | None
-    ) -> Tensor | None:
-        """The stem as one op, forward and backward, or None where it has to run by modules."""
-        if self.maxpool is not None and pool is None:
-            return None
-        block = (x, training.layers, None, False, training.sync_group)
-        backend = training_backend(*block, pool=pool)
-        if backend is None:
-            return None
-        if pool is not None:
-            out, terms = run_on(
-                backend, stem_training, x, training.layers[0], pool, training.sync_group
-            )
-        else:
-            out, (terms,) = run_on(backend, residual_block_training, *block)
-        fusion.track_statistics([self.bn1], [terms])
-        return out
 
     def _head(self, x: Tensor) -> Tensor:
         arguments = None
