@@ -22,8 +22,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,6 @@ from .blocks import ResidualBlock
 from .models.network import ResidualNetwork
 from .ops.conv_bn import conv_bn
 
-_PLANS: WeakKeyDictionary[Any, plan.Plans] = WeakKeyDictionary()
 # A convolution, and the normalisation behind it if there is one.
 Pair = tuple[nn.Module, nn.Module | None]
 
@@ -45,7 +44,8 @@ class Fused:
     replaced = "forward"  # the method
     if TYPE_CHECKING:  # TorchScript reads a class's annotations
         original: ClassVar[type[nn.Module]]
-        plain: ClassVar[Callable[..., Any]]  # the method as it was
+        method: ClassVar[Callable[..., Any]]  # as it was
+        plain: ClassVar[Callable[..., Any]]  # the same, for TorchScript
 
     def pairs(self) -> Iterator[Pair]:
         """The convolutions that are called from here."""
@@ -62,7 +62,7 @@ class Fused:
 
     def is_plain(self) -> bool:
         """Whether the original method is still the one that is known."""
-        return getattr(self.original, self.replaced) is type(self).plain
+        return getattr(self.original, self.replaced) is type(self).method
 
     def run(self, x: Tensor) -> Any:
         """What the method does."""
@@ -79,6 +79,8 @@ class Fused:
         make, arguments, *rest = super().__reduce_ex__(protocol)
         if make is copyreg.__newobj__:  # type: ignore[attr-defined]
             make, arguments = _new, (self.original,)
+            if rest and isinstance(rest[0], dict):  # plans are of one object
+                rest[0] = {name: value for name, value in rest[0].items() if name != "_plans"}
         return (make, arguments, *rest)
 
 
@@ -225,14 +227,6 @@ class _Network(Fused):
     """A ResNet: its stem by ops and, without gradients, all of it by a plan."""
 
     head: tuple[str, ...] = ()
-
-    @property
-    def _plans(self) -> plan.Plans | None:
-        return _PLANS.get(self)
-
-    @_plans.setter
-    def _plans(self, plans: plan.Plans) -> None:
-        _PLANS[self] = plans
 
     def stem(self) -> list[nn.Module]:
         return _present(self, "conv1", "bn1", "relu", "act1", "maxpool")
@@ -444,13 +438,20 @@ def _known(original: type[nn.Module]) -> _Known | str:
 @functools.cache
 def _class(original: type[nn.Module], kind: type[Fused]) -> type[nn.Module]:
     """The class that stands for `original`, looking like it."""
+    method = cast("Any", getattr(original, kind.replaced))
+    # TorchScript goes by a function's own name, of which there may be one in a class.
+    plain = FunctionType(
+        method.__code__, method.__globals__, "plain", method.__defaults__, method.__closure__
+    )
+    plain.__annotations__ = method.__annotations__
     namespace = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "__annotations__": dict(getattr(original, "__annotations__", {})),
         "original": original,
-        "plain": getattr(original, kind.replaced),
+        "method": method,
+        "plain": plain,
     }
     return type(original)(original.__name__, (kind, original), namespace)
 
@@ -589,6 +590,7 @@ def _unfuse(module: nn.Module) -> None:
             f"{type(module).__qualname__} is a class made of a fused one; undo that first."
         )
     module.__class__ = module.original
+    vars(module).pop("_plans", None)
 
 
 def _pairs_of_ours(module: nn.Module) -> list[Pair] | None:
