@@ -596,7 +596,7 @@ def _unfuse(module: nn.Module) -> None:
 def _pairs_of_ours(module: nn.Module) -> list[Pair] | None:
     """The convolutions that a module of this package calls, which is fused by itself."""
     if isinstance(module, ResidualNetwork):
-        return [(module.conv1, module.bn1)]
+        return list(_pairs([module.conv1, module.bn1]))
     if isinstance(module, ResidualBlock) and not isinstance(module, Fused):
         return [*module.layers(), *_pairs(_present(module, "downsample"))]
     return None
