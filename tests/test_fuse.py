@@ -5,10 +5,14 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import json
 import pickle
+import subprocess
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -417,3 +421,19 @@ def test_plans_go_with_their_network() -> None:
     assert "_plans" not in vars(ours)
     gc.collect()
     assert plans() is None
+
+
+def test_the_benchmark_measures_both(tmp_path: Path) -> None:
+    """By its command line, at a size that says nothing about speed."""
+    timms("resnet18")()
+    root = Path(__file__).parents[1]
+    path = tmp_path / "out.json"
+    command = [sys.executable, root / "benchmarks/fuse.py", "--device", "cpu", "--json", path]
+    options = "--models resnet18 --batch 2 --size 64 --rounds 2 --seconds 0.01".split()
+    subprocess.run([*command, *options], check=True, cwd=root, timeout=500)
+    (comparison,) = json.loads(path.read_text())["comparisons"]
+    fused, eager = comparison["entries"]
+    assert fused["status"] == eager["status"] == "measured"
+    assert fused["error"] <= comparison["eager_error"]
+    assert eager["speedup"] == pytest.approx(fused["rate"] / eager["rate"])
+    assert comparison["report"].startswith("20 of 20 convolutions fused")

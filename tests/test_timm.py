@@ -1,4 +1,4 @@
-"""timm's methods and options on our networks, beside timm's own, and weights from its checkpoints."""
+"""timm's methods and options on our networks beside its own, and weights from its checkpoints."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def test_what_holds_no_state_dict_says_what_it_holds(tmp_path: Path) -> None:
     torch.save({"net": {"conv1.weight": torch.ones(1)}, "epoch": 3}, path)
     with pytest.raises(CheckpointError, match=r"weights\.pt holds no .* but dict with net, epoch"):
         resnet_fused.resnet18(weights=path)
-    with pytest.raises(CheckpointError, match="^weights holds no state dict"):
+    with pytest.raises(CheckpointError, match=r"^weights holds no state dict"):
         resnet_fused.resnet18(weights={"epoch": 3})
 
 
