@@ -83,10 +83,8 @@ class Job(NamedTuple):
         model = randomise_statistics(MODELS[self.model](self.model)).to(self.dtype).eval()
         images = torch.randn(self.batch, 3, self.size, self.size, generator=generator())
         images = images.to(self.dtype)
-        return (
-            model.to(self.device, dtype, memory_format=layout),
-            images.to(self.device, dtype, memory_format=layout),
-        )
+        images = images.to(self.device, dtype, memory_format=layout)
+        return model.to(self.device, dtype).to(memory_format=layout), images
 
 
 def _result(model: nn.Module, images: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ another version of it, and is left alone.
 from __future__ import annotations
 
 import copyreg
-import functools
 import itertools
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -76,7 +75,8 @@ class Fused:
         return fusion.run_unfused(partial(getattr(self.original, self.replaced), self), module, x)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        make, arguments, *rest = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, arguments, *rest = reduced
         if make is copyreg.__newobj__:  # type: ignore[attr-defined]
             make, arguments = _new, (self.original,)
             if rest and isinstance(rest[0], dict):  # plans are of one object
@@ -246,7 +246,7 @@ class _Network(Fused):
     def call_head(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def by_ops(self, x: Tensor) -> Tensor:
+    def by_ops(self, x: Tensor) -> Tensor | None:
         if not torch.compiler.is_compiling():
             planned = plan.run(cast("Any", self), x)
             if planned is not None:
@@ -419,6 +419,10 @@ _METHODS = {
 }
 
 
+# That are made of others: copies and pickles of a module are of the same class.
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _known(original: type[nn.Module]) -> _Known | str:
     """What is known of a class, or why it is left alone."""
     where = (
@@ -435,9 +439,10 @@ def _known(original: type[nn.Module]) -> _Known | str:
     return known
 
 
-@functools.cache
 def _class(original: type[nn.Module], kind: type[Fused]) -> type[nn.Module]:
-    """The class that stands for `original`, looking like it."""
+    """The class that stands for `original`, looking like it: one for each."""
+    if original in _CLASSES:
+        return _CLASSES[original]
     method = cast("Any", getattr(original, kind.replaced))
     # TorchScript goes by a function's own name, of which there may be one in a class.
     plain = FunctionType(
@@ -453,7 +458,9 @@ def _class(original: type[nn.Module], kind: type[Fused]) -> type[nn.Module]:
         "method": method,
         "plain": plain,
     }
-    return type(original)(original.__name__, (kind, original), namespace)
+    make = cast("Any", type(original))  # a class's class, which some libraries have their own of
+    _CLASSES[original] = make(original.__name__, (kind, original), namespace)
+    return _CLASSES[original]
 
 
 def _why_not(conv: nn.Module, bn: nn.Module | None) -> str | None:
@@ -589,7 +596,7 @@ def _unfuse(module: nn.Module) -> None:
         raise ValueError(
             f"{type(module).__qualname__} is a class made of a fused one; undo that first."
         )
-    module.__class__ = module.original
+    cast("Any", module).__class__ = module.original
     vars(module).pop("_plans", None)
 
 

@@ -429,8 +429,9 @@ def test_the_benchmark_measures_both(tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     path = tmp_path / "out.json"
     command = [sys.executable, root / "benchmarks/fuse.py", "--device", "cpu", "--json", path]
-    options = "--models resnet18 --batch 2 --size 64 --rounds 2 --seconds 0.01".split()
-    subprocess.run([*command, *options], check=True, cwd=root, timeout=500)
+    command += ["--models", "resnet18", "--batch", "2", "--size", "64"]
+    command += ["--rounds", "2", "--seconds", "0.01"]
+    subprocess.run(command, check=True, cwd=root, timeout=500)
     (comparison,) = json.loads(path.read_text())["comparisons"]
     fused, eager = comparison["entries"]
     assert fused["status"] == eager["status"] == "measured"
