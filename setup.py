@@ -34,7 +34,7 @@ from build_backend import (  # noqa: E402  (the folder is not always on the path
 )
 
 DEFAULT_ARCHITECTURES = "80;86;89;90a;100a;120"
-OLDEST_CUDA = (12, 0)
+OLDEST_CUDA = (12, 5)  # whose CCCL spells the barriers and copies of sm_90a (cuda::ptx)
 
 
 class Cuda(NamedTuple):
@@ -79,7 +79,7 @@ def choose_cuda() -> Cuda:
     found = re.search(r"V(\d+)\.(\d+)\.(\d+)", ask("--version"))
     if found is None or tuple(map(int, found.groups()[:2])) < OLDEST_CUDA:
         raise SystemExit(
-            f"{nvcc} is {found[0] if found else 'of unknown version'}; CUDA 12.0 or newer is "
+            f"{nvcc} is {found[0] if found else 'of unknown version'}; CUDA 12.5 or newer is "
             "needed. Point CUDACXX at a newer nvcc, or set RESNET_FUSED_CUDA=off."
         )
     known = {int(n) for n in re.findall(r"compute_(\d+)", ask("--list-gpu-arch"))}

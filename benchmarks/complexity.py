@@ -9,11 +9,9 @@ from what one pass over memory reads and writes at each level of fusion (`resnet
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,17 +19,9 @@ import torchvision
 from harness import results
 from torch import nn
 
-import resnet_fused
 from resnet_fused import complexity
-from resnet_fused.models import cifar
+from resnet_fused.tune import ARCHITECTURES
 
-SIZE = 224
-CIFAR_SIZE = 32
-_FAMILY = (
-    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
-    *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
-    *("wide_resnet50_2", "wide_resnet101_2"),
-)
 # Table 1 and section 3.3: billions of multiply-adds, which the paper calls FLOPs; section 4.2's
 # Table 6: millions of parameters.
 PAPER_MULTIPLY_ADDS = {
@@ -51,36 +41,24 @@ PAPER_PARAMETERS = {
 }
 
 
-def networks() -> dict[str, tuple[Callable[[], nn.Module], int]]:
-    """Every network by name, with its images' size."""
-    made: dict[str, Callable[[], nn.Module]] = {
-        "plain18": resnet_fused.plain18,
-        "plain34": resnet_fused.plain34,
-    }
-    for name in _FAMILY:
-        made[name] = getattr(resnet_fused, name)
+def networks() -> dict[str, Callable[[], nn.Module]]:
+    """Every network by name."""
+    found = dict(ARCHITECTURES)
     for option in ("A", "C"):
         for name in ("resnet34", "resnet50"):
-            made[f"{name} {option}"] = partial(getattr(resnet_fused, name), shortcut=option)
-    for depth in (50, 101, 152):
-        build = getattr(resnet_fused, f"resnet{depth}")
-        made[f"resnet{depth} 1x1"] = partial(build, stride_in="1x1")
-    made["vgg19"] = torchvision.models.vgg19
-    sized = {name: (build, SIZE) for name, build in made.items()}
-    for depth in (20, 32, 44, 56, 110, 1202):
-        sized[f"cifar.resnet{depth}"] = (partial(cifar.resnet, depth), CIFAR_SIZE)
-        if depth <= 110:
-            sized[f"cifar.plain{depth}"] = (partial(cifar.plain, depth), CIFAR_SIZE)
-    return sized
+            found[f"{name} {option}"] = partial(ARCHITECTURES[name], shortcut=option)
+    for name in ("resnet50", "resnet101", "resnet152"):
+        found[f"{name} 1x1"] = partial(ARCHITECTURES[name], stride_in="1x1")
+    return {**found, "vgg19": torchvision.models.vgg19}
 
 
 def rows(names: Sequence[str], batch: int, element_size: int) -> list[dict[str, Any]]:
     """One row a network."""
     found = []
     for name in names:
-        build, size = networks()[name]
+        size = 32 if name.startswith("cifar.") else 224
         with torch.device("meta"):
-            model = build().eval()
+            model = networks()[name]().eval()
         cost = complexity.count(model, size, batch, element_size)
         found.append(
             {
@@ -138,7 +116,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     positive = results.positive
     parser.add_argument("--batch", type=positive, default=32, help="images that share weights")
     parser.add_argument("--element-size", type=positive, default=2, help="bytes of a number")
-    parser.add_argument("--csv", type=Path, help="write the rows")
     return parser.parse_args(arguments)
 
 
@@ -156,12 +133,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "networks": found,
     }
     results.write(options.json, record)
-    if options.csv is not None:
-        options.csv.parent.mkdir(parents=True, exist_ok=True)
-        with options.csv.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(found)
     return 0
 
 

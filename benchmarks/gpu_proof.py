@@ -111,7 +111,7 @@ def environment(options: argparse.Namespace, gpu: Gpu) -> Step:
     return Step("environment", 8, 40, commands)
 
 
-_BY_RULE = {"RESNET_FUSED_TUNE": "off"}
+_BY_HEURISTIC = {"RESNET_FUSED_TUNE": "off"}
 
 
 def selfcheck(options: argparse.Namespace, gpu: Gpu) -> Step:
@@ -153,7 +153,7 @@ def layers(options: argparse.Namespace, gpu: Gpu) -> Step:
         command += ["--device", "cpu", "--size", "32", "--rounds", "1"]
     else:
         command += ["--backends", "cuda", "--kernels", "--rounds", "3"]
-    return Step("layers", 60, 110, [command], _BY_RULE)
+    return Step("layers", 60, 110, [command], _BY_HEURISTIC)
 
 
 def throughput(options: argparse.Namespace, gpu: Gpu) -> Step:
@@ -164,7 +164,7 @@ def throughput(options: argparse.Namespace, gpu: Gpu) -> Step:
     else:
         command += ["--ours", "cuda-graph", "--rounds", "5", "--answer-seconds", "90"]
         command += ["--peers", *(options.peers or ["cudnn-graph", "compile-reduce-overhead"])]
-    return Step("throughput", 150, 200, [command], _BY_RULE)
+    return Step("throughput", 150, 200, [command], _BY_HEURISTIC)
 
 
 def _throughput(options: argparse.Namespace, name: str, batch: Sequence[int]) -> list[str]:
@@ -187,17 +187,11 @@ def prediction(options: argparse.Namespace, gpu: Gpu) -> Step:
     """What the model of time says of this build, beside what was measured."""
     predict, results = "benchmarks/predict.py", options.results
     batch = max(options.batch or [256])
-    model = [PYTHON, predict, "--arch", options.arch, "--batch", str(batch)]
-    model += ["--dtype", options.dtype, "--gpu", gpu.model or "h100"]
-    compare = [PYTHON, "benchmarks/beside_prediction.py"]
-    for name in ("predicted", "throughput", "layers"):
-        file = f"layers_{batch}.json" if name == "layers" else f"{name}.json"
-        compare += [f"--{name}", f"{results}/{file}"]
-    commands = [
-        [*model, "--json", f"{results}/predicted.json"],
-        [*compare, "--json", f"{results}/beside_prediction.json"],
-    ]
-    return Step("prediction", 30, 90, commands, needs=(predict,))
+    command = [PYTHON, predict, "--arch", options.arch, "--batch", str(batch)]
+    command += ["--dtype", options.dtype, "--gpu", gpu.model or "h100"]
+    command += ["--json", f"{results}/predicted.json"]
+    command += ["--measured", f"{results}/throughput.json", f"{results}/layers_{batch}.json"]
+    return Step("prediction", 30, 90, [command], needs=(predict,))
 
 
 _WORKERS = ["-n", "8", "--timeout", "150"]
@@ -206,13 +200,14 @@ _WORKERS = ["-n", "8", "--timeout", "150"]
 def training_tests(options: argparse.Namespace, gpu: Gpu) -> Step:
     files = sorted(str(f.relative_to(ROOT)) for f in (ROOT / "tests").glob("test_training*.py"))
     command = [PYTHON, "-m", "pytest", "-q", "-m", "gpu", *_WORKERS, *files]
-    return Step("training_tests", 110, 170, [command], _BY_RULE, hardware=True)
+    return Step("training_tests", 110, 170, [command], _BY_HEURISTIC, hardware=True)
 
 
 def training(options: argparse.Namespace, gpu: Gpu) -> Step:
     peers = options.peers or ["eager channels_last", "torch.compile"]
     command = _training(options, "training")
-    return Step("training", 170, 230, [[*command, "--only", "resnet_fused", *peers]], _BY_RULE)
+    only = ["--only", "resnet_fused triton", *peers]
+    return Step("training", 170, 230, [[*command, *only]], _BY_HEURISTIC)
 
 
 def training_tuned(options: argparse.Namespace, gpu: Gpu) -> Step:
@@ -241,7 +236,7 @@ def peers(options: argparse.Namespace, gpu: Gpu) -> Step:
     command = _throughput(options, "throughput_tuned", options.batch or [256, 1])
     command += ["--warm", "--quick", "--rounds", "5", "--answer-seconds", "60"]
     if not options.rehearse:
-        command += ["--ours", "tuned-graph", "cuda-graph", "triton-graph"]
+        command += ["--ours", "resnet_fused-graph", "cuda-graph", "triton-graph"]
     command += ["--peers", *(options.peers or ["all"])]
     return Step("peers", 230, 300, [command])
 
@@ -262,7 +257,7 @@ def networks(options: argparse.Namespace, gpu: Gpu) -> Step:
     """Full-size images, a thousand runs, two streams, tensors past 2^31 elements: in one process,
     which then has the memory to itself."""
     command = [PYTHON, "-m", "pytest", "-q", "-m", "gpu", "--timeout", "120", "tests/test_gpu.py"]
-    return Step("networks", 150, 220, [command], _BY_RULE, hardware=True)
+    return Step("networks", 150, 220, [command], _BY_HEURISTIC, hardware=True)
 
 
 def op_tests(options: argparse.Namespace, gpu: Gpu) -> Step:
@@ -274,7 +269,7 @@ def op_tests(options: argparse.Namespace, gpu: Gpu) -> Step:
         if file.name not in others and not file.name.startswith("test_training")
     )
     command = [PYTHON, "-m", "pytest", "-q", "-m", "gpu", *_WORKERS, *files]
-    return Step("op_tests", 150, 220, [command], _BY_RULE, hardware=True)
+    return Step("op_tests", 150, 220, [command], _BY_HEURISTIC, hardware=True)
 
 
 Maker = Callable[[argparse.Namespace, Gpu], Step]
@@ -330,6 +325,8 @@ class Proof:
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
             "PYTHONUNBUFFERED": "1",
             "RESNET_FUSED_CACHE_DIR": str(self.folder / "tuning"),
+            # Each step is a child process with a limit, and `selfcheck` a step of its own.
+            "RESNET_FUSED_SELFCHECK": "off",
         }
         if options.commit:
             self.environment["RESNET_FUSED_COMMIT"] = options.commit

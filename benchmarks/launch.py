@@ -5,7 +5,7 @@
     ncu --clock-control none --set full python benchmarks/launch.py large
 
 `small`: each kernel and each tile of a convolution on integers in float16, three tiles for each
-multiprocessor of a large GPU; results have to equal NumPy's, bit for bit. `large`: six layers of a
+SM of a large GPU; results have to equal NumPy's, bit for bit. `large`: six layers of a
 ResNet-50 on random values, 256 images, one launch each. The process holds nothing but the extension
 and the driver's library, and all kernels in it are ours. `--simulate` takes the host simulator.
 """
@@ -63,7 +63,7 @@ class Driver:
         if status != 0:
             raise RuntimeError(f"{function} failed with CUDA error {status}")
 
-    def put(self, array: Array, writable: bool = False) -> int:
+    def put(self, array: Array) -> int:
         """The address of a copy."""
         address = ctypes.c_uint64()
         size = ctypes.c_size_t(array.nbytes)
@@ -89,20 +89,18 @@ class Driver:
 
 
 class Simulator:
-    """The same with the host's memory, which the simulated kernels may touch where told."""
+    """The same with the host's memory, of which a simulated kernel may touch its tensors only."""
 
     def __init__(self, extension: ModuleType) -> None:
         extension.set_capability(90)
-        self._extension = extension
-        self._arrays: list[tuple[Array, bool]] = []
+        self._arrays: list[Array] = []
 
-    def put(self, array: Array, writable: bool = False) -> int:
-        self._arrays.append((array.copy(), writable))
-        self._extension.set_buffers([(a.ctypes.data, a.nbytes, w) for a, w in self._arrays])
-        return int(self._arrays[-1][0].ctypes.data)
+    def put(self, array: Array) -> int:
+        self._arrays.append(array.copy())
+        return int(self._arrays[-1].ctypes.data)
 
     def get(self, address: int, array: Array) -> None:
-        (held,) = (a for a, _ in self._arrays if a.ctypes.data == address)
+        (held,) = (a for a in self._arrays if a.ctypes.data == address)
         array[...] = held
 
     def free(self) -> None:
@@ -171,26 +169,41 @@ def _convolved(x: Array, weight: Array, layer: Layer) -> Array:
     return _normalised(out)
 
 
+# As csrc/bindings/tensor_arg.h has it: address, number of the type, sizes of NCHW, strides, owner.
+Tensor = tuple[int, int, tuple[int, ...], tuple[int, ...], None]
+_TYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1}
+
+
+def _described(address: int, array: Array) -> Tensor:
+    """A dense array (N, H, W, C), or one of lower rank, as the bindings take it."""
+    sizes = array.shape
+    strides = tuple(int(np.prod(sizes[i + 1 :])) for i in range(array.ndim))
+    if array.ndim == 4:
+        sizes, strides = ((t[0], t[3], t[1], t[2]) for t in (sizes, strides))
+    return address, _TYPES[array.dtype], sizes, strides, None
+
+
 class Launcher:
     """Launches kernels; verifies what they give where values are integers."""
 
     def __init__(self, extension: ModuleType, memory: Driver | Simulator, verify: bool) -> None:
         self._extension, self._memory, self._verify = extension, memory, verify
         self._values = Values(integers=verify)
-        self._half = extension.DType.float16
 
-    def _put_vectors(self, filters: int) -> list[tuple[int, Any]]:
-        single = self._extension.DType.float32
-        return [(self._memory.put(v), single) for v in _vectors(filters)]
+    def _put(self, array: Array) -> Tensor:
+        return _described(self._memory.put(array), array)
+
+    def _batch_norm(self, filters: int) -> tuple[Any, ...]:
+        return (*(self._put(v) for v in _vectors(filters)), 0.0)
 
     def _finish(
-        self, shape: Sequence[int], launch: Callable[[int], None], expected: Callable[[], Array]
+        self, shape: Sequence[int], launch: Callable[[Tensor], None], expected: Callable[[], Array]
     ) -> None:
-        """`launch(address of the result)`; then frees everything."""
+        """`launch(the result)`; then frees everything."""
         out = np.full(shape, np.nan, np.float16)
-        address = self._memory.put(out, writable=True)
-        launch(address)
-        self._memory.get(address, out)
+        described = self._put(out)
+        launch(described)
+        self._memory.get(described[0], out)
         self._memory.free()
         if not self._verify:
             return
@@ -199,20 +212,9 @@ class Launcher:
             wrong = int((out != right).sum())
             raise AssertionError(f"{wrong} of {out.size} elements differ from NumPy's")
 
-    def _convolution(self, x: Array, weight: Array, layer: Layer) -> Any:
-        pad, step = layer.padding, layer.stride
-        return self._extension.ConvolutionBn(
-            self._memory.put(x),
-            self._memory.put(weight),
-            x.shape[1:3],
-            layer.channels,
-            (layer.window,) * 2,
-            (step, step),
-            (pad, pad),
-            (1, 1),
-            *self._put_vectors(layer.filters),
-            0.0,
-        )
+    def _layer(self, x: Array, weight: Array, layer: Layer) -> tuple[Any, ...]:
+        window = ((layer.stride,) * 2, (layer.padding,) * 2, (1, 1))
+        return self._put(x), self._put(weight), window, self._batch_norm(layer.filters)
 
     def convolution(
         self,
@@ -238,24 +240,19 @@ class Launcher:
                 self._values.weight(projection.filters, 1, projection.channels),
                 projection,
             )
-        strides = (size * size * layer.filters, size * layer.filters, layer.filters)
 
-        def launch(out: int) -> None:
+        def launch(out: Tensor) -> None:
             self._extension.cuda_conv_bn(
                 out,
-                None if added is None else (self._memory.put(added), layer.filters, strides),
-                self._half,
-                images,
-                (size, size),
-                layer.filters,
-                1,
-                self._convolution(x, weight, layer),
-                self._convolution(*side) if side else None,
-                True,
-                False,
-                getattr(self._extension.ConvTile, tile),
-                0,
-                0,
+                self._layer(x, weight, layer),
+                projection=self._layer(*side) if side else None,
+                residual=None if added is None else self._put(added),
+                groups=1,
+                relu=True,
+                tf32=False,
+                tile=getattr(self._extension.ConvTile, tile),
+                device=0,
+                stream=0,
             )
 
         def expected() -> Array:
@@ -278,21 +275,9 @@ class Launcher:
         weights = [self._values.weight(y.filters, y.window, y.channels) for y in layers]
         size = layers[1].size(pixels)
 
-        def launch(out: int) -> None:
-            put = [(self._memory.put(w), *self._put_vectors(len(w)), 0.0) for w in weights]
-            block = self._extension.Bottleneck(
-                self._memory.put(x),
-                self._half,
-                images,
-                (pixels, pixels),
-                channels,
-                inner,
-                out_channels,
-                stride,
-                put[:3],
-                put[3] if project else None,
-            )
-            self._extension.cuda_bottleneck(out, block, 0, 0)
+        def launch(out: Tensor) -> None:
+            put = [(self._put(w), self._batch_norm(len(w))) for w in weights]
+            self._extension.cuda_bottleneck(out, self._put(x), put, stride, device=0, stream=0)
 
         def expected() -> Array:
             result: Array = x
@@ -309,20 +294,9 @@ class Launcher:
         weight = self._values.weight(64, 7, 3)
         size = (layer.size(pixels) + 1) // 2
 
-        def launch(out: int) -> None:
-            self._extension.cuda_stem(
-                out,
-                self._memory.put(x),
-                self._memory.put(weight),
-                self._half,
-                images,
-                (pixels, pixels),
-                64,
-                *self._put_vectors(64),
-                0.0,
-                0,
-                0,
-            )
+        def launch(out: Tensor) -> None:
+            weights, bn = self._put(weight), self._batch_norm(64)
+            self._extension.cuda_stem(out, self._put(x), weights, bn, device=0, stream=0)
 
         def expected() -> Array:
             padded = np.pad(
@@ -343,32 +317,11 @@ class Launcher:
         weight = self._values.weight(classes, 1, channels)
         means = np.full((images, channels), np.nan, np.float32)
 
-        def launch(out: int) -> None:
-            pooled = self._memory.put(means, writable=True)
-            self._extension.cuda_average_pool(
-                pooled,
-                self._extension.DType.float32,
-                self._memory.put(x),
-                self._half,
-                images,
-                64,
-                channels,
-                0,
-                0,
-            )
-            bias = np.ones(classes, np.float16)
-            self._extension.cuda_linear(
-                out,
-                pooled,
-                self._memory.put(weight),
-                self._memory.put(bias),
-                self._half,
-                images,
-                channels,
-                classes,
-                0,
-                0,
-            )
+        def launch(out: Tensor) -> None:
+            pooled, bias = self._put(means), self._put(np.ones(classes, np.float16))
+            product = self._put(np.ascontiguousarray(weight[:, 0, 0]))
+            self._extension.cuda_average_pool(pooled, self._put(x), device=0, stream=0)
+            self._extension.cuda_linear(out, pooled, product, bias, device=0, stream=0)
 
         def expected() -> Array:
             mean = x.astype(np.float32).mean((1, 2))
@@ -378,22 +331,11 @@ class Launcher:
 
     def bn_add_relu(self, images: int, channels: int) -> None:
         x, added = (self._values.activation(images, 9, 7, channels) for _ in range(2))
-        strides = (63 * channels, 7 * channels, channels)
 
-        def launch(out: int) -> None:
+        def launch(out: Tensor) -> None:
+            bn, residual = self._batch_norm(channels), self._put(added)
             self._extension.cuda_bn_add_relu(
-                out,
-                self._memory.put(x),
-                (self._memory.put(added), channels, strides),
-                self._half,
-                images,
-                (9, 7),
-                channels,
-                *self._put_vectors(channels),
-                0.0,
-                True,
-                0,
-                0,
+                out, self._put(x), bn, residual, relu=True, device=0, stream=0
             )
 
         self._finish(x.shape, launch, lambda: np.maximum(_normalised(x) + added, 0))

@@ -149,7 +149,7 @@ def record(architecture: str, x: Tensor) -> list[Layer]:
 def _shapes(value: Any) -> Any:
     if isinstance(value, Tensor):
         return tuple(value.shape)
-    return tuple(map(_shapes, value)) if isinstance(value, tuple) else value
+    return tuple(map(_shapes, value)) if isinstance(value, (tuple, list)) else value
 
 
 def library(layer: Layer) -> Callable[[], object] | None:

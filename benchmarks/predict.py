@@ -2,6 +2,7 @@
 
     python benchmarks/predict.py --arch resnet50 --batch 256 --dtype bfloat16 --gpu h100
     python benchmarks/predict.py --gpu h200 --training --json predicted.json --plot predicted.png
+    python benchmarks/predict.py --measured throughput.json layers_256.json
 
 Launches are those that the heuristics pick, on a network that is not run: of our CUDA kernels in
 inference (the extension must hold code for sm_90a), of the Triton kernels, compiled here, in a
@@ -15,13 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from harness import results
-from time_model import network, plot
+from time_model import beside, network, plot
 from time_model.rates import GPUS, Rates, assumptions, rates
 from time_model.work import Work, facts, predict
 
@@ -157,23 +159,42 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = results.parser(__doc__, "json", "plot")
     parser.add_argument("--arch", default="resnet50")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--gpu", choices=tuple(GPUS), default="h100")
     parser.add_argument("--training", action="store_true", help="a step, not a forward")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--measured",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="result files of throughput.py and layers.py to set it beside, as far as they exist",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
     try:
         found = record(options)
     except RuntimeError as error:
-        parser.exit(1, f"predict: {error}\n")
+        print(f"predict: {error}", file=sys.stderr)
+        return 1
     print(table(found))
+    measured = [json.loads(path.read_text()) for path in options.measured if path.exists()]
+    if options.measured:
+        found = {**found, "measured": beside.compare(found, measured)}
+        print(beside.table(found["measured"]))
     results.write(options.json, dumps(found))
     if options.plot is not None:
         plot.draw(found, options.plot)
+    return int(bool(options.measured) and not measured)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -29,9 +29,8 @@ try:
 except ImportError as missing:
     sys.exit(f"{missing}; install the benchmark's packages: pip install '.[bench]'")
 
-import inputs
 from baselines import BASELINES, Baseline, UnavailableError
-from harness import results
+from harness import inputs, results
 from harness.comparison import Comparison, Entry, plot, table
 from harness.measure import Peaks, floor_seconds, in_turn
 from harness.workers import ANSWER_SECONDS, Built, FailedError, Job, Referee, Runner, Truth, Worker

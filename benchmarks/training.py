@@ -16,7 +16,6 @@ share of a step, beside its floor (`training_profile.py`).
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import gc
 import math
@@ -42,7 +41,6 @@ import resnet_fused
 from resnet_fused import complexity, settings
 from resnet_fused.testing.cases import clear_batch
 from resnet_fused.testing.numerics import relative_error
-from resnet_fused.testing.plain import training_ops_in_pytorch
 from resnet_fused.tune import ARCHITECTURES
 
 GATE_STEPS, GATE_STRIDE, GATE_NUDGES = 20, 4, 7
@@ -172,16 +170,15 @@ def measure_row(
     row: Row, size: int, device: torch.device, dtype: torch.dtype, seconds: float, peaks: Peaks
 ) -> None:
     """Fills in `row`; one that cannot run says why."""
-    library, prepare = baselines.ALL[row.name]
+    trained = baselines.ALL[row.name]
     torch.manual_seed(0)
     x = torch.randn(row.batch, 3, size, size, device=device)
     if row.name != "eager NCHW":
         x = x.contiguous(memory_format=torch.channels_last)
     target = torch.randint(0, 1000, (row.batch,), device=device)
-    ops = training_ops_in_pytorch() if row.name == baselines.PLAIN else contextlib.nullcontext()
     try:
-        with ops:
-            _measure(row, library, prepare, x, target, dtype, seconds, peaks)
+        with trained.within():
+            _measure(row, trained, x, target, dtype, seconds, peaks)
     except Exception as error:  # whatever a library raises where it cannot run
         row.failure = f"{type(error).__name__}: {error}".splitlines()[0][:300]
     finally:
@@ -193,8 +190,7 @@ def measure_row(
 
 def _measure(
     row: Row,
-    library: Any,
-    prepare: Callable[[nn.Module], nn.Module],
+    trained: baselines.Trained,
     x: Tensor,
     target: Tensor,
     dtype: torch.dtype,
@@ -202,10 +198,10 @@ def _measure(
     peaks: Peaks,
 ) -> None:
     device = x.device
-    model = getattr(library, row.model)().to(device).train()
+    model = getattr(trained.library, row.model)().to(device).train()
     with torch.autocast(device.type, dtype):
         row.kept_bytes = resnet_fused.kept_activation_bytes(model, x).total
-    step = training_step(prepare(model), x, target, dtype)
+    step = training_step(trained.prepare(model), x, target, dtype)
     for _ in range(3):
         step()
     if device.type == "cuda":
@@ -298,7 +294,8 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
     device, dtype = options.device, getattr(torch, options.dtype)
     torch.backends.cudnn.allow_tf32 = False  # the gate is float32; autocast is not affected
-    gates = [gate(name, device) for name in options.model]
+    with baselines.fused(device):
+        gates = [gate(name, device) for name in options.model]
     for result in gates:
         print("gate", {key: value for key, value in result.items() if key != "losses"}, flush=True)
     if not all(result["green"] for result in gates):

@@ -17,7 +17,6 @@ stays that of single runs. How far rounding alone moves a run is reported beside
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import statistics
@@ -29,6 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torchvision
+from baselines.training import fused
 from harness import results as files
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -36,7 +36,6 @@ from tqdm import tqdm
 from training import nudge
 
 import resnet_fused
-from resnet_fused.testing.plain import training_ops_in_pytorch
 
 STEPS, BATCH, SEEDS, COPIES, TEST = 200, 32, 5, 3, 397
 Results = dict[str, list[list[float]]]  # accuracies of each seed's copies, by library
@@ -122,8 +121,7 @@ def main() -> int:
         ours = resnet_fused.resnet18(num_classes=10)
         ours.load_state_dict(theirs.state_dict())
         for name, model in (("resnet_fused", ours), ("torchvision", theirs)):
-            ops = training_ops_in_pytorch if pieces == "PyTorch" else contextlib.nullcontext
-            with ops():
+            with fused(device):
                 found = accuracy(model.to(device), images, labels, seed, name)
             results[name][seed].append(found)
     summary = compare(results)

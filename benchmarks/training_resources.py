@@ -2,23 +2,24 @@
 
     python benchmarks/training_resources.py --json benchmarks/results/training_resources.json
 
-Compiles all that a training step of ResNet-50, batch 256, launches with the tiles that the rule
-takes, for each target of the tests marked `slow` in tests/test_training_compile.py, and prints a
-table. No GPU is needed and nothing is timed; from an empty cache of Triton's it takes minutes.
+Compiles all that a training step of ResNet-50, batch 256, launches with the tiles that the
+heuristic takes, for each target of the tests marked `slow` in tests/test_training_compile.py, and
+prints a table. No GPU is needed and nothing is timed; from an empty cache of Triton's it takes
+minutes.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-
-import test_training_compile as compilation  # type: ignore[import-not-found]
 from harness import results
 from tqdm import tqdm
+
+sys.path.append(str(results.ROOT / "tests"))
+
+import test_training_compile as compilation  # type: ignore[import-not-found]
 
 FIELDS = ("name", "kernel", "registers", "spilled", "shared")
 

@@ -39,6 +39,7 @@ else:
         wide_resnet101_2,
     )
     from .ops import available_backends, use_backend
+    from .plan import graphed, graphed_step
     from .responses import record_responses
     from .training import freeze_batch_norm, kept_activation_bytes
 
@@ -56,6 +57,8 @@ __all__ = [
     "complexity",
     "freeze_batch_norm",
     "fuse",
+    "graphed",
+    "graphed_step",
     "kept_activation_bytes",
     "models",
     "ops",

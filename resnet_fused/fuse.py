@@ -41,6 +41,7 @@ class Fused:
     """What the class of a fused module adds to the one that it was made of."""
 
     replaced = "forward"  # the method
+    made_of_ops = False  # whether plans may stand for it
     if TYPE_CHECKING:  # TorchScript reads a class's annotations
         original: ClassVar[type[nn.Module]]
         method: ClassVar[Callable[..., Any]]  # as it was
@@ -61,7 +62,7 @@ class Fused:
 
     def is_plain(self) -> bool:
         """Whether the original method is still the one that is known."""
-        return getattr(self.original, self.replaced) is type(self).method
+        return _is_plain(type(self))
 
     def run(self, x: Tensor) -> Any:
         """What the method does."""
@@ -247,7 +248,7 @@ class _Network(Fused):
         raise NotImplementedError
 
     def by_ops(self, x: Tensor) -> Tensor | None:
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and all(map(_is_plain, _CLASSES.values())):
             planned = plan.run(cast("Any", self), x)
             if planned is not None:
                 return planned
@@ -324,6 +325,11 @@ class _Backbone(Fused):
                 out[wanted[name]] = x = sequence.run(modules, x)
                 modules.clear()
         return out
+
+
+def _is_plain(fused: Any) -> bool:
+    """Whether the original method of a fused class is still the one that is known."""
+    return getattr(fused.original, fused.replaced) is fused.method
 
 
 def _present(module: object, *names: str) -> list[nn.Module]:
@@ -454,6 +460,7 @@ def _class(original: type[nn.Module], kind: type[Fused]) -> type[nn.Module]:
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "__annotations__": dict(getattr(original, "__annotations__", {})),
+        "made_of_ops": kind.made_of_ops,
         "original": original,
         "method": method,
         "plain": plain,

@@ -36,13 +36,16 @@ from typing import Any, NamedTuple
 import torch
 
 from . import backends, env, settings
+from .backends import Backend
 from .backends.autotune import families
 from .backends.cuda import CudaBackend
+from .backends.reference import ReferenceBackend
 from .testing.selfcheck_cases import CONVOLUTION, FAMILIES, TRAINING, cases, check_case
 
 SIMULATED_SMS = 4
 _REPEATS_ON_GPU = 20
 _SECONDS_TO_DIE = 10.0
+_SPINS = 2**22  # tries of a barrier, each of some hundred nanoseconds or more
 _SECONDS_TO_START = 120.0
 # The candidates that the families of `cuda` are about, where an op has several.
 _KERNELS = {"bottleneck": "cuda fused", "stem": "cuda fused", "head": "cuda linear"}
@@ -82,9 +85,24 @@ def _run(backend: str, family: str, kernel: str | None) -> Iterator[tuple[str, b
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         repeats = _REPEATS_ON_GPU
     implementation = backends.get(backend)
-    for case in cases(family, implementation, device, num_sms):
-        yield case.name, None
-        yield case.name, check_case(implementation, case, kernel, repeats)
+    with _bounded_waits(implementation, device):
+        for case in cases(family, implementation, device, num_sms):
+            yield case.name, None
+            yield case.name, check_case(implementation, case, kernel, repeats)
+
+
+@contextlib.contextmanager
+def _bounded_waits(backend: Backend, device: str) -> Iterator[None]:
+    """Makes our CUDA kernels give up at a barrier after a while, and an error say at which."""
+    if device != "cuda" or not isinstance(backend, CudaBackend):
+        yield
+        return
+    extension = backend.extension
+    extension.cuda_set_spin_limit(torch.cuda.current_device(), _SPINS)
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(f"{error}\n{extension.cuda_stuck_barrier()}".rstrip()) from error
 
 
 def _device(backend: str) -> str:
@@ -100,6 +118,8 @@ def checks(backend: str) -> list[Check]:
     for family in FAMILIES:
         if family == TRAINING and implementation.training is None:
             continue
+        if family != TRAINING and isinstance(implementation, ReferenceBackend):
+            continue  # it lists no kernels of its own
         kernels: dict[str, str | None] = {f"{backend} {family}": None}
         if isinstance(implementation, CudaBackend):
             kernels = {f"{backend} {family}": _KERNELS.get(family)}
@@ -256,19 +276,21 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--backend",
         nargs="+",
         choices=backends.NAMES,
-        help="those with kernels that can run here: cuda, triton; cpu",
+        help="those with kernels that can run here: cuda, triton, cudnn; cpu",
     )
     parser.add_argument("--only", nargs="+", metavar="WORD", help="checks whose name has the word")
     parser.add_argument("--seconds", type=float, default=120.0, help="for one check (%(default)s)")
     parser.add_argument("--jobs", type=int, help="checks at a time (on a GPU 4, else 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
     parser.add_argument(
-        "--record", action="store_true", help="keep the verdicts; those that are kept stand"
+        "--record",
+        action="store_true",
+        help="keep the verdicts, and check only what has not passed",
     )
     options = parser.parse_args(arguments)
     gpu = torch.cuda.is_available()
     options.jobs = options.jobs or (4 if gpu else 1)
-    options.backend = options.backend or (["cuda", "triton"] if gpu else ["cpu"])
+    options.backend = options.backend or (["cuda", "triton", "cudnn"] if gpu else ["cpu"])
     return options
 
 
@@ -313,7 +335,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     with _alone(options.record):
         known = families.recorded(device) if options.record else {}
-        wanted = [check for check in wanted if check.name not in known]
+        passed = {name for name, verdict in known.items() if isinstance(verdict, float)}
+        wanted = [check for check in wanted if check.name not in passed]
         results = supervise(wanted, options.seconds, options.jobs, report)
     return int(any(result.failed for result in results) or any(unavailable.values()))
 

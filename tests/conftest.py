@@ -101,7 +101,7 @@ TARGETS = [
     pytest.param(("cuda_sim", "cpu", 90), id="cuda-simulated-sm90", marks=pytest.mark.simulator),
     pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
     pytest.param(("cuda", "cuda"), id="cuda", marks=pytest.mark.gpu),
-    pytest.param(("tuned", "cuda"), id="tuned", marks=pytest.mark.gpu),
+    pytest.param((None, "cuda"), id="chosen", marks=pytest.mark.gpu),
 ]
 
 
@@ -114,9 +114,10 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 def device(
     request: pytest.FixtureRequest, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[str]:
-    """The device to put tensors on, with one backend after the other chosen for it."""
+    """The device to put tensors on, with one backend after the other chosen for it, then none."""
     name, device, *capability = request.param
-    require(name, device, dtype)
+    if name is not None:
+        require(name, device, dtype)
     if capability:
         if dtype == torch.float32:
             pytest.skip("sm_90a has no kernel of its own for float32")

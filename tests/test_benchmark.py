@@ -21,12 +21,12 @@ pytest.importorskip("torchvision", reason="the benchmark's peers are torchvision
 pytest.importorskip("skimage", reason="the benchmark's photographs come with scikit-image")
 
 import baselines
-import inputs
 import layers as layers_
 import throughput
 import torchvision
 import training
 from baselines import Baseline, Call, Task
+from harness import inputs
 from harness.comparison import Comparison, Entry, table
 from harness.measure import Peaks, floor_seconds, in_turn
 from harness.results import ROOT

@@ -210,6 +210,44 @@ def check_time(record: dict[str, Any], name: str) -> None:
     assert record["milliseconds"] == pytest.approx(committed["milliseconds"], rel=0.05)
 
 
+PRODUCTS = """
+#include "kernels/cuda/ptx_sm90.cuh"
+namespace ptx = resnet_fused::ptx;
+template <typename T, int kN>
+__global__ void product(float* out, std::uint64_t a, std::uint64_t b) {
+  float d[kN / 2] = {};
+  ptx::wgmma_fence(d);
+  ptx::wgmma<T>(d, a, b, true);
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>(d);
+  for (int i = 0; i < kN / 2; ++i) out[threadIdx.x * kN / 2 + i] = d[i];
+}
+"""
+
+
+def test_a_warpgroups_product_has_every_width(tmp_path):
+    """PTX ISA, wgmma.mma_async: N is any multiple of 8 up to 256."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc in PATH")
+    suffixes = {"__half": "", "__nv_bfloat16": ".BF16"}
+    widths = range(8, 257, 8)
+    source, cubin = tmp_path / "products.cu", tmp_path / "products.cubin"
+    lines = [
+        f"template __global__ void product<{dtype}, {n}>(float*, std::uint64_t, std::uint64_t);"
+        for dtype in suffixes
+        for n in widths
+    ]
+    source.write_text(PRODUCTS + "\n".join(lines))
+    command = ["nvcc", "-cubin", "-std=c++17", "-arch=sm_90a", f"-I{ROOT / 'csrc'}", source]
+    subprocess.run([*command, "-o", cubin], check=True)
+    found = {
+        instruction
+        for code in machine_code.disassembled(machine_code.cuobjdump(str(cubin), "--dump-sass"))
+        for instruction in machine_code.facts(code)["tensor_instructions"]
+    }
+    assert found == {f"HGMMA.64x{n}x16.F32{s}" for s in suffixes.values() for n in widths}
+
+
 # Planted regressions: each must break its rule, and nothing else
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from conftest import require
 from torch import Tensor, nn
 
 import resnet_fused
@@ -32,7 +33,8 @@ from resnet_fused.testing.cases import (
     make_residual,
     randomise_statistics,
 )
-from resnet_fused.testing.numerics import assert_contract, check_op, relative_error
+from resnet_fused.testing.numerics import assert_contract, cast, check_op, relative_error
+from resnet_fused.testing.on import On
 
 pytestmark = pytest.mark.skipif(
     backends.unavailable("cpu") is not None, reason=str(backends.unavailable("cpu"))
@@ -53,22 +55,34 @@ LARGE = {
 
 
 @pytest.fixture(params=[True, False], ids=["kernels", "onednn"])
-def backend(request: pytest.FixtureRequest) -> cpu.CpuBackend:
-    """The backend with its own convolutions, and as it is where the processor has none."""
-    return make_backend(request.param)
+def kernels(request: pytest.FixtureRequest) -> bool:
+    return request.param
 
 
 @pytest.fixture
-def noise(backend: cpu.CpuBackend) -> float:
+def backend(kernels: bool) -> cpu.CpuBackend:
+    return make_backend(kernels)
+
+
+@pytest.fixture
+def on(backend: cpu.CpuBackend) -> On:
+    """The ops as that backend computes them."""
+    return On(backend)
+
+
+@pytest.fixture
+def noise(kernels: bool) -> float:
     """Behind oneDNN's own rounding both sides round as often, and which one errs less is chance."""
-    return 1.0 if backend._own else 1.1
+    return 1.0 if kernels else 1.1
 
 
 def make_backend(kernels: bool) -> cpu.CpuBackend:
-    backend = cpu.CpuBackend()
-    if not kernels:
-        backend._own.clear()
-    return backend
+    """The backend with its own convolutions, or as it is where the processor has none."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not kernels:
+            patch.setattr(_extension.load(), "cpu_isa", lambda: "")
+            patch.setattr(_extension.load(), "cpu_convolves_bf16", lambda: False)
+        return cpu.CpuBackend()
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -84,57 +98,48 @@ def non_negative(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_conv_bn_meets_the_contract(
-    name: str, backend: cpu.CpuBackend, dtype: torch.dtype, noise: float
-) -> None:
+def test_conv_bn_meets_the_contract(name: str, on: On, dtype: torch.dtype, noise: float) -> None:
     rng = generator(1)
     x, layer = make_convolution(LARGE[name], rng, dtype)
     x = non_negative(x)
     for residual in (None, make_residual(LARGE[name], x, rng)):
         for relu in (False, True):
             arguments = [x, layer, residual, relu]
-            out = check_op(backend.conv_bn, reference.conv_bn, arguments, noise=noise)
+            out = check_op(on.conv_bn, reference.conv_bn, arguments, noise=noise)
             assert out.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_conv_bn_is_exact_on_integers(
-    name: str, backend: cpu.CpuBackend, dtype: torch.dtype
-) -> None:
+def test_conv_bn_is_exact_on_integers(name: str, on: On, dtype: torch.dtype) -> None:
     rng = generator()
     x, layer = make_integers(LARGE[name], rng, dtype)
     residual = make_residual(LARGE[name], x, rng).round_()
-    out = backend.conv_bn(x, layer, residual, True)
-    truth = reference.conv_bn(
-        x.double(), conv._replace(weight=conv.weight.double()), bn, residual.double(), True
-    )
+    out = on.conv_bn(x, layer, residual, True)
+    truth = reference.conv_bn(*cast([x, layer, residual, True], torch.float64))
     # Larger sums than 256 are rounded by bfloat16, once.
     assert torch.equal(out, truth.to(dtype))
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_projection_meets_the_contract(
-    kernel: int, backend: cpu.CpuBackend, dtype: torch.dtype, noise: float
+    kernel: int, on: On, dtype: torch.dtype, noise: float
 ) -> None:
     rng = generator(2)
     case = ConvCase(2, 64, 28, 28, 128, kernel, 1, kernel // 2)
     x, layer = make_convolution(case, rng, dtype)
     wide = ConvCase(2, 64, 56, 55, 128, stride=2)
     shortcut, projection = make_convolution(wide, rng, dtype)
-    arguments = [
-        *(non_negative(x), conv, bn),
-        *(non_negative(shortcut), projection, projection_bn),
-    ]
-    check_op(backend.conv_bn_projection, reference.conv_bn_projection, arguments, noise=noise)
+    arguments = [non_negative(x), layer, non_negative(shortcut), projection]
+    check_op(on.conv_bn_projection, reference.conv_bn_projection, arguments, noise=noise)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (97, 131)])
 def test_stem_meets_the_contract(
-    size: tuple[int, int], backend: cpu.CpuBackend, dtype: torch.dtype, noise: float
+    size: tuple[int, int], on: On, dtype: torch.dtype, noise: float
 ) -> None:
     x, layer = make_convolution(ConvCase(2, 3, *size, 64, 7, 2, 3), generator(3), dtype)
     for layout in (x, x.contiguous()):
-        out = check_op(backend.stem, reference.stem, [layout, conv, bn, MaxPool()], noise=noise)
+        out = check_op(on.stem, reference.stem, [layout, layer, MaxPool()], noise=noise)
         assert out.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -147,12 +152,12 @@ class Layer(nn.Module):
         self.bn = nn.BatchNorm2d(64).eval()
         self.to(dtype)
 
-    def arguments(self) -> tuple[Convolution, BatchNorm]:
+    def arguments(self) -> ConvBn:
         conv, bn = self.conv, self.bn
         assert bn.running_mean is not None
         assert bn.running_var is not None
         padding = (conv.kernel_size[0] // 2,) * 2
-        return (
+        return ConvBn(
             Convolution(conv.weight, (1, 1), padding),
             BatchNorm(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps),
         )
@@ -242,29 +247,29 @@ EDIT_NAMES = ["load_state_dict", *(edit.__name__ for edit in EDITS[1:])]
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("edit", EDITS, ids=EDIT_NAMES)
 def test_every_edit_is_seen(
-    edit: Callable[[Layer], object], kernel: int, backend: cpu.CpuBackend, dtype: torch.dtype
+    edit: Callable[[Layer], object], kernel: int, on: On, kernels: bool, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
     layer = Layer(dtype, kernel)
     x = torch.rand(2, 32, 16, 16).to(dtype).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         layer.bn.weight.uniform_(0.5, 1.5)
-        before = backend.conv_bn(x, *layer.arguments(), None, True)
+        before = on.conv_bn(x, layer.arguments(), None, True)
     edit(layer)
     with torch.no_grad():
-        after = backend.conv_bn(x, *layer.arguments(), None, True)
-        fresh = make_backend(bool(backend._own)).conv_bn(x, *layer.arguments(), None, True)
+        after = on.conv_bn(x, layer.arguments(), None, True)
+        fresh = On(make_backend(kernels)).conv_bn(x, layer.arguments(), None, True)
     assert torch.equal(after, fresh)
     assert not torch.equal(after, before)
 
 
-def test_the_stem_sees_edits_too(backend: cpu.CpuBackend, dtype: torch.dtype) -> None:
+def test_the_stem_sees_edits_too(on: On, kernels: bool, dtype: torch.dtype) -> None:
     x, layer = make_convolution(ConvCase(2, 3, 64, 64, 64, 7, 2, 3), generator(), dtype)
-    before = backend.stem(x, layer, MaxPool())
-    conv.weight.data.mul_(2)
-    after = backend.stem(x, layer, MaxPool())
+    before = on.stem(x, layer, MaxPool())
+    layer.conv.weight.data.mul_(2)
+    after = on.stem(x, layer, MaxPool())
     assert relative_error(after, before.double()) > 0.1
-    assert torch.equal(after, make_backend(bool(backend._own)).stem(x, layer, MaxPool()))
+    assert torch.equal(after, On(make_backend(kernels)).stem(x, layer, MaxPool()))
 
 
 def test_unchanged_weights_are_packed_once(backend: cpu.CpuBackend, dtype: torch.dtype) -> None:
@@ -272,17 +277,17 @@ def test_unchanged_weights_are_packed_once(backend: cpu.CpuBackend, dtype: torch
     packed = set()
     for size in (16, 24, 16):
         x = torch.rand(4, 32, size, size).to(dtype)
-        packed.add(backend._pack(x, layer.arguments()[0]))
+        packed.add(backend._pack(x, layer.arguments().conv))
     assert len(packed) == 1
 
 
 def test_a_deleted_model_frees_its_packed_weights(
-    backend: cpu.CpuBackend, dtype: torch.dtype
+    backend: cpu.CpuBackend, on: On, dtype: torch.dtype
 ) -> None:
     layer = Layer(dtype)
     x = torch.rand(2, 32, 16, 16).to(dtype)
     with torch.no_grad():
-        backend.conv_bn(x, *layer.arguments(), None, True)
+        on.conv_bn(x, layer.arguments(), None, True)
     weight = weakref.ref(layer.conv.weight)
     assert len(backend._convolutions) == 1
     del layer
@@ -291,57 +296,60 @@ def test_a_deleted_model_frees_its_packed_weights(
     assert len(backend._convolutions) == 0
 
 
-def test_modes_of_inference_mix(backend: cpu.CpuBackend, dtype: torch.dtype) -> None:
+def test_modes_of_inference_mix(on: On, dtype: torch.dtype) -> None:
     """Packed in inference mode and used outside, inference tensors, and the reverse."""
     layer = Layer(dtype)
     x = torch.rand(2, 32, 16, 16).to(dtype)
     with torch.inference_mode():
-        inside = backend.conv_bn(x, *layer.arguments(), None, True)
+        inside = on.conv_bn(x, layer.arguments(), None, True)
         weight = layer.conv.weight.clone()
-        of_inference_tensors = backend.conv_bn(
-            x, layer.arguments()[0]._replace(weight=weight), layer.arguments()[1], None, True
-        )
+        conv, bn = layer.arguments()
+        copied = ConvBn(conv._replace(weight=weight), bn)
+        of_inference_tensors = on.conv_bn(x, copied, None, True)
     with torch.no_grad():
-        outside = backend.conv_bn(x, *layer.arguments(), None, True)
+        outside = on.conv_bn(x, layer.arguments(), None, True)
     assert torch.equal(inside, outside)
     assert torch.equal(of_inference_tensors, outside)
 
 
-def test_strided_weights_and_other_sizes(backend: cpu.CpuBackend, dtype: torch.dtype) -> None:
+def test_strided_weights_and_other_sizes(on: On, dtype: torch.dtype) -> None:
     rng = generator()
     x, layer = make_integers(ConvCase(2, 32, 28, 28, 64, 3, 1, 1), rng, dtype)
     wide = torch.zeros(64, 32, 3, 6, dtype=dtype)
-    wide[..., ::2] = conv.weight
-    sliced = conv._replace(weight=wide[..., ::2])
+    wide[..., ::2] = layer.conv.weight
+    sliced = layer._replace(conv=layer.conv._replace(weight=wide[..., ::2]))
     for crop in (28, 7, 20, 28):
         part = x[:, :, :crop, :crop]
         expected = reference.conv_bn(part, layer, None, False)
-        assert torch.equal(backend.conv_bn(part, layer, None, False), expected)
-        assert torch.equal(backend.conv_bn(part, ConvBn(sliced, bn), None, False), expected)
+        assert torch.equal(on.conv_bn(part, layer, None, False), expected)
+        assert torch.equal(on.conv_bn(part, sliced, None, False), expected)
 
 
-def test_the_callers_tensors_are_left_alone(backend: cpu.CpuBackend, dtype: torch.dtype) -> None:
+def test_the_callers_tensors_are_left_alone(on: On, dtype: torch.dtype) -> None:
     rng = generator()
     case = LARGE["3x3"]
     x, layer = make_convolution(case, rng, dtype)
     residual = make_residual(case, x, rng)
     wide = ConvCase(2, 64, 28, 28, 64)
     shortcut, projection = make_convolution(wide, rng, dtype)
-    tensors = [x, residual, shortcut, conv.weight, projection.weight, *bn[:4], *projection_bn[:4]]
-    before = [t.clone() for t in tensors if t is not None]
-    backend.conv_bn(x, layer, residual, True)
-    backend.conv_bn(x, layer, x, True)
-    backend.conv_bn_projection(x, layer, shortcut, projection)
-    after = [t for t in tensors if t is not None]
-    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    tensors = [x, residual, shortcut]
+    for conv, bn in (layer, projection):
+        tensors += [conv.weight, *bn[:4]]
+    before = [t.clone() for t in tensors]
+    on.conv_bn(x, layer, residual, True)
+    on.conv_bn(x, layer, x, True)
+    on.conv_bn_projection(x, layer, shortcut, projection)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
 
-def test_threads_share_the_cache(backend: cpu.CpuBackend, dtype: torch.dtype) -> None:
+def test_threads_share_the_cache(
+    backend: cpu.CpuBackend, on: On, kernels: bool, dtype: torch.dtype
+) -> None:
     layers = [Layer(dtype) for _ in range(4)]
     x = torch.rand(2, 32, 16, 16).to(dtype)
     with torch.no_grad():
-        other = make_backend(bool(backend._own))
-        expected = [other.conv_bn(x, *v.arguments(), None, True) for v in layers]
+        other = On(make_backend(kernels))
+        expected = [other.conv_bn(x, v.arguments(), None, True) for v in layers]
     wrong: list[object] = []
 
     def work() -> None:
@@ -349,7 +357,7 @@ def test_threads_share_the_cache(backend: cpu.CpuBackend, dtype: torch.dtype) ->
             with torch.no_grad():
                 for _ in range(10):
                     for layer, truth in zip(layers, expected, strict=True):
-                        out = backend.conv_bn(x, *layer.arguments(), None, True)
+                        out = on.conv_bn(x, layer.arguments(), None, True)
                         if not torch.equal(out, truth):
                             wrong.append(out)
         except Exception as error:
@@ -404,7 +412,7 @@ def test_the_processor_decides_what_onednn_computes(
     backend = cpu.CpuBackend()
     for dtype in (torch.float32, torch.bfloat16):
         x, layer = make_convolution(LARGE["pointwise"], generator(), dtype)
-        assert isinstance(backend._pack(x, conv), OneDnnConvolution) == (dtype not in own)
+        assert isinstance(backend._pack(x, layer.conv), OneDnnConvolution) == (dtype not in own)
 
 
 def test_an_absent_or_foreign_extension_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,7 +423,7 @@ def test_an_absent_or_foreign_extension_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(_extension.load(), "INTERFACE", -1)
     found = _extension._load.__wrapped__("_C")
     assert isinstance(found, str)
-    assert "has interface -1" in found
+    assert "was built from other bindings" in found
     assert "pip install" in found
 
 
@@ -425,13 +433,14 @@ import resource, torch
 from resnet_fused import ops, use_backend
 x = torch.randn(16, 64, 56, 56).contiguous(memory_format=torch.channels_last)
 one = torch.ones(256)
-conv = ops.Convolution(torch.randn(256, 64, 1, 1))
+bn = ops.BatchNorm(one, one, one, one)
+layer = ops.ConvBn(ops.Convolution(torch.randn(256, 64, 1, 1)), bn)
 with torch.inference_mode(), use_backend("cpu"):
     for _ in range(40):  # until the heap has settled; see memory.py
-        ops.conv_bn(x, conv, ops.BatchNorm(one, one, one, one))
+        ops.conv_bn(x, layer)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(5):
-        ops.conv_bn(x, conv, ops.BatchNorm(one, one, one, one))
+        ops.conv_bn(x, layer)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
@@ -453,10 +462,11 @@ def test_activations_memory_is_kept_between_calls(tmp_path: Path) -> None:
     assert faults["off"] > 10000
 
 
-def test_batch_norm_alone_takes_statistics_of_any_float(backend: cpu.CpuBackend) -> None:
+def test_batch_norm_alone_takes_statistics_of_any_float() -> None:
+    require("cpu", "cpu", torch.bfloat16)
     x = torch.randn(2, 8, 5, 5, generator=generator()).bfloat16()
     bn = make_batch_norm(8, generator(1))
-    check_op(backend.bn_add_relu, reference.bn_add_relu, [x, bn, x, True])
+    check_op(On("cpu").bn_add_relu, reference.bn_add_relu, [x, bn, x, True])
 
 
 @pytest.mark.parametrize("size", [(224, 224), (97, 131)], ids=str)
@@ -466,7 +476,6 @@ def test_networks_meet_the_contract(
     size: tuple[int, int],
     backend: cpu.CpuBackend,
     dtype: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Against torchvision's own run on images in NCHW, two of them."""
     torch.manual_seed(0)
@@ -474,7 +483,6 @@ def test_networks_meet_the_contract(
     ours = getattr(resnet_fused, name)().eval().to(dtype)
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 3, *size, generator=generator()).to(dtype)
-    monkeypatch.setattr(backends.get("cpu"), "_own", backend._own)
-    with torch.no_grad(), use_backend("cpu"):
+    with torch.no_grad(), use_backend(backend):
         result, eager = ours(x), theirs(x)
         assert_contract(result, eager, theirs.double()(x.double()))

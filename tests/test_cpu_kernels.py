@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused import _extension
-from resnet_fused.backends.cpu.native import PackedConvolution, Vectors, bn_add_relu, head
-from resnet_fused.backends.residual import residual_argument
-from resnet_fused.parameters import BatchNorm, Convolution
+from resnet_fused._extension import optional_tensor_arg, tensor_arg
+from resnet_fused.backends.cpu.native import PackedConvolution, bn_add_relu, head, pack, vectors
+from resnet_fused.parameters import BatchNorm, ConvBn, Convolution
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import (
     CONV_CASES,
@@ -33,6 +33,9 @@ _C = _extension.load()
 
 ISAS = ("avx2", "avx512")
 NHWC = torch.channels_last
+# Kernel, stride, padding, dilation.
+WINDOW_3X3 = ((3, 3), (1, 1), (1, 1), (1, 1))
+WINDOW_1X1 = ((1, 1), (1, 1), (0, 0), (1, 1))
 
 
 @pytest.fixture(params=ISAS)
@@ -72,12 +75,7 @@ def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 def batch_norm(scale: Tensor, shift: Tensor) -> tuple:
     """x * scale + shift, as the kernels take a batch norm."""
     zero, one = torch.zeros_like(scale), torch.ones_like(scale)
-    vectors = Vectors(BatchNorm(zero, one, scale, shift, 0.0))
-    KEPT.append(vectors)
-    return vectors.arguments
-
-
-KEPT: list[Vectors] = []  # until the process ends: the arguments are addresses
+    return vectors(BatchNorm(zero, one, scale, shift, 0.0))
 
 
 class Conv(NamedTuple):
@@ -100,32 +98,16 @@ class Conv(NamedTuple):
         return y.relu() if self.relu else y
 
     def winograd(self, isa: str = "", out: Tensor | None = None) -> Tensor:
-        batch, channels, height, width = self.x.shape
-        out_channels = self.weight.shape[0]
-        packed = torch.full((_C.winograd_weight_floats(channels, out_channels),), float("nan"))
-        _C.winograd_transform_weights(
-            self.weight.data_ptr(), self.weight.stride(), packed.data_ptr(), channels, out_channels
-        )
+        batch, _, height, width = self.x.shape
+        packed = tensor_arg(pack(_C, "winograd", self.weight))
         x = self.x.contiguous(memory_format=NHWC)
         residual = self.residual
         if residual is not None and residual is not out:
             residual = residual.contiguous(memory_format=NHWC)
         if out is None:
-            out = poisoned(batch, out_channels, height, width)
-        _C.winograd_conv(
-            x.data_ptr(),
-            packed.data_ptr(),
-            batch_norm(self.scale, self.shift),
-            residual_argument(residual),
-            out.data_ptr(),
-            batch,
-            height,
-            width,
-            channels,
-            out_channels,
-            self.relu,
-            isa,
-        )
+            out = poisoned(batch, self.weight.shape[0], height, width)
+        layer = (tensor_arg(x), packed, WINDOW_3X3, batch_norm(self.scale, self.shift))
+        _C.winograd_conv(tensor_arg(out), layer, optional_tensor_arg(residual), self.relu, isa)
         return out
 
 
@@ -269,107 +251,112 @@ def test_winograd_of_an_empty_batch_is_empty():
     assert integer_conv(0, 16, 16, 5, 5).winograd().shape == (0, 16, 5, 5)
 
 
-DENSE = (256, 64, 16)  # strides of (N, 16, 4, 4)
+def changed(argument: tuple, **changes: Any) -> tuple:
+    """A tensor's description with other fields."""
+    fields = dict(zip(("address", "type", "sizes", "strides", "tensor"), argument, strict=True))
+    return tuple({**fields, **changes}.values())
+
+
+DENSE = (256, 1, 64, 16)  # strides of (1, 16, 4, 4) in channels_last memory
+SIZES = (1, 16, 4, 4)
+# Each a tensor among x and out, and what is wrong with the residual in its place.
 REFUSED_RESIDUALS = [
-    ({"residual": ("out + 4", 16, DENSE)}, "out overlaps residual"),
-    ({"residual": ("out", 8, DENSE)}, "out overlaps residual"),
-    ({"residual": ("out", 16, (256, 128, 32))}, "out overlaps residual"),
-    ({"residual": (0, 16, DENSE)}, "residual is a null pointer"),
-    ({"residual": (2, 16, DENSE)}, "residual is not aligned"),
-    ({"residual": ("x", 17, DENSE)}, "residual must have 1 to 16 channels, found 17"),
-    ({"residual": ("x", 0, DENSE)}, "residual must have 1 to 16 channels, found 0"),
-    ({"residual": ("x", 16, (256, -64, 16))}, "residual has a stride of -64"),
-    ({"residual": ("x", 16, (2**62, 64, 16))}, "residual has a stride of"),
+    ("out", {"shift": 4}, "out overlaps residual"),
+    ("out", {"sizes": (1, 8, 4, 4)}, "out overlaps residual"),
+    ("out", {"strides": (256, 1, 128, 32)}, "out overlaps residual"),
+    ("x", {"address": 0}, "residual is a null pointer"),
+    ("x", {"address": 2}, "residual is not aligned"),
+    ("x", {"sizes": (1, 17, 4, 4)}, "residual must have 1 to 16 channels, found 17"),
+    ("x", {"sizes": (1, 0, 4, 4)}, "residual must have 1 to 16 channels, found 0"),
+    (
+        "x",
+        {"sizes": (1, 16, 4, 5)},
+        r"residual must be of size \(1, 16, 4, 4\), found \(1, 16, 4, 5\)",
+    ),
+    ("x", {"strides": (256, 16, 4, 1)}, "residual must have adjacent channels"),
+    ("x", {"strides": (256, 1, -64, 16)}, "a tensor has a stride of -64"),
+    ("x", {"strides": (256, 1, 2**62, 16)}, "a tensor has a stride of"),
+    ("x", {"type": 2}, "residual must be float32, found bfloat16"),
+    ("x", {"type": 9}, "a tensor has a type of number 9"),
 ]
 
 
-def addressed(change: dict[str, Any], x: Tensor, out: Tensor) -> dict[str, Any]:
-    """The changed arguments with addresses for names."""
-    names = {"x": x.data_ptr(), "out": out.data_ptr(), "out + 4": out.data_ptr() + 4}
+@pytest.fixture
+def arguments() -> dict[str, tuple]:
+    """x, out and a batch norm of 16 channels."""
+    tensors = {name: torch.zeros(SIZES).contiguous(memory_format=NHWC) for name in ("x", "out")}
+    one = torch.ones(16)
+    return {**{n: tensor_arg(t) for n, t in tensors.items()}, "bn": batch_norm(one, one)}
 
-    def address(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(map(address, value))
-        return names.get(value, value) if isinstance(value, str) else value
 
-    return {name: address(value) for name, value in change.items()}
+KERNELS = {"conv": _C.conv_bn, "winograd": _C.winograd_conv}
+
+
+@pytest.mark.parametrize("form", KERNELS)
+@pytest.mark.parametrize(("name", "changes", "message"), REFUSED_RESIDUALS, ids=str)
+def test_convolutions_refuse_impossible_residuals(form, name, changes, message, arguments):
+    changes = dict(changes)
+    residual = arguments[name]
+    if shift := changes.pop("shift", 0):
+        changes["address"] = residual[0] + shift
+    window = WINDOW_1X1 if form == "conv" else WINDOW_3X3
+    weight = torch.zeros(16, 16, *window[0])
+    layer = (arguments["x"], tensor_arg(pack(_C, form, weight)), window, arguments["bn"])
+    with pytest.raises(ValueError, match=message):
+        KERNELS[form](arguments["out"], layer, changed(residual, **changes), True)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("name", "changes", "message"),
     [
-        ({"x": 0}, "x is a null pointer"),
-        ({"bn": ((0, 1, 4), (4, 1, 4), None, None, 0.0)}, "mean is a null pointer"),
-        ({"bn": ((4, 1, 4), (4, 1, 3), None, None, 0.0)}, "var has elements of 3 bytes"),
-        ({"out_channels": 0}, "out_channels must be at least 1"),
-        ({"height": -1}, "negative size -1"),
-        ({"batch": 2**62}, r"more than 2\^48 elements"),
-        ({"isa": "sse"}, 'found "sse"'),
-        ({"out": "x"}, "out overlaps x"),
-        *REFUSED_RESIDUALS,
+        ("x", {"address": 0}, "x is a null pointer"),
+        ("x", {"sizes": (1, 0, 4, 4), "strides": (0, 1, 0, 0)}, "x has no channels"),
+        ("x", {"sizes": (1, 16, -1, 4)}, "a tensor has a negative size of -1"),
+        ("x", {"sizes": (2**24, 2**24, 2, 2)}, r"more than 2\^48 elements"),
+        ("x", {"strides": (256, 16, 4, 1)}, "x must be dense and channels_last"),
+        ("x", {"type": 2}, "x must be float32, found bfloat16"),
+        ("out", {"sizes": (1, 16, 4, 5)}, "out must be dense"),
+        ("packed", {"sizes": (64,)}, r"packed must be of size \(\d+\), found \(64\)"),
+        ("packed", {"type": 0}, "packed must be uint8, found float32"),
+        ("mean", {"address": 0}, "mean is a null pointer"),
+        ("mean", {"sizes": (15,)}, r"mean must be of size \(16\), found \(15\)"),
+        ("mean", {"type": 1}, "mean must be float32, found float16"),
     ],
     ids=str,
 )
-def test_winograd_refuses_impossible_arguments(change, message):
-    x, out = torch.zeros(1, 16, 4, 4), torch.zeros(1, 16, 4, 4)
-    packed, vector = torch.zeros(_C.winograd_weight_floats(16, 16)), torch.zeros(16)
-    arguments = {
-        "x": x.data_ptr(),
-        "packed": packed.data_ptr(),
-        "bn": batch_norm(vector, vector),
-        "residual": None,
-        "out": out.data_ptr(),
-        "batch": 1,
-        "height": 4,
-        "width": 4,
-        "in_channels": 16,
-        "out_channels": 16,
-        "relu": True,
-    }
-    arguments |= addressed(change, x, out)
+@pytest.mark.parametrize("form", KERNELS)
+def test_convolutions_refuse_impossible_tensors(form, name, changes, message, arguments):
+    window = WINDOW_1X1 if form == "conv" else WINDOW_3X3
+    packed = tensor_arg(pack(_C, form, torch.zeros(16, 16, *window[0])))
+    mean, *others = arguments["bn"]
+    tensors = {"x": arguments["x"], "out": arguments["out"], "packed": packed, "mean": mean}
+    tensors[name] = changed(tensors[name], **changes)
+    bn = (tensors["mean"], *others)
     with pytest.raises(ValueError, match=message):
-        _C.winograd_conv(**arguments)
+        KERNELS[form](tensors["out"], (tensors["x"], tensors["packed"], window, bn), None, True)
+
+
+@pytest.mark.parametrize("form", KERNELS)
+def test_convolutions_refuse_an_output_in_the_input_and_other_processors(form, arguments):
+    window = WINDOW_1X1 if form == "conv" else WINDOW_3X3
+    packed = tensor_arg(pack(_C, form, torch.zeros(16, 16, *window[0])))
+    layer = (arguments["x"], packed, window, arguments["bn"])
+    with pytest.raises(ValueError, match="out overlaps x"):
+        KERNELS[form](arguments["x"], layer, None, True)
+    with pytest.raises(ValueError, match='found "sse"'):
+        KERNELS[form](arguments["out"], layer, None, True, isa="sse")
 
 
 def direct(
     x: Tensor, conv: Convolution, bn: BatchNorm, residual: Tensor | None, isa: str
 ) -> Tensor:
     """relu(bn(conv(x)) (+ residual)) by the direct kernel, into memory full of NaN."""
-    out_channels, channels, *size = conv.weight.shape
-    bf16 = x.dtype == torch.bfloat16
-    packed = torch.empty(
-        _C.conv_weight_bytes(channels, out_channels, size, bf16) // 2, dtype=torch.bfloat16
-    ).fill_(float("nan"))
-    _C.conv_transform_weights(
-        conv.weight.data_ptr(),
-        conv.weight.stride(),
-        packed.data_ptr(),
-        channels,
-        out_channels,
-        size,
-        bf16,
-    )
-    shape = reference.conv_bn(x.double(), cast(conv, torch.float64), bn, None, True).shape
+    packed = tensor_arg(pack(_C, "conv", conv.weight))
+    shape = reference.conv_bn(x.double(), ConvBn(cast(conv, torch.float64), bn), None, True).shape
     out = poisoned(*shape, dtype=x.dtype)
-    vectors = Vectors(bn)
-    batch, _, height, width = x.shape
-    _C.conv_bn(
-        x.contiguous(memory_format=NHWC).data_ptr(),
-        packed.data_ptr(),
-        vectors.arguments,
-        residual_argument(residual),
-        out.data_ptr(),
-        batch,
-        height,
-        width,
-        channels,
-        out_channels,
-        size,
-        *conv[1:4],
-        True,
-        bf16,
-        isa,
-    )
+    window = (tuple(conv.weight.shape[2:]), *conv[1:4])
+    layer = (tensor_arg(x.contiguous(memory_format=NHWC)), packed, window, vectors(bn))
+    _C.conv_bn(tensor_arg(out), layer, optional_tensor_arg(residual), True, isa=isa)
     return out
 
 
@@ -400,8 +387,7 @@ def test_direct_convolution_is_exact_on_integers(name, add, kernel):
     residual = make_residual(DIRECT[name], x, rng).round_() if add else None
     truth = reference.conv_bn(
         x.double(),
-        cast(conv, torch.float64),
-        bn,
+        ConvBn(cast(conv, torch.float64), bn),
         residual.double() if add else None,
         True,
     )
@@ -425,7 +411,9 @@ def test_direct_convolution_reads_a_narrower_strided_residual(name, channels, st
     rng = generator()
     x, (conv, bn) = make_integers(DIRECT[name], rng, dtype)
     identity = make_identity(DIRECT[name], channels, stride, x, rng)
-    truth = reference.conv_bn(x.double(), cast(conv, torch.float64), bn, identity.double(), True)
+    truth = reference.conv_bn(
+        x.double(), ConvBn(cast(conv, torch.float64), bn), identity.double(), True
+    )
     assert torch.equal(direct(x, conv, bn, identity, isa), truth.to(dtype))
 
 
@@ -436,9 +424,9 @@ def test_direct_convolution_is_as_accurate_as_eager(name, layout, kernel):
     dtype, isa = kernel
     rng = generator()
     x, (conv, bn) = make_convolution(DIRECT[name], rng, dtype)
-    arguments = [x.relu(), conv, bn, make_residual(DIRECT[name], x, rng), True]
+    arguments = [x.relu(), ConvBn(conv, bn), make_residual(DIRECT[name], x, rng), True]
     check_op(
-        lambda x, conv, bn, residual, relu: direct(x, conv, bn, residual, isa),
+        lambda x, layer, residual, relu: direct(x, *layer, residual, isa),
         lambda x, *rest: reference.conv_bn(x.contiguous(memory_format=layout), *rest),
         arguments,
     )
@@ -459,7 +447,9 @@ def test_direct_convolution_passes_nan_on_only_where_it_is_read(kernel):
     dtype, isa = kernel
     x, (conv, bn) = make_convolution(ConvCase(1, 33, 9, 9, 40, 3, 1, 1), generator(), dtype)
     x[0, 32, 4, 4] = float("nan")
-    expected = reference.conv_bn(x.float(), cast(conv, torch.float32), bn, None, True).isnan()
+    expected = reference.conv_bn(
+        x.float(), ConvBn(cast(conv, torch.float32), bn), None, True
+    ).isnan()
     assert expected.any()
     assert torch.equal(direct(x, conv, bn, None, isa).isnan(), expected)
 
@@ -477,52 +467,46 @@ def test_batch_norm_is_read_in_any_type_and_stride(stored):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("field", "value", "message"),
     [
-        ({"x": 0}, "x is a null pointer"),
-        ({"kernel": (0, 1)}, "kernel sizes must be at least 1"),
-        ({"stride": (1, 0)}, "stride and dilation must be at least 1"),
-        ({"padding": (-1, 0)}, "padding at least 0"),
-        ({"batch": -1}, "negative size -1"),
-        ({"out": "x"}, "out overlaps x"),
-        *REFUSED_RESIDUALS,
-        ({"projection": (5, 5), "residual": ("out", 16, DENSE)}, "exclude each other"),
-        ({"projection": (5, 5)}, "the projection's result has another size"),
-        ({"projection": (-1, 4)}, "negative size -1"),
+        (0, (0, 1), "kernel, stride and dilation must be at least 1"),
+        (1, (1, 0), "kernel, stride and dilation must be at least 1"),
+        (2, (-1, 0), "padding at least 0"),
+        (3, (1, 2**40), r"at most 2\^31"),
+        (1, (2, 2), r"out must be of size \(1, 16, 2, 2\), found \(1, 16, 4, 4\)"),
     ],
-    ids=str,
 )
-def test_direct_convolution_refuses_impossible_arguments(change, message):
-    x, out, vector = torch.zeros(1, 16, 4, 4), torch.zeros(1, 16, 4, 4), torch.ones(16)
-    packed = torch.zeros(_C.conv_weight_bytes(16, 16, (1, 1), False), dtype=torch.uint8)
-    arguments = {
-        "x": x.data_ptr(),
-        "packed": packed.data_ptr(),
-        "bn": batch_norm(vector, vector),
-        "residual": None,
-        "out": out.data_ptr(),
-        "batch": 1,
-        "height": 4,
-        "width": 4,
-        "in_channels": 16,
-        "out_channels": 16,
-        "kernel": (1, 1),
-        "stride": (1, 1),
-        "padding": (0, 0),
-        "dilation": (1, 1),
-        "relu": True,
-        "bf16": False,
-    }
-    arguments |= addressed(change, x, out)
-    if "projection" in change:
-        window = ((1, 1), (1, 1), (0, 0), (1, 1))
-        shortcut = torch.zeros(1, 16, 5, 5)
-        arguments["projection"] = (
-            *(shortcut.data_ptr(), packed.data_ptr(), arguments["bn"]),
-            *(*change["projection"], 16, *window),
-        )
+def test_direct_convolution_refuses_impossible_windows(field, value, message, arguments):
+    packed = tensor_arg(pack(_C, "conv", torch.zeros(16, 16, 1, 1)))
+    window = tuple(value if i == field else pair for i, pair in enumerate(WINDOW_1X1))
     with pytest.raises(ValueError, match=message):
-        _C.conv_bn(**arguments)
+        _C.conv_bn(arguments["out"], (arguments["x"], packed, window, arguments["bn"]), None, True)
+
+
+def test_direct_convolution_refuses_impossible_projections(arguments):
+    packed = tensor_arg(pack(_C, "conv", torch.zeros(16, 16, 1, 1)))
+    layer = (arguments["x"], packed, WINDOW_1X1, arguments["bn"])
+    with pytest.raises(ValueError, match="exclude each other"):
+        _C.conv_bn(arguments["out"], layer, arguments["out"], True, layer)
+    wider = tensor_arg(torch.zeros(1, 16, 5, 5).contiguous(memory_format=NHWC))
+    with pytest.raises(ValueError, match=r"out must be of size \(1, 16, 5, 5\)"):
+        _C.conv_bn(arguments["out"], layer, None, True, (wider, *layer[1:]))
+
+
+@pytest.mark.parametrize("form", ["conv", "winograd", "stem"])
+def test_packing_refuses_other_memory(form):
+    weight = tensor_arg(torch.zeros(32, 3, 7, 7) if form == "stem" else torch.zeros(32, 16, 3, 3))
+    size = getattr(_C, f"{form}_packed_bytes")(weight)
+    into = getattr(_C, f"{form}_pack")
+    for wrong, message in (
+        (tensor_arg(torch.zeros(size - 1, dtype=torch.uint8)), "packed must be of size"),
+        (tensor_arg(torch.zeros(size)), "packed must be uint8, found float32"),
+        (changed(tensor_arg(torch.zeros(size, dtype=torch.uint8)), address=0), "packed is a null"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            into(weight, wrong)
+    with pytest.raises(ValueError, match="weight must be float32, found float64"):
+        into(tensor_arg(torch.zeros(weight[2]).double()), tensor_arg(torch.zeros(size)))
 
 
 PROJECTIONS = {
@@ -541,10 +525,11 @@ def test_projection_is_exact_on_integers_and_meets_the_contract(name, dtype):
     if dtype == torch.bfloat16 and not _C.cpu_convolves_bf16():
         pytest.skip("this processor lacks AVX512_BF16")
 
-    def by_kernel(x, conv, bn, shortcut, projection, projection_bn):
-        main, side = (PackedConvolution(_C, c, winograd=False) for c in (conv, projection))
+    def by_kernel(x, layer, shortcut, projection):
+        convolutions = (layer.conv, projection.conv)
+        main, side = (PackedConvolution(_C, conv, winograd=False) for conv in convolutions)
         assert main.adds_projection(side)
-        return main.with_projection(x, bn, shortcut, side, projection_bn)
+        return main.with_projection(x, layer.bn, shortcut, side, projection.bn)
 
     for make in (make_integers, make_convolution):
         rng = generator(3)
@@ -630,25 +615,11 @@ def stem_eager(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tenso
 
 def stem(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, isa: str = "") -> Tensor:
     batch, _, height, width = x.shape
-    channels, bf16 = weight.shape[0], x.dtype == torch.bfloat16
-    packed = torch.empty(_C.stem_weight_bytes(channels, bf16), dtype=torch.uint8)
-    _C.stem_transform_weights(weight.data_ptr(), weight.stride(), packed.data_ptr(), channels, bf16)
+    packed = tensor_arg(pack(_C, "stem", weight))
     pooled = [((size + 1) // 2 + 1) // 2 for size in (height, width)]
-    out = poisoned(batch, channels, *pooled, dtype=x.dtype)
+    out = poisoned(batch, weight.shape[0], *pooled, dtype=x.dtype)
     x = x.contiguous(memory_format=NHWC)
-    bn = batch_norm(scale, shift)
-    _C.stem_conv_pool(
-        x.data_ptr(),
-        packed.data_ptr(),
-        bn,
-        out.data_ptr(),
-        batch,
-        height,
-        width,
-        channels,
-        bf16,
-        isa,
-    )
+    _C.stem_conv_pool(tensor_arg(out), tensor_arg(x), packed, batch_norm(scale, shift), isa)
     return out
 
 
@@ -713,17 +684,42 @@ def test_stem_passes_nan_on(kernel):
 
 
 def test_stem_refuses_impossible_arguments():
-    bn = batch_norm(torch.ones(64), torch.ones(64))
     with pytest.raises(ValueError, match="multiple of 32, found 48"):
-        _C.stem_weight_bytes(48, False)
-    with pytest.raises(ValueError, match="x is a null pointer"):
-        _C.stem_conv_pool(0, 4, bn, 4, 1, 8, 8, 64, False)
+        _C.stem_packed_bytes(tensor_arg(torch.zeros(48, 3, 7, 7)))
+    packed = tensor_arg(pack(_C, "stem", torch.zeros(64, 3, 7, 7)))
+    bn = batch_norm(torch.ones(64), torch.ones(64))
+    x, out = (tensor_arg(poisoned(1, c, n, n)) for c, n in ((3, 8), (64, 2)))
+    for wrong, message in (
+        ((out, changed(x, address=0)), "x is a null pointer"),
+        ((changed(out, address=x[0]), x), "out overlaps x"),
+        ((out, tensor_arg(poisoned(1, 4, 8, 8))), r"x must be of size \(1, 3, 8, 8\)"),
+        ((tensor_arg(poisoned(1, 64, 4, 4)), x), r"out must be of size \(1, 64, 2, 2\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _C.stem_conv_pool(*wrong, packed, bn)
+
+
+def test_head_and_batch_norm_refuse_impossible_arguments(arguments):
+    x, bn = arguments["x"], arguments["bn"]
+    weight, bias, out = (tensor_arg(torch.zeros(s)) for s in ((5, 16), (5,), (1, 5)))
+    for wrong, message in (
+        ((out, x, tensor_arg(torch.zeros(16, 5).t()), bias), "weight must have contiguous rows"),
+        ((out, x, tensor_arg(torch.zeros(5, 15)), bias), r"weight must be of size \(5, 16\)"),
+        ((out, x, weight, tensor_arg(torch.zeros(4))), r"bias must be of size \(5\)"),
+        ((out, x, weight, tensor_arg(torch.zeros(5).bfloat16())), "bias must be float32"),
+        ((tensor_arg(torch.zeros(1, 4)), x, weight, bias), r"out must be of size \(1, 5\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _C.head(*wrong)
     with pytest.raises(ValueError, match="out overlaps x"):
-        _C.stem_conv_pool(64, 64, bn, 64, 1, 8, 8, 64, False)
+        _C.bn_add_relu(changed(x, address=x[0] + 4), x, bn, None, True)
+    with pytest.raises(TypeError):
+        _C.bn_add_relu(x[:4], x, bn, None, True)
 
 
 def fingerprint(tensor: Tensor) -> int:
-    return _C.fingerprint(tensor.data_ptr(), tensor.nbytes)
+    (found,) = _C.fingerprints([tensor_arg(tensor)])
+    return found
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 63, 64, 65, 1000, 300_000])
@@ -769,18 +765,18 @@ def test_fingerprint_sees_edits_of_a_weight(edit, make):
 def test_fingerprint_depends_on_the_length():
     zeros = torch.zeros(600_000, dtype=torch.uint8)
     lengths = [0, 1, 8, 64, 65, 128, 262_143, 262_144, 262_145, 524_288, 600_000]
-    assert len({_C.fingerprint(zeros.data_ptr(), length) for length in lengths}) == len(lengths)
+    assert len({fingerprint(zeros[:length]) for length in lengths}) == len(lengths)
 
 
 def test_fingerprint_is_the_same_for_any_threads_alignment_and_batching(threads):
     data = torch.randint(0, 256, (1_000_003,), dtype=torch.uint8)
     shifted = torch.empty(1_000_004, dtype=torch.uint8)[1:].copy_(data)
     small = torch.arange(10.0)
-    inputs = [(t.data_ptr(), t.nbytes) for t in (data, small, shifted)] + [(0, 0)]
+    inputs = [tensor_arg(t) for t in (data, small, shifted, small[:0])]
     results = set()
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        one_by_one = [_C.fingerprint(*item) for item in inputs]
+        one_by_one = [_C.fingerprints([item])[0] for item in inputs]
         assert _C.fingerprints(inputs) == one_by_one
         assert one_by_one[0] == one_by_one[2]
         results.add(tuple(one_by_one))
@@ -789,7 +785,17 @@ def test_fingerprint_is_the_same_for_any_threads_alignment_and_batching(threads)
 
 
 def test_fingerprint_refuses_impossible_arguments():
-    with pytest.raises(ValueError, match="negative size -1"):
-        _C.fingerprint(64, -1)
+    with pytest.raises(ValueError, match="fill one span"):
+        fingerprint(torch.zeros(4, 4)[:, :2])
     with pytest.raises(ValueError, match="null pointer"):
-        _C.fingerprints([(64, 0), (0, 8)])
+        _C.fingerprints([changed(tensor_arg(torch.zeros(4)), address=0)])
+
+
+def test_contents_see_an_edit_that_moves_no_version_counter():
+    weights = [torch.randn(16, 16, 3, 3), torch.randn(5)]
+    contents = _C.Contents([tensor_arg(w) for w in weights], [fingerprint(w) for w in weights])
+    assert contents.unchanged()
+    weights[1].data[3] += 1
+    assert not contents.unchanged()
+    with pytest.raises(ValueError, match="one fingerprint"):
+        _C.Contents([tensor_arg(weights[0])], [])

@@ -15,7 +15,9 @@ from torch import Tensor
 
 import resnet_fused
 from resnet_fused import use_backend
-from resnet_fused.backends.cuda.launch import Launcher
+from resnet_fused._extension import tensor_arg
+from resnet_fused.backends import Candidate
+from resnet_fused.backends.arguments import batch_norm_arg
 from resnet_fused.backends.cuda_sim import SimulatedBackend
 from resnet_fused.parameters import ConvBn
 from resnet_fused.reference import ops as reference
@@ -45,12 +47,12 @@ CASES = {
 
 
 class WholeBlocks(SimulatedBackend):
-    """Takes the kernel for the whole block, and expects it to be offered."""
+    """Takes the kernel for the whole block, which it must have for few inner channels."""
 
-    def _bottleneck_kernels(self, *arguments: Any) -> list[str]:
-        kernels = super()._bottleneck_kernels(*arguments)
-        assert "fused" in kernels
-        return ["fused"]
+    def bottleneck(self, x: Tensor, layer1: ConvBn, *others: Any) -> list[Candidate]:
+        listed = super().bottleneck(x, layer1, *others)
+        assert listed or layer1.conv.weight.shape[0] > 128
+        return [candidate._replace(is_profitable=True) for candidate in listed]
 
 
 @pytest.fixture
@@ -100,16 +102,43 @@ def test_spreads_what_is_not_finite_no_further_than_pytorch(whole, half, value):
     assert torch.equal(out.nan_to_num(), expected.nan_to_num())
 
 
-def block(simulator: ModuleType, **changes: Any) -> Any:
-    """A description that is never run: stage 1 of a ResNet-50 for 256 images."""
-    vector = (16, simulator.DType.float32)
-    layer = (16, vector, vector, None, None, 1e-5)
-    arguments = {"x": 16, "dtype": simulator.DType.bfloat16, "batch": 256, "image": (56, 56)}
-    arguments |= {"channels": 256, "inner": 64, "out_channels": 256, "stride": 1}
-    arguments |= {"layers": [layer] * 3, "projection": None}
-    if changes.pop("projects", False):
-        arguments["projection"] = layer
-    return simulator.Bottleneck(**{**arguments, **changes})
+Description = tuple[tuple[Any, ...], list[Any], int]
+
+
+def described(
+    dtype: int = 2,
+    batch: int = 256,
+    image: tuple[int, int] = (56, 56),
+    channels: int = 256,
+    inner: int = 64,
+    out_channels: int = 256,
+    stride: int = 1,
+    address: int = 16,
+    projects: bool = False,
+) -> Description:
+    """x, layers and stride of a block that is never run: stage 1 of a ResNet-50, 256 images."""
+
+    def tensor(address: int, *sizes: int) -> tuple[Any, ...]:
+        _, channels, height, width = sizes
+        strides = (height * width * channels, 1, width * channels, channels)
+        return address, dtype, sizes, strides, None
+
+    def layer(filters: int, channels: int, window: int) -> tuple[Any, ...]:
+        vector = (16, 0, (filters,), (1,), None)
+        return tensor(16, filters, channels, window, window), (vector, vector, None, None, 1e-5)
+
+    layers = [layer(inner, channels, 1), layer(inner, inner, 3), layer(out_channels, inner, 1)]
+    if projects:
+        layers.append(layer(out_channels, channels, 1))
+    return tensor(address, batch, channels, *image), layers, stride
+
+
+def can_implement(simulator: ModuleType, **changes: Any) -> bool:
+    return bool(simulator.cuda_bottleneck_can_implement(*described(**changes), 0))
+
+
+def is_profitable(simulator: ModuleType, **changes: Any) -> bool:
+    return bool(simulator.cuda_bottleneck_is_profitable(*described(**changes), 0))
 
 
 NOT_OFFERED: dict[str, dict[str, Any]] = {
@@ -119,46 +148,51 @@ NOT_OFFERED: dict[str, dict[str, Any]] = {
     "shortcut": {"channels": 64},
     "strided identity": {"stride": 2},
     "stride": {"stride": 3, "projects": True},
-    "address": {"x": 8},
+    "address": {"address": 8},
 }
 
 
 @pytest.mark.parametrize("name", NOT_OFFERED)
-def test_is_not_offered(simulator, name):
+def test_is_not_implemented(simulator, name):
     simulator.set_capability(90)
-    assert block(simulator).offered(0)
-    described = block(simulator, **NOT_OFFERED[name])
-    assert not described.offered(0)
-    assert not described.pays(0)
+    assert can_implement(simulator)
+    assert not can_implement(simulator, **NOT_OFFERED[name])
+    assert not is_profitable(simulator, **NOT_OFFERED[name])
+    x, layers, stride = described(**NOT_OFFERED[name])
+    batch, _, *image = x[2]
+    height, width = (-(-size // stride) for size in image)
+    channels = layers[2][0][2][0]
+    strides = (height * width * channels, 1, width * channels, channels)
+    out = (1 << 40, x[1], (batch, channels, height, width), strides, None)
     with pytest.raises(ValueError, match="no kernel for such a bottleneck"):
-        simulator.cuda_bottleneck(16, described, 0, 0)
-    assert not block(simulator, dtype=simulator.DType.float32).offered(0)
+        simulator.cuda_bottleneck(out, x, layers, stride, 0, 0)
+    assert not can_implement(simulator, dtype=0)
 
 
-def test_is_offered_where_it_fits_shared_memory(simulator):
+def test_is_implemented_where_it_fits_shared_memory(simulator):
     for capability, widest in ((80, 128), (86, 64), (89, 64), (90, 128), (120, 64)):
         simulator.set_capability(capability)
         for inner in (64, 128):
             for projects in (False, True):
-                described = block(simulator, inner=inner, projects=projects)
-                assert described.offered(0) == (inner <= widest)
+                found = can_implement(simulator, inner=inner, projects=projects)
+                assert found == (inner <= widest)
 
 
-def test_pays_in_the_first_stage(simulator):
+def test_is_profitable_in_the_first_stage(simulator):
     """And not where recomputation outweighs the traffic, nor where few images leave a GPU idle."""
     simulator.set_capability(90)
-    assert block(simulator).pays(0)
-    assert not block(simulator, channels=64, projects=True).pays(0)
+    assert is_profitable(simulator)
+    assert not is_profitable(simulator, channels=64, projects=True)
     wide = {"channels": 512, "inner": 128, "out_channels": 512, "image": (28, 28)}
-    assert not block(simulator, **wide).pays(0)
+    assert not is_profitable(simulator, **wide)
     strided = {**wide, "channels": 256, "image": (56, 56), "stride": 2, "projects": True}
-    assert not block(simulator, **strided).pays(0)
-    assert not block(simulator, image=(16, 16)).pays(0)  # a tile of 2 x 2 beside one of 14 x 14
-    assert block(simulator, batch=1).pays(0)  # 16 tiles for 4 multiprocessors
-    assert not block(simulator, batch=1, image=(14, 42)).pays(0)
+    assert not is_profitable(simulator, **strided)
+    assert not is_profitable(simulator, image=(16, 16))  # a tile of 2 x 2 beside one of 14 x 14
+    assert is_profitable(simulator, batch=1)  # 16 tiles for 4 SMs
+    assert not is_profitable(simulator, batch=1, image=(14, 42))
 
 
-def test_rule_takes_the_whole_block(simulator, half):
+def test_heuristic_takes_the_whole_block(simulator, half):
     """Four tiles of one launch: the steps of conv1, conv2 and four slices of conv3."""
     case = BlockCase(1, 256, 28, 28, 64, 256)
     arguments = make_bottleneck(case, generator(), half, make=make_integers)
@@ -179,36 +213,49 @@ def test_reads_tensors_off_sixteen_bytes_layer_by_layer(simulator, half):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"x": 0}, "x is a null pointer"),
-        ({"layers": [None] * 3}, "three layers are needed"),
-        ({"projection": (0, None, None, None, None, 0.0)}, "a weight is a null pointer"),
-        ({"projection": (16, None, None, None, None, 0.0)}, "mean and var are needed"),
+        ({"address": 0}, "x is a null pointer"),
         ({"inner": 0}, "inner must be at least 1"),
-        ({"image": (2**29, 8)}, "height must be at least 0 and below 2"),
-        ({"batch": 2**29 - 1, "image": (2**20, 2**9)}, "x has too many elements"),
+        ({"batch": 0, "image": (2**29, 8)}, "height must be at least 0 and below 2"),
+        ({"batch": 2**20, "image": (2**20, 2**20)}, r"more than 2\^48 elements"),
+        ({"dtype": 3}, "x must be float32, float16 or bfloat16, found float64"),
     ],
 )
 def test_binding_refuses(simulator, changes, message):
     with pytest.raises(ValueError, match=message):
-        block(simulator, **changes)
+        can_implement(simulator, **changes)
+
+
+def test_binding_refuses_layers(simulator):
+    x, layers, stride = described()
+    ask = simulator.cuda_bottleneck_can_implement
+    with pytest.raises(ValueError, match="three layers, or four, are needed"):
+        ask(x, layers[:2], stride, 0)
+    weight, bn = layers[2]
+    with pytest.raises(ValueError, match="weight is a null pointer"):
+        ask(x, [*layers[:2], ((0, *weight[1:]), bn)], stride, 0)
+    with pytest.raises(ValueError, match=r"weight must be of size \(64, 64, 3, 3\)"):
+        ask(x, [layers[0], layers[0], layers[2]], stride, 0)
 
 
 def test_binding_refuses_a_null_result(simulator):
+    x, layers, stride = described(address=1 << 40)
     with pytest.raises(ValueError, match="out is a null pointer"):
-        simulator.cuda_bottleneck(0, block(simulator), 0, 0)
+        simulator.cuda_bottleneck((0, *x[1:]), x, layers, stride, 0, 0)
 
 
 def test_halo_off_by_one_is_caught(simulator, half):
     """The kernel is told of a row more than the image has: it must not read it unnoticed."""
     x, *layers, _ = make_bottleneck(BlockCase(1, 16, 13, 8, 16, 16), generator(), half)
     taller = torch.empty(1, 16, 14, 8, dtype=half).contiguous(memory_format=torch.channels_last)
-    described, read = Launcher(simulator).block(taller, layers)
-    buffers = [(t.data_ptr(), t.nbytes, False) for t in read[1:] if t is not None]
-    short = (taller.data_ptr(), x.nbytes, False)
     out = torch.empty_like(taller)
+    read = [t for conv, bn in layers for t in (conv.weight, *bn[:4])]
+    short = (taller.data_ptr(), x.nbytes, False)
+    buffers = [(t.data_ptr(), t.nbytes, False) for t in read]
     simulator.set_buffers([*buffers, short, (out.data_ptr(), out.nbytes, True)])
+    types = (torch.float32, torch.float16, torch.bfloat16)
+    arguments = [(tensor_arg(conv.weight), batch_norm_arg(bn, types)) for conv, bn in layers]
     with pytest.raises(simulator.Fault, match=r"reads .* out of bounds of global memory"):
-        simulator.cuda_bottleneck(out.data_ptr(), described, 0, 0)
+        simulator.cuda_bottleneck(tensor_arg(out), tensor_arg(taller), arguments, 1, 0, 0)
 
 
 def test_whole_network_keeps_the_contract(simulator, half):

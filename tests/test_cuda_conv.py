@@ -22,16 +22,19 @@ from torch import Tensor
 
 import resnet_fused
 from resnet_fused import use_backend
+from resnet_fused._extension import optional_tensor_arg, tensor_arg
+from resnet_fused.backends import autotune
+from resnet_fused.backends.arguments import batch_norm_arg
 from resnet_fused.backends.cuda import CudaBackend
 from resnet_fused.backends.cuda_sim import SimulatedBackend
-from resnet_fused.backends.residual import residual_argument
-from resnet_fused.backends.tuning import Tuner
 from resnet_fused.parameters import BatchNorm, ConvBn, Convolution, MaxPool
 from resnet_fused.reference import ops as reference
+from resnet_fused.reference.convolution import convolve
 from resnet_fused.testing.cases import (
     CONV_CASES,
     ConvCase,
     generator,
+    make_batch_norm,
     make_convolution,
     make_identity,
     make_integers,
@@ -53,6 +56,8 @@ KERNELS = 2 * (3 + 2 + 2) + EXACT_KERNELS + TF32_KERNELS
 # For sm_90a: for each 16-bit type 2 tiles, with and without projection.
 SM90_TILES = ("m128n64_sm90", "m128n128_sm90")
 SM90_KERNELS = 2 * 2 * 2
+
+NHWC = torch.channels_last
 
 
 # Machine code
@@ -222,8 +227,12 @@ def test_batch_norm_pass_reads_a_narrower_strided_residual(simulator, dtype, cha
     case = ConvCase(2, 24, 5, 3, 24)
     x, layer = make_integers(case, generator(), dtype)
     identity = make_identity(case, channels, 2, x, generator(1))
-    out = every_result(SimulatedBackend(simulator), "conv_bn", x, layer, identity, True)["cudnn"]
-    assert torch.equal(out.double(), truth(x, layer, identity, True))
+    backend = SimulatedBackend(simulator)
+    expected = truth(x, layer, identity, True)
+    by_cudnn = every_result(backend, "conv_bn", x, layer, identity, True)["cudnn"]
+    assert torch.equal(by_cudnn.double(), expected)
+    out = backend._launcher.bn_add_relu(convolve(x, layer.conv), layer.bn, identity, True)
+    assert torch.equal(out.double(), expected)
 
 
 @pytest.mark.parametrize("name", TILE_CASES)
@@ -358,23 +367,19 @@ def test_capability_chooses_the_kernel(simulator, half):
         On(SimulatedBackend(simulator, tile, capability=80)).conv_bn(x, layer, None, True)
 
 
-class EveryCandidate(Tuner):
-    """Runs all candidates, those within candidates too, and keeps what each computes."""
+class WithCudnn(SimulatedBackend):
+    """Prefers cuDNN where the backend for GPUs does."""
 
-    def __init__(self) -> None:
-        super().__init__("tests")
-        self.results: dict[str, dict[str, Tensor]] = {}
-
-    def run(self, key: Any, device: Any, candidates: Any, launch: Any) -> Any:
-        found = self.results[key[0]] = {name: launch(name) for name in candidates()}
-        return list(found.values())[-1]
+    _left_to_cudnn = CudaBackend._left_to_cudnn
 
 
 def every_result(backend: SimulatedBackend, op: str, *arguments: Any) -> dict[str, Tensor]:
     """What each of the backend's candidates computes, by name, the heuristic's choice first."""
-    backend._tuner = tuner = EveryCandidate()
-    getattr(On(backend), op)(*arguments)
-    return tuner.results[op]
+    return {c.name: c.launch(*arguments) for c in getattr(backend, op)(*arguments)}
+
+
+def names(*tiles: str) -> list[str]:
+    return [f"cuda {tile}" for tile in ("automatic", *tiles)]
 
 
 def tiles_of(capability: int) -> list[str]:
@@ -392,7 +397,7 @@ def test_all_candidates_of_a_convolution_agree(simulator, half, add, capability)
         arguments = (x, layer, residual, True)
         backend = SimulatedBackend(simulator, capability=capability)
         results = every_result(backend, "conv_bn", *arguments)
-        assert list(results) == ["automatic", *tiles_of(capability), "cudnn"]
+        assert list(results) == [*names(*tiles_of(capability)), "cudnn"]
         expected, eager = truth(*arguments), reference.conv_bn(*arguments)
         for name, result in results.items():
             if make is make_integers:
@@ -410,8 +415,9 @@ def test_all_candidates_of_a_projection_agree(simulator, half, capability):
     ]
     backend = SimulatedBackend(simulator, capability=capability)
     results = every_result(backend, "conv_bn_projection", *arguments)
-    tiles = [tile for tile in tiles_of(capability) if tile != "m128n128"]
-    assert list(results) == ["automatic", *tiles, "separate"]
+    assert list(results) == names(*(tile for tile in tiles_of(capability) if tile != "m128n128"))
+    with autotune.tuner.prefer("separate"):
+        results["separate"] = On(backend).conv_bn_projection(*arguments)
     expected = reference.conv_bn_projection(*cast(arguments, torch.float64))
     for name, result in results.items():
         assert torch.equal(result.double(), expected), name
@@ -423,7 +429,9 @@ def test_all_candidates_of_a_stem_agree(simulator, half, capability):
     backend = SimulatedBackend(simulator, capability=capability)
     results = every_result(backend, "stem", x, layer, MaxPool())
     expected = reference.stem(*cast([x, layer], torch.float64), MaxPool())
-    assert list(results) == ["fused", "separate"]
+    assert list(results) == ["cuda fused"]
+    with autotune.tuner.prefer("separate"):
+        results["separate"] = On(backend).stem(x, layer, MaxPool())
     for name, result in results.items():
         assert torch.equal(result.double(), expected), name
 
@@ -437,14 +445,14 @@ def test_tiles_are_offered_only_for_what_they_compute(simulator, half):
     ):
         layer = make_integers(case, generator(), dtype)
         results = every_result(backend, "conv_bn", *layer, None, True)
-        assert list(results) == ["automatic", *tiles, "cudnn"]
+        assert list(results) == [*names(*tiles), "cudnn"]
 
 
-def test_what_is_left_to_cudnn_by_rule_may_be_ours_by_measurement(simulator, half, monkeypatch):
-    monkeypatch.setattr(SimulatedBackend, "_left_to_cudnn", CudaBackend._left_to_cudnn)
-    backend = SimulatedBackend(simulator, capability=80)
-    layer = make_integers(ConvCase(1, 12, 9, 9, 16), generator(), half)
-    assert list(every_result(backend, "conv_bn", *layer, None, True)) == ["cudnn", "m64n64"]
+def test_what_the_heuristic_leaves_to_cudnn_may_be_ours_by_measurement(simulator, half):
+    x, layer = make_integers(ConvCase(1, 12, 9, 9, 16), generator(), half)
+    listed = WithCudnn(simulator, capability=80).conv_bn(x, layer, None, True)
+    assert [candidate.name for candidate in listed] == ["cudnn", *names("m64n64")]
+    assert listed[0].is_profitable
 
 
 @pytest.mark.parametrize("tile", TILES[:2])
@@ -516,14 +524,14 @@ def test_single_channels_have_exact_products_where_tf32_is_allowed(simulator):
 
 
 @pytest.mark.usefixtures("tf32")
-def test_tf32_is_a_candidate_that_no_rule_prefers(simulator, monkeypatch):
-    monkeypatch.setattr(SimulatedBackend, "_left_to_cudnn", CudaBackend._left_to_cudnn)
-    backend = SimulatedBackend(simulator, capability=90)
+def test_tf32_is_a_candidate_that_the_heuristic_never_prefers(simulator):
+    backend = WithCudnn(simulator, capability=90)
     layer = make_integers(ConvCase(1, 16, 9, 9, 16), generator(), torch.float32)
-    results = every_result(backend, "conv_bn", *layer, None, True)
-    assert list(results) == ["cudnn", *TF32_TILES]
-    results = every_result(backend, "conv_bn_projection", *layer, *layer)
-    assert list(results) == ["separate", TF32_TILES[0]]
+    listed = backend.conv_bn(*layer, None, True)
+    assert [candidate.name for candidate in listed] == ["cudnn", *names(*TF32_TILES)]
+    listed = backend.conv_bn_projection(*layer, *layer)
+    assert [candidate.name for candidate in listed] == names(TF32_TILES[0])
+    assert not any(candidate.is_profitable for candidate in listed)
 
 
 # One block; several in each direction, with tails; channels beyond the tile.
@@ -573,29 +581,55 @@ def test_stem_spreads_what_is_not_finite_no_further_than_pytorch(simulator, half
     assert torch.equal(out.nan_to_num(), expected.to(half).double().nan_to_num())
 
 
+def changed(argument: tuple[Any, ...], **changes: Any) -> tuple[Any, ...]:
+    """A tensor's description with other fields."""
+    fields = dict(zip(("address", "type", "sizes", "strides", "tensor"), argument, strict=True))
+    return tuple({**fields, **changes}.values())
+
+
+def nhwc(*shape: int, dtype: torch.dtype = torch.float16) -> tuple[Any, ...]:
+    return tensor_arg(torch.zeros(shape, dtype=dtype).contiguous(memory_format=NHWC))
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("name", "value", "message"),
     [
-        ({"out": 0}, "out, x or weight is a null pointer"),
-        ({"mean": None}, "mean and var are needed"),
-        ({"out_channels": 12}, "multiple of 8"),
-        ({"image": (2**29, 8)}, "height must be at least 0 and below 2"),
-        ({"batch": -1}, "batch must be at least 0"),
+        ("out", {"address": 0}, "out is a null pointer"),
+        ("x", {"address": 0}, "x is a null pointer"),
+        ("weight", {"address": 0}, "weight is a null pointer"),
+        ("x", {"address": 1}, "x is not aligned"),
+        ("x", {"type": 2}, "x must be float16, found bfloat16"),
+        ("mean", {"sizes": (9,)}, r"mean must be of size \(8\), found \(9\)"),
+        ("mean", {"strides": (2,)}, "mean must be contiguous"),
+        ("mean", {"type": 3}, "mean must be float32, float16 or bfloat16, found float64"),
+        ("weight", {"sizes": (8, 3, 7, 5)}, "weight must be dense"),
+        ("x", {"sizes": (1, 3, 8, 8), "strides": (192, 64, 8, 1)}, "x must be dense"),
+        ("x", {"sizes": (-1, 3, 8, 8)}, "negative size of -1"),
     ],
 )
-def test_stem_binding_refuses(simulator, changes, message):
-    vector = (16, simulator.DType.float32)
-    arguments = {"out": 16, "x": 16, "weight": 16, "dtype": simulator.DType.float16, "batch": 1}
-    arguments |= {"image": (8, 8), "out_channels": 8, "mean": vector, "var": vector}
-    arguments |= {"bn_weight": None, "bias": None, "eps": 0.0, "device": 0, "stream": 0}
+def test_stem_binding_refuses(simulator, name, value, message):
+    vector = tensor_arg(torch.ones(8))
+    tensors = {"out": nhwc(1, 8, 2, 2), "x": nhwc(1, 3, 8, 8), "weight": nhwc(8, 3, 7, 7)}
+    tensors["mean"] = vector
+    tensors[name] = changed(tensors[name], **value)
+    mean = tensors.pop("mean")
     with pytest.raises(ValueError, match=message):
-        simulator.cuda_stem(**{**arguments, **changes})
+        simulator.cuda_stem(**tensors, bn=(mean, vector, None, None, 0.0), device=0, stream=0)
+
+
+def test_stem_binding_refuses_other_types_and_channels(simulator):
+    for out_channels, dtype in ((12, torch.float16), (8, torch.float32)):
+        vector = tensor_arg(torch.ones(out_channels))
+        sizes = ((1, out_channels, 2, 2), (1, 3, 8, 8), (out_channels, 3, 7, 7))
+        tensors = [nhwc(*size, dtype=dtype) for size in sizes]
+        with pytest.raises(ValueError, match="multiple of 8"):
+            simulator.cuda_stem(*tensors, (vector, vector, None, None, 0.0), 0, 0)
 
 
 def test_simulator_and_extension_load_into_one_process(simulator, extension):
     """Both bind the same C++ types, which pybind11 would by default register once a process."""
-    assert simulator.DType.float16 is not extension.DType.float16
-    assert simulator.ConvolutionBn is not extension.ConvolutionBn
+    assert simulator.ConvTile is not extension.ConvTile
+    assert simulator.Program is not extension.Program
 
 
 def test_larger_tiles_refuse_what_they_do_not_compute(simulator):
@@ -606,41 +640,24 @@ def test_larger_tiles_refuse_what_they_do_not_compute(simulator):
             backend.conv_bn(x, layer, None, False)
 
 
-def address(tensor: Tensor) -> int:
-    return tensor.data_ptr()
-
-
-def call(simulator: ModuleType, x: Tensor, layer: ConvBn, /, **changes: Any) -> None:
+def call(simulator: ModuleType, x: Tensor, layer: ConvBn, out: Tensor, /, **changes: Any) -> None:
     """The binding itself: no residual and an automatic tile, unless `changes` say otherwise."""
     conv, bn = layer
-    known = (torch.float32, torch.float16, torch.bfloat16)
-    dtypes = {dtype: getattr(simulator.DType, str(dtype)[6:]) for dtype in known}
-    image = changes.pop("image", tuple(x.shape[2:]))
-    vectors = [None if v is None else (address(v), dtypes[v.dtype]) for v in bn[:4]]
-    product = {
-        "x": address(x),
-        "weight": address(conv.weight),
-        "image": image,
-        "channels": x.shape[1],
-        "kernel": tuple(conv.weight.shape[2:]),
-        "stride": conv.stride,
-        "padding": conv.padding,
-        "dilation": conv.dilation,
-        **dict(zip(("mean", "var", "bn_weight", "bias"), vectors, strict=True)),
-        "eps": bn.eps,
+    types = (torch.float32, torch.float16, torch.bfloat16)
+    described = {
+        "x": tensor_arg(x),
+        "weight": tensor_arg(conv.weight),
+        "window": conv[1:4],
+        "bn": batch_norm_arg(bn, types),
     }
-    for key in [k for k in changes if k in product]:
-        product[key] = changes.pop(key)
+    for key in [k for k in changes if k in described]:
+        described[key] = changes.pop(key)
     arguments = {
-        "out": 16,
-        "residual": None,
-        "dtype": dtypes[x.dtype],
-        "batch": x.shape[0],
-        "out_image": image,
-        "out_channels": conv.weight.shape[0],
-        "groups": conv.groups,
-        "conv": simulator.ConvolutionBn(**product),
+        "out": tensor_arg(out),
+        "layer": tuple(described.values()),
         "projection": None,
+        "residual": None,
+        "groups": conv.groups,
         "relu": True,
         "tf32": False,
         "tile": simulator.ConvTile.automatic,
@@ -659,11 +676,7 @@ def test_out_may_be_the_residual(simulator, half, channels, capability):
     x, layer = make_integers(case, rng, half)
     both = make_residual(case, x, rng).round_()
     expected = truth(x, layer, both, True)
-    tensors = [x, layer.conv.weight, *layer.bn[:4]]
-    simulator.set_buffers(
-        [*((address(t), t.nbytes, False) for t in tensors), (address(both), both.nbytes, True)]
-    )
-    call(simulator, x, layer, out=address(both), residual=residual_argument(both))
+    call(simulator, x, layer, both, residual=optional_tensor_arg(both))
     assert torch.equal(both.double(), expected)
 
 
@@ -718,57 +731,79 @@ def test_halo_off_by_one_is_caught(simulator, half, channels, capability):
     simulator.set_capability(capability)
     case = ConvCase(1, channels, 8, 8, 16, 3, 1, 1)
     x, layer = make_convolution(case, generator(), half)
-    out = torch.empty(1, 16, 9, 8, dtype=half)
-    tensors = [x, layer.conv.weight, *layer.bn[:4]]
-    simulator.set_buffers(
-        [*((address(t), t.nbytes, False) for t in tensors), (address(out), out.nbytes, True)]
-    )
+    taller = torch.empty(1, channels, 9, 8, dtype=half).contiguous(memory_format=NHWC)
+    out = torch.empty(1, 16, 9, 8, dtype=half).contiguous(memory_format=NHWC)
+    read = [*((t.data_ptr(), t.nbytes, False) for t in (layer.conv.weight, *layer.bn[:4]))]
+    short = (taller.data_ptr(), x.nbytes, False)
+    simulator.set_buffers([*read, short, (out.data_ptr(), out.nbytes, True)])
     with pytest.raises(simulator.Fault, match=r"reads .* out of bounds of global memory"):
-        call(simulator, x, layer, out=address(out), image=(9, 8))
+        call(simulator, taller, layer, out)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("out", {"address": 0}, "out is a null pointer"),
+        ("x", {"address": 0}, "x is a null pointer"),
+        ("weight", {"address": 0}, "weight is a null pointer"),
+        ("x", {"sizes": (1, 0, 8, 8), "strides": (0, 1, 0, 0)}, "channels must be at least 1"),
+        ("out", {"sizes": (1, 16, 8, 9)}, "out must be dense"),
+        (
+            "x",
+            {"sizes": (0, 16, 2**29, 8), "strides": (2**36, 1, 128, 16)},
+            "height must be at least 0 and below 2",
+        ),
+        ("x", {"sizes": (2**20, 16, 2**20, 2**20)}, r"more than 2\^48 elements"),
+        ("weight", {"sizes": (16, 8, 3, 3)}, "weight must be dense"),
+        ("weight", {"type": 0}, "weight must be float16, found float32"),
+    ],
+)
+def test_binding_refuses(simulator, name, value, message):
+    case = ConvCase(1, 16, 8, 8, 16, 3, 1, 1)
+    x, layer = make_convolution(case, generator(), torch.float16)
+    out = torch.empty_like(x)
+    tensors = {"x": x, "weight": layer.conv.weight, "out": out}
+    with pytest.raises(ValueError, match=message):
+        call(simulator, x, layer, out, **{name: changed(tensor_arg(tensors[name]), **value)})
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"out": 0}, "out is a null pointer"),
-        ({"x": 0}, "x or weight is a null pointer"),
-        ({"mean": None}, "mean and var are needed"),
-        ({"channels": 0}, "channels must be at least 1"),
-        ({"stride": (0, 1)}, "vertical stride must be at least 1"),
-        ({"padding": (0, -1)}, "horizontal padding must be at least 0"),
-        ({"out_image": (8, 9)}, "not of size 8 x 9"),
-        ({"image": (2**29, 8)}, "height must be at least 0 and below 2"),
+        ({"window": ((0, 1), (1, 1), (1, 1))}, "vertical stride must be at least 1"),
+        ({"window": ((1, 1), (0, -1), (1, 1))}, "horizontal padding must be at least 0"),
+        ({"window": ((1, 1), (0, 0), (1, 1))}, r"out must be of size \(1, 16, 6, 6\)"),
         ({"groups": 3}, "groups must divide"),
-        ({"batch": 2**29 - 1, "image": (2**20, 2**9)}, "out has too many elements"),
+        ({"groups": 2}, r"weight must be of size \(16, 8, 3, 3\)"),
     ],
 )
-def test_binding_refuses(simulator, changes, message):
+def test_binding_refuses_windows_and_groups(simulator, changes, message):
     case = ConvCase(1, 16, 8, 8, 16, 3, 1, 1)
     x, layer = make_convolution(case, generator(), torch.float16)
     with pytest.raises(ValueError, match=message):
-        call(simulator, x, layer, **changes)
+        call(simulator, x, layer, torch.empty_like(x), **changes)
 
 
 def test_projection_excludes_residual_and_groups(simulator):
-    x, layer = make_convolution(ConvCase(1, 16, 8, 8, 16), generator(), torch.float16)
-    vector = (16, simulator.DType.float32)
-    projection = simulator.ConvolutionBn(
-        16, 16, (8, 8), 16, (1, 1), (1, 1), (0, 0), (1, 1), vector, vector, None, None, 1e-5
-    )
-    for changes in ({"residual": (16, 16, (1024, 128, 16))}, {"groups": 2}):
+    x, (conv, bn) = make_convolution(ConvCase(1, 16, 8, 8, 16), generator(), torch.float16)
+    projection = (tensor_arg(x), tensor_arg(conv.weight), conv[1:4], batch_norm_arg(bn, ()))
+    halved = conv._replace(weight=conv.weight[:, :8].contiguous(memory_format=NHWC), groups=2)
+    for layer, residual in ((ConvBn(conv, bn), tensor_arg(x)), (ConvBn(halved, bn), None)):
+        out = torch.empty_like(x)
         with pytest.raises(ValueError, match="a projection needs groups = 1"):
-            call(simulator, x, layer, projection=projection, **changes)
+            call(simulator, x, layer, out, projection=projection, residual=residual)
 
 
 def test_all_of_resnet50_but_the_stem_is_ours(simulator, half):
-    backend = CudaBackend(simulator)
-    image = torch.zeros(1, dtype=half)
-    left = [
-        name
-        for name, module in torchvision.models.resnet50().named_modules()
-        if isinstance(module, torch.nn.Conv2d)
-        and backend._left_to_cudnn(image, Convolution(module.weight, groups=module.groups))
-    ]
+    backend = WithCudnn(simulator)
+    left = []
+    for name, module in torchvision.models.resnet50().to(half).named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            x = torch.zeros(1, module.in_channels, 8, 8, dtype=half)
+            conv = Convolution(module.weight, module.stride, module.padding)
+            layer = ConvBn(conv, make_batch_norm(module.out_channels, generator()))
+            if backend.conv_bn(x, layer, None, True)[0].name == "cudnn":
+                left.append(name)
     assert left == ["conv1"]
 
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import re
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from machine_code import cuobjdump
 from torch import Tensor
 
+from resnet_fused._extension import tensor_arg
 from resnet_fused.backends.cuda_sim import SimulatedBackend
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import generator
@@ -133,46 +135,35 @@ def test_both_barriers_are_needed(simulator, backend, images):
         simulator.plant()
 
 
-def multiply(simulator: ModuleType, x: Tensor, weight: Tensor, /, **changes: int) -> Tensor:
+def multiply(simulator: ModuleType, x: Tensor, weight: Tensor, /, **changes: Any) -> Tensor:
     """The binding of the product itself, without bias."""
     out = torch.full((x.shape[0], weight.shape[0]), float("nan"), dtype=weight.dtype)
-    simulator.set_buffers(
-        [
-            (x.data_ptr(), x.nbytes, False),
-            (weight.data_ptr(), weight.nbytes, False),
-            (out.data_ptr(), out.nbytes, True),
-        ]
-    )
-    arguments = {
-        "out": out.data_ptr(),
-        "x": x.data_ptr(),
-        "weight": weight.data_ptr(),
-        "bias": 0,
-        "dtype": getattr(simulator.DType, str(weight.dtype)[6:]),
-        "batch": x.shape[0],
-        "channels": x.shape[1],
-        "classes": weight.shape[0],
-        "device": 0,
-        "stream": 0,
-    }
-    simulator.cuda_linear(**{**arguments, **changes})
+    arguments = {"out": tensor_arg(out), "x": tensor_arg(x), "weight": tensor_arg(weight)}
+    for name, fields in changes.items():
+        arguments[name] = (*fields, *arguments[name][len(fields) :])
+    simulator.cuda_linear(**arguments, bias=None, device=0, stream=0)
     return out
 
 
 def test_a_class_too_many_is_caught(simulator):
+    weight, out = torch.ones(9, 8), torch.empty(1, 9)
+    x = torch.ones(1, 8)
+    read = [(x.data_ptr(), x.nbytes, False), (weight.data_ptr(), weight[:8].nbytes, False)]
+    simulator.set_buffers([*read, (out.data_ptr(), out.nbytes, True)])
     with pytest.raises(simulator.Fault, match="out of bounds of global memory"):
-        multiply(simulator, torch.ones(1, 8), torch.ones(8, 8), classes=9)
+        simulator.cuda_linear(tensor_arg(out), tensor_arg(x), tensor_arg(weight), None, 0, 0)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"out": 0}, "out, x or weight is a null pointer"),
-        ({"x": 0}, "out, x or weight is a null pointer"),
-        ({"weight": 0}, "out, x or weight is a null pointer"),
-        ({"batch": -1}, "batch must be at least 0"),
-        ({"channels": 0}, "channels must be at least 1"),
-        ({"classes": 2**29}, "classes must be at least 0 and below 2"),
+        ({"out": (0,)}, "out is a null pointer"),
+        ({"x": (0,)}, "x is a null pointer"),
+        ({"weight": (0,)}, "weight is a null pointer"),
+        ({"x": (64, 1)}, "x must be float32, found float16"),
+        ({"x": (64, 0, (1, 0), (1, 1))}, r"weight must be of size \(8, 0\), found \(8, 8\)"),
+        ({"out": (64, 0, (1, 7), (7, 1))}, r"out must be of size \(1, 8\), found \(1, 7\)"),
+        ({"weight": (64, 0, (8, 8), (1, 8))}, "weight must be contiguous"),
     ],
 )
 def test_product_refuses(simulator, changes, message):
@@ -181,18 +172,17 @@ def test_product_refuses(simulator, changes, message):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("x", "out", "message"),
     [
-        ({"out": 0}, "out or x is a null pointer"),
-        ({"positions": 0}, "positions must be at least 1"),
-        ({"batch": 2**28, "positions": 2**28}, "x has too many elements"),
-        ({"out_dtype": "bfloat16"}, "out_dtype must be dtype or float32"),
+        ((0, 1, (1, 64, 1, 1), (64, 1, 64, 64)), None, "x is a null pointer"),
+        ((64, 1, (1, 64, 0, 1), (64, 1, 64, 64)), None, "positions must be at least 1"),
+        ((64, 1, (1, 64, 2, 2), (256, 4, 2, 1)), None, "x must be dense and channels_last"),
+        (None, (64, 2, (1, 64), (64, 1)), "out must be float32, found bfloat16"),
+        (None, (64, 1, (1, 63), (63, 1)), r"out must be of size \(1, 64\)"),
     ],
 )
-def test_pooling_refuses(simulator, changes, message):
-    arguments = {"out": 16, "x": 16, "batch": 1, "positions": 1, "channels": 2**6}
-    arguments |= {"dtype": "float16", "out_dtype": "float16", "device": 0, "stream": 0, **changes}
-    for key in ("dtype", "out_dtype"):
-        arguments[key] = getattr(simulator.DType, arguments[key])
+def test_pooling_refuses(simulator, x, out, message):
+    x = x or (64, 1, (1, 64, 1, 1), (64, 1, 64, 64))
+    out = out or (64, 1, (1, 64), (64, 1))
     with pytest.raises(ValueError, match=message):
-        simulator.cuda_average_pool(**arguments)
+        simulator.cuda_average_pool((*out, None), (*x, None), 0, 0)

@@ -15,6 +15,8 @@ from machine_code import cuobjdump
 from torch import Tensor
 
 from resnet_fused import backends, ops, use_backend
+from resnet_fused._extension import tensor_arg
+from resnet_fused.backends.arguments import batch_norm_arg
 from resnet_fused.parameters import BatchNorm
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.numerics import cast, relative_error
@@ -63,21 +65,22 @@ def test_moves_sixteen_bytes_an_access(extension):
 # Argument checks: nothing is launched, so no GPU is needed
 
 
-def _call(extension: ModuleType, **changes: Any) -> None:
-    vector = (1 << 20, extension.DType.float32)
+def _tensor(address: int, *sizes: int, dtype: int = 1) -> tuple[Any, ...]:
+    batch, channels, height, width = sizes
+    strides = (height * width * channels, 1, width * channels, channels)
+    return address, dtype, (batch, channels, height, width), strides, None
+
+
+def _vector(address: int = 1 << 20, channels: int = 8) -> tuple[Any, ...]:
+    return address, 0, (channels,), (1,), None
+
+
+def _call(extension: ModuleType, bn: tuple[Any, ...] | None = None, **changes: Any) -> None:
     arguments: dict[str, Any] = {
-        "out": 1 << 20,
-        "x": 1 << 20,
+        "out": _tensor(1 << 20, 1, 8, 2, 2),
+        "x": _tensor(1 << 20, 1, 8, 2, 2),
+        "bn": bn or (_vector(), _vector(), None, None, 1e-5),
         "residual": None,
-        "dtype": extension.DType.float16,
-        "batch": 1,
-        "image": (2, 2),
-        "channels": 8,
-        "mean": vector,
-        "var": vector,
-        "weight": None,
-        "bias": None,
-        "eps": 1e-5,
         "relu": True,
         "device": 0,
         "stream": 0,
@@ -88,17 +91,21 @@ def _call(extension: ModuleType, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch": -1}, "batch"),
-        ({"image": (2, -2)}, "image"),
-        ({"channels": -8}, "channels"),
-        ({"batch": 2**61}, "too many elements"),
-        ({"residual": (1 << 21, 9, (32, 16, 8))}, "residual must have 1 to 8 channels"),
-        ({"residual": (1 << 21, 8, (64, 32, 8))}, "pixels at one distance"),
-        ({"residual": ((1 << 20) + 2, 8, (32, 16, 8))}, "out overlaps residual"),
-        ({"x": 0}, "null pointer"),
-        ({"out": 0}, "null pointer"),
-        ({"mean": None}, "mean and var"),
-        ({"var": None}, "mean and var"),
+        ({"x": _tensor(1 << 20, -1, 8, 2, 2)}, "negative size"),
+        ({"x": _tensor(1 << 20, 2**46, 8, 2, 2)}, r"more than 2\^48 elements"),
+        ({"x": _tensor(1 << 20, 1, 8, 2, 3)}, r"out must be of size \(1, 8, 2, 3\)"),
+        ({"x": _tensor(1 << 20, 1, 8, 2, 2, dtype=2)}, "x must be float16, found bfloat16"),
+        ({"residual": _tensor(1 << 21, 1, 9, 2, 2)}, "residual must have 1 to 8 channels"),
+        (
+            {"residual": (1 << 21, 1, (1, 8, 2, 2), (64, 1, 32, 8), None)},
+            "pixels at one distance",
+        ),
+        ({"residual": _tensor((1 << 20) + 2, 1, 8, 2, 2)}, "out overlaps residual"),
+        ({"x": _tensor(0, 1, 8, 2, 2)}, "x is a null pointer"),
+        ({"out": _tensor(0, 1, 8, 2, 2)}, "out is a null pointer"),
+        ({"bn": (_vector(), _vector(0), None, None, 0.0)}, "var is a null pointer"),
+        ({"bn": (_vector(), _vector(), _vector(0), None, 0.0)}, "weight is a null pointer"),
+        ({"bn": (_vector(channels=7), _vector(), None, None, 0.0)}, r"mean must be of size \(8\)"),
     ],
 )
 def test_binding_refuses(extension, changes, message):
@@ -106,14 +113,9 @@ def test_binding_refuses(extension, changes, message):
         _call(extension, **changes)
 
 
-def test_binding_refuses_null_parameters(extension):
-    with pytest.raises(ValueError, match="weight is a null pointer"):
-        _call(extension, weight=(0, extension.DType.float32))
-
-
-@pytest.mark.parametrize("empty", ["batch", "channels"])
-def test_nothing_is_launched_for_an_empty_tensor(extension, empty):
-    _call(extension, **{empty: 0}, out=0, x=0)
+@pytest.mark.parametrize("sizes", [(0, 8, 2, 2), (1, 0, 2, 2)], ids=str)
+def test_nothing_is_launched_for_an_empty_tensor(extension, sizes):
+    _call(extension, out=_tensor(0, *sizes), x=_tensor(0, *sizes))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
@@ -147,21 +149,12 @@ def _launch(
     """The kernel on (rows, channels) matrices, into `out` or a matrix of NaN."""
     if out is None:
         out = torch.full_like(x, float("nan"))
-    dtypes = {dtype: getattr(extension.DType, str(dtype)[6:]) for dtype in FLOATS}
-    extension.cuda_bn_add_relu(
-        out.data_ptr(),
-        x.data_ptr(),
-        None if residual is None else (residual.data_ptr(), x.shape[1], (x.shape[1],) * 3),
-        dtypes[x.dtype],
-        x.shape[0],
-        (1, 1),
-        x.shape[1],
-        *(None if v is None else (v.data_ptr(), dtypes[v.dtype]) for v in bn[:4]),
-        bn.eps,
-        relu,
-        x.device.index,
-        torch.cuda.current_stream(x.device).cuda_stream,
+    described, into, added = (
+        None if t is None else tensor_arg(t[:, :, None, None]) for t in (x, out, residual)
     )
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    bn_arg = batch_norm_arg(bn, FLOATS)
+    extension.cuda_bn_add_relu(into, described, bn_arg, added, relu, x.device.index, stream)
     return out
 
 

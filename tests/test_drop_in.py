@@ -33,8 +33,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import resnet_fused
-from resnet_fused import use_backend
-from resnet_fused.ops.dispatch import choose
+from resnet_fused import backends, use_backend
+from resnet_fused.ops import BatchNorm, ConvBn, Convolution
+from resnet_fused.ops.dispatch import serving
 from resnet_fused.testing.cases import generator, randomise_statistics
 from resnet_fused.testing.numerics import relative_error
 from resnet_fused.testing.plain import run_modules, training_ops_in_pytorch
@@ -884,9 +885,11 @@ def test_direct_ops_inside_transforms_and_modes() -> None:
     conv, bn = ours.conv1, ours.bn1
 
     def fused(x: Tensor) -> Tensor:
-        layer = resnet_fused.ops.Convolution(conv.weight, (2, 2), (3, 3))
-        norm = resnet_fused.ops.BatchNorm(bn.running_mean, bn.running_var, bn.weight, bn.bias)
-        return resnet_fused.ops.conv_bn(x, ConvBn(layer, norm), relu=True)
+        layer = ConvBn(
+            Convolution(conv.weight, (2, 2), (3, 3)),
+            BatchNorm(bn.running_mean, bn.running_var, bn.weight, bn.bias),
+        )
+        return resnet_fused.ops.conv_bn(x, layer, relu=True)
 
     def plain(x: Tensor) -> Tensor:
         return F.relu(theirs.bn1(theirs.conv1(x)))
@@ -976,12 +979,12 @@ def test_initialisation_again_gives_torchvisions_values() -> None:
 
 def test_a_backend_holds_for_the_thread_that_chose_it() -> None:
     x = images(dtype=torch.float32)
-    default, seen = choose(x).name, {}
+    default, seen = serving(x), {}
 
     def work(name: str, chosen: str | None) -> None:
         with use_backend(chosen):
             inside.wait()
-            seen[name] = choose(x).name
+            seen[name] = serving(x)
             inside.wait()
 
     inside = threading.Barrier(3)
@@ -992,11 +995,12 @@ def test_a_backend_holds_for_the_thread_that_chose_it() -> None:
     for worker in workers:
         worker.start()
     inside.wait()
-    seen["main"] = choose(x).name
+    seen["main"] = serving(x)
     inside.wait()
     for worker in workers:
         worker.join()
-    assert seen == {"reference": "reference", "none": default, "main": default}
+    reference = (backends.get("reference"),)
+    assert seen == {"reference": reference, "none": default, "main": default}
 
 
 class Copy(nn.Module):
@@ -1105,7 +1109,7 @@ class Counting:
 def counted() -> Iterator[list[str]]:
     """The names of the training pieces that ran."""
     with training_ops_in_pytorch():
-        backend = choose(torch.empty(0))
+        (backend,) = serving(torch.empty(0))
         backend.training = pieces = Counting(backend.training)
         yield pieces.calls
 

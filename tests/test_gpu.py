@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import resnet_fused
 from resnet_fused import ops, use_backend
-from resnet_fused.parameters import BatchNorm, ConvBn, Convolution
+from resnet_fused.parameters import ConvBn, Convolution
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import generator, make_batch_norm, randomise_statistics
 from resnet_fused.testing.numerics import assert_contract, cast
@@ -94,18 +94,16 @@ def test_more_than_two_to_the_31_elements(kernel: int) -> None:
     rng = generator(kernel)
     weight = torch.randn(channels, channels, kernel, kernel, generator=rng) / (8 * kernel)
     conv = Convolution(weight.cuda().to(HALF), (1, 1), (kernel // 2,) * 2, (1, 1), 1)
-    bn = make_batch_norm(channels, rng, HALF, "cuda")
+    layer = ConvBn(conv, make_batch_norm(channels, rng, HALF, "cuda"))
     shape = (batch, channels, side, side)
     x = torch.empty(shape, dtype=HALF, device="cuda", memory_format=torch.channels_last)
     assert x.numel() > 2**31
     x.normal_(generator=torch.Generator("cuda").manual_seed(0))
     with torch.inference_mode():
-        result = ops.conv_bn(x, ConvBn(conv, bn), residual=x, relu=True)[-2:].clone()
+        result = ops.conv_bn(x, layer, residual=x, relu=True)[-2:].clone()
         last = x[-2:].clone()
         del x
-
-        def plain(x: Tensor, conv: Convolution, bn: BatchNorm) -> Tensor:
-            return reference.conv_bn(x, ConvBn(conv, bn), x, True)
-
-        eager, truth = plain(last, conv, bn), plain(*cast([last, conv, bn], torch.float64))
+        arguments = [last, layer, last, True]
+        eager = reference.conv_bn(*arguments)
+        truth = reference.conv_bn(*cast(arguments, torch.float64))
     assert_contract(result, eager, truth)

@@ -22,10 +22,10 @@ pytest.importorskip("torchvision", reason="the benchmarks' peers are torchvision
 pytest.importorskip("skimage", reason="the benchmark's photographs come with scikit-image")
 
 import baselines
-import beside_prediction
 import gpu_proof
 import launch
 import layers
+import predict
 import throughput
 import training
 from gpu_proof import CALLS, Gpu, Proof, Step, find_gpu, steps_of
@@ -68,14 +68,12 @@ def check_python(command: list[str]) -> None:
         assert files
         assert all((ROOT / file).exists() for file in files)
         return
-    if program == "benchmarks/predict.py":  # another program's, skipped where it is not there
-        return
     parsers: dict[str, Any] = {
         "benchmarks/throughput.py": lambda a: throughput.parse(a, baselines.BASELINES),
         "benchmarks/layers.py": layers.parse,
         "benchmarks/training.py": training.parse,
         "benchmarks/launch.py": launch.parse,
-        "benchmarks/beside_prediction.py": beside_prediction.parse,
+        "benchmarks/predict.py": predict.parse,
         "resnet_fused.selfcheck": selfcheck._options,
         "resnet_fused.tune": tune._options,
         "resnet_fused.env": lambda a: not a or pytest.fail(f"{a}"),
@@ -338,51 +336,3 @@ sys.exit(gpu_proof.main(["first", "--rehearse", "--out", {str(out)!r}]))
     process = int(log.read_text().splitlines()[1])
     with pytest.raises(ProcessLookupError):
         os.kill(process, 0)
-
-
-# Predicted beside measured
-
-
-def test_prediction_is_set_beside_what_was_measured(tmp_path: Path, capsys: Any) -> None:
-    def write(name: str, value: Any) -> str:
-        (tmp_path / name).write_text(json.dumps(value))
-        return str(tmp_path / name)
-
-    launches = [
-        {"multiply_adds": 50, "dram_bytes": 1010, "microseconds": 10.0, "bound": "DRAM"},
-        {"multiply_adds": 50, "dram_bytes": 1990, "microseconds": 30.0, "bound": "L2"},
-        {"multiply_adds": 70, "dram_bytes": 1000, "microseconds": 99.0, "bound": "tensor"},
-    ]
-    predicted = write("predicted.json", {
-        "arch": "resnet50", "dtype": "bfloat16", "batch": 256, "note": "A model.",
-        "images_per_second": {"low": 33000, "expected": 37000, "high": 42000}, "layers": launches,
-    })  # fmt: skip
-    same = {"architecture": "resnet50", "dtype": "bfloat16"}
-    entries = [{"key": "cuda-graph", "rate": 18500.0}, {"key": "cudnn-graph", "rate": 99.0}]
-    measured = write("throughput.json", {"comparisons": [
-        {**same, "batch": 256, "entries": entries}, {**same, "batch": 1, "entries": entries},
-    ]})  # fmt: skip
-    rows = [
-        {"layer": name, "calls": 2, "operations": 100, "bytes": moved, "seconds": {"cuda": times}}
-        for name, moved, times in (("a", 1000, [9e-6, 2e-5, 1e-3]), ("b", 2000, [1.5e-5] * 3))
-    ]
-    rows.append({**rows[0], "layer": "c", "bytes": 1500})
-    file = tmp_path / "out.json"
-    arguments = ["--predicted", predicted, "--throughput", measured, "--json", str(file)]
-    assert beside_prediction.main([*arguments, "--layers", write("l.json", {"rows": rows})]) == 0
-    record = json.loads(file.read_text())
-    (rate,) = record["images_per_second"]
-    assert (rate["measured"], rate["over_expected"], rate["within"]) == (18500.0, 0.5, False)
-    ratios = {row["layer"]: (row["over_predicted"], row["bound"]) for row in record["layers"]}
-    assert ratios["a"] == (pytest.approx(2.0), "DRAM")
-    assert ratios["b"] == (pytest.approx(0.5), "L2")
-    assert ratios["c"] == (None, None)
-    printed = capsys.readouterr().out
-    assert "OUTSIDE its range" in printed
-    assert "c: no launch of the prediction is its like" in printed
-
-
-def test_nothing_to_compare_is_no_success(tmp_path: Path, capsys: Any) -> None:
-    missing = str(tmp_path / "none.json")
-    assert beside_prediction.main(["--predicted", missing, "--throughput", missing]) == 1
-    assert "nothing to compare" in capsys.readouterr().err

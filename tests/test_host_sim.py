@@ -9,7 +9,7 @@ import ctypes
 import shutil
 import struct
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -831,3 +831,32 @@ def test_sm90_kernel_expects_all_its_bytes(simulator, sm90_blocks):
     simulator.plant({"bytes_not_expected": 128})
     with pytest.raises(simulator.Fault, match=r"deadlock .* more bytes than expected have come"):
         sm90_blocks["residual"]()
+
+
+@pytest.fixture
+def limited(simulator: ModuleType) -> Iterator[ModuleType]:
+    """The simulator with a limit on waits for mbarriers."""
+    simulator.set_spin_limit(1000)
+    yield simulator
+    simulator.set_spin_limit()
+
+
+def test_sm90_kernel_names_the_barrier_that_it_gives_up_at(limited, sm90_blocks):
+    """Thread 0 announces nothing of the first stage, which nobody can use then. It fills the others
+    and waits for that one again, in its block's second or third tile, eight tiles further on."""
+    limited.plant({"skipped_arrival": 0})
+    message = (
+        "traps: conv_bn_sm90 gave up: block 0 at tile 8 waited too long for the "
+        '"empty" barrier of stage 0 of its pipeline of operands'
+    )
+    with pytest.raises(limited.Fault, match=message):
+        sm90_blocks["residual"]()
+    limited.set_spin_limit()
+    with pytest.raises(limited.Fault, match="deadlock"):
+        sm90_blocks["residual"]()
+
+
+def test_a_limit_changes_nothing_where_no_barrier_is_stuck(limited, sm90_blocks):
+    result = sm90_blocks["residual"]()
+    limited.set_spin_limit()
+    assert torch.equal(result, sm90_blocks["residual"]())

@@ -21,7 +21,6 @@ from torchvision.models.resnet import BasicBlock as TorchvisionBlock
 import resnet_fused
 from resnet_fused import (
     PaddedIdentity,
-    backends,
     cifar,
     fusion,
     kept_activation_bytes,
@@ -29,10 +28,9 @@ from resnet_fused import (
     use_backend,
 )
 from resnet_fused.models.network import ResidualNetwork
-from resnet_fused.reference.training import ReferenceTraining
 from resnet_fused.testing.cases import generator, randomise_statistics
 from resnet_fused.testing.numerics import assert_contract, relative_error
-from resnet_fused.testing.plain import run_modules
+from resnet_fused.testing.plain import run_modules, training_ops_in_pytorch
 
 NOISE = 1.1  # the results are a few dozen numbers
 
@@ -262,9 +260,7 @@ def test_training_is_wired_exactly(name: str, monkeypatch: pytest.MonkeyPatch) -
     ours = SMALL[name]().double()
     other = copy.deepcopy(ours)
     x, target = images(4, 32).double(), torch.tensor([0, 1, 2, 3])
-    backend = backends.get("reference")
-    monkeypatch.setattr(backend, "training", ReferenceTraining(), raising=False)
-    with use_backend("reference"), monkeypatch.context() as patch:
+    with training_ops_in_pytorch(), monkeypatch.context() as patch:
         patch.setattr(fusion, "run_unfused", None)  # no block runs module by module
         F.cross_entropy(ours(x), target).backward()
     F.cross_entropy(run_modules(other, x), target).backward()
@@ -304,15 +300,14 @@ def test_compiles_in_one_graph(name: str) -> None:
         assert torch.equal(compiled(x), model(x))
 
 
-def test_trains_compiled_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trains_compiled_in_one_graph() -> None:
     """Through the training ops, option A's among them."""
     torch.compiler.reset()
-    monkeypatch.setattr(backends.get("reference"), "training", ReferenceTraining(), raising=False)
     torch.manual_seed(0)
     eager = cifar.resnet(8)
     compiled = copy.deepcopy(eager)
     x, target = images(3, 8), torch.tensor([0, 1, 2])
-    with use_backend("reference"):
+    with training_ops_in_pytorch():
         F.cross_entropy(eager(x), target).backward()
         call = torch.compile(compiled, fullgraph=True, backend="aot_eager")
         F.cross_entropy(call(x), target).backward()

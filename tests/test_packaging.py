@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import os
 import re
@@ -487,17 +488,51 @@ def test_sources_find_an_installed_extension(source, plain, uninstalled, tmp_pat
 
     assert re.search(found.format(path=re.escape(str(planted))), report())
 
-    module = source / "resnet_fused" / "_extension.py"
-    text = module.read_text()
-    module.write_text(re.sub(r"^INTERFACE = \d+", "INTERFACE = 1234", text, flags=re.MULTILINE))
+    bindings = source / "csrc/bindings/register.h"
+    text = bindings.read_text()
+    bindings.write_text(text + "\n")
     refused = (
-        rf"{name} in {re.escape(str(planted))} has interface \d+, .* needs 1234; .*pip install"
+        rf"{name} in {re.escape(str(planted))} was built from other bindings than .*pip install"
     )
     assert re.search(refused, report())
 
-    module.write_text(text)
+    bindings.write_text(text)
     planted.write_bytes(b"\x7fELF, but no more")
     assert re.search(rf"{name} cannot be loaded .*--force-reinstall", report())
+
+
+# What the extension's stub says
+
+
+def signatures(stub: str) -> dict[str, list[str]]:
+    """The names of the arguments of each function and method of a stub."""
+    found = {}
+    for node in ast.parse(stub).body:
+        members = node.body if isinstance(node, ast.ClassDef) else [node]
+        prefix = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
+        for member in members:
+            if isinstance(member, ast.FunctionDef) and not member.decorator_list:
+                found[prefix + member.name] = [a.arg for a in member.args.args]
+    return found
+
+
+def test_the_stub_is_of_the_bindings():
+    """As pybind11 gives signatures: the first line of each docstring."""
+    if reason := _extension.available():
+        pytest.skip(reason)
+    module = _extension.load()
+    stub = signatures((ROOT / "resnet_fused/_C.pyi").read_text())
+    del stub["__getattr__"]
+    for name, arguments in stub.items():
+        function = functools.reduce(getattr, name.split("."), module)
+        line = function.__doc__.split("\n")[0]
+        while "[" in line:  # types of types
+            line = re.sub(r"\[[^\[\]]*\]", "", line)
+        assert re.findall(r"[(,] ?(\w+): ", line) == arguments, line
+    bound = {name for name in dir(module) if callable(getattr(module, name))}
+    missing = {name for name in bound if not name.startswith("_")}
+    missing -= {name.split(".")[0] for name in stub}
+    assert not [name for name in missing if not re.match("cuda_|[A-Z]", name)]
 
 
 # Continuous integration

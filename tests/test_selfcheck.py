@@ -14,10 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from resnet_fused import backends, selfcheck
+from resnet_fused import selfcheck
+from resnet_fused.backends import Candidate
 from resnet_fused.backends.cuda_sim import SimulatedBackend
+from resnet_fused.backends.reference import ReferenceBackend
+from resnet_fused.reference import ops as reference
 from resnet_fused.reference.training import ReferenceTraining
-from resnet_fused.selfcheck import Check, Result, cases, check_case, main, run_check, supervise
+from resnet_fused.selfcheck import Check, Result, Worker, main, supervise
+from resnet_fused.testing.selfcheck_cases import FAMILIES, cases, check_case
 
 # Checks of known outcome, which child processes import from here.
 
@@ -62,35 +66,75 @@ def hangs() -> Iterator[tuple[str, bool | None]]:
         time.sleep(1)
 
 
-LIMIT = 25.0  # a child imports torch first, on a machine that may be busy
+LIMIT = 25.0  # of a check; the child that imports torch first has longer
 
 
 def test_faults_are_found_and_stay_where_they_are() -> None:
-    checks = [Check(f.__name__, f) for f in (right, wrong, raises, crashes, leaves, serves_nothing)]
+    """Whatever a check does, those after it run, in the same two workers or in new ones."""
+    functions = (right, wrong, raises, right, crashes, right, leaves, serves_nothing, right)
+    checks = [Check(f"{f.__name__} {i}", f) for i, f in enumerate(functions)]
     seen: list[Result] = []
     results = supervise(checks, LIMIT, 2, seen.append)
     assert seen == results
     found = {r.check: (r.status, r.detail, r.passed) for r in results}
+    passed = ("passed", "", ["first", "second"])
     assert found == {
-        "right": ("passed", "", ["first", "second"]),
-        "wrong": ("wrong", "third: 1 of 9 elements differ", ["first", "second"]),
-        "raises": (
+        "right 0": passed,
+        "wrong 1": ("wrong", "third: 1 of 9 elements differ", ["first", "second"]),
+        "raises 2": (
             "error",
             "first: RuntimeError: CUDA error: an illegal memory access was encountered",
             [],
         ),
-        "crashes": ("crashed", "it died of SIGSEGV, in third", ["first", "second"]),
-        "leaves": ("crashed", "it ended with exit status 3, in first", []),
-        "serves_nothing": ("unavailable", "", []),
+        "right 3": passed,
+        "crashes 4": ("crashed", "it died of SIGSEGV, in third", ["first", "second"]),
+        "right 5": passed,
+        "leaves 6": ("crashed", "it ended with exit status 3, in first", []),
+        "serves_nothing 7": ("unavailable", "", []),
+        "right 8": passed,
     }
-    assert [r.check for r in results if not r.failed] == ["right", "serves_nothing"]
+    assert {r.check for r in results if r.failed} == {
+        "wrong 1",
+        "raises 2",
+        "crashes 4",
+        "leaves 6",
+    }
 
 
 def test_a_hanging_check_costs_its_own_limit_only() -> None:
-    start = time.monotonic()
-    result = run_check(Check("hangs", hangs), LIMIT)
-    assert time.monotonic() - start < LIMIT + 8
-    assert (result.status, result.detail) == ("timed out", "no end within 25 s, in first")
+    worker = Worker()
+    try:
+        assert worker.run(Check("right", right), LIMIT).status == "passed"  # torch is imported
+        start = time.monotonic()
+        result = worker.run(Check("hangs", hangs), 2.0)
+        assert 2.0 <= time.monotonic() - start < 2.0 + 8.0
+        assert (result.status, result.detail) == ("timed out", "no end within 2 s, in first")
+        assert result.seconds >= 2.0
+        assert worker.run(Check("right", right), LIMIT).status == "passed"
+    finally:
+        worker.stop()
+
+
+def _own_process() -> Iterator[tuple[str, bool | None]]:
+    yield f"{os.getpid()}", None
+    yield f"{os.getpid()}", True
+
+
+def test_a_worker_is_kept_for_what_is_harmless_only() -> None:
+    """After a wrong result it goes on; after an exception a GPU's context may be lost."""
+    worker = Worker()
+
+    def process() -> str:
+        return worker.run(Check("own process", _own_process), LIMIT).passed[0]
+
+    try:
+        first = process()
+        worker.run(Check("wrong", wrong), LIMIT)
+        assert process() == first
+        worker.run(Check("raises", raises), LIMIT)
+        assert process() != first
+    finally:
+        worker.stop()
 
 
 def test_the_command_writes_what_it_found(
@@ -111,9 +155,8 @@ def test_the_command_writes_what_it_found(
 
 def test_every_tile_and_family_of_the_cuda_kernels_has_its_check(simulator: Any) -> None:
     names = {check.name.removeprefix("cuda_sim ") for check in selfcheck.checks("cuda_sim")}
-    tiles = {name for name in simulator.ConvTile.__members__ if name != "automatic"}
     assert names == {
-        *(f"conv_bn {tile}" for tile in tiles),
+        *(f"conv_bn {tile}" for tile in simulator.ConvTile.__members__),
         *("bn_add_relu", "bottleneck", "stem", "head"),
     }
 
@@ -130,27 +173,28 @@ class TrainingOffByOne:
         return run
 
 
-class OffByOne:
-    """The reference, but the last image has a wrong element."""
+class OffByOne(ReferenceBackend):
+    """Kernels for every op that are the reference, but for a wrong element in the last image."""
 
     name = "off by one"
-    training = TrainingOffByOne()
+    training = TrainingOffByOne()  # type: ignore[assignment]
 
-    def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        return None
+    def __getattribute__(self, name: str) -> Any:
+        meaning = getattr(reference, name, None)
+        if meaning is None:
+            return super().__getattribute__(name)
 
-    def __getattr__(self, op: str) -> Callable[..., Tensor]:
-        def run(*arguments: Any) -> Tensor:
-            out: Tensor = getattr(backends.get("cpu"), op)(*arguments)
+        def launch(*arguments: Any) -> Tensor:
+            out: Tensor = meaning(*arguments)
             out[-1, -1] += 1
             return out
 
-        return run
+        return lambda *arguments: [Candidate("off by one", launch)]
 
 
-@pytest.mark.parametrize("family", selfcheck.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_case_finds_one_wrong_element(family: str) -> None:
-    backend: Any = OffByOne()
+    backend = OffByOne()
     found = 0
     for case in cases(family, backend, "cpu", 1):
         with pytest.raises(AssertionError, match="differ"):
@@ -159,33 +203,60 @@ def test_every_case_finds_one_wrong_element(family: str) -> None:
     assert found >= 2
 
 
+class PartlyWritten(ReferenceBackend):
+    """A convolution whose last row is not written, in memory that was the right
+    result's before."""
+
+    name = "partly written"
+
+    def conv_bn(self, *arguments: Any) -> list[Candidate]:
+        def launch(*arguments: Any) -> Tensor:
+            right = reference.conv_bn(*arguments)
+            freed = right.clone()
+            del freed
+            out = torch.empty_like(right)
+            out[:, :, :-1] = right[:, :, :-1]
+            return out
+
+        return [Candidate("partly written", launch)]
+
+
+def test_an_element_that_nobody_writes_is_found() -> None:
+    backend = PartlyWritten()
+    with pytest.raises(AssertionError, match="differ"):
+        check_case(backend, next(cases("conv_bn", backend, "cpu", 1)))
+
+
+def test_a_kernel_that_does_not_serve_a_case_is_not_passed_by_another() -> None:
+    backend = OffByOne()
+    case = next(cases("conv_bn", backend, "cpu", 1))
+    assert not check_case(backend, case, "missing")
+
+
 @pytest.mark.parametrize("mistake", ["skipped_mbarrier_wait", "skipped_proxy_fence"])
 def test_a_planted_race_is_found(simulator: Any, mistake: str) -> None:
     backend = SimulatedBackend(simulator, capability=90)
-    case = next(cases("conv_bn", backend, "cpu", selfcheck.SIMULATED_MULTIPROCESSORS))
-    assert check_case(backend, case, "m128n64_sm90")
+    case = next(cases("conv_bn", backend, "cpu", selfcheck.SIMULATED_SMS))
+    assert check_case(backend, case, "cuda m128n64_sm90")
     simulator.plant({mistake: 1})
     try:
         with pytest.raises(simulator.Fault):
-            check_case(backend, case, "m128n64_sm90")
+            check_case(backend, case, "cuda m128n64_sm90")
     finally:
         simulator.plant()
 
 
-def test_tiles_go_round_three_times_on_each_multiprocessor(simulator: Any) -> None:
-    """So that the rings of persistent blocks wrap: counted from shapes, for the largest tile and
-    for the smaller one, of which two share a multiprocessor."""
+def test_persistent_blocks_go_round_three_times_on_each_sm(simulator: Any) -> None:
+    """So that the rings of their buffers wrap: counted from shapes, for the largest tile and for
+    the smaller one, of which two share an SM."""
     backend = SimulatedBackend(simulator, capability=90)
     for case in cases("conv_bn", backend, "cpu", 132):
-        conv = case.arguments[1]
-        images, _, height, width = (
-            *case.arguments[0].shape[:2],
-            *conv.output_size(*case.arguments[0].shape[2:]),
-        )
-        channels = conv.weight.shape[0] // conv.groups
-        rows = -(-images * height * width // 128)
         if case.name.endswith("tails"):
             continue
+        x, (conv, _) = case.arguments[:2]
+        height, width = conv.output_size(*x.shape[2:])
+        channels = conv.weight.shape[0] // conv.groups
+        rows = -(-x.shape[0] * height * width // 128)
         assert rows * -(-channels // 128) >= 3 * 132
         assert rows * -(-channels // 64) >= 3 * 2 * 132
 

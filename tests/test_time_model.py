@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+from typing import Any
+
+import predict as program
 import pytest
+from time_model import beside
 from time_model.cuda_backend import Block
 from time_model.rates import GPUS, rates
 from time_model.work import Work, predict, resident_blocks
@@ -115,13 +121,62 @@ def test_a_whole_bottleneck_pays_as_the_extension_says(
     simulator, batch, size, channels, inner, out, stride, projects
 ):
     """The simulated GPU has 4 multiprocessors."""
-    vector = (4096, simulator.DType.float32)
-    layer = (4096, vector, vector, None, None, 1e-5)
-    theirs = simulator.Bottleneck(
-        4096, simulator.DType.bfloat16, batch, (size, size), channels, inner, out, stride,
-        [layer] * 3, layer if projects else None,
-    )  # fmt: skip
+    vector = (4096, 0, (0,), (1,), None)
+
+    def tensor(*sizes: int) -> tuple[Any, ...]:
+        strides = (math.prod(sizes[1:]), 1, sizes[3] * sizes[1], sizes[1])
+        return 4096, 2, sizes, strides, None
+
+    def layer(*sizes: int) -> tuple[Any, ...]:
+        return tensor(*sizes), (*[(*vector[:2], sizes[:1], *vector[3:])] * 2, None, None, 1e-5)
+
+    layers = [layer(inner, channels, 1, 1), layer(inner, inner, 3, 3), layer(out, inner, 1, 1)]
+    if projects:
+        layers.append(layer(out, channels, 1, 1))
+    described = (tensor(batch, channels, size, size), layers, stride)
+    theirs = [
+        getattr(simulator, f"cuda_bottleneck_{question}")
+        for question in ("can_implement", "is_profitable")
+    ]
     ours = Block(batch, (size, size), channels, inner, out, stride, projects, 4)
     simulator.set_capability(90)
-    assert ours.offered(0) == theirs.offered(0)
-    assert (ours.offered(0) and ours.pays(0)) == theirs.pays(0)
+    assert ours == Block.of(*described, 4)
+    assert ours.can_implement() == theirs[0](*described, 0)
+    assert (ours.can_implement() and ours.is_profitable()) == theirs[1](*described, 0)
+
+
+def test_prediction_is_set_beside_what_was_measured() -> None:
+    launches = [
+        {"multiply_adds": 50, "dram_bytes": 1010, "microseconds": 10.0, "bound": "DRAM"},
+        {"multiply_adds": 50, "dram_bytes": 1990, "microseconds": 30.0, "bound": "L2"},
+        {"multiply_adds": 70, "dram_bytes": 1000, "microseconds": 99.0, "bound": "tensor"},
+    ]
+    predicted = {
+        **{"arch": "resnet50", "dtype": "bfloat16", "batch": 256, "layers": launches},
+        "images_per_second": {"low": 33000, "expected": 37000, "high": 42000},
+    }
+    same = {"architecture": "resnet50", "dtype": "bfloat16"}
+    entries = [{"key": "cuda-graph", "rate": 18500.0}, {"key": "cudnn-graph", "rate": 99.0}]
+    comparisons = [{**same, "batch": batch, "entries": entries} for batch in (256, 1)]
+    rows = [
+        {"layer": name, "calls": 2, "operations": 100, "bytes": moved, "seconds": {"cuda": times}}
+        for name, moved, times in (("a", 1000, [9e-6, 2e-5, 1e-3]), ("b", 2000, [1.5e-5] * 3))
+    ]
+    rows.append({**rows[0], "layer": "c", "bytes": 1500})
+    record = beside.compare(predicted, [{"comparisons": comparisons}, {"rows": rows}])
+    (rate,) = record["images_per_second"]
+    assert (rate["measured"], rate["over_expected"], rate["within"]) == (18500.0, 0.5, False)
+    ratios = {row["layer"]: (row["over_predicted"], row["bound"]) for row in record["layers"]}
+    assert ratios["a"] == (pytest.approx(2.0), "DRAM")
+    assert ratios["b"] == (pytest.approx(0.5), "L2")
+    assert ratios["c"] == (None, None)
+    table = beside.table(record)
+    assert "OUTSIDE its range" in table
+    assert "c: no launch of the prediction is its like" in table
+
+
+def test_nothing_to_compare_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "record", lambda options: {"layers": []})
+    monkeypatch.setattr(program, "table", lambda found: "")
+    assert program.main([]) == 0
+    assert program.main(["--measured", str(tmp_path / "none.json")]) == 1

@@ -27,11 +27,11 @@ BATCH = 256
 KERNELS = {
     "conv_stats_kernel",
     "merge_moments_kernel",
-    "bn_terms_kernel",
+    "bn_scale_shift_kernel",
     "bn_add_relu_kernel",
     "relu_gradient_kernel",
     "merge_sums_kernel",
-    "bn_slopes_kernel",
+    "bn_backward_coefficients_kernel",
     "dgrad_kernel",
     "wgrad_kernel",
     "sum_parts_kernel",
@@ -150,24 +150,12 @@ def _steps(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
 
 def _worker(capability: int, dtype: str, *names: str) -> None:
     """Compiles what a training step of ResNet-50 launches, or those of its parts."""
-    from resnet_fused.backends.triton import (
-        training,
-        training_batch_norm,
-        training_convolution,
-        training_dgrad,
-        training_pool,
-        training_wgrad,
-    )
-    from resnet_fused.backends.tuning import Tuner
+    from resnet_fused.backends.triton.training import TritonTraining
 
-    modules = (
-        training_batch_norm, training_convolution, training_dgrad, training_pool, training_wgrad,
-    )  # fmt: skip
-    pieces = training.TritonTraining(Tuner("tests"))
     for ops in map(import_module, OPS):
-        ops.kernels = lambda _: pieces  # type: ignore[attr-defined]
+        ops.kernels = lambda _: TritonTraining()  # type: ignore[attr-defined]
     steps = [step for step in _steps(DTYPES[dtype]) if not names or step[0] in names]
-    compile_launches(capability, modules, steps)
+    compile_launches(capability, steps)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import resnet_fused
-from resnet_fused import BasicBlock, Bottleneck, backends, freeze_batch_norm, use_backend
+from resnet_fused import BasicBlock, Bottleneck, freeze_batch_norm, use_backend
+from resnet_fused.parameters import Convolution
 from resnet_fused.reference.training import ReferenceTraining
 from resnet_fused.testing.cases import clear_batch, generator, randomise_statistics
 from resnet_fused.testing.numerics import relative_error
@@ -36,31 +36,29 @@ def fused() -> Iterator[None]:
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The Triton kernels interpreted, in tiles so large that whole models take seconds."""
     require("triton", "cpu", torch.float32)
-    from resnet_fused.backends.triton import training_convolution, training_dgrad, training_wgrad
+    from resnet_fused.backends.triton import training
     from resnet_fused.backends.triton.launching import Config
 
     def whole(size: int) -> int:
         return min(512, max(16, 1 << (size - 1).bit_length()))
 
-    def product(gemm: Any, *_: object) -> list[Config]:
-        return [Config((64, whole(gemm.columns), whole(gemm.channels)), 4, 1)]
+    def forward(value: Tensor, conv: Convolution) -> list[Config]:
+        filters, columns = len(conv.weight), conv.weight[0].numel()
+        return [Config((64, whole(filters), whole(columns)), 4, 1)]
 
-    def weights(filters: int, columns: int, *_: object) -> list[Config]:
+    def backward(gradient: object, conv: Convolution, *_: object) -> list[Config]:
+        filters, channels = conv.weight.shape[:2]
+        return [Config((64, whole(channels), whole(filters)), 4, 1)]
+
+    def weights(gradient: object, x: object, conv: Convolution) -> list[Config]:
+        filters, columns = len(conv.weight), conv.weight[0].numel()
         return [Config((whole(filters), whole(columns), 128, 1), 4, 1)]
 
-    for module in (training_convolution, training_dgrad):
-        monkeypatch.setattr(module, "candidates", product)
-    monkeypatch.setattr(training_wgrad, "candidates", weights)
-    monkeypatch.setattr(backends.get("triton").training, "_tuner", _NoMemory())
+    monkeypatch.setattr(training, "conv_stats_configs", forward)
+    monkeypatch.setattr(training, "dgrad_configs", backward)
+    monkeypatch.setattr(training, "wgrad_configs", weights)
     with use_backend("triton"):
         yield
-
-
-class _NoMemory:
-    """A tuner that takes the first candidate and forgets it."""
-
-    def run(self, key: object, device: object, candidates: Callable[[], list], launch: Callable):
-        return launch(candidates()[0])
 
 
 def _gradients(model: nn.Module, x: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -21,10 +21,13 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from resnet_fused import ops, use_backend
+from resnet_fused.backends import Candidate
 from resnet_fused.backends import triton as package
-from resnet_fused.backends.triton import convolution, elementwise, head, launching, stem
-from resnet_fused.backends.triton.launching import Config, Machine
-from resnet_fused.backends.tuning import Tuner
+from resnet_fused.backends.triton import convolution, launching
+from resnet_fused.backends.triton.backend import TritonBackend
+from resnet_fused.backends.triton.convolution import conv_bn, conv_bn_projection
+from resnet_fused.backends.triton.launching import Config, Launch, Machine
+from resnet_fused.backends.triton.stem import stem
 from resnet_fused.errors import BackendUnavailableError
 from resnet_fused.ops import MaxPool
 from resnet_fused.reference import ops as reference
@@ -66,14 +69,23 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
-@pytest.fixture
-def force(monkeypatch: pytest.MonkeyPatch) -> Callable[[Config], None]:
-    """Makes every launch use one configuration."""
+class _Forced(TritonBackend):
+    """The backend with one launch configuration for each op that has several."""
 
-    def use(config: Config) -> None:
-        monkeypatch.setattr(Tuner, "run", lambda *arguments: arguments[-1](config))
+    def __init__(self, config: Config) -> None:
+        self._config = config
 
-    return use
+    def _only(self, run: Callable[..., Tensor]) -> list[Candidate]:
+        return launching.candidates(run, [self._config], "")
+
+    def conv_bn(self, *_: Any) -> list[Candidate]:
+        return self._only(conv_bn)
+
+    def conv_bn_projection(self, *_: Any) -> list[Candidate]:
+        return self._only(conv_bn_projection)
+
+    def stem(self, *_: Any) -> list[Candidate]:
+        return self._only(stem)
 
 
 TILED = {
@@ -91,7 +103,7 @@ TILED = {
 @pytest.mark.parametrize("name", TILED)
 @pytest.mark.parametrize("warps", [4, 8])
 def test_tiles_smaller_than_the_result(
-    name: str, warps: int, device: str, dtype: torch.dtype, force: Callable[[Config], None]
+    name: str, warps: int, device: str, dtype: torch.dtype
 ) -> None:
     """Several tiles in every direction, and several steps; 8 warps because flattened convolution
     loops have been miscompiled there (the interpreter has no warps and runs this once)."""
@@ -102,16 +114,14 @@ def test_tiles_smaller_than_the_result(
     x, layer = make_convolution(case, rng, dtype, device)
     residual = make_residual(case, x, rng)
     block_c = 32 if case.groups > 2 else 16
-    force(Config((16 if device == "cpu" else 64, 16, block_c), warps, 3))
+    use_backend(_Forced(Config((16 if device == "cpu" else 64, 16, block_c), warps, 3)))
     check_op(ops.conv_bn, reference.conv_bn, [x, layer, residual, True], noise=NOISE)
 
 
-def test_tiles_wide_enough_to_be_finished_in_slices(
-    device: str, dtype: torch.dtype, force: Callable[[Config], None]
-) -> None:
+def test_tiles_wide_enough_to_be_finished_in_slices(device: str, dtype: torch.dtype) -> None:
     case = ConvCase(1, 16, 5, 5, 150)
     x, layer = make_convolution(case, generator(), dtype, device)
-    force(Config((32, 128, 16), 4, 2))
+    use_backend(_Forced(Config((32, 128, 16), 4, 2)))
     check_op(ops.conv_bn, reference.conv_bn, [x, layer, None, True], noise=NOISE)
     shortcut, projection = make_convolution(case, generator(1), dtype, device)
     arguments = [x, layer, shortcut, projection]
@@ -130,9 +140,8 @@ def test_every_candidate_is_right(name: str, dtype: torch.dtype) -> None:
     x, layer = make_convolution(case, generator(), dtype, "cuda")
     pool = convolution._FMA if dtype == torch.float32 else convolution._TENSOR_CORE
     for config in pool:
-        with pytest.MonkeyPatch.context() as patch, use_backend("triton"):
+        with pytest.MonkeyPatch.context() as patch, use_backend(_Forced(config)):
             patch.setattr(torch.backends.cudnn, "allow_tf32", False)
-            patch.setattr(Tuner, "run", lambda *arguments, config=config: arguments[-1](config))
             check_op(
                 ops.conv_bn,
                 reference.conv_bn,
@@ -176,18 +185,15 @@ def test_64_bit_offsets_change_nothing(
     op = getattr(ops, name.split()[0])
     arguments = _arguments(name, dtype, device)
     narrow = op(*arguments)
-    launches: list[bool] = []
-    for module in (convolution, elementwise, head, stem):
-
-        def launch(*positional: Any, **constants: Any) -> None:
-            launches.append(constants["WIDE"])
-            launching.launch(*positional, **constants)
-
-        monkeypatch.setattr(module, "launch", launch)
     monkeypatch.setattr(launching, "_NARROW_ELEMENTS", 0)
+    monkeypatch.setattr(launching, "_plans", {})
+    launches = _launches(monkeypatch)
     wide = op(*arguments)
     assert launches
-    assert all(launches)
+    for launch in launches:
+        names = launch.kernel.arg_names[-len(launch.settled) :]
+        settled = dict(zip(names, launch.settled, strict=True))
+        assert settled["TILE"].is_wide if "TILE" in settled else settled["WIDE"]
     assert torch.equal(wide, narrow)
     assert not torch.isnan(wide).any()
 
@@ -199,27 +205,31 @@ def test_offsets_are_wide_where_a_view_reaches_far() -> None:
     assert not launching.is_wide(far[0, : 2**15])
 
 
-def _kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the kernels launched from now on."""
-    names: list[str] = []
+def _launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """What is launched from now on."""
+    launches: list[Launch] = []
+    start = Launch.__call__
 
-    def launch(kernel: Any, *arguments: Any, **constants: Any) -> None:
-        names.append(kernel.__name__)
-        launching.launch(kernel, *arguments, **constants)
+    def launch(self: Launch, *tensors: Any) -> None:
+        launches.append(self)
+        start(self, *tensors)
 
-    for module in (convolution, elementwise, head, stem):
-        monkeypatch.setattr(module, "launch", launch)
-    return names
+    monkeypatch.setattr(Launch, "__call__", launch)
+    return launches
+
+
+def _names(launches: list[Launch]) -> list[str]:
+    return [launch.kernel.__name__ for launch in launches]
 
 
 def test_the_stem_and_a_projecting_block_end_are_one_launch_each(
     device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = _kernels(monkeypatch)
+    launches = _launches(monkeypatch)
     ops.stem(*_arguments("stem", dtype, device))
     ops.conv_bn_projection(*_arguments("conv_bn_projection", dtype, device))
     ops.head(*_arguments("head", dtype, device))
-    assert names == ["stem_kernel", "conv_bn_projection_kernel", "head_kernel"]
+    assert _names(launches) == ["stem_kernel", "conv_bn_projection_kernel", "head_kernel"]
 
 
 PROJECTION_FALLBACKS = {
@@ -237,11 +247,11 @@ def test_other_projections_take_two_launches(
     case = PROJECTION_FALLBACKS[name]
     shortcut, projection = make_convolution(case, rng, dtype, device)
     x, layer = make_convolution(ConvCase(1, 24, *case.output_size, 20, 3, 1, 1), rng, dtype, device)
-    names = _kernels(monkeypatch)
+    launches = _launches(monkeypatch)
     arguments = [x, layer, shortcut, projection]
     # The shortcut is rounded on its way through memory, as PyTorch rounds it.
     check_op(ops.conv_bn_projection, reference.conv_bn_projection, arguments, noise=NOISE)
-    assert names == ["conv_bn_kernel"] * 2
+    assert _names(launches) == ["conv_bn_kernel"] * 2
 
 
 STEM_FALLBACKS = {
@@ -253,14 +263,14 @@ STEM_FALLBACKS = {
 
 
 @pytest.mark.parametrize("name", STEM_FALLBACKS)
-def test_other_stems_take_two_launches(
+def test_other_stems_are_pooled_apart(
     name: str, device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case, pool = STEM_FALLBACKS[name]
     arguments = [*make_convolution(case, generator(), dtype, device), pool]
-    names = _kernels(monkeypatch)
+    launches = _launches(monkeypatch)
     check_op(ops.stem, reference.stem, arguments, noise=NOISE)
-    assert names == ["conv_bn_kernel", "max_pool_kernel"]
+    assert _names(launches) == ["conv_bn_kernel"]  # the pooling is PyTorch's
 
 
 @pytest.mark.parametrize(
@@ -268,11 +278,9 @@ def test_other_stems_take_two_launches(
     [Config((8, 16, 16), 4, 1), Config((16, 8, 32), 8, 2), Config((16, 16, 16), 8, 2)],
     ids=["8x16", "16x8", "16x16"],
 )
-def test_stem_tiles(
-    config: Config, device: str, dtype: torch.dtype, force: Callable[[Config], None]
-) -> None:
+def test_stem_tiles(config: Config, device: str, dtype: torch.dtype) -> None:
     """Several patches in each direction, the last ones cut, and two channel tiles."""
-    force(config)
+    use_backend(_Forced(config))
     case = ConvCase(1, 3, 45, 39, 24, 7, 2, 3)
     x, layer = make_convolution(case, generator(), dtype, device)
     check_op(ops.stem, reference.stem, [x, layer, MaxPool()], noise=NOISE)
@@ -419,11 +427,11 @@ def test_on_a_device_that_is_not_the_current_one(dtype: torch.dtype) -> None:
 H200 = Machine(132, 227 * 1024)
 
 
-def test_candidates_fit_the_machine_and_the_shape() -> None:
-    gemm = convolution.Gemm(rows=256 * 56 * 56, columns=64, channels=64, taps=9)
+def test_candidates_fit_the_machine_and_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    gemm = convolution.Gemm(rows=256 * 56 * 56, columns=64, channels=64)
     small = Machine(20, 99 * 1024)
     for limits in (H200, small):
-        found = convolution.candidates(gemm, 2, "ieee", limits)
+        found = _configurations(monkeypatch, limits, gemm, taps=9)
         assert len(found) > 1
         assert len(set(found)) == len(found)
         for (block_m, block_n, block_c), _, stages in found:
@@ -432,12 +440,36 @@ def test_candidates_fit_the_machine_and_the_shape() -> None:
             assert stages * (block_m + block_n) * block_c * 2 <= limits.shared_bytes
 
 
-def test_the_rule_spreads_small_problems_over_the_processors() -> None:
+def _configurations(
+    monkeypatch: pytest.MonkeyPatch, limits: Machine, gemm: convolution.Gemm, taps: int = 1
+) -> list[Config]:
+    monkeypatch.setattr(launching, "machine", lambda _: limits)
+    like = torch.empty(0, dtype=torch.float16)
+    return convolution.configurations(gemm, like, "ieee", taps)
+
+
+def test_the_heuristic_spreads_small_problems_over_the_sms(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     gemm = convolution.Gemm(rows=49, columns=2048, channels=512)
-    (block_m, block_n, _), _, _ = convolution.candidates(gemm, 2, "ieee", H200)[0]
+    (block_m, block_n, _), _, _ = _configurations(monkeypatch, H200, gemm)[0]
     assert -(-49 // block_m) * -(-2048 // block_n) >= 64
 
 
-def test_the_rule_takes_large_tiles_for_large_problems() -> None:
-    gemm = convolution.Gemm(rows=256 * 14 * 14, columns=256, channels=256, taps=9)
-    assert convolution.candidates(gemm, 2, "ieee", H200)[0] == Config((128, 256, 64), 8, 3)
+def test_the_heuristic_takes_large_tiles_for_large_problems(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gemm = convolution.Gemm(rows=256 * 14 * 14, columns=256, channels=256)
+    found = _configurations(monkeypatch, H200, gemm, taps=9)
+    assert found[0] == Config((128, 256, 64), 8, 3)
+
+
+def test_names_of_candidates_are_short_and_unlike() -> None:
+    with use_backend("triton"):
+        backend = package.create()
+        x, layer = make_convolution(
+            ConvCase(2, 64, 9, 9, 64, 3, 1, 1), generator(), torch.float32, "cpu"
+        )
+        listed = backend.conv_bn(x, layer, None, True)
+    assert [c.name for c in listed] == ["triton 128x64x64 w4 s1"]
+    assert {c.family for c in listed} == {"triton conv_bn"}

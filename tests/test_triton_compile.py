@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 
+from resnet_fused.backends import Candidate
 from resnet_fused.parameters import BatchNorm, ConvBn, MaxPool
 from resnet_fused.testing.ahead_of_time import (
     DTYPES,
@@ -75,14 +75,19 @@ def _layer(k: int, c: int, kernel: int, stride: int, dtype: torch.dtype, groups:
     return ConvBn(conv, _batch_norm(k))
 
 
+def _first(listed: Callable[..., Sequence[Candidate]], *arguments: Any) -> Callable[[], object]:
+    """A call of the heuristic's choice."""
+    return lambda: listed(*arguments)[0].launch(*arguments)
+
+
 def _resnet(backend: Any, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Every kind of op that ResNet-50 has, at shapes for which the rule picks different tiles."""
+    """Every kind of op that ResNet-50 has, at shapes with different tiles."""
 
     def conv(
         c: int, size: int, k: int, kernel: int, stride: int, add: bool, groups: int = 1
     ) -> Callable[[], object]:
         out = (BATCH, k, size // stride, size // stride)
-        return functools.partial(
+        return _first(
             backend.conv_bn,
             meta(BATCH, c, size, size, dtype=dtype),
             _layer(k, c, kernel, stride, dtype, groups),
@@ -91,7 +96,7 @@ def _resnet(backend: Any, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[]
         )
 
     def projection(width: int, c: int, size: int, stride: int) -> Callable[[], object]:
-        return functools.partial(
+        return _first(
             backend.conv_bn_projection,
             meta(BATCH, width, size // stride, size // stride, dtype=dtype),
             _layer(4 * width, width, 1, 1, dtype),
@@ -101,7 +106,7 @@ def _resnet(backend: Any, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[]
 
     yield (
         "stem",
-        functools.partial(
+        _first(
             backend.stem,
             torch.empty(BATCH, 3, 224, 224, dtype=dtype, device="meta"),
             _layer(64, 3, 7, 2, dtype),
@@ -119,7 +124,7 @@ def _resnet(backend: Any, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[]
     yield "stage 4 expand", conv(512, 7, 2048, 1, 1, True)
     yield (
         "stage 2 shortcut option A",
-        functools.partial(
+        _first(
             backend.conv_bn,
             meta(BATCH, 128, 28, 28, dtype=dtype),
             _layer(128, 128, 3, 1, dtype),
@@ -130,7 +135,7 @@ def _resnet(backend: Any, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[]
     yield "stage 1 of ResNeXt 3x3", conv(128, 56, 128, 3, 1, False, groups=32)
     yield (
         "elementwise",
-        functools.partial(
+        _first(
             backend.bn_add_relu,
             meta(BATCH, 256, 56, 56, dtype=dtype),
             _batch_norm(256),
@@ -140,7 +145,7 @@ def _resnet(backend: Any, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[]
     )
     yield (
         "head",
-        functools.partial(
+        _first(
             backend.head,
             meta(BATCH, 2048, 7, 7, dtype=dtype),
             meta(1000, 2048, dtype=dtype),
@@ -151,11 +156,10 @@ def _resnet(backend: Any, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[]
 
 def _worker(capability: int, dtype: str) -> None:
     """Compiles what a ResNet-50 launches."""
-    from resnet_fused.backends.triton import backend, convolution, elementwise, head, stem
+    from resnet_fused.backends.triton.backend import TritonBackend
 
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
-    calls = _resnet(backend.TritonBackend(), DTYPES[dtype])
-    compile_launches(capability, (convolution, elementwise, head, stem), calls)
+    compile_launches(capability, _resnet(TritonBackend(), DTYPES[dtype]))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Backend `tuned` and `python -m resnet_fused.tune`: who computes what, and what is said of it."""
+"""`python -m resnet_fused.tune`: every choice of a network is made, and said in one table."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,125 +12,84 @@ import torch
 from torch import Tensor
 
 from resnet_fused import backends, models, tune, use_backend
-from resnet_fused.backends import tuned as tuned_module
+from resnet_fused.backends import Candidate, autotune
+from resnet_fused.backends.autotune import Decision, Operand, Tuner, Window
+from resnet_fused.backends.autotune.cache import Times
 from resnet_fused.backends.reference import ReferenceBackend
-from resnet_fused.backends.tuned import TunedBackend
-from resnet_fused.backends.tuning import Decision, Operand, Tuner, Window
-from resnet_fused.errors import BackendUnavailableError
-from resnet_fused.parameters import MaxPool
-from resnet_fused.testing.cases import (
-    ConvCase,
-    generator,
-    make_batch_norm,
-    make_convolution,
-    make_residual,
-)
+from resnet_fused.reference import ops as reference
 
 
-def _arguments() -> dict[str, tuple[Any, ...]]:
-    """Of every op, those of a call."""
-    rng = generator()
-    case = ConvCase(1, 8, 5, 5, 16)
-    x, (conv, bn) = make_convolution(case, rng, torch.float32)
-    residual = make_residual(case, x, rng)
-    return {
-        "conv_bn": (x, conv, bn, residual, True),
-        "conv_bn_projection": (x, conv, bn, *make_convolution(case, rng, torch.float32)),
-        "stem": (*make_convolution(ConvCase(1, 3, 9, 9, 8, 7, 2, 3), rng, x.dtype), MaxPool()),
-        "head": (x, torch.randn(10, 8, generator=rng), None),
-        "bn_add_relu": (residual, make_batch_norm(16, rng, torch.float32), None, True),
-    }
+class Ours(ReferenceBackend):
+    """Two kernels for each op except whole bottlenecks, PyTorch's own under other names; notes
+    those that run."""
+
+    name = "ours"
+
+    def __init__(self) -> None:
+        self.ran: list[str] = []
+
+    def _candidates(self, meaning: Callable[..., Tensor]) -> list[Candidate]:
+        def named(name: str) -> Candidate:
+            def launch(*arguments: Any) -> Tensor:
+                self.ran.append(name)
+                return meaning(*arguments)
+
+            return Candidate(name, launch)
+
+        return [named("ours slow"), named("ours fast")]
+
+    def conv_bn(self, *arguments: Any) -> list[Candidate]:
+        return self._candidates(reference.conv_bn)
+
+    def conv_bn_projection(self, *arguments: Any) -> list[Candidate]:
+        return self._candidates(reference.conv_bn_projection)
+
+    def stem(self, *arguments: Any) -> list[Candidate]:
+        return self._candidates(reference.stem)
+
+    def head(self, *arguments: Any) -> list[Candidate]:
+        return self._candidates(reference.head)
 
 
-OPS = tuple(_arguments())
+class Stopwatch:
+    """Measures: of the kernels that call each other's names fast and slow, the former is faster."""
 
+    def __init__(self, backend: Ours) -> None:
+        self.backend = backend
+        self.measured = 0
 
-class Named(ReferenceBackend):
-    """PyTorch under a name; serves all but the `refused` type, and notes each op that it runs."""
+    def measure(self, call: Callable[[], object], device: torch.device) -> float:
+        self.measured += 1
+        call()
+        return {"ours fast": 1e-3, "ours slow": 2e-3}.get(self.backend.ran[-1], 3e-3)
 
-    def __init__(self, name: str, refused: torch.dtype | None = None) -> None:
-        self.name = name
-        self.refused = refused
-        self.calls: list[str] = []
-
-    def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        return f"no {dtype}" if dtype == self.refused else None
-
-    def __getattribute__(self, name: str) -> Any:
-        if name in OPS:
-            self.calls.append(name)
-        return super().__getattribute__(name)
-
-
-class Fastest(Tuner):
-    """As if measured: takes the candidate of that name."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__("tests")
-        self._name = name
-        self.offered: list[list[str]] = []
-
-    def run(self, key: Any, device: Any, candidates: Any, launch: Callable[[str], Any]) -> Any:
-        self.offered.append(candidates())
-        return launch(self._name)
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_every_op_runs_on_the_backend_that_was_chosen(op: str) -> None:
-    first, second, library = Named("first"), Named("second"), Named("library")
-    tuner = Fastest("second")
-    arguments = _arguments()[op]
-    result = getattr(TunedBackend([first, second], library, tuner), op)(*arguments)
-    assert torch.equal(result, getattr(ReferenceBackend(), op)(*arguments))
-    assert tuner.offered == [["first", "second", "library"]]
-    assert (first.calls, second.calls, library.calls) == ([], [op], [])
-
-
-def test_without_measuring_the_first_backend_that_serves_is_taken() -> None:
-    first, second = Named("first", torch.float32), Named("second")
-    tuned = TunedBackend([first, second], Named("library"), Tuner("tests"))
-    for _ in range(2):
-        tuned.head(*_arguments()["head"])
-    assert (first.calls, second.calls) == ([], ["head", "head"])
-
-
-def test_tuned_serves_what_one_of_its_backends_with_kernels_serves() -> None:
-    first, second = Named("first", torch.float32), Named("second", torch.float32)
-    cpu = torch.device("cpu")
-    tuned = TunedBackend([first, second], Named("library"), Tuner("tests"))
-    assert tuned.unsupported(cpu, torch.float16) is None
-    reason = tuned.unsupported(cpu, torch.float32)
-    assert reason == "'first' cannot: no torch.float32; 'second' cannot: no torch.float32"
-
-
-def test_training_is_that_of_the_first_backend_that_has_it() -> None:
-    backends = [Named("first"), Named("second")]
-    assert TunedBackend(backends, Named("library"), Tuner("tests")).training is None
-    backends[1].training = object()  # type: ignore[assignment]
-    tuned = TunedBackend(backends, Named("library"), Tuner("tests"))
-    assert tuned.training is backends[1].training
-
-
-def test_tuned_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuned_module, "unavailable", lambda name: f"{name} is not here.")
-    with pytest.raises(BackendUnavailableError, match=r"triton is not here\. cuda is not here"):
-        tuned_module.create()
-
-
-# The command
+    def tuner(self) -> Tuner:
+        return Tuner(self.measure, environment=lambda device: ("a GPU",), device_type="cpu")
 
 
 @pytest.fixture
-def tuned() -> Iterator[None]:
-    with use_backend(
-        TunedBackend([Named("ours"), Named("theirs")], Named("library"), Tuner("tuned"))
-    ):
-        yield
+def stopwatch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Stopwatch]:
+    """Of the one backend there is, whose tensors lie on the CPU."""
+    monkeypatch.setenv("RESNET_FUSED_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("RESNET_FUSED_TUNE", "on")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    backend = Ours()
+    stopwatch = Stopwatch(backend)
+    install(stopwatch.tuner(), monkeypatch)
+    with use_backend(backend):
+        yield stopwatch
 
 
-@pytest.mark.usefixtures("tuned")
-def test_every_layer_of_a_network_is_accounted_for() -> None:
-    network = models.resnet18(num_classes=3)
+def install(tuner: Tuner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of the process's own."""
+    monkeypatch.setattr(autotune, "tuner", tuner)
+    monkeypatch.setattr(autotune, "choose", tuner.choose)
+
+
+def test_every_layer_of_a_network_is_measured_and_accounted_for(
+    stopwatch: Stopwatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, images = models.resnet18(num_classes=3), torch.randn(3, 3, 32, 32)
     seen: list[str] = []
 
     def progress(names: list[str]) -> Iterator[str]:
@@ -137,10 +97,10 @@ def test_every_layer_of_a_network_is_accounted_for() -> None:
             seen.append(name)
             yield name
 
-    rows = tune.tune(network, torch.randn(3, 3, 32, 32), progress=progress)
+    rows = tune.tune(network, images, progress=progress)
     blocks = [f"layer{i}.{j}" for i in (1, 2, 3, 4) for j in (0, 1)]
     assert seen == ["stem", *blocks, "head"]
-    calls = sorted((row.decision.key[0], *row.parts) for row in rows)
+    calls = sorted((row.decision.op, *row.parts) for row in rows)
     first_layers = [("conv_bn", "layer1.0", "layer1.1")] * 2  # with the shortcut, and without
     others = [
         one
@@ -154,7 +114,37 @@ def test_every_layer_of_a_network_is_accounted_for() -> None:
     ]
     assert calls == sorted([("stem", "stem"), *first_layers, *others, ("head", "head")])
     assert not network.training
-    assert {row.decision.choice for row in rows} == {"ours"}
+    assert {row.decision.candidate.name for row in rows} == {"ours fast"}
+    assert {row.decision.seconds() for row in rows} == {1e-3}
+    measured = stopwatch.measured
+    assert measured >= 2 * len(rows)
+    install(stopwatch.tuner(), monkeypatch)  # as another process
+    again = tune.tune(network, images)
+    assert stopwatch.measured == measured
+    assert tune.table(again) == tune.table(rows)
+
+
+def test_compositions_have_no_row_beside_those_of_their_parts(stopwatch: Stopwatch) -> None:
+    rows = tune.tune(models.resnet50(num_classes=3), torch.randn(1, 3, 32, 32))
+    assert {row.decision.op for row in rows} == {"stem", "conv_bn", "conv_bn_projection", "head"}
+    by_op = [row for row in rows if row.decision.op == "conv_bn_projection"]
+    assert sum(len(row.parts) for row in by_op) == 4
+
+
+def test_processes_that_compile_share_the_candidates(
+    stopwatch: Stopwatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, images = models.cifar.resnet20(num_classes=3), torch.randn(1, 3, 8, 8)
+    ran: list[set[str]] = []
+    for share in range(3):
+        stopwatch.backend.ran.clear()
+        tune.compile_share(network, images, False, share, 3)
+        assert stopwatch.measured == 0
+        ran.append(set(stopwatch.backend.ran))
+    # What computes meanwhile is the heuristic's choice.
+    assert ran == [{"ours slow"}, {"ours slow", "ours fast"}, {"ours slow"}]
+    tune.tune(network, images)
+    assert stopwatch.measured > 0
 
 
 def test_parts_make_up_the_network() -> None:
@@ -167,9 +157,7 @@ def test_parts_make_up_the_network() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
-def test_training_measures_backward_to_everything_but_the_images(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_training_measures_backward_to_everything_but_the_images() -> None:
     gradients: list[tuple[str, bool]] = []
     network = models.cifar.resnet20(num_classes=3)
     for name, module in network.named_modules():
@@ -189,34 +177,20 @@ ONE = Window(Operand((256, 64, 1, 1), None, True), (1, 1), (0, 0), (1, 1), 1)
 THREE = Window(Operand((64, 64, 3, 3), None, True), (2, 2), (1, 1), (1, 1), 1)
 
 
+def _row(parts: list[str], winner: str, times: Times, op: str, *described: object) -> tune.Row:
+    return tune.Row(parts, Decision(op, described, Candidate(winner, abs), times))
+
+
 def _rows() -> list[tune.Row]:
-    within = Decision("cuda", ("conv_bn",), "m128n64", {"m128n64": 3e-5, "cudnn": None})
-    two = [Decision("cuda", ("conv_bn",), choice, {}) for choice in ("cudnn", "m64n64")]
-    separate = Decision("cuda", ("conv_bn_projection",), "separate", {}, two)
+    fastest: Times = {"triton 128x128": 4e-5, "cuda m128n64": 3e-5, "pytorch": 6e-5}
+    excluded: Times = {"cudnn": 9e-5, "cuda m64n64": "result 0 has an error of 1 ..."}
     return [
-        tune.Row(
-            ["layer1.0", "layer1.1"],
-            Decision(
-                "tuned",
-                ("conv_bn", torch.bfloat16, X, ONE, None, True),
-                "cuda",
-                {"triton": 4e-5, "cuda": 3e-5, "reference": 6e-5},
-                [within],
-            ),
-        ),
-        tune.Row(
-            ["layer2.0"],
-            Decision(
-                "tuned",
-                ("conv_bn_projection", torch.bfloat16, X, THREE),
-                "cuda",
-                {"cuda": 9e-5, "triton": None},
-                [separate],
-            ),
-        ),
-        tune.Row(["head"], Decision("tuned", ("head", X), "reference", {"reference": 5e-5})),
-        tune.Row(["layer2.0"], Decision("triton", ("wgrad", X), "64×64", {})),
-    ]
+        _row(["layer1.0", "layer1.1"], "cuda m128n64", fastest, "conv_bn", torch.bfloat16, X, ONE,
+             None, True),
+        _row(["layer2.0"], "cudnn", excluded, "conv_bn_projection", torch.bfloat16, X, THREE),
+        _row(["head"], "pytorch", {"pytorch": 5e-5}, "head", X),
+        _row(["layer2.0"], "triton 64x64", {}, "wgrad", X),
+    ]  # fmt: skip
 
 
 def test_the_table_of_winners() -> None:
@@ -226,21 +200,15 @@ def test_the_table_of_winners() -> None:
     assert lines == [
         [
             "layer2.0", "conv_bn_projection", f"{image}, 64×64×3×3 stride 2,2 padding 1,1",
-            "cuda cudnn + cuda m64n64", "90.0", "-", "45.0%",
+            "cudnn", "90.0", "-", "45.0%",
         ],
         [
             "layer1.0 and 1 more", "conv_bn", f"{image}, 256×64×1×1", "cuda m128n64", "30.0",
-            "triton +33%", "30.0%",
+            "triton 128x128 +33%", "30.0%",
         ],
-        ["head", "head", image, "reference", "50.0", "-", "25.0%"],
-        ["layer2.0", "wgrad", image, "triton 64×64", "-", "-", "-"],
+        ["head", "head", image, "pytorch", "50.0", "-", "25.0%"],
+        ["layer2.0", "wgrad", image, "triton 64x64", "-", "-", "-"],
     ]  # fmt: skip
-
-
-def test_a_single_candidate_takes_what_is_chosen_within() -> None:
-    parts = [Decision("cuda", ("conv_bn",), "cudnn", {"cudnn": 2e-5}) for _ in range(2)]
-    row = tune.Row(["stem"] * 3, Decision("tuned", ("stem",), "cuda", {}, parts))
-    assert row.seconds() == pytest.approx(3 * 2 * 2e-5)
 
 
 @pytest.mark.parametrize(
@@ -282,11 +250,11 @@ def test_too_large_a_batch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RESNET_FUSED_TUNE", "on")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(backends, "unavailable", lambda name: None)
-    monkeypatch.setattr(backends, "get", lambda name: Named(name))
+    monkeypatch.setattr(backends, "get", lambda name: ReferenceBackend())
     monkeypatch.setitem(tune.ARCHITECTURES, "resnet50", torch.nn.Identity)
     monkeypatch.setattr(torch, "randn", randn)
     with pytest.raises(SystemExit, match=r"^4096 images do not fit"):
-        tune.main(["--batch", "4096"])
+        tune.main(["--batch", "4096", "--jobs", "1"])
 
 
 @pytest.mark.gpu
@@ -301,6 +269,7 @@ def test_the_command_measures_once(
     first = capsys.readouterr().out
     shares = [float(share) for share in re.findall(r"([\d.]+)%$", first, re.MULTILINE)]
     assert sum(shares) == pytest.approx(100 * (1 + training), abs=0.1 * len(shares))
-    monkeypatch.setattr(Tuner, "_measure_all", lambda *_: pytest.fail("measured again"))
+    again = Tuner(lambda *_: pytest.fail("measured again"))
+    install(again, monkeypatch)
     tune.main(arguments)
     assert capsys.readouterr().out == first

@@ -99,7 +99,7 @@ def _require(module: str, package: str) -> Any:
 # Ours
 
 
-def _ours(task: Task, backend: str) -> Call:
+def _ours(task: Task, backend: str | None) -> Call:
     resnet_fused.use_backend(backend)
     model = task.load(resnet_fused)
     if task.images.is_cuda:  # the CPU's kernels pack weights of any layout
@@ -108,7 +108,7 @@ def _ours(task: Task, backend: str) -> Call:
     return lambda: model(images)
 
 
-def _ours_in_graph(task: Task, backend: str) -> Call:
+def _ours_in_graph(task: Task, backend: str | None) -> Call:
     return in_cuda_graph(_ours(task, backend))
 
 
@@ -267,11 +267,12 @@ _CPU, _GPU = ("cpu",), ("cuda",)
 
 def _all() -> Iterator[Baseline]:
     yield Baseline("cpu", "resnet_fused cpu", partial(_ours, backend="cpu"), _CPU, ours=True)
-    for name in ("tuned", "triton", "cuda"):
-        title = f"resnet_fused {name}"
-        yield Baseline(name, title, partial(_ours, backend=name), _GPU, ours=True)
-        build = partial(_ours_in_graph, backend=name)
-        yield Baseline(f"{name}-graph", f"{title}, graph", build, _GPU, ours=True)
+    for backend in (None, "triton", "cuda"):
+        key = backend or "resnet_fused"
+        title = f"resnet_fused {backend or ''}".strip()
+        yield Baseline(key, title, partial(_ours, backend=backend), _GPU, ours=True)
+        build = partial(_ours_in_graph, backend=backend)
+        yield Baseline(f"{key}-graph", f"{title}, graph", build, _GPU, ours=True)
     yield Baseline("eager", "PyTorch eager NCHW", _eager)
     yield Baseline("eager-nhwc", "PyTorch eager channels_last", _eager_nhwc)
     yield Baseline("compile", "torch.compile", _compiled, slow=True)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,20 +37,26 @@ def fold(conv: Any, mean: Tensor, var: Tensor, gamma: Any, beta: Any, eps: float
     return Folded(nhwc, bias.detach().to(dtype), *window)
 
 
+def blocks_of(model: Any) -> Iterator[tuple[list[tuple[Any, Any]], Any]]:
+    """Convolutions with their batch norms of each block of torchvision's ResNet, and the same of
+    its projection or None."""
+    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
+        for block in stage:
+            numbers = [n for n in "123" if hasattr(block, f"conv{n}")]
+            layers = [(getattr(block, f"conv{n}"), getattr(block, f"bn{n}")) for n in numbers]
+            yield layers, block.downsample
+
+
 class CudnnNetwork:
     """torchvision's ResNet on cuDNN's fused operators."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.stem = _fold_modules(model.conv1, model.bn1)
-        stages = (model.layer1, model.layer2, model.layer3, model.layer4)
-        self.blocks = [self._block(block) for stage in stages for block in stage]
-
-    def _block(self, block: Any) -> tuple[list[Folded], Folded | None]:
-        names = [n for n in ("1", "2", "3") if hasattr(block, f"conv{n}")]
-        pairs = [(getattr(block, f"conv{n}"), getattr(block, f"bn{n}")) for n in names]
-        projection = block.downsample and _fold_modules(*block.downsample)
-        return [_fold_modules(*pair) for pair in pairs], projection
+        self.blocks = [
+            ([_fold_modules(*layer) for layer in layers], side and _fold_modules(*side))
+            for layers, side in blocks_of(model)
+        ]
 
     def __call__(self, x: Tensor) -> Tensor:
         x = self.model.maxpool(torch.cudnn_convolution_relu(x, *self.stem))

@@ -12,6 +12,8 @@ from jax import Array, lax
 from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
+from .folded import blocks_of
+
 
 def call(model: Any, images: Tensor, device: Any) -> Callable[[], Tensor]:
     """A call of torchvision's `model`, in eval mode, on `images` (N, 3, H, W), both in one dtype.
@@ -43,17 +45,11 @@ def _network(model: Any, weights: dict[str, Array], x: Array) -> Array:
         return (x.astype(jnp.float32) * scale + (beta - mean * scale)).astype(x.dtype)
 
     x = _max_pool(jax.nn.relu(conv_bn(x, model.conv1, model.bn1)))
-    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
-        for block in stage:
-            shortcut = x if block.downsample is None else conv_bn(x, *block.downsample)
-            pairs = [
-                (getattr(block, f"conv{i}"), getattr(block, f"bn{i}"))
-                for i in (1, 2, 3)
-                if hasattr(block, f"conv{i}")
-            ]
-            for conv, bn in pairs[:-1]:
-                x = jax.nn.relu(conv_bn(x, conv, bn))
-            x = jax.nn.relu(conv_bn(x, *pairs[-1]) + shortcut)
+    for (*inner, last), projection in blocks_of(model):
+        shortcut = x if projection is None else conv_bn(x, *projection)
+        for layer in inner:
+            x = jax.nn.relu(conv_bn(x, *layer))
+        x = jax.nn.relu(conv_bn(x, *last) + shortcut)
     return x.mean((1, 2)) @ weights["fc.weight"].T + weights["fc.bias"]
 
 

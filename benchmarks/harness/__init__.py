@@ -1,4 +1,4 @@
-"""What the benchmarks and experiments share: measuring, workers, result files, comparisons."""
+"""What the benchmarks and experiments share: inputs, measuring, workers, results, comparisons."""
 
 import sys
 from pathlib import Path

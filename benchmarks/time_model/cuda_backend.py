@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from resnet_fused.backends.cuda import CudaBackend
+from resnet_fused.backends.cuda.launch import Launcher
 
 from .rates import Gpu
 
@@ -21,12 +23,18 @@ _MOST_PER_ELEMENT = 128  # multiply-adds for which a whole block pays (bottlenec
 
 
 class Product(NamedTuple):
-    """What the extension is told of a convolution; addresses and BN vectors play no part."""
+    """What the extension is told of a convolution; BN vectors play no part."""
 
     image: tuple[int, int]
     channels: int
     window: tuple[int, int]
     stride: tuple[int, int]
+
+    @classmethod
+    def of(cls, layer: Any) -> Product:
+        """From the description that the binding takes."""
+        (_, _, (_, channels, *image), *_), (_, _, (_, _, *window), *_), (stride, *_), _ = layer
+        return cls(tuple(image), channels, tuple(window), stride)
 
     @property
     def steps(self) -> int:
@@ -50,6 +58,14 @@ class Block(NamedTuple):
     projects: bool
     sms: int
 
+    @classmethod
+    def of(cls, x: Any, layers: Sequence[Any], stride: int, sms: int) -> Block:
+        """From the descriptions that the binding takes."""
+        batch, channels, *image = x[2]
+        inner, out_channels = (layers[i][0][2][0] for i in (0, 2))
+        projects = len(layers) > 3
+        return cls(batch, tuple(image), channels, inner, out_channels, stride, projects, sms)
+
     @property
     def side(self) -> int:
         return 14 // self.stride
@@ -60,7 +76,7 @@ class Block(NamedTuple):
             math.ceil(math.ceil(n / self.stride) / self.side) for n in self.image
         )
 
-    def offered(self, device: int) -> bool:
+    def can_implement(self) -> bool:
         return self.inner <= 128
 
     @property
@@ -70,7 +86,7 @@ class Block(NamedTuple):
         ends = (width + self.projects * self.channels) * self.out_channels
         return 256 * self.channels * width + (16 // self.stride) ** 2 * (9 * width**2 + ends)
 
-    def pays(self, device: int) -> bool:
+    def is_profitable(self) -> bool:
         pixels = self.batch * math.prod(self.image)
         positions = self.batch * math.prod(math.ceil(n / self.stride) for n in self.image)
         moved = pixels * (self.channels + 2 * self.inner) + positions * (
@@ -83,56 +99,52 @@ class Block(NamedTuple):
 class Call:
     kernel: str
     out: Tensor
-    read: list[Tensor]
-    arguments: tuple[Any, ...]
+    arguments: tuple[Any, ...]  # the binding's, behind `out`
+
+    @property
+    def read(self) -> list[Tensor]:
+        return [leaf for leaf in tree_leaves(self.arguments) if isinstance(leaf, Tensor)]
+
+
+class _RecordingLauncher(Launcher):
+    def __init__(self, extension: Any) -> None:
+        super().__init__(extension)
+        self.calls: list[Call] = []
+
+    def place(self, device: torch.device) -> int:
+        return 0
+
+    def run(self, kernel: Callable[..., Any], out: Tensor, *arguments: Any) -> Tensor:
+        self.calls.append(Call(kernel(), out, arguments))
+        return out
 
 
 class RecordingBackend(CudaBackend):
     """The CUDA backend over an extension that only remembers what it was asked for."""
 
     def __init__(self, gpu: Gpu) -> None:
-        def product(x: int, weight: int, image: Any, channels: int, window: Any, *rest: Any) -> Any:
-            return Product(image, channels, window, rest[0])
-
-        def block(
-            x: int,
-            dtype: int,
-            batch: int,
-            image: Any,
-            channels: int,
-            inner: int,
-            out: int,
-            stride: int,
-            layers: Any,
-            projection: Any,
-        ) -> Block:
-            projects = projection is not None
-            return Block(batch, image, channels, inner, out, stride, projects, gpu.sms)
+        def ask(question: Callable[[Block], bool]) -> Callable[..., bool]:
+            return lambda x, layers, stride, _: question(Block.of(x, layers, stride, gpu.sms))
 
         kernels = ("conv_bn", "bn_add_relu", "bottleneck", "stem", "linear", "average_pool")
         super().__init__(
             SimpleNamespace(  # type: ignore[arg-type]
-                DType=SimpleNamespace(float32=4, float16=2, bfloat16=2),
                 ConvTile=SimpleNamespace(automatic="automatic"),
-                ConvolutionBn=product,
-                Bottleneck=block,
                 cuda_conv_bn_tiles=lambda *_: [],
+                cuda_bottleneck_can_implement=ask(Block.can_implement),
+                cuda_bottleneck_is_profitable=ask(Block.is_profitable),
                 **{f"cuda_{name}": partial(str, name) for name in kernels},
             )
         )
-        self.calls: list[Call] = []
+
+    def _make_launcher(self, extension: Any) -> Launcher:
+        self._recording = _RecordingLauncher(extension)
+        return self._recording
+
+    @property
+    def calls(self) -> list[Call]:
+        """What was asked for since they were cleared."""
+        return self._recording.calls
 
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return None
-
-    def _place(self, device: torch.device) -> int:
-        return 0
-
-    def _run(
-        self,
-        kernel: Callable[..., Any],
-        out: Tensor,
-        read: Sequence[Tensor | None],
-        *arguments: Any,
-    ) -> None:
-        self.calls.append(Call(kernel(), out, [t for t in read if t is not None], arguments))

@@ -19,7 +19,7 @@ from torch import Tensor
 from resnet_fused.testing import machine_code
 
 from . import cuda_kernels
-from .cuda_backend import STEP_BYTES, Call, Product
+from .cuda_backend import STEP_BYTES, Block, Call, Product
 from .rates import Gpu
 from .work import Work, resident_blocks
 
@@ -74,9 +74,10 @@ def works(
 
 
 def _conv_bn(call: Call, gpu: Gpu) -> tuple[Work, str]:
-    _, residual, _, batch, image, filters, _, product, projected, _, _, _ = call.arguments
+    layer, projection, residual, *_ = call.arguments
+    batch, filters, *image = call.out.shape
     rows = batch * math.prod(image)
-    products = [p for p in (product, projected) if p is not None]
+    products = [Product.of(one) for one in (layer, projection) if one is not None]
 
     def tiles(n: int) -> int:
         return math.ceil(rows / SM90_ROWS) * math.ceil(filters / n)
@@ -114,7 +115,8 @@ def _shape(product: Product, filters: int) -> str:
 
 
 def _bottleneck(call: Call, gpu: Gpu) -> tuple[Work, str]:
-    _, block = call.arguments
+    x, layers, stride = call.arguments
+    block = Block.of(x, layers, stride, gpu.sms)
     if block.projects or block.stride > 1:
         raise ValueError("the model knows no whole block with projection; describe its loops.")
     width = 64 if block.inner <= 64 else 128
@@ -146,8 +148,8 @@ def _bottleneck(call: Call, gpu: Gpu) -> tuple[Work, str]:
 
 
 def _stem(call: Call, gpu: Gpu) -> tuple[Work, str]:
-    _, _, _, _, batch, image, filters, *_ = call.arguments
-    pooled = call.out.shape[2:]
+    batch, _, *image = call.read[0].shape
+    filters, *pooled = call.out.shape[1:]
     tiles = batch * math.prod(math.ceil(n / 7) for n in pooled) * math.ceil(filters / 64)
     x = 2 * batch * math.prod(image) * 3
     work = Work(
@@ -170,8 +172,9 @@ def _stem(call: Call, gpu: Gpu) -> tuple[Work, str]:
 
 
 def _average_pool(call: Call, gpu: Gpu) -> tuple[Work, str]:
-    _, _, _, _, batch, positions, channels = call.arguments
     (x,) = call.read
+    batch, channels, *image = x.shape
+    positions = math.prod(image)
     longest = math.ceil(positions / 16)  # of 16 threads that share a chunk
     work = Work(
         layer="",
@@ -191,7 +194,7 @@ def _average_pool(call: Call, gpu: Gpu) -> tuple[Work, str]:
 
 
 def _linear(call: Call, gpu: Gpu) -> tuple[Work, str]:
-    _, _, _, _, _, batch, channels, classes = call.arguments
+    (batch, channels), classes = call.read[0].shape, call.out.shape[1]
     images = 1 if batch == 1 else 4
     tiles = math.ceil(classes / 8) * math.ceil(batch / images)
     work = Work(

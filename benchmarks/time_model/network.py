@@ -106,7 +106,8 @@ def inference(arch: str, batch: int, dtype: torch.dtype, gpu: Gpu, extension: Pa
     backend = cuda_backend.RecordingBackend(gpu)
 
     def drain(name_of: Callable[[Sequence[Tensor]], str]) -> Iterator[Work]:
-        calls, backend.calls = backend.calls, []
+        calls = backend.calls[:]
+        backend.calls.clear()
         yield from cuda_launches.works(calls, name_of, gpu, extension)
 
     recorder = _Recorder(model, drain)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class Limits(NamedTuple):
-    """Of a streaming multiprocessor (CUDA programming guide, technical specifications)."""
+    """Of a streaming multiprocessor (SM), by the CUDA programming guide's specifications."""
 
     shared: int  # KiB
     warps: int
@@ -85,7 +85,7 @@ _COMMON = {
         36,
         44,
         "bytes / cycle / SM",
-        "assumed, about half of the 64 of a multiprocessor's port; for all, 8 TB/s",
+        "assumed, about half of the 64 of an SM's port; for all, 8 TB/s",
     ),
     "latency": Assumption(
         800,

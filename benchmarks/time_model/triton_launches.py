@@ -9,17 +9,8 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from resnet_fused.backends.tuning import Tuner
 from torch import Tensor
 
-from resnet_fused.backends.triton import (
-    training,
-    training_batch_norm,
-    training_convolution,
-    training_dgrad,
-    training_pool,
-    training_wgrad,
-)
 from resnet_fused.backends.triton.backend import TritonBackend
 from resnet_fused.testing import ahead_of_time, machine_code
 from resnet_fused.testing.ahead_of_time import Launch
@@ -28,22 +19,11 @@ from .rates import Gpu
 from .work import Work, resident_blocks
 
 CAPABILITY = 90
-_MODULES = (
-    training_batch_norm,
-    training_convolution,
-    training_dgrad,
-    training_pool,
-    training_wgrad,
-)
 _MERGED = 32  # parts that a step of a merge takes
 
 
 class _Training(TritonBackend):
     """The Triton backend for tensors without memory."""
-
-    def __init__(self) -> None:
-        self._tuner = Tuner("predict")
-        self.training = training.TritonTraining(self._tuner)
 
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return None
@@ -56,7 +36,7 @@ def backend() -> TritonBackend:
 
 def recorded() -> AbstractContextManager[list[Launch]]:
     """The list that launches made within go to."""
-    return ahead_of_time.recorded_launches(CAPABILITY, _MODULES)
+    return ahead_of_time.recorded_launches(CAPABILITY)
 
 
 class _Compiled(NamedTuple):
@@ -83,21 +63,22 @@ def works(
 ) -> Iterator[Work]:
     """What the launches have to do. name_of: the layer that some tensors are parameters of."""
     for launch in launches:
+        plan = launch.plan
         code, used, shared = _compile(launch)
         named = launch.named()
         _, loops = code.regions()
-        geometry = _DESCRIBE[launch.kernel.__name__](SimpleNamespace(**named, loops=loops))
+        geometry = _DESCRIBE[plan.kernel.__name__](SimpleNamespace(**named, loops=loops))
         tensors = {id(t): t for t in named.values() if isinstance(t, Tensor)}
-        grid = math.prod(launch.grid)
+        grid = math.prod(plan.grid)
         moved = geometry.bytes or sum(_bytes(t) for t in tensors.values())
         yield Work(
             layer=name_of(list(tensors.values())),
-            kernel=launch.kernel.__name__,
-            config=str(launch.config),
+            kernel=plan.kernel.__name__,
+            config=str(plan.config),
             shape=geometry.shape,
             tiles=grid,
-            warps=launch.config.warps,
-            blocks_per_sm=resident_blocks(gpu.limits, used.registers, shared, launch.config.warps),
+            warps=plan.config.warps,
+            blocks_per_sm=resident_blocks(gpu.limits, used.registers, shared, plan.config.warps),
             # The compiler unrolls short loops, all of them or none.
             trips=geometry.trips if loops else (),
             shared_loops=geometry.shared_loops,
@@ -128,57 +109,66 @@ class _Geometry(NamedTuple):
 
 
 def _window(a: Any) -> str:
-    stride = f"/{a.STRIDE_H}" if a.STRIDE_H > 1 else ""
-    return f"{a.R}×{a.S}{stride} {a.C}→{a.K} at {a.H}×{a.W}"
+    window, image = a.WINDOW, a.image
+    stride = f"/{window.stride_h}" if window.stride_h > 1 else ""
+    return f"{window.r}×{window.s}{stride} {image.c}→{a.result.c} at {image.h}×{image.w}"
+
+
+def _read(a: Any) -> float:
+    """The share of the image that the windows touch."""
+    window = a.WINDOW
+    return min(1.0, window.r * window.s / (window.stride_h * window.stride_w))
 
 
 def _conv_stats(a: Any) -> _Geometry:
-    depth = a.R * a.S * a.group_in if a.FLAT else a.group_in
-    steps = math.ceil(depth / a.BLOCK_C) * (1 if a.FLAT else a.R * a.S)
-    size = a.x.element_size()
-    read = min(1.0, a.R * a.S / (a.STRIDE_H * a.STRIDE_W))
+    taps, channels = a.WINDOW.r * a.WINDOW.s, a.gemm.channels
+    steps = taps * math.ceil(channels / a.TILE.c)
+    if a.WINDOW.is_flat:
+        steps = math.ceil(taps * channels / a.TILE.c)
     written = [t for t in (a.out, a.moments) if t is not None]
     return _Geometry(
         _window(a) + ", normalises x" * (a.scale_shift is not None),
         (steps,),
-        steps * (a.BLOCK_M + a.BLOCK_N) * a.BLOCK_C * size,
-        a.rows * a.K * a.R * a.S * a.group_in,
-        int(read * _bytes(a.x)) + _bytes(a.weight) + sum(map(_bytes, written)),
+        steps * (a.TILE.m + a.TILE.n) * a.TILE.c * a.x.element_size(),
+        a.gemm.rows * a.result.c * taps * channels,
+        int(_read(a) * _bytes(a.x)) + _bytes(a.weight) + sum(map(_bytes, written)),
     )
 
 
-def _dgrad(a: Any) -> _Geometry:
-    taps = a.R * a.S / (a.CLASS_H * a.CLASS_W)  # of a class, on average
-    steps = taps * math.ceil(a.group_out / a.BLOCK_C)
+def _step_bytes(a: Any) -> int:
+    """Bytes that a step of dgrad or wgrad reads."""
     operands = 1 if a.pre_bn is None else 2
-    step = (operands * a.BLOCK_M + a.BLOCK_N) * a.BLOCK_C * a.grad.element_size()
+    return int((operands * a.TILE.m + a.TILE.n) * a.TILE.c * a.grad.element_size())
+
+
+def _dgrad(a: Any) -> _Geometry:
+    taps = a.WINDOW.r * a.WINDOW.s
+    # Of a class, on average.
+    steps = taps / (a.CLASS_H * a.CLASS_W) * math.ceil(a.group_out / a.TILE.c)
     ends = ", masks" * (a.below is not None) + ", adds" * (a.add is not None)
     return _Geometry(
         _window(a) + ends,
         (steps,),
-        int(steps * step),
-        a.batch * a.P * a.Q * a.K * a.R * a.S * a.group_in,
+        int(steps * _step_bytes(a)),
+        a.batch * a.result.h * a.result.w * a.result.c * taps * a.group_in,
         shared_loops=(0,),
     )
 
 
 def _wgrad(a: Any) -> _Geometry:
-    steps = math.ceil(a.rows_per_part / a.BLOCK_C)
-    operands = 1 if a.pre_bn is None else 2
-    step = (operands * a.BLOCK_M + a.BLOCK_N) * a.BLOCK_C * a.grad.element_size()
-    read = min(1.0, a.R * a.S / (a.STRIDE_H * a.STRIDE_W))
-    kept = [t for t in (a.grad, a.pre_bn, a.out) if t is not None]
+    steps = math.ceil(a.rows_per_part / a.TILE.c)
+    others = [t for t in (a.grad, a.pre_bn, a.out) if t is not None]
     return _Geometry(
         _window(a),
         (steps,),
-        steps * step,
-        a.rows * a.K * a.R * a.S * a.group_in,
-        int(read * _bytes(a.x)) + sum(map(_bytes, kept)),
+        steps * _step_bytes(a),
+        a.rows * a.result.c * a.WINDOW.r * a.WINDOW.s * a.group_in,
+        int(_read(a) * _bytes(a.x)) + sum(map(_bytes, others)),
     )
 
 
 def _rows(a: Any) -> _Geometry:
-    return _Geometry(f"{a.rows} rows of {a.K}")
+    return _Geometry(f"{a.rows} rows of {a.result.c}")
 
 
 def _relu_gradient(a: Any) -> _Geometry:
@@ -213,7 +203,7 @@ _DESCRIBE: dict[str, Callable[[Any], _Geometry]] = {
     "relu_gradient_kernel": _relu_gradient,
     "merge_moments_kernel": _merge(2),
     "merge_sums_kernel": _merge(1),
-    "bn_terms_kernel": _merge(2),
-    "bn_slopes_kernel": _merge(2),
+    "bn_scale_shift_kernel": _merge(2),
+    "bn_backward_coefficients_kernel": _merge(2),
     "sum_parts_kernel": _sum_parts,
 }

@@ -2,13 +2,13 @@
 
 A launch is cut into tiles: its blocks, or what a persistent block takes one after the other. A
 tile's code is known (`resnet_fused.testing.machine_code`), and from the shapes how often each of
-its loops runs. Two times bound a multiprocessor:
+its loops runs. Two times bound an SM:
 
 - of each resource (issue slots, tensor cores, shared memory with the load/store units, L2), what
   all its tiles ask of it;
 - the chain of one tile, step by step: a step lasts as long as the resource it needs most, alone on
-  the multiprocessor, and longer where it waits for its own product or for a load; tiles in
-  different blocks of a multiprocessor overlap.
+  the SM, and longer where it waits for its own product or for a load; tiles in
+  different blocks of an SM overlap.
 
 The largest counts. Beside it stand the bytes that cross to DRAM, for the whole launch: the larger
 of both times, and of the smaller a part ("overlap"); then the distance between two launches.
@@ -28,7 +28,7 @@ from resnet_fused.testing.machine_code import LANES, LOADS, Code, Loop, Tally, t
 from .rates import RESERVED, Gpu, Limits, Rates
 
 SCHEDULERS = 4
-L2_PORT_BYTES = 64  # a cycle, of a multiprocessor
+L2_PORT_BYTES = 64  # a cycle, of an SM
 _LOAD_STORE_BYTES = 128  # a cycle; narrower accesses of a warp take a cycle as well
 
 
@@ -69,7 +69,7 @@ class Work:
 class Prediction:
     """Modelled times of one launch.
 
-    cycles: of the busiest multiprocessor, by resource, and "chain" for the chains of its tiles.
+    cycles: of the busiest SM, by resource, and "chain" for the chains of its tiles.
     chain: what those wait for, step by step.
     """
 
@@ -82,7 +82,7 @@ class Prediction:
 
 
 def resident_blocks(limits: Limits, registers: int, shared_bytes: int, warps: int) -> int:
-    """Blocks that fit a multiprocessor; registers are given out to warps by the 256."""
+    """Blocks that fit an SM; registers are given out to warps by the 256."""
     per_warp = math.ceil(registers * LANES / 256) * 256
     return min(
         limits.registers // per_warp // warps,
@@ -102,7 +102,7 @@ def parts(code: Code) -> tuple[Tally, tuple[tuple[Loop, Tally], ...]]:
 def _cycles(
     done: Tally, warps: int, bulk_bytes: int, l2_bytes: float, r: Rates
 ) -> dict[str, float]:
-    """What `done` by each of a tile's warps takes of each resource of a multiprocessor."""
+    """What `done` by each of a tile's warps takes of each resource of an SM."""
     narrow = sum(
         count * max(1.0, LANES * width / _LOAD_STORE_BYTES)
         for widths in (done.loads, done.stores)
@@ -180,7 +180,7 @@ def predict(work: Work, gpu: Gpu, r: Rates) -> Prediction:
         library = least / r.library
         bound = "dram" if dram > library else "library"
         return Prediction(max(dram, library) + r.launch, floor, bound, 0.0)
-    # Where few multiprocessors work, each has more of L2, as far as its port goes.
+    # Where few SMs work, each has more of L2, as far as its port goes.
     l2 = min(r.l2 * max(1.0, gpu.sms / work.tiles), L2_PORT_BYTES)
     total, chain = _tile(work, r._replace(l2=l2))
     tiles = math.ceil(work.tiles / gpu.sms)

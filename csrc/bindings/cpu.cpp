@@ -213,8 +213,9 @@ cpu::Window window_of(const Window& window) {
     constexpr std::int64_t kLimit = std::int64_t{1} << 31;
     if (kernel[axis] < 1 || stride[axis] < 1 || dilation[axis] < 1 || padding[axis] < 0 ||
         std::max({kernel[axis], stride[axis], dilation[axis], padding[axis]}) > kLimit) {
-      refuse("kernel, stride and dilation must be at least 1 and padding at least 0, all at most "
-             "2^31");
+      refuse(
+          "kernel, stride and dilation must be at least 1 and padding at least 0, all at most "
+          "2^31");
     }
     all.kernel[axis] = kernel[axis];
     all.stride[axis] = stride[axis];
@@ -457,10 +458,11 @@ void register_cpu_kernels(py::module_& module) {
                ("Bytes of what " + name + "_pack makes of such a weight.").c_str());
     module.def((name + "_pack").c_str(), pack, py::arg("weight"), py::arg("packed"), meaning);
   };
-  packing("conv", &conv_packed_bytes, &conv_pack,
-          "packed = the weight (out_channels, in_channels, height, width), float32 or bfloat16, of\n"
-          "any strides, reordered for conv_bn: out_channels rounded up to 32 and, in bfloat16, an\n"
-          "odd number of weights a channel up to an even one.");
+  packing(
+      "conv", &conv_packed_bytes, &conv_pack,
+      "packed = the weight (out_channels, in_channels, height, width), float32 or bfloat16, of\n"
+      "any strides, reordered for conv_bn: out_channels rounded up to 32 and, in bfloat16, an\n"
+      "odd number of weights a channel up to an even one.");
   packing("winograd", &winograd_packed_bytes, &winograd_pack,
           "packed = the transformed weight (out_channels, in_channels, 3, 3), float32, of any\n"
           "strides, for winograd_conv: 16/9 of its size, with out_channels rounded up to 16.");
@@ -502,10 +504,11 @@ void register_cpu_kernels(py::module_& module) {
              "rows, bias (classes) or None, out (batch, classes), all of one type, float32 or\n"
              "bfloat16. Sums are float32, rounded once. Runs on every processor.");
 
-  module.def("fingerprints", &fingerprints, py::arg("tensors"),
-             "A 64-bit hash of each tensor's bytes, in one parallel region. Certain to change when\n"
-             "the bytes of one aligned 8-byte word change; the same for any number of threads. Not\n"
-             "cryptographic.");
+  module.def(
+      "fingerprints", &fingerprints, py::arg("tensors"),
+      "A 64-bit hash of each tensor's bytes, in one parallel region. Certain to change when\n"
+      "the bytes of one aligned 8-byte word change; the same for any number of threads. Not\n"
+      "cryptographic.");
 
   py::class_<Contents>(module, "Contents", py::module_local(),
                        "Tensors, which it does not keep alive, and fingerprints that they had.")

@@ -1,9 +1,8 @@
-// Bindings of the CUDA kernels: addresses, sizes and a stream's handle in, an exception out.
+// Bindings of the CUDA kernels: tensors and a stream's handle in, an exception out.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <initializer_list>
@@ -17,9 +16,12 @@
 #include "kernels/cuda/bottleneck.h"
 #include "kernels/cuda/conv.h"
 #include "kernels/cuda/head.h"
+#include "kernels/cuda/spin_limit.h"
 #include "kernels/cuda/stem.h"
+#include "program.h"
 #include "register.h"
 #include "residual.h"
+#include "tensor_arg.h"
 
 namespace py = pybind11;
 using resnet_fused::BatchNorm;
@@ -58,66 +60,48 @@ void check_cuda(const char* what, cudaError_t error) {
   throw std::runtime_error(message);
 }
 
-template <typename T = void>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-Vector vector(const char* name, const py::object& argument) {
-  if (argument.is_none()) return {};
-  const auto [address, dtype] = argument.cast<std::pair<std::uintptr_t, DType>>();
-  if (address == 0) throw std::invalid_argument(std::string(name) + " is a null pointer");
-  return {pointer<const void>(address), dtype};
-}
-
-BatchNorm batch_norm(const py::object& mean, const py::object& var, const py::object& weight,
-                     const py::object& bias, double eps) {
-  if (mean.is_none() || var.is_none()) throw std::invalid_argument("mean and var are needed");
-  return {vector("mean", mean), vector("var", var), vector("weight", weight), vector("bias", bias),
-          static_cast<float>(eps)};
-}
-
+using OptionalTensor = std::optional<TensorArg>;
 using Pair = std::array<std::int64_t, 2>;
+// Mean, variance, weight, bias, eps.
+using BatchNormArg = std::tuple<TensorArg, TensorArg, OptionalTensor, OptionalTensor, double>;
+// A convolution with its batch norm: x, weight, (stride, padding, dilation), batch norm.
+using LayerArg = std::tuple<TensorArg, TensorArg, std::tuple<Pair, Pair, Pair>, BatchNormArg>;
+// Of a bottleneck: weight, batch norm.
+using InnerLayerArg = std::tuple<TensorArg, BatchNormArg>;
 
-std::int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+// What every launch has, and the arguments of its kernel.
+template <typename Kernel>
+struct OnDevice {
+  Kernel op;
+  int device;
+};
 
-void check_elements(const char* name, std::initializer_list<std::int64_t> sizes) {
-  std::int64_t elements = 1;
-  for (const std::int64_t s : sizes) {
-    if (s > 0 && elements > (std::int64_t{1} << 60) / s) {
-      throw std::invalid_argument(std::string(name) + " has too many elements");
-    }
-    elements *= s;
-  }
-}
+struct ConvLaunch {
+  ConvBn op;
+  ConvTile tile;
+  int device;
+};
 
-void bn_add_relu(std::uintptr_t out, std::uintptr_t x, const ResidualArgument& residual,
-                 DType dtype, std::int64_t batch, const Pair& image, std::int64_t channels,
-                 const py::object& mean, const py::object& var, const py::object& weight,
-                 const py::object& bias, double eps, bool relu, int device, std::uintptr_t stream) {
-  const auto [height, width] = image;
-  if (std::min({batch, height, width, channels}) < 0) {
-    throw std::invalid_argument("batch, image and channels must be >= 0");
+struct BottleneckLaunch {
+  Bottleneck op;
+  void* out;
+  int device;
+};
+
+CUstream_st* stream_of(std::uintptr_t stream) { return reinterpret_cast<CUstream_st*>(stream); }
+
+DType dtype_of(const char* name, const TensorArg& tensor) {
+  switch (tensor.type) {
+    case ScalarType::kFloat32:
+      return DType::kFloat32;
+    case ScalarType::kFloat16:
+      return DType::kFloat16;
+    case ScalarType::kBFloat16:
+      return DType::kBFloat16;
+    default:
+      refuse(std::string(name) + " must be float32, float16 or bfloat16, found " +
+             name_of(tensor.type));
   }
-  check_elements("x", {batch, height, width, channels});
-  const std::int64_t rows = batch * height * width;
-  if (rows == 0 || channels == 0) return;
-  if (out == 0 || x == 0) throw std::invalid_argument("out or x is a null pointer");
-  const BnAddRelu arguments{
-      pointer(out),
-      pointer<const void>(x),
-      residual_of(residual, out, {batch, height, width, channels}, size_of(dtype)),
-      dtype,
-      rows,
-      channels,
-      batch_norm(mean, var, weight, bias, eps),
-      relu};
-  if (!arguments.residual.in_line()) {
-    throw std::invalid_argument("residual must have all pixels at one distance here");
-  }
-  py::gil_scoped_release unlocked;
-  check_cuda("bn_add_relu",
-             resnet_fused::bn_add_relu(arguments, device, pointer<CUstream_st>(stream)));
 }
 
 // The kernels compute positions and channels in 32 bits, with room for a sum of two.
@@ -125,251 +109,326 @@ constexpr std::int64_t kMaxSize = std::int64_t{1} << 29;
 
 int size(const char* name, std::int64_t value, std::int64_t least) {
   if (value < least || value >= kMaxSize) {
-    throw std::invalid_argument(std::string(name) + " must be at least " + std::to_string(least) +
-                                " and below 2^29, found " + std::to_string(value));
+    refuse(std::string(name) + " must be at least " + std::to_string(least) +
+           " and below 2^29, found " + std::to_string(value));
   }
   return static_cast<int>(value);
 }
 
-ConvolutionBn convolution_bn(std::uintptr_t x, std::uintptr_t weight, const Pair& image,
-                             std::int64_t channels, const Pair& kernel, const Pair& stride,
-                             const Pair& padding, const Pair& dilation, const py::object& mean,
-                             const py::object& var, const py::object& bn_weight,
-                             const py::object& bias, double eps) {
-  if (x == 0 || weight == 0) throw std::invalid_argument("x or weight is a null pointer");
-  ConvolutionBn conv;
-  conv.x = pointer<const void>(x);
-  conv.weight = pointer<const void>(weight);
-  conv.height = size("height", image[0], 0);
-  conv.width = size("width", image[1], 0);
-  conv.channels = size("channels", channels, 1);
-  conv.kernel_h = size("kernel height", kernel[0], 1);
-  conv.kernel_w = size("kernel width", kernel[1], 1);
+template <typename Arguments>
+void set_vector(Launch<Arguments>& launch, Vector& slot, const char* name,
+                const OptionalTensor& tensor, std::int64_t channels) {
+  slot = {};
+  if (!tensor) return;
+  check_sizes(name, *tensor, {channels});
+  check_contiguous(name, *tensor, 1);
+  slot.dtype = dtype_of(name, *tensor);
+  launch.reads(slot.data, name, *tensor);
+}
+
+template <typename Arguments>
+void set_batch_norm(Launch<Arguments>& launch, BatchNorm& slot, const BatchNormArg& bn,
+                    std::int64_t channels) {
+  const auto& [mean, var, weight, bias, eps] = bn;
+  set_vector(launch, slot.mean, "mean", mean, channels);
+  set_vector(launch, slot.var, "var", var, channels);
+  set_vector(launch, slot.weight, "weight", weight, channels);
+  set_vector(launch, slot.bias, "bias", bias, channels);
+  slot.eps = static_cast<float>(eps);
+}
+
+void run_bn_add_relu(OnDevice<BnAddRelu>& launch, std::uintptr_t stream) {
+  check_cuda("bn_add_relu", resnet_fused::bn_add_relu(launch.op, launch.device, stream_of(stream)));
+}
+
+void bn_add_relu(const TensorArg& out, const TensorArg& x, const BatchNormArg& bn,
+                 const OptionalTensor& residual, bool relu, int device, std::uintptr_t stream) {
+  check_nhwc("x", x);
+  check_nhwc("out", out);
+  check_type("x", x, out.type);
+  const auto& [batch, channels, height, width] = x.sizes;
+  check_sizes("out", out, {batch, channels, height, width});
+  if (out.numel() == 0) return;
+  Launch<OnDevice<BnAddRelu>> launch;
+  BnAddRelu& op = launch.arguments.op;
+  launch.arguments.device = device;
+  op.dtype = dtype_of("x", x);
+  op.rows = batch * height * width;
+  op.channels = channels;
+  op.relu = relu;
+  launch.reads(op.x, "x", x);
+  set_batch_norm(launch, op.bn, bn, channels);
+  set_residual(launch, op.residual, residual, out);
+  if (!op.residual.in_line()) refuse("residual must have all pixels at one distance here");
+  launch.writes(op.out, "out", out);
+  launch.run<run_bn_add_relu>(stream);
+}
+
+// What one convolution must have in common with the result.
+void set_convolution(Launch<ConvLaunch>& launch, ConvolutionBn& conv, const LayerArg& layer,
+                     const TensorArg& out) {
+  const auto& [x, weight, window, bn] = layer;
+  const auto& [stride, padding, dilation] = window;
+  check_nhwc("x", x);
+  check_nhwc("weight", weight);
+  check_type("x", x, out.type);
+  check_type("weight", weight, out.type);
+  const ConvBn& result = launch.arguments.op;
+  conv.height = size("height", x.sizes[2], 0);
+  conv.width = size("width", x.sizes[3], 0);
+  conv.channels = size("channels", x.sizes[1], 1);
+  conv.kernel_h = size("kernel height", weight.sizes[2], 1);
+  conv.kernel_w = size("kernel width", weight.sizes[3], 1);
   conv.stride_h = size("vertical stride", stride[0], 1);
   conv.stride_w = size("horizontal stride", stride[1], 1);
   conv.padding_h = size("vertical padding", padding[0], 0);
   conv.padding_w = size("horizontal padding", padding[1], 0);
   conv.dilation_h = size("vertical dilation", dilation[0], 1);
   conv.dilation_w = size("horizontal dilation", dilation[1], 1);
-  conv.bn = batch_norm(mean, var, bn_weight, bias, eps);
-  return conv;
-}
-
-// What one convolution must have in common with the result.
-void check_convolution(const ConvolutionBn& conv, const ConvBn& result) {
+  if (conv.channels % result.groups != 0 || result.out_channels % result.groups != 0) {
+    refuse("groups must divide channels and out_channels");
+  }
+  check_sizes("weight", weight,
+              {out.sizes[1], conv.channels / result.groups, weight.sizes[2], weight.sizes[3]});
   const auto positions = [](std::int64_t in, std::int64_t kernel, std::int64_t stride,
                             std::int64_t padding, std::int64_t dilation) {
     const std::int64_t reach = dilation * (kernel - 1) + 1;
     if (in + 2 * padding < reach) return std::int64_t{0};
     return (in + 2 * padding - reach) / stride + 1;
   };
-  if (positions(conv.height, conv.kernel_h, conv.stride_h, conv.padding_h, conv.dilation_h) !=
-          result.out_height ||
-      positions(conv.width, conv.kernel_w, conv.stride_w, conv.padding_w, conv.dilation_w) !=
-          result.out_width) {
-    throw std::invalid_argument("the convolution of a " + std::to_string(conv.height) + " x " +
-                                std::to_string(conv.width) + " image is not of size " +
-                                std::to_string(result.out_height) + " x " +
-                                std::to_string(result.out_width));
-  }
-  if (conv.channels % result.groups != 0 || result.out_channels % result.groups != 0) {
-    throw std::invalid_argument("groups must divide channels and out_channels");
-  }
-  check_elements("x", {result.batch, conv.height, conv.width, conv.channels});
-  check_elements("weight", {result.out_channels, conv.kernel_h, conv.kernel_w, conv.channels});
+  check_sizes(
+      "out", out,
+      {x.sizes[0], out.sizes[1],
+       positions(conv.height, conv.kernel_h, conv.stride_h, conv.padding_h, conv.dilation_h),
+       positions(conv.width, conv.kernel_w, conv.stride_w, conv.padding_w, conv.dilation_w)});
+  launch.reads(conv.x, "x", x);
+  launch.reads(conv.weight, "weight", weight);
+  set_batch_norm(launch, conv.bn, bn, out.sizes[1]);
 }
 
-ConvBn conv_bn_arguments(std::uintptr_t out, const ResidualArgument& residual, DType dtype,
-                         std::int64_t batch, const Pair& out_image, std::int64_t out_channels,
-                         std::int64_t groups, const ConvolutionBn& conv,
-                         const std::optional<ConvolutionBn>& projection, bool relu, bool tf32) {
-  ConvBn arguments{pointer(out),
-                   {},
-                   dtype,
-                   size("batch", batch, 0),
-                   size("out_height", out_image[0], 0),
-                   size("out_width", out_image[1], 0),
-                   size("out_channels", out_channels, 0),
-                   size("groups", groups, 1),
-                   conv,
-                   projection.value_or(ConvolutionBn{}),
-                   relu,
-                   tf32};
-  if (out == 0) throw std::invalid_argument("out is a null pointer");
-  check_elements("out", {batch, out_image[0], out_image[1], out_channels});
-  size("out_height * out_width", out_image[0] * out_image[1], 0);
-  check_convolution(conv, arguments);
+void set_conv_bn(Launch<ConvLaunch>& launch, const TensorArg& out, const LayerArg& layer,
+                 const std::optional<LayerArg>& projection, const OptionalTensor& residual,
+                 std::int64_t groups, bool relu, bool tf32, int device) {
+  check_nhwc("out", out);
+  launch.arguments.device = device;
+  ConvBn& op = launch.arguments.op;
+  op.dtype = dtype_of("out", out);
+  op.batch = size("batch", out.sizes[0], 0);
+  op.out_channels = size("out_channels", out.sizes[1], 0);
+  op.out_height = size("out_height", out.sizes[2], 0);
+  op.out_width = size("out_width", out.sizes[3], 0);
+  size("out_height * out_width", out.sizes[2] * out.sizes[3], 0);
+  op.groups = size("groups", groups, 1);
+  op.relu = relu;
+  op.tf32 = tf32;
+  set_convolution(launch, op.conv, layer, out);
+  op.projection = {};
   if (projection) {
     if (groups != 1 || residual) {
-      throw std::invalid_argument("a projection needs groups = 1 and excludes a residual");
+      refuse("a projection needs groups = 1 and excludes a residual");
     }
-    check_convolution(*projection, arguments);
+    set_convolution(launch, op.projection, *projection, out);
   }
-  if (batch * out_image[0] * out_image[1] * out_channels > 0) {
-    arguments.residual = residual_of(
-        residual, out, {batch, out_image[0], out_image[1], out_channels}, size_of(dtype));
-  }
-  return arguments;
+  if (out.numel() > 0) set_residual(launch, op.residual, residual, out);
+  launch.writes(op.out, "out", out);
 }
 
-void conv_bn(std::uintptr_t out, const ResidualArgument& residual, DType dtype, std::int64_t batch,
-             const Pair& out_image, std::int64_t out_channels, std::int64_t groups,
-             const ConvolutionBn& conv, const std::optional<ConvolutionBn>& projection, bool relu,
-             bool tf32, ConvTile tile, int device, std::uintptr_t stream) {
-  const ConvBn arguments = conv_bn_arguments(out, residual, dtype, batch, out_image, out_channels,
-                                             groups, conv, projection, relu, tf32);
-  if (!resnet_fused::conv_bn_offers(arguments, tile)) {
-    throw std::invalid_argument("this tile does not compute such a convolution; use automatic");
-  }
-  py::gil_scoped_release unlocked;
+void run_conv_bn(ConvLaunch& launch, std::uintptr_t stream) {
   check_cuda("conv_bn",
-             resnet_fused::conv_bn(arguments, tile, device, pointer<CUstream_st>(stream)));
+             resnet_fused::conv_bn(launch.op, launch.tile, launch.device, stream_of(stream)));
 }
 
-std::vector<ConvTile> conv_bn_tiles(std::uintptr_t out, const ResidualArgument& residual,
-                                    DType dtype, std::int64_t batch, const Pair& out_image,
-                                    std::int64_t out_channels, std::int64_t groups,
-                                    const ConvolutionBn& conv,
-                                    const std::optional<ConvolutionBn>& projection, bool relu,
+void conv_bn(const TensorArg& out, const LayerArg& layer, const std::optional<LayerArg>& projection,
+             const OptionalTensor& residual, std::int64_t groups, bool relu, bool tf32,
+             ConvTile tile, int device, std::uintptr_t stream) {
+  Launch<ConvLaunch> launch;
+  set_conv_bn(launch, out, layer, projection, residual, groups, relu, tf32, device);
+  launch.arguments.tile = tile;
+  if (!resnet_fused::conv_bn_can_implement(launch.arguments.op, tile)) {
+    refuse("this tile does not compute such a convolution; use automatic");
+  }
+  launch.run<run_conv_bn>(stream);
+}
+
+std::vector<ConvTile> conv_bn_tiles(const TensorArg& out, const LayerArg& layer,
+                                    const std::optional<LayerArg>& projection,
+                                    const OptionalTensor& residual, std::int64_t groups, bool relu,
                                     bool tf32, int device) {
-  const ConvBn arguments = conv_bn_arguments(out, residual, dtype, batch, out_image, out_channels,
-                                             groups, conv, projection, relu, tf32);
-  py::gil_scoped_release unlocked;
+  Launch<ConvLaunch> launch;
+  set_conv_bn(launch, out, layer, projection, residual, groups, relu, tf32, device);
+  const py::gil_scoped_release unlocked;
   std::vector<ConvTile> tiles;
-  check_cuda("conv_bn", resnet_fused::conv_bn_tiles(arguments, device, &tiles));
+  check_cuda("conv_bn", resnet_fused::conv_bn_tiles(launch.arguments.op, device, &tiles));
   return tiles;
 }
 
-Layer layer(const py::object& argument) {
-  if (argument.is_none()) return {};
-  using Fields = std::tuple<std::uintptr_t, py::object, py::object, py::object, py::object, double>;
-  const auto [weight, mean, var, bn_weight, bias, eps] = argument.cast<Fields>();
-  if (weight == 0) throw std::invalid_argument("a weight is a null pointer");
-  return {pointer<const void>(weight), batch_norm(mean, var, bn_weight, bias, eps)};
+void set_layer(Launch<BottleneckLaunch>& launch, Layer& slot, const InnerLayerArg& layer,
+               std::initializer_list<std::int64_t> sizes, ScalarType type) {
+  const auto& [weight, bn] = layer;
+  check_nhwc("weight", weight);
+  check_type("weight", weight, type);
+  check_sizes("weight", weight, sizes);
+  launch.reads(slot.weight, "weight", weight);
+  set_batch_norm(launch, slot.bn, bn, weight.sizes[0]);
 }
 
-Bottleneck bottleneck(std::uintptr_t x, DType dtype, std::int64_t batch, const Pair& image,
-                      std::int64_t channels, std::int64_t inner, std::int64_t out_channels,
-                      std::int64_t stride, const std::array<py::object, 3>& layers,
-                      const py::object& projection) {
-  if (x == 0) throw std::invalid_argument("x is a null pointer");
-  const Bottleneck block{pointer<const void>(x),     dtype,
-                         size("batch", batch, 0),    size("height", image[0], 0),
-                         size("width", image[1], 0), size("channels", channels, 1),
-                         size("inner", inner, 1),    size("out_channels", out_channels, 1),
-                         size("stride", stride, 1),  layer(layers[0]),
-                         layer(layers[1]),           layer(layers[2]),
-                         layer(projection)};
-  if (block.conv1.weight == nullptr || block.conv2.weight == nullptr ||
-      block.conv3.weight == nullptr) {
-    throw std::invalid_argument("three layers are needed");
-  }
-  check_elements("x", {batch, image[0], image[1], channels});
-  check_elements("out", {batch, image[0], image[1], out_channels});
+// `layers` are three and, where there is one, the projection.
+void set_bottleneck(Launch<BottleneckLaunch>& launch, const TensorArg& x,
+                    const std::vector<InnerLayerArg>& layers, std::int64_t stride) {
+  check_nhwc("x", x);
+  if (layers.size() < 3 || layers.size() > 4) refuse("three layers, or four, are needed");
+  for (const auto& [weight, bn] : layers) check_rank("weight", weight, 4);
+  Bottleneck& op = launch.arguments.op;
+  const std::int64_t inner = std::get<0>(layers[0]).sizes[0];
+  const std::int64_t out_channels = std::get<0>(layers[2]).sizes[0];
+  op.dtype = dtype_of("x", x);
+  op.batch = size("batch", x.sizes[0], 0);
+  op.channels = size("channels", x.sizes[1], 1);
+  op.height = size("height", x.sizes[2], 0);
+  op.width = size("width", x.sizes[3], 0);
+  op.inner = size("inner", inner, 1);
+  op.out_channels = size("out_channels", out_channels, 1);
+  op.stride = size("stride", stride, 1);
   size("3 * 3 * inner * inner", 9 * inner * inner, 0);
-  return block;
+  launch.reads(op.x, "x", x);
+  set_layer(launch, op.conv1, layers[0], {inner, x.sizes[1], 1, 1}, x.type);
+  set_layer(launch, op.conv2, layers[1], {inner, inner, 3, 3}, x.type);
+  set_layer(launch, op.conv3, layers[2], {out_channels, inner, 1, 1}, x.type);
+  op.projection = {};
+  if (layers.size() == 4) {
+    set_layer(launch, op.projection, layers[3], {out_channels, x.sizes[1], 1, 1}, x.type);
+  }
 }
 
-void run_bottleneck(std::uintptr_t out, const Bottleneck& block, int device,
-                    std::uintptr_t stream) {
-  if (out == 0) throw std::invalid_argument("out is a null pointer");
-  if (!resnet_fused::bottleneck_offers(block, device)) {
-    throw std::invalid_argument("there is no kernel for such a bottleneck on this device");
-  }
-  py::gil_scoped_release unlocked;
+void run_bottleneck(BottleneckLaunch& launch, std::uintptr_t stream) {
   check_cuda("bottleneck",
-             resnet_fused::bottleneck(pointer(out), block, device, pointer<CUstream_st>(stream)));
+             resnet_fused::bottleneck(launch.out, launch.op, launch.device, stream_of(stream)));
 }
 
-void stem(std::uintptr_t out, std::uintptr_t x, std::uintptr_t weight, DType dtype,
-          std::int64_t batch, const Pair& image, std::int64_t out_channels, const py::object& mean,
-          const py::object& var, const py::object& bn_weight, const py::object& bias, double eps,
+void bottleneck(const TensorArg& out, const TensorArg& x, const std::vector<InnerLayerArg>& layers,
+                std::int64_t stride, int device, std::uintptr_t stream) {
+  Launch<BottleneckLaunch> launch;
+  set_bottleneck(launch, x, layers, stride);
+  const Bottleneck& op = launch.arguments.op;
+  launch.arguments.device = device;
+  check_nhwc("out", out);
+  check_type("out", out, x.type);
+  check_sizes("out", out,
+              {x.sizes[0], op.out_channels, resnet_fused::strided(op.height, op.stride),
+               resnet_fused::strided(op.width, op.stride)});
+  check_apart("out", out, "x", x);
+  launch.writes(launch.arguments.out, "out", out);
+  if (!resnet_fused::bottleneck_can_implement(op, device)) {
+    refuse("there is no kernel for such a bottleneck on this device");
+  }
+  launch.run<run_bottleneck>(stream);
+}
+
+// Whether `ask` says so of the bottleneck.
+template <bool (*ask)(const Bottleneck&, int)>
+bool ask_bottleneck(const TensorArg& x, const std::vector<InnerLayerArg>& layers,
+                    std::int64_t stride, int device) {
+  Launch<BottleneckLaunch> launch;
+  set_bottleneck(launch, x, layers, stride);
+  return ask(launch.arguments.op, device);
+}
+
+void run_stem(OnDevice<resnet_fused::Stem>& launch, std::uintptr_t stream) {
+  check_cuda("stem", resnet_fused::stem(launch.op, launch.device, stream_of(stream)));
+}
+
+void stem(const TensorArg& out, const TensorArg& x, const TensorArg& weight, const BatchNormArg& bn,
           int device, std::uintptr_t stream) {
-  if (out == 0 || x == 0 || weight == 0) {
-    throw std::invalid_argument("out, x or weight is a null pointer");
-  }
-  const resnet_fused::Stem arguments{pointer(out),
-                                     pointer<const void>(x),
-                                     pointer<const void>(weight),
-                                     dtype,
-                                     size("batch", batch, 0),
-                                     size("height", image[0], 0),
-                                     size("width", image[1], 0),
-                                     size("out_channels", out_channels, 0),
-                                     batch_norm(mean, var, bn_weight, bias, eps)};
-  check_elements("x", {batch, image[0], image[1], 3});
-  check_elements("out", {batch, image[0], image[1], out_channels});
+  check_nhwc("out", out);
+  check_nhwc("x", x);
+  check_nhwc("weight", weight);
+  check_type("x", x, out.type);
+  check_type("weight", weight, out.type);
+  const std::int64_t out_channels = out.sizes[1];
+  Launch<OnDevice<resnet_fused::Stem>> launch;
+  resnet_fused::Stem& op = launch.arguments.op;
+  launch.arguments.device = device;
+  op.dtype = dtype_of("x", x);
+  op.batch = size("batch", x.sizes[0], 0);
+  op.height = size("height", x.sizes[2], 0);
+  op.width = size("width", x.sizes[3], 0);
+  op.out_channels = size("out_channels", out_channels, 0);
   size("7 * 7 * 3 * out_channels", 7 * 7 * 3 * out_channels, 0);
-  if (out_channels % 8 != 0 || dtype == DType::kFloat32) {
-    throw std::invalid_argument(
-        "the stem needs float16 or bfloat16, and out_channels that are a multiple of 8");
+  if (out_channels % 8 != 0 || op.dtype == DType::kFloat32) {
+    refuse("the stem needs float16 or bfloat16, and out_channels that are a multiple of 8");
   }
-  py::gil_scoped_release unlocked;
-  check_cuda("stem", resnet_fused::stem(arguments, device, pointer<CUstream_st>(stream)));
+  const auto pooled = [](int size) { return resnet_fused::halved(resnet_fused::halved(size)); };
+  check_sizes("x", x, {op.batch, 3, op.height, op.width});
+  check_sizes("weight", weight, {out_channels, 3, 7, 7});
+  check_sizes("out", out, {op.batch, out_channels, pooled(op.height), pooled(op.width)});
+  check_apart("out", out, "x", x);
+  launch.reads(op.x, "x", x);
+  launch.reads(op.weight, "weight", weight);
+  set_batch_norm(launch, op.bn, bn, out_channels);
+  launch.writes(op.out, "out", out);
+  launch.run<run_stem>(stream);
 }
 
-void average_pool(std::uintptr_t out, DType out_dtype, std::uintptr_t x, DType dtype,
-                  std::int64_t batch, std::int64_t positions, std::int64_t channels, int device,
-                  std::uintptr_t stream) {
-  const resnet_fused::AveragePool arguments{pointer(out),
-                                            pointer<const void>(x),
-                                            dtype,
-                                            out_dtype,
-                                            size("batch", batch, 0),
-                                            size("positions", positions, 1),
-                                            size("channels", channels, 0)};
-  if (batch * channels > 0 && (out == 0 || x == 0)) {
-    throw std::invalid_argument("out or x is a null pointer");
-  }
-  check_elements("x", {batch, positions, channels});
-  if (out_dtype != dtype && out_dtype != DType::kFloat32) {
-    throw std::invalid_argument("out_dtype must be dtype or float32");
-  }
-  py::gil_scoped_release unlocked;
+void run_average_pool(OnDevice<resnet_fused::AveragePool>& launch, std::uintptr_t stream) {
   check_cuda("average_pool",
-             resnet_fused::average_pool(arguments, device, pointer<CUstream_st>(stream)));
+             resnet_fused::average_pool(launch.op, launch.device, stream_of(stream)));
 }
 
-void linear(std::uintptr_t out, std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias,
-            DType dtype, std::int64_t batch, std::int64_t channels, std::int64_t classes,
-            int device, std::uintptr_t stream) {
-  const resnet_fused::Linear arguments{pointer(out),
-                                       pointer<const float>(x),
-                                       pointer<const void>(weight),
-                                       pointer<const void>(bias),
-                                       dtype,
-                                       size("batch", batch, 0),
-                                       size("channels", channels, 1),
-                                       size("classes", classes, 0)};
-  if (batch * classes > 0 && (out == 0 || x == 0 || weight == 0)) {
-    throw std::invalid_argument("out, x or weight is a null pointer");
+void average_pool(const TensorArg& out, const TensorArg& x, int device, std::uintptr_t stream) {
+  check_nhwc("x", x);
+  check_contiguous("out", out, 2);
+  check_sizes("out", out, {x.sizes[0], x.sizes[1]});
+  Launch<OnDevice<resnet_fused::AveragePool>> launch;
+  resnet_fused::AveragePool& op = launch.arguments.op;
+  launch.arguments.device = device;
+  op.dtype = dtype_of("x", x);
+  op.out_dtype = dtype_of("out", out);
+  if (out.type != x.type) check_type("out", out, ScalarType::kFloat32);
+  op.batch = size("batch", x.sizes[0], 0);
+  op.positions = size("positions", x.sizes[2] * x.sizes[3], 1);
+  op.channels = size("channels", x.sizes[1], 0);
+  launch.reads(op.x, "x", x);
+  launch.writes(op.out, "out", out);
+  launch.run<run_average_pool>(stream);
+}
+
+void run_linear(OnDevice<resnet_fused::Linear>& launch, std::uintptr_t stream) {
+  check_cuda("linear", resnet_fused::linear(launch.op, launch.device, stream_of(stream)));
+}
+
+void linear(const TensorArg& out, const TensorArg& x, const TensorArg& weight,
+            const OptionalTensor& bias, int device, std::uintptr_t stream) {
+  check_contiguous("out", out, 2);
+  check_contiguous("x", x, 2);
+  check_contiguous("weight", weight, 2);
+  check_type("x", x, ScalarType::kFloat32);
+  check_type("weight", weight, out.type);
+  check_sizes("out", out, {x.sizes[0], weight.sizes[0]});
+  check_sizes("weight", weight, {weight.sizes[0], x.sizes[1]});
+  Launch<OnDevice<resnet_fused::Linear>> launch;
+  resnet_fused::Linear& op = launch.arguments.op;
+  launch.arguments.device = device;
+  op.dtype = dtype_of("out", out);
+  op.batch = size("batch", x.sizes[0], 0);
+  op.channels = size("channels", x.sizes[1], 1);
+  op.classes = size("classes", weight.sizes[0], 0);
+  launch.reads(op.x, "x", x);
+  launch.reads(op.weight, "weight", weight);
+  op.bias = nullptr;
+  if (bias) {
+    check_sizes("bias", *bias, {weight.sizes[0]});
+    check_contiguous("bias", *bias, 1);
+    check_type("bias", *bias, out.type);
+    launch.reads(op.bias, "bias", *bias);
   }
-  check_elements("out", {batch, classes});
-  check_elements("weight", {classes, channels});
-  py::gil_scoped_release unlocked;
-  check_cuda("linear", resnet_fused::linear(arguments, device, pointer<CUstream_st>(stream)));
+  launch.writes(op.out, "out", out);
+  launch.run<run_linear>(stream);
 }
 
 }  // namespace
 
 void register_cuda_kernels(py::module_& module) {
-  // Types local to the module, as the simulator's module has the same ones in the same process.
-  py::enum_<DType>(module, "DType", py::module_local())
-      .value("float32", DType::kFloat32)
-      .value("float16", DType::kFloat16)
-      .value("bfloat16", DType::kBFloat16);
-
-  module.def(
-      "cuda_bn_add_relu", &bn_add_relu, py::arg("out"), py::arg("x"), py::arg("residual"),
-      py::arg("dtype"), py::arg("batch"), py::arg("image"), py::arg("channels"), py::arg("mean"),
-      py::arg("var"), py::arg("weight"), py::arg("bias"), py::arg("eps"), py::arg("relu"),
-      py::arg("device"), py::arg("stream"),
-      "out = relu?((x - mean) / sqrt(var + eps) * weight + bias (+ residual)), queued on\n"
-      "`stream` of `device`. out and x are addresses of (batch, *image, channels) tensors\n"
-      "of `dtype`; residual is as in cuda_conv_bn, with all pixels at one distance; out may be x\n"
-      "or residual. The others are (address, DType), weight and bias or None. Raises ValueError\n"
-      "for impossible sizes, RuntimeError for what CUDA reports.");
-
+  // Local to the module, as the simulator's module has the same one in the same process.
   py::enum_<ConvTile>(module, "ConvTile", py::module_local(),
                       "Output positions x channels that a block computes, and for which GPUs.")
       .value("automatic", ConvTile::kAuto)
@@ -379,84 +438,63 @@ void register_cuda_kernels(py::module_& module) {
       .value("m128n64_sm90", ConvTile::k128x64Sm90)
       .value("m128n128_sm90", ConvTile::k128x128Sm90);
 
-  py::class_<ConvolutionBn>(module, "ConvolutionBn", py::module_local(),
-                            "A convolution with zero padding and its batch norm: addresses of x\n"
-                            "(batch, *image, channels) and weight (out_channels, *kernel,\n"
-                            "channels / groups); mean, var, bn_weight and bias are (address,\n"
-                            "DType), the last two or None.")
-      .def(py::init(&convolution_bn), py::arg("x"), py::arg("weight"), py::arg("image"),
-           py::arg("channels"), py::arg("kernel"), py::arg("stride"), py::arg("padding"),
-           py::arg("dilation"), py::arg("mean"), py::arg("var"), py::arg("bn_weight"),
-           py::arg("bias"), py::arg("eps"));
+  // Of every kernel: tensors are as tensor_arg.h says, sizes those of NCHW; images and weights are
+  // dense and channels_last, vectors contiguous, float32, float16 or bfloat16. A kernel is queued
+  // on `stream` of `device`, and its tensors have to stay until it has run. ValueError is raised
+  // for what does not fit, RuntimeError for what CUDA reports.
+  module.def(
+      "cuda_bn_add_relu", &bn_add_relu, py::arg("out"), py::arg("x"), py::arg("bn"),
+      py::arg("residual"), py::arg("relu"), py::arg("device"), py::arg("stream"),
+      "out = relu?((x - mean) / sqrt(var + eps) * weight + bias (+ residual)). bn is (mean, var,\n"
+      "weight, bias, eps), weight and bias None where absent; residual is as in cuda_conv_bn,\n"
+      "with all pixels at one distance; out may be x or residual.");
 
   module.def(
-      "cuda_conv_bn", &conv_bn, py::arg("out"), py::arg("residual"), py::arg("dtype"),
-      py::arg("batch"), py::arg("out_image"), py::arg("out_channels"), py::arg("groups"),
-      py::arg("conv"), py::arg("projection"), py::arg("relu"), py::arg("tf32"), py::arg("tile"),
+      "cuda_conv_bn", &conv_bn, py::arg("out"), py::arg("layer"), py::arg("projection"),
+      py::arg("residual"), py::arg("groups"), py::arg("relu"), py::arg("tf32"), py::arg("tile"),
       py::arg("device"), py::arg("stream"),
-      "out = relu?(bn(conv(x)) + residual), or relu?(bn(conv(x)) + bn(projection(x'))),\n"
-      "queued on `stream` of `device`. out is the address of a (batch, *out_image,\n"
-      "out_channels) tensor of `dtype`, which x, weight and residual have too. residual is\n"
-      "None or (address, channels, strides): out's first channels, strides in elements from\n"
-      "an image, a line and a pixel to the next; it may be out, and overlaps it in no other\n"
-      "way. projection is a ConvolutionBn, with groups = 1, or None. Raises ValueError for\n"
-      "impossible sizes or a tile that does not serve them, RuntimeError for what CUDA\n"
-      "reports.");
+      "out = relu?(bn(conv(x)) + residual), or relu?(bn(conv(x)) + bn(projection(x'))). layer and\n"
+      "projection are (x, weight, (stride, padding, dilation), bn), all of out's type but bn. A\n"
+      "projection or a residual may be None; a projection needs groups = 1. residual has out's\n"
+      "size but maybe fewer channels, which are adjacent; it may be out, and overlaps it in no\n"
+      "other way. tf32: whether products of float32 may round their operands. A tile that cannot\n"
+      "compute this raises ValueError.");
 
-  module.def("cuda_conv_bn_tiles", &conv_bn_tiles, py::arg("out"), py::arg("residual"),
-             py::arg("dtype"), py::arg("batch"), py::arg("out_image"), py::arg("out_channels"),
-             py::arg("groups"), py::arg("conv"), py::arg("projection"), py::arg("relu"),
+  module.def("cuda_conv_bn_tiles", &conv_bn_tiles, py::arg("out"), py::arg("layer"),
+             py::arg("projection"), py::arg("residual"), py::arg("groups"), py::arg("relu"),
              py::arg("tf32"), py::arg("device"),
              "The tiles by which cuda_conv_bn computes these arguments on `device`, `automatic`\n"
-             "not among them. Raises as cuda_conv_bn does.");
-
-  py::class_<Bottleneck>(
-      module, "Bottleneck", py::module_local(),
-      "relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut): the address of x\n"
-      "(batch, *image, channels), the channels within and after the block, the stride of conv2\n"
-      "(3 x 3, padding 1) and of the projection; the layers, each the address of a weight\n"
-      "(out_channels, *kernel, channels), then mean, var, weight, bias as (address, DType), the\n"
-      "last two or None, and eps; projection is such a layer, or None where x is the shortcut.\n"
-      "Raises ValueError for impossible sizes.")
-      .def(py::init(&bottleneck), py::arg("x"), py::arg("dtype"), py::arg("batch"),
-           py::arg("image"), py::arg("channels"), py::arg("inner"), py::arg("out_channels"),
-           py::arg("stride"), py::arg("layers"), py::arg("projection"))
-      .def("offered", &resnet_fused::bottleneck_offers, py::arg("device"),
-           "Whether there is a kernel for it on that device.")
-      .def("pays", &resnet_fused::bottleneck_pays, py::arg("device"),
-           "Whether there is one that is expected to be faster than a kernel for each layer.");
-
-  module.def("cuda_bottleneck", &run_bottleneck, py::arg("out"), py::arg("block"),
-             py::arg("device"), py::arg("stream"),
-             "Queues `block` on `stream` of `device`; out is the address of (batch, *image /\n"
-             "stride rounded up, out_channels) and no part of x. Raises ValueError where it is\n"
-             "not offered, RuntimeError for what CUDA reports.");
+             "not among them.");
 
   module.def(
-      "cuda_stem", &stem, py::arg("out"), py::arg("x"), py::arg("weight"), py::arg("dtype"),
-      py::arg("batch"), py::arg("image"), py::arg("out_channels"), py::arg("mean"), py::arg("var"),
-      py::arg("bn_weight"), py::arg("bias"), py::arg("eps"), py::arg("device"), py::arg("stream"),
-      "out = max_pool(relu(bn(conv(x))), 3, stride 2, padding 1), conv being 7 x 7 with\n"
-      "stride 2 and padding 3, queued on `stream` of `device`. Addresses of x (batch, *image,\n"
-      "3), weight (out_channels, 7, 7, 3) and out (batch, *image / 4 rounded up,\n"
-      "out_channels), of `dtype`; the vectors are (address, DType), the last two or None.\n"
-      "Raises ValueError for impossible sizes, RuntimeError for what CUDA reports.");
+      "cuda_bottleneck", &bottleneck, py::arg("out"), py::arg("x"), py::arg("layers"),
+      py::arg("stride"), py::arg("device"), py::arg("stream"),
+      "out = relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut): layers are "
+      "(weight,\n"
+      "bn) of the three convolutions and, where x is not the shortcut itself, of its projection;\n"
+      "conv2 is 3 x 3 with padding 1, the others 1 x 1; conv2 and the projection have the stride.\n"
+      "out is no part of x.");
+  const auto ask = [&](const char* name, auto function, const char* meaning) {
+    module.def(name, function, py::arg("x"), py::arg("layers"), py::arg("stride"),
+               py::arg("device"), meaning);
+  };
+  ask("cuda_bottleneck_can_implement", &ask_bottleneck<&resnet_fused::bottleneck_can_implement>,
+      "Whether cuda_bottleneck has a kernel for this on that device.");
+  ask("cuda_bottleneck_is_profitable", &ask_bottleneck<&resnet_fused::bottleneck_is_profitable>,
+      "Whether it has one that is expected to be faster than a kernel for each layer.");
 
-  module.def("cuda_average_pool", &average_pool, py::arg("out"), py::arg("out_dtype"), py::arg("x"),
-             py::arg("dtype"), py::arg("batch"), py::arg("positions"), py::arg("channels"),
+  module.def("cuda_stem", &stem, py::arg("out"), py::arg("x"), py::arg("weight"), py::arg("bn"),
              py::arg("device"), py::arg("stream"),
-             "out[n, c] = the mean of x[n, :, c], queued on `stream` of `device`. Addresses of x\n"
-             "(batch, positions, channels) of `dtype`, and of out (batch, channels), of that type\n"
-             "or float32. Raises ValueError for impossible sizes, RuntimeError for what CUDA\n"
-             "reports.");
+             "out = max_pool(relu(bn(conv(x))), 3, stride 2, padding 1), conv being 7 x 7 of 3\n"
+             "channels with stride 2 and padding 3, in float16 or bfloat16.");
+
+  module.def("cuda_average_pool", &average_pool, py::arg("out"), py::arg("x"), py::arg("device"),
+             py::arg("stream"), "out[n, c] = the mean of x[n, c], in x's type or float32.");
 
   module.def("cuda_linear", &linear, py::arg("out"), py::arg("x"), py::arg("weight"),
-             py::arg("bias"), py::arg("dtype"), py::arg("batch"), py::arg("channels"),
-             py::arg("classes"), py::arg("device"), py::arg("stream"),
-             "out[n, k] = sum of x[n, :] * weight[k, :], + bias[k], queued on `stream` of\n"
-             "`device`. Addresses of x (batch, channels) of float32, and of `dtype`: weight\n"
-             "(classes, channels), bias (classes), 0 for none, and out (batch, classes). Raises\n"
-             "ValueError for impossible sizes, RuntimeError for what CUDA reports.");
+             py::arg("bias"), py::arg("device"), py::arg("stream"),
+             "out[n, k] = sum of x[n, :] * weight[k, :], + bias[k] unless bias is None. x is\n"
+             "float32, the others are of one type; all are contiguous.");
 
   module.def(
       "cuda_check_device",
@@ -465,4 +503,16 @@ void register_cuda_kernels(py::module_& module) {
         check_cuda("loading the CUDA kernels", resnet_fused::bn_add_relu_loadable(device));
       },
       py::arg("device"), "Raises RuntimeError if the kernels cannot run on that device.");
+
+  module.def(
+      "cuda_set_spin_limit",
+      [](int device, std::uint32_t tries) {
+        check_cuda("set_spin_limit", resnet_fused::set_spin_limit(device, tries));
+      },
+      py::arg("device"), py::arg("tries"),
+      "Kernels launched later give up after so many tries of a barrier, which ends the GPU's\n"
+      "context; 0: they wait for ever.");
+
+  module.def("cuda_stuck_barrier", &resnet_fused::stuck_barrier,
+             "What a kernel gave up at since cuda_set_spin_limit, in one sentence; \"\" for none.");
 }

@@ -138,8 +138,7 @@ std::unique_ptr<Program> Recorder::program(std::size_t first, std::size_t last,
           found = intermediates.insert(intermediates.end(), {span, i, i});
         }
         found->last = i;
-        step.pointers.push_back(
-            {number, Program::Base::kArena, span.first - found->span.first});
+        step.pointers.push_back({number, Program::Base::kArena, span.first - found->span.first});
         used.push_back(found - intermediates.begin());
       }
     }

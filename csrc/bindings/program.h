@@ -64,9 +64,9 @@ class Recorder {
     kept_.push_back(pybind11::reinterpret_borrow<pybind11::object>(tensor));
   }
 
-  // Launches `first` to before `last` as a function from `input` to `output`, which read `constants`
-  // besides; None where they read anything else, write anything but their own intermediates, or
-  // leave part of the output unwritten.
+  // Launches `first` to before `last` as a function from `input` to `output`, which read
+  // `constants` besides; None where they read anything else, write anything but their own
+  // intermediates, or leave part of the output unwritten.
   std::unique_ptr<Program> program(std::size_t first, std::size_t last, const TensorArg& input,
                                    const TensorArg& output, const std::vector<TensorArg>& constants,
                                    std::size_t alignment) const;
@@ -145,8 +145,8 @@ class Launch {
 
  private:
   std::uintptr_t bind(const void* slot, const char* name, const TensorArg& tensor, bool written) {
-    const auto offset = static_cast<const std::byte*>(slot) -
-                        reinterpret_cast<const std::byte*>(&arguments);
+    const auto offset =
+        static_cast<const std::byte*>(slot) - reinterpret_cast<const std::byte*>(&arguments);
     const std::uintptr_t address = tensor.address;
     if (address == 0 && tensor.numel() > 0) refuse(std::string(name) + " is a null pointer");
     if (address % static_cast<std::uintptr_t>(element_size(tensor.type)) != 0) {

@@ -7,6 +7,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <initializer_list>
@@ -71,7 +72,9 @@ struct TensorArg {
   }
 };
 
-[[noreturn]] inline void refuse(const std::string& message) { throw pybind11::value_error(message); }
+[[noreturn]] inline void refuse(const std::string& message) {
+  throw pybind11::value_error(message);
+}
 
 inline std::string listed(const std::int64_t* sizes, int count) {
   std::string text = "(";
@@ -158,15 +161,19 @@ struct type_caster<TensorArg> {
     std::int64_t count = 1, reach = 1;
     bool empty = false;
     for (int i = 0; i < value.rank; ++i) {
-      const std::int64_t size = value.sizes[i], stride = value.strides[i];
+      const std::int64_t size = value.sizes[i];
       if (size < 0) refuse("a tensor has a negative size of " + std::to_string(size));
       empty |= size == 0;
+      if (size == 0) continue;
+      if (count > kLimit / size) refuse("a tensor has more than 2^48 elements");
+      count *= size;
+    }
+    for (int i = 0; i < value.rank; ++i) {
+      const std::int64_t size = value.sizes[i], stride = value.strides[i];
       if (size <= 1) continue;
       if (stride < 0 || stride > kLimit / size) {
         refuse("a tensor has a stride of " + std::to_string(stride));
       }
-      if (count > kLimit / size) refuse("a tensor has more than 2^48 elements");
-      count *= size;
       reach += (size - 1) * stride;
     }
     if (!empty && reach > kLimit) refuse("a tensor reaches over more than 2^48 elements");

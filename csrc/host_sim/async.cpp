@@ -61,12 +61,14 @@ struct Warpgroup {
 };
 
 struct ThreadState {
-  int mbarrier_waits = 0, product_waits = 0, store_waits = 0, proxy_fences = 0, releases = 0;
+  int arrivals = 0, mbarrier_waits = 0, product_waits = 0, store_waits = 0, proxy_fences = 0,
+      releases = 0;
   Actor stores = -1;
   Time stores_committed = 0, stores_done = 0;
   bool stores_open = false;  // some belong to no group yet
   Time products_committed = 0;
   bool registers_fenced = false;
+  bool waits_bounded = false;
 };
 
 struct Block {
@@ -309,6 +311,7 @@ void mbarrier_arrive(Address at, std::uint32_t expected_bytes, Scope scope) {
   may_switch();
   Mbarrier& barrier = mbarrier(at);
   visit(rank_of(at), races().now(running_thread()));
+  if (self().arrivals++ == planted().skipped_arrival) return;
   if (barrier.awaited == 0) fault("arrives at %s, whose arrivals are complete", barrier.name);
   if (expected_bytes > 0) {
     barrier.bytes += std::int64_t{expected_bytes} - planted().bytes_not_expected;
@@ -325,22 +328,25 @@ void mbarrier_arrive(Address at, std::uint32_t expected_bytes, Scope scope) {
   end_phase_if_complete(barrier);
 }
 
-void mbarrier_wait(std::uint32_t offset, unsigned parity, Scope scope) {
+bool mbarrier_wait(std::uint32_t offset, unsigned parity, Scope scope, bool bounded) {
   may_switch();
   Mbarrier& barrier = mbarrier(own(offset));
-  if (barrier.phases == 0 && parity == 1) return;  // the phase before the first
+  if (barrier.phases == 0 && parity == 1) return true;  // the phase before the first
   if (skipped(self().mbarrier_waits, statistics().mbarrier_waits,
               planted().skipped_mbarrier_wait)) {
-    return;
+    return true;
   }
   while (barrier.phases % 2 == parity) {
     barrier.waiting.push_back(running_thread());
+    self().waits_bounded = bounded;
     wait_at(barrier.name);
+    if (std::exchange(self().waits_bounded, false) != bounded) return false;
   }
   races().learn(running_thread(), barrier.ended);
   const View& across = barrier.ended_across;
   races().learn(running_thread(), scope == Scope::kCluster ? across : races().weakened(across));
   races().learn(running_thread(), Access{barrier.agent, barrier.phases});
+  return true;
 }
 
 void fence_proxy() {
@@ -469,13 +475,13 @@ void registers_at_launch(int registers) {
   }
 }
 
-void claim_registers(int registers) {
+void increase_registers(int registers) {
   collective("setmaxnreg.inc", &change_registers<true>, &registers, kWarpgroup);
   const Warpgroup& own = own_warpgroup();
   while (own.registers < own.claimed) wait_at(own.claim);
 }
 
-void release_registers(int registers) {
+void decrease_registers(int registers) {
   if (self().releases++ == planted().skipped_register_release) return;
   collective("setmaxnreg.dec", &change_registers<false>, &registers, kWarpgroup);
 }
@@ -524,6 +530,15 @@ bool land(std::uint64_t choice) {
   barrier.bytes -= load.bytes;
   end_phase_if_complete(barrier);
   return true;
+}
+
+bool end_bounded_wait() {
+  for (std::size_t thread = 0; thread < state.threads.size(); ++thread) {
+    if (!std::exchange(state.threads[thread].waits_bounded, false)) continue;
+    wake(static_cast<int>(thread));
+    return true;
+  }
+  return false;
 }
 
 }  // namespace async

@@ -19,8 +19,9 @@ void fence_mbarrier_init();
 enum class Scope { kBlock, kCluster };
 // At an mbarrier of any block of the cluster.
 void mbarrier_arrive(Address at, std::uint32_t expected_bytes, Scope scope = Scope::kBlock);
-// Waits for the end of the phase of that parity, the first phase having parity 0.
-void mbarrier_wait(std::uint32_t offset, unsigned parity, Scope scope = Scope::kBlock);
+// Waits for the end of the phase of that parity, the first phase having parity 0. Where the wait is
+// `bounded` and no thread can run any more, it ends without it: false.
+bool mbarrier_wait(std::uint32_t offset, unsigned parity, Scope scope, bool bounded);
 
 // "fence.proxy.async".
 void fence_proxy();
@@ -54,8 +55,8 @@ void wait_for_products(int pending_groups);
 // threads of the warpgroup come to it; a claim then waits until enough are free, in order of
 // claims.
 void registers_at_launch(int registers);
-void claim_registers(int registers);
-void release_registers(int registers);
+void increase_registers(int registers);
+void decrease_registers(int registers);
 
 namespace async {
 
@@ -66,6 +67,8 @@ void finish();
 // Lets one of the bulk copies under way arrive, the first one for a choice of 0; false if there is
 // none.
 bool land(std::uint64_t choice);
+// Ends a bounded wait; false if there is none.
+bool end_bounded_wait();
 
 }  // namespace async
 }  // namespace host_sim

@@ -9,11 +9,14 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings/program.h"
 #include "bindings/register.h"
+#include "build_info.h"
 #include "host_sim/layout.h"
 #include "host_sim/simulator.h"
 #include "host_sim/tests/primitives.h"
 #include "kernels/cuda/ptx_sm90.cuh"
+#include "kernels/cuda/spin_limit.h"
 #include "kernels/cuda/tensor_map.h"
 
 namespace py = pybind11;
@@ -66,7 +69,7 @@ std::optional<Chunks> pixel_chunks(const std::array<std::uint64_t, 4>& size,
 PYBIND11_MODULE(_C_sim, module) {
   py::register_exception<host_sim::Fault>(module, "Fault", PyExc_RuntimeError);
 
-  module.attr("INTERFACE") = kInterface;
+  module.attr("INTERFACE") = RESNET_FUSED_INTERFACE;
   module.def(
       "set_buffers",
       [](const std::vector<std::tuple<std::uintptr_t, std::size_t, bool>>& buffers) {
@@ -74,9 +77,11 @@ PYBIND11_MODULE(_C_sim, module) {
         for (const auto& [address, bytes, writable] : buffers) {
           host_sim::register_buffer(reinterpret_cast<const void*>(address), bytes, writable);
         }
+        buffers_given = true;
       },
       py::arg("buffers"),
-      "Makes these (address, bytes, writable) all of the global memory that kernels may touch.");
+      "Makes these (address, bytes, writable) all of the global memory that the next kernel may\n"
+      "touch, in place of what the tensors among its arguments cover.");
 
   module.def(
       "set_capability", [](int capability) { host_sim::capability() = capability; },
@@ -90,6 +95,7 @@ PYBIND11_MODULE(_C_sim, module) {
             {"skipped_barrier", &plant.skipped_barrier},
             {"skipped_named_barrier", &plant.skipped_named_barrier},
             {"skipped_wait", &plant.skipped_wait},
+            {"skipped_arrival", &plant.skipped_arrival},
             {"skipped_mbarrier_wait", &plant.skipped_mbarrier_wait},
             {"skipped_product_wait", &plant.skipped_product_wait},
             {"skipped_store_wait", &plant.skipped_store_wait},
@@ -104,6 +110,12 @@ PYBIND11_MODULE(_C_sim, module) {
       py::arg("mistakes") = std::map<std::string, int>{},
       "Makes every thread of later launches skip its barrier, wait or fence of that number,\n"
       "counted from 0, as the fields of host_sim::Plant say; nothing by default.");
+
+  module.def(
+      "set_spin_limit", [](std::uint32_t tries) { resnet_fused::set_spin_limit(0, tries); },
+      py::arg("tries") = 0,
+      "Whether a thread gives up where none can run any more; a number of tries has no meaning\n"
+      "here. 0: that is a deadlock.");
 
   module.def(
       "take_statistics",
@@ -172,5 +184,7 @@ PYBIND11_MODULE(_C_sim, module) {
   module.def("run_primitive", &host_sim::tests::run, py::arg("name"), py::arg("words"),
              py::arg("outputs"), "Runs a kernel of csrc/host_sim/tests/primitives.cu.");
 
+  register_programs(module);
+  register_snapshots(module);
   register_cuda_kernels(module);
 }

@@ -53,6 +53,10 @@ void cp_async_wait() {
 
 float shuffle_xor(float value, int mask);
 
+inline float max_nan(float a, float b) { return a != a || a > b ? a : b; }
+
+inline int uniform(int value) { return value; }
+
 void ldmatrix_x4(std::uint32_t (&to)[4], std::uint32_t row);
 
 template <typename T>

@@ -20,52 +20,36 @@ inline void mbarrier_arrive(std::uint32_t at) { host_sim::mbarrier_arrive(host_s
 inline void mbarrier_arrive_expect(std::uint32_t at, std::uint32_t bytes) {
   host_sim::mbarrier_arrive(host_sim::own(at), bytes);
 }
-inline void mbarrier_wait(std::uint32_t at, std::uint32_t parity) {
-  host_sim::mbarrier_wait(at, parity);
+inline bool mbarrier_wait(std::uint32_t at, std::uint32_t parity, const SpinLimit& limit = {}) {
+  return host_sim::mbarrier_wait(at, parity, host_sim::Scope::kBlock, limit.step > 0);
+}
+[[noreturn]] inline void give_up(const SpinLimit&, const StuckBarrier& stuck) {
+  host_sim::fault("traps: %s", to_string(stuck).c_str());
 }
 
 inline void fence_proxy_async() { host_sim::fence_proxy(); }
 
-inline void load_tile(std::uint32_t to, const CUtensorMap& map, std::uint32_t mbarrier,
-                      std::int32_t c0, std::int32_t c1) {
-  const std::int32_t coordinates[] = {c0, c1};
-  host_sim::load_tensor(to, map, mbarrier, coordinates, nullptr);
-}
-inline void load_tile(std::uint32_t to, const CUtensorMap& map, std::uint32_t mbarrier,
-                      std::int32_t c0, std::int32_t c1, std::int32_t c2) {
-  const std::int32_t coordinates[] = {c0, c1, c2};
-  host_sim::load_tensor(to, map, mbarrier, coordinates, nullptr);
+template <int kDimensions>
+void load_tile(std::uint32_t to, const CUtensorMap& map, std::uint32_t mbarrier,
+               const std::int32_t (&at)[kDimensions]) {
+  host_sim::load_tensor(to, map, mbarrier, at, nullptr);
 }
 inline void load_pixels(std::uint32_t to, const CUtensorMap& map, std::uint32_t mbarrier,
-                        std::int32_t c, std::int32_t w, std::int32_t h, std::int32_t n,
-                        std::uint16_t offset_w, std::uint16_t offset_h) {
-  const std::int32_t coordinates[] = {c, w, h, n};
-  const std::uint16_t offsets[] = {offset_w, offset_h};
-  host_sim::load_tensor(to, map, mbarrier, coordinates, offsets);
+                        const std::int32_t (&at)[4], const std::uint16_t (&offset)[2]) {
+  host_sim::load_tensor(to, map, mbarrier, at, offset);
 }
-inline void load_tile_multicast(std::uint32_t to, const CUtensorMap& map, std::uint32_t mbarrier,
-                                std::int32_t c0, std::int32_t c1, std::uint16_t ranks) {
-  const std::int32_t coordinates[] = {c0, c1};
-  host_sim::load_tensor(to, map, mbarrier, coordinates, nullptr, ranks);
-}
-inline void load_tile_multicast(std::uint32_t to, const CUtensorMap& map, std::uint32_t mbarrier,
-                                std::int32_t c0, std::int32_t c1, std::int32_t c2,
-                                std::uint16_t ranks) {
-  const std::int32_t coordinates[] = {c0, c1, c2};
-  host_sim::load_tensor(to, map, mbarrier, coordinates, nullptr, ranks);
+template <int kDimensions>
+void load_tile_multicast(std::uint32_t to, const CUtensorMap& map, std::uint32_t mbarrier,
+                         const std::int32_t (&at)[kDimensions], std::uint16_t ranks) {
+  host_sim::load_tensor(to, map, mbarrier, at, nullptr, ranks);
 }
 inline void load_pixels_multicast(std::uint32_t to, const CUtensorMap& map, std::uint32_t mbarrier,
-                                  std::int32_t c, std::int32_t w, std::int32_t h, std::int32_t n,
-                                  std::uint16_t offset_w, std::uint16_t offset_h,
+                                  const std::int32_t (&at)[4], const std::uint16_t (&offset)[2],
                                   std::uint16_t ranks) {
-  const std::int32_t coordinates[] = {c, w, h, n};
-  const std::uint16_t offsets[] = {offset_w, offset_h};
-  host_sim::load_tensor(to, map, mbarrier, coordinates, offsets, ranks);
+  host_sim::load_tensor(to, map, mbarrier, at, offset, ranks);
 }
-inline void store_tile(const CUtensorMap& map, std::uint32_t from, std::int32_t c0,
-                       std::int32_t c1) {
-  const std::int32_t coordinates[] = {c0, c1};
-  host_sim::store_tensor(map, from, coordinates);
+inline void store_tile(const CUtensorMap& map, std::uint32_t from, const std::int32_t (&at)[2]) {
+  host_sim::store_tensor(map, from, at);
 }
 inline void bulk_commit() { host_sim::commit_stores(); }
 template <int kPending>
@@ -97,7 +81,7 @@ inline void mbarrier_publish_cluster(std::uint32_t address) {
   host_sim::mbarrier_arrive(address, 0, host_sim::Scope::kCluster);
 }
 inline void mbarrier_wait_cluster(std::uint32_t at, std::uint32_t parity) {
-  host_sim::mbarrier_wait(at, parity, host_sim::Scope::kCluster);
+  host_sim::mbarrier_wait(at, parity, host_sim::Scope::kCluster, false);
 }
 
 inline void named_barrier(int number, int threads) { host_sim::named_barrier(number, threads); }
@@ -106,12 +90,12 @@ void registers_at_launch() {
   host_sim::registers_at_launch(kRegisters);
 }
 template <int kRegisters>
-void claim_registers() {
-  host_sim::claim_registers(kRegisters);
+void increase_registers() {
+  host_sim::increase_registers(kRegisters);
 }
 template <int kRegisters>
-void release_registers() {
-  host_sim::release_registers(kRegisters);
+void decrease_registers() {
+  host_sim::decrease_registers(kRegisters);
 }
 
 template <int kValues>

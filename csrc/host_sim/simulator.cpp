@@ -155,7 +155,8 @@ void run_next(Context& from, int warp, int lane) {
       if (&running->context != &from) switch_context(from, running->context);
       return;
     }
-  } while (machine.alive > 0 && async::land(machine.seed == 0 ? 0 : machine.random()));
+  } while (machine.alive > 0 &&
+           (async::land(machine.seed == 0 ? 0 : machine.random()) || async::end_bounded_wait()));
   if (machine.alive > 0) machine.failure = std::make_exception_ptr(Fault(deadlock()));
   switch_context(from, machine.scheduler);
 }

@@ -58,6 +58,7 @@ struct Plant {
   int skipped_barrier = -1;           // which this many-th barrier of a thread does not wait
   int skipped_named_barrier = -1;     // the same for bar.sync with a number,
   int skipped_wait = -1;              // for cp.async.wait_group,
+  int skipped_arrival = -1;           // for arrivals at mbarriers,
   int skipped_mbarrier_wait = -1;     // for waits for a phase that somebody has to complete,
   int skipped_product_wait = -1;      // for wgmma.wait_group,
   int skipped_store_wait = -1;        // for cp.async.bulk.wait_group,

@@ -14,9 +14,9 @@ import torch
 from ..errors import BackendUnavailableError
 from .base import Backend, Candidate, Candidates
 
-NAMES = ("cuda", "triton", "cpu", "cuda_sim", "reference")
+NAMES = ("cuda", "triton", "cudnn", "cpu", "cuda_sim", "reference")
 # For each type of device, those that an op chooses among, the heuristic's first one first.
-PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+PREFERENCE = {"cuda": ("cuda", "triton", "cudnn", "reference"), "cpu": ("cpu", "reference")}
 # What each type of device has kernels for, where they are built and its processor is not too old.
 ACCELERATED = {
     "cuda": (torch.float32, torch.float16, torch.bfloat16),

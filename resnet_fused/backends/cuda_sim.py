@@ -7,7 +7,7 @@ and never chosen automatically.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _extension, settings
+from .._extension import tensor_arg
 from ..errors import BackendUnavailableError
 from ..parameters import Convolution
 from . import Backend
@@ -25,7 +26,7 @@ _MODULE = "_C_sim"
 
 
 class _SimulatedLauncher(Launcher):
-    """Runs kernels in the simulator, told which memory each may touch."""
+    """Runs kernels in the simulator, which lets each touch the tensors among its arguments only."""
 
     capability: int | None = None
 
@@ -33,16 +34,9 @@ class _SimulatedLauncher(Launcher):
         self.extension.set_capability(self.capability or settings.host_sim_capability())
         return 0
 
-    def run(
-        self,
-        kernel: Callable[..., None],
-        out: Tensor,
-        read: Sequence[Tensor | None],
-        *arguments: Any,
-    ) -> None:
-        buffers = [(t.data_ptr(), _reach(t), False) for t in read if t is not None]
-        self.extension.set_buffers([*buffers, (out.data_ptr(), out.nbytes, True)])
-        kernel(*arguments, self.place(out.device), 0)
+    def run(self, kernel: Callable[..., None], out: Tensor, *arguments: Any) -> Tensor:
+        kernel(tensor_arg(out), *arguments, self.place(out.device), 0)
+        return out
 
 
 class SimulatedBackend(CudaBackend):
@@ -72,12 +66,6 @@ class SimulatedBackend(CudaBackend):
 
     def _left_to_cudnn(self, x: Tensor, conv: Convolution) -> bool:
         return False
-
-
-def _reach(tensor: Tensor) -> int:
-    """Bytes from the first element to the end of the last one."""
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    return (1 + sum((size - 1) * stride for size, stride in steps)) * tensor.itemsize
 
 
 def load() -> ModuleType:

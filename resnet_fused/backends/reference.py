@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from .base import Backend, Candidates
+from .training import TrainingKernels
 
 
 class ReferenceBackend:
     """Implements `resnet_fused.backends.Backend`."""
 
     name = "reference"
-    training = None
+    training: TrainingKernels | None = None
 
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return None

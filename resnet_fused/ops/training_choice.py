@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import backends, settings
 from ..backends import Backend, Candidate, autotune
+from ..backends.autotune import families
 from ..parameters import Layer, MaxPool
 from ..reference import training as reference
 from .block_training import residual_block_training
@@ -37,8 +38,15 @@ def _trains_fused(device: str, dtype: torch.dtype) -> bool:
     return bool(_trained_fused(device, dtype))
 
 
+def _first_if_passed(device: str, dtype: torch.dtype) -> Backend | None:
+    """The one that the training ops take by themselves."""
+    backend = _trained_fused(device, dtype)[0]
+    return backend if families.passed(f"{backend.name} training", torch.device(device)) else None
+
+
 # What torch.compiler.assume_constant_result sets; calling that would import all of torch._dynamo.
 _trains_fused._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_first_if_passed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def training_backend(
@@ -67,10 +75,8 @@ def training_backend(
     if chosen is not None:
         return chosen
     memory = settings.training_saves_memory()
-    if (
-        torch.compiler.is_compiling() and not memory
-    ):  # Inductor fuses what lies between convolutions
-        return None
+    if torch.compiler.is_compiling():  # Inductor fuses what lies between convolutions by itself
+        return _first_if_passed(x.device.type, dtype) if memory else None
     fused = {backend.name: backend for backend in _trained_fused(x.device.type, dtype)}
     block = (dtype, layers, projection, identity, padded_stride, pool)
 
@@ -82,14 +88,14 @@ def training_backend(
         return found if memory else [*found, Candidate(_MODULES, _step_by_modules)]
 
     name = autotune.choose(
-        "training", (x, *block), candidates, _step_by_modules, among=tuple(fused)
+        "training", (x, *block), candidates, _step_by_modules, among=(memory, *fused)
     ).name
     return fused.get(name)
 
 
 def run_on(backend: Backend, op: Callable[..., _Result], *arguments: Any) -> _Result:
     """`op(*arguments)` on the backend, to which its backward keeps."""
-    if backend is chosen_backend():
+    if torch.compiler.is_compiling() or backend is chosen_backend():  # see `training_backend`
         return op(*arguments)
     with use_backend(backend):
         return op(*arguments)

@@ -7,7 +7,8 @@ launches is replayed over one piece of memory. It is used for as long as nobody 
 (`store.py`).
 """
 
+from .graphs import graphed, graphed_step
 from .record import Part, part, shadows
 from .store import Plans, run
 
-__all__ = ["Part", "Plans", "part", "run", "shadows"]
+__all__ = ["Part", "Plans", "graphed", "graphed_step", "part", "run", "shadows"]

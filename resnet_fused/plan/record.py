@@ -151,7 +151,7 @@ def part(call: Callable[[Tensor], Tensor], modules: list[nn.Module], plannable: 
     for module in modules:
         plannable = (
             plannable
-            and (type(module) in _PLANNED or getattr(type(module), "made_of_ops", False))
+            and (type(module) in _PLANNED or vars(type(module)).get("made_of_ops", False))
             and fusion.untouched(module)
             and not shadows(module)
         )
@@ -166,7 +166,7 @@ def shadows(module: nn.Module) -> bool:
 def record(network: Network, x: Tensor, extension: ModuleType) -> tuple[Tensor, Plan | None]:
     """The network's result for `x`, and the plan, or None where there is nothing to be gained."""
     pieces = list(network.plannable_parts())
-    watched = [network, *network.stages()]
+    watched: list[Any] = [network, *network.stages()]
     watched += [m for piece in pieces if piece.modules is not None for m in piece.modules]
     snapshot = Snapshot(extension, list(dict.fromkeys(watched)))
     before = generation()

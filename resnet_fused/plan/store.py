@@ -15,6 +15,7 @@ from ..ops.dispatch import chosen_backend
 from .record import Network, Plan, record
 from .validity import surroundings
 
+_PLANNED = ("cpu", "cuda")  # devices that the extension has kernels for
 # Kinds of input, of one network, whose plans are kept.
 _PLANS = 16
 # Calls between two recordings at most: each that comes to nothing, or whose plan was soon invalid,
@@ -103,6 +104,7 @@ def run(network: Network, x: Tensor) -> Tensor | None:
         or fusion.must_call_modules(x)
         or torch._C._len_torch_dispatch_stack() > 0
         or x.dim() != 4
+        or x.device.type not in _PLANNED
     ):
         return None
     plans: Plans | None = getattr(network, "_plans", None)

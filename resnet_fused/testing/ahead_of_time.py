@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -29,7 +29,7 @@ from . import machine_code
 class Target(NamedTuple):
     """A GPU: its limits, and the PTX instruction of its tensor cores."""
 
-    processors: int
+    num_sms: int
     shared_bytes: int
     instruction: str
 
@@ -41,6 +41,7 @@ TARGETS = {
     120: Target(170, 99 * 1024, "mma.sync"),
 }
 INSTRUCTIONS = sorted({target.instruction for target in TARGETS.values()})
+_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -65,42 +66,36 @@ def compiled_kernels(worker: str, capability: int, *rest: str) -> list[dict[str,
 
 
 class Launch(NamedTuple):
-    """One launch as the host side asked for it; `config` is a `triton.launching.Config`."""
+    """One launch as the host side asked for it: a `triton.launching.Launch`, and its tensors."""
 
-    kernel: Any
-    grid: tuple[int, ...]
-    config: Any
-    arguments: tuple[Any, ...]
-    constants: dict[str, Any]
+    plan: Any
+    tensors: tuple[Any, ...]
 
     def named(self) -> dict[str, Any]:
         """The kernel's arguments by name, compile-time constants among them."""
-        names = self.kernel.arg_names
-        return {**dict(zip(names, self.arguments, strict=False)), **self.constants}
+        values = (*self.tensors, *self.plan.settled)
+        return dict(zip(self.plan.kernel.arg_names, values, strict=True))
 
     def identity(self) -> str:
         """The same for launches that run the same machine code."""
-        return repr((self.kernel.__name__, _describe(self), self.config))
+        return repr((self.plan.kernel.__name__, _describe(self), self.plan.config))
 
 
 @contextmanager
-def recorded_launches(capability: int, modules: Iterable[Any]) -> Iterator[list[Launch]]:
-    """The launches that the Triton `modules` make within, in order; none of them starts."""
-    from ..backends.triton.launching import Machine
+def recorded_launches(capability: int) -> Iterator[list[Launch]]:
+    """The launches that Triton kernels make within, in order; none of them starts."""
+    from ..backends.triton import launching
 
     launches: list[Launch] = []
+    limits = launching.Machine(*TARGETS[capability][:2])
 
-    def launch(kernel: Any, grid: Any, config: Any, *arguments: Any, **constants: Any) -> None:
-        launches.append(Launch(kernel, grid, config, arguments, constants))
+    def record(plan: Any, *tensors: Any) -> None:
+        launches.append(Launch(plan, tensors))
 
-    with ExitStack() as patches:
-        for module in modules:
-            patches.enter_context(mock.patch.object(module, "launch", launch))
-            if hasattr(module, "machine"):
-                limits = Machine(*TARGETS[capability][:2])
-                patches.enter_context(
-                    mock.patch.object(module, "machine", lambda _, limits=limits: limits)
-                )
+    with (
+        mock.patch.object(launching.Launch, "__call__", record),
+        mock.patch.object(launching, "machine", return_value=limits),
+    ):
         yield launches
 
 
@@ -113,21 +108,17 @@ def compile_launch(launch: Launch, capability: int) -> Any:
     from ..backends.triton.launching import options
 
     return triton.compile(
-        ASTSource(launch.kernel, *_describe(launch)),
+        ASTSource(launch.plan.kernel, *_describe(launch)),
         target=GPUTarget("cuda", capability, machine_code.LANES),
-        options=options(launch.config),
+        options=options(launch.plan.config),
     )
 
 
-def compile_launches(
-    capability: int,
-    modules: Iterable[Any],
-    calls: Iterable[tuple[str, Callable[[], object]]],
-) -> None:
-    """Makes the calls, compiles what the Triton `modules` launch in them, and prints its facts."""
+def compile_launches(capability: int, calls: Iterable[tuple[str, Callable[[], object]]]) -> None:
+    """Makes the calls, compiles what Triton kernels they launch, and prints its facts."""
     seen = set()
     for name, call in calls:
-        with recorded_launches(capability, modules) as launches:
+        with recorded_launches(capability) as launches:
             call()
         for launch in launches:
             if launch.identity() not in seen:
@@ -136,11 +127,11 @@ def compile_launches(
 
 
 def _print_facts(name: str, launch: Launch, compiled: Any) -> None:
-    ptx, config = compiled.asm["ptx"], launch.config
+    ptx, config = compiled.asm["ptx"], launch.plan.config
     code, used = machine_code.of_cubin(compiled.asm["cubin"])
     facts = {
         "name": f"{name} {config.blocks} {config.warps} warps",
-        "kernel": launch.kernel.__name__,
+        "kernel": launch.plan.kernel.__name__,
         "rows": next(iter(config.blocks), 0),  # passes over whole rows have no blocks
         "instructions": [i for i in INSTRUCTIONS if i in ptx],
         "copies": _copy_widths(ptx),
@@ -168,25 +159,27 @@ def meta_convolution(k: int, c: int, size: int, stride: int, dtype: torch.dtype)
 def _describe(launch: Launch) -> Any:
     """(signature, constants, attributes) as Triton's launcher derives them: integers 1 and None
     become constants, multiples of 16 and allocations are known to be aligned."""
-    kernel, arguments, constants = launch.kernel, launch.arguments, launch.constants
-    types = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-    signature, attributes = {}, {}
-    for position, name in enumerate(kernel.arg_names):
-        value = arguments[position] if position < len(arguments) else constants[name]
-        aligned = False
-        if position >= len(arguments) or value is None or (type(value) is int and value == 1):
-            signature[name] = "constexpr"
-            constants = {**constants, name: value}
-        elif isinstance(value, torch.Tensor):
-            signature[name] = "*" + types[value.dtype]
-            aligned = True
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32"
-            aligned = value % 16 == 0
-        if aligned:
-            attributes[(position,)] = [["tt.divisibility", 16]]
+    constants: dict[Any, Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    fixed = launch.plan.kernel.constexprs
+
+    def kind(value: Any, place: tuple[int, ...]) -> Any:
+        if isinstance(value, tuple) and place[0] not in fixed:
+            kinds = [kind(member, (*place, i)) for i, member in enumerate(value)]
+            return type(value)(*kinds)
+        if place[0] in fixed or value is None or (type(value) is int and value == 1):
+            constants[place] = value
+            return "constexpr"
+        if isinstance(value, float):
+            return "fp32"
+        if isinstance(value, torch.Tensor) or value % 16 == 0:
+            attributes[place] = [["tt.divisibility", 16]]
+        return "*" + _TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+
+    signature = {
+        name: kind(value, (position,))
+        for position, (name, value) in enumerate(launch.named().items())
+    }
     return signature, constants, attributes
 
 

@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 
 class _Plain(ReferenceBackend):
-    training = ReferenceTraining()  # type: ignore[assignment]
+    training = ReferenceTraining()
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..backends import Backend, autotune
+from ..backends.autotune.verify import uninitialised_memory_is_nan
 from ..backends.training import INVSTD, MEAN, SCALE, Activation, PreBnGradient
 from ..parameters import ConvBn, MaxPool
 from ..reference import ops as reference
@@ -98,10 +99,13 @@ def check_case(backend: Backend, case: Case, kernel: str | None = None, repeats:
     op = attrgetter(case.op)(backend if case.op.startswith(TRAINING) else On(backend))
     expected = _expected(case)
     for turn in range(repeats):
-        # What torch.empty returns next: an element that nobody writes shows.
-        torch.full_like(expected[0], float("nan"))
         tuner = autotune.tuner
-        with torch.no_grad(), tuner.watch() as decisions, tuner.prefer(kernel or ""):
+        with (
+            torch.no_grad(),
+            tuner.watch() as decisions,
+            tuner.prefer(kernel or ""),
+            uninitialised_memory_is_nan(),
+        ):
             out = tree_leaves(op(*case.arguments))
         if kernel is not None and all(d.candidate.name != kernel for d in decisions):
             return False

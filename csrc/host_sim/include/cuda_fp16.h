@@ -43,3 +43,11 @@ inline __half __float2half_rn(float value) {
   }
   return {static_cast<std::uint16_t>(sign | half)};
 }
+
+struct __half2 {
+  __half x, y;
+};
+
+inline __half2 __floats2half2_rn(float x, float y) {
+  return {__float2half_rn(x), __float2half_rn(y)};
+}

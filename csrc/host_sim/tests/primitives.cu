@@ -4,8 +4,8 @@
 #include <cstring>
 
 #include "host_sim/tests/primitives.h"
+#include "kernels/cuda/dtype.cuh"
 #include "kernels/cuda/launch.h"
-#include "kernels/cuda/numbers.cuh"
 #include "kernels/cuda/ptx.cuh"
 
 namespace host_sim::tests {

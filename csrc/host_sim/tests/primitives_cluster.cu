@@ -3,8 +3,8 @@
 #include <cuda_runtime_api.h>
 
 #include "host_sim/tests/primitives.h"
+#include "kernels/cuda/dtype.cuh"
 #include "kernels/cuda/launch.h"
-#include "kernels/cuda/numbers.cuh"
 #include "kernels/cuda/ptx_sm90.cuh"
 #include "kernels/cuda/tensor_map.h"
 
@@ -139,7 +139,7 @@ __global__ void multicast(const __grid_constant__ Arguments a) {
       if (rank == 0) ptx::mbarrier_wait(kEmpty, turn % 2 ^ 1);
       ptx::mbarrier_arrive_expect(kFull, kTileBytes);
       if (rank == 0) {
-        ptx::load_tile_multicast(0, a.map, kFull, 0, static_cast<std::int32_t>(kRows * turn),
+        ptx::load_tile_multicast(0, a.map, kFull, {0, static_cast<std::int32_t>(kRows * turn)},
                                  kRanks);
       }
     }
@@ -166,7 +166,7 @@ __global__ void pixels(const __grid_constant__ Arguments a) {
   const int rank = ptx::cluster_rank();
   if (threadIdx.x == 0) {
     ptx::mbarrier_arrive_expect(kFull, 2 * kHalfBytes);
-    ptx::load_pixels_multicast(rank * 5120, a.map, kFull, 0, 0, 5 * rank, 0, 1, 1, kBoth);
+    ptx::load_pixels_multicast(rank * 5120, a.map, kFull, {0, 0, 5 * rank, 0}, {1, 1}, kBoth);
   }
   ptx::mbarrier_wait(kFull, 0);
   for (unsigned i = threadIdx.x; i < kHalf * kRowWords; i += blockDim.x) {

@@ -26,7 +26,7 @@ struct Arguments {
 __device__ void load(std::uint32_t to, const CUtensorMap& map, std::uint32_t mbarrier,
                      std::uint32_t tile) {
   ptx::mbarrier_arrive_expect(mbarrier, kTileBytes);
-  ptx::load_tile(to, map, mbarrier, 0, static_cast<std::int32_t>(kRows * tile));
+  ptx::load_tile(to, map, mbarrier, {0, static_cast<std::int32_t>(kRows * tile)});
 }
 
 // Word `lane` of a tile's first row to the turn's words of `out`.
@@ -109,7 +109,7 @@ __global__ void two_copies(const __grid_constant__ Arguments a) {
     load(0, a.map, kMbarriers, 0);
     const std::uint32_t second = kApart ? kMbarriers + 8 : kMbarriers;
     if (kApart) ptx::mbarrier_arrive_expect(second, kTileBytes);
-    ptx::load_tile(kTileBytes, a.map, second, 0, kRows);
+    ptx::load_tile(kTileBytes, a.map, second, {0, kRows});
   }
   __syncthreads();
   ptx::mbarrier_wait(kMbarriers, 0);

@@ -4,8 +4,8 @@
 #include <cstring>
 
 #include "host_sim/tests/primitives.h"
+#include "kernels/cuda/dtype.cuh"
 #include "kernels/cuda/launch.h"
-#include "kernels/cuda/numbers.cuh"
 #include "kernels/cuda/ptx_sm90.cuh"
 #include "kernels/cuda/tensor_map.h"
 
@@ -86,8 +86,9 @@ __global__ void tile(const __grid_constant__ Arguments a) {
     ptx::mbarrier_arrive_expect(kMbarriers, kMistake == kExpectsLess   ? kBytes - 16
                                             : kMistake == kExpectsMore ? kBytes + 16
                                                                        : kBytes);
-    ptx::load_tile(0, a.a, kMbarriers, static_cast<std::int32_t>(ptx::load_global(a.in)),
-                   static_cast<std::int32_t>(ptx::load_global(a.in + 1)));
+    ptx::load_tile(0, a.a, kMbarriers,
+                   {static_cast<std::int32_t>(ptx::load_global(a.in)),
+                    static_cast<std::int32_t>(ptx::load_global(a.in + 1))});
     if (kMistake == kTooManyArrivals) ptx::mbarrier_arrive(kMbarriers);
   }
   if (kMistake == kNoRead) return;
@@ -103,8 +104,8 @@ __global__ void pixels(const __grid_constant__ Arguments a) {
     std::int32_t c[6];
     for (int k = 0; k < 6; ++k) c[k] = static_cast<std::int32_t>(ptx::load_global(a.in + k));
     ptx::mbarrier_arrive_expect(kMbarriers, kPixels * kRowBytes);
-    ptx::load_pixels(0, a.a, kMbarriers, c[0], c[1], c[2], c[3], static_cast<std::uint16_t>(c[4]),
-                     static_cast<std::uint16_t>(c[5]));
+    ptx::load_pixels(0, a.a, kMbarriers, {c[0], c[1], c[2], c[3]},
+                     {static_cast<std::uint16_t>(c[4]), static_cast<std::uint16_t>(c[5])});
   }
   ptx::mbarrier_wait(kMbarriers, 0);
   dump(a.out, kPixels);
@@ -119,8 +120,9 @@ __global__ void store(const __grid_constant__ Arguments a) {
   if (kMistake != kNoFence) ptx::fence_proxy_async();
   __syncthreads();
   if (threadIdx.x > 0) return;
-  ptx::store_tile(a.a, 0, static_cast<std::int32_t>(ptx::load_global(a.in)),
-                  static_cast<std::int32_t>(ptx::load_global(a.in + 1)));
+  ptx::store_tile(a.a, 0,
+                  {static_cast<std::int32_t>(ptx::load_global(a.in)),
+                   static_cast<std::int32_t>(ptx::load_global(a.in + 1))});
   ptx::bulk_commit();
   if (kMistake == kOverwrites) ptx::store_shared(0, 0u);
   if (kMistake != kNoStoreWait) ptx::bulk_wait_read<0>();
@@ -134,8 +136,8 @@ __global__ void wgmma(const __grid_constant__ Arguments a) {
   make_mbarriers(1, 1);
   if (threadIdx.x == 0) {
     ptx::mbarrier_arrive_expect(kMbarriers, (64 + kN) * kRowBytes);
-    ptx::load_tile(0, a.a, kMbarriers, 0, 0);
-    ptx::load_tile(kB, a.b, kMbarriers, 0, 0);
+    ptx::load_tile(0, a.a, kMbarriers, {0, 0});
+    ptx::load_tile(kB, a.b, kMbarriers, {0, 0});
   }
   if (kMistake != kNoWait) ptx::mbarrier_wait(kMbarriers, 0);
   float d[kN / 2];
@@ -224,11 +226,11 @@ __global__ void __launch_bounds__(384, 2) registers(const Arguments a) {
   if (kAtLaunch > 0) ptx::registers_at_launch<kAtLaunch>();
   const unsigned group = threadIdx.x / 128;
   if (group == 0) {
-    ptx::claim_registers<kLaunchRegisters + 8>();
+    ptx::increase_registers<kLaunchRegisters + 8>();
   } else if (group == 1) {
-    ptx::claim_registers<kClaimed>();
+    ptx::increase_registers<kClaimed>();
   } else if (threadIdx.x < 256 + kReleasing) {
-    ptx::release_registers<kReleased>();
+    ptx::decrease_registers<kReleased>();
   }
   ptx::store_global(a.out + threadIdx.x, std::uint32_t{threadIdx.x});
 }

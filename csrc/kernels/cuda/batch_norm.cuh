@@ -4,20 +4,20 @@
 #include <cmath>
 #include <cstdint>
 
-#include "kernels/cuda/numbers.cuh"
+#include "kernels/cuda/dtype.cuh"
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/tensor.h"
 
 namespace resnet_fused {
 
-// A batch norm's terms for one channel: (value - mean) * (scale + scale_low) + bias.
-struct alignas(16) Terms {
-  float mean = 0.0f, scale = 0.0f, scale_low = 0.0f, bias = 0.0f;
+// A batch norm as scale and shift of one channel: (value - mean) * (scale + scale_low) + shift.
+struct alignas(16) ScaleShift {
+  float mean = 0.0f, scale = 0.0f, scale_low = 0.0f, shift = 0.0f;
 };
 
 // scale + scale_low = weight / sqrt(var + eps), by putting back the rounding errors of the sum, the
 // root and the quotient.
-__device__ __forceinline__ Terms normalisation_terms(float mean, float var, float weight,
+__device__ __forceinline__ ScaleShift scale_shift_of(float mean, float var, float weight,
                                                      float bias, float eps) {
   const float sum = var + eps;
   const float var_part = sum - eps;
@@ -36,17 +36,17 @@ __device__ __forceinline__ Terms normalisation_terms(float mean, float var, floa
 // beside the deviation. For results in fp32, what each step's rounding lost is added back, so that
 // the result is rounded once; 16-bit results would not show it.
 template <bool kExact>
-__device__ __forceinline__ float normalise(float value, const Terms& terms) {
-  const float difference = value - terms.mean;
-  if constexpr (!kExact) return fmaf(difference, terms.scale, terms.bias);
-  const float value_part = difference + terms.mean;
-  const float difference_low = (value - value_part) - (terms.mean - (value_part - difference));
-  const float product = difference * terms.scale;
-  const float product_low = fmaf(difference, terms.scale, -product);
-  const float total = product + terms.bias;
-  const float product_part = total - terms.bias;
-  float low = (product - product_part) + (terms.bias - (total - product_part)) + product_low;
-  low += fmaf(difference, terms.scale_low, difference_low * terms.scale);
+__device__ __forceinline__ float normalise(float value, const ScaleShift& of) {
+  const float difference = value - of.mean;
+  if constexpr (!kExact) return fmaf(difference, of.scale, of.shift);
+  const float value_part = difference + of.mean;
+  const float difference_low = (value - value_part) - (of.mean - (value_part - difference));
+  const float product = difference * of.scale;
+  const float product_low = fmaf(difference, of.scale, -product);
+  const float total = product + of.shift;
+  const float product_part = total - of.shift;
+  float low = (product - product_part) + (of.shift - (total - product_part)) + product_low;
+  low += fmaf(difference, of.scale_low, difference_low * of.scale);
   return low == low ? total + low : total;  // infinities leave no remainder
 }
 
@@ -62,33 +62,32 @@ __device__ __forceinline__ float parameter(const Vector& vector, std::int64_t i,
   }
 }
 
-constexpr std::uint32_t kTermBytes = sizeof(Terms);
+constexpr std::uint32_t kScaleShiftBytes = sizeof(ScaleShift);
 
-__device__ __forceinline__ Terms channel_terms(const BatchNorm& bn, std::int64_t channel) {
-  return normalisation_terms(parameter(bn.mean, channel, 0.0f), parameter(bn.var, channel, 1.0f),
-                             parameter(bn.weight, channel, 1.0f), parameter(bn.bias, channel, 0.0f),
-                             bn.eps);
-}
-
-// The terms of `stored` channels from `first` on go to shared memory at `to`, zeros after the first
-// `count`; those of channel first + place(i) to the i-th place. Called by all `threads` of a block,
-// each with its own number `thread`.
-template <typename Place>
-__device__ __forceinline__ void load_terms(std::uint32_t to, const BatchNorm& bn,
-                                           std::int64_t first, int count, int stored, int thread,
-                                           int threads, Place place) {
+// Scale and shift of `stored` channels from `first` on go to shared memory at `to`, zeros beyond
+// the first `count`; the i-th place takes those of channel first + channel_at(i). All `threads` of
+// the block, or of the warp, call it, each with its own number `thread`.
+template <typename ChannelAt>
+__device__ __forceinline__ void load_scale_shift(std::uint32_t to, const BatchNorm& bn,
+                                                 std::int64_t first, int count, int stored,
+                                                 int thread, int threads, ChannelAt channel_at) {
 #pragma unroll 1
   for (int i = thread; i < stored; i += threads) {
-    const int channel = place(i);
-    ptx::store_shared(to + i * kTermBytes,
-                      channel < count ? channel_terms(bn, first + channel) : Terms{});
+    const std::int64_t channel = first + channel_at(i);
+    ScaleShift loaded{};
+    if (channel_at(i) < count) {
+      loaded = scale_shift_of(parameter(bn.mean, channel, 0.0f), parameter(bn.var, channel, 1.0f),
+                              parameter(bn.weight, channel, 1.0f),
+                              parameter(bn.bias, channel, 0.0f), bn.eps);
+    }
+    ptx::store_shared(to + i * kScaleShiftBytes, loaded);
   }
 }
 
-__device__ __forceinline__ void load_terms(std::uint32_t to, const BatchNorm& bn,
-                                           std::int64_t first, int count, int stored, int thread,
-                                           int threads) {
-  load_terms(to, bn, first, count, stored, thread, threads, [](int i) { return i; });
+__device__ __forceinline__ void load_scale_shift(std::uint32_t to, const BatchNorm& bn,
+                                                 std::int64_t first, int count, int stored,
+                                                 int thread, int threads) {
+  load_scale_shift(to, bn, first, count, stored, thread, threads, [](int i) { return i; });
 }
 
 }  // namespace resnet_fused

@@ -1,4 +1,4 @@
-// Batch norm with given statistics, residual add and ReLU over an NHWC tensor, in one pass.
+// Batch norm with running statistics, residual add and ReLU over an NHWC tensor, in one pass.
 #pragma once
 
 #include <cuda_runtime_api.h>

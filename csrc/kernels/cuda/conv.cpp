@@ -16,9 +16,9 @@ cudaError_t runs_sm90(int device, bool* runs) {
 #ifdef RESNET_FUSED_SM90
   int major = 0, minor = 0;
   cudaError_t status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (status != cudaSuccess) return settled(status);
+  if (status != cudaSuccess) return take_error(status);
   status = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  if (status != cudaSuccess) return settled(status);
+  if (status != cudaSuccess) return take_error(status);
   *runs = major == 9 && minor == 0;
 #else
   static_cast<void>(device);
@@ -30,15 +30,15 @@ cudaError_t runs_sm90(int device, bool* runs) {
 }  // namespace
 
 #ifndef RESNET_FUSED_SM90
-bool conv_bn_sm90_offers(const ConvBn&, ConvTile) { return false; }
+bool conv_bn_sm90_can_implement(const ConvBn&, ConvTile) { return false; }
 cudaError_t conv_bn_sm90(const ConvBn&, ConvTile, int, cudaStream_t) {
   return cudaErrorInvalidValue;
 }
 #endif
 
-bool conv_bn_offers(const ConvBn& arguments, ConvTile tile) {
-  return for_sm90(tile) ? conv_bn_sm90_offers(arguments, tile)
-                        : conv_bn_sm80_offers(arguments, tile);
+bool conv_bn_can_implement(const ConvBn& arguments, ConvTile tile) {
+  return for_sm90(tile) ? conv_bn_sm90_can_implement(arguments, tile)
+                        : conv_bn_sm80_can_implement(arguments, tile);
 }
 
 cudaError_t conv_bn_tiles(const ConvBn& arguments, int device, std::vector<ConvTile>* tiles) {
@@ -47,7 +47,7 @@ cudaError_t conv_bn_tiles(const ConvBn& arguments, int device, std::vector<ConvT
   if (status != cudaSuccess) return status;
   for (const ConvTile tile : {ConvTile::k64x64, ConvTile::k128x64, ConvTile::k128x128,
                               ConvTile::k128x64Sm90, ConvTile::k128x128Sm90}) {
-    if ((sm90 || !for_sm90(tile)) && conv_bn_offers(arguments, tile)) tiles->push_back(tile);
+    if ((sm90 || !for_sm90(tile)) && conv_bn_can_implement(arguments, tile)) tiles->push_back(tile);
   }
   return cudaSuccess;
 }
@@ -57,16 +57,16 @@ cudaError_t conv_bn(const ConvBn& arguments, ConvTile tile, int device, cudaStre
   if (a.batch == 0 || a.out_height == 0 || a.out_width == 0 || a.out_channels == 0) {
     return cudaSuccess;
   }
-  // The runtime is linked statically, so it has a current device of its own to set.
-  cudaError_t status = cudaSetDevice(device);
-  if (status != cudaSuccess) return settled(status);
+  cudaError_t status = set_device(device);
+  int num_sms = 0;
   bool sm90 = false;
-  status = runs_sm90(device, &sm90);
+  if (status == cudaSuccess) status = get_num_sms(device, &num_sms);
+  if (status == cudaSuccess) status = runs_sm90(device, &sm90);
   if (status != cudaSuccess) return status;
-  if (for_sm90(tile) || (tile == ConvTile::kAuto && sm90 && conv_bn_sm90_offers(a, tile))) {
-    return sm90 ? conv_bn_sm90(a, tile, device, stream) : cudaErrorInvalidValue;
+  if (for_sm90(tile) || (tile == ConvTile::kAuto && sm90 && conv_bn_sm90_can_implement(a, tile))) {
+    return sm90 ? conv_bn_sm90(a, tile, num_sms, stream) : cudaErrorInvalidValue;
   }
-  return conv_bn_sm80(a, tile, device, stream);
+  return conv_bn_sm80(a, tile, num_sms, stream);
 }
 
 }  // namespace resnet_fused

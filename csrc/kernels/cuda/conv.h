@@ -39,7 +39,7 @@ struct ConvBn {
 };
 
 // Output positions x output channels of a block, of the kernel for sm_80 and later or, k...Sm90, of
-// the one for sm_90a. kAuto chooses by a fixed rule.
+// the one for sm_90a. kAuto leaves the choice to a heuristic.
 enum class ConvTile : int {
   kAuto = 0,
   k64x64 = 1,
@@ -49,14 +49,14 @@ enum class ConvTile : int {
   k128x128Sm90 = 5,
 };
 
-// Whether `tile` can compute `arguments`, on a device that it is made for.
-bool conv_bn_offers(const ConvBn& arguments, ConvTile tile);
+// Whether `tile` can implement `arguments`, on a device that it is made for.
+bool conv_bn_can_implement(const ConvBn& arguments, ConvTile tile);
 
-// Appends those tiles but kAuto that compute `arguments` on `device`.
+// Appends those tiles but kAuto that can implement `arguments` on `device`.
 cudaError_t conv_bn_tiles(const ConvBn& arguments, int device, std::vector<ConvTile>* tiles);
 
 // Queues the kernel on `stream`, which belongs to `device`. Leaves `device` current. The status is
-// cudaErrorInvalidValue for a tile that is not offered and cudaErrorInvalidConfiguration for a
+// cudaErrorInvalidValue for a tile that cannot implement it and cudaErrorInvalidConfiguration for a
 // result too large for one grid.
 cudaError_t conv_bn(const ConvBn& arguments, ConvTile tile, int device, cudaStream_t stream);
 

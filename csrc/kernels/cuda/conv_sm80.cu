@@ -7,23 +7,23 @@
 // (cp.async, zero-filled beyond the image, the channels, the rows). kStages - 1 steps are in flight
 // while the one before them is multiplied: ldmatrix and mma.m16n8k16 with fp32 accumulators; for
 // fp32 tensors fused multiply-adds, each product and sum rounded as fp32, or, where the caller
-// allows it, mma.m16n8k8 of operands rounded to TF32. The epilogue (epilogue.cuh) normalises, adds,
-// rectifies and rounds once. A block end with projection runs a second K loop over the shortcut,
-// with its own geometry and batch norm, and adds before the store. Channels per group that are no
-// multiple of 16 bytes are loaded one by one into the same chunks.
+// allows it, mma.m16n8k8 of operands rounded to TF32. The epilogue (epilogue.cuh) applies batch
+// norm, residual and ReLU and rounds once. A block end with projection runs a second K loop over
+// the shortcut, with its own geometry and batch norm, and adds before the store. Channels per group
+// that are no multiple of 16 bytes are loaded one by one into the same chunks.
 //
 // Tiles (positions x channels x bytes of depth, warps, stages): 64 x 64 x 128, 4, 3;
 // 128 x 64 x 64, 4, 4; 128 x 128 x 64, 4, 4; fp32: 64 x 64 x 64, 8, 4; TF32: the first, and the
 // second without projection. Blocks that share positions are neighbours in the grid, so that x
 // comes from memory once and then from L2.
 //
-// Shared memory: kStages x (positions + channels) rows of 64 or 128 bytes, then the terms of one
-// batch norm; the epilogue's staging lies over the stages. A row's 16-byte chunks are permuted
+// Shared memory: kStages x (positions + channels) rows of 64 or 128 bytes, then scale and shift of
+// one batch norm; the epilogue's staging lies over the stages. A row's 16-byte chunks are permuted
 // (swizzle in mma_sync.cuh), against bank conflicts.
 //
 // Memory: x, weight, residual, shortcut and out once each, the floor, as far as L2 holds what the
 // taps and the blocks of one row of tiles share; every access is 16 bytes a thread.
-#include <limits>
+#include <utility>
 
 #include "kernels/cuda/conv_sm80.h"
 #include "kernels/cuda/epilogue.cuh"
@@ -34,7 +34,7 @@ namespace resnet_fused {
 namespace {
 
 // kWarpsM x kWarpsN warps compute kM x kN results, kRowBytes of depth a step; registers are bounded
-// so that kBlocks blocks fit a multiprocessor.
+// so that kBlocks blocks fit an SM.
 template <int kM_, int kN_, int kRowBytes_, int kWarpsM_, int kWarpsN_, int kStages_, int kBlocks_>
 struct Tile {
   static constexpr int kM = kM_, kN = kN_, kRowBytes = kRowBytes_;
@@ -46,7 +46,8 @@ struct Tile {
   static constexpr int kStageBytes = (kM + kN) * kRowBytes;
   static_assert(kM % kRowsAtOnce == 0 && kN % kRowsAtOnce == 0);
 
-  static constexpr int kSharedBytes = kStages * kStageBytes + kN * static_cast<int>(kTermBytes);
+  static constexpr int kSharedBytes =
+      kStages * kStageBytes + kN * static_cast<int>(kScaleShiftBytes);
   static_assert(kM * kN * static_cast<int>(sizeof(float)) <= kStages * kStageBytes);
 };
 
@@ -58,12 +59,14 @@ using TileTf32 = Tile<64, 64, 128, 2, 2, 3, 2>;
 using TileFloat = Tile<64, 64, 64, 4, 2, 4, 2>;
 using TileFloatProjection = Tile<64, 64, 64, 4, 2, 4, 1>;
 
-// One thread's part of copying both operands: the chunk `column` of every kRowsAtOnce-th row.
+// The producer: one thread's part of copying both operands, the chunk `column` of every
+// kRowsAtOnce-th row.
 template <typename T, typename Tile, bool kVectorised>
-class Gather {
+class OperandLoader {
  public:
-  __device__ __forceinline__ Gather(const ConvBn& a, const ConvolutionBn& conv,
-                                    std::int64_t first_position, int group, int first_channel)
+  __device__ __forceinline__ OperandLoader(const ConvBn& a, const ConvolutionBn& conv,
+                                           std::int64_t first_position, int group,
+                                           int first_channel)
       : conv_(conv),
         channels_(conv.channels / a.groups),
         column_(threadIdx.x % Tile::kChunks),
@@ -89,13 +92,12 @@ class Gather {
     }
   }
 
-  // How many times `copy` is to be called.
   __device__ __forceinline__ int steps() const {
     return conv_.kernel_h * conv_.kernel_w * ((channels_ + kDepth - 1) / kDepth);
   }
 
   // Starts the copies of the next step, to the operands at `stage`.
-  __device__ __forceinline__ void copy(std::uint32_t stage) {
+  __device__ __forceinline__ void load(std::uint32_t stage) {
     const T* const x = static_cast<const T*>(conv_.x);
     const T* const weight = static_cast<const T*>(conv_.weight);
     const int c = first_ + column_ * kLanes;
@@ -195,18 +197,6 @@ class TensorCore : public WarpTile<T, Tile::kM / Tile::kWarpsM, Tile::kN / Tile:
   }
 };
 
-template <typename Accumulators>
-__device__ __forceinline__ void add(Accumulators& to, Accumulators& from) {
-#pragma unroll
-  for (int i = 0; i < Accumulators::kRows; ++i) {
-#pragma unroll
-    for (int j = 0; j < Accumulators::kColumns; ++j) {
-#pragma unroll
-      for (int e = 0; e < Accumulators::kRun; ++e) to.at(i, j, e) += from.at(i, j, e);
-    }
-  }
-}
-
 // The same for fp32 rounded to TF32. Each step is summed by itself first, which loses less than one
 // long sum.
 template <typename Tile>
@@ -215,7 +205,7 @@ class TensorCoreTf32 : public TensorCore<float, Tile> {
   __device__ __forceinline__ void multiply(std::uint32_t stage) {
     TensorCore<float, Tile> partial;
     partial.multiply(stage);
-    add<TensorCore<float, Tile>>(*this, partial);
+    this->add(partial);
   }
 };
 
@@ -234,7 +224,7 @@ class MultiplyAdd {
   __device__ __forceinline__ void multiply(std::uint32_t stage) {
     using Quad = Pack<float, 4>;
     const std::uint32_t b_operand = stage + Tile::kM * Tile::kRowBytes;
-    float partial[kRows][kColumns] = {};
+    MultiplyAdd partial;
 #pragma unroll
     for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
       Quad b[kColumns];
@@ -249,15 +239,19 @@ class MultiplyAdd {
         for (int j = 0; j < kColumns; ++j) {
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            partial[i][j] = fmaf(a.value[e], b[j].value[e], partial[i][j]);
+            partial.d_[i][j] = fmaf(a.value[e], b[j].value[e], partial.d_[i][j]);
           }
         }
       }
     }
+    add(partial);
+  }
+
+  __device__ __forceinline__ void add(const MultiplyAdd& other) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) d_[i][j] += partial[i][j];
+      for (int j = 0; j < kColumns; ++j) d_[i][j] += other.d_[i][j];
     }
   }
 
@@ -290,165 +284,149 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     conv_bn_kernel(const __grid_constant__ ConvBn a) {
   using T = typename ProductsOf<Number, Tile>::Element;
   using Accumulators = typename ProductsOf<Number, Tile>::Accumulators;
-  using Copies = Gather<T, Tile, kVectorised>;
-  using Stages = Ring<0, Tile::kStageBytes, Tile::kStages>;
-  constexpr bool kExact = sizeof(T) == sizeof(float);
-  constexpr int kLanes = kChunkBytes / sizeof(T);
-  constexpr std::uint32_t kTerms = Stages::kEnd;
+  using Operands = CpAsyncPipeline<0, Tile::kStageBytes, Tile::kStages>;
+  constexpr std::uint32_t kScaleShift = Operands::kEnd;
 
   const int group = blockIdx.y;
   const int columns = a.out_channels / a.groups;
   const unsigned tiles_across = (columns + Tile::kN - 1) / Tile::kN;
   const std::int64_t first_row = std::int64_t(blockIdx.x / tiles_across) * Tile::kM;
   const int first_column = blockIdx.x % tiles_across * Tile::kN;
+
   const std::int64_t channel = std::int64_t(group) * columns + first_column;
   const int count = columns - first_column;
-
-  Copies copies(a, a.conv, first_row, group, first_column);
-  start<Stages>(copies);
-  load_terms(kTerms, a.conv.bn, channel, count, Tile::kN, threadIdx.x, Tile::kThreads);
+  const auto start = [&](auto& loader, const ConvolutionBn& conv) {
+    Operands::start(loader);
+    load_scale_shift(kScaleShift, conv.bn, channel, count, Tile::kN, threadIdx.x, Tile::kThreads);
+  };
+  const auto multiply = [&](auto& loader, Accumulators& acc) {
+    Operands::run(loader, [&](std::uint32_t stage) { acc.multiply(stage); });
+    Epilogue<T>::normalise(acc, kScaleShift);
+    __syncthreads();  // the stages, scale and shift are free
+  };
+  using Loader = OperandLoader<T, Tile, kVectorised>;
+  Loader loader(a, a.conv, first_row, group, first_column);
+  start(loader, a.conv);
   Accumulators acc;
-  accumulate<Stages>(copies, [&](std::uint32_t stage) { acc.multiply(stage); });
-  normalise<kExact>(acc, kTerms);
-  __syncthreads();  // stages and terms are free
+  multiply(loader, acc);
   if constexpr (kProjection) {
-    Copies projection(a, a.projection, first_row, group, first_column);
-    start<Stages>(projection);
-    load_terms(kTerms, a.projection.bn, channel, count, Tile::kN, threadIdx.x, Tile::kThreads);
+    Loader shortcut(a, a.projection, first_row, group, first_column);
+    start(shortcut, a.projection);
     Accumulators projected;
-    accumulate<Stages>(projection, [&](std::uint32_t stage) { projected.multiply(stage); });
-    normalise<kExact>(projected, kTerms);
-    __syncthreads();
-    add(acc, projected);
+    multiply(shortcut, projected);
+    acc.add(projected);
   }
 
+  constexpr int kLanes = Epilogue<T>::kLanes;
   const std::int64_t offset = std::int64_t(group) * columns;
-  const bool vectorised = columns % kLanes == 0 && aligned(a.out) && a.residual.in_chunks(kLanes);
   Output to{static_cast<T*>(a.out) + offset,
             a.residual,
             a.batch * a.out_height * a.out_width,
             a.out_channels,
             columns,
             a.relu,
-            vectorised};
+            columns % kLanes == 0 && aligned(a.out) && a.residual.in_chunks(kLanes)};
   to.residual.data = static_cast<const T*>(a.residual.data) + offset;
   to.residual.channels -= offset;
-  store_tile<T, Tile::kM, Tile::kN, Tile::kThreads>(to, acc, 0, first_row, first_column);
+  const Epilogue<T> epilogue(a.relu);
+  epilogue.template store_tile<Tile::kM, Tile::kN, Tile::kThreads>(to, acc, 0, first_row,
+                                                                   first_column);
 }
 
-using Kernel = void (*)(ConvBn);
-
-// A kernel and the size of its blocks; `kernel` is null where there is none.
-struct Choice {
-  Kernel kernel = nullptr;
-  int positions = 0, channels = 0, threads = 0, shared_bytes = 0;
-};
+using Plan = LaunchPlan<ConvBn>;
 
 template <typename Number, typename Tile, bool kVectorised, bool kProjection>
-Choice choice_of() {
-  return {&conv_bn_kernel<Number, Tile, kVectorised, kProjection>, Tile::kM, Tile::kN,
-          Tile::kThreads, Tile::kSharedBytes};
+Plan plan_of(const ConvBn& a) {
+  const std::int64_t tiles = ceil_div(a.batch * a.out_height * a.out_width, Tile::kM) *
+                             ceil_div(a.out_channels / a.groups, Tile::kN);
+  return {&conv_bn_kernel<Number, Tile, kVectorised, kProjection>,
+          {dim3(grid_size(tiles), grid_size(a.groups, kMaxGridY)), dim3(Tile::kThreads),
+           Tile::kSharedBytes},
+          a};
 }
 
 template <typename T>
-Choice choose_half(ConvTile tile, bool vectorised, bool projection) {
+Plan plan_half(const ConvBn& a, ConvTile tile, bool vectorised, bool projection) {
   switch (tile) {
     case ConvTile::k64x64:
       if (vectorised) {
-        return projection ? choice_of<T, Tile64x64, true, true>()
-                          : choice_of<T, Tile64x64, true, false>();
+        return projection ? plan_of<T, Tile64x64, true, true>(a)
+                          : plan_of<T, Tile64x64, true, false>(a);
       }
-      return projection ? choice_of<T, TileNarrow, false, true>()
-                        : choice_of<T, TileNarrow, false, false>();
+      return projection ? plan_of<T, TileNarrow, false, true>(a)
+                        : plan_of<T, TileNarrow, false, false>(a);
     case ConvTile::k128x64:
       if (!vectorised) return {};
-      return projection ? choice_of<T, Tile128x64, true, true>()
-                        : choice_of<T, Tile128x64, true, false>();
+      return projection ? plan_of<T, Tile128x64, true, true>(a)
+                        : plan_of<T, Tile128x64, true, false>(a);
     case ConvTile::k128x128:
       if (!vectorised || projection) return {};
-      return choice_of<T, Tile128x128, true, false>();
+      return plan_of<T, Tile128x128, true, false>(a);
     default:
       return {};
   }
 }
 
-Choice choose_float(ConvTile tile, bool vectorised, bool projection) {
+Plan plan_float(const ConvBn& a, ConvTile tile, bool vectorised, bool projection) {
   if (tile != ConvTile::k64x64) return {};
   if (projection) {
-    return vectorised ? choice_of<float, TileFloatProjection, true, true>()
-                      : choice_of<float, TileFloatProjection, false, true>();
+    return vectorised ? plan_of<float, TileFloatProjection, true, true>(a)
+                      : plan_of<float, TileFloatProjection, false, true>(a);
   }
-  return vectorised ? choice_of<float, TileFloat, true, false>()
-                    : choice_of<float, TileFloat, false, false>();
+  return vectorised ? plan_of<float, TileFloat, true, false>(a)
+                    : plan_of<float, TileFloat, false, false>(a);
 }
 
 // Of whole chunks. Registers for the sums of a step and of the whole bound the tiles.
-Choice choose_tf32(ConvTile tile, bool projection) {
-  if (tile == ConvTile::k128x64 && !projection) return choice_of<Tf32, Tile128x64, true, false>();
+Plan plan_tf32(const ConvBn& a, ConvTile tile, bool projection) {
+  if (tile == ConvTile::k128x64 && !projection) return plan_of<Tf32, Tile128x64, true, false>(a);
   if (tile != ConvTile::k64x64) return {};
-  return projection ? choice_of<Tf32, TileTf32, true, true>()
-                    : choice_of<Tf32, TileTf32, true, false>();
+  return projection ? plan_of<Tf32, TileTf32, true, true>(a)
+                    : plan_of<Tf32, TileTf32, true, false>(a);
 }
 
-bool vectorised(const ConvBn& a, const ConvolutionBn& conv) {
+bool is_vectorised(const ConvBn& a, const ConvolutionBn& conv) {
   const int bytes = conv.channels / a.groups * (a.dtype == DType::kFloat32 ? 4 : 2);
   return bytes % kChunkBytes == 0 && aligned(conv.x) && aligned(conv.weight);
 }
 
-Choice choose(const ConvBn& a, ConvTile tile) {
+Plan make_plan(const ConvBn& a, ConvTile tile) {
   const bool projection = a.projection.x != nullptr;
-  const bool whole = vectorised(a, a.conv) && (!projection || vectorised(a, a.projection));
+  const bool vectorised =
+      is_vectorised(a, a.conv) && (!projection || is_vectorised(a, a.projection));
   switch (a.dtype) {
     case DType::kFloat16:
-      return choose_half<__half>(tile, whole, projection);
+      return plan_half<__half>(a, tile, vectorised, projection);
     case DType::kBFloat16:
-      return choose_half<__nv_bfloat16>(tile, whole, projection);
+      return plan_half<__nv_bfloat16>(a, tile, vectorised, projection);
     default:
-      return a.tf32 && whole ? choose_tf32(tile, projection)
-                             : choose_float(tile, whole, projection);
+      return a.tf32 && vectorised ? plan_tf32(a, tile, projection)
+                                  : plan_float(a, tile, vectorised, projection);
   }
 }
 
-// Blocks in the grid's first dimension.
-std::int64_t blocks(const ConvBn& a, const Choice& choice) {
-  return ceil_div(a.batch * a.out_height * a.out_width, choice.positions) *
-         ceil_div(a.out_channels / a.groups, choice.channels);
-}
-
-// The largest tile that still gives every multiprocessor a block, and is not half empty.
-Choice choose_automatically(const ConvBn& a, int multiprocessors) {
-  for (const ConvTile tile : {ConvTile::k128x128, ConvTile::k128x64}) {
-    const Choice choice = choose(a, tile);
-    if (choice.kernel != nullptr && 2 * a.out_channels / a.groups > choice.channels &&
-        blocks(a, choice) * a.groups >= multiprocessors) {
-      return choice;
+// The largest tile that still gives every SM a block, and is not half empty.
+Plan choose(const ConvBn& a, int num_sms) {
+  constexpr std::pair<ConvTile, int> kLarge[] = {{ConvTile::k128x128, 128},
+                                                 {ConvTile::k128x64, 64}};
+  for (const auto& [tile, tile_n] : kLarge) {
+    const Plan plan = make_plan(a, tile);
+    if (plan.kernel != nullptr && 2 * a.out_channels / a.groups > tile_n &&
+        std::int64_t{plan.shape.grid.x} * plan.shape.grid.y >= num_sms) {
+      return plan;
     }
   }
-  return choose(a, ConvTile::k64x64);
+  return make_plan(a, ConvTile::k64x64);
 }
 
 }  // namespace
 
-bool conv_bn_sm80_offers(const ConvBn& arguments, ConvTile tile) {
-  return tile == ConvTile::kAuto || choose(arguments, tile).kernel != nullptr;
+bool conv_bn_sm80_can_implement(const ConvBn& a, ConvTile tile) {
+  return tile == ConvTile::kAuto || make_plan(a, tile).kernel != nullptr;
 }
 
-cudaError_t conv_bn_sm80(const ConvBn& arguments, ConvTile tile, int device, cudaStream_t stream) {
-  const ConvBn& a = arguments;
-  int multiprocessors = 0;
-  const cudaError_t status =
-      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (status != cudaSuccess) return settled(status);
-
-  const Choice choice =
-      tile == ConvTile::kAuto ? choose_automatically(a, multiprocessors) : choose(a, tile);
-  if (choice.kernel == nullptr) return cudaErrorInvalidValue;
-  const std::int64_t across = blocks(a, choice);
-  if (across > std::numeric_limits<int>::max() || a.groups > 65535) {
-    return cudaErrorInvalidConfiguration;
-  }
-  const dim3 grid(static_cast<unsigned>(across), static_cast<unsigned>(a.groups));
-  return launch(choice.kernel, grid, dim3(choice.threads), choice.shared_bytes, stream, a);
+cudaError_t conv_bn_sm80(const ConvBn& a, ConvTile tile, int num_sms, cudaStream_t stream) {
+  return launch(tile == ConvTile::kAuto ? choose(a, num_sms) : make_plan(a, tile), stream);
 }
 
 }  // namespace resnet_fused

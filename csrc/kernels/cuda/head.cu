@@ -25,11 +25,10 @@
 #include <cmath>
 #include <cstddef>
 #include <initializer_list>
-#include <limits>
 
+#include "kernels/cuda/dtype.cuh"
 #include "kernels/cuda/head.h"
 #include "kernels/cuda/launch.h"
-#include "kernels/cuda/numbers.cuh"
 #include "kernels/cuda/ptx.cuh"
 
 namespace resnet_fused {
@@ -176,48 +175,51 @@ bool whole_chunks(DType dtype, int channels, std::initializer_list<const void*> 
 }
 
 template <typename T>
-auto choose_average_pool(bool whole) {
-  return whole ? &average_pool_kernel<T, 16 / sizeof(T)> : &average_pool_kernel<T, 1>;
+LaunchPlan<AveragePool> plan_of(const AveragePool& a) {
+  constexpr int kLanes = 16 / sizeof(T);
+  const bool whole = whole_chunks(a.dtype, a.channels, {a.x});
+  const int channels = kAcross * (whole ? kLanes : 1);  // of a block
+  return {whole ? &average_pool_kernel<T, kLanes> : &average_pool_kernel<T, 1>,
+          {dim3(grid_size(a.batch * ceil_div(a.channels, channels))), dim3(kThreads),
+           kDown * channels * sizeof(float)},
+          a};
 }
 
 template <typename T>
-auto choose_linear(bool whole, bool one) {
+LaunchPlan<Linear> plan_of(const Linear& a) {
   constexpr int kLanes = 16 / sizeof(T);
-  if (!whole) return &linear_kernel<T, 1, kMostImages>;
-  return one ? &linear_kernel<T, kLanes, 1> : &linear_kernel<T, kLanes, kMostImages>;
+  const bool whole = whole_chunks(a.dtype, a.channels, {a.x, a.weight});
+  return {!whole         ? &linear_kernel<T, 1, kMostImages>
+          : a.batch == 1 ? &linear_kernel<T, kLanes, 1>
+                         : &linear_kernel<T, kLanes, kMostImages>,
+          {dim3(grid_size(ceil_div(a.classes, kClasses)),
+                grid_size(ceil_div(a.batch, kMostImages), kMaxGridY)),
+           dim3(kThreads), kThreads * sizeof(float)},
+          a};
+}
+
+template <typename Arguments>
+cudaError_t launch_on(const Arguments& a, int device, cudaStream_t stream) {
+  const cudaError_t status = set_device(device);
+  if (status != cudaSuccess) return status;
+  switch (a.dtype) {
+    case DType::kFloat16:
+      return launch(plan_of<__half>(a), stream);
+    case DType::kBFloat16:
+      return launch(plan_of<__nv_bfloat16>(a), stream);
+    default:
+      return launch(plan_of<float>(a), stream);
+  }
 }
 
 }  // namespace
 
 cudaError_t average_pool(const AveragePool& a, int device, cudaStream_t stream) {
-  if (a.batch == 0 || a.channels == 0) return cudaSuccess;
-  // The runtime is linked statically, so it has a current device of its own to set.
-  const cudaError_t status = cudaSetDevice(device);
-  if (status != cudaSuccess) return settled(status);
-  const bool whole = whole_chunks(a.dtype, a.channels, {a.x});
-  const int channels = kAcross * (!whole ? 1 : a.dtype == DType::kFloat32 ? 4 : 8);  // of a block
-  const std::int64_t tiles = ceil_div(a.channels, channels);
-  if (a.batch > std::numeric_limits<int>::max() / tiles) return cudaErrorInvalidConfiguration;
-  const auto kernel = a.dtype == DType::kFloat32   ? choose_average_pool<float>(whole)
-                      : a.dtype == DType::kFloat16 ? choose_average_pool<__half>(whole)
-                                                   : choose_average_pool<__nv_bfloat16>(whole);
-  return launch(kernel, dim3(static_cast<unsigned>(a.batch * tiles)), dim3(kThreads),
-                kDown * channels * sizeof(float), stream, a);
+  return a.batch == 0 || a.channels == 0 ? cudaSuccess : launch_on(a, device, stream);
 }
 
 cudaError_t linear(const Linear& a, int device, cudaStream_t stream) {
-  if (a.batch == 0 || a.classes == 0) return cudaSuccess;
-  const cudaError_t status = cudaSetDevice(device);
-  if (status != cudaSuccess) return settled(status);
-  const bool whole = whole_chunks(a.dtype, a.channels, {a.x, a.weight}), one = a.batch == 1;
-  const auto kernel = a.dtype == DType::kFloat32   ? choose_linear<float>(whole, one)
-                      : a.dtype == DType::kFloat16 ? choose_linear<__half>(whole, one)
-                                                   : choose_linear<__nv_bfloat16>(whole, one);
-  const std::int64_t down = ceil_div(a.batch, kMostImages);
-  if (down > 65535) return cudaErrorInvalidConfiguration;
-  const dim3 grid(static_cast<unsigned>(ceil_div(a.classes, kClasses)),
-                  static_cast<unsigned>(down));
-  return launch(kernel, grid, dim3(kThreads), kThreads * sizeof(float), stream, a);
+  return a.batch == 0 || a.classes == 0 ? cudaSuccess : launch_on(a, device, stream);
 }
 
 }  // namespace resnet_fused

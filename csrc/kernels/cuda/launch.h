@@ -1,5 +1,4 @@
-// Launching a kernel that takes one structure: on a GPU, or in the host simulator; and what
-// launchers compute.
+// Launch plans, and how to launch them: on a GPU, or in the host simulator.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -14,17 +13,43 @@
 namespace resnet_fused {
 
 // The status of a call; clears what a failed one leaves behind for the next query.
-inline cudaError_t settled(cudaError_t status) {
+inline cudaError_t take_error(cudaError_t status) {
   if (status != cudaSuccess) static_cast<void>(cudaGetLastError());
   return status;
 }
 
+// The runtime is linked statically, so it has a current device of its own to set.
+inline cudaError_t set_device(int device) { return take_error(cudaSetDevice(device)); }
+
+inline cudaError_t get_num_sms(int device, int* num_sms) {
+  return take_error(cudaDeviceGetAttribute(num_sms, cudaDevAttrMultiProcessorCount, device));
+}
+
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// Blocks in one direction of a grid: 0, with which no plan is launched, for more than are possible.
+constexpr std::int64_t kMaxGridX = 2147483647, kMaxGridY = 65535;
+inline unsigned grid_size(std::int64_t blocks, std::int64_t most = kMaxGridX) {
+  return blocks > most ? 0 : static_cast<unsigned>(blocks);
+}
 
 // Whether accesses of 16 bytes may start there.
 __host__ __device__ __forceinline__ bool aligned(const void* pointer) {
   return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0;
 }
+
+struct LaunchShape {
+  dim3 grid, block;
+  std::size_t shared_bytes = 0;
+};
+
+// What host code computes before a launch, and can print and test without one.
+template <typename Arguments>
+struct LaunchPlan {
+  void (*kernel)(Arguments) = nullptr;  // null: no kernel can implement this
+  LaunchShape shape;
+  Arguments arguments{};
+};
 
 // `cluster` blocks run at once and reach each other's shared memory, of which sm_90 and later have
 // up to 8; the grid is a multiple of it.
@@ -37,15 +62,15 @@ cudaError_t launch(void (*kernel)(Arguments), dim3 grid, dim3 block, std::size_t
   return cudaSuccess;
 #else
   const void* function = reinterpret_cast<const void*>(kernel);
-  constexpr std::size_t kWithoutAsking = 48 * 1024;  // of dynamic shared memory
-  if (shared_bytes > kWithoutAsking) {
+  constexpr std::size_t kDefaultSharedBytes = 48 * 1024;
+  if (shared_bytes > kDefaultSharedBytes) {
     const cudaError_t status = cudaFuncSetAttribute(
         function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (status != cudaSuccess) return settled(status);
+    if (status != cudaSuccess) return take_error(status);
   }
   void* parameters[] = {&arguments};
   if (cluster.x * cluster.y * cluster.z == 1) {
-    return settled(cudaLaunchKernel(function, grid, block, parameters, shared_bytes, stream));
+    return take_error(cudaLaunchKernel(function, grid, block, parameters, shared_bytes, stream));
   }
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
@@ -59,8 +84,16 @@ cudaError_t launch(void (*kernel)(Arguments), dim3 grid, dim3 block, std::size_t
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  return settled(cudaLaunchKernelExC(&config, function, parameters));
+  return take_error(cudaLaunchKernelExC(&config, function, parameters));
 #endif
+}
+
+template <typename Arguments>
+cudaError_t launch(const LaunchPlan<Arguments>& plan, cudaStream_t stream) {
+  const LaunchShape& shape = plan.shape;
+  if (plan.kernel == nullptr) return cudaErrorInvalidValue;
+  if (shape.grid.x == 0 || shape.grid.y == 0) return cudaErrorInvalidConfiguration;
+  return launch(plan.kernel, shape.grid, shape.block, shape.shared_bytes, stream, plan.arguments);
 }
 
 }  // namespace resnet_fused

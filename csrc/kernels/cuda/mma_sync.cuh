@@ -1,5 +1,5 @@
-// What the kernels on mma.sync share: swizzled rows, the ring of stages that cp.async fills, and a
-// warp's products.
+// What the kernels on mma.sync share: swizzled rows, the pipeline of stages that cp.async fills,
+// and a warp's products.
 #pragma once
 
 #include <cstdint>
@@ -21,44 +21,44 @@ __device__ __forceinline__ std::uint32_t swizzle(int row, int chunk) {
   return row * kRowBytes + permuted * kChunkBytes;
 }
 
-// Stages of shared memory from kFirst on, filled in turn.
-template <int kFirst_, int kStageBytes_, int kStages_>
-struct Ring {
-  static constexpr int kFirst = kFirst_, kStageBytes = kStageBytes_, kStages = kStages_;
+// A ring of stages of shared memory from kFirst on, which the block's threads all fill, by
+// cp.async, and all multiply. (On sm_90a warps have roles of their own: Pipeline in pipeline.cuh.)
+// A producer has steps() and load(stage), which starts this thread's copies of the next of them.
+template <int kFirst_, int kStageBytes, int kStages>
+struct CpAsyncPipeline {
+  static constexpr int kFirst = kFirst_;
   static constexpr int kEnd = kFirst + kStages * kStageBytes;
-};
 
-// Starts the first steps of a K loop, into stages that nobody reads any more. `copies` has steps()
-// and copy(stage), which starts the copies of the next of them.
-template <typename Ring, typename Copies>
-__device__ __forceinline__ void start(Copies& copies) {
+  // Starts the first steps of a K loop, into stages that nobody reads any more.
+  template <typename Producer>
+  __device__ __forceinline__ static void start(Producer& producer) {
 #pragma unroll
-  for (int stage = 0; stage < Ring::kStages - 1; ++stage) {
-    if (stage < copies.steps()) copies.copy(Ring::kFirst + stage * Ring::kStageBytes);
-    ptx::cp_async_commit();
+    for (int stage = 0; stage < kStages - 1; ++stage) {
+      if (stage < producer.steps()) producer.load(kFirst + stage * kStageBytes);
+      ptx::cp_async_commit();
+    }
   }
-}
 
-// The K loop: multiply(stage) for each of the steps that `start` has begun, at least one, so that
-// what was stored before lies behind a barrier. At the end, other threads may still read the
-// stages.
-template <typename Ring, typename Copies, typename Multiply>
-__device__ __forceinline__ void accumulate(Copies& copies, Multiply multiply) {
-  const int steps = copies.steps();
-  std::uint32_t multiplied = Ring::kFirst;
-  std::uint32_t copied = Ring::kFirst + (Ring::kStages - 1) * Ring::kStageBytes;
+  // The K loop: consume(stage) for each of the steps that `start` has begun, at least one, so that
+  // what was stored before lies behind a barrier. At the end, other threads may still read the
+  // stages.
+  template <typename Producer, typename Consume>
+  __device__ __forceinline__ static void run(Producer& producer, Consume consume) {
+    const int steps = producer.steps();
+    std::uint32_t full = kFirst, empty = kFirst + (kStages - 1) * kStageBytes;
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
-    ptx::cp_async_wait<Ring::kStages - 2>();
-    __syncthreads();  // this step's copies of all threads are here, and the last stage is read
-    if (step + Ring::kStages - 1 < steps) copies.copy(copied);
-    ptx::cp_async_commit();
-    multiply(multiplied);
-    copied = multiplied;
-    multiplied += Ring::kStageBytes;
-    if (multiplied == Ring::kEnd) multiplied = Ring::kFirst;
+    for (int step = 0; step < steps; ++step) {
+      ptx::cp_async_wait<kStages - 2>();
+      __syncthreads();  // all threads' copies of this step are here, and they have read `empty`
+      if (step + kStages - 1 < steps) producer.load(empty);
+      ptx::cp_async_commit();
+      consume(full);
+      empty = full;
+      full += kStageBytes;
+      if (full == kEnd) full = kFirst;
+    }
   }
-}
+};
 
 // A warp's kM x kN results in the layout of mma.m16n8k16, as Accumulators in epilogue.cuh but for
 // the place in the tile. T is what the operands hold; float is rounded to TF32.
@@ -68,6 +68,11 @@ class WarpTile {
   static constexpr int kRows = kM / 8, kColumns = kN / 8, kRun = 2;
 
   __device__ __forceinline__ float& at(int i, int j, int e) { return d_[i / 2][j][i % 2 * 2 + e]; }
+
+  __device__ __forceinline__ void add(const WarpTile& other) {
+#pragma unroll
+    for (int k = 0; k < kM * kN / 32; ++k) (&d_[0][0][0])[k] += (&other.d_[0][0][0])[k];
+  }
 
  protected:
   // The rows that this lane names to ldmatrix: of a, both row halves, then both depth halves; of b,

@@ -85,6 +85,16 @@ __device__ __forceinline__ float shuffle_xor(float value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
+// "max", max.NaN.f32: NaN where one of both is, as in PyTorch's ReLU.
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+}
+
+// A value that all lanes of the warp have, known as such to the compiler.
+__device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+
 // "Warp-level matrix load instruction: ldmatrix": four 8x8 matrices of 16-bit elements. Lane l
 // names row l % 8 of matrix l / 8 and receives, of each matrix, elements 2 * (l % 4) and the next
 // of row l / 4.

@@ -1,5 +1,6 @@
 // The instructions that only sm_90a has, beside those of ptx.cuh: bulk copies of tensors,
-// mbarriers, matrix products of a warpgroup, clusters. Sections are those of NVIDIA's "Parallel
+// mbarriers, matrix products of a warpgroup, clusters. libcu++'s cuda::ptx (CUDA 12.5 and later)
+// spells those that it has; the others are written out. Sections are those of NVIDIA's "Parallel
 // Thread Execution ISA"; shared memory is named by byte offsets, as in ptx.cuh, but for other
 // blocks', and the simulator models every function.
 #pragma once
@@ -7,170 +8,144 @@
 #include <cuda.h>
 
 #include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/spin_limit.h"
 
 #ifdef RESNET_FUSED_HOST_SIM
 #include "host_sim/ptx_sm90.h"
 #else
 
+#include <cuda/ptx>
+
 namespace resnet_fused::ptx {
+
+namespace cu = ::cuda::ptx;
+
+__device__ __forceinline__ std::uint64_t* mbarrier_at(std::uint32_t offset) {
+  return reinterpret_cast<std::uint64_t*>(shared_memory() + offset);
+}
 
 // "mbarrier": 8 bytes that count arrivals and bytes. A phase ends when `count` threads have arrived
 // and the bytes are here that they announced; phases have parity 0, 1, 0, ...
 __device__ __forceinline__ void mbarrier_init(std::uint32_t at, std::uint32_t count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(at)), "r"(count)
-               : "memory");
+  cu::mbarrier_init(mbarrier_at(at), count);
 }
 
 // "fence.mbarrier_init": what this thread has initialised can count the bytes of bulk copies.
 __device__ __forceinline__ void fence_mbarrier_init() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  cu::fence_mbarrier_init(cu::sem_release, cu::scope_cluster);
 }
 
 __device__ __forceinline__ void mbarrier_arrive(std::uint32_t at) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(at)) : "memory");
+  cu::mbarrier_arrive(mbarrier_at(at));
 }
 
 // "mbarrier.arrive.expect_tx": arrives, and announces `bytes` by bulk copies.
 __device__ __forceinline__ void mbarrier_arrive_expect(std::uint32_t at, std::uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(at)),
-               "r"(bytes)
-               : "memory");
+  cu::mbarrier_arrive_expect_tx(cu::sem_release, cu::scope_cta, cu::space_shared, mbarrier_at(at),
+                                bytes);
 }
 
 // "mbarrier.try_wait.parity", until the phase of that parity has ended: the current one, or the one
-// before it. Before the first phase the one of parity 1 counts as ended.
-__device__ __forceinline__ void mbarrier_wait(std::uint32_t at, std::uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "retry:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra retry;\n"
-      "}\n" ::"r"(shared_address(at)),
-      "r"(parity)
-      : "memory");
+// before it. Before the first phase the one of parity 1 counts as ended. False if it has not ended
+// after the limit's tries; nothing is counted where the first one succeeds.
+__device__ __forceinline__ bool mbarrier_wait(std::uint32_t at, std::uint32_t parity,
+                                              const SpinLimit& limit = {}) {
+  if (cu::mbarrier_try_wait_parity(mbarrier_at(at), parity)) return true;
+  std::uint32_t left = limit.tries;
+  while (!cu::mbarrier_try_wait_parity(mbarrier_at(at), parity)) {
+    left -= limit.step;
+    if (left == 0) return false;
+  }
+  return true;
+}
+
+// Leaves a record for the host, and ends the kernel with an error.
+__device__ __forceinline__ void give_up(const SpinLimit& limit, const StuckBarrier& stuck) {
+  store_global(limit.record, stuck);
+  cu::fence(cu::sem_acq_rel, cu::scope_sys);
+  asm volatile("trap; exit;");
 }
 
 // "fence.proxy.async": what this thread has written to shared memory, or knows of, is what later
 // asynchronous operations read.
-__device__ __forceinline__ void fence_proxy_async() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
+__device__ __forceinline__ void fence_proxy_async() { cu::fence_proxy_async(cu::space_shared); }
 
 // "cp.async.bulk.tensor": a tensor map's box from its first element's coordinates, fastest first;
 // zeros where it leaves the tensor. The mbarrier counts the bytes of the whole box.
+template <int kDimensions>
 __device__ __forceinline__ void load_tile(std::uint32_t to, const CUtensorMap& map,
-                                          std::uint32_t mbarrier, std::int32_t c0,
-                                          std::int32_t c1) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%3, %4}], [%2];" ::"r"(shared_address(to)),
-      "l"(&map), "r"(shared_address(mbarrier)), "r"(c0), "r"(c1)
-      : "memory");
-}
-
-__device__ __forceinline__ void load_tile(std::uint32_t to, const CUtensorMap& map,
-                                          std::uint32_t mbarrier, std::int32_t c0, std::int32_t c1,
-                                          std::int32_t c2) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared_address(to)),
-      "l"(&map), "r"(shared_address(mbarrier)), "r"(c0), "r"(c1), "r"(c2)
-      : "memory");
+                                          std::uint32_t mbarrier,
+                                          const std::int32_t (&at)[kDimensions]) {
+  cu::cp_async_bulk_tensor(cu::space_cluster, cu::space_global, shared_memory() + to, &map, at,
+                           mbarrier_at(mbarrier));
 }
 
 // The same in "im2col mode", of an NHWC tensor: the map's number of pixels from (n, h, w) on,
-// through its box line by line and image by image; the offsets, of a window's tap, move each.
+// through its box line by line and image by image; the offsets, of a window's tap, move each. `at`
+// is (c, w, h, n), and `offset` (w, h).
 __device__ __forceinline__ void load_pixels(std::uint32_t to, const CUtensorMap& map,
-                                            std::uint32_t mbarrier, std::int32_t c, std::int32_t w,
-                                            std::int32_t h, std::int32_t n, std::uint16_t offset_w,
-                                            std::uint16_t offset_h) {
+                                            std::uint32_t mbarrier, const std::int32_t (&at)[4],
+                                            const std::uint16_t (&offset)[2]) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4, %5, %6}], [%2], {%7, %8};" ::"r"(shared_address(to)),
-      "l"(&map), "r"(shared_address(mbarrier)), "r"(c), "r"(w), "r"(h), "r"(n), "h"(offset_w),
-      "h"(offset_h)
+      "l"(&map), "r"(shared_address(mbarrier)), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]),
+      "h"(offset[0]), "h"(offset[1])
       : "memory");
 }
 
 // The same with ".multicast::cluster": to the same offset of every block of the cluster whose
 // rank's bit is set in `ranks`, where the mbarrier at the same offset counts the bytes.
+template <int kDimensions>
 __device__ __forceinline__ void load_tile_multicast(std::uint32_t to, const CUtensorMap& map,
-                                                    std::uint32_t mbarrier, std::int32_t c0,
-                                                    std::int32_t c1, std::uint16_t ranks) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(to)),
-      "l"(&map), "r"(shared_address(mbarrier)), "r"(c0), "r"(c1), "h"(ranks)
-      : "memory");
-}
-
-__device__ __forceinline__ void load_tile_multicast(std::uint32_t to, const CUtensorMap& map,
-                                                    std::uint32_t mbarrier, std::int32_t c0,
-                                                    std::int32_t c1, std::int32_t c2,
+                                                    std::uint32_t mbarrier,
+                                                    const std::int32_t (&at)[kDimensions],
                                                     std::uint16_t ranks) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(to)),
-      "l"(&map), "r"(shared_address(mbarrier)), "r"(c0), "r"(c1), "r"(c2), "h"(ranks)
-      : "memory");
+  cu::cp_async_bulk_tensor(cu::space_cluster, cu::space_global, shared_memory() + to, &map, at,
+                           mbarrier_at(mbarrier), ranks);
 }
 
 __device__ __forceinline__ void load_pixels_multicast(std::uint32_t to, const CUtensorMap& map,
-                                                      std::uint32_t mbarrier, std::int32_t c,
-                                                      std::int32_t w, std::int32_t h,
-                                                      std::int32_t n, std::uint16_t offset_w,
-                                                      std::uint16_t offset_h, std::uint16_t ranks) {
+                                                      std::uint32_t mbarrier,
+                                                      const std::int32_t (&at)[4],
+                                                      const std::uint16_t (&offset)[2],
+                                                      std::uint16_t ranks) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes"
       ".multicast::cluster [%0], [%1, {%3, %4, %5, %6}], [%2], {%7, %8}, %9;" ::"r"(
           shared_address(to)),
-      "l"(&map), "r"(shared_address(mbarrier)), "r"(c), "r"(w), "r"(h), "r"(n), "h"(offset_w),
-      "h"(offset_h), "h"(ranks)
+      "l"(&map), "r"(shared_address(mbarrier)), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]),
+      "h"(offset[0]), "h"(offset[1]), "h"(ranks)
       : "memory");
 }
 
 __device__ __forceinline__ void store_tile(const CUtensorMap& map, std::uint32_t from,
-                                           std::int32_t c0, std::int32_t c1) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(
-          &map),
-      "r"(shared_address(from)), "r"(c0), "r"(c1)
-      : "memory");
+                                           const std::int32_t (&at)[2]) {
+  cu::cp_async_bulk_tensor(cu::space_global, cu::space_shared, &map, at, shared_memory() + from);
 }
 
 // "cp.async.bulk.commit_group": what this thread has stored since the last one is a group.
-__device__ __forceinline__ void bulk_commit() {
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-}
+__device__ __forceinline__ void bulk_commit() { cu::cp_async_bulk_commit_group(); }
 
 // "cp.async.bulk.wait_group.read": shared memory has been read by all but the last groups.
 template <int kPending>
 __device__ __forceinline__ void bulk_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+  cu::cp_async_bulk_wait_group_read(cu::n32_t<kPending>());
 }
 
 // "Special Registers", %cluster_ctarank and %cluster_nctarank: this block's rank in its cluster, x
 // first, and how many blocks there are.
 __device__ __forceinline__ int cluster_rank() {
-  std::uint32_t rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return static_cast<int>(rank);
+  return static_cast<int>(cu::get_sreg_cluster_ctarank());
 }
 __device__ __forceinline__ int cluster_size() {
-  std::uint32_t size;
-  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-  return static_cast<int>(size);
+  return static_cast<int>(cu::get_sreg_cluster_nctarank());
 }
 
 // "barrier.cluster": all threads of the cluster arrive, and what they did before is seen by those
 // that have waited. By whole warps, each wait behind its arrival.
-__device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void cluster_wait() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
+__device__ __forceinline__ void cluster_arrive() { cu::barrier_cluster_arrive(cu::sem_release); }
+__device__ __forceinline__ void cluster_wait() { cu::barrier_cluster_wait(cu::sem_acquire); }
 
 // "mapa": the address of `offset` in the shared memory of the block of that rank, for the functions
 // ..._cluster. That block must have started, which a barrier of the cluster makes sure of, and must
@@ -227,15 +202,9 @@ __device__ __forceinline__ void mbarrier_publish_cluster(std::uint32_t address) 
                : "memory");
 }
 __device__ __forceinline__ void mbarrier_wait_cluster(std::uint32_t at, std::uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "retry:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra retry;\n"
-      "}\n" ::"r"(shared_address(at)),
-      "r"(parity)
-      : "memory");
+  while (
+      !cu::mbarrier_try_wait_parity(cu::sem_acquire, cu::scope_cluster, mbarrier_at(at), parity)) {
+  }
 }
 
 // "barrier", bar.sync: waits until `threads` threads, whole warps, have come to barrier `number`.
@@ -248,14 +217,14 @@ __device__ __forceinline__ void named_barrier(int number, int threads) {
 template <int kRegisters>
 __device__ __forceinline__ void registers_at_launch() {}
 
-// "setmaxnreg", by all warps of a warpgroup: registers a thread, a multiple of 8 from 24 to 256. A
-// claim waits until other warpgroups of the block have released what it takes.
+// "setmaxnreg", by all warps of a warpgroup: registers a thread, a multiple of 8 from 24 to 256. To
+// have more, it waits until other warpgroups of the block do with fewer.
 template <int kRegisters>
-__device__ __forceinline__ void claim_registers() {
+__device__ __forceinline__ void increase_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 template <int kRegisters>
-__device__ __forceinline__ void release_registers() {
+__device__ __forceinline__ void decrease_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
@@ -277,74 +246,89 @@ __device__ __forceinline__ void wgmma_fence(float (&d)[kValues]) {
 // 16) and b (N, 16) lie in shared memory by rows. With g = lane / 4 and t = lane % 4, warp w of the
 // warpgroup holds in values 4 j to 4 j + 3 of d: row 16 w + g, columns 8 j + 2 t and the next, then
 // the same of row 16 w + g + 8. T = __half or __nv_bfloat16.
-#define RESNET_FUSED_WGMMA_N64(type)                                                               \
-  asm volatile(                                                                                    \
-      "{\n"                                                                                        \
-      ".reg .pred p;\n"                                                                            \
-      "setp.ne.b32 p, %34, 0;\n"                                                                   \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                  \
-      " {"                                                                                         \
-      "%0, %1, %2, %3, %4, %5, %6, %7, "                                                           \
-      "%8, %9, %10, %11, %12, %13, %14, %15, "                                                     \
-      "%16, %17, %18, %19, %20, %21, %22, %23, "                                                   \
-      "%24, %25, %26, %27, %28, %29, %30, %31}, "                                                  \
-      "%32, %33, p, 1, 1, 0, 0;\n"                                                                 \
-      "}\n"                                                                                        \
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),        \
-        "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),    \
-        "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), \
-        "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), \
-        "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])                                         \
-      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)))
-
-#define RESNET_FUSED_WGMMA_N128(type)                                                              \
-  asm volatile(                                                                                    \
-      "{\n"                                                                                        \
-      ".reg .pred p;\n"                                                                            \
-      "setp.ne.b32 p, %66, 0;\n"                                                                   \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                 \
-      " {"                                                                                         \
-      "%0, %1, %2, %3, %4, %5, %6, %7, "                                                           \
-      "%8, %9, %10, %11, %12, %13, %14, %15, "                                                     \
-      "%16, %17, %18, %19, %20, %21, %22, %23, "                                                   \
-      "%24, %25, %26, %27, %28, %29, %30, %31, "                                                   \
-      "%32, %33, %34, %35, %36, %37, %38, %39, "                                                   \
-      "%40, %41, %42, %43, %44, %45, %46, %47, "                                                   \
-      "%48, %49, %50, %51, %52, %53, %54, %55, "                                                   \
-      "%56, %57, %58, %59, %60, %61, %62, %63}, "                                                  \
-      "%64, %65, p, 1, 1, 0, 0;\n"                                                                 \
-      "}\n"                                                                                        \
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),        \
-        "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),    \
-        "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), \
-        "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), \
-        "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), \
-        "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), \
-        "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), \
-        "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), \
-        "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), \
-        "+f"(d[63])                                                                                \
-      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)))
+// clang-format off
+// One instruction string for every N: RF_Dt lists values 1 to 10 t - 1 of d, RF_Pk then 10 t to
+// 10 t + k - 1, in which RF_S writes a value's number and RF_O binds it to its register.
+#define RF_S(i) ", %" #i
+#define RF_O(i) , "+f"(d[i])
+#define RF_P0(F, t)
+#define RF_P2(F, t) F(t##0) F(t##1)
+#define RF_P4(F, t) RF_P2(F, t) F(t##2) F(t##3)
+#define RF_P6(F, t) RF_P4(F, t) F(t##4) F(t##5)
+#define RF_P8(F, t) RF_P6(F, t) F(t##6) F(t##7)
+#define RF_P10(F, t) RF_P8(F, t) F(t##8) F(t##9)
+#define RF_L4(F) F(1) F(2) F(3)
+#define RF_L8(F) RF_L4(F) F(4) F(5) F(6) F(7)
+#define RF_D1(F) RF_L8(F) F(8) F(9)
+#define RF_D2(F) RF_D1(F) RF_P10(F, 1)
+#define RF_D3(F) RF_D2(F) RF_P10(F, 2)
+#define RF_D4(F) RF_D3(F) RF_P10(F, 3)
+#define RF_D5(F) RF_D4(F) RF_P10(F, 4)
+#define RF_D6(F) RF_D5(F) RF_P10(F, 5)
+#define RF_D7(F) RF_D6(F) RF_P10(F, 6)
+#define RF_D8(F) RF_D7(F) RF_P10(F, 7)
+#define RF_D9(F) RF_D8(F) RF_P10(F, 8)
+#define RF_D10(F) RF_D9(F) RF_P10(F, 9)
+#define RF_D11(F) RF_D10(F) RF_P10(F, 10)
+#define RF_D12(F) RF_D11(F) RF_P10(F, 11)
+#define RF_WGMMA(type, N, count, next, last, D, P, t)                                 \
+  if constexpr (kValues == count) {                                                   \
+    asm volatile(                                                                     \
+        "{\n"                                                                         \
+        ".reg .pred p;\n"                                                             \
+        "setp.ne.b32 p, %" #last ", 0;\n"                                             \
+        "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {%0" D(RF_S) \
+        P(RF_S, t) "}, %" #count ", %" #next ", p, 1, 1, 0, 0;\n"                      \
+        "}\n"                                                                         \
+        : "+f"(d[0]) D(RF_O) P(RF_O, t)                                               \
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                         \
+  }
+#define RF_WGMMA_OF(type) \
+  RF_WGMMA(type, 8, 4, 5, 6, RF_L4, RF_P0, ) \
+  RF_WGMMA(type, 16, 8, 9, 10, RF_L8, RF_P0, ) \
+  RF_WGMMA(type, 24, 12, 13, 14, RF_D1, RF_P2, 1) \
+  RF_WGMMA(type, 32, 16, 17, 18, RF_D1, RF_P6, 1) \
+  RF_WGMMA(type, 40, 20, 21, 22, RF_D2, RF_P0, ) \
+  RF_WGMMA(type, 48, 24, 25, 26, RF_D2, RF_P4, 2) \
+  RF_WGMMA(type, 56, 28, 29, 30, RF_D2, RF_P8, 2) \
+  RF_WGMMA(type, 64, 32, 33, 34, RF_D3, RF_P2, 3) \
+  RF_WGMMA(type, 72, 36, 37, 38, RF_D3, RF_P6, 3) \
+  RF_WGMMA(type, 80, 40, 41, 42, RF_D4, RF_P0, ) \
+  RF_WGMMA(type, 88, 44, 45, 46, RF_D4, RF_P4, 4) \
+  RF_WGMMA(type, 96, 48, 49, 50, RF_D4, RF_P8, 4) \
+  RF_WGMMA(type, 104, 52, 53, 54, RF_D5, RF_P2, 5) \
+  RF_WGMMA(type, 112, 56, 57, 58, RF_D5, RF_P6, 5) \
+  RF_WGMMA(type, 120, 60, 61, 62, RF_D6, RF_P0, ) \
+  RF_WGMMA(type, 128, 64, 65, 66, RF_D6, RF_P4, 6) \
+  RF_WGMMA(type, 136, 68, 69, 70, RF_D6, RF_P8, 6) \
+  RF_WGMMA(type, 144, 72, 73, 74, RF_D7, RF_P2, 7) \
+  RF_WGMMA(type, 152, 76, 77, 78, RF_D7, RF_P6, 7) \
+  RF_WGMMA(type, 160, 80, 81, 82, RF_D8, RF_P0, ) \
+  RF_WGMMA(type, 168, 84, 85, 86, RF_D8, RF_P4, 8) \
+  RF_WGMMA(type, 176, 88, 89, 90, RF_D8, RF_P8, 8) \
+  RF_WGMMA(type, 184, 92, 93, 94, RF_D9, RF_P2, 9) \
+  RF_WGMMA(type, 192, 96, 97, 98, RF_D9, RF_P6, 9) \
+  RF_WGMMA(type, 200, 100, 101, 102, RF_D10, RF_P0, ) \
+  RF_WGMMA(type, 208, 104, 105, 106, RF_D10, RF_P4, 10) \
+  RF_WGMMA(type, 216, 108, 109, 110, RF_D10, RF_P8, 10) \
+  RF_WGMMA(type, 224, 112, 113, 114, RF_D11, RF_P2, 11) \
+  RF_WGMMA(type, 232, 116, 117, 118, RF_D11, RF_P6, 11) \
+  RF_WGMMA(type, 240, 120, 121, 122, RF_D12, RF_P0, ) \
+  RF_WGMMA(type, 248, 124, 125, 126, RF_D12, RF_P4, 12) \
+  RF_WGMMA(type, 256, 128, 129, 130, RF_D12, RF_P8, 12)
+// clang-format on
 
 template <typename T, int kValues>
 __device__ __forceinline__ void wgmma(float (&d)[kValues], std::uint64_t a, std::uint64_t b,
                                       bool accumulate) {
-  static_assert(kValues == 32 || kValues == 64);
-  constexpr bool kHalf = std::is_same_v<T, __half>;
-  static_assert(kHalf || std::is_same_v<T, __nv_bfloat16>);
-  if constexpr (kValues == 32 && kHalf) {
-    RESNET_FUSED_WGMMA_N64("f16");
-  } else if constexpr (kValues == 32) {
-    RESNET_FUSED_WGMMA_N64("bf16");
-  } else if constexpr (kHalf) {
-    RESNET_FUSED_WGMMA_N128("f16");
+  static_assert(kValues % 4 == 0 && kValues >= 4 && kValues <= 128);
+  if constexpr (std::is_same_v<T, __half>) {
+    RF_WGMMA_OF("f16")
   } else {
-    RESNET_FUSED_WGMMA_N128("bf16");
+    static_assert(std::is_same_v<T, __nv_bfloat16>);
+    RF_WGMMA_OF("bf16")
   }
 }
-
-#undef RESNET_FUSED_WGMMA_N64
-#undef RESNET_FUSED_WGMMA_N128
 
 // "wgmma.commit_group": the warpgroup's products since the last one are a group.
 __device__ __forceinline__ void wgmma_commit() {
@@ -364,11 +348,15 @@ __device__ __forceinline__ void wgmma_wait(float (&d)[kValues]) {
 
 namespace resnet_fused::ptx {
 
+// Bytes by which an operand begins later whose descriptor is larger by 1.
+constexpr unsigned kDescriptorUnit = 16;
+
 // "Matrix Descriptor Format" of an operand of wgmma: rows of kRowBytes (128, 64 or 32), one behind
 // the other, whose 16-byte chunks are permuted as a tensor map's swizzle of that many bytes does.
 // `offset` names the first row, plus 32 bytes for each 16 elements of depth. The pattern repeats
 // after 8 rows; `base_offset` is 0 where it counts them from an address that is a multiple of that,
-// as bulk copies do, and otherwise the 128-byte row, modulo 8, from which it does.
+// as bulk copies do, and otherwise the 128-byte row, modulo 8, from which it does. (The format
+// masks 18 bits of the address; no block's shared memory reaches beyond them.)
 template <int kRowBytes = 128>
 __device__ __forceinline__ std::uint64_t matrix_descriptor(std::uint32_t offset,
                                                            std::uint32_t base_offset = 0) {
@@ -377,7 +365,7 @@ __device__ __forceinline__ std::uint64_t matrix_descriptor(std::uint32_t offset,
   constexpr std::uint64_t kEightRows = 8 * kRowBytes >> 4;  // stride byte offset
   constexpr std::uint64_t kLeading = 1;                     // unused with a swizzle
   return kSwizzle << 62 | std::uint64_t{base_offset} << 49 | kEightRows << 32 | kLeading << 16 |
-         (shared_address(offset) & 0x3ffff) >> 4;
+         shared_address(offset) >> 4;
 }
 
 }  // namespace resnet_fused::ptx

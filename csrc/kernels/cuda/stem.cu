@@ -14,14 +14,12 @@
 //
 // Shared memory: pixels, 35 x 38 of 8 bytes; weights, 64 rows of 7 x 64 + 16 bytes, so that 8 rows
 // of one chunk meet in no bank; over both, once they are read, the convolution's result, 240 rows
-// of 128 + 16 bytes; 64 terms.
+// of 128 + 16 bytes; scale and shift of 64 channels.
 //
 // Memory: reads x once, and the border that blocks share, half as much again, from L2, as the
 // weights; writes the pooled result once, 16 bytes a thread. Writing and reading the convolution's
 // result, four times as large, is saved.
-#include <limits>
-
-#include "kernels/cuda/batch_norm.cuh"
+#include "kernels/cuda/epilogue.cuh"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/stem.h"
 
@@ -42,9 +40,9 @@ constexpr int kWeightRowBytes = kWindow * kWindowPixels * kPixelBytes + 16;
 constexpr int kResultRowBytes = kN * 2 + 16;
 
 constexpr int kWeights = kPixelsH * kPixelRowBytes;
-constexpr int kTerms = kWeights + kN * kWeightRowBytes;
-constexpr int kSharedBytes = kTerms + kN * static_cast<int>(kTermBytes);
-static_assert(kPixelRowBytes % 16 == 0 && kRows * kResultRowBytes <= kTerms);
+constexpr int kScaleShift = kWeights + kN * kWeightRowBytes;
+constexpr int kSharedBytes = kScaleShift + kN * static_cast<int>(kScaleShiftBytes);
+static_assert(kPixelRowBytes % 16 == 0 && kRows * kResultRowBytes <= kScaleShift);
 static_assert(kRows <= kThreads);  // a warp takes 32 rows
 
 struct Arguments {
@@ -128,9 +126,11 @@ __device__ __forceinline__ void multiply(float (&d)[2][kN / 8][4]) {
   }
 }
 
+// Leaves the convolution's result in shared memory, minus infinity where a position lies outside.
 template <typename T>
-__device__ __forceinline__ void keep(const Arguments& a, const float (&d)[2][kN / 8][4], int h,
-                                     int w) {
+__device__ __forceinline__ void store_conv(const Arguments& a, const float (&d)[2][kN / 8][4],
+                                           int h, int w) {
+  const Epilogue<T> epilogue(true);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -140,15 +140,18 @@ __device__ __forceinline__ void keep(const Arguments& a, const float (&d)[2][kN 
 #pragma unroll
     for (int j = 0; j < kN / 8; ++j) {
       const int column = 8 * j + lane % 4 * 2;
-      Pack<T, 2> pair;
+      float y[2];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const Terms terms = ptx::load_shared<Terms>(kTerms + (column + e) * kTermBytes);
-        const float y = normalise<false>(d[i / 2][j][i % 2 * 2 + e], terms);
-        // Written so that a NaN passes, as it does through PyTorch's ReLU.
-        pair.value[e] = from_float<T>(inside ? (y < 0.0f ? 0.0f : y) : -INFINITY);
+        y[e] = epilogue.normalise(
+            d[i / 2][j][i % 2 * 2 + e],
+            ptx::load_shared<ScaleShift>(kScaleShift + (column + e) * kScaleShiftBytes));
       }
-      if (row < kRows) ptx::store_shared(row * kResultRowBytes + column * 2, pair);
+      const float outside[2] = {-INFINITY, -INFINITY};
+      if (row < kRows) {
+        ptx::store_shared(row * kResultRowBytes + column * 2,
+                          inside ? epilogue.pack(y) : pack_floats<T>(outside));
+      }
     }
   }
 }
@@ -201,14 +204,32 @@ __global__ void __launch_bounds__(kThreads, 2) stem_kernel(const __grid_constant
 
   copy_pixels<T>(a.stem, image, 2 * h - 3, 2 * w - 3);
   copy_weights<T>(a.stem, first);
-  load_terms(kTerms, a.stem.bn, first, a.stem.out_channels - first, kN, threadIdx.x, kThreads);
+  load_scale_shift(kScaleShift, a.stem.bn, first, a.stem.out_channels - first, kN, threadIdx.x,
+                   kThreads);
   __syncthreads();
   float d[2][kN / 8][4] = {};
   multiply<T>(d);
   __syncthreads();  // pixels and weights are read
-  keep<T>(a, d, h, w);
+  store_conv<T>(a, d, h, w);
   __syncthreads();
   pool<T>(a, image, p, q, first);
+}
+
+LaunchPlan<Arguments> make_plan(const Stem& stem) {
+  Arguments a{};
+  a.stem = stem;
+  a.conv_h = halved(stem.height);
+  a.conv_w = halved(stem.width);
+  a.pooled_h = halved(a.conv_h);
+  a.pooled_w = halved(a.conv_w);
+  a.tiles_h = static_cast<int>(ceil_div(a.pooled_h, kPooled));
+  a.tiles_w = static_cast<int>(ceil_div(a.pooled_w, kPooled));
+  const std::int64_t tiles = std::int64_t{a.tiles_h} * a.tiles_w;
+  const dim3 grid(grid_size(tiles > kMaxGridX ? tiles : stem.batch * tiles),
+                  grid_size(ceil_div(stem.out_channels, kN), kMaxGridY));
+  return {stem.dtype == DType::kFloat16 ? &stem_kernel<__half> : &stem_kernel<__nv_bfloat16>,
+          {grid, dim3(kThreads), kSharedBytes},
+          a};
 }
 
 }  // namespace
@@ -218,25 +239,8 @@ cudaError_t stem(const Stem& stem, int device, cudaStream_t stream) {
   if (stem.batch == 0 || stem.height == 0 || stem.width == 0 || stem.out_channels == 0) {
     return cudaSuccess;
   }
-  // The runtime is linked statically, so it has a current device of its own to set.
-  const cudaError_t status = cudaSetDevice(device);
-  if (status != cudaSuccess) return settled(status);
-  Arguments a{stem};
-  a.conv_h = halved(stem.height);
-  a.conv_w = halved(stem.width);
-  a.pooled_h = halved(a.conv_h);
-  a.pooled_w = halved(a.conv_w);
-  a.tiles_h = static_cast<int>(ceil_div(a.pooled_h, kPooled));
-  a.tiles_w = static_cast<int>(ceil_div(a.pooled_w, kPooled));
-  const std::int64_t blocks = stem.batch * a.tiles_h * a.tiles_w;
-  const std::int64_t across = ceil_div(stem.out_channels, kN);
-  if (std::int64_t{a.tiles_h} * a.tiles_w > std::numeric_limits<int>::max() ||
-      blocks > std::numeric_limits<int>::max() || across > 65535) {
-    return cudaErrorInvalidConfiguration;
-  }
-  return launch(stem.dtype == DType::kFloat16 ? &stem_kernel<__half> : &stem_kernel<__nv_bfloat16>,
-                dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(across)), dim3(kThreads),
-                kSharedBytes, stream, a);
+  const cudaError_t status = set_device(device);
+  return status == cudaSuccess ? launch(make_plan(stem), stream) : status;
 }
 
 }  // namespace resnet_fused

@@ -26,7 +26,7 @@ cudaError_t driver_function(const char* name, Function** function) {
   static_assert(CUDART_VERSION >= kSince);
   const cudaError_t status = cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result);
 #endif
-  if (status != cudaSuccess) return settled(status);
+  if (status != cudaSuccess) return take_error(status);
   if (result != cudaDriverEntryPointSuccess) return cudaErrorInsufficientDriver;
   *function = reinterpret_cast<Function*>(found);
   return cudaSuccess;

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -22,21 +23,68 @@ from pathlib import Path
 import torch
 
 from ... import _extension, settings
+from ..._version import __version__
 from .cache import Times, TuningCache
 
 FILE = "selfcheck-v1.json"
 FIRST_CALL_SECONDS = 8.0
 
 
-def passed(family: str, device: torch.device) -> bool:
-    """Whether kernels of the family may run on the device; warns, once, of one that may not."""
-    if device.type != "cuda" or not settings.selfcheck_enabled():
-        return True
-    verdict = _verdicts(environment(device)).get(family, "its self-check has not ended yet")
-    if isinstance(verdict, float):
-        return True
-    _warn(family, verdict)
-    return False
+class Verdicts:
+    """What the self-check found, as far as this process knows. It has one; tests make others."""
+
+    def __init__(self, start: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen) -> None:
+        """`start`: how the child process is begun."""
+        self._start = start
+        self._found: dict[tuple[str, ...], Times] = {}
+        self._checked: set[tuple[str, ...]] = set()
+        self._warned: set[str] = set()
+        self._lock = threading.Lock()
+
+    def passed(self, family: str, device: torch.device) -> bool:
+        """Whether kernels of the family may run on the device; warns, once, of one that may not."""
+        if device.type != "cuda" or not settings.selfcheck_enabled():
+            return True
+        machine = environment(device)
+        with self._lock:
+            if family not in self._found.setdefault(machine, recorded(device)):
+                self._check(machine, device)  # nobody has, or was stopped before this family
+            verdict = self._found[machine].get(family, "its self-check has not ended yet")
+            if isinstance(verdict, float):
+                return True
+            is_new = family not in self._warned
+            self._warned.add(family)
+        if is_new:
+            warnings.warn(
+                f"resnet_fused leaves out its kernels {family!r} on this machine: {verdict}. "
+                "Results stay right, by other kernels. `python -m resnet_fused.selfcheck --record` "
+                "repeats the check; please report what it prints.",
+                stacklevel=2,
+            )
+        return False
+
+    def _check(self, machine: tuple[str, ...], device: torch.device) -> None:
+        """Waits a while for the check of what has no verdict yet, once in a process."""
+        if machine in self._checked:
+            return
+        self._checked.add(machine)
+        print(
+            f"resnet_fused: checking the kernels on {machine[0]}, once on each machine "
+            "(RESNET_FUSED_SELFCHECK=off skips it) ...",
+            file=sys.stderr,
+        )
+        command = [sys.executable, "-m", "resnet_fused.selfcheck", "--record"]
+        # Not on a terminal, its lines would be noise in somebody's log.
+        output = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
+        start = time.monotonic()
+        child = self._start(command, stdout=output, stderr=output, start_new_session=True)
+        try:
+            child.wait(FIRST_CALL_SECONDS)
+        except subprocess.TimeoutExpired:
+            print("resnet_fused: the check goes on beside this program.", file=sys.stderr)
+        found = self._found[machine] = recorded(device)
+        taken = time.monotonic() - start
+        print(f"resnet_fused: {len(found)} families checked in {taken:.0f} s.", file=sys.stderr)
 
 
 def record(found: Times, device: torch.device) -> None:
@@ -54,45 +102,8 @@ def _file() -> TuningCache:
 
 
 @functools.cache
-def _verdicts(machine: tuple[str, ...]) -> Times:
-    title = "|".join(machine)
-    if (known := _file().get(title)) is not None:
-        return known
-    print(
-        f"resnet_fused: checking the kernels on {machine[0]}, once on each machine "
-        "(RESNET_FUSED_SELFCHECK=off skips it) ...",
-        file=sys.stderr,
-    )
-    command = [sys.executable, "-m", "resnet_fused.selfcheck", "--record"]
-    # Not on a terminal, its lines would be noise in somebody's log.
-    output = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
-    start = time.monotonic()
-    child = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
-    try:
-        child.wait(FIRST_CALL_SECONDS)
-    except subprocess.TimeoutExpired:
-        print("resnet_fused: the check goes on beside this program.", file=sys.stderr)
-    found = _file().get(title) or {}
-    taken = time.monotonic() - start
-    print(f"resnet_fused: {len(found)} families checked in {taken:.0f} s.", file=sys.stderr)
-    return found
-
-
-@functools.cache
-def _warn(family: str, verdict: object) -> None:
-    warnings.warn(
-        f"resnet_fused leaves out its kernels {family!r} on this machine: {verdict}. Results stay "
-        "right, by other kernels. `python -m resnet_fused.selfcheck` repeats the check; please "
-        "report what it prints.",
-        stacklevel=2,
-    )
-
-
-@functools.cache
 def environment(device: torch.device) -> tuple[str, ...]:
     """What measured times and verdicts are true for."""
-    from ... import __version__  # of the package, which imports this module
-
     try:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
@@ -121,3 +132,6 @@ def _driver() -> str:
     except (OSError, ValueError, IndexError):
         version: Callable[[], int] = torch._C._cuda_getDriverVersion  # type: ignore[attr-defined]
         return f"for CUDA {version()}"
+
+
+passed = Verdicts().passed

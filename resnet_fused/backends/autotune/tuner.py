@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ... import settings
 from ..base import Candidate, Candidates
@@ -57,16 +56,24 @@ class Tuner:
         self,
         measure: Callable[[Callable[[], object], torch.device], float] = measure,
         passed: Callable[[str, torch.device], bool] = families.passed,
+        environment: Callable[[torch.device], tuple[str, ...]] = families.environment,
         clock: Callable[[], float] = time.monotonic,
+        device_type: str = "cuda",
     ) -> None:
-        """`measure`: seconds of a call on a device. `passed`: whether a kernel family may run."""
+        """measure: seconds of a call on a device. passed: whether a kernel family may run.
+        environment: what a measured time is true for. clock: seconds, for the budget. device_type:
+        of the tensors whose calls are measured.
+        """
         self.generation = 0  # another one means that calls may be computed otherwise
         self._measure = measure
         self._passed = passed
+        self._environment = environment
         self._clock = clock
+        self._device_type = device_type
         self._chosen: dict[Hashable, Decision] = {}
         self._cache: TuningCache | None = None
-        self._spent = 0.0
+        self._spent = 0.0  # seconds, apart from those since `_since`
+        self._since: float | None = None  # when the measuring began that is going on
         self._unlimited = False
         self._share: tuple[int, int] | None = None
         self._lock = threading.RLock()  # a candidate may be made of ops that choose in turn
@@ -89,12 +96,13 @@ class Tuner:
         among: tells apart calls that choose among other candidates.
         per_image: see `Check`.
         """
-        measuring = self._may_measure(arguments)
-        place = (op, signature(arguments), among, measuring)
+        device = _device(arguments)
+        measuring = self._may_measure(device)
+        place = (op, device, signature(arguments), among, measuring)
         decision = None if self._preferred else self._chosen.get(place)
         if decision is None:
             decision = self._decide(
-                op, place, arguments, candidates, reference, measuring, per_image
+                op, place, device, arguments, candidates, reference, measuring, per_image
             )
         for watcher in self._watchers:
             watcher.append(decision)
@@ -148,12 +156,12 @@ class Tuner:
         self._chosen.clear()
         self.generation += 1
 
-    def _may_measure(self, arguments: Sequence[Any]) -> bool:
+    def _may_measure(self, device: torch.device) -> bool:
         """Whether choices are by measurement: on a GPU, unless it is switched off
-        (`RESNET_FUSED_TUNE`), a graph is being captured, or PyTorch is asked to be deterministic,
-        because candidates differ in the order of their sums."""
+        (`RESNET_FUSED_TUNE`) or PyTorch is asked to be deterministic, because candidates differ in
+        the order of their sums."""
         return (
-            _device(arguments).type == "cuda"
+            device.type == self._device_type
             and settings.tuning_enabled()
             and not torch.are_deterministic_algorithms_enabled()
         )
@@ -162,6 +170,7 @@ class Tuner:
         self,
         op: str,
         place: Hashable,
+        device: torch.device,
         arguments: Sequence[Any],
         candidates: Callable[[], Candidates],
         reference: Callable[..., Any],
@@ -173,7 +182,6 @@ class Tuner:
             for candidate in listed:
                 if candidate.name == self._preferred[-1]:
                     return Decision(op, described, candidate, {})
-        device = _device(arguments)
         options = [c for c in listed if not c.family or self._passed(c.family, device)]
         options = options or [Candidate("pytorch", reference)]
         times: Times = {}
@@ -187,7 +195,8 @@ class Tuner:
             if place in self._chosen and not self._preferred:
                 return self._chosen[place]
             if measuring and len(options) > 1:
-                times = self._times((op, *described), options, arguments, reference, per_image)
+                check = Check(reference, arguments, per_image)
+                times = self._times((op, *described), device, options, arguments, check)
             decision = Decision(op, described, _best(options, times), times)
             capturing = measuring and torch.cuda.is_current_stream_capturing()
             if not self._preferred and not capturing:
@@ -197,37 +206,50 @@ class Tuner:
     def _times(
         self,
         call: tuple[object, ...],
+        device: torch.device,
         options: Sequence[Candidate],
         arguments: Sequence[Any],
-        reference: Callable[..., Any],
-        per_image: bool,
+        check: Check,
     ) -> Times:
         """What is known of the options, from the cache or measured now, as far as time allows."""
         if self._cache is None:
             self._cache = TuningCache(settings.cache_directory() / FILE)
-        device = _device(arguments)
-        title = "|".join(map(str, (*families.environment(device), *call)))
+        title = "|".join(map(str, (*self._environment(device), *call)))
         known = dict(self._cache.get(title) or {})
         # Where time is short, what would run anyway and what it has to beat come first.
         first = [_best(options, {}), options[-1]]
         missing = [c for c in [*first, *options] if c.name not in known]
-        check = Check(reference, arguments, per_image)
         found: dict[str, float | str] = {}
-        for candidate in dict.fromkeys(missing):
-            if not self._unlimited and (self._spent >= BUDGET_SECONDS or not _may_take_time()):
-                break
-            start = self._clock()
-            try:
-                if not check.is_possible():
+        with self._spending():
+            for candidate in dict.fromkeys(missing):
+                if not (self._unlimited or (self._has_time() and _may_take_time())):
                     break
-                found[candidate.name] = self._try(candidate, check, arguments, device, title)
-            except torch.OutOfMemoryError:
-                break  # the op may fit where measuring does not, and trying again takes long
-            finally:
-                self._spent += 0.0 if self._unlimited else self._clock() - start
+                try:
+                    if not check.is_possible():
+                        break
+                    found[candidate.name] = self._try(candidate, check, arguments, device, title)
+                except torch.OutOfMemoryError:
+                    break  # the op may fit where measuring does not, and trying again takes long
         if found:
             self._cache.put(title, found)
         return {c.name: times[c.name] for c in options if c.name in (times := {**known, **found})}
+
+    @contextlib.contextmanager
+    def _spending(self) -> Iterator[None]:
+        """Counts the seconds of the block; those of measurements within measurements once."""
+        if self._since is not None or self._unlimited:
+            yield
+            return
+        self._since = self._clock()
+        try:
+            yield
+        finally:
+            self._spent += self._clock() - self._since
+            self._since = None
+
+    def _has_time(self) -> bool:
+        running = 0.0 if self._since is None else self._clock() - self._since
+        return self._spent + running < BUDGET_SECONDS
 
     def _try(
         self,
@@ -264,9 +286,9 @@ def _best(options: Sequence[Candidate], times: Mapping[str, float | str]) -> Can
 
 
 def _device(arguments: Sequence[Any]) -> torch.device:
-    first = arguments[0]
-    if not isinstance(first, Tensor):
-        first = next(leaf for leaf in tree_leaves(first) if isinstance(leaf, Tensor))
+    first: Any = arguments
+    while not isinstance(first, Tensor):
+        first = first[0]
     return first.device
 
 

@@ -1,16 +1,18 @@
 """Whether a candidate computes what the reference does, on the inputs it is to be measured with.
 
 Truth is the reference in float64, the yardstick PyTorch's own error in the inputs' dtype, as in the
-numerics contract (`resnet_fused.testing.numerics`). Memory that a candidate gets for its result is
-filled with NaN, so that an element which nobody writes shows.
+numerics contract (`resnet_fused.testing.numerics`), and beside it PyTorch's worst element, because
+one wrong element among millions does not show in a norm. Memory that a candidate gets for its
+result is filled with NaN, so that an element which nobody writes shows.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +20,22 @@ from torch.utils._pytree import tree_leaves
 
 from ...testing.numerics import cast, relative_error, rounding_floor
 
-_CHUNK_ELEMENTS = 2**25  # of the main input, in float64 at a time
-# Two results of one rounding each have the same error but for chance.
+CHUNK_ELEMENTS = 2**25  # of the main input, in float64 at a time
+# Two results of one rounding each have the same error but for chance, and the worst of their
+# elements up to a few times that of the other's.
 _NOISE = 1.1
+_NOISE_OF_WORST = 2.0
 # Of batch norm in float32 (`testing.numerics.bn_add_relu_roundings`), with a residual.
 _ROUNDINGS = 6
+
+
+class _Expected(NamedTuple):
+    """What a result has to be like: its dtype, the error in the norm and that of any element."""
+
+    truth: Tensor
+    dtype: torch.dtype
+    error: float
+    worst: float
 
 
 class Check:
@@ -43,7 +56,7 @@ class Check:
         if not self._per_image:
             return _tensors(self._reference(*cast(list(self._arguments), torch.float64)))
         images = len(x)
-        step = max(1, _CHUNK_ELEMENTS * images // x.numel())
+        step = max(1, CHUNK_ELEMENTS * images // x.numel())
         parts = []
         for first in range(0, images, step):
             chunk = [
@@ -54,12 +67,23 @@ class Check:
         return [torch.cat(parts)]
 
     @functools.cached_property
-    def _allowed(self) -> list[float]:
-        eager = _tensors(self._reference(*self._arguments))
-        return [
-            max(_NOISE * relative_error(own, truth), rounding_floor(_ROUNDINGS, torch.float32))
-            for own, truth in zip(eager, self._truth, strict=True)
-        ]
+    def _expected(self) -> list[_Expected]:
+        found = []
+        for eager, truth in zip(
+            _tensors(self._reference(*self._arguments)), self._truth, strict=True
+        ):
+            error = _NOISE * relative_error(eager, truth)
+            worst = _NOISE_OF_WORST * _worst(eager, truth)
+            rounding = torch.finfo(torch.float32).eps / 2
+            found.append(
+                _Expected(
+                    truth,
+                    eager.dtype,
+                    max(error, rounding_floor(_ROUNDINGS, torch.float32)),
+                    max(worst, _ROUNDINGS * rounding * truth.abs().max().item()),
+                )
+            )
+        return found
 
     def is_possible(self) -> bool:
         """Whether there is anything to hold a result against: not where inputs hold NaN."""
@@ -67,19 +91,32 @@ class Check:
 
     def fault(self, launch: Callable[..., Any]) -> str | None:
         """What is wrong with the result of `launch(*arguments)`, or None."""
-        with _uninitialised_memory_is_nan():
+        with uninitialised_memory_is_nan():
             results = _tensors(launch(*self._arguments))
-        for i, (own, truth, allowed) in enumerate(
-            zip(results, self._truth, self._allowed, strict=True)
-        ):
-            if own.shape != truth.shape:
-                return f"result {i} has shape {tuple(own.shape)} instead of {tuple(truth.shape)}"
-            unwritten = int(own.isnan().sum())
-            if unwritten:
-                return f"result {i}: {unwritten} of {own.numel()} elements are NaN or unwritten"
-            if (error := relative_error(own, truth)) > allowed:
-                return f"result {i} has an error of {error:.3e} where {allowed:.3e} is allowed"
+        for i, (own, expected) in enumerate(zip(results, self._expected, strict=True)):
+            if fault := _fault(own, expected):
+                return f"result {i} {fault}"
         return None
+
+
+def _fault(own: Tensor, expected: _Expected) -> str | None:
+    truth = expected.truth
+    if (own.shape, own.dtype) != (truth.shape, expected.dtype):
+        return (
+            f"is {own.dtype} of shape {tuple(own.shape)} instead of {expected.dtype} of shape "
+            f"{tuple(truth.shape)}"
+        )
+    if unwritten := int(own.isnan().sum()):
+        return f"has {unwritten} of {own.numel()} elements that are NaN or unwritten"
+    if (error := relative_error(own, truth)) > expected.error:
+        return f"has an error of {error:.3e} where {expected.error:.3e} is allowed"
+    if (worst := _worst(own, truth)) > expected.worst:
+        return f"has an element that is {worst:.3e} off where {expected.worst:.3e} is allowed"
+    return None
+
+
+def _worst(own: Tensor, truth: Tensor) -> float:
+    return (own.double() - truth).abs().max().item()
 
 
 def _tensors(result: Any) -> list[Tensor]:
@@ -87,15 +124,20 @@ def _tensors(result: Any) -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def _uninitialised_memory_is_nan() -> Iterator[None]:
-    """Within the block, PyTorch fills what `torch.empty` returns."""
+def uninitialised_memory_is_nan() -> Iterator[None]:
+    """Within the block, PyTorch fills what `torch.empty` returns, as it does in its deterministic
+    mode. That mode's warnings are for those who asked for it."""
+    # torch.use_deterministic_algorithms would import Inductor, which takes seconds.
+    set_mode: Callable[..., None] = torch._C._set_deterministic_algorithms
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    set_mode(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*(deterministic impl|Deterministic behavior)")
+            yield
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        set_mode(deterministic, warn_only=warn_only)

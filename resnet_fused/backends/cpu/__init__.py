@@ -29,7 +29,7 @@ class CpuBackend:
 
     def __init__(self) -> None:
         extension = _extension.load()
-        self._extension = extension
+        self.extension = extension
         self._convolutions: LiveCache[PackedConvolution | OneDnnConvolution] = LiveCache(extension)
         self._stems: LiveCache[PooledStem] = LiveCache(extension)
         self._own = set()  # dtypes that our kernels convolve, and as fast as any
@@ -55,7 +55,7 @@ class CpuBackend:
     def bn_add_relu(
         self, x: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool
     ) -> Candidates:
-        return (Candidate("cpu", functools.partial(bn_add_relu, self._extension)),)
+        return (Candidate("cpu", functools.partial(bn_add_relu, self.extension)),)
 
     def conv_bn(self, x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool) -> Candidates:
         return (Candidate("cpu", self._conv_bn),)
@@ -81,7 +81,7 @@ class CpuBackend:
         return (Candidate("cpu", self._stem),)
 
     def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Candidates:
-        return (Candidate("cpu", functools.partial(head, self._extension)),)
+        return (Candidate("cpu", functools.partial(head, self.extension)),)
 
     def _conv_bn(self, x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool) -> Tensor:
         return self._pack(x, layer.conv)(x, layer.bn, residual, relu)
@@ -102,7 +102,7 @@ class CpuBackend:
     def _stem(self, x: Tensor, layer: ConvBn, pool: MaxPool) -> Tensor:
         conv, bn = layer
         keep_freed_memory()
-        packed = self._stems.get(conv.weight, None, lambda: PooledStem(self._extension, conv))
+        packed = self._stems.get(conv.weight, None, lambda: PooledStem(self.extension, conv))
         return packed(x, bn)
 
     def _pack(self, x: Tensor, conv: Convolution) -> PackedConvolution | OneDnnConvolution:
@@ -113,8 +113,8 @@ class CpuBackend:
 
         def pack() -> PackedConvolution | OneDnnConvolution:
             if own:
-                return PackedConvolution(self._extension, conv, winograd)
-            return OneDnnConvolution(self._extension, conv)
+                return PackedConvolution(self.extension, conv, winograd)
+            return OneDnnConvolution(self.extension, conv)
 
         return self._convolutions.get(conv.weight, form, pack)
 

@@ -44,7 +44,7 @@ class CudaBackend:
 
     def __init__(self, extension: ModuleType, tile: Any = None) -> None:
         """`tile`: the ConvTile that every convolution takes; by default each has its own."""
-        self._extension = extension
+        self.extension = extension
         self._launcher = self._make_launcher(extension)
         self._tile = tile
         self._unloadable = functools.cache(self._check_device)
@@ -55,12 +55,12 @@ class CudaBackend:
     @property
     def tiles(self) -> list[str]:
         """The tiles of our convolutions, of all GPUs, as candidates and families name them."""
-        return list(self._extension.ConvTile.__members__)
+        return list(self.extension.ConvTile.__members__)
 
     def _check_device(self, index: int) -> str | None:
         with torch.cuda.device(index):
             try:
-                self._extension.cuda_check_device(index)
+                self.extension.cuda_check_device(index)
             except RuntimeError as error:
                 return str(error)
         return None
@@ -108,10 +108,7 @@ class CudaBackend:
         if self._tile is not None:
             names = [self._tile.name]
         else:
-            out, _, call = self._launcher.conv_bn_call(main, projection, residual, relu)
-            place = self._launcher.place(out.device)
-            served = self._extension.cuda_conv_bn_tiles(*call, place)
-            names = ["automatic", *(tile.name for tile in served)]
+            names = ["automatic", *self._launcher.tiles(main, projection, residual, relu)]
         return [
             Candidate(f"cuda {name}", functools.partial(launch, name), f"cuda conv_bn {name}")
             for name in names
@@ -154,11 +151,10 @@ class CudaBackend:
         layers = [layer1, layer2, layer3, *([] if projection is None else [projection])]
         if not _resnet_bottleneck(x, [conv for conv, _ in layers]):
             return ()
-        block, _ = self._launcher.block(x, layers)
-        device = self._launcher.place(x.device)
-        if not block.offered(device):
+        if not self._launcher.can_implement_bottleneck(x, layers):
             return ()
-        return (Candidate("cuda fused", self._bottleneck, "cuda bottleneck", block.pays(device)),)
+        profitable = self._launcher.is_bottleneck_profitable(x, layers)
+        return (Candidate("cuda fused", self._bottleneck, "cuda bottleneck", profitable),)
 
     def _bottleneck(
         self,

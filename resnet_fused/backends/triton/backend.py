@@ -1,8 +1,7 @@
-"""The ops of backend `triton`: which kernel serves which call, on the tensor's own device."""
+"""Backend `triton`: the kernels and launch configurations that serve each call of an op."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 
 import torch
@@ -11,10 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ...parameters import BatchNorm, ConvBn, MaxPool
-from .. import LayerByLayer
-from ..tuning import Tuner
-from . import convolution, elementwise, stem
-from .head import head
+from .. import Candidates
+from .convolution import list_conv_bn, list_conv_bn_projection
+from .elementwise import list_bn_add_relu
+from .head import list_head
+from .stem import list_stem
 from .training import TritonTraining
 
 # Decided when the kernels are defined, that is, when this module is imported.
@@ -45,21 +45,11 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device's current stream: make it the tensor's device."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
-
-
-class TritonBackend(LayerByLayer):
-    """Implements `resnet_fused.backends.Backend`; keeps the launch configurations it chose."""
+class TritonBackend:
+    """Implements `resnet_fused.backends.Backend`."""
 
     name = "triton"
-
-    def __init__(self) -> None:
-        self._tuner = Tuner("triton")
-        self.training = TritonTraining(self._tuner)
+    training = TritonTraining()
 
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if dtype not in _DTYPES:
@@ -82,24 +72,31 @@ class TritonBackend(LayerByLayer):
             )
         return None
 
-    def bn_add_relu(self, x: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool) -> Tensor:
-        with _on(x.device):
-            return elementwise.bn_add_relu(x, bn, residual, relu)
+    def bn_add_relu(
+        self, x: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool
+    ) -> Candidates:
+        return list_bn_add_relu()
 
-    def conv_bn(self, x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool) -> Tensor:
-        with _on(x.device):
-            return convolution.conv_bn(self._tuner, x, layer, residual, relu)
+    def conv_bn(self, x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool) -> Candidates:
+        return list_conv_bn(x, layer)
 
     def conv_bn_projection(
         self, x: Tensor, layer: ConvBn, shortcut: Tensor, projection: ConvBn
-    ) -> Tensor:
-        with _on(x.device):
-            return convolution.conv_bn_projection(self._tuner, x, layer, shortcut, projection)
+    ) -> Candidates:
+        return list_conv_bn_projection(x, layer, projection)
 
-    def stem(self, x: Tensor, layer: ConvBn, pool: MaxPool) -> Tensor:
-        with _on(x.device):
-            return stem.stem(self._tuner, x, layer, pool)
+    def bottleneck(
+        self,
+        x: Tensor,
+        layer1: ConvBn,
+        layer2: ConvBn,
+        layer3: ConvBn,
+        projection: ConvBn | None,
+    ) -> Candidates:
+        return ()
 
-    def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        with _on(x.device):
-            return head(self._tuner, x, weight, bias)
+    def stem(self, x: Tensor, layer: ConvBn, pool: MaxPool) -> Candidates:
+        return list_stem(x, layer, pool)
+
+    def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Candidates:
+        return list_head(x, weight)

@@ -3,7 +3,7 @@
 Algorithm: implicit GEMM on NHWC activations and KRSC weights; a program computes BLOCK_M output
 positions × BLOCK_N output channels, 16-byte asynchronous copies feeding tensor cores through
 `num_stages` buffers. The epilogue normalises the float32 accumulator with live batch norm
-parameters, adds, rectifies, rounds once and stores.
+parameters, adds, applies ReLU, rounds once and stores.
 Tiles: 128×256, 256×128, 128×128 and smaller; BLOCK_C input channels a step (64 for 16-bit types).
 Memory traffic: x once (again from L2 for each column tile and each tap), the weights from L2, the
 residual once, in place where it is a strided view (shortcut option A), the result once. The
@@ -16,28 +16,34 @@ where PyTorch confines it to its group.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...parameters import ConvBn, Convolution
-from ..tuning import Tuner, describe
+from ...parameters import ConvBn
+from .. import Candidates
+from . import launching
 from .launching import (
     Config,
-    Machine,
+    Image,
+    Launch,
+    Tile,
+    Window,
     convolution_precision,
-    dense,
+    dense_layer,
     empty_nhwc,
     is_wide,
-    launch,
-    machine,
     nhwc,
-    strided_operand,
+    planned,
+    readable,
+    strides_beside,
 )
-from .primitives import convolve, normalise, rectify, strided_rows, tile_index
+from .primitives import convolve, normalise, relu, strided_rows, tile_index
 
+_FAMILY = "triton conv_bn"
 _PACKED_CHANNELS = 32
 SLICE = tl.constexpr(32)
 
@@ -73,24 +79,35 @@ def finish(
 
     `residual_row`: where the residual's rows begin, of `residual_channels` channels each; None
     where it is laid out like the result.
-    Wide tiles are finished in slices, else the terms of all columns are live at once and spill.
+    Wide tiles are finished in slices, else scale and shift of all columns are live at once, which
+    spills.
     """
     if BLOCK_N > SLICE:
-        left, right = halves(acc, BLOCK_M, BLOCK_N)
-        other_left = None
-        other_right = None
+        accs = halves(acc, BLOCK_M, BLOCK_N)
+        other_accs = (None, None)
         if other_acc is not None:
-            other_left, other_right = halves(other_acc, BLOCK_M, BLOCK_N)
-        finish(
-            left, bn, other_left, other_bn, residual, residual_row, residual_channels,
-            out, row, in_rows, first_column, first_channel, out_channels, K, RELU,
-            EXACT, BLOCK_M, BLOCK_N // 2,
-        )  # fmt: skip
-        finish(
-            right, bn, other_right, other_bn, residual, residual_row, residual_channels,
-            out, row, in_rows, first_column + BLOCK_N // 2, first_channel, out_channels, K, RELU,
-            EXACT, BLOCK_M, BLOCK_N // 2,
-        )  # fmt: skip
+            other_accs = halves(other_acc, BLOCK_M, BLOCK_N)
+        for half in tl.static_range(2):
+            finish(
+                accs[half],
+                bn,
+                other_accs[half],
+                other_bn,
+                residual,
+                residual_row,
+                residual_channels,
+                out,
+                row,
+                in_rows,
+                first_column + half * (BLOCK_N // 2),
+                first_channel,
+                out_channels,
+                K,
+                RELU,
+                EXACT,
+                BLOCK_M,
+                BLOCK_N // 2,
+            )
     else:
         column = first_column + tl.arange(0, BLOCK_N)
         channel = first_channel + column
@@ -108,7 +125,7 @@ def finish(
                 present = mask & (channel < residual_channels)[None, :]
             value += tl.load(residual + place, present, other=0.0).to(tl.float32)
         if RELU:
-            value = rectify(value)
+            value = relu(value)
         tl.store(out + offset, value.to(out.dtype.element_ty), mask)
 
 
@@ -116,150 +133,133 @@ def finish(
 def conv_bn_kernel(
     x,
     weight,
-    mean,
-    var,
-    gamma,
-    beta,
+    bn,
     residual,
-    residual_channels,
-    residual_n,
-    residual_h,
-    residual_w,
     out,
-    eps,
-    rows,
-    H,
-    W,
-    C,
-    P,
-    Q,
-    K,
-    in_channels,
-    out_channels,
+    residual_channels,
+    residual_strides,
+    gemm,
+    image,
+    result,
     RELU: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    POINTWISE: tl.constexpr,
-    PADDED: tl.constexpr,
-    GROUP_IN: tl.constexpr,
-    GROUP_OUT: tl.constexpr,
+    WINDOW: tl.constexpr,
     EVEN: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Grid: (tiles of rows × out_channels, packs). A pack (all channels where groups = 1) maps its
-    `in_channels` to its `out_channels`; C and K count the channels of all packs. residual_channels
-    and the residual's strides are None where it is laid out like the result."""
-    row, first_column = tile_index(rows, out_channels, BLOCK_M, BLOCK_N, WIDE)
+    """Grid: (tiles of rows × columns, packs). A pack (all channels where groups = 1) maps its
+    `gemm.channels` to its `gemm.columns`. residual_strides is None where the residual is laid out
+    like the result."""
+    row, first_column = tile_index(gemm.rows, gemm.columns, TILE.m, TILE.n, TILE.is_wide)
     pack = tl.program_id(1)
-    column = first_column + tl.arange(0, BLOCK_N)
-    column = pack * out_channels + tl.where(column < out_channels, column, 0)
+    column = first_column + tl.arange(0, TILE.n)
+    column = pack * gemm.columns + tl.where(column < gemm.columns, column, 0)
     acc = convolve(
-        x, weight, tl.where(row < rows, row, 0), column, pack * in_channels,
-        H, W, C, P, Q, in_channels,
-        R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W,
-        POINTWISE, PADDED, GROUP_IN, GROUP_OUT, EVEN, WIDE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_C,
-    )  # fmt: skip
+        x,
+        None,
+        weight,
+        tl.where(row < gemm.rows, row, 0),
+        column,
+        pack * gemm.channels,
+        image,
+        result,
+        gemm.channels,
+        EVEN,
+        WINDOW,
+        TILE,
+    )
     residual_row = None
-    if residual_channels is not None:
-        residual_row = strided_rows(row, P, Q, residual_n, residual_h, residual_w)
+    if residual_strides is not None:
+        residual_row = strided_rows(row, result.h, result.w, residual_strides)
     finish(
-        acc, (mean, var, gamma, beta, eps), None, None, residual, residual_row, residual_channels,
-        out, row, row < rows, first_column, pack * out_channels, out_channels, K, RELU,
-        out.dtype.element_ty == tl.float32 and PRECISION == "ieee", BLOCK_M, BLOCK_N,
-    )  # fmt: skip
+        acc,
+        bn,
+        None,
+        None,
+        residual,
+        residual_row,
+        residual_channels,
+        out,
+        row,
+        row < gemm.rows,
+        first_column,
+        pack * gemm.columns,
+        gemm.columns,
+        result.c,
+        RELU,
+        out.dtype.element_ty == tl.float32 and TILE.precision == "ieee",
+        TILE.m,
+        TILE.n,
+    )
 
 
 @triton.jit
 def conv_bn_projection_kernel(
     x,
     weight,
-    mean,
-    var,
-    gamma,
-    beta,
+    bn,
     shortcut,
     projection,
-    projection_mean,
-    projection_var,
-    projection_gamma,
-    projection_beta,
+    projection_bn,
     out,
-    eps,
-    projection_eps,
-    rows,
-    H,
-    W,
-    C,
-    P,
-    Q,
-    K,
-    SHORTCUT_H,
-    SHORTCUT_W,
-    SHORTCUT_C,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    POINTWISE: tl.constexpr,
-    PADDED: tl.constexpr,
-    PROJECTION_STRIDE_H: tl.constexpr,
-    PROJECTION_STRIDE_W: tl.constexpr,
+    image,
+    shortcut_image,
+    result,
+    gemm,
+    WINDOW: tl.constexpr,
+    PROJECTION_WINDOW: tl.constexpr,
     EVEN: tl.constexpr,
     SHORTCUT_EVEN: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Grid: (tiles of rows × K,). Two products, each normalised by its own terms, one store."""
-    row, first_column = tile_index(rows, K, BLOCK_M, BLOCK_N, WIDE)
-    column = first_column + tl.arange(0, BLOCK_N)
-    column = tl.where(column < K, column, 0)
-    safe_row = tl.where(row < rows, row, 0)
-    acc = convolve(
-        x, weight, safe_row, column, 0, H, W, C, P, Q, C,
-        R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W,
-        POINTWISE, PADDED, 0, 0, EVEN, WIDE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_C,
-    )  # fmt: skip
+    """Grid: (tiles of rows × columns,). Two products, each with its own normalisation, one
+    store."""
+    row, first_column = tile_index(gemm.rows, gemm.columns, TILE.m, TILE.n, TILE.is_wide)
+    column = first_column + tl.arange(0, TILE.n)
+    column = tl.where(column < gemm.columns, column, 0)
+    safe_row = tl.where(row < gemm.rows, row, 0)
+    acc = convolve(x, None, weight, safe_row, column, 0, image, result, image.c, EVEN, WINDOW, TILE)
     projected = convolve(
-        shortcut, projection, safe_row, column, 0,
-        SHORTCUT_H, SHORTCUT_W, SHORTCUT_C, P, Q, SHORTCUT_C,
-        1, 1, PROJECTION_STRIDE_H, PROJECTION_STRIDE_W, 0, 0, 1, 1,
-        PROJECTION_STRIDE_H == 1 and PROJECTION_STRIDE_W == 1, False, 0, 0,
-        SHORTCUT_EVEN, WIDE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_C,
-    )  # fmt: skip
+        shortcut,
+        None,
+        projection,
+        safe_row,
+        column,
+        0,
+        shortcut_image,
+        result,
+        shortcut_image.c,
+        SHORTCUT_EVEN,
+        PROJECTION_WINDOW,
+        TILE,
+    )
     finish(
-        acc, (mean, var, gamma, beta, eps), projected,
-        (projection_mean, projection_var, projection_gamma, projection_beta, projection_eps),
-        None, None, None, out, row, row < rows, first_column, 0, K, K, True,
-        out.dtype.element_ty == tl.float32 and PRECISION == "ieee", BLOCK_M, BLOCK_N,
-    )  # fmt: skip
+        acc,
+        bn,
+        projected,
+        projection_bn,
+        None,
+        None,
+        None,
+        out,
+        row,
+        row < gemm.rows,
+        first_column,
+        0,
+        gemm.columns,
+        result.c,
+        True,
+        out.dtype.element_ty == tl.float32 and TILE.precision == "ieee",
+        TILE.m,
+        TILE.n,
+    )
 
 
 class Gemm(NamedTuple):
-    """The size of an implicit GEMM, repeated `packs` times."""
+    """The size of an implicit GEMM, as kernels take it."""
 
     rows: int
     columns: int
-    channels: int
-    taps: int = 1
-    packs: int = 1
-    accumulators: int = 1
+    channels: int  # of the inner dimension, for each tap
 
 
 _TENSOR_CORE = (
@@ -298,34 +298,41 @@ def _cut(blocks: tuple[int, ...], gemm: Gemm) -> tuple[int, int, int]:
     )
 
 
-def candidates(gemm: Gemm, itemsize: int, precision: str, limits: Machine) -> list[Config]:
-    """Launch configurations worth measuring, the best by rule first.
+def configurations(
+    gemm: Gemm,
+    like: Tensor,
+    precision: str,
+    taps: int = 1,
+    packs: int = 1,
+    accumulators: int = 1,
+) -> list[Config]:
+    """Launch configurations worth measuring for `packs` GEMMs of operands like `like`, the
+    heuristic's choice first.
 
-    The rule: rounds of programs over the processors × the cost of a tile, which is its products
-    plus its operands' traffic (64 products' worth for each row or column). Tiles over 128×128
-    fill a processor alone, so they are left to inner dimensions long enough to hide an epilogue.
+    The heuristic: rounds of programs over the SMs × the cost of a tile, which is its products plus
+    its operands' traffic (64 products' worth for each row or column). Tiles over 128×128 fill an SM
+    alone, so they are left to inner dimensions long enough to hide an epilogue.
     """
+    limits, itemsize = launching.machine(like.device), like.element_size()
     if limits.interpreted:  # its time goes with the number of steps more than with their size
         block_m = min(128, max(16, triton.next_power_of_2(gemm.rows)))
         return [Config(_cut((block_m, 256, 128), gemm), 4, 1)]
     fma = itemsize == 4 and precision == "ieee"
-    fitting: dict[Config, float] = {}
+    costs: dict[Config, float] = {}
     for (block_m, block_n, block_c), warps, stages in _FMA if fma else _TENSOR_CORE:
         if itemsize == 4 and not fma:
             block_c //= 2
-        if gemm.accumulators * block_m * block_n > warps * 32 * 128:
+        if accumulators * block_m * block_n > warps * 32 * 128:
             continue
-        if block_m * block_n > 128 * 128 and gemm.taps * gemm.channels < 512:
+        if block_m * block_n > 128 * 128 and taps * gemm.channels < 512:
             continue
         block_m, block_n, block_c = _cut((block_m, block_n, block_c), gemm)
         if stages * (block_m + block_n) * block_c * itemsize > limits.shared_bytes:
             continue
-        tiles = triton.cdiv(gemm.rows, block_m) * triton.cdiv(gemm.columns, block_n) * gemm.packs
-        cost = triton.cdiv(tiles, limits.processors) * (
-            block_m * block_n + 64 * (block_m + block_n)
-        )
-        fitting.setdefault(Config((block_m, block_n, block_c), warps, stages), cost)
-    return sorted(fitting, key=fitting.__getitem__)[:_MEASURED]
+        tiles = triton.cdiv(gemm.rows, block_m) * triton.cdiv(gemm.columns, block_n) * packs
+        cost = triton.cdiv(tiles, limits.num_sms) * (block_m * block_n + 64 * (block_m + block_n))
+        costs.setdefault(Config((block_m, block_n, block_c), warps, stages), cost)
+    return sorted(costs, key=costs.__getitem__)[:_MEASURED]
 
 
 def _groups_per_pack(groups: int, group_in: int, group_out: int) -> int:
@@ -333,109 +340,157 @@ def _groups_per_pack(groups: int, group_in: int, group_out: int) -> int:
     return max(n for n in range(1, min(most, groups) + 1) if groups % n == 0)
 
 
-def window(conv: Convolution) -> dict[str, Any]:
-    """The compile-time description of a convolution's window."""
-    return {
-        "R": conv.weight.shape[2],
-        "S": conv.weight.shape[3],
-        "STRIDE_H": conv.stride[0],
-        "STRIDE_W": conv.stride[1],
-        "PAD_H": conv.padding[0],
-        "PAD_W": conv.padding[1],
-        "DILATION_H": conv.dilation[0],
-        "DILATION_W": conv.dilation[1],
-        "POINTWISE": conv.is_pointwise(),
-    }
+class _Plan(NamedTuple):
+    """A launch, and the shape of what it writes."""
+
+    shape: tuple[int, int, int, int]
+    launch: Launch
 
 
-def conv_bn(tuner: Tuner, x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool) -> Tensor:
-    """relu?(bn(conv(x)) (+ residual)): see `resnet_fused.reference.ops.conv_bn`."""
-    conv, bn = layer
-    x, weight = nhwc(x), nhwc(conv.weight)
-    batch, channels, height, width = x.shape
-    filters, group_in, r, s = weight.shape
-    p, q = conv.output_size(height, width)
-    out = empty_nhwc((batch, filters, p, q), x)
-    residual, layout = strided_operand(residual, out)
-    group_out = filters // conv.groups
+def _result_shape(x: Tensor, layer: ConvBn) -> tuple[int, int, int, int]:
+    return (x.shape[0], len(layer.conv.weight), *layer.conv.output_size(*x.shape[2:]))
+
+
+def _packing(x: Tensor, layer: ConvBn) -> tuple[int, Gemm]:
+    """How many groups a tile packs, and the GEMM of a pack."""
+    conv = layer.conv
+    batch, filters, p, q = _result_shape(x, layer)
+    group_in, group_out = conv.weight.shape[1], filters // conv.groups
     packed = _groups_per_pack(conv.groups, group_in, group_out)
-    packs = conv.groups // packed
-    gemm = Gemm(batch * p * q, packed * group_out, packed * group_in, r * s, packs)
-    wide = is_wide(x, weight, out, *([] if residual is None else [residual]))
+    return packed, Gemm(batch * p * q, packed * group_out, packed * group_in)
+
+
+def list_conv_bn(x: Tensor, layer: ConvBn) -> Candidates:
+    """Candidates of op `conv_bn`."""
+    packed, gemm = _packing(x, layer)
+    r, s = layer.conv.weight.shape[2:]
     precision = convolution_precision(x.dtype)
+    configs = configurations(gemm, x, precision, r * s, layer.conv.groups // packed)
+    return launching.candidates(conv_bn, configs, _FAMILY)
 
-    def run(config: Config) -> None:
-        block_m, block_n, block_c = config.blocks
-        tiles = triton.cdiv(gemm.rows, block_m) * triton.cdiv(gemm.columns, block_n)
-        launch(
-            conv_bn_kernel, (tiles, packs), config,
-            x, weight, *dense(bn), residual, *layout, out, bn.eps,
-            gemm.rows, height, width, channels, p, q, filters, gemm.channels, gemm.columns,
-            RELU=relu, **window(conv), PADDED=max(conv.padding) > 0,
-            GROUP_IN=group_in if packed > 1 else 0, GROUP_OUT=group_out if packed > 1 else 0,
-            EVEN=gemm.channels % block_c == 0, WIDE=wide, PRECISION=precision,
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
-        )  # fmt: skip
 
-    tuner.run(
-        ("conv_bn", *describe(x, conv, residual), wide),
-        x.device,
-        lambda: candidates(gemm, x.element_size(), precision, machine(x.device)),
-        run,
+@planned
+def _plan_conv_bn(
+    config: Config,
+    x: Tensor,
+    layer: ConvBn,
+    residual: Tensor | None,
+    relu: bool,
+    precision: str,
+) -> _Plan:
+    conv, _ = layer
+    packed, gemm = _packing(x, layer)
+    shape = _result_shape(x, layer)
+    out = x.new_empty(shape, device="meta").contiguous(memory_format=torch.channels_last)
+    window = Window.of(conv)
+    if packed > 1:
+        window = window._replace(packed_in=conv.weight.shape[1], packed_out=gemm.columns // packed)
+    block_m, block_n, block_c = config.blocks
+    tiles = triton.cdiv(gemm.rows, block_m) * triton.cdiv(gemm.columns, block_n)
+    return _Plan(
+        shape,
+        Launch(
+            conv_bn_kernel,
+            (tiles, conv.groups // packed),
+            config,
+            x.device,
+            residual_channels=None if residual is None else residual.shape[1],
+            residual_strides=strides_beside(residual, out),
+            image=Image.of(x),
+            result=Image.of(out),
+            gemm=gemm,
+            RELU=relu,
+            WINDOW=window,
+            EVEN=gemm.channels % block_c == 0,
+            TILE=Tile(block_m, block_n, block_c, is_wide(x, conv.weight, out, residual), precision),
+        ),
     )
+
+
+def conv_bn(
+    config: Config, x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool
+) -> Tensor:
+    """relu?(bn(conv(x)) (+ residual)): see `resnet_fused.reference.ops.conv_bn`."""
+    x, layer, residual = nhwc(x), dense_layer(layer), readable(residual)
+    plan = _plan_conv_bn(config, x, layer, residual, relu, convolution_precision(x.dtype))
+    out = empty_nhwc(plan.shape, x)
+    plan.launch(x, layer.conv.weight, layer.bn, residual, out)
     return out
 
 
-def is_projection(conv: Convolution, projection: Convolution) -> bool:
-    """Whether `conv_bn_projection` has a kernel for this pair of convolutions."""
-    return (
-        conv.groups == 1
-        and projection.groups == 1
-        and tuple(projection.weight.shape[2:]) == (1, 1)
-        and tuple(projection.padding) == (0, 0)
+def list_conv_bn_projection(x: Tensor, layer: ConvBn, projection: ConvBn) -> Candidates:
+    """Candidates of op `conv_bn_projection`: for a plain strided 1×1 projection."""
+    conv, other = layer.conv, projection.conv
+    if conv.groups > 1 or other.groups > 1:
+        return ()
+    if tuple(other.weight.shape[2:]) != (1, 1) or tuple(other.padding) != (0, 0):
+        return ()
+    _, gemm = _packing(x, layer)
+    r, s = conv.weight.shape[2:]
+    configs = configurations(gemm, x, convolution_precision(x.dtype), r * s, accumulators=2)
+    return launching.candidates(conv_bn_projection, configs, _FAMILY)
+
+
+@planned
+def _plan_conv_bn_projection(
+    config: Config,
+    x: Tensor,
+    layer: ConvBn,
+    shortcut: Tensor,
+    projection: ConvBn,
+    precision: str,
+) -> _Plan:
+    _, gemm = _packing(x, layer)
+    shape = _result_shape(x, layer)
+    out = x.new_empty(shape, device="meta")
+    block_m, block_n, block_c = config.blocks
+    tiles = triton.cdiv(gemm.rows, block_m) * triton.cdiv(gemm.columns, block_n)
+    return _Plan(
+        shape,
+        Launch(
+            conv_bn_projection_kernel,
+            (tiles,),
+            config,
+            x.device,
+            image=Image.of(x),
+            shortcut_image=Image.of(shortcut),
+            result=Image.of(out),
+            gemm=gemm,
+            WINDOW=Window.of(layer.conv),
+            PROJECTION_WINDOW=Window.of(projection.conv),
+            EVEN=x.shape[1] % block_c == 0,
+            SHORTCUT_EVEN=shortcut.shape[1] % block_c == 0,
+            TILE=Tile(
+                block_m,
+                block_n,
+                block_c,
+                is_wide(x, layer.conv.weight, shortcut, projection.conv.weight, out),
+                precision,
+            ),
+        ),
     )
 
 
 def conv_bn_projection(
-    tuner: Tuner, x: Tensor, layer: ConvBn, shortcut: Tensor, projection_layer: ConvBn
+    config: Config, x: Tensor, layer: ConvBn, shortcut: Tensor, projection: ConvBn
 ) -> Tensor:
-    """relu(bn(conv(x)) + bn'(conv'(shortcut))); two launches where the projection is not a plain
-    strided 1×1 convolution."""
-    (conv, bn), (projection, projection_bn) = layer, projection_layer
-    if not is_projection(conv, projection):
-        residual = conv_bn(tuner, shortcut, projection_layer, None, False)
-        return conv_bn(tuner, x, layer, residual, True)
-
-    x, weight = nhwc(x), nhwc(conv.weight)
-    shortcut, projection_weight = nhwc(shortcut), nhwc(projection.weight)
-    batch, channels, height, width = x.shape
-    shortcut_channels, shortcut_height, shortcut_width = shortcut.shape[1:]
-    filters, _, r, s = weight.shape
-    p, q = conv.output_size(height, width)
-    out = empty_nhwc((batch, filters, p, q), x)
-    gemm = Gemm(batch * p * q, filters, channels, r * s, accumulators=2)
-    wide = is_wide(x, weight, shortcut, projection_weight, out)
+    """relu(bn(conv(x)) + bn'(conv'(shortcut))) in one launch."""
+    x, layer, shortcut, projection = (
+        nhwc(x),
+        dense_layer(layer),
+        nhwc(shortcut),
+        dense_layer(projection),
+    )
     precision = convolution_precision(x.dtype)
-
-    def run(config: Config) -> None:
-        block_m, block_n, block_c = config.blocks
-        tiles = triton.cdiv(gemm.rows, block_m) * triton.cdiv(gemm.columns, block_n)
-        launch(
-            conv_bn_projection_kernel, (tiles,), config,
-            x, weight, *dense(bn), shortcut, projection_weight, *dense(projection_bn), out,
-            bn.eps, projection_bn.eps, gemm.rows, height, width, channels, p, q, filters,
-            shortcut_height, shortcut_width, shortcut_channels,
-            **window(conv), PADDED=max(conv.padding) > 0,
-            PROJECTION_STRIDE_H=projection.stride[0], PROJECTION_STRIDE_W=projection.stride[1],
-            EVEN=channels % block_c == 0, SHORTCUT_EVEN=shortcut_channels % block_c == 0,
-            WIDE=wide, PRECISION=precision,
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
-        )  # fmt: skip
-
-    tuner.run(
-        ("conv_bn_projection", *describe(x, conv, shortcut, projection), wide),
-        x.device,
-        lambda: candidates(gemm, x.element_size(), precision, machine(x.device)),
-        run,
+    plan = _plan_conv_bn_projection(config, x, layer, shortcut, projection, precision)
+    out = empty_nhwc(plan.shape, x)
+    plan.launch(
+        x,
+        layer.conv.weight,
+        layer.bn,
+        shortcut,
+        projection.conv.weight,
+        projection.bn,
+        out,
     )
     return out

@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tuning import Tuner, describe
-from .launching import Config, is_wide, launch, machine, matmul_precision, nhwc
+from .. import Candidates
+from . import launching
+from .launching import Config, Launch, is_wide, matmul_precision, nhwc, planned
 from .primitives import tile_index
 
 
@@ -82,40 +83,45 @@ def head_kernel(
     )
 
 
-def _candidates(batch: int, classes: int, processors: int) -> list[Config]:
-    """Wide class tiles read x less often, narrow ones occupy more processors."""
+def list_head(x: Tensor, weight: Tensor) -> Candidates:
+    """Candidates of op `head`: wide class tiles read x less often, narrow ones occupy more SMs."""
     options = [Config((16, n, 32), 4, 2) for n in (128, 64, 32)]
-    busy = [
-        c
-        for c in options
-        if triton.cdiv(batch, 16) * triton.cdiv(classes, c.blocks[1]) >= processors
-    ]
-    return [*busy, *(c for c in reversed(options) if c not in busy)]
+    num_sms = launching.machine(x.device).num_sms
+    row_tiles = triton.cdiv(len(x), 16)
+    busy = [c for c in options if row_tiles * triton.cdiv(len(weight), c.blocks[1]) >= num_sms]
+    configs = [*busy, *(c for c in reversed(options) if c not in busy)]
+    return launching.candidates(head, configs, "triton head")
 
 
-def head(tuner: Tuner, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+@planned
+def _plan(config: Config, x: Tensor, weight: Tensor, bias: Tensor | None, precision: str) -> Launch:
+    batch, channels, height, width = x.shape
+    classes = len(weight)
+    block_m, block_n, block_c = config.blocks
+    return Launch(
+        head_kernel,
+        (triton.cdiv(batch, block_m) * triton.cdiv(classes, block_n),),
+        config,
+        x.device,
+        batch=batch,
+        positions=height * width,
+        C=channels,
+        classes=classes,
+        weight_k=weight.stride(0),
+        weight_c=weight.stride(1),
+        WIDE=is_wide(x) or is_wide(weight.new_empty((batch, classes), device="meta")),
+        PRECISION=precision,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_C=block_c,
+        BLOCK_P=16,
+    )
+
+
+def head(config: Config, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """linear(global_average_pool(x)): see `resnet_fused.reference.ops.head`."""
     x = nhwc(x)
     bias = None if bias is None else bias.contiguous()
-    batch, channels, height, width = x.shape
-    classes = weight.shape[0]
-    out = torch.empty((batch, classes), dtype=x.dtype, device=x.device)
-    precision = matmul_precision(x.dtype)
-    wide = is_wide(x, out)
-
-    def run(config: Config) -> None:
-        block_m, block_n, block_c = config.blocks
-        launch(
-            head_kernel, (triton.cdiv(batch, block_m) * triton.cdiv(classes, block_n),), config,
-            x, weight, bias, out, batch, height * width, channels, classes, *weight.stride(),
-            WIDE=wide, PRECISION=precision,
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c, BLOCK_P=16,
-        )  # fmt: skip
-
-    tuner.run(
-        ("head", *describe(x, weight, bias), wide),
-        x.device,
-        lambda: _candidates(batch, classes, machine(x.device).processors),
-        run,
-    )
+    out = torch.empty((len(x), len(weight)), dtype=x.dtype, device=x.device)
+    _plan(config, x, weight, bias, matmul_precision(x.dtype))(x, weight, bias, out)
     return out

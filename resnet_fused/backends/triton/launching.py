@@ -1,18 +1,28 @@
-"""Host side of every launch: layouts, offset width, TF32 permission, the machine's limits."""
+"""Host side of every launch: what a signature settles once, layouts, offset width, the machine."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+import operator
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
-from ...parameters import BatchNorm
-from .. import tf32_in_convolutions
+from ...parameters import BatchNorm, ConvBn, Convolution
+from .. import Candidate, tf32_in_convolutions
+from ..training import PreBnGradient
 
 # Row indices run past the result by at most a tile, which must not overflow 32 bits either.
 _NARROW_ELEMENTS = 2**31 - 2**16
+_VECTOR_BYTES = 16  # the alignment that the compiler is told of
+
+_plans: dict[Hashable, Any] = {}
+
+_Parameters = ParamSpec("_Parameters")
+_Plan = TypeVar("_Plan")
 
 
 class Config(NamedTuple):
@@ -27,9 +37,9 @@ class Config(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """What a launch rule must know of a GPU."""
+    """What the heuristics must know of a GPU."""
 
-    processors: int
+    num_sms: int
     shared_bytes: int  # that one program may use
     interpreted: bool = False
 
@@ -43,11 +53,122 @@ def machine(device: torch.device) -> Machine:
     return Machine(properties.multi_processor_count, properties.shared_memory_per_block_optin)
 
 
-def launch(
-    kernel: Any, grid: tuple[int, ...], config: Config, *arguments: Any, **constants: Any
-) -> None:
-    """Runs `kernel` on the current stream with the warps and stages of `config`."""
-    kernel[grid](*arguments, **options(config), **constants)
+def candidates(run: Callable[..., Any], configs: Iterable[Config], family: str) -> list[Candidate]:
+    """`run(config, *arguments)` in each configuration, the heuristic's choice first."""
+    return [
+        Candidate(
+            f"triton {'x'.join(map(str, config.blocks))} w{config.warps} s{config.stages}",
+            functools.partial(run, config),
+            family,
+        )
+        for config in configs
+    ]
+
+
+class Image(NamedTuple):
+    """Sizes of an NHWC tensor, for kernels."""
+
+    h: int
+    w: int
+    c: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> Image:
+        """Those of an (N, C, H, W) tensor."""
+        return cls(x.shape[2], x.shape[3], x.shape[1])
+
+
+class Window(NamedTuple):
+    """A convolution's window, known when a kernel is compiled.
+
+    is_padded: some tap may fall outside the image. is_pointwise: 1×1, stride 1, no padding, a plain
+    matrix product. is_flat: taps and channels make one inner index, for few channels.
+    packed_in, packed_out: channels of a group, where tiles pack several groups; else 0.
+    """
+
+    r: int
+    s: int
+    stride_h: int
+    stride_w: int
+    pad_h: int
+    pad_w: int
+    dilation_h: int
+    dilation_w: int
+    is_padded: bool
+    is_pointwise: bool
+    is_flat: bool = False
+    packed_in: int = 0
+    packed_out: int = 0
+
+    @classmethod
+    def of(cls, conv: Convolution) -> Window:
+        """That of `conv`."""
+        r, s = conv.weight.shape[2:]
+        is_padded = max(conv.padding) > 0
+        return cls(
+            r, s, *conv.stride, *conv.padding, *conv.dilation, is_padded, conv.is_pointwise()
+        )
+
+
+class Tile(NamedTuple):
+    """What a program of a GEMM computes: m rows × n columns, c of the inner dimension a step."""
+
+    m: int
+    n: int
+    c: int
+    is_wide: bool  # whether offsets need 64 bits
+    precision: str  # of `tl.dot`'s operands
+
+
+class Strides(NamedTuple):
+    """Elements from a position of an (N, C, H, W) tensor to the next, for kernels."""
+
+    n: int
+    c: int
+    h: int
+    w: int
+
+
+class Launch:
+    """A kernel with all that a signature settles: grid, configuration, sizes and constants.
+
+    Calling it with the kernel's tensors, in order, starts it on the current stream of their device.
+    The first call compiles; later ones pass Triton's look-up of what was compiled by.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        config: Config,
+        device: torch.device,
+        **settled: Any,
+    ) -> None:
+        """`settled`: by name, the parameters of the kernel that follow its tensors."""
+        names = kernel.arg_names[-len(settled) :]
+        if set(names) != settled.keys():
+            raise TypeError(f"{kernel.__name__} ends in {names}, and {[*settled]} were settled")
+        self.kernel = kernel
+        self.grid = grid
+        self.config = config
+        self.settled = [settled[name] for name in names]
+        self._index = device.index if device.type == "cuda" else None
+        self._compiled: Callable[..., None] | None = None
+
+    def __call__(self, *tensors: Any) -> None:
+        if self._index is not None and torch._C._cuda_getDevice() != self._index:
+            with torch.cuda.device(self._index):
+                self._start(tensors)
+        else:
+            self._start(tensors)
+
+    def _start(self, tensors: tuple[Any, ...]) -> None:
+        if self._compiled is not None:
+            self._compiled(*tensors, *self.settled)
+            return
+        compiled = self.kernel[self.grid](*tensors, *self.settled, **options(self.config))
+        if isinstance(compiled, CompiledKernel):
+            self._compiled = compiled[(*self.grid, 1, 1)[:3]]
 
 
 def options(config: Config) -> dict[str, Any]:
@@ -59,27 +180,84 @@ def options(config: Config) -> dict[str, Any]:
     }
 
 
-def nhwc(tensor: Tensor) -> Tensor:
-    """`tensor` in channels_last memory; itself where it already is."""
-    return tensor.contiguous(memory_format=torch.channels_last)
+def planned(make: Callable[_Parameters, _Plan]) -> Callable[_Parameters, _Plan]:
+    """`make`, called once for all arguments of one signature, which is all that may enter a plan.
+
+    Of a tensor that is dtype, sizes, strides, device, and whether it is aligned as the compiler was
+    told; other values count as they are. Groups of arguments may nest.
+    """
+
+    @functools.wraps(make)
+    def find(*arguments: _Parameters.args, **none: _Parameters.kwargs) -> _Plan:
+        # One loop and no calls of Python functions, because every launch comes by here.
+        values: list[Any] = list(arguments)
+        key: list[Hashable] = [make]
+        for value in values:  # grows by what groups hold
+            if isinstance(value, Tensor):
+                aligned = value.data_ptr() % _VECTOR_BYTES
+                key += (value.dtype, value.shape, value.stride(), aligned, value.device)
+            elif isinstance(value, (tuple, list)):
+                key.append(type(value))
+                values += value
+            else:
+                key.append(value)
+        place = tuple(key)
+        plan: _Plan | None = _plans.get(place)
+        if plan is None:
+            plan = _plans[place] = make(*arguments, **none)
+        return plan
+
+    return find
 
 
-def strided_operand(
-    tensor: Tensor | None, out: Tensor
-) -> tuple[Tensor | None, tuple[int | None, ...]]:
-    """An operand of `out`'s shape, or of fewer channels, and (channels, strides of n, h and w) to
-    read it by; all None where it is laid out like `out`. Copied only if its channels are apart."""
-    if tensor is not None and tensor.stride(1) != 1:
-        tensor = nhwc(tensor)
+# A tensor in channels_last memory; itself where it already is. No Python function, because every
+# operand of every launch comes by here.
+nhwc: Callable[[Tensor], Tensor] = operator.methodcaller(
+    "contiguous", memory_format=torch.channels_last
+)
+
+
+def readable(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, which a kernel reads by its strides; copied only if its channels are apart."""
+    return tensor if tensor is None or tensor.stride(1) == 1 else nhwc(tensor)
+
+
+def strides_beside(tensor: Tensor | None, out: Tensor) -> Strides | None:
+    """What to read a `readable` tensor by; None where it is laid out like `out`."""
     if tensor is None or (tensor.shape == out.shape and nhwc(tensor) is tensor):
-        return tensor, (None,) * 4
-    stride_n, _, stride_h, stride_w = tensor.stride()
-    return tensor, (tensor.shape[1], stride_n, stride_h, stride_w)
+        return None
+    return Strides(*tensor.stride())
 
 
-def dense(bn: BatchNorm) -> tuple[Tensor | None, ...]:
-    """The (mean, var, weight, bias) of `bn`, each contiguous."""
-    return tuple(None if vector is None else vector.contiguous() for vector in bn[:4])
+def dense(bn: BatchNorm) -> BatchNorm:
+    """`bn` with contiguous vectors."""
+    mean, var, weight, bias, eps = bn
+    return BatchNorm(
+        mean.contiguous(),
+        var.contiguous(),
+        None if weight is None else weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+        eps,
+    )
+
+
+def dense_convolution(conv: Convolution, dtype: torch.dtype) -> Convolution:
+    """`conv` with a channels_last weight of that dtype."""
+    weight, stride, padding, dilation, groups = conv
+    return Convolution(nhwc(weight.to(dtype)), stride, padding, dilation, groups)
+
+
+def dense_layer(layer: ConvBn) -> ConvBn:
+    """`layer` with a channels_last weight and contiguous vectors."""
+    return ConvBn(dense_convolution(layer.conv, layer.conv.weight.dtype), dense(layer.bn))
+
+
+def dense_gradient(gradient: PreBnGradient) -> PreBnGradient:
+    """`gradient` with channels_last tensors; without the pre-BN output where frozen layers need
+    none."""
+    grad, pre_bn, coefficients, frozen = gradient
+    pre_bn = None if frozen or pre_bn is None else nhwc(pre_bn)
+    return PreBnGradient(nhwc(grad), pre_bn, coefficients, frozen)
 
 
 def empty_nhwc(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -89,9 +267,9 @@ def empty_nhwc(shape: tuple[int, ...], like: Tensor) -> Tensor:
     )
 
 
-def is_wide(*tensors: Tensor) -> bool:
+def is_wide(*tensors: Tensor | None) -> bool:
     """Whether offsets into these tensors need 64 bits."""
-    return any(_reach(t) > _NARROW_ELEMENTS for t in tensors)
+    return any(_reach(t) > _NARROW_ELEMENTS for t in tensors if t is not None)
 
 
 def _reach(tensor: Tensor) -> int:

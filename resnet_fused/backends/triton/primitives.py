@@ -36,53 +36,52 @@ def split_position(row, P, Q):
 
 
 @triton.jit
-def strided_rows(row, P, Q, stride_n, stride_h, stride_w):
+def strided_rows(row, P, Q, strides):
     """Where the channels of flat positions n·P·Q + p·Q + q begin in a tensor of these strides."""
     image, p, q = split_position(row, P, Q)
-    return image * stride_n + p * stride_h + q * stride_w
+    return image * strides.n + p * strides.h + q * strides.w
 
 
 @triton.jit
-def batch_norm_terms(bn, channel, mask):
+def bn_scale_shift(bn, channel, mask):
     """Float32 (mean, scale, what scale's rounding lost, shift) of the given channels.
 
-    bn: (mean, var, weight, bias, eps), live pointers of any dtype, the latter two or None.
+    bn: a `resnet_fused.parameters.BatchNorm`, live pointers of any dtype.
 
     scale = γ/√(var + ε) comes from the hardware's approximate 1/√ and one Newton step with the
     roundings of its residual added back: threads repeat this for every column they hold, and a
     library root and quotient would take several times as long.
     """
-    mean, var, weight, bias, eps = bn
-    mu = tl.load(mean + channel, mask, other=0.0).to(tl.float32)
-    var = tl.load(var + channel, mask, other=1.0).to(tl.float32)
-    v = var + eps
-    v_low = eps - (v - var)
+    mean = tl.load(bn.mean + channel, mask, other=0.0).to(tl.float32)
+    var = tl.load(bn.var + channel, mask, other=1.0).to(tl.float32)
+    v = var + bn.eps
+    v_low = bn.eps - (v - var)
     root = tl.rsqrt(v)
     vr = v * root
     residue = tl.fma(-vr, root, 1.0) - (tl.fma(v, root, -vr) + v_low * root) * root
     step = 0.5 * root * residue
-    if weight is None:
+    if bn.weight is None:
         scale = root + step
         scale_low = step - (scale - root)
     else:
-        gamma = tl.load(weight + channel, mask, other=0.0).to(tl.float32)
+        gamma = tl.load(bn.weight + channel, mask, other=0.0).to(tl.float32)
         scale = tl.fma(gamma, root, gamma * step)
         scale_low = tl.fma(gamma, root, -scale) + gamma * step
-    shift = tl.zeros_like(mu)
-    if bias is not None:
-        shift = tl.load(bias + channel, mask, other=0.0).to(tl.float32)
-    return mu, scale, scale_low, shift
+    shift = tl.zeros_like(mean)
+    if bn.bias is not None:
+        shift = tl.load(bn.bias + channel, mask, other=0.0).to(tl.float32)
+    return mean, scale, scale_low, shift
 
 
 @triton.jit
 def normalise(values, bn, channel, mask, EXACT: tl.constexpr):
-    """Batch norm of float32 (rows, channels), parameters as in `batch_norm_terms`.
+    """Batch norm of float32 (rows, channels), parameters as in `bn_scale_shift`.
 
     The mean comes off first: x·scale + (β − mean·scale) cancels catastrophically where the mean is
     large beside the deviation. EXACT, for float32 results, adds back what each step's rounding
     lost, so that the result is rounded once; 16-bit results have nothing to gain from it.
     """
-    mean, scale, scale_low, shift = batch_norm_terms(bn, channel, mask)
+    mean, scale, scale_low, shift = bn_scale_shift(bn, channel, mask)
     mean = mean[None, :]
     scale = scale[None, :]
     shift = shift[None, :]
@@ -101,7 +100,33 @@ def normalise(values, bn, channel, mask, EXACT: tl.constexpr):
 
 
 @triton.jit
-def rectify(values):
+def load_scale_shift(scale_shift, channels, channel, mask):
+    """Float32 (mean, scale, shift) of the given channels of a training layer, (6, channels)."""
+    mean = tl.load(scale_shift + channel, mask, other=0.0)
+    scale = tl.load(scale_shift + channels + channel, mask, other=0.0)
+    shift = tl.load(scale_shift + 2 * channels + channel, mask, other=0.0)
+    return mean, scale, shift
+
+
+@triton.jit
+def affine(pre_bn, mean, scale, shift):
+    """Float32 (pre_bn - mean) · scale + shift of (rows, channels). Every pass forms the same bits,
+    so that all agree on a ReLU's sign."""
+    return tl.fma(pre_bn.to(tl.float32) - mean[None, :], scale[None, :], shift[None, :])
+
+
+@triton.jit
+def for_sums(values):
+    """`values` in the type that their sums are taken in: float32 sums lose nothing beside the
+    rounding of 16-bit tensors, but would be the largest error of float32 ones."""
+    if values.dtype == tl.float32:
+        return values.to(tl.float64)
+    else:
+        return values.to(tl.float32)
+
+
+@triton.jit
+def relu(values):
     """ReLU that passes NaN on, as PyTorch's does."""
     return tl.where(values < 0, 0.0, values)
 
@@ -145,97 +170,123 @@ def next_step(
 @triton.jit
 def convolve(
     x,
+    scale_shift,
     weight,
     row,
     column,
     first_channel,
-    H,
-    W,
-    C,
-    P,
-    Q,
+    image,
+    result,
     channels,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    POINTWISE: tl.constexpr,
-    PADDED: tl.constexpr,
-    GROUP_IN: tl.constexpr,
-    GROUP_OUT: tl.constexpr,
     EVEN: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    WINDOW: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """The float32 accumulator (BLOCK_M, BLOCK_N) of a convolution's output tile.
+    """The float32 accumulator (TILE.m, TILE.n) of a convolution's output tile.
 
-    x: (N, H, W, C); weight: (output channels, R, S, channels). `row` and `column` must be valid
-    positions (clamp what lies beyond the edge and mask the store instead). `first_channel` is the
-    first input channel of `column`'s group. POINTWISE: 1×1, stride 1, no padding, a plain GEMM.
-    PADDED: some tap may fall outside the image. EVEN: BLOCK_C divides `channels`.
+    x: (N, H, W, C), sizes in `image`; weight: (output channels, R, S, channels); result: the
+    output's sizes. `row` and `column` must be valid positions (clamp what lies beyond the edge and
+    mask the store instead). `first_channel` is the first input channel of `column`'s group. EVEN:
+    TILE.c divides `channels`.
+    scale_shift: of x's layer where x is a pre-BN output, whose normalisation and ReLU are applied
+    to the operand between its load and the tensor cores (zero where the window hangs over the edge,
+    which is outside the activation, not outside the pre-BN output); else None.
 
-    GROUP_IN > 0 packs several small groups into one tile: `weight` is then (…, GROUP_IN), the
-    tile's `channels` (<= BLOCK_C) span whole groups, and weights between unlike groups read as 0.
+    Where small groups are packed, `weight` is (…, WINDOW.packed_in), the tile's `channels`
+    (<= TILE.c) span whole groups, and weights between unlike groups read as 0.
     """
-    inner = tl.arange(0, BLOCK_C)
-    if POINTWISE:
-        x_row = row * C
+    taps: tl.constexpr = WINDOW.r * WINDOW.s
+    inner = tl.arange(0, TILE.c)
+    if WINDOW.is_pointwise:
+        x_row = row * image.c
     else:
-        image, p, q = split_position(row, P, Q)
-        h = p * STRIDE_H - PAD_H
-        w = q * STRIDE_W - PAD_W
-        x_row = ((image * H + h) * W + w) * C
-    x_tile = x + first_channel + x_row[:, None] + inner[None, :]
+        n, p, q = split_position(row, result.h, result.w)
+        h = p * WINDOW.stride_h - WINDOW.pad_h
+        w = q * WINDOW.stride_w - WINDOW.pad_w
+        x_row = ((n * image.h + h) * image.w + w) * image.c
+    x_row += first_channel
 
-    if GROUP_IN > 0:
-        group_channel = (column % (channels // GROUP_IN * GROUP_OUT)) // GROUP_OUT * GROUP_IN
-        weight_channels = GROUP_IN
-        weight_column = column * (R * S * GROUP_IN) - group_channel
+    if WINDOW.packed_in > 0:
+        group_channel = (
+            (column % (channels // WINDOW.packed_in * WINDOW.packed_out))
+            // WINDOW.packed_out
+            * WINDOW.packed_in
+        )
+        weight_channels = WINDOW.packed_in
+        weight_column = column * (taps * WINDOW.packed_in) - group_channel
         from_group = (inner[:, None] >= group_channel[None, :]) & (
-            inner[:, None] < group_channel[None, :] + GROUP_IN
+            inner[:, None] < group_channel[None, :] + WINDOW.packed_in
         )
     else:
         weight_channels = channels
-        weight_column = column * (R * S * channels)
-        if WIDE:
-            weight_column = column.to(tl.int64) * (R * S * channels)
-    weight_tile = weight + weight_column[None, :] + inner[:, None]
+        weight_column = column * (taps * channels)
+        if TILE.is_wide:
+            weight_column = column.to(tl.int64) * (taps * channels)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # Members of a tuple are no constants to Triton 3.5 where they stand in another one.
+    block_m: tl.constexpr = TILE.m
+    block_n: tl.constexpr = TILE.n
+    acc = tl.zeros((block_m, block_n), tl.float32)
     r = 0
     s = 0
     c = 0
-    for _ in range(R * S * tl.cdiv(channels, BLOCK_C)):
-        if R * S > 1:
-            x_step = (r * DILATION_H * W + s * DILATION_W) * C + c
-            weight_step = (r * S + s) * weight_channels + c
+    steps = tl.cdiv(taps * channels, TILE.c) if WINDOW.is_flat else taps * tl.cdiv(channels, TILE.c)
+    for step in range(steps):
+        if WINDOW.is_flat:
+            index = step * TILE.c + inner
+            tap = index // channels
+            inner_channel = index - tap * channels
+            tap_h = tap // WINDOW.s * WINDOW.dilation_h
+            tap_w = tap % WINDOW.s * WINDOW.dilation_w
+            in_channels = index < taps * channels
+            in_image = is_inside(h[:, None] + tap_h[None, :], image.h) & is_inside(
+                w[:, None] + tap_w[None, :], image.w
+            )
+            x_step = (tap_h * image.w + tap_w) * image.c + inner_channel
+            a_tile = x + x_row[:, None] + x_step[None, :]
+            b_tile = weight + weight_column[None, :] + index[:, None]
+            a = tl.load(a_tile, in_image & in_channels[None, :], other=0.0)
         else:
-            x_step = c
-            weight_step = c
-        in_channels = inner < channels - c
-        if PADDED:
-            in_image = is_inside(h + r * DILATION_H, H) & is_inside(w + s * DILATION_W, W)
-            if EVEN:
-                a = tl.load(x_tile + x_step, in_image[:, None], other=0.0)
+            inner_channel = c + inner
+            in_channels = inner < channels - c
+            # Of several taps a step is a number, of one tap it is added where channels are: either
+            # way round costs instructions.
+            if taps > 1:
+                x_step = (r * WINDOW.dilation_h * image.w + s * WINDOW.dilation_w) * image.c + c
+                weight_step = (r * WINDOW.s + s) * weight_channels + c
+                a_tile = x + x_row[:, None] + inner[None, :] + x_step
+                b_tile = weight + weight_column[None, :] + inner[:, None] + weight_step
             else:
-                a = tl.load(x_tile + x_step, in_image[:, None] & in_channels[None, :], other=0.0)
-        elif EVEN:
-            a = tl.load(x_tile + x_step)
+                a_tile = x + x_row[:, None] + inner_channel[None, :]
+                b_tile = weight + weight_column[None, :] + inner_channel[:, None]
+            if WINDOW.is_padded:
+                in_image = (
+                    is_inside(h + r * WINDOW.dilation_h, image.h)
+                    & is_inside(w + s * WINDOW.dilation_w, image.w)
+                )[:, None]
+                if EVEN:
+                    a = tl.load(a_tile, in_image, other=0.0)
+                else:
+                    a = tl.load(a_tile, in_image & in_channels[None, :], other=0.0)
+            elif EVEN:
+                a = tl.load(a_tile)
+            else:
+                a = tl.load(a_tile, in_channels[None, :], other=0.0)
+        if scale_shift is not None:
+            mean, scale, shift = load_scale_shift(
+                scale_shift, image.c, first_channel + inner_channel, in_channels
+            )
+            active = relu(affine(a, mean, scale, shift))
+            if WINDOW.is_padded:
+                active = tl.where(in_image, active, 0.0)
+            a = active.to(x.dtype.element_ty)
+        if WINDOW.packed_in > 0:
+            b = tl.load(b_tile, from_group, other=0.0)
+        elif EVEN and not WINDOW.is_flat:
+            b = tl.load(b_tile)
         else:
-            a = tl.load(x_tile + x_step, in_channels[None, :], other=0.0)
-        if GROUP_IN > 0:
-            b = tl.load(weight_tile + weight_step, from_group, other=0.0)
-        elif EVEN:
-            b = tl.load(weight_tile + weight_step)
-        else:
-            b = tl.load(weight_tile + weight_step, in_channels[:, None], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        r, s, c = next_step(r, s, c, channels, 0, R, S, 1, 1, BLOCK_C)
+            b = tl.load(b_tile, in_channels[:, None], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=TILE.precision)
+        if not WINDOW.is_flat:
+            r, s, c = next_step(r, s, c, channels, 0, WINDOW.r, WINDOW.s, 1, 1, TILE.c)
     return acc

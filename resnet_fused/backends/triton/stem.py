@@ -1,7 +1,7 @@
 """max_pool(relu(bn(conv(x)))) with a 3×3, stride 2, padding 1 pool: the stem in one kernel.
 
 Algorithm: a program computes a TILE_H × TILE_W patch of the convolution's output for BLOCK_N
-channels as an implicit GEMM, normalises and rectifies it in registers, and pools it to
+channels as an implicit GEMM, applies batch norm and ReLU in registers, and pools it to
 (TILE_H/2 − 1) × (TILE_W/2 − 1) results. The inner dimension is one window row at a time: its S·C
 inputs, 21 in a ResNet, padded to 32; for NHWC images they are one contiguous run.
 Tiles: 16×16 convolution outputs to 7×7 results, so 1.3 times the convolution's arithmetic.
@@ -14,16 +14,29 @@ pair and the next pair's even element, so each direction is one split, one shift
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...parameters import ConvBn, MaxPool
-from ..tuning import Tuner, describe
-from .convolution import conv_bn
-from .elementwise import max_pool
-from .launching import Config, convolution_precision, dense, empty_nhwc, is_wide, launch, machine
-from .primitives import normalise, rectify
+from .. import Candidates
+from . import launching
+from .launching import (
+    Config,
+    Image,
+    Launch,
+    Strides,
+    Window,
+    convolution_precision,
+    dense,
+    empty_nhwc,
+    is_wide,
+    planned,
+)
+from .primitives import normalise, relu
 
 _FUSED_POOL = MaxPool(3, 2, 1)
 _MOST_INNER = 64  # inputs of one window row that fit a step
@@ -49,36 +62,15 @@ def _pool_pairs(even, odd, AXIS: tl.constexpr):
 def stem_kernel(
     x,
     weight,
-    mean,
-    var,
-    gamma,
-    beta,
+    bn,
     out,
-    eps,
-    H,
-    W,
-    P,
-    Q,
-    K,
-    POOLED_H,
-    POOLED_W,
-    x_n,
-    x_c,
-    x_h,
-    x_w,
-    weight_k,
-    weight_c,
-    weight_r,
-    weight_s,
-    R: tl.constexpr,
-    S: tl.constexpr,
+    image,
+    convolved,
+    pooled,
+    x_strides,
+    weight_strides,
+    WINDOW: tl.constexpr,
     C: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
     PLANAR: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -87,24 +79,26 @@ def stem_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Grid: (images × patches × tiles of K,). (P, Q) is the convolution's output, never stored;
-    PLANAR says that the image's columns, not its channels, are neighbours in memory."""
-    tiles_n = tl.cdiv(K, BLOCK_N)
-    patches_w = tl.cdiv(POOLED_W, TILE_W // 2 - 1)
-    patches_h = tl.cdiv(POOLED_H, TILE_H // 2 - 1)
+    """Grid: (images × patches × tiles of K,). `convolved`, the convolution's output, is never
+    stored. weight_strides are of (K, C, R, S) under the names of (N, C, H, W). PLANAR says that the
+    image's columns, not its channels, are neighbours in memory."""
+    filters = pooled.c
+    tiles_n = tl.cdiv(filters, BLOCK_N)
+    patches_w = tl.cdiv(pooled.w, TILE_W // 2 - 1)
+    patches_h = tl.cdiv(pooled.h, TILE_H // 2 - 1)
     patch = tl.program_id(0) // tiles_n
     column = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     pooled_w = patch % patches_w * (TILE_W // 2 - 1)
     pooled_h = patch // patches_w % patches_h * (TILE_H // 2 - 1)
-    image = patch // patches_w // patches_h
+    n = patch // patches_w // patches_h
     if WIDE:
-        image = image.to(tl.int64)
+        n = n.to(tl.int64)
 
     row = tl.arange(0, TILE_H * TILE_W)
     p = pooled_h * 2 - 1 + row // TILE_W
     q = pooled_w * 2 - 1 + row % TILE_W
-    h = p * STRIDE_H - PAD_H
-    w = q * STRIDE_W - PAD_W
+    h = p * WINDOW.stride_h - WINDOW.pad_h
+    w = q * WINDOW.stride_w - WINDOW.pad_w
     if WIDE:
         h = h.to(tl.int64)
         w = w.to(tl.int64)
@@ -112,33 +106,33 @@ def stem_kernel(
     # The order of a window row's inputs is free; follow memory.
     t = tl.arange(0, BLOCK_T)
     if PLANAR:
-        s = t % S
-        c = t // S
+        s = t % WINDOW.s
+        c = t // WINDOW.s
     else:
         s = t // C
         c = t % C
-    w_tap = w[:, None] + s[None, :] * DILATION_W
-    used = t < S * C
-    in_row = used[None, :] & (w_tap >= 0) & (w_tap < W)
+    w_tap = w[:, None] + s[None, :] * WINDOW.dilation_w
+    used = t < WINDOW.s * C
+    in_row = used[None, :] & (w_tap >= 0) & (w_tap < image.w)
     # Offsets rather than pointers: half the registers.
-    x_image = x + image * x_n
-    x_offset = h[:, None] * x_h + w_tap * x_w + c[None, :] * x_c
-    weight_offset = column[None, :] * weight_k + (s * weight_s + c * weight_c)[:, None]
-    weight_mask = used[:, None] & (column < K)[None, :]
+    x_image = x + n * x_strides.n
+    x_offset = h[:, None] * x_strides.h + w_tap * x_strides.w + c[None, :] * x_strides.c
+    weight_row = (s * weight_strides.w + c * weight_strides.c)[:, None]
+    weight_offset = column[None, :] * weight_strides.n + weight_row
+    weight_mask = used[:, None] & (column < filters)[None, :]
 
     acc = tl.zeros((TILE_H * TILE_W, BLOCK_N), tl.float32)
-    for r in range(R):
-        h_tap = h + r * DILATION_H
-        in_image = in_row & ((h_tap >= 0) & (h_tap < H))[:, None]
-        a = tl.load(x_image + (x_offset + r * DILATION_H * x_h), in_image, other=0.0)
-        b = tl.load(weight + (weight_offset + r * weight_r), weight_mask, other=0.0)
+    for r in range(WINDOW.r):
+        h_tap = h + r * WINDOW.dilation_h
+        in_image = in_row & ((h_tap >= 0) & (h_tap < image.h))[:, None]
+        a = tl.load(x_image + (x_offset + r * WINDOW.dilation_h * x_strides.h), in_image, other=0.0)
+        b = tl.load(weight + (weight_offset + r * weight_strides.h), weight_mask, other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
     exact: tl.constexpr = out.dtype.element_ty == tl.float32 and PRECISION == "ieee"
-    bn = (mean, var, gamma, beta, eps)
-    value = rectify(normalise(acc, bn, column, column < K, exact))
+    value = relu(normalise(acc, bn, column, column < filters, exact))
     # Positions outside the convolution's output are the pool's padding. Rounding commutes with max.
-    exists = (p >= 0) & (p < P) & (q >= 0) & (q < Q)
+    exists = (p >= 0) & (p < convolved.h) & (q >= 0) & (q < convolved.w)
     value = tl.where(exists[:, None], value, float("-inf")).to(out.dtype.element_ty)
 
     value = tl.reshape(value, (TILE_H, TILE_W // 2, 2, BLOCK_N))
@@ -150,13 +144,13 @@ def stem_kernel(
 
     i = tl.arange(0, TILE_H // 2)
     j = tl.arange(0, TILE_W // 2)
-    keep_h = (i < TILE_H // 2 - 1) & (pooled_h + i < POOLED_H)
-    keep_w = (j < TILE_W // 2 - 1) & (pooled_w + j < POOLED_W)
-    position = (image * POOLED_H + pooled_h + i)[:, None] * POOLED_W + (pooled_w + j)[None, :]
+    keep_h = (i < TILE_H // 2 - 1) & (pooled_h + i < pooled.h)
+    keep_w = (j < TILE_W // 2 - 1) & (pooled_w + j < pooled.w)
+    position = (n * pooled.h + pooled_h + i)[:, None] * pooled.w + (pooled_w + j)[None, :]
     tl.store(
-        out + position[:, :, None] * K + column[None, None, :],
+        out + position[:, :, None] * filters + column[None, None, :],
         value,
-        (keep_h[:, None] & keep_w[None, :])[:, :, None] & (column < K)[None, None, :],
+        (keep_h[:, None] & keep_w[None, :])[:, :, None] & (column < filters)[None, None, :],
     )
 
 
@@ -171,42 +165,61 @@ _TENSOR_CORE = (
 _FMA = (Config((16, 16, 16), 8, 1), Config((8, 16, 32), 8, 1))
 
 
-def stem(tuner: Tuner, x: Tensor, layer: ConvBn, pool: MaxPool) -> Tensor:
-    """max_pool(relu(bn(conv(x)))); two launches for other pools and for wide window rows."""
-    conv, bn = layer
-    weight = conv.weight
-    filters, channels, r, s = weight.shape
-    if pool != _FUSED_POOL or conv.groups != 1 or s * channels > _MOST_INNER:
-        return max_pool(conv_bn(tuner, x, layer, None, True), pool)
+def list_stem(x: Tensor, layer: ConvBn, pool: MaxPool) -> Candidates:
+    """Candidates of op `stem`: none for other pools and for wide window rows."""
+    weight = layer.conv.weight
+    if pool != _FUSED_POOL or layer.conv.groups != 1 or weight[0, :, 0].numel() > _MOST_INNER:
+        return ()
+    fma = x.dtype == torch.float32 and convolution_precision(x.dtype) == "ieee"
+    fma = fma and not launching.machine(x.device).interpreted
+    return launching.candidates(stem, _FMA if fma else _TENSOR_CORE, "triton stem")
 
-    batch, _, height, width = x.shape
-    p, q = conv.output_size(height, width)
-    pooled_h, pooled_w = pool.output_size(p, q)
-    out = empty_nhwc((batch, filters, pooled_h, pooled_w), x)
-    precision = convolution_precision(x.dtype)
-    wide = is_wide(x, out)
-    planar = x.stride(3) < x.stride(1)
 
-    def run(config: Config) -> None:
-        tile_h, tile_w, block_n = config.blocks
-        patches = triton.cdiv(pooled_h, tile_h // 2 - 1) * triton.cdiv(pooled_w, tile_w // 2 - 1)
-        launch(
-            stem_kernel, (batch * patches * triton.cdiv(filters, block_n),), config,
-            x, weight, *dense(bn), out, bn.eps, height, width, p, q, filters, pooled_h, pooled_w,
-            *x.stride(), *weight.stride(),
-            R=r, S=s, C=channels, STRIDE_H=conv.stride[0], STRIDE_W=conv.stride[1],
-            PAD_H=conv.padding[0], PAD_W=conv.padding[1],
-            DILATION_H=conv.dilation[0], DILATION_W=conv.dilation[1],
-            PLANAR=planar, WIDE=wide, PRECISION=precision,
-            TILE_H=tile_h, TILE_W=tile_w, BLOCK_N=block_n,
+class _Plan(NamedTuple):
+    """A launch, and the shape of what it writes."""
+
+    shape: tuple[int, int, int, int]
+    launch: Launch
+
+
+@planned
+def _plan(config: Config, x: Tensor, layer: ConvBn, pool: MaxPool, precision: str) -> _Plan:
+    conv, _ = layer
+    filters, channels, _, s = conv.weight.shape
+    convolved = Image(*conv.output_size(*x.shape[2:]), filters)
+    pooled = Image(*pool.output_size(convolved.h, convolved.w), filters)
+    shape = (x.shape[0], filters, pooled.h, pooled.w)
+    tile_h, tile_w, block_n = config.blocks
+    patches = triton.cdiv(pooled.h, tile_h // 2 - 1) * triton.cdiv(pooled.w, tile_w // 2 - 1)
+    return _Plan(
+        shape,
+        Launch(
+            stem_kernel,
+            (x.shape[0] * patches * triton.cdiv(filters, block_n),),
+            config,
+            x.device,
+            image=Image.of(x),
+            convolved=convolved,
+            pooled=pooled,
+            x_strides=Strides(*x.stride()),
+            weight_strides=Strides(*conv.weight.stride()),
+            WINDOW=Window.of(conv),
+            C=channels,
+            PLANAR=x.stride(3) < x.stride(1),
+            WIDE=is_wide(x, x.new_empty(shape, device="meta")),
+            PRECISION=precision,
+            TILE_H=tile_h,
+            TILE_W=tile_w,
+            BLOCK_N=block_n,
             BLOCK_T=max(16, triton.next_power_of_2(s * channels)),
-        )  # fmt: skip
-
-    fma = x.element_size() == 4 and precision == "ieee" and not machine(x.device).interpreted
-    tuner.run(
-        ("stem", *describe(x, conv), planar, wide),
-        x.device,
-        lambda: _FMA if fma else _TENSOR_CORE,
-        run,
+        ),
     )
+
+
+def stem(config: Config, x: Tensor, layer: ConvBn, pool: MaxPool) -> Tensor:
+    """max_pool(relu(bn(conv(x)))): see `resnet_fused.reference.ops.stem`."""
+    layer = ConvBn(layer.conv, dense(layer.bn))
+    plan = _plan(config, x, layer, pool, convolution_precision(x.dtype))
+    out = empty_nhwc(plan.shape, x)
+    plan.launch(x, layer.conv.weight, layer.bn, out)
     return out

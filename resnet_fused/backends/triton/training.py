@@ -2,17 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ...parameters import Convolution
+from ...reference.training import ReferenceTraining
+from .. import Candidate, Candidates, autotune
 from ..training import Activation, PreBnGradient
-from ..tuning import Tuner
 from . import training_batch_norm as batch_norm
 from . import training_pool as pooling
-from .training_convolution import conv_stats
-from .training_dgrad import dgrad
-from .training_wgrad import wgrad
+from .launching import Config, candidates
+from .training_convolution import conv_stats, conv_stats_configs
+from .training_dgrad import dgrad, dgrad_configs
+from .training_wgrad import wgrad, wgrad_configs
+
+_reference = ReferenceTraining()
+
+
+class _Piece:
+    """A way to compute a piece. Called, which is how candidates are checked and measured, it merges
+    parts of statistics, of which other configurations make others; `run` leaves them apart."""
+
+    def __init__(
+        self, run: Callable[..., Any], merge: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        self.run = run
+        self.merge = merge
+
+    def __call__(self, *arguments: Any) -> Any:
+        found = self.run(*arguments)
+        if self.merge is None or found[1] is None:
+            return found
+        return found[0], self.merge(found[1])
+
+
+_PLAIN = {
+    "conv_stats": _Piece(_reference.conv_stats, _reference.merge_moments),
+    "dgrad": _Piece(_reference.dgrad, _reference.merge_sums),
+    "wgrad": _Piece(_reference.wgrad),
+}
+
+
+def _choose(
+    piece: str,
+    arguments: tuple[Any, ...],
+    run: Callable[..., Any],
+    configs: Callable[[], Sequence[Config]],
+) -> Callable[..., Any]:
+    """What is to compute the piece: `run` in one of the configurations, or the reference."""
+    plain = _PLAIN[piece]
+
+    def listed() -> Candidates:
+        found = candidates(run, configs(), "triton training")
+        found = [c._replace(launch=_Piece(c.launch, plain.merge)) for c in found]
+        return [*found, Candidate("pytorch", plain)]
+
+    chosen = autotune.choose(piece, arguments, listed, plain).launch
+    assert isinstance(chosen, _Piece)  # all that are listed
+    return chosen.run
 
 
 class TritonTraining:
@@ -27,13 +77,17 @@ class TritonTraining:
     bn_relu_pool = staticmethod(pooling.bn_relu_pool)
     pool_gradient = staticmethod(pooling.pool_gradient)
 
-    def __init__(self, tuner: Tuner) -> None:
-        self._tuner = tuner
-
     def conv_stats(
         self, x: Tensor | Activation, conv: Convolution, statistics: bool
     ) -> tuple[Tensor, Tensor | None]:
-        return conv_stats(self._tuner, x, conv, statistics)
+        run = _choose(
+            "conv_stats",
+            (x, conv, True),  # in any case: backward repeats the forward's bits without statistics
+            conv_stats,
+            lambda: conv_stats_configs(x if isinstance(x, Tensor) else x.pre_bn, conv),
+        )
+        found: tuple[Tensor, Tensor | None] = run(x, conv, statistics)
+        return found
 
     def dgrad(
         self,
@@ -44,7 +98,18 @@ class TritonTraining:
         add: Tensor | None,
         add_stride: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        return dgrad(self._tuner, gradient, conv, shape, below, add, add_stride)
+        arguments = (gradient, conv, shape, below, add, add_stride)
+        run = _choose(
+            "dgrad",
+            arguments,
+            dgrad,
+            lambda: dgrad_configs(gradient, conv, shape, below is not None),
+        )
+        found: tuple[Tensor, Tensor | None] = run(*arguments)
+        return found
 
     def wgrad(self, gradient: PreBnGradient, x: Tensor | Activation, conv: Convolution) -> Tensor:
-        return wgrad(self._tuner, gradient, x, conv)
+        arguments = (gradient, x, conv)
+        run = _choose("wgrad", arguments, wgrad, lambda: wgrad_configs(*arguments))
+        found: Tensor = run(*arguments)
+        return found

@@ -13,6 +13,7 @@ Memory traffic: the passes read and write each tensor once; vectors are negligib
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -20,9 +21,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ..training import Activation
-from .launching import Config, empty_nhwc, is_wide, launch, nhwc, strided_operand
-from .primitives import rectify, strided_rows, tile_index
-from .training_convolution import affine, channel_scale_shift, for_sums
+from .launching import (
+    Config,
+    Image,
+    Launch,
+    empty_nhwc,
+    is_wide,
+    nhwc,
+    planned,
+    readable,
+    strides_beside,
+)
+from .primitives import affine, for_sums, load_scale_shift, relu, strided_rows, tile_index
 
 _CHUNK = 64  # parts that one program merges where there are many
 _DIRECT = 256  # parts that the last merge takes without a first one
@@ -102,7 +112,7 @@ def merge_sums_kernel(sums, out, parts, K, CHUNK, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def bn_terms_kernel(moments, gamma, beta, out, eps, parts, K, BLOCK_C: tl.constexpr):
+def bn_scale_shift_kernel(moments, weight, bias, out, eps, parts, K, BLOCK_C: tl.constexpr):
     """Grid: (blocks of K,). out: the (6, K) `scale_shift` of `resnet_fused.backends.training`."""
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     valid = channel < K
@@ -110,21 +120,21 @@ def bn_terms_kernel(moments, gamma, beta, out, eps, parts, K, BLOCK_C: tl.conste
     invstd = 1.0 / tl.sqrt(squares / tl.maximum(count, 1.0) + eps)
     place = out + channel
     tl.store(place, mean, valid)
-    tl.store(place + K, tl.load(gamma + channel, valid, other=0.0).to(tl.float64) * invstd, valid)
-    tl.store(place + 2 * K, tl.load(beta + channel, valid, other=0.0).to(tl.float32), valid)
+    tl.store(place + K, tl.load(weight + channel, valid, other=0.0).to(tl.float64) * invstd, valid)
+    tl.store(place + 2 * K, tl.load(bias + channel, valid, other=0.0).to(tl.float32), valid)
     tl.store(place + 3 * K, invstd, valid)
     tl.store(place + 4 * K, squares / tl.maximum(count - 1.0, 1.0), valid)
     tl.store(place + 5 * K, count, valid)
 
 
 @triton.jit
-def bn_slopes_kernel(
+def bn_backward_coefficients_kernel(
     sums,
     total,
     scale_shift,
     coefficients,
-    gamma_grad,
-    beta_grad,
+    weight_grad,
+    bias_grad,
     parts,
     total_parts,
     K,
@@ -138,8 +148,8 @@ def bn_slopes_kernel(
     mean = tl.load(scale_shift + channel, valid, other=0.0)
     scale = tl.load(scale_shift + K + channel, valid, other=0.0)
     invstd = tl.load(scale_shift + 3 * K + channel, valid, other=0.0)
-    tl.store(gamma_grad + channel, invstd * sum_centred, valid)
-    tl.store(beta_grad + channel, sum_g, valid)
+    tl.store(weight_grad + channel, invstd * sum_centred, valid)
+    tl.store(bias_grad + channel, sum_g, valid)
     b = tl.zeros((BLOCK_C,), tl.float64)
     d = b
     if not FROZEN:
@@ -160,41 +170,38 @@ def bn_add_relu_kernel(
     scale_shift,
     shortcut,
     shortcut_scale_shift,
-    shortcut_channels,
-    shortcut_n,
-    shortcut_h,
-    shortcut_w,
     out,
+    shortcut_channels,
+    shortcut_strides,
     rows,
-    P,
-    Q,
-    K,
+    result,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Grid: (tiles of rows × K,). shortcut may be None; shortcut_scale_shift None: added as it is.
-    shortcut_channels and its strides are None where it is laid out like the result."""
-    row, first_channel = tile_index(rows, K, BLOCK_M, BLOCK_C, WIDE)
+    shortcut_strides is None where it is laid out like the result, of sizes `result`."""
+    channels = result.c
+    row, first_channel = tile_index(rows, channels, BLOCK_M, BLOCK_C, WIDE)
     channel = first_channel + tl.arange(0, BLOCK_C)
-    valid = channel < K
-    offset = row[:, None] * K + channel[None, :]
+    valid = channel < channels
+    offset = row[:, None] * channels + channel[None, :]
     mask = (row < rows)[:, None] & valid[None, :]
-    mean, scale, shift = channel_scale_shift(scale_shift, K, channel, valid)
+    mean, scale, shift = load_scale_shift(scale_shift, channels, channel, valid)
     value = affine(tl.load(pre_bn + offset, mask, other=0.0), mean, scale, shift)
     if shortcut is not None:
         place = offset
         present = mask
-        if shortcut_channels is not None:
-            place = strided_rows(row, P, Q, shortcut_n, shortcut_h, shortcut_w)[:, None]
+        if shortcut_strides is not None:
+            place = strided_rows(row, result.h, result.w, shortcut_strides)[:, None]
             place = place + channel[None, :]
             present = mask & (channel < shortcut_channels)[None, :]
         other = tl.load(shortcut + place, present, other=0.0)
         if shortcut_scale_shift is not None:
-            mean, scale, shift = channel_scale_shift(shortcut_scale_shift, K, channel, valid)
+            mean, scale, shift = load_scale_shift(shortcut_scale_shift, channels, channel, valid)
             other = affine(other, mean, scale, shift)
         value += other.to(tl.float32)
-    tl.store(out + offset, rectify(value).to(out.dtype.element_ty), mask)
+    tl.store(out + offset, relu(value).to(out.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -259,42 +266,83 @@ def _tile(channels: int) -> Config:
     return Config((_ELEMENTS // block_c, block_c), 8, 1)
 
 
-def _reduce(parts: Tensor, kernel: triton.runtime.KernelInterface, chunk: int) -> Tensor:
-    count, kinds, channels = parts.shape
-    out = parts.new_empty((triton.cdiv(count, chunk), kinds, channels))
-    grid = (out.shape[0], triton.cdiv(channels, _BLOCK_C))
-    launch(kernel, grid, _MERGE, parts, out, count, channels, chunk, BLOCK_C=_BLOCK_C)
+@planned
+def _plan_merge(parts: Tensor, kernel: Any, chunk: int) -> Launch:
+    count, _, channels = parts.shape
+    return Launch(
+        kernel,
+        (triton.cdiv(count, chunk), triton.cdiv(channels, _BLOCK_C)),
+        _MERGE,
+        parts.device,
+        parts=count,
+        K=channels,
+        CHUNK=chunk,
+        BLOCK_C=_BLOCK_C,
+    )
+
+
+def _merge(parts: Tensor, kernel: Any, chunk: int) -> Tensor:
+    launch = _plan_merge(parts, kernel, chunk)
+    out = parts.new_empty((launch.grid[0], *parts.shape[1:]))
+    launch(parts, out)
     return out
 
 
-def _few(parts: Tensor, kernel: triton.runtime.KernelInterface) -> Tensor:
-    while parts.shape[0] > _DIRECT:
-        parts = _reduce(parts, kernel, _CHUNK)
+def _few(parts: Tensor, kernel: Any) -> Tensor:
+    while len(parts) > _DIRECT:
+        parts = _merge(parts, kernel, _CHUNK)
     return parts
 
 
 def merge_moments(moments: Tensor) -> Tensor:
     """See `TrainingKernels.merge_moments`."""
     moments = _few(moments, merge_moments_kernel)
-    return _reduce(moments, merge_moments_kernel, moments.shape[0])
+    return _merge(moments, merge_moments_kernel, len(moments))
 
 
 def merge_sums(sums: Tensor) -> Tensor:
     """See `TrainingKernels.merge_sums`."""
     sums = _few(sums, merge_sums_kernel)
-    return _reduce(sums, merge_sums_kernel, sums.shape[0])
+    return _merge(sums, merge_sums_kernel, len(sums))
+
+
+@planned
+def _plan_scale_shift(moments: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Launch:
+    parts, _, channels = moments.shape
+    return Launch(
+        bn_scale_shift_kernel,
+        (triton.cdiv(channels, _BLOCK_C),),
+        _MERGE,
+        moments.device,
+        eps=eps,
+        parts=parts,
+        K=channels,
+        BLOCK_C=_BLOCK_C,
+    )
 
 
 def bn_scale_shift(moments: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """See `TrainingKernels.bn_scale_shift`."""
     moments = _few(moments, merge_moments_kernel)
-    parts, _, channels = moments.shape
-    out = moments.new_empty((6, channels))
-    launch(
-        bn_terms_kernel, (triton.cdiv(channels, _BLOCK_C),), _MERGE,
-        moments, weight, bias, out, eps, parts, channels, BLOCK_C=_BLOCK_C,
-    )  # fmt: skip
+    out = moments.new_empty((6, moments.shape[2]))
+    _plan_scale_shift(moments, weight, bias, eps)(moments, weight, bias, out)
     return out
+
+
+@planned
+def _plan_coefficients(sums: Tensor, total: Tensor, scale_shift: Tensor, frozen: bool) -> Launch:
+    channels = scale_shift.shape[1]
+    return Launch(
+        bn_backward_coefficients_kernel,
+        (triton.cdiv(channels, _BLOCK_C),),
+        _MERGE,
+        sums.device,
+        parts=len(sums),
+        total_parts=len(total),
+        K=channels,
+        FROZEN=frozen,
+        BLOCK_C=_BLOCK_C,
+    )
 
 
 def bn_backward_coefficients(
@@ -305,33 +353,67 @@ def bn_backward_coefficients(
     total = few if total is sums else total
     channels = scale_shift.shape[1]
     coefficients = scale_shift.new_empty((4, channels))
-    gamma_grad, beta_grad = scale_shift.new_empty(channels), scale_shift.new_empty(channels)
-    launch(
-        bn_slopes_kernel, (triton.cdiv(channels, _BLOCK_C),), _MERGE,
-        few, total, scale_shift, coefficients, gamma_grad, beta_grad,
-        few.shape[0], total.shape[0], channels,
-        FROZEN=frozen, BLOCK_C=_BLOCK_C,
-    )  # fmt: skip
-    return coefficients, gamma_grad, beta_grad
+    weight_grad, bias_grad = scale_shift.new_empty(channels), scale_shift.new_empty(channels)
+    launch = _plan_coefficients(few, total, scale_shift, frozen)
+    launch(few, total, scale_shift, coefficients, weight_grad, bias_grad)
+    return coefficients, weight_grad, bias_grad
+
+
+@planned
+def _plan_bn_add_relu(main: Activation, shortcut: Tensor | None, normalised: bool) -> Launch:
+    pre_bn = main.pre_bn
+    channels = pre_bn.shape[1]
+    rows = pre_bn.numel() // channels
+    config = _tile(channels)
+    block_m, block_c = config.blocks
+    return Launch(
+        bn_add_relu_kernel,
+        (triton.cdiv(rows, block_m) * triton.cdiv(channels, block_c),),
+        config,
+        pre_bn.device,
+        shortcut_channels=None if shortcut is None else shortcut.shape[1],
+        shortcut_strides=strides_beside(shortcut, pre_bn),
+        rows=rows,
+        result=Image.of(pre_bn),
+        WIDE=is_wide(pre_bn, shortcut),
+        BLOCK_M=block_m,
+        BLOCK_C=block_c,
+    )
 
 
 def bn_add_relu(main: Activation, shortcut: Tensor | Activation | None) -> Tensor:
     """See `TrainingKernels.bn_add_relu`."""
-    pre_bn = nhwc(main.pre_bn)
+    main = Activation(nhwc(main.pre_bn), main.scale_shift)
     other, other_scale_shift = shortcut if isinstance(shortcut, Activation) else (shortcut, None)
-    out = empty_nhwc(tuple(pre_bn.shape), pre_bn)
-    other, layout = strided_operand(other, out)
-    channels, height, width = pre_bn.shape[1:]
-    rows = pre_bn.numel() // channels
+    other = readable(other)
+    out = empty_nhwc(main.pre_bn.shape, main.pre_bn)
+    launch = _plan_bn_add_relu(main, other, other_scale_shift is not None)
+    launch(*main, other, other_scale_shift, out)
+    return out
+
+
+@planned
+def _plan_relu_gradient(
+    grad: Tensor, y: Tensor, branches: Sequence[Activation]
+) -> tuple[int, Launch]:
+    """The number of row blocks, and the launch."""
+    channels = y.shape[1]
+    rows = y.numel() // channels
     config = _tile(channels)
     block_m, block_c = config.blocks
-    launch(
-        bn_add_relu_kernel, (triton.cdiv(rows, block_m) * triton.cdiv(channels, block_c),), config,
-        pre_bn, main.scale_shift, other, other_scale_shift, *layout, out,
-        rows, height, width, channels,
-        WIDE=is_wide(pre_bn, *([] if other is None else [other])), BLOCK_M=block_m, BLOCK_C=block_c,
-    )  # fmt: skip
-    return out
+    blocks = triton.cdiv(rows, _TILES * block_m)
+    return blocks, Launch(
+        relu_gradient_kernel,
+        (blocks * triton.cdiv(channels, block_c),),
+        config,
+        y.device,
+        rows=rows,
+        K=channels,
+        TILES=_TILES,
+        WIDE=is_wide(y),
+        BLOCK_M=block_m,
+        BLOCK_C=block_c,
+    )
 
 
 def relu_gradient(
@@ -339,20 +421,13 @@ def relu_gradient(
 ) -> tuple[Tensor, list[Tensor]]:
     """See `TrainingKernels.relu_gradient`; one or two branches."""
     grad, y = nhwc(grad), nhwc(y)
-    out = empty_nhwc(tuple(y.shape), y)
-    channels = y.shape[1]
-    rows = y.numel() // channels
-    config = _tile(channels)
-    block_m, block_c = config.blocks
-    blocks = triton.cdiv(rows, _TILES * block_m)
-    sums = [y.new_empty((blocks, 2, channels), dtype=torch.float32) for _ in branches]
-    arguments: list[Tensor | None] = []
-    for branch, branch_sums in zip(branches, sums, strict=True):
-        arguments += [nhwc(branch.pre_bn), branch.scale_shift, branch_sums]
-    arguments += [None] * (6 - len(arguments))
-    launch(
-        relu_gradient_kernel, (blocks * triton.cdiv(channels, block_c),), config,
-        grad, y, *arguments, out, rows, channels,
-        TILES=_TILES, WIDE=is_wide(y), BLOCK_M=block_m, BLOCK_C=block_c,
-    )  # fmt: skip
+    blocks, launch = _plan_relu_gradient(grad, y, branches)
+    out = empty_nhwc(y.shape, y)
+    sums: list[Tensor] = []
+    vectors: list[Tensor | None] = []
+    for pre_bn, scale_shift in branches:
+        sums.append(y.new_empty((blocks, 2, y.shape[1]), dtype=torch.float32))
+        vectors += (nhwc(pre_bn), scale_shift, sums[-1])
+    vectors += [None] * (6 - len(vectors))
+    launch(grad, y, *vectors, out)
     return out, sums

@@ -1,10 +1,10 @@
 """The stem's end, max_pool(relu(bn(pre_bn))), and its gradient.
 
-Algorithm: forward, a program normalises, rectifies and pools a tile of pooled positions. Backward,
-a program owns a tile of positions and looks, for each window that covers one, whether the window's
-maximum stands there. Maxima are found again from the pre-BN values by their order, which the
-normalisation keeps or reverses per channel: no rounding can make two programs disagree. Of equal
-values the first in the window takes the gradient, as in PyTorch.
+Algorithm: forward, a program normalises, applies ReLU and pools a tile of pooled positions.
+Backward, a program owns a tile of positions and looks, for each window that covers one, whether the
+window's maximum stands there. Maxima are found again from the pre-BN values by their order, which
+the normalisation keeps or reverses per channel: no rounding can make two programs disagree. Of
+equal values the first in the window takes the gradient, as in PyTorch.
 Tiles: BLOCK_M positions × BLOCK_C channels.
 Memory traffic: the pre-BN output once (windows overlap in the caches), the result once.
 """
@@ -18,9 +18,16 @@ from torch import Tensor
 
 from ...parameters import MaxPool
 from ..training import Activation
-from .launching import Config, empty_nhwc, is_wide, launch, nhwc
-from .primitives import is_inside, rectify, split_position, tile_index
-from .training_convolution import affine, channel_scale_shift, for_sums
+from .launching import Config, Image, Launch, empty_nhwc, is_wide, nhwc, planned
+from .primitives import (
+    affine,
+    for_sums,
+    is_inside,
+    load_scale_shift,
+    relu,
+    split_position,
+    tile_index,
+)
 
 _BYTES = 4096  # of a tile
 
@@ -31,39 +38,37 @@ def bn_relu_pool_kernel(
     scale_shift,
     out,
     rows,
-    H,
-    W,
-    K,
-    P,
-    Q,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
+    image,
+    result,
+    POOL: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Grid: (tiles of pooled positions × K,). NaN wins, as in PyTorch."""
-    row, first_channel = tile_index(rows, K, BLOCK_M, BLOCK_C, WIDE)
+    row, first_channel = tile_index(rows, image.c, BLOCK_M, BLOCK_C, WIDE)
     channel = first_channel + tl.arange(0, BLOCK_C)
-    valid = channel < K
-    mean, scale, shift = channel_scale_shift(scale_shift, K, channel, valid)
-    image, p, q = split_position(row, P, Q)
-    h = p * STRIDE - PADDING
-    w = q * STRIDE - PADDING
+    valid = channel < image.c
+    mean, scale, shift = load_scale_shift(scale_shift, image.c, channel, valid)
+    n, p, q = split_position(row, result.h, result.w)
+    h = p * POOL.stride - POOL.padding
+    w = q * POOL.stride - POOL.padding
+    kernel: tl.constexpr = POOL.kernel  # as static_range takes it in Triton 3.5
     best = tl.full((BLOCK_M, BLOCK_C), float("-inf"), tl.float32)
-    for i in tl.static_range(KERNEL):
-        for j in tl.static_range(KERNEL):
-            inside = (row < rows) & is_inside(h + i, H) & is_inside(w + j, W)
-            position = (image * H + h + i) * W + w + j
+    for i in tl.static_range(kernel):
+        for j in tl.static_range(kernel):
+            inside = (row < rows) & is_inside(h + i, image.h) & is_inside(w + j, image.w)
+            position = (n * image.h + h + i) * image.w + w + j
             mask = inside[:, None] & valid[None, :]
-            value = tl.load(pre_bn + position[:, None] * K + channel[None, :], mask, other=0.0)
+            value = tl.load(
+                pre_bn + position[:, None] * image.c + channel[None, :], mask, other=0.0
+            )
             value = affine(value, mean, scale, shift)
             better = (value > best) | (value != value)
             best = tl.where(inside[:, None] & better, value, best)
     mask = (row < rows)[:, None] & valid[None, :]
     tl.store(
-        out + row[:, None] * K + channel[None, :], rectify(best).to(out.dtype.element_ty), mask
+        out + row[:, None] * image.c + channel[None, :], relu(best).to(out.dtype.element_ty), mask
     )
 
 
@@ -75,50 +80,47 @@ def pool_gradient_kernel(
     out,
     sums,
     rows,
-    H,
-    W,
-    K,
-    P,
-    Q,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
+    image,
+    result,
+    POOL: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Grid: (tiles of positions × K,). sums: (row tiles, 2, K)."""
-    row, first_channel = tile_index(rows, K, BLOCK_M, BLOCK_C, WIDE)
+    row, first_channel = tile_index(rows, image.c, BLOCK_M, BLOCK_C, WIDE)
     channel = first_channel + tl.arange(0, BLOCK_C)
-    valid = channel < K
-    mean, scale, shift = channel_scale_shift(scale_shift, K, channel, valid)
+    valid = channel < image.c
+    mean, scale, shift = load_scale_shift(scale_shift, image.c, channel, valid)
     # An activation grows with pre_bn · sign.
     sign = tl.where(scale > 0, 1.0, tl.where(scale < 0, -1.0, 0.0))[None, :]
-    image, h, w = split_position(row, H, W)
+    n, h, w = split_position(row, image.h, image.w)
     in_rows = row < rows
-    here = row[:, None] * K + channel[None, :]
+    here = row[:, None] * image.c + channel[None, :]
     mask = in_rows[:, None] & valid[None, :]
     own = tl.load(pre_bn + here, mask, other=0.0)
     key = own.to(tl.float32) * sign
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    # The windows that cover h begin at p · STRIDE - PADDING, the last at or before h.
-    last_p = (h + PADDING) // STRIDE
-    last_q = (w + PADDING) // STRIDE
-    for back_p in tl.static_range((KERNEL - 1) // STRIDE + 1):
-        for back_q in tl.static_range((KERNEL - 1) // STRIDE + 1):
+    # The windows that cover h begin at p · stride - padding, the last at or before h.
+    last_p = (h + POOL.padding) // POOL.stride
+    last_q = (w + POOL.padding) // POOL.stride
+    kernel: tl.constexpr = POOL.kernel
+    windows: tl.constexpr = (POOL.kernel - 1) // POOL.stride + 1
+    for back_p in tl.static_range(windows):
+        for back_q in tl.static_range(windows):
             p = last_p - back_p
             q = last_q - back_q
-            top = p * STRIDE - PADDING
-            left = q * STRIDE - PADDING
-            covers = in_rows & is_inside(p, P) & is_inside(q, Q)
-            covers &= (h - top < KERNEL) & (w - left < KERNEL)
+            top = p * POOL.stride - POOL.padding
+            left = q * POOL.stride - POOL.padding
+            covers = in_rows & is_inside(p, result.h) & is_inside(q, result.w)
+            covers &= (h - top < POOL.kernel) & (w - left < POOL.kernel)
             wins = covers[:, None] & valid[None, :]
-            for i in tl.static_range(KERNEL):
-                for j in tl.static_range(KERNEL):
-                    inside = covers & is_inside(top + i, H) & is_inside(left + j, W)
-                    position = (image * H + top + i) * W + left + j
+            for i in tl.static_range(kernel):
+                for j in tl.static_range(kernel):
+                    inside = covers & is_inside(top + i, image.h) & is_inside(left + j, image.w)
+                    position = (n * image.h + top + i) * image.w + left + j
                     other = tl.load(
-                        pre_bn + position[:, None] * K + channel[None, :],
+                        pre_bn + position[:, None] * image.c + channel[None, :],
                         inside[:, None] & valid[None, :],
                         other=0.0,
                     )
@@ -126,17 +128,17 @@ def pool_gradient_kernel(
                     earlier = (top + i < h) | ((top + i == h) & (left + j < w))
                     beaten = (other > key) | (earlier[:, None] & (other == key))
                     wins &= ~(inside[:, None] & beaten)
-            window = (image * P + p) * Q + q
-            acc += tl.load(grad + window[:, None] * K + channel[None, :], wins, other=0.0).to(
+            window = (n * result.h + p) * result.w + q
+            acc += tl.load(grad + window[:, None] * image.c + channel[None, :], wins, other=0.0).to(
                 tl.float32
             )
     acc = tl.where(mask & (affine(own, mean, scale, shift) > 0), acc, 0.0)
     rounded = acc.to(out.dtype.element_ty)
     tl.store(out + here, rounded, mask)
     g = for_sums(rounded)
-    place = sums + tl.program_id(0) // tl.cdiv(K, BLOCK_C) * 2 * K + channel
+    place = sums + tl.program_id(0) // tl.cdiv(image.c, BLOCK_C) * 2 * image.c + channel
     tl.store(place, tl.sum(g, 0), valid)
-    tl.store(place + K, tl.sum(g * (for_sums(own) - mean[None, :]), 0), valid)
+    tl.store(place + image.c, tl.sum(g * (for_sums(own) - mean[None, :]), 0), valid)
 
 
 def _tile(pre_bn: Tensor) -> Config:
@@ -144,39 +146,66 @@ def _tile(pre_bn: Tensor) -> Config:
     return Config((_BYTES // pre_bn.element_size() // block_c, block_c), 4, 1)
 
 
+@planned
+def _plan_bn_relu_pool(x: Activation, pool: MaxPool) -> Launch:
+    image = Image.of(x.pre_bn)
+    result = Image(*pool.output_size(image.h, image.w), image.c)
+    config = _tile(x.pre_bn)
+    block_m, block_c = config.blocks
+    rows = len(x.pre_bn) * result.h * result.w
+    return Launch(
+        bn_relu_pool_kernel,
+        (triton.cdiv(rows, block_m) * triton.cdiv(image.c, block_c),),
+        config,
+        x.pre_bn.device,
+        rows=rows,
+        image=image,
+        result=result,
+        POOL=pool,
+        WIDE=is_wide(x.pre_bn),
+        BLOCK_M=block_m,
+        BLOCK_C=block_c,
+    )
+
+
 def bn_relu_pool(x: Activation, pool: MaxPool) -> Tensor:
     """See `resnet_fused.backends.training.TrainingKernels.bn_relu_pool`."""
-    pre_bn = nhwc(x.pre_bn)
-    batch, channels, height, width = pre_bn.shape
-    p, q = pool.output_size(height, width)
-    out = empty_nhwc((batch, channels, p, q), pre_bn)
-    config = _tile(pre_bn)
-    block_m, block_c = config.blocks
-    rows = batch * p * q
-    launch(
-        bn_relu_pool_kernel, (triton.cdiv(rows, block_m) * triton.cdiv(channels, block_c),), config,
-        pre_bn, x.scale_shift, out, rows, height, width, channels, p, q,
-        KERNEL=pool.kernel, STRIDE=pool.stride, PADDING=pool.padding,
-        WIDE=is_wide(pre_bn), BLOCK_M=block_m, BLOCK_C=block_c,
-    )  # fmt: skip
+    x = Activation(nhwc(x.pre_bn), x.scale_shift)
+    launch = _plan_bn_relu_pool(x, pool)
+    batch, channels, height, width = x.pre_bn.shape
+    out = empty_nhwc((batch, channels, *pool.output_size(height, width)), x.pre_bn)
+    launch(*x, out)
     return out
+
+
+@planned
+def _plan_pool_gradient(grad: Tensor, x: Activation, pool: MaxPool) -> tuple[int, Launch]:
+    """The number of row tiles, and the launch."""
+    image = Image.of(x.pre_bn)
+    config = _tile(x.pre_bn)
+    block_m, block_c = config.blocks
+    rows = len(grad) * image.h * image.w
+    tiles_m = triton.cdiv(rows, block_m)
+    return tiles_m, Launch(
+        pool_gradient_kernel,
+        (tiles_m * triton.cdiv(image.c, block_c),),
+        config,
+        grad.device,
+        rows=rows,
+        image=image,
+        result=Image.of(grad),
+        POOL=pool,
+        WIDE=is_wide(x.pre_bn),
+        BLOCK_M=block_m,
+        BLOCK_C=block_c,
+    )
 
 
 def pool_gradient(grad: Tensor, x: Activation, pool: MaxPool) -> tuple[Tensor, Tensor]:
     """See `resnet_fused.backends.training.TrainingKernels.pool_gradient`."""
-    grad, pre_bn = nhwc(grad), nhwc(x.pre_bn)
-    batch, channels, height, width = pre_bn.shape
-    p, q = grad.shape[2:]
-    out = empty_nhwc(tuple(pre_bn.shape), pre_bn)
-    config = _tile(pre_bn)
-    block_m, block_c = config.blocks
-    rows = batch * height * width
-    tiles_m = triton.cdiv(rows, block_m)
-    sums = pre_bn.new_empty((tiles_m, 2, channels), dtype=torch.float32)
-    launch(
-        pool_gradient_kernel, (tiles_m * triton.cdiv(channels, block_c),), config,
-        grad, pre_bn, x.scale_shift, out, sums, rows, height, width, channels, p, q,
-        KERNEL=pool.kernel, STRIDE=pool.stride, PADDING=pool.padding,
-        WIDE=is_wide(pre_bn), BLOCK_M=block_m, BLOCK_C=block_c,
-    )  # fmt: skip
+    grad, x = nhwc(grad), Activation(nhwc(x.pre_bn), x.scale_shift)
+    tiles_m, launch = _plan_pool_gradient(grad, x, pool)
+    out = empty_nhwc(x.pre_bn.shape, x.pre_bn)
+    sums = grad.new_empty((tiles_m, 2, grad.shape[1]), dtype=torch.float32)
+    launch(grad, *x, out, sums)
     return out, sums

@@ -11,6 +11,8 @@ Memory traffic: each operand once per tile of the other, 4 bytes per part and we
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -18,11 +20,21 @@ from torch import Tensor
 
 from ...parameters import Convolution
 from ..training import Activation, PreBnGradient
-from ..tuning import Tuner, describe
-from .convolution import window
-from .launching import Config, Machine, convolution_precision, is_wide, launch, machine, nhwc
-from .primitives import is_inside, rectify, split_position
-from .training_convolution import affine, channel_scale_shift
+from . import launching
+from .launching import (
+    Config,
+    Image,
+    Launch,
+    Tile,
+    Window,
+    convolution_precision,
+    dense_gradient,
+    empty_nhwc,
+    is_wide,
+    nhwc,
+    planned,
+)
+from .primitives import affine, is_inside, load_scale_shift, relu, split_position
 from .training_dgrad import pre_bn_gradient
 
 _SUM = Config((1024,), 4, 1)
@@ -52,87 +64,74 @@ def wgrad_kernel(
     out,
     rows,
     rows_per_part,
-    H,
-    W,
-    C,
-    P,
-    Q,
-    K,
+    image,
+    result,
     group_in,
     group_out,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    POINTWISE: tl.constexpr,
+    WINDOW: tl.constexpr,
     ONE_TAP: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Grid: (tiles of group_out × R·S·group_in, parts, groups). out: (parts, K, R·S·group_in)
-    float32. pre_bn and scale_shift as in the other kernels. ONE_TAP: BLOCK_N divides group_in."""
-    columns = R * S * group_in
-    tiles_n = tl.cdiv(columns, BLOCK_N)
+    float32. pre_bn and scale_shift as in the other kernels. ONE_TAP: TILE.n divides group_in."""
+    columns = WINDOW.r * WINDOW.s * group_in
+    tiles_n = tl.cdiv(columns, TILE.n)
     group = tl.program_id(2)
-    filter_index = (tl.program_id(0) // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
+    filter_index = (tl.program_id(0) // tiles_n) * TILE.m + tl.arange(0, TILE.m)
     in_filters = filter_index < group_out
     filter_channel = group * group_out + filter_index
-    first_column = (tl.program_id(0) % tiles_n) * BLOCK_N
-    column = first_column + tl.arange(0, BLOCK_N)
+    first_column = (tl.program_id(0) % tiles_n) * TILE.n
+    column = first_column + tl.arange(0, TILE.n)
     in_columns = column < columns
     if ONE_TAP:
         tap = first_column // group_in
-        tap_h = tap // S * DILATION_H - PAD_H
-        tap_w = tap % S * DILATION_W - PAD_W
+        tap_h = tap // WINDOW.s * WINDOW.dilation_h - WINDOW.pad_h
+        tap_w = tap % WINDOW.s * WINDOW.dilation_w - WINDOW.pad_w
         channel = group * group_in + column - tap * group_in
     else:
         taps = column // group_in
-        tap_h = (taps // S * DILATION_H - PAD_H)[None, :]
-        tap_w = (taps % S * DILATION_W - PAD_W)[None, :]
+        tap_h = (taps // WINDOW.s * WINDOW.dilation_h - WINDOW.pad_h)[None, :]
+        tap_w = (taps % WINDOW.s * WINDOW.dilation_w - WINDOW.pad_w)[None, :]
         channel = group * group_in + column - taps * group_in
     if scale_shift is not None:
-        mean, scale, shift = channel_scale_shift(scale_shift, C, channel, in_columns)
+        mean, scale, shift = load_scale_shift(scale_shift, image.c, channel, in_columns)
 
     part = tl.program_id(1)
     first_row = part * rows_per_part
-    if WIDE:
+    if TILE.is_wide:
         first_row = part.to(tl.int64) * rows_per_part
     last_row = tl.minimum(first_row + rows_per_part, rows)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(first_row, last_row, BLOCK_C):
-        row = start + tl.arange(0, BLOCK_C)
+    block_m: tl.constexpr = TILE.m
+    block_n: tl.constexpr = TILE.n
+    acc = tl.zeros((block_m, block_n), tl.float32)
+    for start in range(first_row, last_row, TILE.c):
+        row = start + tl.arange(0, TILE.c)
         in_rows = (row < last_row)[:, None]
-        offset = row[:, None] * K + filter_channel[None, :]
+        offset = row[:, None] * result.c + filter_channel[None, :]
         mask = in_rows & in_filters[None, :]
         g = tl.load(grad + offset, mask, other=0.0)
         value = None
         if pre_bn is not None:
             value = tl.load(pre_bn + offset, mask, other=0.0)
-        dc = pre_bn_gradient(g, value, coefficients, K, filter_channel, in_filters)
+        dc = pre_bn_gradient(g, value, coefficients, result.c, filter_channel, in_filters)
         dc = tl.where(in_rows, dc, 0.0).to(grad.dtype.element_ty)
-        if POINTWISE:
+        if WINDOW.is_pointwise:
             position = row[:, None]
             inside = in_rows
         else:
-            image, p, q = split_position(row, P, Q)
-            h = p[:, None] * STRIDE_H + tap_h
-            w = q[:, None] * STRIDE_W + tap_w
-            inside = in_rows & is_inside(h, H) & is_inside(w, W)
-            position = (image[:, None] * H + h) * W + w
-        b = tl.load(x + position * C + channel[None, :], inside & in_columns[None, :], other=0.0)
+            n, p, q = split_position(row, result.h, result.w)
+            h = p[:, None] * WINDOW.stride_h + tap_h
+            w = q[:, None] * WINDOW.stride_w + tap_w
+            inside = in_rows & is_inside(h, image.h) & is_inside(w, image.w)
+            position = (n[:, None] * image.h + h) * image.w + w
+        place = x + position * image.c + channel[None, :]
+        b = tl.load(place, inside & in_columns[None, :], other=0.0)
         if scale_shift is not None:
-            active = rectify(affine(b, mean, scale, shift))
+            active = relu(affine(b, mean, scale, shift))
             b = tl.where(inside, active, 0.0).to(x.dtype.element_ty)
-        acc = tl.dot(tl.trans(dc), b, acc, input_precision=PRECISION)
+        acc = tl.dot(tl.trans(dc), b, acc, input_precision=TILE.precision)
 
-    place = (part * K + filter_channel)[:, None] * columns + column[None, :]
+    place = (part * result.c + filter_channel)[:, None] * columns + column[None, :]
     tl.store(out + place, acc, in_filters[:, None] & in_columns[None, :])
 
 
@@ -147,72 +146,98 @@ def sum_parts_kernel(parts, out, count, elements, BLOCK: tl.constexpr):
     tl.store(out + index, total.to(out.dtype.element_ty), mask)
 
 
-def candidates(
-    filters: int, columns: int, groups: int, rows: int, fma: bool, itemsize: int, limits: Machine
+def wgrad_configs(
+    gradient: PreBnGradient, x: Tensor | Activation, conv: Convolution
 ) -> list[Config]:
-    """Launch configurations worth measuring, the best by rule first; the fourth block is the
-    number of parts. The rule is the convolutions': rounds of programs × the cost of a tile."""
-    fitting: dict[Config, float] = {}
+    """Launch configurations, the heuristic's choice first; the fourth block is the number of
+    parts. The heuristic is the convolutions': rounds of programs × the cost of a tile."""
+    g = gradient.grad
+    limits = launching.machine(g.device)
+    filters, columns = len(conv.weight) // conv.groups, conv.weight[0].numel()
+    rows = g.numel() // g.shape[1]
+    fma = g.element_size() == 4 and convolution_precision(g.dtype) == "ieee"
+    costs: dict[Config, float] = {}
     most = max(1, rows // _LEAST_POSITIONS)
     for (block_m, block_n, block_c), warps, stages in _FMA if fma else _TENSOR_CORE:
         block_m = min(block_m, max(16, triton.next_power_of_2(filters)))
         block_n = min(block_n, max(16, triton.next_power_of_2(columns)))
-        if itemsize == 4 and not fma:
+        if g.element_size() == 4 and not fma:
             block_c //= 2
-        tiles = triton.cdiv(filters, block_m) * triton.cdiv(columns, block_n) * groups
-        parts = min(most, max(1, 2 * limits.processors // tiles), 64)
-        cost = triton.cdiv(tiles * parts, limits.processors) * (
+        tiles = triton.cdiv(filters, block_m) * triton.cdiv(columns, block_n) * conv.groups
+        parts = min(most, max(1, 2 * limits.num_sms // tiles), 64)
+        cost = triton.cdiv(tiles * parts, limits.num_sms) * (
             (block_m * block_n + 64 * (block_m + block_n)) * triton.cdiv(rows, parts)
         )
-        fitting.setdefault(Config((block_m, block_n, block_c, parts), warps, stages), cost)
-    return sorted(fitting, key=fitting.__getitem__)
+        costs.setdefault(Config((block_m, block_n, block_c, parts), warps, stages), cost)
+    return sorted(costs, key=costs.__getitem__)
+
+
+class _Plan(NamedTuple):
+    """Both launches, and the shape of what passes between them."""
+
+    parts: tuple[int, int]
+    launch: Launch
+    sum_parts: Launch
+
+
+@planned
+def _plan(
+    config: Config,
+    gradient: PreBnGradient,
+    value: Tensor,
+    scale_shift: Tensor | None,
+    conv: Convolution,
+    precision: str,
+) -> _Plan:
+    g, weight = gradient.grad, conv.weight
+    group_in, r, s = weight.shape[1:]
+    columns, group_out = r * s * group_in, len(weight) // conv.groups
+    rows = g.numel() // g.shape[1]
+    block_m, block_n, block_c, parts = config.blocks
+    rows_per_part = triton.cdiv(triton.cdiv(rows, parts), block_c) * block_c
+    parts = triton.cdiv(rows, rows_per_part)
+    (block,) = _SUM.blocks
+    return _Plan(
+        (parts, weight.numel()),
+        Launch(
+            wgrad_kernel,
+            (triton.cdiv(group_out, block_m) * triton.cdiv(columns, block_n), parts, conv.groups),
+            config,
+            g.device,
+            rows=rows,
+            rows_per_part=rows_per_part,
+            image=Image.of(value),
+            result=Image.of(g),
+            group_in=group_in,
+            group_out=group_out,
+            WINDOW=Window.of(conv),
+            ONE_TAP=group_in % block_n == 0,
+            TILE=Tile(block_m, block_n, block_c, is_wide(g, value, weight), precision),
+        ),
+        Launch(
+            sum_parts_kernel,
+            (triton.cdiv(weight.numel(), block),),
+            _SUM,
+            g.device,
+            count=parts,
+            elements=weight.numel(),
+            BLOCK=block,
+        ),
+    )
 
 
 def wgrad(
-    tuner: Tuner, gradient: PreBnGradient, x: Tensor | Activation, conv: Convolution
+    config: Config, gradient: PreBnGradient, x: Tensor | Activation, conv: Convolution
 ) -> Tensor:
     """See `resnet_fused.backends.training.TrainingKernels.wgrad`."""
-    g = nhwc(gradient.grad)
-    pre_bn = None if gradient.frozen or gradient.pre_bn is None else nhwc(gradient.pre_bn)
-    value, scale_shift = x if isinstance(x, Activation) else (x, None)
+    gradient = dense_gradient(gradient)
+    value, scale_shift = (x, None) if isinstance(x, Tensor) else x
     value = nhwc(value)
-    batch, channels, height, width = value.shape
-    _, filters, p, q = g.shape
-    group_in, r, s = conv.weight.shape[1:]
-    columns, group_out, rows = r * s * group_in, filters // conv.groups, batch * p * q
-    out = nhwc(conv.weight.new_empty(conv.weight.shape))
-    wide = is_wide(g, value, out)
-    precision = convolution_precision(g.dtype)
-
-    def run(config: Config) -> Tensor:
-        block_m, block_n, block_c, parts = config.blocks
-        rows_per_part = triton.cdiv(triton.cdiv(rows, parts), block_c) * block_c
-        parts = triton.cdiv(rows, rows_per_part)
-        partial = g.new_empty((parts, filters * columns), dtype=torch.float32)
-        launch(
-            wgrad_kernel,
-            (triton.cdiv(group_out, block_m) * triton.cdiv(columns, block_n), parts, conv.groups),
-            config, g, pre_bn, gradient.coefficients, value, scale_shift, partial,
-            rows, rows_per_part,
-            height, width, channels, p, q, filters, group_in, group_out,
-            **window(conv), ONE_TAP=group_in % block_n == 0,
-            WIDE=wide, PRECISION=precision, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
-        )  # fmt: skip
-        return partial
-
-    partial = tuner.run(
-        ("wgrad", *describe(g, conv, pre_bn is None, scale_shift is None), height, width, wide),
-        g.device,
-        lambda: candidates(
-            group_out, columns, conv.groups, rows,
-            g.element_size() == 4 and precision == "ieee", g.element_size(), machine(g.device),
-        ),
-        run,
-    )  # fmt: skip
-    elements = filters * columns
-    (block,) = _SUM.blocks
-    launch(
-        sum_parts_kernel, (triton.cdiv(elements, block),), _SUM,
-        partial, out, partial.shape[0], elements, BLOCK=block,
-    )  # fmt: skip
+    precision = convolution_precision(value.dtype)
+    plan = _plan(config, gradient, value, scale_shift, conv, precision)
+    parts = value.new_empty(plan.parts, dtype=torch.float32)
+    grad, pre_bn, coefficients, _ = gradient
+    plan.launch(grad, pre_bn, coefficients, value, scale_shift, parts)
+    out = empty_nhwc(conv.weight.shape, conv.weight)
+    plan.sum_parts(parts, out)
     return out

@@ -1,26 +1,30 @@
-"""What the model of time predicted beside what was measured, for images/s and for each layer.
+"""What the model predicted beside what was measured, for images/s and for each layer.
 
-    python benchmarks/beside_prediction.py --predicted predicted.json --throughput throughput.json \
-        --layers layers_256.json --json comparison.json
-
-`predicted.json` is of predict.py. A launch of it stands for a measured layer with as many
-operations and, within a twentieth, the bytes; the others are listed. Nothing here is a bound: a
-ratio says where the model has to learn.
+A launch of the prediction stands for a measured layer with as many operations and, within a
+twentieth, the bytes; the others are listed. Nothing here is a bound: a ratio says where the model
+has to learn.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 _BYTES = 0.05  # by which both counts may differ: one of them leaves out batch norm's vectors
 OURS = "cuda-graph"  # throughput.py's key of whose launches predict.py counts
 BACKEND = "cuda"
+
+
+def compare(predicted: dict[str, Any], measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """measured: what throughput.py and layers.py have written, in any order."""
+    both: dict[str, Any] = {"images_per_second": [], "layers": []}
+    for record in measured:
+        if "comparisons" in record:
+            both["images_per_second"] += rates(predicted, record)
+        else:
+            both["layers"] += layers(predicted, record)
+    return both
 
 
 def rates(predicted: dict[str, Any], throughput: dict[str, Any]) -> list[dict[str, Any]]:
@@ -95,48 +99,3 @@ def table(record: dict[str, Any]) -> str:
         if row["predicted"] is None
     ]
     return "\n".join(lines)
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--predicted", type=Path, required=True, help="predict.py's file")
-    parser.add_argument("--throughput", type=Path, help="throughput.py's file")
-    parser.add_argument("--layers", type=Path, help="layers.py's file")
-    parser.add_argument("--json", type=Path, help="write the comparison here")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Compares what is there; 1 where there is nothing to compare."""
-    options = parse(arguments)
-    files = {
-        "predicted": options.predicted,
-        "throughput": options.throughput,
-        "layers": options.layers,
-    }
-    read: dict[str, Any] = {}
-    for name, path in files.items():
-        if path is not None and path.exists():
-            read[name] = json.loads(path.read_text())
-        elif path is not None:
-            print(f"{path} is not there: nothing is said of {name}.")
-    if "predicted" not in read or len(read) == 1:
-        print("There is nothing to compare.", file=sys.stderr)
-        return 1
-    predicted = read["predicted"]
-    record = {
-        "note": predicted.get("note"),
-        "images_per_second": rates(predicted, read["throughput"]) if "throughput" in read else [],
-        "layers": layers(predicted, read["layers"]) if "layers" in read else [],
-    }
-    if options.json:
-        options.json.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    print(table(record))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Host time and Python calls of a forward, with kernels that are called for and do not run.
+
+    python benchmarks/host_time.py --json benchmarks/results/host_time.json
+
+What a forward costs before any kernel has worked: the ordinary path, layer by layer, beside the
+plan that is recorded from it. `cpu` are the CPU's kernels, `cuda_sim` the bindings of the CUDA
+kernels over tensors in main memory, where stream and device need no look-up. Of the calls, Python's
+and those of C functions from Python are counted (`sys.setprofile`), as they are on every machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from harness import results
+from torch import Tensor, nn
+
+import resnet_fused
+from resnet_fused import _extension, plan, use_backend
+
+_MODULES = {"cpu": "_C", "cuda_sim": "_C_sim"}
+_DTYPES = {"cpu": torch.float32, "cuda_sim": torch.float16}
+# The first forwards choose, pack and record.
+_WARM_UP = 4
+
+
+@contextlib.contextmanager
+def stubbed(extension: ModuleType) -> Iterator[None]:
+    """The extension's kernels do not run."""
+    extension.stub_kernels(True)
+    try:
+        yield
+    finally:
+        extension.stub_kernels(False)
+
+
+def count_calls(model: nn.Module, x: Tensor) -> int:
+    """Calls of Python and C functions in one forward."""
+    calls = 0
+
+    def see(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(see)
+    try:
+        model(x)
+    finally:
+        sys.setprofile(None)
+    return calls - 1  # setprofile itself
+
+
+def measure(model: nn.Module, x: Tensor, rounds: int) -> dict[str, Any]:
+    """Calls, and the median and quartiles of host time in milliseconds."""
+    for _ in range(_WARM_UP):
+        model(x)
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        model(x)
+        times.append(1e3 * (time.perf_counter() - start))
+    low, middle, high = statistics.quantiles(times, n=4)
+    return {"calls": count_calls(model, x), "ms": middle, "ms_quartiles": [low, high]}
+
+
+@contextlib.contextmanager
+def without_plans() -> Iterator[None]:
+    """Every forward takes the ordinary path."""
+    run = plan.run
+    plan.run = lambda network, x: None
+    try:
+        yield
+    finally:
+        plan.run = run
+
+
+def rows(
+    networks: Sequence[str], backends: Sequence[str], size: int, rounds: int
+) -> list[dict[str, Any]]:
+    """One row a network and backend, whose extension is built."""
+    found = []
+    for name in networks:
+        for backend in backends:
+            if _extension.available(_MODULES[backend]):
+                continue
+            dtype = _DTYPES[backend]
+            model = getattr(resnet_fused, name)().eval().to(dtype)
+            model = model.to(memory_format=torch.channels_last)
+            x = torch.zeros(1, 3, size, size, dtype=dtype)
+            x = x.contiguous(memory_format=torch.channels_last)
+            extension = _extension.load(_MODULES[backend])
+            with torch.no_grad(), use_backend(backend), stubbed(extension):
+                with without_plans():
+                    ordinary = measure(model, x, rounds)
+                planned = measure(model, x, rounds)
+            row = {"network": name, "backend": backend, "dtype": str(dtype)[6:]}
+            found.append({**row, "ordinary": ordinary, "planned": planned})
+    return found
+
+
+def table(found: Sequence[dict[str, Any]]) -> str:
+    head = ("network", "backend", "calls", "calls, planned", "host ms", "host ms, planned")
+    lines = [
+        (
+            row["network"],
+            row["backend"],
+            *(str(row[path]["calls"]) for path in ("ordinary", "planned")),
+            *(f"{row[path]['ms']:.3f}" for path in ("ordinary", "planned")),
+        )
+        for row in found
+    ]
+    return results.markdown([head, *lines])
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = results.parser(__doc__, "json")
+    parser.add_argument("--network", nargs="+", default=["resnet18", "resnet50"])
+    parser.add_argument("--backend", nargs="+", choices=_MODULES, default=list(_MODULES))
+    parser.add_argument("--size", type=results.positive, default=224)
+    parser.add_argument("--rounds", type=results.positive, default=200)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    found = rows(options.network, options.backend, options.size, options.rounds)
+    print(table(found))
+    record = {
+        **results.facts(torch.device("cpu"), "torch"),
+        "options": results.options(options),
+        "rows": found,
+    }
+    results.write(options.json, record)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""Launches: what the first one compiles, later ones start with the same arguments; and candidates
+of the training pieces, as the choice checks them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from resnet_fused.backends import autotune
+from resnet_fused.backends.autotune.verify import Check
+from resnet_fused.backends.training import Activation, PreBnGradient
+from resnet_fused.parameters import BatchNorm, Convolution
+from resnet_fused.testing.cases import generator
+
+ROOT = Path(__file__).resolve().parents[1]
+_FUNCTION, _LAUNCH_METADATA = 4, 6  # their places among the arguments of Triton's launcher
+
+
+def test_later_launches_take_what_the_first_one_compiled() -> None:
+    """A driver without a GPU notes what it is asked to start; not interpreted, so in a process of
+    its own."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, __file__],
+        capture_output=True,
+        text=True,
+        env={**environment, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+    )
+    assert result.returncode == 0, result.stderr
+
+
+class _Utils:
+    def load_binary(self, name: str, *_: Any) -> tuple[Any, ...]:
+        return object(), object(), 0, 0, 1024  # module, function
+
+    def unload_module(self, module: object) -> None:
+        pass
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 227 * 1024}
+
+
+class _Driver:
+    """As much of a driver as compiling and launching asks for; GPUs are those of sm_90."""
+
+    def __init__(self) -> None:
+        self.utils = _Utils()
+        self.started: list[tuple[Any, ...]] = []
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def launcher_cls(self, source: object, metadata: object) -> Callable[..., None]:
+        return lambda *arguments: self.started.append(arguments)
+
+
+def _worker() -> None:
+    import triton
+
+    from resnet_fused.backends.triton import elementwise, training_convolution
+    from resnet_fused.backends.triton.launching import Config
+
+    driver = _Driver()
+    triton.runtime.driver.set_active(driver)
+    x, shift = torch.zeros(2, 32, 6, 6, dtype=torch.float16), torch.zeros(33)
+    conv = Convolution(torch.zeros(32, 32, 3, 3, dtype=torch.float16), (1, 1), (1, 1), (1, 1), 1)
+
+    def both(aligned: bool) -> None:
+        vector = shift[:32] if aligned else shift[1:]
+        elementwise.bn_add_relu(x, BatchNorm(vector, vector, None, vector, 0.5), None, True)
+        config = Config((32, 32, 32), 4, 2)
+        training_convolution.conv_stats(config, x, conv, True)
+        training_convolution.conv_stats(config, x, conv, False)
+
+    both(True)
+    first = [_facts(call) for call in driver.started]
+    assert len(first) == 3
+    jitted = triton.runtime.jit.JITFunction.run
+    triton.runtime.jit.JITFunction.run = None  # type: ignore[method-assign]  # nobody looks up again
+    both(True)
+    assert [_facts(call) for call in driver.started[3:]] == first
+    triton.runtime.jit.JITFunction.run = jitted  # type: ignore[method-assign]
+    both(False)  # what is aligned otherwise is another kernel
+    assert driver.started[6][_FUNCTION] is not driver.started[0][_FUNCTION]
+
+
+def _facts(call: tuple[Any, ...]) -> list[Any]:
+    """A call without what differs from launch to launch: what hooks get, and where tensors lie."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.dtype, value.shape, value.data_ptr() % 16
+        return tuple(map(plain, value)) if isinstance(value, tuple) else value
+
+    return [plain(value) for i, value in enumerate(call) if i != _LAUNCH_METADATA]
+
+
+class _Pieces(NamedTuple):
+    """Arguments of the pieces around one convolution."""
+
+    activation: Activation
+    conv: Convolution
+    gradient: PreBnGradient
+    add: Tensor
+
+
+def _pieces(kernel: int, stride: int, dtype: torch.dtype) -> _Pieces:
+    rng = generator()
+
+    def image(*shape: int) -> Tensor:
+        found = torch.randn(shape, generator=rng).to(dtype)
+        return found.contiguous(memory_format=torch.channels_last)
+
+    def vectors(*scales: float) -> Tensor:
+        rows = [1 + s * torch.randn(32, generator=rng) for s in scales]
+        return torch.stack(rows)
+
+    x = image(4, 32, 12, 12)
+    weight = torch.randn(32, 32, kernel, kernel, generator=rng) / (6 * kernel)
+    padding = kernel // 2
+    conv = Convolution(weight, (stride,) * 2, (padding,) * 2, (1, 1), 1)
+    p, q = conv.output_size(12, 12)
+    y = image(4, 32, p, q)
+    coefficients = vectors(0.3, 0.0, 0.0, 0.1)
+    coefficients[1:3] *= 0.01
+    gradient = PreBnGradient(image(4, 32, p, q), y, coefficients, False)
+    return _Pieces(
+        Activation(x, vectors(0.1, 0.3, 0.1, 0.1, 0.1, 0.0)), conv, gradient, image(4, 32, 12, 12)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["float16", "float32"])
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 2)])
+def test_candidates_of_pieces_pass_the_check_of_the_choice(
+    kernel: int, stride: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a GPU would have them all excluded: parts of statistics are compared merged."""
+    from conftest import require  # which asks for the interpreter, as the other test must not
+
+    require("triton", "cpu", dtype)
+    from resnet_fused.backends.triton.training import TritonTraining
+
+    faults: dict[str, str | None] = {}
+
+    def choose(piece: str, arguments: Any, listed: Any, reference: Any) -> Any:
+        check = Check(reference, arguments, per_image=False)
+        assert check.is_possible()
+        first = listed()[0]
+        faults[f"{piece} {len(faults)}"] = check.fault(first.launch)
+        return first
+
+    monkeypatch.setattr(autotune, "choose", choose)
+    kernels = TritonTraining()
+    x, conv, gradient, add = _pieces(kernel, stride, dtype)
+    kernels.conv_stats(x, conv, False)
+    kernels.conv_stats(add, conv, True)
+    kernels.dgrad(gradient, conv, add.shape, x, None)
+    kernels.dgrad(gradient, conv, add.shape, None, add)
+    kernels.wgrad(gradient, x, conv)
+    assert len(faults) == 5
+    assert not any(faults.values()), faults
+
+
+if __name__ == "__main__":
+    _worker()
