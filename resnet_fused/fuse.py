@@ -62,7 +62,7 @@ class Fused:
 
     def is_plain(self) -> bool:
         """Whether the original method is still the one that is known."""
-        return _is_plain(type(self))
+        return getattr(self.original, self.replaced) is type(self).method
 
     def run(self, x: Tensor) -> Any:
         """What the method does."""
@@ -248,7 +248,7 @@ class _Network(Fused):
         raise NotImplementedError
 
     def by_ops(self, x: Tensor) -> Tensor | None:
-        if not torch.compiler.is_compiling() and all(map(_is_plain, _CLASSES.values())):
+        if not torch.compiler.is_compiling():
             planned = plan.run(cast("Any", self), x)
             if planned is not None:
                 return planned
@@ -327,15 +327,11 @@ class _Backbone(Fused):
         return out
 
 
-def _is_plain(fused: Any) -> bool:
-    """Whether the original method of a fused class is still the one that is known."""
-    return getattr(fused.original, fused.replaced) is fused.method
-
-
 def _present(module: object, *names: str) -> list[nn.Module]:
     """The children of those names that are there."""
     own = cast("nn.Module", module)._modules
-    return [child for name in names if (child := own.get(name)) is not None]
+    children = [own.get(name) for name in names]
+    return [child for child in children if child is not None]
 
 
 def _doing(module: object, *names: str) -> list[nn.Module]:

@@ -27,6 +27,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from resnet_fused import fuse, unfuse
 from resnet_fused.testing.cases import generator, randomise_statistics
 from resnet_fused.testing.numerics import assert_contract, relative_error
+from resnet_fused.testing.plain import training_ops_in_pytorch
 
 try:
     import timm
@@ -213,6 +214,32 @@ def test_errors_are_no_larger_than_pytorchs(name: str, dtype: torch.dtype) -> No
         assert_contract(results(model, x), eager, truth, what=name)
 
 
+@pytest.mark.parametrize(
+    ("name", "ops"),
+    [
+        ("torchvision resnet18", 9),  # the stem and eight blocks
+        ("timm resnet18", 9),
+        # Seven blocks drop paths, whose second convolutions have no ReLU and run as modules.
+        ("timm resnet18 drop path", 9),
+        ("timm resnet18d", 8),  # three layers of the stem; three blocks pool in their shortcut
+        pytest.param("timm seresnet50", 33, marks=pytest.mark.thorough),
+    ],
+)
+def test_training_by_fused_ops(name: str, ops: int) -> None:
+    build = CLASSIFIERS[name][0] if name in CLASSIFIERS else None
+    if build is None:
+        library, kind = name.split()
+        build = {"timm": timms, "torchvision": torchvisions}[library](kind)
+    model, ours = pair(build)
+    fuse(ours)
+    with training_ops_in_pytorch():
+        close(step(ours.train(), images()), step(model.train(), images()))
+        with Calls() as calls:
+            ours(images())
+    found = {key: n for key, n in calls.counts.items() if key.startswith("resnet_fused::")}
+    assert sum(found.values()) == ops, found
+
+
 def test_a_detector() -> None:
     """Detections and losses of a feature pyramid network."""
     model, ours = pair(
@@ -260,6 +287,20 @@ def test_hooks_and_changes_after_fusing_count() -> None:
     seen, ours_seen = change(model), change(ours)
     close(ours(images()), model(images()))
     close(ours_seen, seen)
+
+
+def test_hooks_of_modules_that_do_nothing_count() -> None:
+    def change(model: nn.Module) -> None:
+        model.layer1[1].drop_path.register_forward_hook(lambda m, i, out: out * 0.9)
+        model.layer2[0].drop_block.register_forward_hook(lambda m, i, out: out * 0.9)
+        model.layer3[0].aa.register_forward_pre_hook(lambda m, i: (i[0] * 0.9,))
+
+    model, ours = pair(timms("resnet18", drop_path_rate=0.5))
+    fuse(ours)
+    unchanged = model(images())
+    change(model), change(ours)
+    close(ours(images()), model(images()))
+    assert relative_error(model(images()), unchanged) > 1e-3
 
 
 def test_a_method_replaced_in_the_class_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,7 +419,6 @@ def test_tools_see_the_modules() -> None:
     close(torch.func.vmap(ours)(images()[None]), expected[None])
 
 
-@pytest.mark.thorough
 def test_it_compiles_whole() -> None:
     model, ours = resnet18()
     fuse(ours)
