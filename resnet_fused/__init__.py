@@ -21,6 +21,7 @@ else:
     from . import complexity, models, ops
     from .blocks import BasicBlock, Bottleneck, PaddedIdentity, PlainBlock
     from .errors import BackendUnavailableError, CheckpointError, ResnetFusedError
+    from .fuse import fuse, unfuse
     from .models import (
         ResNet,
         cifar,
@@ -55,6 +56,7 @@ __all__ = [
     "cifar",
     "complexity",
     "freeze_batch_norm",
+    "fuse",
     "graphed",
     "graphed_step",
     "kept_activation_bytes",
@@ -71,6 +73,7 @@ __all__ = [
     "resnext50_32x4d",
     "resnext101_32x8d",
     "resnext101_64x4d",
+    "unfuse",
     "use_backend",
     "wide_resnet50_2",
     "wide_resnet101_2",

@@ -5,7 +5,7 @@ Constructor arguments, submodule names and numerics are torchvision's, so weight
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,6 +71,12 @@ class PaddedIdentity(nn.Module):
         return f"{self.inplanes}, {self.outplanes}, stride={self.stride}"
 
 
+def _in_turn(x: Tensor, layers: Sequence[ConvBn]) -> Tensor:
+    for layer in layers:
+        x = conv_bn(x, layer, relu=True)
+    return x
+
+
 class ResidualBlock(nn.Module):
     """relu(F(x) + shortcut(x)); F is `layers()`, each convolution with its BN, ReLU between.
 
@@ -91,6 +97,10 @@ class ResidualBlock(nn.Module):
         """The (convolution, normalisation) pairs of F, in order."""
         raise NotImplementedError
 
+    def activations(self) -> tuple[nn.Module, ...]:
+        """The activation behind each layer, the last one behind the addition."""
+        return (self.relu,)
+
     def forward_unfused(self, x: Tensor) -> Tensor:
         """x (N, inplanes, H, W) -> (N, planes × expansion, P, Q), each module called in turn."""
         raise NotImplementedError
@@ -109,7 +119,7 @@ class ResidualBlock(nn.Module):
         if isinstance(x, Proxy):
             traced.fuse(x.tracer.graph)
             return None
-        if fusion.must_call_modules(x) or not fusion.is_relu(self.relu):
+        if fusion.must_call_modules(x) or not all(map(fusion.is_relu, self.activations())):
             return None
         if self.training:
             pairs, identity = self._pairs(), self._padded_identity()
@@ -123,22 +133,28 @@ class ResidualBlock(nn.Module):
         return self._infer(x, fused) if len(fused) == len(layers) else None
 
     def _infer(self, x: Tensor, layers: list[ConvBn]) -> Tensor:
-        """Each layer as one op, the last one with the shortcut."""
-        *inner, last = layers
-        out = x
-        for layer in inner:
-            out = conv_bn(out, layer, relu=True)
+        """The block as one op, or each layer as one, the last with the shortcut."""
         if not self.has_shortcut:
-            return conv_bn(out, last, relu=True)
-        if self.downsample is None:
-            return conv_bn(out, last, residual=x, relu=True)
+            return _in_turn(x, layers)
+        *inner, last = layers
         if (identity := self._padded_identity()) is not None:
-            sampled = identity.sampled(x)
+            sampled, out = identity.sampled(x), _in_turn(x, inner)
             return conv_bn(out, last, residual=sampled, relu=True, pad_residual=True)
-        projection = fusion.projection(self.downsample)
+        before: Sequence[nn.Module] = ()
+        projection = None
+        if self.downsample is not None:
+            modules = fusion.projection_modules(self.downsample)
+            projection = None if modules is None else fusion.conv_bn(*modules[-2:])
+            before = [self.downsample] if modules is None or projection is None else modules[:-2]
+        if len(layers) == 3 and not before:
+            first, second, third = layers
+            return bottleneck(x, (first, second, third), projection)
+        out, shortcut = _in_turn(x, inner), x
+        for module in before:
+            shortcut = module(shortcut)
         if projection is None:
-            return conv_bn(out, last, residual=self.downsample(x), relu=True)
-        return conv_bn_projection(out, last, x, projection)
+            return conv_bn(out, last, residual=shortcut, relu=True)
+        return conv_bn_projection(out, last, shortcut, projection)
 
     def _padded_identity(self) -> PaddedIdentity | None:
         module = self.downsample
@@ -152,7 +168,9 @@ class ResidualBlock(nn.Module):
         if not self.has_shortcut or self.downsample is None or self._padded_identity() is not None:
             return pairs
         projection = fusion.projection_modules(self.downsample)
-        return None if projection is None else [*pairs, projection]
+        if projection is None or len(projection) > 2:
+            return None
+        return [*pairs, (projection[0], projection[1])]
 
     def _train(
         self,
@@ -282,11 +300,3 @@ class Bottleneck(ResidualBlock):
             identity = self.downsample(x)
         out += identity
         return self.relu(out)
-
-    def _infer(self, x: Tensor, layers: list[ConvBn]) -> Tensor:
-        """The whole block as one op, unless its shortcut is neither x nor a projection."""
-        projection = None if self.downsample is None else fusion.projection(self.downsample)
-        if self.downsample is not None and projection is None:
-            return super()._infer(x, layers)
-        first, second, third = layers
-        return bottleneck(x, (first, second, third), projection)

@@ -33,6 +33,7 @@ FUSED = (
     nn.MaxPool2d,
     nn.AdaptiveAvgPool2d,
     nn.Linear,
+    nn.Identity,
     nn.Sequential,
     FrozenBatchNorm2d,
 )
@@ -101,17 +102,35 @@ def untouched(*modules: nn.Module) -> bool:
     return True
 
 
+def is_identity(module: nn.Module | None) -> bool:
+    """Whether `module` does nothing, or is not there."""
+    return module is None or (type(module) is nn.Identity and untouched(module))
+
+
 def is_relu(module: nn.Module) -> bool:
     """Whether `module` is a plain ReLU."""
     return type(module) is nn.ReLU and untouched(module)
 
 
+def _is_from(kind: type[nn.Module], name: str, module: str) -> bool:
+    # By name, as its package need not be there; another class of that name may mean another thing.
+    return kind.__name__ == name and kind.__module__ == kind.forward.__module__ == module
+
+
 def _is_torchvisions_frozen(kind: type[nn.Module]) -> bool:
-    # By name, as torchvision need not be there; another class of that name may mean another thing.
-    return (
-        kind.__name__ == "FrozenBatchNorm2d"
-        and kind.__module__ == kind.forward.__module__ == "torchvision.ops.misc"
-    )
+    return _is_from(kind, "FrozenBatchNorm2d", "torchvision.ops.misc")
+
+
+def _is_timms(kind: type[nn.Module]) -> bool:
+    return _is_from(kind, "BatchNormAct2d", "timm.layers.norm_act")
+
+
+def behind_norm(module: nn.Module) -> list[nn.Module]:
+    """What timm's `BatchNormAct2d` applies to its normalisation's result; [] for other modules."""
+    if not _is_timms(type(module)):
+        return []
+    behind = (module._modules.get("drop"), module._modules.get("act"))
+    return [m for m in behind if m is not None and not is_identity(m)]
 
 
 def _parameter(module: nn.Module, name: str) -> Tensor | None:
@@ -144,25 +163,41 @@ def convolution(module: nn.Module) -> Convolution | None:
     )
 
 
-def batch_norm(module: nn.Module) -> BatchNorm | None:
-    """The argument group of a normalisation with frozen statistics, else None.
+def is_norm(module: nn.Module) -> bool:
+    """Whether `module` is a batch norm of a kind that ops compute, in some mode."""
+    kind = type(module)
+    return (
+        kind in (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+        or _is_timms(kind)
+        or _is_torchvisions_frozen(kind)
+    )
 
-    That is `nn.BatchNorm2d` or `nn.SyncBatchNorm` in eval mode with running statistics, and frozen
-    batch norm, ours and torchvision's.
+
+def normalisation(module: nn.Module) -> BatchNorm | None:
+    """The argument group of a normalisation with frozen statistics, whatever follows in it.
+
+    That is `nn.BatchNorm2d` or `nn.SyncBatchNorm` in eval mode with running statistics, timm's
+    `BatchNormAct2d` in that mode, and frozen batch norm, ours and torchvision's.
     """
-    buffers = module._buffers
-    if type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d):
-        if module.training:
-            return None
-        weight, bias = _parameter(module, "weight"), _parameter(module, "bias")
-    elif _is_torchvisions_frozen(type(module)):
-        weight, bias = buffers["weight"], buffers["bias"]
-    else:
+    buffers, kind = module._buffers, type(module)
+    if not is_norm(module):
         return None
+    if _is_torchvisions_frozen(kind):
+        weight, bias = buffers["weight"], buffers["bias"]
+    elif module.training:
+        return None
+    else:
+        weight, bias = _parameter(module, "weight"), _parameter(module, "bias")
     mean, var = buffers.get("running_mean"), buffers.get("running_var")
     if mean is None or var is None or not untouched(module):
         return None
     return BatchNorm(mean, var, weight, bias, cast("float", module.eps))
+
+
+def batch_norm(module: nn.Module) -> BatchNorm | None:
+    """The argument group of a module that is a normalisation with frozen statistics and nothing
+    else, else None."""
+    return None if behind_norm(module) else normalisation(module)
 
 
 def conv_bn(conv: nn.Module, bn: nn.Module) -> ConvBn | None:
@@ -174,17 +209,16 @@ def conv_bn(conv: nn.Module, bn: nn.Module) -> ConvBn | None:
     return ConvBn(convolution_, batch_norm_)
 
 
-def projection_modules(module: nn.Module) -> tuple[nn.Module, nn.Module] | None:
-    """The two modules of a Sequential(convolution, normalisation) shortcut, else None."""
-    if type(module) is not nn.Sequential or len(module) != 2 or not untouched(module):
+def projection_modules(module: nn.Module) -> tuple[nn.Module, ...] | None:
+    """The modules of a Sequential(..., convolution, normalisation) shortcut, else None.
+
+    Those before the convolution, usually pooling, are called for themselves; identities are left
+    out.
+    """
+    if type(module) is not nn.Sequential or not untouched(module):
         return None
-    return module[0], module[1]
-
-
-def projection(module: nn.Module) -> ConvBn | None:
-    """The argument group of a Sequential(convolution, normalisation) shortcut, else None."""
-    modules = projection_modules(module)
-    return None if modules is None else conv_bn(*modules)
+    modules = tuple(m for m in module if not is_identity(m))
+    return modules if len(modules) >= 2 else None
 
 
 class TrainingPlan(NamedTuple):

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen, PythonCode
 
-from . import fusion
+from . import fusion, sequence
 from .ops.conv_bn import conv_bn
 from .ops.conv_bn_projection import conv_bn_projection
 from .ops.head import head
-from .ops.stem import stem
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
@@ -83,16 +82,12 @@ def run_conv_bn(
     x: Tensor, conv: nn.Module, bn: nn.Module, relu: nn.Module | None, pool: nn.Module | None
 ) -> Tensor:
     """pool?(relu?(bn(conv(x)))), fused where it may be."""
-    layer = fusion.conv_bn(conv, bn) if _may_fuse(x) else None
-    if layer is None or (relu is not None and not fusion.is_relu(relu)):
+    out = sequence.fused(x, conv, bn, relu, pool) if _may_fuse(x) else None
+    if out is None:
         out = bn(conv(x))
         out = out if relu is None else relu(out)
-        return out if pool is None else pool(out)
-    window = None if pool is None else fusion.max_pool(pool)
-    if window is not None:
-        return stem(x, layer, window)
-    out = conv_bn(x, layer, relu=relu is not None)
-    return out if pool is None else pool(out)
+        out = out if pool is None else pool(out)
+    return out
 
 
 def run_block_end(

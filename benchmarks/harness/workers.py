@@ -152,11 +152,11 @@ class Referee:
 
 
 class Worker:
-    """A process that holds one Runner or Referee, and the line to it."""
+    """A process that holds one object, such as a Runner or Referee, and the line to it."""
 
     def __init__(
         self,
-        kind: Callable[[], Runner | Referee],
+        kind: Callable[[], object],
         seconds: float = ANSWER_SECONDS,
         warm: bool = False,
     ) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.utils.checkpoint import checkpoint
 
-from .. import fusion, plan, traced
+from .. import fusion, plan, sequence, traced
 from ..blocks import (
     BasicBlock,
     Bottleneck,
@@ -22,14 +22,9 @@ from ..blocks import (
     ResidualBlock,
     conv1x1,
 )
-from ..ops.block_training import residual_block_training
 from ..ops.checks import check_is_tensor
-from ..ops.conv_bn import conv_bn
 from ..ops.head import head
-from ..ops.stem import stem
-from ..ops.stem_training import stem_training
-from ..ops.training_choice import run_on, training_backend
-from ..parameters import MaxPool
+from .checkpoints import adapt
 from .weights import WeightsSource, load_weights, without_legacy
 
 
@@ -110,14 +105,14 @@ def _untracked(blocks: Sequence[nn.Module]) -> Iterator[None]:
 
 
 # The methods that a network's forward consists of.
-_PIECES = ("_forward", "_stem", "_stem_fused", "_stem_unfused", "_head", "stages")
+_PIECES = ("_forward", "_stem", "_stem_unfused", "_head", "stages")
 
 
 class ResidualNetwork(nn.Module):
     """A stem, stages `layer1`, `layer2`, ..., average pooling and a fully connected layer.
 
     Submodule names are torchvision's. Arguments, beside those of `resnet_fused.ResNet`:
-        stem: the first convolution, `conv1`.
+        stem: `conv1`, a convolution or several in an `nn.Sequential` that ends with one.
         pool: `maxpool` behind it, or None.
         stages: what each stage is made of.
     """
@@ -139,7 +134,7 @@ class ResidualNetwork(nn.Module):
 
     def __init__(
         self,
-        stem: nn.Conv2d,
+        stem: nn.Conv2d | nn.Sequential,
         pool: nn.MaxPool2d | None,
         block: type[BasicBlock | Bottleneck],
         stages: Sequence[StageShape],
@@ -151,6 +146,7 @@ class ResidualNetwork(nn.Module):
         shortcut: str = "B",
         stride_in: str = "3x3",
         checkpoint: bool = False,
+        avg_down: bool = False,
     ) -> None:
         super().__init__()
         if shortcut not in ("A", "B", "C"):
@@ -162,12 +158,17 @@ class ResidualNetwork(nn.Module):
             )
         self._norm_layer = norm_layer or nn.BatchNorm2d
         self._shortcut = shortcut
-        self.inplanes = stem.out_channels
+        self._avg_down = avg_down
+        first, last = (stem, stem) if isinstance(stem, nn.Conv2d) else (stem[0], stem[-1])
+        self.in_chans, self.inplanes = (
+            cast("Any", first).in_channels,
+            cast("Any", last).out_channels,
+        )
         self.dilation = 1
         self.groups = groups
         self.base_width = width_per_group
         self.conv1 = stem
-        self.bn1 = self._norm_layer(stem.out_channels)
+        self.bn1 = self._norm_layer(self.inplanes)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = pool
         placement: dict[str, Any] = {} if stride_in == "3x3" else {"stride_in": stride_in}
@@ -175,12 +176,11 @@ class ResidualNetwork(nn.Module):
         for name, shape in zip(self._stages, stages, strict=True):
             setattr(self, name, self._make_layer(block, shape, placement))
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-        self.fc = nn.Linear(self.inplanes, num_classes)
+        self.num_features, self.num_classes = self.inplanes, num_classes
+        self.fc = nn.Linear(self.num_features, num_classes)
         self._initialise(zero_init_residual)
         if checkpoint:
-            run = math.isqrt(sum(shape.blocks for shape in stages))
-            for stage in self.stages():
-                stage.run = max(run, 1)
+            self.set_grad_checkpointing()
 
     def _make_layer(
         self,
@@ -219,6 +219,13 @@ class ResidualNetwork(nn.Module):
             return None
         if self._shortcut == "A":
             return PaddedIdentity(self.inplanes, outplanes, stride)
+        if self._avg_down:  # ResNet-D (arXiv 1812.01187, Fig. 2c): the projection sees every pixel
+            pool = nn.AvgPool2d(2, stride, ceil_mode=True, count_include_pad=False)
+            return nn.Sequential(
+                nn.Identity() if stride == 1 else pool,
+                conv1x1(self.inplanes, outplanes),
+                self._norm_layer(outplanes),
+            )
         return nn.Sequential(conv1x1(self.inplanes, outplanes, stride), self._norm_layer(outplanes))
 
     def _initialise(self, zero_init_residual: bool) -> None:
@@ -289,7 +296,7 @@ class ResidualNetwork(nn.Module):
             getattr(type(self), name) is getattr(ResidualNetwork, name) for name in _PIECES
         )
         pool = [] if self.maxpool is None else [self.maxpool]
-        yield plan.part(self._stem, [self.conv1, self.bn1, self.relu, *pool], own)
+        yield plan.part(self._stem, [*self.conv1.modules(), self.bn1, self.relu, *pool], own)
         for stage in self.stages():
             if own and type(stage) is Stage and fusion.untouched(stage):
                 for block in stage:
@@ -298,14 +305,80 @@ class ResidualNetwork(nn.Module):
                 yield plan.Part(stage, None)
         yield plan.part(self._head, [self.avgpool, self.fc], own)
 
-    def features(self, x: Tensor) -> list[Tensor]:
-        """Each stage's result (N, C, H / its stride, W / its stride), for x as in `forward`.
+    def features(self, x: Tensor, out_indices: Sequence[int] = (1, 2, 3, 4)) -> list[Tensor]:
+        """Results (N, C, H / its stride, W / its stride) on the way, for x as in `forward`.
+
+        out_indices: which, in ascending order, counted as timm does: 0 is the stem's before its
+            pooling, i what stage `layer{i}` makes. Negative ones count from the end.
 
         Differentiable, and fused as in `forward`: what detectors and dense predictions build on.
-        A stage may be replaced, by `nn.Identity` for example.
+        A stage may be replaced, by `nn.Identity` for example. Raises ValueError for other indices.
         """
+        count = len(self._stages) + 1
+        indices = [i + count if i < 0 else i for i in out_indices]
+        if (
+            not indices
+            or sorted({*indices}) != indices
+            or not 0 <= indices[0] <= indices[-1] < count
+        ):
+            raise ValueError(
+                f"out_indices must be ascending and lie within 0 to {count - 1}, "
+                f"found {tuple(out_indices)}."
+            )
+        found = []
+        if indices[0] == 0:
+            x = sequence.run([self.conv1, self.bn1, self.relu], x)
+            found.append(x)
+            x = x if self.maxpool is None else self.maxpool(x)
+        else:
+            x = self._stem(x)
+        for i, stage in zip(range(1, indices[-1] + 1), self.stages(), strict=False):
+            x = stage(x)
+            if i in indices:
+                found.append(x)
+        return found
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last stage's result, before the pooling. As timm's, like the methods below."""
         x = self._stem(x)
-        return [x := stage(x) for stage in self.stages()]
+        for stage in self.stages():
+            x = stage(x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits of the last stage's result x, or what the classifier is applied to."""
+        return torch.flatten(self.avgpool(x), 1) if pre_logits else self._head(x)
+
+    def get_classifier(self, name_only: bool = False) -> nn.Module | str:
+        """The classifier, or its name."""
+        return "fc" if name_only else self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Gives the network a new classifier, none for 0 classes: it then returns pooled features.
+
+        global_pool: None or "avg", which it has; ValueError for others.
+        """
+        if global_pool not in (None, "avg"):
+            raise ValueError(
+                f'global_pool must be "avg" or None, found {global_pool!r}; '
+                "replace `avgpool` for another pooling."
+            )
+        self.num_classes = num_classes
+        if num_classes:
+            like = next(self.parameters())
+            fc: nn.Module = nn.Linear(
+                self.num_features, num_classes, device=like.device, dtype=like.dtype
+            )
+        else:
+            fc = nn.Identity()
+        self.fc = fc.train(self.training)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep less for backward and compute it again there: of n blocks every √n-th one's input
+        stays in memory. Not to be called where a stage was replaced."""
+        blocks = sum(len(stage) for stage in self.stages())
+        for stage in self.stages():
+            stage.run = max(math.isqrt(blocks), 1) if enable else 0
 
     def _stem(self, x: Tensor) -> Tensor:
         if isinstance(x, Proxy):
@@ -314,7 +387,10 @@ class ResidualNetwork(nn.Module):
             check_is_tensor("input", x)
         if fusion.must_call_modules(x):
             return fusion.run_unfused(self._stem_unfused, self, x)
-        out = self._stem_fused(x)
+        if isinstance(self.conv1, nn.Sequential):
+            pool = [] if self.maxpool is None else [self.maxpool]
+            return sequence.run([self.conv1, self.bn1, self.relu, *pool], x)
+        out = sequence.fused(x, self.conv1, self.bn1, self.relu, self.maxpool)
         if out is None:
             # As the fused ops leave it, and faster than what PyTorch makes of NCHW.
             x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
@@ -326,45 +402,6 @@ class ResidualNetwork(nn.Module):
         if self.maxpool is not None:
             x = self.maxpool(x)
         return x
-
-    def _stem_fused(self, x: Tensor) -> Tensor | None:
-        """The stem by fused ops, or None where its modules have to run."""
-        if not fusion.is_relu(self.relu):
-            return None
-        pool = None if self.maxpool is None else fusion.max_pool(self.maxpool)
-        if self.training:
-            training = fusion.training_plan([(self.conv1, self.bn1)])
-            if training is None:
-                return None
-            if not training.is_frozen() or training.needs_gradients(x):
-                return self._train_stem(x, training, pool)
-        layer = fusion.conv_bn(self.conv1, self.bn1)
-        if layer is None:
-            return None
-        if self.maxpool is None:
-            return conv_bn(x, layer, relu=True)
-        if pool is None:
-            return self.maxpool(conv_bn(x, layer, relu=True))
-        return stem(x, layer, pool)
-
-    def _train_stem(
-        self, x: Tensor, training: fusion.TrainingPlan, pool: MaxPool | None
-    ) -> Tensor | None:
-        """The stem as one op, forward and backward, or None where it has to run by modules."""
-        if self.maxpool is not None and pool is None:
-            return None
-        block = (x, training.layers, None, False, training.sync_group)
-        backend = training_backend(*block, pool=pool)
-        if backend is None:
-            return None
-        if pool is not None:
-            out, terms = run_on(
-                backend, stem_training, x, training.layers[0], pool, training.sync_group
-            )
-        else:
-            out, (terms,) = run_on(backend, residual_block_training, *block)
-        fusion.track_statistics([self.bn1], [terms])
-        return out
 
     def _head(self, x: Tensor) -> Tensor:
         arguments = None
@@ -391,10 +428,14 @@ def build(
 
     Every constructor of a network takes the same arguments:
         weights: None for random ones; a torchvision weights enum member or its name, where
-            torchvision has the network (the file is downloaded and its hash checked); the path of
-            a checkpoint; or a state dict. `num_classes` follows the weights unless it is given.
+            torchvision has the network (the file is downloaded and its hash checked); "timm/NAME",
+            a repository of the Hugging Face hub; the path of a checkpoint; or a state dict.
+            `num_classes` and `in_chans` follow the weights unless they are given.
             torchvision's old `pretrained=True` is accepted, with its warning.
         progress: whether a download shows its progress.
+        adapt_weights: where other `num_classes` or `in_chans` are given than the weights have, make
+            the first layer from theirs and leave the classifier random, as timm does; otherwise
+            this is an error.
         **kwargs: arguments of the network's class.
 
     Raises ValueError for unknown names and arguments that do not apply, CheckpointError for files
@@ -407,7 +448,13 @@ def build(
     state = load_weights(name, weights, progress)
     if state is not None and "fc.weight" in state:
         kwargs.setdefault("num_classes", state["fc.weight"].shape[0])
+    first = next((key for key in ("conv1.weight", "conv1.0.weight") if key in (state or ())), None)
+    if state is not None and first is not None and (channels := state[first].shape[1]) != 3:
+        kwargs.setdefault("in_chans", channels)
+    adapts = kwargs.pop("adapt_weights", False)
     model = network(block, layers, **kwargs)
     if state is not None:
+        if adapts and first is not None:
+            state = adapt(state, first, model.state_dict())
         model.load_state_dict(state)
     return model

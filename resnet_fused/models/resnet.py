@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..blocks import BasicBlock, Bottleneck, NormLayer, PlainBlock
+from ..blocks import BasicBlock, Bottleneck, NormLayer, PlainBlock, conv3x3
 from .network import ResidualNetwork, StageShape, build
 from .weights import WeightsSource
 
@@ -33,6 +33,11 @@ class ResNet(ResidualNetwork):
         shortcut: the paper's option "A" (identities, strided and zero-padded where dimensions
             change), "B" (projections there, torchvision's) or "C" (projections everywhere).
         stride_in: of bottlenecks, "3x3" (torchvision's) or "1x1" (the paper's, the first one).
+        in_chans: channels of the images.
+        stem: "7x7", or "deep", three 3×3 convolutions in its place (ResNet-C and -D, arXiv
+            1812.01187; timm's "d" networks with `avg_down`).
+        avg_down: average pooling before a strided projection, which then reads every pixel
+            (ResNet-D); not with dilation in the stride's place.
         checkpoint: keep less for backward and compute it again there: of n blocks only every
             √n-th one's input stays in memory.
     """
@@ -50,7 +55,12 @@ class ResNet(ResidualNetwork):
         shortcut: str = "B",
         stride_in: str = "3x3",
         checkpoint: bool = False,
+        in_chans: int = 3,
+        stem: str = "7x7",
+        avg_down: bool = False,
     ) -> None:
+        if stem not in ("7x7", "deep"):
+            raise ValueError(f'stem must be "7x7" or "deep", found {stem!r}.')
         dilate = (
             (False,) * 3 if replace_stride_with_dilation is None else replace_stride_with_dilation
         )
@@ -59,8 +69,15 @@ class ResNet(ResidualNetwork):
                 "replace_stride_with_dilation must be None or three booleans, "
                 f"found {replace_stride_with_dilation!r}."
             )
+        if avg_down and any(dilate):
+            raise ValueError(
+                "avg_down pools where a stage strides, and replace_stride_with_dilation="
+                f"{dilate!r} takes strides away; use one of them."
+            )
         super().__init__(
-            nn.Conv2d(3, 64, kernel_size=7, stride=2, padding=3, bias=False),
+            nn.Conv2d(in_chans, 64, kernel_size=7, stride=2, padding=3, bias=False)
+            if stem == "7x7"
+            else _deep_stem(in_chans, norm_layer or nn.BatchNorm2d),
             nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
             block,
             [
@@ -77,12 +94,25 @@ class ResNet(ResidualNetwork):
             shortcut,
             stride_in,
             checkpoint,
+            avg_down,
         )
 
     def forward_scripted(self, x: Tensor) -> Tensor:
         x = self._stem_unfused(x)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+def _deep_stem(in_chans: int, norm_layer: NormLayer) -> nn.Sequential:
+    return nn.Sequential(
+        conv3x3(in_chans, 32, stride=2),
+        norm_layer(32),
+        nn.ReLU(inplace=True),
+        conv3x3(32, 32),
+        norm_layer(32),
+        nn.ReLU(inplace=True),
+        conv3x3(32, 64),
+    )
 
 
 def resnet18(weights: WeightsSource = None, progress: bool = True, **kwargs: Any) -> ResNet:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from enum import Enum
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
+from . import checkpoints, hub
 
 WeightsSource = Enum | str | os.PathLike[str] | Mapping[str, Any] | None
 
@@ -47,8 +49,10 @@ def load_weights(
     Args:
         architecture: name of the model's constructor, which is torchvision's too.
         weights: a torchvision weights enum member; the name of one ("IMAGENET1K_V2", "DEFAULT" or
-            "ResNet50_Weights.IMAGENET1K_V2"); the path of a file saved with `torch.save`; or a
-            state dict.
+            "ResNet50_Weights.IMAGENET1K_V2"); "timm/NAME", a repository of the Hugging Face hub;
+            the path of a file of `torch.save` or safetensors; or a state dict. Files and dicts
+            may be checkpoints of a training run, with moving averages and wrappers' keys
+            (`resnet_fused.models.checkpoints`).
         progress: whether a download shows its progress.
 
     torchvision is imported only for its enums and their names; downloads are checked against the
@@ -57,14 +61,18 @@ def load_weights(
     Raises ValueError for a name that is neither a file nor a weights entry, and CheckpointError
     for a file that is not a state dict or that cannot be downloaded.
     """
-    if weights is None or isinstance(weights, Mapping):
-        return weights
+    if weights is None:
+        return None
+    if isinstance(weights, Mapping):
+        return checkpoints.state_in(weights, "weights")
     if isinstance(weights, Enum):
         return _download(architecture, weights, progress)
     path = Path(weights).expanduser()
     if path.is_file():
-        return _read(path)
+        return checkpoints.read(path)
     name = str(weights)
+    if re.fullmatch(r"timm/[\w.-]+", name):
+        return hub.load(name, progress)
     is_entry = all(part.isidentifier() for part in name.split(".", 1))
     if isinstance(weights, os.PathLike) or not is_entry:
         raise ValueError(f"weights={name!r}: there is no such file.")
@@ -114,21 +122,3 @@ def _download(architecture: str, weights: Enum, progress: bool) -> Mapping[str, 
             f"download that file elsewhere and pass its path as `weights`, or put it into "
             f"{Path(torch.hub.get_dir(), 'checkpoints')}, in place of one that is damaged."
         ) from error
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds, from EOFError to UnpicklingError
-        raise CheckpointError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}: {error}); "
-            "it may be incomplete, or hold more than tensors: save model.state_dict() only."
-        ) from error
-    if not isinstance(state, Mapping) or not all(
-        isinstance(value, torch.Tensor) for value in state.values()
-    ):
-        raise CheckpointError(
-            f"{path} holds no state dict of tensors but {type(state).__name__}; "
-            "save model.state_dict(), or load the file and pass the right part of it."
-        )
-    return state
