@@ -112,6 +112,10 @@ def is_relu(module: nn.Module) -> bool:
     return type(module) is nn.ReLU and untouched(module)
 
 
+# Told at a glance; others are looked for by name.
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+
+
 def _is_from(kind: type[nn.Module], name: str, module: str) -> bool:
     # By name, as its package need not be there; another class of that name may mean another thing.
     return kind.__name__ == name and kind.__module__ == kind.forward.__module__ == module
@@ -127,7 +131,7 @@ def _is_timms(kind: type[nn.Module]) -> bool:
 
 def behind_norm(module: nn.Module) -> list[nn.Module]:
     """What timm's `BatchNormAct2d` applies to its normalisation's result; [] for other modules."""
-    if not _is_timms(type(module)):
+    if type(module) in _NORMS or not _is_timms(type(module)):
         return []
     behind = (module._modules.get("drop"), module._modules.get("act"))
     return [m for m in behind if m is not None and not is_identity(m)]
@@ -166,11 +170,7 @@ def convolution(module: nn.Module) -> Convolution | None:
 def is_norm(module: nn.Module) -> bool:
     """Whether `module` is a batch norm of a kind that ops compute, in some mode."""
     kind = type(module)
-    return (
-        kind in (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
-        or _is_timms(kind)
-        or _is_torchvisions_frozen(kind)
-    )
+    return kind in _NORMS or _is_timms(kind) or _is_torchvisions_frozen(kind)
 
 
 def normalisation(module: nn.Module) -> BatchNorm | None:
@@ -180,14 +180,14 @@ def normalisation(module: nn.Module) -> BatchNorm | None:
     `BatchNormAct2d` in that mode, and frozen batch norm, ours and torchvision's.
     """
     buffers, kind = module._buffers, type(module)
-    if not is_norm(module):
-        return None
-    if _is_torchvisions_frozen(kind):
-        weight, bias = buffers["weight"], buffers["bias"]
-    elif module.training:
-        return None
-    else:
+    if kind in _NORMS or _is_timms(kind):
+        if module.training:
+            return None
         weight, bias = _parameter(module, "weight"), _parameter(module, "bias")
+    elif _is_torchvisions_frozen(kind):
+        weight, bias = buffers["weight"], buffers["bias"]
+    else:
+        return None
     mean, var = buffers.get("running_mean"), buffers.get("running_var")
     if mean is None or var is None or not untouched(module):
         return None
@@ -197,7 +197,9 @@ def normalisation(module: nn.Module) -> BatchNorm | None:
 def batch_norm(module: nn.Module) -> BatchNorm | None:
     """The argument group of a module that is a normalisation with frozen statistics and nothing
     else, else None."""
-    return None if behind_norm(module) else normalisation(module)
+    if type(module) not in _NORMS and behind_norm(module):
+        return None
+    return normalisation(module)
 
 
 def conv_bn(conv: nn.Module, bn: nn.Module) -> ConvBn | None:
@@ -217,8 +219,8 @@ def projection_modules(module: nn.Module) -> tuple[nn.Module, ...] | None:
     """
     if type(module) is not nn.Sequential or not untouched(module):
         return None
-    modules = tuple(m for m in module if not is_identity(m))
-    return modules if len(modules) >= 2 else None
+    modules = [m for m in module._modules.values() if m is not None and not is_identity(m)]
+    return tuple(modules) if len(modules) >= 2 else None
 
 
 class TrainingPlan(NamedTuple):
@@ -255,7 +257,7 @@ def training_plan(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> TrainingPlan 
         if frozen is None:
             if type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm) or not untouched(bn):
                 return None
-            groups.add(_sync_group(bn))
+            groups.add(_sync_group(bn) if type(bn) is nn.SyncBatchNorm else "")
         weight, bias = cast("Tensor | None", bn.weight), cast("Tensor | None", bn.bias)
         if weight is None or bias is None:  # affine=False
             ones = torch.ones(len(convolution_.weight), device=convolution_.weight.device)

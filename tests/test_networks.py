@@ -333,16 +333,16 @@ def test_feature_extraction_export_and_pickle() -> None:
 def test_option_a_is_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """No padded copy: the block's last Triton kernel gets a view of the block's own input."""
     require("triton", "cpu", torch.float32)
-    from resnet_fused.backends.triton import convolution
+    from resnet_fused.backends.triton.launching import Launch
 
     residuals = []
 
-    def launch(kernel, grid, config, *arguments, _launch=convolution.launch, **constants):
-        residual = dict(zip(kernel.arg_names, arguments, strict=False))["residual"]
+    def launch(self, *tensors, _call=Launch.__call__):
+        residual = dict(zip(self.kernel.arg_names, tensors, strict=False))["residual"]
         residuals.append(None if residual is None else residual.data_ptr())
-        _launch(kernel, grid, config, *arguments, **constants)
+        _call(self, *tensors)
 
-    monkeypatch.setattr(convolution, "launch", launch)
+    monkeypatch.setattr(Launch, "__call__", launch)
     block = resnet_fused.BasicBlock(16, 32, 2, PaddedIdentity(16, 32, 2)).eval()
     x = torch.randn(2, 16, 9, 9, generator=generator()).to(memory_format=torch.channels_last)
     with use_backend("triton"), torch.no_grad():

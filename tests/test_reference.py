@@ -16,7 +16,7 @@ from torch import Tensor
 
 from resnet_fused import _extension, backends
 from resnet_fused.backends.cpu.onednn import OneDnnConvolution
-from resnet_fused.ops import BatchNorm, Convolution
+from resnet_fused.ops import BatchNorm, ConvBn, Convolution
 from resnet_fused.reference import ops as reference
 from resnet_fused.reference.convolution import usual_strides, well_posed
 from resnet_fused.reference.training import ReferenceTraining
@@ -66,12 +66,13 @@ def convolution(x: Tensor, conv: Convolution) -> Tensor:
     return F.conv2d(x.double(), conv.weight.double().contiguous(), None, *conv[1:])
 
 
-def identity_norm(channels: int) -> BatchNorm:
-    return BatchNorm(torch.zeros(channels), torch.ones(channels), None, None, 0.0)
+def identity_layer(conv: Convolution) -> ConvBn:
+    zeros, ones = torch.zeros(conv.weight.shape[0]), torch.ones(conv.weight.shape[0])
+    return ConvBn(conv, BatchNorm(zeros, ones, None, None, 0.0))
 
 
 def by_reference(x: Tensor, conv: Convolution) -> Tensor:
-    return reference.conv_bn(x, conv, identity_norm(conv.weight.shape[0]), None, False)
+    return reference.conv_bn(x, identity_layer(conv), None, False)
 
 
 def by_training_reference(x: Tensor, conv: Convolution) -> Tensor:
@@ -83,7 +84,7 @@ def by_onednn(x: Tensor, conv: Convolution) -> Tensor:
         pytest.skip(reason)
     if reason := backends.get("cpu").unsupported(x.device, x.dtype):
         pytest.skip(reason)
-    bn = identity_norm(conv.weight.shape[0])
+    bn = identity_layer(conv).bn
     return OneDnnConvolution(_extension.load(), conv)(x, bn, None, False)
 
 
@@ -155,7 +156,8 @@ def test_weight_gradients_of_one_window_are_exact(dtype: torch.dtype) -> None:
     gradients = []
     for of in (x, x.double()):
         weight = conv.weight.to(of.dtype).requires_grad_()
-        out = reference.conv_bn(of, conv._replace(weight=weight), identity_norm(32), None, False)
+        layer = identity_layer(conv._replace(weight=weight))
+        out = reference.conv_bn(of, layer, None, False)
         gradients += torch.autograd.grad(out.sum(), weight)
     assert torch.equal(gradients[0].double(), gradients[1])
 

@@ -305,17 +305,19 @@ class ResidualNetwork(nn.Module):
                 yield plan.Part(stage, None)
         yield plan.part(self._head, [self.avgpool, self.fc], own)
 
-    def features(self, x: Tensor, out_indices: Sequence[int] = (1, 2, 3, 4)) -> list[Tensor]:
+    def features(self, x: Tensor, out_indices: Sequence[int] | None = None) -> list[Tensor]:
         """Results (N, C, H / its stride, W / its stride) on the way, for x as in `forward`.
 
         out_indices: which, in ascending order, counted as timm does: 0 is the stem's before its
-            pooling, i what stage `layer{i}` makes. Negative ones count from the end.
+            pooling, i what stage `layer{i}` makes. Negative ones count from the end. All stages' if
+            None.
 
         Differentiable, and fused as in `forward`: what detectors and dense predictions build on.
         A stage may be replaced, by `nn.Identity` for example. Raises ValueError for other indices.
         """
         count = len(self._stages) + 1
-        indices = [i + count if i < 0 else i for i in out_indices]
+        wanted = range(1, count) if out_indices is None else out_indices
+        indices = [i + count if i < 0 else i for i in wanted]
         if (
             not indices
             or sorted({*indices}) != indices
@@ -323,7 +325,7 @@ class ResidualNetwork(nn.Module):
         ):
             raise ValueError(
                 f"out_indices must be ascending and lie within 0 to {count - 1}, "
-                f"found {tuple(out_indices)}."
+                f"found {tuple(wanted)}."
             )
         found = []
         if indices[0] == 0:

@@ -46,8 +46,8 @@ def tile_moments(tile, in_rows, count):
     """Mean and sum of squared deviations of a (rows, channels) tile's columns; `count` of its
     rows are `in_rows`. Two passes over registers, the second correcting the first one's mean."""
     tile = for_sums(tile)
-    share = 1.0 / count
-    mean = tl.sum(tl.where(in_rows[:, None], tile, 0.0), 0) * share
+    share = 1.0 / count  # close enough for the correction
+    mean = tl.sum(tl.where(in_rows[:, None], tile, 0.0), 0) / count
     deviation = tl.where(in_rows[:, None], tile - mean[None, :], 0.0)
     rest = tl.sum(deviation, 0) * share
     return mean + rest, tl.sum(deviation * deviation, 0) - rest * rest * count
