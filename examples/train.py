@@ -176,6 +176,7 @@ def main() -> None:
     state = get_model_state_dict(model, options=whole)
     if rank == 0:
         torch.save(state, options.out / "model.pth")
+    dist.barrier()  # nobody leaves while another still waits for it
     dist.destroy_process_group()
 
 

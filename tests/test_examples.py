@@ -300,7 +300,7 @@ def undisturbed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_training_goes_on_after_a_process_was_killed(
     parallel: str, images: Path, undisturbed: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:

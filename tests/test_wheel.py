@@ -17,6 +17,7 @@ import sys
 import tarfile
 import venv
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,17 @@ def _run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> 
     return result.stdout
 
 
+def _need(package: str, oldest: int = 0) -> None:
+    """Skips without the package of that version; setuptools is not imported for it, because it
+    replaces a distutils that may be loaded."""
+    try:
+        version = metadata.version(package)
+    except metadata.PackageNotFoundError:
+        pytest.skip(f"{package}, which builds the package, is not installed")
+    if int(version.split(".")[0]) < oldest:
+        pytest.skip(f"{package} {version} is older than {oldest}")
+
+
 @pytest.fixture(scope="module")
 def tracked() -> list[str]:
     if shutil.which("git") is None or not (ROOT / ".git").exists():
@@ -61,7 +73,7 @@ def sdist(tracked: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in tracked:
         (folder / "sources" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / "sources" / name)
-    pytest.importorskip("setuptools", minversion="77", reason="builds the sdist")
+    _need("setuptools", 77)
     code = "import build_backend; build_backend.build_sdist('..')"
     _run(sys.executable, "-c", code, cwd=folder / "sources")
     return folder / f"resnet_fused-{__version__}.tar.gz"
@@ -72,8 +84,8 @@ def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """The wheel that is given, or that pip makes of the sdist."""
     if given := request.config.getoption("--wheel"):
         return Path(given).resolve()
-    for module in ("pip", "pybind11", "setuptools"):
-        pytest.importorskip(module, reason="builds the wheel")
+    for package in ("pip", "pybind11", "setuptools"):
+        _need(package)
     for tool in ("cmake", "ninja", "c++"):
         if shutil.which(tool) is None:
             pytest.skip(f"building the wheel needs {tool}")
