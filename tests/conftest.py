@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from resnet_fused import _extension, backends, use_backend
+from resnet_fused.backends import autotune
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,6 +46,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def cache_directory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
     """Keeps the tuning cache of the person who runs the tests out of them."""
     monkeypatch.setenv("RESNET_FUSED_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def choices() -> None:
+    """A test's choices of kernels are its own: sizes that share a choice may be another test's."""
+    autotune.tuner.forget()
 
 
 @pytest.fixture(autouse=True)

@@ -45,7 +45,7 @@ CASES = {
         STRIDED, "projection", (True, False, True, False), (5, 24, 8, 7)
     ),
     "bottleneck grouped": BlockCase(
-        ((1, 32, 1, 1, 1), (3, 32, 2, 1, 4), (1, 48, 1, 1, 1)), "none", shape=(4, 24, 8, 7)
+        ((1, 32, 1, 1, 1), (3, 32, 2, 1, 4), (1, 48, 1, 1, 1)), "none", shape=(8, 24, 8, 7)
     ),
     "bottleneck dilated": BlockCase(((1, 16, 1, 1, 1), (3, 16, 1, 2, 1), (1, 24, 1, 1, 1))),
     "dilated and strided": BlockCase(((3, 35, 2, 2, 1),), "none", shape=(2, 5, 13, 12)),

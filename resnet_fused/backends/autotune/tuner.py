@@ -134,7 +134,7 @@ class Tuner:
     def ahead(self) -> Iterator[None]:
         """Within the block everything is measured, however long it takes."""
         before, self._unlimited = self._unlimited, True
-        self._forget()
+        self.forget()
         try:
             yield
         finally:
@@ -145,14 +145,15 @@ class Tuner:
         """Within the block every `of`-th candidate of a call, from number `share` on, runs once and
         none is measured: so that several processes compile what one of them measures later."""
         self._share = (share, of)
-        self._forget()
+        self.forget()
         try:
             yield
         finally:
             self._share = None
-            self._forget()
+            self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Makes every choice anew, from what is kept on disk or by measuring."""
         self._chosen.clear()
         self.generation += 1
 
