@@ -49,7 +49,8 @@ def conv_dgrad(
     grad: TensorArg,
     packed: TensorArg,
     window: _Window,
-    positive: TensorArg | None,
+    add: TensorArg | None = None,
+    positive: TensorArg | None = None,
     isa: str = "",
 ) -> None: ...
 def stem_packed_bytes(weight: TensorArg) -> int: ...

@@ -3,7 +3,8 @@
 //
 // With a stride of 1 it is itself a convolution, of the result's gradient with the weights flipped
 // and transposed: conv_bn and winograd_conv compute it from weights that dgrad_transform_weights
-// and winograd_dgrad_transform_weights pack for them. conv_dgrad takes other strides.
+// and winograd_dgrad_transform_weights pack for them, faster than conv_dgrad, which takes any
+// stride.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +18,9 @@ struct ConvDgrad {
   const void* grad;    // (batch, output height, output width, out_channels), of the result
   const void* packed;  // from dgrad_transform_weights
   void* out;           // (batch, height, width, in_channels), apart from grad
-  // Of out's size: out is zero where it is not positive, as where a ReLU made it. nullptr: none.
+  const void* add;     // of out's size, added to it; may be out itself; nullptr: none
+  // Of out's size: out is zero where it is at most zero, as the ReLU that made it wants; nullptr:
+  // none.
   const void* positive;
   std::int64_t batch, height, width, in_channels, out_channels;
   Window window;
