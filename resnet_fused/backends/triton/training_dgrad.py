@@ -211,7 +211,7 @@ def dgrad_configs(g: Tensor, conv: Convolution, shape: torch.Size, masks: bool) 
         # Sums of float32 results are taken in float64: registers for a third accumulator.
         accumulators=3 if masks and g.element_size() == 4 else 2,
     )
-    # XXX
+    # Higher tiles leave one program on a multiprocessor, and nothing beside its long epilogue.
     return [config for config in found if config.blocks[0] <= 128]
 
 

@@ -35,10 +35,10 @@ from .primitives import is_inside, split_position
 
 _SUM = Config((1024,), 4, 1)
 _TENSOR_CORE = (
-    Config((128, 128, 32), 8, 3),
-    Config((128, 64, 32), 4, 3),
-    Config((64, 128, 32), 4, 3),
-    Config((64, 64, 32), 4, 3),
+    Config((128, 128, 64), 8, 3),
+    Config((128, 64, 64), 4, 3),
+    Config((64, 128, 64), 4, 3),
+    Config((64, 64, 64), 4, 3),
     Config((32, 32, 32), 4, 3),
     Config((16, 16, 32), 4, 3),
 )
