@@ -112,7 +112,7 @@ class ReferenceTraining:
         return g, [sums(g, branch) for branch in branches]
 
     def merge_sums(self, sums: Tensor) -> Tensor:
-        return sums.sum(0, keepdim=True)
+        return sums.double().sum(0, keepdim=True).to(sums.dtype)
 
     def bn_backward_coefficients(
         self, sums: Tensor, total: Tensor, scale_shift: Tensor, frozen: bool
