@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "parallel.h"
 
 namespace resnet_fused::cpu {
 namespace {
@@ -90,10 +91,9 @@ void fingerprints(const Bytes* inputs, std::size_t count, std::uint64_t* out) {
   }
   const Absorb absorb = absorb_for(best_isa());
   const auto total = static_cast<std::int64_t>(chunks.size());
-#pragma omp parallel for schedule(dynamic, 1) if (total > 1)
-  for (std::int64_t i = 0; i < total; ++i) {
+  parallel_for(total, [&](std::int64_t i) {
     chunks[i].hash = hash_chunk(absorb, chunks[i].bytes.data, chunks[i].bytes.size);
-  }
+  });
   for (const Chunk& chunk : chunks) out[chunk.input] = step(out[chunk.input], chunk.hash);
 }
 

@@ -3,7 +3,20 @@
 
 #include <cstdint>
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 namespace resnet_fused::cpu {
+
+// How many threads parallel_for may use here.
+inline std::int64_t max_threads() {
+#ifdef _OPENMP
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
 
 // Calls body(i) for each i from 0 to before `tasks`, in any order and by any threads, and returns
 // when all are done. Where one task's result does not depend on another's, the result does not
