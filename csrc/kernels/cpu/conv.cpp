@@ -31,6 +31,8 @@
 #include <utility>
 #include <vector>
 
+#include "parallel.h"
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #endif
@@ -291,8 +293,7 @@ void conv_transform_weights(const void* weight, const std::int64_t strides[4], v
   const std::int64_t pixel_words = words_of(in_channels, format);
   const std::int64_t words = kernel[0] * kernel[1] * pixel_words;
   const std::int64_t strips = ceil_div(out_channels, kStrip);
-#pragma omp parallel for schedule(static)
-  for (std::int64_t strip = 0; strip < strips; ++strip) {
+  parallel_for(strips, [&](std::int64_t strip) {
     auto* const to = static_cast<unsigned char*>(packed) + 4 * strip * words * kStrip;
     std::memset(to, 0, 4 * words * kStrip);
     for (std::int64_t j = 0; j < std::min(kStrip, out_channels - strip * kStrip); ++j) {
@@ -309,7 +310,7 @@ void conv_transform_weights(const void* weight, const std::int64_t strides[4], v
         }
       }
     }
-  }
+  });
 }
 
 void conv_bn(const Conv& given, Isa isa) {
@@ -326,10 +327,9 @@ void conv_bn(const Conv& given, Isa isa) {
   const Task task = task_for(given.format, isa);
   const std::int64_t tasks = plan.half_tasks * plan.strip_tasks;
   // Tasks that share weights follow each other.
-#pragma omp parallel for schedule(dynamic, 1) if (tasks > 1)
-  for (std::int64_t i = 0; i < tasks; ++i) {
+  parallel_for(tasks, [&](std::int64_t i) {
     task(passes.data(), static_cast<int>(passes.size()), i % plan.half_tasks, i / plan.half_tasks);
-  }
+  });
 }
 
 }  // namespace resnet_fused::cpu
