@@ -15,13 +15,14 @@ from ... import _extension
 from ...errors import BackendUnavailableError
 from ...parameters import BatchNorm, ConvBn, Convolution, MaxPool
 from .. import Backend, Candidate, Candidates
+from ..reference import ReferenceBackend
 from .live_cache import LiveCache
 from .memory import keep_freed_memory
 from .native import PackedConvolution, PooledStem, bn_add_relu, head, suits_winograd
 from .onednn import OPERATORS, OneDnnConvolution
 
 
-class CpuBackend:
+class CpuBackend(ReferenceBackend):
     """Implements `resnet_fused.backends.Backend`."""
 
     name = "cpu"
