@@ -81,20 +81,24 @@ class Plan:
         snapshot: Snapshot,
         steps: Sequence[Segment | Callable[[Tensor], Tensor]],
         contents: Any,
+        frozen: Sequence[recording.Packed],
         copies: Sequence[tuple[Tensor, Tensor]],
         kept: Sequence[object],
     ) -> None:
         self.steps = steps
         self._snapshot = snapshot
         self._contents = contents
+        self._frozen = frozen
         self._sources = [source for source, _ in copies]
         self._copies = [copy for _, copy in copies]
         self._kept = kept  # programs hold addresses only
 
     def is_valid(self) -> bool:
         """Whether the programs compute what the ordinary forward would."""
-        return self._snapshot.holds() and (
-            self._contents is None or bool(self._contents.unchanged())
+        return (
+            self._snapshot.holds()
+            and all(recording.version(note.weight) == note.fingerprint for note in self._frozen)
+            and (self._contents is None or bool(self._contents.unchanged()))
         )
 
     def run(self, x: Tensor) -> Tensor:
@@ -191,7 +195,8 @@ def record(network: Network, x: Tensor, extension: ModuleType) -> tuple[Tensor, 
         ends.append(len(recorder))
     out = values[-1]
     known = {id(tensor) for tensor in snapshot.tensors}
-    made_from = [*(note.weight for note in notes.packed), *(source for source, _ in notes.copies)]
+    noted = [*notes.packed, *notes.frozen]
+    made_from = [*(note.weight for note in noted), *(source for source, _ in notes.copies)]
     if (
         not snapshot.is_complete()
         or generation() != before
@@ -201,7 +206,7 @@ def record(network: Network, x: Tensor, extension: ModuleType) -> tuple[Tensor, 
     packed = {id(note.weight): note for note in notes.packed if hasattr(note.packed, "packed")}
     constants = [
         *snapshot.tensors,
-        *(note.packed.packed for note in notes.packed if hasattr(note.packed, "packed")),
+        *(note.packed.packed for note in noted if hasattr(note.packed, "packed")),
         *(copy for _, copy in notes.copies),
     ]
     described = [tensor_arg(tensor) for tensor in constants if tensor.dtype in types()]
@@ -237,4 +242,4 @@ def record(network: Network, x: Tensor, extension: ModuleType) -> tuple[Tensor, 
     if packed:
         weights = [tensor_arg(note.weight) for note in packed.values()]
         contents = extension.Contents(weights, [note.fingerprint for note in packed.values()])
-    return out, Plan(snapshot, steps, contents, notes.copies, [constants, notes])
+    return out, Plan(snapshot, steps, contents, notes.frozen, notes.copies, [constants, notes])
