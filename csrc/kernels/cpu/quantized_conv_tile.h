@@ -4,7 +4,8 @@
 // What a tile's sums become.
 enum class QuantizedEnd {
   kResult,    // rne(sum * scale), clamped to 8 bits
-  kResidual,  // the same with the residual added before
+  kResidual,  // the same with the residual added before, whose pixels follow each other evenly
+  kParts,     // the same, where not all columns are channels of the result or of the residual
   kKeep,      // rne(sum * scale) + the start of the next pass's sums, kept for it
 };
 
@@ -21,6 +22,32 @@ struct QuantizedColumns {
 };
 
 constexpr std::int64_t kKeptPitch = kQuantizedStrip;
+
+// The sums with the residual added, vector by vector, where some of a tile's columns are no output
+// channels or have no residual.
+ISA inline __attribute__((noinline)) void finish_parts(const std::int32_t* sums, std::int64_t rows,
+                                                       std::int64_t vecs, const Shared& shared,
+                                                       const Row* row,
+                                                       const QuantizedColumns& columns) {
+  const QuantizedConv& op = shared.op;
+  const Vec most = splat(op.relu ? 255.0f : 127.0f);
+  for (std::int64_t r = 0; r < rows; ++r, ++row) {
+    for (std::int64_t k = 0; k < vecs * kLanes; k += kLanes, sums += kLanes) {
+      const std::int64_t channel = columns.first + k;
+      if (k >= columns.valid) continue;
+      Sums sum = load_sums(sums);
+      if (const std::int64_t left = op.residual.channels - channel; left > 0) {
+        const auto* const from = static_cast<const std::uint8_t*>(op.residual.data) +
+                                 op.residual.offset(row->pixel) + channel;
+        const Sums added = load_bytes(from, op.residual_is_signed, left);
+        sum += rounded(to_float(added) * load(shared.passes[1].scale + channel));
+      }
+      sum = requantised(sum, load(shared.passes[0].scale + channel), most);
+      store_bytes(static_cast<std::uint8_t*>(op.out) + row->pixel * op.conv.out_channels + channel,
+                  sum, !op.relu, columns.valid - k);
+    }
+  }
+}
 
 template <int kRows, int kVecs>
 ISA_INLINE void finish(Sums (&sum)[kRows][kVecs], const Shared& shared, const Pass& pass,
@@ -40,30 +67,38 @@ ISA_INLINE void finish(Sums (&sum)[kRows][kVecs], const Shared& shared, const Pa
     }
     return;
   }
-  const Vec most = splat(op.relu ? 255.0f : 127.0f);
-  const std::int64_t channels = op.conv.out_channels;
-  auto* const out = static_cast<std::uint8_t*>(op.out) + columns.first;
-  const auto* const residual = static_cast<const std::uint8_t*>(op.residual.data) + columns.first;
-  const std::int64_t left = op.residual.channels - columns.first;
-  const float* const residual_scale = shared.passes[1].scale + columns.first;
+  if (columns.end == QuantizedEnd::kParts) {
+    std::int32_t sums[kRows * kVecs * kLanes];
 #pragma GCC unroll 6
-  for (int r = 0; r < kRows; ++r) {
-    if (columns.end == QuantizedEnd::kResidual) {
-      const std::uint8_t* const from = residual + op.residual.offset(rows[r].pixel);
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; ++j) store_sums(sums + (r * kVecs + j) * kLanes, sum[r][j]);
+    }
+    return finish_parts(sums, kRows, kVecs, shared, rows, columns);
+  }
+  const Vec most = splat(op.relu ? 255.0f : 127.0f);
+  auto* const out = static_cast<std::uint8_t*>(op.out) + columns.first;
+  if (columns.end == QuantizedEnd::kResidual) {
+    const auto* const residual = static_cast<const std::uint8_t*>(op.residual.data) + columns.first;
+    const float* const residual_scale = shared.passes[1].scale + columns.first;
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+      const std::uint8_t* const from = residual + rows[r].pixel * op.residual.pixel;
 #pragma GCC unroll 4
       for (int j = 0; j < kVecs; ++j) {
         const int k = j * kLanes;
-        if (left <= k) continue;
-        const Sums added = load_bytes(from + k, op.residual_is_signed, left - k);
+        const Sums added = load_bytes(from + k, op.residual_is_signed);
         sum[r][j] += rounded(to_float(added) * load(residual_scale + k));
       }
     }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int j = 0; j < kVecs; ++j) {
       sum[r][j] = requantised(sum[r][j], load(scale + j * kLanes), most);
     }
-    std::uint8_t* const to = out + rows[r].pixel * channels;
-    store_row(to, sum[r], !op.relu, columns.valid);
+    store_row(out + rows[r].pixel * op.conv.out_channels, sum[r], !op.relu);
   }
 }
 
@@ -132,6 +167,15 @@ struct ConvTile {
 
 using ConvTiles = Tiles<decltype(&ConvTile<1, 1>::run), ConvTile>;
 
+ISA_INLINE QuantizedEnd end_of(const QuantizedConv& op, const QuantizedColumns& columns,
+                               std::int64_t width) {
+  const std::int64_t wide = std::min<std::int64_t>(width, kTileColumns);
+  const std::int64_t left = op.residual.channels - columns.first;
+  if (columns.valid < wide) return QuantizedEnd::kParts;
+  if (left <= 0) return QuantizedEnd::kResult;
+  return left >= wide && op.residual.in_line() ? QuantizedEnd::kResidual : QuantizedEnd::kParts;
+}
+
 ISA void quantized_conv_task(const Shared& shared, std::int64_t pixel_task,
                              std::int64_t strip_task) {
   const std::int64_t begin = pixel_task * shared.pixels() / shared.pixel_tasks;
@@ -188,9 +232,7 @@ ISA void quantized_conv_task(const Shared& shared, std::int64_t pixel_task,
           const bool continues = pass_index == 0 && shared.count == 2;
           columns.start = continues ? kept + j : pass.start + columns.first;
           columns.start_pitch = continues ? kKeptPitch : 0;
-          columns.end = pass_index == 1                        ? QuantizedEnd::kKeep
-                        : columns.first < op.residual.channels ? QuantizedEnd::kResidual
-                                                               : QuantizedEnd::kResult;
+          columns.end = pass_index == 1 ? QuantizedEnd::kKeep : end_of(op, columns, width - j);
           ConvTiles::at(tile_rows, width - j)(shared, pass, rows, columns, kept + j, ahead);
         }
         next[pass_index].left -= before.left - ahead.left;

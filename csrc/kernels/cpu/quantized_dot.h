@@ -151,20 +151,14 @@ ISA_INLINE Sums load_bytes(const std::uint8_t* p, bool is_signed, std::int64_t c
   return load_bytes(padded, is_signed);
 }
 
-// The first `valid` of kVecs vectors of numbers.
+// kVecs vectors of numbers.
 template <int kVecs>
-ISA_INLINE void store_row(std::uint8_t* p, const Sums (&v)[kVecs], bool is_signed,
-                          std::int64_t valid) {
+ISA_INLINE void store_row(std::uint8_t* p, const Sums (&v)[kVecs], bool is_signed) {
 #if ISA_LANES == 16
-  if constexpr (kVecs == 4) {
-    if (valid >= 4 * kLanes) return store_line(p, v, is_signed);
-  }
+  if constexpr (kVecs == 4) return store_line(p, v, is_signed);
 #endif
 #pragma GCC unroll 4
-  for (int j = 0; j < kVecs; ++j) {
-    const std::int64_t left = valid - j * kLanes;
-    if (left > 0) store_bytes(p + j * kLanes, v[j], is_signed, left);
-  }
+  for (int j = 0; j < kVecs; ++j) store_bytes(p + j * kLanes, v[j], is_signed);
 }
 
 // Sets all rows to the same kVecs vectors, or each to its own, `pitch` numbers apart.

@@ -26,7 +26,7 @@ struct StemTile {
         sum[r][j] = requantised(sum[r][j], load(pass.multiplier.data() + first + j * kLanes),
                                 splat(255.0f));
       }
-      store_row(to, sum[r], false, kVecs * kLanes);
+      store_row(to, sum[r], false);
     }
   }
 };
