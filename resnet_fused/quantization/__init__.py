@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..reference.quantized import FLOAT8
-from .calibration import calibrate, checked
+from .calibration import METHODS, calibrate, checked
 from .fold import Normalization, fold
 from .folded import FoldedNetwork
 from .network import QuantizedNetwork
@@ -25,6 +25,7 @@ from .onnx import export_onnx
 from .report import LayerReport, Report, agreement, report
 
 __all__ = [
+    "METHODS",
     "FoldedNetwork",
     "LayerReport",
     "QuantizedNetwork",

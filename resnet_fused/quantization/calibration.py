@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -170,15 +171,16 @@ def _set_input(network: FoldedNetwork, first: FoldedConv, batches: Sequence[Tens
 
 def _wire(network: FoldedNetwork) -> None:
     """Tells every layer the scales of what it takes."""
-    before = None
-    for layer in network.stem:
-        if before is not None:
-            layer.in_scale.copy_(before)
-        before = layer.scale
-    for block in network.blocks:
-        entry = before
+    stem: Any = network.stem
+    blocks: Any = network.blocks
+    classifier: Any = network.head
+    for before, layer in itertools.pairwise(stem):
+        layer.in_scale.copy_(before.scale)
+    scale = stem[-1].scale
+    for block in blocks:
+        entry = scale
         for layer in block:
-            layer.in_scale.copy_(before)
+            layer.in_scale.copy_(scale)
             layer.shortcut_in_scale.copy_(entry)
-            before = layer.scale
-    network.head.in_scale.copy_(before)
+            scale = layer.scale
+    classifier.in_scale.copy_(scale)

@@ -1,4 +1,4 @@
-"""Reads a float network and folds its batch norms: in float64, into weights and biases of its own."""
+"""Reads a float network and folds its batch norms, in float64, into weights and biases."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def fold(
     """
     if not isinstance(model, (ResidualNetwork, Fused)):
         raise ValueError(
-            f"quantize takes this package's networks, found {type(model).__qualname__}; a ResNet of "
-            "torchvision becomes one by resnet_fused.fuse(model)."
+            f"quantize takes this package's networks, found {type(model).__qualname__}; a ResNet "
+            "of torchvision serves after resnet_fused.fuse(model)."
         )
     network = cast("nn.Module", model)
     if network.training:
@@ -46,8 +46,8 @@ def fold(
         head = reader.head(children["avgpool"], children["fc"])
     except KeyError as error:
         raise ValueError(
-            f"{type(model).__qualname__} has no {error.args[0]}: only a network of a stem, residual "
-            "blocks, average pooling and one linear layer can be quantised."
+            f"{type(model).__qualname__} has no {error.args[0]}: only a network of a stem, "
+            "residual blocks, average pooling and one linear layer can be quantised."
         ) from error
     like = stem[0].weight
     mean = std = None
@@ -141,9 +141,7 @@ class _Reader:
             raise self._unfit(conv if fusion.convolution(conv) is None else bn)
         scale, shift = _scale_shift(layer.bn)
         weight, *window = layer.conv
-        stride, padding, dilation, groups = window
-        pairs = [cast("tuple[int, int]", tuple(v)) for v in (stride, padding, dilation)]
-        return weight.double() * scale[:, None, None, None], shift, (*pairs, groups)
+        return weight.double() * scale[:, None, None, None], shift, tuple(window)
 
     def _unfit(self, module: nn.Module) -> ValueError:
         return ValueError(

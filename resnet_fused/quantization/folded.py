@@ -100,7 +100,8 @@ class FoldedConv(nn.Module):
     def fake(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """The quantised layer's result, dequantised, with the float layer's gradient."""
         dtype = self.geometry.dtype
-        weight, projection = self.weight, self.projection_weight
+        weight: Tensor = self.weight
+        projection: Tensor | None = self.projection_weight
         with torch.no_grad():
             layer = self.quantized()
             quantized = x
@@ -241,7 +242,7 @@ class FoldedHead(nn.Module):
 
     def fake(self, x: Tensor) -> Tensor:
         """The quantised layer's result with the float layer's gradient."""
-        weight = self.weight
+        weight: Tensor = self.weight
         with torch.no_grad():
             layer = self.quantized()
             value = layer(quantize(x / self.in_scale, self.dtype))
@@ -290,13 +291,14 @@ class FoldedNetwork(Network):
 
     def converted(self) -> QuantizedNetwork:
         """The quantised network, from the weights and scales as they are."""
-        first: Any = next(iter(self.stem))
+        first: Any = self.stem[0]
+        blocks: Any = self.blocks
         stem = [layer.quantized() for layer in self.folded()[: len(self.stem)]]
-        blocks = [[layer.quantized() for layer in block] for block in self.blocks]
+        rows = [[layer.quantized() for layer in block] for block in blocks]
         kept = isinstance(stem[0], HigherPrecisionConv)
         kind = InputKind(torch.float32 if kept else first.geometry.dtype)
         images: Any = self.images
         tensors = {"mean": images.mean, "std": images.std}
         tensors |= {"scale": first.in_scale, "zero": first.zero}
-        network = QuantizedNetwork(Images(tensors, kind), stem, blocks, self.head.quantized())
-        return network
+        classifier: Any = self.head
+        return QuantizedNetwork(Images(tensors, kind), stem, rows, classifier.quantized())

@@ -231,8 +231,8 @@ _INPUTS = (torch.uint8, FLOAT8, torch.float32)
 class Images(Frozen):
     """Images as the first layer takes them.
 
-    mean, std: (C,), of bytes from 0 to 255; the network was trained on (bytes - mean) / std. Without
-        them it takes no bytes.
+    mean, std: (C,), of bytes from 0 to 255; the network was trained on (bytes - mean) / std.
+        Without them it takes no bytes.
     scale, zero: (C,); the float v is (quantised - zero) · scale.
     """
 

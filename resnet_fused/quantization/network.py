@@ -167,8 +167,8 @@ class QuantizedNetwork(Network):
             place, _, name = key.rpartition(".")
             parts.setdefault(place, {})[name] = tensor
         try:
-            stem = [_layer(part) for part in _row(parts, "stem")]
-            blocks = []
+            stem: list[Frozen] = [_layer(part) for part in _row(parts, "stem")]
+            blocks: list[list[Frozen]] = []
             while row := _row(parts, f"blocks.{len(blocks)}"):
                 blocks.append([_layer(part) for part in row])
             images = Images(parts["images"], InputKind.decode(parts["images"]["_extra_state"]))

@@ -7,7 +7,7 @@ order, so that a result may differ by a unit of its scale from this package's.
 from __future__ import annotations
 
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from .layers import QuantizedConv
 from .network import QuantizedNetwork
 
 _OPSET = 17
-_Value = tuple[str, Tensor]  # the name of dequantised activations, and their scale
 
 
 def export_onnx(network: QuantizedNetwork, path: str | PathLike[str]) -> None:
@@ -31,6 +30,14 @@ def export_onnx(network: QuantizedNetwork, path: str | PathLike[str]) -> None:
     if network.dtype != torch.int8:
         raise ValueError(f"only int8 networks are exported as ONNX, found {network.dtype}.")
     onnx.save(_Graph(network).model(), path)
+
+
+class _Value(NamedTuple):
+    """Dequantised activations: their name in the graph, scale and number of channels."""
+
+    name: str
+    scale: Tensor
+    channels: int
 
 
 class _Graph:
@@ -76,35 +83,36 @@ class _Graph:
         if not isinstance(first, QuantizedConv):
             raise _not_quantized(first)
         if images.mean is None:
-            return self._quantized("x", images.scale[0], images.zero[0].to(torch.uint8))
+            zero = images.zero[0].to(torch.uint8)
+            return _Value(*self._quantized("x", images.scale[0], zero), len(images.scale))
         x = self._node("Cast", "x", to=1)
         if first.padding_value is not None:
             x = self._node("Sub", x, self._tensor(first.padding_value.float().view(1, -1, 1, 1)))
-        return x, torch.ones(()).double()
+        return _Value(x, torch.ones(()).double(), len(images.scale))
 
     def _conv(self, layer: nn.Module, x: _Value, entry: _Value | None) -> _Value:
         """What QuantizedConv means, of x and the block's input."""
         if not isinstance(layer, QuantizedConv):
             raise _not_quantized(layer)
-        geometry, value = layer.geometry, x[0]
+        geometry, value = layer.geometry, x.name
         unit = layer.multiplier.double() * layer.scale.double()  # of the accumulator
         bias = layer.bias.double()
         if layer.padding_value is not None:
             # Of products with what the padding holds, which images here are less by.
             sums = layer.weight.double().sum((2, 3))
             bias = bias + (sums * layer.padding_value.double()).sum(1)
-        weight = self._dequantized(layer.weight, unit / x[1])
+        weight = self._dequantized(layer.weight, unit / x.scale)
         added = self._dequantized(bias.int(), unit)
         y = self._node("Conv", value, weight, added, **_window(geometry.conv))
         if entry is not None and geometry.takes_shortcut():
-            shortcut, scale = entry
+            shortcut, scale, channels = entry
             if layer.projection_weight is not None:
                 assert layer.shortcut_scale is not None
                 projected = unit * layer.shortcut_scale.double() / scale
                 weight = self._dequantized(layer.projection_weight, projected)
                 shortcut = self._node("Conv", shortcut, weight, **_window(geometry.projection))
-            elif geometry.stride > 1:
-                shortcut = self._padded_identity(shortcut, geometry.stride, layer)
+            else:
+                shortcut = self._identity(shortcut, geometry.stride, len(bias), channels)
             y = self._node("Add", y, shortcut)
         zero = torch.zeros((), dtype=torch.uint8)
         y, scale = self._quantized(self._node("Relu", y), layer.scale[0], zero)
@@ -112,26 +120,28 @@ class _Graph:
             kernel, stride, padding = geometry.pool
             window = {"kernel_shape": [kernel] * 2, "strides": [stride] * 2, "pads": [padding] * 4}
             y = self._node("MaxPool", y, **window)
-        return y, scale
+        return _Value(y, scale, len(bias))
 
-    def _padded_identity(self, x: str, stride: int, layer: QuantizedConv) -> str:
-        """Every stride-th pixel, with channels of zeros behind x's: shortcut option A."""
-        ends, axes = torch.tensor([2**31 - 1] * 2), torch.tensor([2, 3])
-        starts, steps = torch.tensor([0, 0]), torch.tensor([stride] * 2)
-        x = self._node("Slice", x, *map(self._tensor, (starts, ends, axes, steps)))
-        missing = len(layer.bias) - self._channels[shortcut]
-        pads = torch.tensor([0, 0, 0, 0, 0, missing, 0, 0])
-        return self._node("Pad", x, self._tensor(pads))
+    def _identity(self, x: str, stride: int, channels: int, of: int) -> str:
+        """x, of `of` channels: every stride-th pixel, and zeros in the channels it lacks."""
+        if stride > 1:
+            ends, axes = torch.tensor([2**31 - 1] * 2), torch.tensor([2, 3])
+            starts, steps = torch.tensor([0, 0]), torch.tensor([stride] * 2)
+            x = self._node("Slice", x, *map(self._tensor, (starts, ends, axes, steps)))
+        if of < channels:
+            pads = torch.tensor([0, 0, 0, 0, 0, channels - of, 0, 0])
+            x = self._node("Pad", x, self._tensor(pads))
+        return x
 
     def _head(self, head: Any, x: _Value) -> None:
-        pooled = self._node("Flatten", self._node("GlobalAveragePool", x[0]))
+        pooled = self._node("Flatten", self._node("GlobalAveragePool", x.name))
         if head.multiplier is None:
             raise _not_quantized(head)
-        weight = self._dequantized(head.weight, head.multiplier.double() / x[1])
+        weight = self._dequantized(head.weight, head.multiplier.double() / x.scale)
         bias = self._tensor(head.bias)
         self._node("Gemm", pooled, weight, bias, outputs=["logits"], transB=1)
 
-    def _quantized(self, x: str, scale: Tensor, zero: Tensor) -> _Value:
+    def _quantized(self, x: str, scale: Tensor, zero: Tensor) -> tuple[str, Tensor]:
         """x quantised and dequantised."""
         arguments = self._tensor(scale), self._tensor(zero)
         x = self._node("QuantizeLinear", x, *arguments)

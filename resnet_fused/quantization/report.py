@@ -127,5 +127,3 @@ def report(
         for layer, done, o, s in zip(layers, quantized, own, snr, strict=True)
     ]
     return Report(found, agreement(model, network, batches), sum(map(len, batches)))
-
-
