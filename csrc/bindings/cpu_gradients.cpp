@@ -73,16 +73,6 @@ void dgrad_pack(const TensorArg& weight, const TensorArg& packed) {
                                kernel.data(), format);
 }
 
-void winograd_dgrad_pack(const TensorArg& weight, const TensorArg& packed) {
-  check_weight(weight);
-  const std::int64_t bytes = winograd_packed_bytes(packed_from(
-      weight.type, weight.sizes[1], weight.sizes[0], {weight.sizes[2], weight.sizes[3]}));
-  const auto [from, to] = weights_of(weight, packed, bytes);
-  const py::gil_scoped_release unlocked;
-  cpu::winograd_dgrad_transform_weights(static_cast<const float*>(from), weight.strides.data(),
-                                        static_cast<float*>(to), weight.sizes[1], weight.sizes[0]);
-}
-
 void run_dgrad(WithIsa<cpu::ConvDgrad>& launch, std::uintptr_t) {
   cpu::conv_dgrad(launch.op, launch.isa);
 }
@@ -136,10 +126,6 @@ void register_cpu_gradients(py::module_& module) {
       "packed = the weight (out_channels, in_channels, height, width), float32 or bfloat16,\n"
       "of any strides, for conv_dgrad and, with a stride of 1, for conv_bn: as conv_pack\n"
       "packs it flipped, its first two dimensions exchanged.");
-
-  module.def("winograd_dgrad_pack", &winograd_dgrad_pack, py::arg("weight"), py::arg("packed"),
-             "The same for winograd_conv: as winograd_pack packs it flipped, its first two\n"
-             "dimensions exchanged.");
 
   module.def(
       "conv_dgrad", &conv_dgrad, py::arg("out"), py::arg("grad"), py::arg("packed"),

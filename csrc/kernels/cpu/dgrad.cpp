@@ -21,7 +21,6 @@
 #include <vector>
 
 #include "parallel.h"
-#include "winograd.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -260,14 +259,6 @@ void dgrad_transform_weights(const void* weight, const std::int64_t strides[4], 
   const std::int64_t flipped[4] = {strides[1], strides[0], -strides[2], -strides[3]};
   conv_transform_weights(static_cast<const char*>(weight) + last * size, flipped, packed,
                          out_channels, in_channels, kernel, format);
-}
-
-void winograd_dgrad_transform_weights(const float* weight, const std::int64_t strides[4],
-                                      float* packed, std::int64_t in_channels,
-                                      std::int64_t out_channels) {
-  const std::int64_t flipped[4] = {strides[1], strides[0], -strides[2], -strides[3]};
-  winograd_transform_weights(weight + 2 * (strides[2] + strides[3]), flipped, packed, out_channels,
-                             in_channels);
 }
 
 void conv_dgrad(const ConvDgrad& conv, Isa isa) {
