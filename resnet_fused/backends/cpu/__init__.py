@@ -17,7 +17,6 @@ from ...errors import BackendUnavailableError
 from ...parameters import BatchNorm, ConvBn, Convolution, MaxPool
 from .. import Backend, Candidate, Candidates
 from .live_cache import LiveCache
-from .memory import keep_freed_memory
 from .native import PackedConvolution, PooledStem, bn_add_relu, head, suits_winograd
 from .onednn import OPERATORS, OneDnnConvolution
 from .quantized import QuantizedCpuBackend
@@ -106,12 +105,10 @@ class CpuBackend(QuantizedCpuBackend):
 
     def _stem(self, x: Tensor, layer: ConvBn, pool: MaxPool) -> Tensor:
         conv, bn = layer
-        keep_freed_memory()
         packed = self._stems.get(conv.weight, None, lambda: PooledStem(self.extension, conv))
         return packed(x, bn)
 
     def _pack(self, x: Tensor, conv: Convolution) -> PackedConvolution | OneDnnConvolution:
-        keep_freed_memory()
         own = conv.groups == 1 and conv.weight.dtype in self._own
         winograd = own and suits_winograd(x, conv)
         form = (own, winograd, *map(tuple, conv[1:4]), conv.groups)
