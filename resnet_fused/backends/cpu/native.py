@@ -20,7 +20,7 @@ from ..recording import copied
 
 _LANES = 16  # Winograd's channel counts that are no multiple of it leave vector lanes idle
 _STEM_LANES = 32
-_SMALLEST = 2  # of Winograd's maps: a single pixel wants one tap of nine
+_SAVES = 1.6  # the least number of direct products for one of Winograd's: its transforms take time
 _READ_AS_THEY_ARE = (torch.float32, torch.bfloat16, torch.float64)
 
 
@@ -138,8 +138,13 @@ def suits_winograd(x: Tensor, conv: Convolution) -> bool:
         and all(_pair(pair) == (1, 1) for pair in conv[1:4])
         and weight.shape[0] % _LANES == 0
         and weight.shape[1] % _LANES == 0
-        and min(x.shape[2:]) >= _SMALLEST
+        and _products_saved(x.shape[2]) * _products_saved(x.shape[3]) >= _SAVES
     )
+
+
+def _products_saved(size: int) -> float:
+    """Taps of a window of 3 that lie in a line of `size`, to each of F(2, 3)'s products."""
+    return (3 * size - 2) / (4 * ((size + 1) // 2))
 
 
 class PooledStem:
