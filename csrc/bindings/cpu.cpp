@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu_arguments.h"
 #include "kernels/cpu/batch_norm.h"
 #include "kernels/cpu/bn_add_relu.h"
 #include "kernels/cpu/conv.h"
@@ -31,31 +32,16 @@ namespace cpu = resnet_fused::cpu;
 namespace {
 
 using OptionalTensor = std::optional<TensorArg>;
-using Pair = std::array<std::int64_t, 2>;
 // Mean, variance, weight, bias, eps.
 using BatchNorm = std::tuple<TensorArg, TensorArg, OptionalTensor, OptionalTensor, double>;
-// Kernel size, stride, padding, dilation.
-using Window = std::tuple<Pair, Pair, Pair, Pair>;
 // A convolution with its batch norm: x, packed weight, window, batch norm.
 using Layer = std::tuple<TensorArg, TensorArg, Window, BatchNorm>;
-
-template <typename Kernel>
-struct WithIsa {
-  Kernel op;
-  cpu::Isa isa;
-};
 
 struct ConvLaunch {
   cpu::Conv conv, projection;
   bool projected;
   cpu::Isa isa;
 };
-
-cpu::Format format_of(const char* name, const TensorArg& tensor) {
-  if (tensor.type == ScalarType::kBFloat16) return cpu::Format::kBFloat16;
-  check_type(name, tensor, ScalarType::kFloat32);
-  return cpu::Format::kFloat32;
-}
 
 template <typename Arguments>
 void set_vector(Launch<Arguments>& launch, cpu::Vector& slot, const char* name,
@@ -85,13 +71,6 @@ void set_batch_norm(Launch<Arguments>& launch, cpu::BatchNorm& slot, const Batch
   slot.eps = eps;
 }
 
-// Throws where isa cannot convolve in this format.
-void check_convolves(cpu::Format format, cpu::Isa isa) {
-  if (!cpu::convolves(format, isa)) {
-    refuse("bfloat16 needs AVX512_BF16; ask cpu_convolves_bf16() first");
-  }
-}
-
 const char* isa_name(cpu::Isa isa) {
   switch (isa) {
     case cpu::Isa::kAvx512:
@@ -104,45 +83,8 @@ const char* isa_name(cpu::Isa isa) {
   return "";
 }
 
-// The instruction set called `name`, "" for the best; throws where the processor lacks it.
-cpu::Isa choose_isa(const std::string& name) {
-  const cpu::Isa best = cpu::best_isa();
-  cpu::Isa chosen = best;
-  if (name == "avx512") {
-    chosen = cpu::Isa::kAvx512;
-  } else if (name == "avx2") {
-    chosen = cpu::Isa::kAvx2;
-  } else if (!name.empty()) {
-    refuse("isa must be \"\", \"avx2\" or \"avx512\", found \"" + name + "\"");
-  }
-  if (chosen == cpu::Isa::kNone || chosen > best) {
-    refuse("this processor offers neither AVX-512 nor what isa=\"" + name +
-           "\" asks for; cpu_isa() tells what it has");
-  }
-  return chosen;
-}
-
 // Bytes of a packed weight. `weight` is (out_channels, in_channels, height, width).
 using PackedBytes = std::int64_t (*)(const TensorArg& weight);
-
-void check_weight(const TensorArg& weight) {
-  check_rank("weight", weight, 4);
-  if (weight.numel() == 0) refuse("weight is empty: " + listed(weight.sizes.data(), 4));
-}
-
-std::int64_t conv_packed_bytes(const TensorArg& weight) {
-  check_weight(weight);
-  const auto& [out_channels, in_channels, height, width] = weight.sizes;
-  return 4 * cpu::conv_weight_words(in_channels, out_channels, height * width,
-                                    format_of("weight", weight));
-}
-
-std::int64_t winograd_packed_bytes(const TensorArg& weight) {
-  check_weight(weight);
-  check_type("weight", weight, ScalarType::kFloat32);
-  check_sizes("weight", weight, {weight.sizes[0], weight.sizes[1], 3, 3});
-  return 4 * cpu::winograd_weight_floats(weight.sizes[1], weight.sizes[0]);
-}
 
 std::int64_t stem_packed_bytes(const TensorArg& weight) {
   check_weight(weight);
@@ -152,27 +94,6 @@ std::int64_t stem_packed_bytes(const TensorArg& weight) {
            std::to_string(weight.sizes[0]));
   }
   return 4 * cpu::stem_weight_words(weight.sizes[0], format_of("weight", weight));
-}
-
-void check_packed(const TensorArg& packed, std::int64_t bytes) {
-  check_type("packed", packed, ScalarType::kUInt8);
-  check_sizes("packed", packed, {bytes});
-  check_contiguous("packed", packed, 1);
-  if (packed.address % sizeof(float) != 0) refuse("packed is not aligned to 4 bytes");
-}
-
-// The pointers to weight and packed memory.
-std::pair<const void*, void*> weights_of(const TensorArg& weight, const TensorArg& packed,
-                                         std::int64_t bytes) {
-  check_packed(packed, bytes);
-  struct Pointers {
-    const void* weight;
-    void* packed;
-  };
-  Launch<Pointers> checked;
-  checked.reads(checked.arguments.weight, "weight", weight);
-  checked.writes(checked.arguments.packed, "packed", packed);
-  return {checked.arguments.weight, checked.arguments.packed};
 }
 
 void conv_pack(const TensorArg& weight, const TensorArg& packed) {
@@ -195,35 +116,6 @@ void stem_pack(const TensorArg& weight, const TensorArg& packed) {
   const cpu::Format format = format_of("weight", weight);
   py::gil_scoped_release unlocked;
   cpu::stem_transform_weights(from, weight.strides.data(), to, weight.sizes[0], format);
-}
-
-// The size of a convolution's weight, as far as its packed form depends on it.
-TensorArg packed_from(ScalarType type, std::int64_t out_channels, std::int64_t in_channels,
-                      const Pair& kernel) {
-  TensorArg weight;
-  weight.type = type;
-  weight.rank = 4;
-  weight.sizes = {out_channels, in_channels, kernel[0], kernel[1]};
-  return weight;
-}
-
-cpu::Window window_of(const Window& window) {
-  const auto& [kernel, stride, padding, dilation] = window;
-  cpu::Window all;
-  for (int axis = 0; axis < 2; ++axis) {
-    constexpr std::int64_t kLimit = std::int64_t{1} << 31;
-    if (kernel[axis] < 1 || stride[axis] < 1 || dilation[axis] < 1 || padding[axis] < 0 ||
-        std::max({kernel[axis], stride[axis], dilation[axis], padding[axis]}) > kLimit) {
-      refuse(
-          "kernel, stride and dilation must be at least 1 and padding at least 0, all at most "
-          "2^31");
-    }
-    all.kernel[axis] = kernel[axis];
-    all.stride[axis] = stride[axis];
-    all.padding[axis] = padding[axis];
-    all.dilation[axis] = dilation[axis];
-  }
-  return all;
 }
 
 // Fills in what a convolution and its projection have in common; `out` is (N, K, P, Q).
