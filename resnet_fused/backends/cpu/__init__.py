@@ -1,8 +1,8 @@
 """Backend `cpu`: float32 (AVX2 or AVX-512) and bfloat16, with the compiled extension.
 
 Convolutions run as its kernels: direct for one group and for several, Winograd for 3×3 in float32,
-and the stem with its pooling. What those do not serve, bfloat16 on some processors, runs as oneDNN's
-convolution and one pass of ours.
+and the stem with its pooling. What those do not serve, bfloat16 on some processors, runs as
+oneDNN's convolution and one pass of ours.
 """
 
 from __future__ import annotations

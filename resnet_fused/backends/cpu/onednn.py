@@ -1,7 +1,8 @@
 """oneDNN's convolution through PyTorch's `mkldnn` operators, on weights packed once.
 
 For what our own kernel does not do, or not as fast: one group in bfloat16 where the processor lacks
-its instructions or multiplies matrices in tiles (AMX). Nothing is folded into the weights: in bfloat16 a folded weight's rounding is the same at every pixel, which the average pool does not
+its instructions or multiplies matrices in tiles (AMX). Nothing is folded into the weights: in
+bfloat16 a folded weight's rounding is the same at every pixel, which the average pool does not
 shrink as it shrinks the roundings of activations.
 """
 
@@ -27,7 +28,7 @@ _SIZES = 256
 
 
 class OneDnnConvolution:
-    """relu?(bn(conv(x)) (+ residual)) of one group: oneDNN's convolution, then one pass in place."""
+    """relu?(bn(conv(x)) (+ residual)) of one group: oneDNN's convolution, then a pass in place."""
 
     def __init__(self, extension: ModuleType, conv: Convolution) -> None:
         self._extension = extension
