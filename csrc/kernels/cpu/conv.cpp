@@ -66,7 +66,7 @@ struct Plan {
   std::int64_t out_height, out_width;
   std::int64_t words;  // of one sum
   std::int64_t strips, strips_together;
-  std::int64_t halves_per_line, halves;
+  std::int64_t halves_per_line, longer_halves, halves;  // some have a pixel more than the others
   std::int64_t images_together;  // two where a line is an odd number of halves: equal rows meet
   std::int64_t half_tasks, strip_tasks;
   bool in_place;
@@ -80,9 +80,15 @@ struct Plan {
     const std::int64_t group = line / (images_together * out_height);
     const std::int64_t in_group = line % (images_together * out_height);
     const std::int64_t images = std::min(images_together, conv.batch - group * images_together);
-    const std::int64_t rows = out_width / halves_per_line, longer = out_width % halves_per_line;
+    const std::int64_t rows = out_width / halves_per_line, longer = longer_halves;
     return {group * images_together + in_group % images, in_group / images,
             i * rows + std::min(i, longer), rows + (i < longer)};
+  }
+
+  // Moves on to number `i` of the same line.
+  void advance(HalfPlace& place, std::int64_t i) const {
+    place.x += place.rows;
+    if (i == longer_halves) --place.rows;
   }
 };
 
@@ -241,6 +247,7 @@ Plan make_plan(const Conv& conv, int half_rows, std::int64_t threads) {
   plan.strips_together = std::max<std::int64_t>(kTogetherBytes / (plan.words * kStrip * 4), 1);
 
   plan.halves_per_line = ceil_div(plan.out_width, half_rows);
+  plan.longer_halves = plan.out_width % plan.halves_per_line;
   plan.halves = conv.batch * plan.out_height * plan.halves_per_line;
   plan.images_together = plan.halves_per_line % 2 == 1 ? 2 : 1;
 
