@@ -223,6 +223,8 @@ def record(network: Network, x: Tensor, extension: ModuleType) -> tuple[Tensor, 
     described = [tensor_arg(tensor) for tensor in constants if tensor.dtype in types()]
 
     def program(first: int, last: int) -> Any:
+        if not {values[first].dtype, values[last].dtype} <= types().keys():
+            return None
         return recorder.program(
             ends[first],
             ends[last],
