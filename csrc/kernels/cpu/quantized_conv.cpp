@@ -105,6 +105,7 @@ struct Pass {
   std::int64_t tap_words, tap_bytes, tap_line_bytes;  // of a tap, and from one to the next
   std::int64_t step;  // words between two rows of the tile before that are finished meanwhile
   bool inside;        // no window reaches over the border
+  bool pointwise;     // neighbouring pixels' windows are neighbours
   bool skips;         // taps outside the image add nothing
   std::vector<Run> lines, columns;
   std::vector<Taps> borders;  // of each pair of runs, or one for all
@@ -263,6 +264,8 @@ Pass make_pass(const QuantizedConvolution& conv, const std::int32_t* bias, const
     }
   }
   pass.inside = window.padding[0] + window.padding[1] == 0;
+  pass.pointwise =
+      pass.inside && window.kernel[0] * window.kernel[1] * window.stride[0] * window.stride[1] == 1;
   pass.tap_words = layout.tap_words();
   pass.tap_bytes = window.dilation[1] * pass.pixel_bytes;
   pass.tap_line_bytes = window.dilation[0] * pass.line_bytes;

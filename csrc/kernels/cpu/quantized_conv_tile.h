@@ -24,6 +24,7 @@ struct QuantizedResult {
   std::uint8_t* out = nullptr;
   const Row* row = nullptr;         // the first one
   std::int64_t next = 0, rows = 0;  // those that are still to be stored
+  std::int64_t ahead = 0;           // from each row to one whose memory is fetched meanwhile
 };
 
 // What is to be added to some of a tile's sums, before it is rescaled.
@@ -66,6 +67,11 @@ ISA_INLINE void finish_row(QuantizedResult& result) {
     sums[j] = requantised(sums[j], load(result.scale + j * kLanes), most);
   }
   store_row(result.out + result.row[row].pixel * op.conv.out_channels, sums, !op.relu);
+  const std::int64_t later = result.row[row + result.ahead].pixel;
+  __builtin_prefetch(result.out + later * op.conv.out_channels);
+  if (result.residual != nullptr) {
+    __builtin_prefetch(result.residual + later * op.residual.pixel);
+  }
 }
 
 ISA inline __attribute__((noinline)) void finish_rows(QuantizedResult& result) {
@@ -96,7 +102,7 @@ ISA inline __attribute__((noinline)) void finish_parts(QuantizedResult& result, 
 template <int kRows, int kVecs>
 struct ConvTile {
   ISA static void run(const Pass& pass, const Row* rows, const QuantizedColumns& columns,
-                      std::int32_t* to, QuantizedResult& before, Lines& ahead) {
+                      std::int32_t* to, QuantizedResult& before, Lines (&ahead)[2]) {
     Sums sum[kRows][kVecs];
     start(sum, columns.start, 0);
     const Window& window = pass.window;
@@ -134,7 +140,7 @@ struct ConvTile {
         for (std::int64_t word = 0; word < words;) {
           const bool finishes = kFinishes && before.next < before.rows;
           const std::int64_t count = finishes ? std::min(pass.step, words - word) : words - word;
-          accumulate(sum, at, word, count, weights, columns.pitch, ahead);
+          accumulate(sum, at, word, count, weights, columns.pitch, ahead[ahead[0].left <= 0]);
           word += count;
           if constexpr (kFinishes) {
             if (finishes) finish_row<kVecs>(before);
@@ -152,6 +158,13 @@ struct ConvTile {
 };
 
 using ConvTiles = Tiles<decltype(&ConvTile<1, 1>::run), ConvTile>;
+
+// A strip's weights into L2.
+ISA_INLINE void fetch(const Pass& pass, std::int64_t strip) {
+  const std::int8_t* const weights = pass.weights + pass.layout.offset(strip);
+  const std::int64_t bytes = pass.layout.width(strip) * pass.layout.words() * 4;
+  for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(weights + i, 0, 2);
+}
 
 ISA void quantized_conv_task(const Shared& shared, std::int64_t pixel_task,
                              std::int64_t strip_task) {
@@ -181,6 +194,7 @@ ISA void quantized_conv_task(const Shared& shared, std::int64_t pixel_task,
       const Pass& pass = shared.passes[i];
       const std::int64_t after = std::min(strip + 1, last_strip - 1);
       next[i].next = reinterpret_cast<const char*>(pass.weights + pass.layout.offset(after));
+      if (strip == first_strip) fetch(pass, strip);
       if (after > strip) next[i].left = pass.layout.width(after) * pass.layout.words() / 16;
     }
     for (std::int64_t i = 0; i < count; i += kTileRows) {
@@ -189,13 +203,19 @@ ISA void quantized_conv_task(const Shared& shared, std::int64_t pixel_task,
       for (std::int64_t j = 0; j < width; j += kTileColumns) {
         for (int p = shared.count - 1; p >= 0; --p) {
           const Pass& pass = shared.passes[p];
-          Lines ahead{next[p].next, ceil_div(next[p].left, tiles_left)};
-          const std::int64_t wanted = ahead.left;
+          const Row* const rows = all_rows[p] + i;
+          // The next tile's x, in the first round, and this tile's share of the next weights.
+          Lines ahead[2] = {{}, {next[p].next, ceil_div(next[p].left, tiles_left)}};
+          if (pass.pointwise && strip == first_strip && rows_left > kTileRows) {
+            ahead[0] = {reinterpret_cast<const char*>(rows[kTileRows].window),
+                        kTileRows * pass.pixel_bytes / 64};
+          }
+          const std::int64_t wanted = ahead[1].left;
           const QuantizedColumns columns{pass.weights + pass.layout.offset(strip) + j * 4,
                                          width * 4, operand, pass.start + first + j};
-          ConvTiles::at(rows_left, width - j)(pass, all_rows[p] + i, columns,
+          ConvTiles::at(rows_left, width - j)(pass, rows, columns,
                                               p == 0 ? tile.sums : tile.projected, result, ahead);
-          next[p] = {ahead.next, next[p].left - (wanted - ahead.left)};
+          next[p] = {ahead[1].next, next[p].left - (wanted - ahead[1].left)};
         }
         const std::int64_t wide = std::min<std::int64_t>(width - j, kTileColumns);
         const std::int64_t valid = std::min(layout.out_channels - column - j, wide);
@@ -209,6 +229,8 @@ ISA void quantized_conv_task(const Shared& shared, std::int64_t pixel_task,
         result.next = 0;
         result.rows = std::min<std::int64_t>(rows_left, kTileRows);
         result.row = all_rows[0] + i;
+        // The one after that which is multiplied while this one is finished.
+        result.ahead = rows_left >= 3 * kTileRows ? 2 * kTileRows : 0;
         const bool whole = valid == kTileColumns && (op.projected || added == 0 ||
                                                      (added == kTileColumns && residual.in_line()));
         if (!whole) {
