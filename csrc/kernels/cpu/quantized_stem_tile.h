@@ -11,13 +11,12 @@ struct StemTile {
                       std::int64_t first, std::uint8_t* to, std::int64_t to_pitch) {
     Sums sum[kRows][kVecs];
     start(sum, pass.start.data() + first, 0);
-    const Sums flip = splat(pass.flip);
     Lines none{reinterpret_cast<const char*>(weights), 0};
     for (int row = 0; row < kFilter; ++row) {
       const std::uint8_t* at[kRows];
 #pragma GCC unroll 6
       for (int r = 0; r < kRows; ++r) at[r] = rows[row] + offset + r * kStep;
-      accumulate(sum, at, pass.layout.tap_words(), weights, pitch, flip, none);
+      accumulate(sum, at, 0, pass.layout.tap_words(), weights, pitch, none);
     }
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r, to += to_pitch) {
@@ -82,7 +81,7 @@ ISA void quantized_stem_task(const StemPass& pass, const Band& band) {
   std::int64_t copied = std::max<std::int64_t>(2 * begin - kBorder, 0);  // next input row to copy
   for (std::int64_t y = begin; y < end; ++y) {
     for (; copied < std::min(2 * y + kBorder + 1, op.height); ++copied) {
-      copy_row(op, band.image, copied,
+      copy_row(pass, band.image, copied,
                x_rows + copied % kRowRing * ring_bytes + kBorder * kChannels);
     }
     const std::uint8_t* rows[kFilter];
