@@ -53,6 +53,16 @@ bool passes(int size, int spins, int jobs) {
   run(team, 9, [&](std::int64_t i) { ++counts[i]; });
   for (int i = 0; i < 9; ++i) ++expected[i];
   right = right && counts == expected;
+  // The leader falls asleep before the others are done, and at the end all others sleep.
+  const auto leader = std::this_thread::get_id();
+  run(team, 2 * size, [&](std::int64_t i) {
+    const bool leads = std::this_thread::get_id() == leader;
+    std::this_thread::sleep_for(std::chrono::milliseconds(leads ? 1 : 10));
+    ++counts[i];
+  });
+  for (int i = 0; i < 2 * size; ++i) ++expected[i];
+  right = right && counts == expected;
+  std::this_thread::sleep_for(std::chrono::milliseconds(10));
   team.dismiss();
   for (std::thread& member : members) member.join();
   if (!right) std::printf("wrong with %d threads and %d spins\n", size, spins);
