@@ -87,7 +87,7 @@ def test_what_is_wrong_is_named_and_not_timed() -> None:
 
 
 def test_the_table_gives_the_share_of_the_peak() -> None:
-    row = {"layer": "conv", "op": "conv_bn", "calls": 1, "operations": 300, "bytes": 1}
-    row |= {"floor_seconds": 0.1, "seconds": {"cpu": [1.0, 0.5, 0.5]}, "wrong": {}}
+    row: dict[str, Any] = {"layer": "conv", "op": "conv_bn", "calls": 1, "operations": 300}
+    row |= {"bytes": 1, "floor_seconds": 0.1, "seconds": {"cpu": [1.0, 0.5, 0.5]}, "wrong": {}}
     assert " 75% " in layers.table([row], peak=800.0)
     assert "75%" not in layers.table([row], None)
