@@ -46,9 +46,7 @@ def well_posed(x: Tensor, conv: Convolution) -> tuple[Tensor, Convolution]:
     (_, stride), (padding_h, padding), (_, dilation) = conv[1:4]
     width, kernel = x.shape[3], conv.weight.shape[3]
     one_window = (
-        stride > 1
-        and x.dtype == torch.bfloat16
-        and conv.output_size(x.shape[2], width)[1] == 1
+        stride > 1 and x.dtype == torch.bfloat16 and conv.output_size(x.shape[2], width)[1] == 1
     )
     if not one_window and not _misses(width, kernel, stride, padding, dilation):
         return x, conv
