@@ -265,6 +265,7 @@ void conv_bn(const TensorArg& out, const Layer& layer, const OptionalTensor& res
   set_conv(launch, conv, layer, out);
   if ((has_projection = projection.has_value())) set_conv(launch, projected, *projection, out);
   set_residual(launch, conv.residual, residual, out);
+  if (is_like(residual, out)) launch.may_replace(conv.residual.data);
   launch.writes(conv.out, "out", out);
   projected.out = nullptr;
   conv.relu = relu;
