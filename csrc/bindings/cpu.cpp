@@ -185,6 +185,7 @@ void conv_bn(const TensorArg& out, const Layer& layer, const OptionalTensor& res
     set_conv(launch, projected, *projection, out, conv_packed_bytes);
   }
   set_residual(launch, conv.residual, residual, out);
+  if (is_like(residual, out)) launch.may_replace(conv.residual.data);
   launch.writes(conv.out, "out", out);
   projected.out = nullptr;
   conv.relu = relu;
