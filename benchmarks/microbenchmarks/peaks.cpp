@@ -19,7 +19,7 @@
 namespace {
 
 constexpr long kSteps = 1'000'000;
-constexpr int kTrials = 25;
+constexpr int kTrials = 300;
 
 // The sums are named in assembly, or the compiler would notice that they are never read.
 #define STEP(instruction)                                                                          \
