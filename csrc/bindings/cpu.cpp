@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu_arguments.h"
 #include "kernels/cpu/batch_norm.h"
 #include "kernels/cpu/bn_add_relu.h"
 #include "kernels/cpu/conv.h"
@@ -29,12 +30,8 @@ namespace cpu = resnet_fused::cpu;
 
 namespace {
 
-using OptionalTensor = std::optional<TensorArg>;
-using Pair = std::array<std::int64_t, 2>;
 // Mean, variance, weight, bias, eps.
 using BatchNorm = std::tuple<TensorArg, TensorArg, OptionalTensor, OptionalTensor, double>;
-// Kernel size, stride, padding, dilation.
-using Window = std::tuple<Pair, Pair, Pair, Pair>;
 // A convolution with its batch norm: x, packed weight, window, batch norm.
 using Layer = std::tuple<TensorArg, TensorArg, Window, BatchNorm>;
 
@@ -50,29 +47,6 @@ struct ConvLaunch {
   cpu::Isa isa;
 };
 
-cpu::Format format_of(const char* name, const TensorArg& tensor) {
-  if (tensor.type == ScalarType::kBFloat16) return cpu::Format::kBFloat16;
-  check_type(name, tensor, ScalarType::kFloat32);
-  return cpu::Format::kFloat32;
-}
-
-template <typename Arguments>
-void set_vector(Launch<Arguments>& launch, cpu::Vector& slot, const char* name,
-                const OptionalTensor& tensor, std::int64_t channels) {
-  slot = {nullptr, cpu::VectorType::kFloat32, 0};
-  if (!tensor) return;
-  check_sizes(name, *tensor, {channels});
-  launch.reads(slot.data, name, *tensor);
-  if (tensor->type == ScalarType::kBFloat16) {
-    slot.type = cpu::VectorType::kBFloat16;
-  } else if (tensor->type == ScalarType::kFloat64) {
-    slot.type = cpu::VectorType::kFloat64;
-  } else {
-    check_type(name, *tensor, ScalarType::kFloat32);
-  }
-  slot.stride = tensor->strides[0];
-}
-
 template <typename Arguments>
 void set_batch_norm(Launch<Arguments>& launch, cpu::BatchNorm& slot, const BatchNorm& bn,
                     std::int64_t channels) {
@@ -82,13 +56,6 @@ void set_batch_norm(Launch<Arguments>& launch, cpu::BatchNorm& slot, const Batch
   set_vector(launch, slot.weight, "weight", weight, channels);
   set_vector(launch, slot.bias, "bias", bias, channels);
   slot.eps = eps;
-}
-
-// Throws where isa cannot convolve in this format.
-void check_convolves(cpu::Format format, cpu::Isa isa) {
-  if (!cpu::convolves(format, isa)) {
-    refuse("bfloat16 needs AVX512_BF16; ask cpu_convolves_bf16() first");
-  }
 }
 
 const char* isa_name(cpu::Isa isa) {
@@ -101,24 +68,6 @@ const char* isa_name(cpu::Isa isa) {
       break;
   }
   return "";
-}
-
-// The instruction set called `name`, "" for the best; throws where the processor lacks it.
-cpu::Isa choose_isa(const std::string& name) {
-  const cpu::Isa best = cpu::best_isa();
-  cpu::Isa chosen = best;
-  if (name == "avx512") {
-    chosen = cpu::Isa::kAvx512;
-  } else if (name == "avx2") {
-    chosen = cpu::Isa::kAvx2;
-  } else if (!name.empty()) {
-    refuse("isa must be \"\", \"avx2\" or \"avx512\", found \"" + name + "\"");
-  }
-  if (chosen == cpu::Isa::kNone || chosen > best) {
-    refuse("this processor offers neither AVX-512 nor what isa=\"" + name +
-           "\" asks for; cpu_isa() tells what it has");
-  }
-  return chosen;
 }
 
 // Bytes of a packed weight. `weight` is (out_channels, in_channels, height, width).
@@ -204,25 +153,6 @@ TensorArg packed_from(ScalarType type, std::int64_t out_channels, std::int64_t i
   weight.rank = 4;
   weight.sizes = {out_channels, in_channels, kernel[0], kernel[1]};
   return weight;
-}
-
-cpu::Window window_of(const Window& window) {
-  const auto& [kernel, stride, padding, dilation] = window;
-  cpu::Window all;
-  for (int axis = 0; axis < 2; ++axis) {
-    constexpr std::int64_t kLimit = std::int64_t{1} << 31;
-    if (kernel[axis] < 1 || stride[axis] < 1 || dilation[axis] < 1 || padding[axis] < 0 ||
-        std::max({kernel[axis], stride[axis], dilation[axis], padding[axis]}) > kLimit) {
-      refuse(
-          "kernel, stride and dilation must be at least 1 and padding at least 0, all at most "
-          "2^31");
-    }
-    all.kernel[axis] = kernel[axis];
-    all.stride[axis] = stride[axis];
-    all.padding[axis] = padding[axis];
-    all.dilation[axis] = dilation[axis];
-  }
-  return all;
 }
 
 // Fills in what a convolution and its projection have in common; `out` is (N, K, P, Q).

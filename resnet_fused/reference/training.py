@@ -77,6 +77,12 @@ def pre_bn_gradient(gradient: PreBnGradient) -> Tensor:
 class ReferenceTraining:
     """Implements `resnet_fused.backends.training.TrainingKernels`."""
 
+    def saves_all(self) -> bool:
+        return False
+
+    def is_profitable(self, layers: Sequence[Layer]) -> bool:
+        return False
+
     def conv_stats(
         self, x: Tensor | Activation, conv: Convolution, statistics: bool
     ) -> tuple[Tensor, Tensor | None]:

@@ -15,18 +15,18 @@ from ... import _extension
 from ...errors import BackendUnavailableError
 from ...parameters import BatchNorm, ConvBn, Convolution, MaxPool
 from .. import Backend, Candidate, Candidates
+from ..training import TrainingKernels
 from .live_cache import LiveCache
 from .memory import keep_freed_memory
 from .native import PackedConvolution, PooledStem, bn_add_relu, head, suits_winograd
 from .onednn import OPERATORS, OneDnnConvolution
+from .training import CpuTraining
 
 
 class CpuBackend:
     """Implements `resnet_fused.backends.Backend`."""
 
     name = "cpu"
-    training = None
-
     def __init__(self) -> None:
         extension = _extension.load()
         self.extension = extension
@@ -37,6 +37,7 @@ class CpuBackend:
             self._own.add(torch.float32)
         if extension.cpu_convolves_bf16() and not extension.cpu_has_amx_bf16():
             self._own.add(torch.bfloat16)
+        self.training: TrainingKernels = CpuTraining(extension, self._own)
         self._bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:

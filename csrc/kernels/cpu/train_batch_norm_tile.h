@@ -1,0 +1,381 @@
+// The vector code of train_batch_norm.cpp, included once per instruction set by for_each_isa.h.
+#include "vec.h"
+
+// Vectors of channels that a pass with sums takes at once: their sums stay in registers.
+constexpr int kStripVecs = kLanes == 16 ? 4 : 2;
+
+// Half a vector's numbers in fp64.
+typedef double Wide __attribute__((vector_size(ISA_LANES * 4)));
+
+struct Halves {
+  Wide low, high;
+};
+
+ISA_INLINE Halves widen(Vec v) {
+#if ISA_LANES == 16
+  const __m512 all = (__m512)v;
+  return {(Wide)_mm512_cvtps_pd(_mm512_castps512_ps256(all)),
+          (Wide)_mm512_cvtps_pd(_mm512_extractf32x8_ps(all, 1))};
+#elif ISA_LANES == 8
+  const __m256 all = (__m256)v;
+  return {(Wide)_mm256_cvtps_pd(_mm256_castps256_ps128(all)),
+          (Wide)_mm256_cvtps_pd(_mm256_extractf128_ps(all, 1))};
+#else
+  return {Wide{v[0], v[1]}, Wide{v[2], v[3]}};
+#endif
+}
+
+ISA_INLINE void add(double* sums, const Halves& v) {
+  Wide low, high;
+  std::memcpy(&low, sums, sizeof low);
+  std::memcpy(&high, sums + kLanes / 2, sizeof high);
+  low += v.low;
+  high += v.high;
+  std::memcpy(sums, &low, sizeof low);
+  std::memcpy(sums + kLanes / 2, &high, sizeof high);
+}
+
+ISA_INLINE void store(double* p, const Halves& v) {
+  std::memcpy(p, &v.low, sizeof v.low);
+  std::memcpy(p + kLanes / 2, &v.high, sizeof v.high);
+}
+
+// Mean, scale and shift of a vector of channels.
+struct Scales {
+  Vec mean, scale, shift;
+};
+
+ISA_INLINE Scales scales_at(const float* scale_shift, std::int64_t channels, std::int64_t c) {
+  const std::int64_t valid = channels - c;
+  return {load(scale_shift + c, valid), load(scale_shift + channels + c, valid),
+          load(scale_shift + 2 * channels + c, valid)};
+}
+
+ISA_INLINE Vec normalised(Vec x, const Scales& at) { return (x - at.mean) * at.scale + at.shift; }
+
+// What a number of this type in memory is.
+ISA_INLINE Vec as_stored(Vec v, const float*) { return v; }
+ISA_INLINE Vec as_stored(Vec v, const BFloat16*) {
+  BFloat16 stored[kLanes];
+  store(stored, v);
+  return load(stored);
+}
+
+template <typename Number>
+ISA_INLINE const Number* numbers(const void* p) {
+  return static_cast<const Number*>(p);
+}
+
+// Deviations from the first row are summed, so that a large mean does not cancel.
+template <typename Number, int kVecs>
+ISA_INLINE void moments_strip(const Number* x, std::int64_t rows, std::int64_t channels,
+                              std::int64_t valid, double* mean, double* squares) {
+  Halves first[kVecs], sum[kVecs] = {}, square[kVecs] = {};
+  for (int j = 0; j < kVecs; ++j) first[j] = widen(load(x + j * kLanes, valid - j * kLanes));
+  for (std::int64_t row = 0; row < rows; ++row, x += channels) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) {
+      Halves v = widen(load(x + j * kLanes, valid - j * kLanes));
+      v.low -= first[j].low;
+      v.high -= first[j].high;
+      sum[j].low += v.low;
+      sum[j].high += v.high;
+      square[j].low += v.low * v.low;
+      square[j].high += v.high * v.high;
+    }
+  }
+  const double share = 1.0 / static_cast<double>(rows);
+#pragma GCC unroll 4
+  for (int j = 0; j < kVecs; ++j) {
+    const Halves average{sum[j].low * share, sum[j].high * share};
+    store(mean + j * kLanes, {first[j].low + average.low, first[j].high + average.high});
+    store(squares + j * kLanes,
+          {square[j].low - sum[j].low * average.low, square[j].high - sum[j].high * average.high});
+  }
+}
+
+template <typename Number>
+ISA_INLINE void moments_rows(const Moments& op, std::int64_t first, std::int64_t last,
+                             double* part) {
+  const std::int64_t channels = op.rows.channels, padded = round_up(channels, kPadding);
+  const Number* const x = numbers<Number>(op.x) + first * channels;
+  std::int64_t c = 0;
+  for (; c + kStripVecs * kLanes <= channels; c += kStripVecs * kLanes) {
+    moments_strip<Number, kStripVecs>(x + c, last - first, channels, kStripVecs * kLanes, part + c,
+                                      part + padded + c);
+  }
+  for (; c < channels; c += kLanes) {
+    moments_strip<Number, 1>(x + c, last - first, channels, channels - c, part + c,
+                             part + padded + c);
+  }
+}
+
+ISA void moments_task(const Moments& op, std::int64_t first, std::int64_t last, double* part) {
+  if (op.rows.format == Format::kFloat32) {
+    moments_rows<float>(op, first, last, part);
+  } else {
+    moments_rows<BFloat16>(op, first, last, part);
+  }
+}
+
+template <typename Number, bool kOther>
+ISA_INLINE void normalise_rows(const NormaliseAddRelu& op, std::int64_t first, std::int64_t last) {
+  const std::int64_t channels = op.rows.channels;
+  const Vec least = least_result(true);
+  for (std::int64_t row = first; row < last; ++row) {
+    const std::int64_t at = row * channels;
+    const Number* const residual = numbers<Number>(op.residual.data) + op.residual.offset(row);
+    for (std::int64_t c = 0; c < channels; c += kLanes) {
+      const std::int64_t valid = channels - c;
+      Vec v = normalised(load(numbers<Number>(op.main.x) + at + c, valid),
+                         scales_at(op.main.scale_shift, channels, c));
+      if constexpr (kOther) {
+        v += normalised(load(numbers<Number>(op.other.x) + at + c, valid),
+                        scales_at(op.other.scale_shift, channels, c));
+      } else if (c < op.residual.channels) {
+        v += load(residual + c, op.residual.channels - c);
+      }
+      store(static_cast<Number*>(op.out) + at + c, at_least(v, least), valid);
+    }
+  }
+}
+
+ISA void normalise_task(const NormaliseAddRelu& op, std::int64_t first, std::int64_t last) {
+  const bool other = op.other.x != nullptr;
+  if (op.rows.format == Format::kFloat32) {
+    other ? normalise_rows<float, true>(op, first, last)
+          : normalise_rows<float, false>(op, first, last);
+  } else {
+    other ? normalise_rows<BFloat16, true>(op, first, last)
+          : normalise_rows<BFloat16, false>(op, first, last);
+  }
+}
+
+// g and the sums of a strip: part (1 + kBranches, padded), of g and of g * (x - mean) of each.
+template <typename Number, bool kMasks, int kBranches, int kVecs>
+ISA_INLINE void gradient_strip(const ReluGradient& op, std::int64_t first, std::int64_t last,
+                               std::int64_t c, double* part) {
+  const std::int64_t channels = op.rows.channels, padded = round_up(channels, kPadding);
+  Halves sum[kVecs] = {}, dot[kBranches + 1][kVecs] = {};
+  Scales at[kBranches + 1][kVecs];
+  for (int b = 0; b < kBranches; ++b) {
+    for (int j = 0; j < kVecs; ++j) {
+      at[b][j] = scales_at(op.branch[b].scale_shift, channels, c + j * kLanes);
+    }
+  }
+  for (std::int64_t row = first; row < last; ++row) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) {
+      const std::int64_t place = row * channels + c + j * kLanes;
+      const std::int64_t valid = kVecs > 1 ? kLanes : channels - c;
+      Vec x[kBranches + 1];
+      for (int b = 0; b < kBranches; ++b) {
+        x[b] = load(numbers<Number>(op.branch[b].x) + place, valid);
+      }
+      Vec value;
+      if constexpr (kMasks) {
+        value = load(numbers<Number>(op.y) + place, valid);
+      } else {
+        value = normalised(x[0], at[0][j]);
+        if (op.activation != nullptr) {
+          store(static_cast<Number*>(op.activation) + place, at_least(value, Vec{}), valid);
+        }
+      }
+      const Vec grad = load(numbers<Number>(op.grad) + place, valid);
+      const Vec g = value > 0.0f ? grad : Vec{};
+      store(static_cast<Number*>(op.g) + place, g, valid);
+      if constexpr (kBranches > 0) {
+        const Halves wide = widen(g);
+        sum[j].low += wide.low;
+        sum[j].high += wide.high;
+        for (int b = 0; b < kBranches; ++b) {
+          const Halves centred = widen(x[b]), mean = widen(at[b][j].mean);
+          dot[b][j].low += wide.low * (centred.low - mean.low);
+          dot[b][j].high += wide.high * (centred.high - mean.high);
+        }
+      }
+    }
+  }
+  for (int j = 0; kBranches > 0 && j < kVecs; ++j) {
+    store(part + c + j * kLanes, sum[j]);
+    for (int b = 0; b < kBranches; ++b) store(part + (1 + b) * padded + c + j * kLanes, dot[b][j]);
+  }
+}
+
+template <typename Number, bool kMasks, int kBranches>
+ISA_INLINE void gradient_rows(const ReluGradient& op, std::int64_t first, std::int64_t last,
+                              double* part) {
+  constexpr int kVecs = kBranches == 2 ? kStripVecs / 2 : kStripVecs;
+  std::int64_t c = 0;
+  for (; c + kVecs * kLanes <= op.rows.channels; c += kVecs * kLanes) {
+    gradient_strip<Number, kMasks, kBranches, kVecs>(op, first, last, c, part);
+  }
+  for (; c < op.rows.channels; c += kLanes) {
+    gradient_strip<Number, kMasks, kBranches, 1>(op, first, last, c, part);
+  }
+}
+
+template <typename Number>
+ISA_INLINE void gradient_of(const ReluGradient& op, std::int64_t first, std::int64_t last,
+                            double* part) {
+  if (op.y == nullptr) return gradient_rows<Number, false, 1>(op, first, last, part);
+  switch (op.branches) {
+    case 0:
+      return gradient_rows<Number, true, 0>(op, first, last, part);
+    case 1:
+      return gradient_rows<Number, true, 1>(op, first, last, part);
+    default:
+      return gradient_rows<Number, true, 2>(op, first, last, part);
+  }
+}
+
+ISA void gradient_task(const ReluGradient& op, std::int64_t first, std::int64_t last,
+                       double* part) {
+  if (op.rows.format == Format::kFloat32) {
+    gradient_of<float>(op, first, last, part);
+  } else {
+    gradient_of<BFloat16>(op, first, last, part);
+  }
+}
+
+template <typename Number, bool kCentred>
+ISA_INLINE void pre_bn_rows(const PreBnGradient& op, std::int64_t first, std::int64_t last) {
+  const std::int64_t channels = op.rows.channels;
+  const float* const a = op.coefficients;
+  for (std::int64_t row = first; row < last; ++row) {
+    const std::int64_t at = row * channels;
+    for (std::int64_t c = 0; c < channels; c += kLanes) {
+      const std::int64_t valid = channels - c;
+      Vec v = load(a + c, valid) * load(numbers<Number>(op.g) + at + c, valid);
+      if constexpr (kCentred) {
+        const Vec x = load(numbers<Number>(op.x) + at + c, valid);
+        v += load(a + channels + c, valid) * (x - load(a + 3 * channels + c, valid)) +
+             load(a + 2 * channels + c, valid);
+      }
+      store(static_cast<Number*>(op.out) + at + c, v, valid);
+    }
+  }
+}
+
+ISA void pre_bn_task(const PreBnGradient& op, std::int64_t first, std::int64_t last) {
+  const bool centred = op.x != nullptr;
+  if (op.rows.format == Format::kFloat32) {
+    centred ? pre_bn_rows<float, true>(op, first, last) : pre_bn_rows<float, false>(op, first, last);
+  } else {
+    centred ? pre_bn_rows<BFloat16, true>(op, first, last)
+            : pre_bn_rows<BFloat16, false>(op, first, last);
+  }
+}
+
+// The largest number of a window and where it is: the tap, counted along lines. NaN is larger than
+// all.
+template <typename Number>
+ISA_INLINE Vec window_maximum(const Pooling& op, std::int64_t image, std::int64_t p,
+                              std::int64_t q, std::int64_t c, const Scales& at, VecBits& tap) {
+  const std::int64_t valid = op.channels - c;
+  Vec most = splat(-std::numeric_limits<float>::infinity());
+  tap = VecBits{};
+  for (std::int64_t r = 0; r < op.kernel; ++r) {
+    const std::int64_t y = p * op.stride - op.padding + r;
+    if (y < 0 || y >= op.height) continue;
+    for (std::int64_t s = 0; s < op.kernel; ++s) {
+      const std::int64_t x = q * op.stride - op.padding + s;
+      if (x < 0 || x >= op.width) continue;
+      const Number* const from = numbers<Number>(op.activation.x) +
+                                 ((image * op.height + y) * op.width + x) * op.channels + c;
+      const Vec v = as_stored(at_least(normalised(load(from, valid), at), Vec{}), from);
+      const auto larger = v > most || v != v;
+      most = larger ? v : most;
+      tap = larger ? VecBits{} + static_cast<std::uint32_t>(r * op.kernel + s) : tap;
+    }
+  }
+  return most;
+}
+
+template <typename Number>
+ISA_INLINE void pool_line(const Pooling& op, std::int64_t image, std::int64_t p, void* out) {
+  for (std::int64_t q = 0; q < op.out_width; ++q) {
+    Number* const to =
+        static_cast<Number*>(out) + ((image * op.out_height + p) * op.out_width + q) * op.channels;
+    for (std::int64_t c = 0; c < op.channels; c += kLanes) {
+      VecBits tap;
+      const Scales at = scales_at(op.activation.scale_shift, op.channels, c);
+      store(to + c, window_maximum<Number>(op, image, p, q, c, at, tap), op.channels - c);
+    }
+  }
+}
+
+ISA void pool_task(const Pooling& op, std::int64_t image, std::int64_t p, void* out) {
+  if (op.format == Format::kFloat32) {
+    pool_line<float>(op, image, p, out);
+  } else {
+    pool_line<BFloat16>(op, image, p, out);
+  }
+}
+
+// Lines [first, last) of an image: the positions of the maxima of all windows that meet them are
+// found first, then each pixel gathers.
+template <typename Number>
+ISA_INLINE void pool_gradient_lines(const Pooling& op, const void* grad, std::int64_t image,
+                                    std::int64_t first, std::int64_t last, void* g, double* part) {
+  const auto first_window = [&](std::int64_t i) {
+    return std::max<std::int64_t>(ceil_div(std::max<std::int64_t>(i + op.padding - op.kernel + 1, 0),
+                                           op.stride), 0);
+  };
+  const auto end_window = [&](std::int64_t i, std::int64_t count) {
+    return std::min((i + op.padding) / op.stride + 1, count);
+  };
+  const std::int64_t padded = round_up(op.channels, kPadding);
+  const std::int64_t top = first_window(first), bottom = end_window(last - 1, op.out_height);
+  auto* const taps = reinterpret_cast<std::uint32_t*>(
+      thread_scratch().floats(std::max<std::int64_t>(bottom - top, 0) * op.out_width * padded + 1));
+  for (std::int64_t p = top; p < bottom; ++p) {
+    for (std::int64_t q = 0; q < op.out_width; ++q) {
+      for (std::int64_t c = 0; c < op.channels; c += kLanes) {
+        VecBits tap;
+        const Scales at = scales_at(op.activation.scale_shift, op.channels, c);
+        window_maximum<Number>(op, image, p, q, c, at, tap);
+        std::memcpy(taps + ((p - top) * op.out_width + q) * padded + c, &tap, sizeof tap);
+      }
+    }
+  }
+  for (std::int64_t y = first; y < last; ++y) {
+    for (std::int64_t x = 0; x < op.width; ++x) {
+      const std::int64_t place = ((image * op.height + y) * op.width + x) * op.channels;
+      for (std::int64_t c = 0; c < op.channels; c += kLanes) {
+        const std::int64_t valid = op.channels - c;
+        Vec sum{};
+        for (std::int64_t p = first_window(y); p < end_window(y, op.out_height); ++p) {
+          for (std::int64_t q = first_window(x); q < end_window(x, op.out_width); ++q) {
+            const std::int64_t tap = (y - p * op.stride + op.padding) * op.kernel + x -
+                                     q * op.stride + op.padding;
+            VecBits found;
+            std::memcpy(&found, taps + ((p - top) * op.out_width + q) * padded + c, sizeof found);
+            const Number* const from =
+                numbers<Number>(grad) +
+                ((image * op.out_height + p) * op.out_width + q) * op.channels + c;
+            sum += found == static_cast<std::uint32_t>(tap) ? load(from, valid) : Vec{};
+          }
+        }
+        const Scales at = scales_at(op.activation.scale_shift, op.channels, c);
+        const Number* const from = numbers<Number>(op.activation.x) + place + c;
+        const Vec value = load(from, valid);
+        sum = as_stored(normalised(value, at) > 0.0f ? sum : Vec{}, from);
+        store(static_cast<Number*>(g) + place + c, sum, valid);
+        const Halves wide = widen(sum), centred = widen(value), mean = widen(at.mean);
+        add(part + c, wide);
+        add(part + padded + c, {wide.low * (centred.low - mean.low),
+                                wide.high * (centred.high - mean.high)});
+      }
+    }
+  }
+}
+
+ISA void pool_gradient_task(const Pooling& op, const void* grad, std::int64_t image,
+                            std::int64_t first, std::int64_t last, void* g, double* part) {
+  if (op.format == Format::kFloat32) {
+    pool_gradient_lines<float>(op, grad, image, first, last, g, part);
+  } else {
+    pool_gradient_lines<BFloat16>(op, grad, image, first, last, g, part);
+  }
+}

@@ -1,0 +1,270 @@
+"""The training pieces of backend `cpu`: our convolutions, and passes of ours between them.
+
+Algorithm: a convolution reads plain operands, so normalisation, ReLU and their gradients are passes
+of their own, each over memory once; the gradient of a pre-BN output is formed once, for dgrad and
+wgrad together. dgrad at stride 1 is our forward kernel on the weight turned round, 3×3 in float32
+by Winograd's; of a strided 1×1 it is the small convolution, spread. What our kernels do not serve
+(groups, other strides) is PyTorch's, between the same passes.
+Memory: results lie in memory that is kept from step to step. Fresh pages from the system cost a
+tenth of a step of PyTorch's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ... import settings
+from ..._extension import optional_tensor_arg, tensor_arg
+from ...parameters import Activation, Convolution, Layer, MaxPool, PreBnGradient
+from ...reference.convolution import convolve, well_posed
+from ...reference.training import ReferenceTraining
+from ..arguments import nhwc, readable, residual_arg
+
+_reference = ReferenceTraining()
+
+
+class CpuTraining:
+    """Implements `resnet_fused.backends.training.TrainingKernels`, for float32 and bfloat16."""
+
+    merge_moments = staticmethod(_reference.merge_moments)
+    merge_sums = staticmethod(_reference.merge_sums)
+
+    def __init__(self, extension: ModuleType, own: Collection[torch.dtype]) -> None:
+        """own: dtypes that our kernels convolve."""
+        self._extension = extension
+        self._own = own
+        # A layer's gradient as long as its coefficients live, which is its backward.
+        self._formed = WeakIdKeyDictionary()
+
+    def saves_all(self) -> bool:
+        return not settings.training_saves_memory()
+
+    def is_profitable(self, layers: Sequence[Layer]) -> bool:
+        return all(self._convolves(layer.conv.weight, layer.conv) for layer in layers)
+
+    def conv_stats(
+        self, x: Tensor | Activation, conv: Convolution, statistics: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        value = self._value(x)
+        if self._convolves(value, conv):
+            size = conv.output_size(*value.shape[2:])
+            pre_bn = self._empty(value, (len(value), len(conv.weight), *size))
+            self._convolve(pre_bn, value, conv.weight, conv[1:4])
+        else:
+            lowered = conv._replace(weight=conv.weight.to(value.dtype))
+            pre_bn = nhwc(convolve(value, lowered))
+        if not statistics:
+            return pre_bn, None
+        moments = torch.empty((3, pre_bn.shape[1]))
+        self._extension.train_moments(tensor_arg(moments), tensor_arg(pre_bn))
+        return pre_bn, moments[None]
+
+    def bn_scale_shift(self, moments: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        scale_shift = torch.empty((6, moments.shape[2]))
+        self._extension.train_scale_shift(
+            tensor_arg(scale_shift),
+            tensor_arg(moments.float().contiguous()),
+            tensor_arg(weight.detach()),
+            tensor_arg(bias.detach()),
+            eps,
+        )
+        return scale_shift
+
+    def bn_add_relu(self, main: Activation, shortcut: Tensor | Activation | None) -> Tensor:
+        out = self._empty(main.pre_bn, main.pre_bn.shape)
+        is_residual = isinstance(shortcut, Tensor)
+        self._extension.train_bn_add_relu(
+            tensor_arg(out),
+            _activation_arg(main),
+            residual_arg(shortcut) if is_residual else None,
+            None if is_residual or shortcut is None else _activation_arg(shortcut),
+        )
+        return out
+
+    def relu_gradient(
+        self, grad: Tensor, y: Tensor, branches: list[Activation]
+    ) -> tuple[Tensor, list[Tensor]]:
+        g = self._empty(y, y.shape)
+        return g, self._relu_gradient(g, nhwc(grad), nhwc(y), branches)
+
+    def bn_backward_coefficients(
+        self, sums: Tensor, total: Tensor, scale_shift: Tensor, frozen: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        channels = scale_shift.shape[1]
+        coefficients, gradients = torch.empty((4, channels)), torch.empty((2, channels))
+        self._extension.train_coefficients(
+            tensor_arg(coefficients),
+            tensor_arg(gradients),
+            tensor_arg(sums),
+            tensor_arg(total),
+            tensor_arg(scale_shift),
+            frozen,
+        )
+        return coefficients, gradients[0], gradients[1]
+
+    def dgrad(
+        self,
+        gradient: PreBnGradient,
+        conv: Convolution,
+        shape: torch.Size,
+        below: Activation | None,
+        add: Tensor | None,
+        add_stride: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        formed = self._form(gradient)
+        out = self._empty(formed, shape)
+        if add is not None and (add_stride or 1) == 1:
+            residual, added = add[:, : shape[1]], True
+        else:
+            residual, added = None, add is None
+        if self._turns(formed, conv):
+            reach = [d * (k - 1) for d, k in zip(conv.dilation, conv.weight.shape[2:], strict=True)]
+            padding = [r - p for r, p in zip(reach, conv.padding, strict=True)]
+            window = ((1, 1), (padding[0], padding[1]), conv.dilation)
+            self._convolve(out, formed, conv.weight, window, residual, turned=True)
+        elif self._spreads(formed, conv):
+            small = self._empty(formed, (len(formed), shape[1], *formed.shape[2:]))
+            self._convolve(small, formed, conv.weight, ((1, 1), (0, 0), (1, 1)), turned=True)
+            _spread(out, small, conv.stride, residual)
+        else:
+            x = formed.new_empty(1).expand(shape)  # of which only the sizes count
+            lowered = conv._replace(weight=conv.weight.to(formed.dtype))
+            out = nhwc(_convolution_backward(formed, x, lowered, 0))
+            if residual is not None:
+                out += residual
+        if not added:
+            assert add is not None
+            out[:, :, ::add_stride, ::add_stride] += add[:, : shape[1]]
+        if below is None:
+            return out, None
+        (sums,) = self._relu_gradient(out, out, None, [below])
+        return out, sums
+
+    def wgrad(self, gradient: PreBnGradient, x: Tensor | Activation, conv: Convolution) -> Tensor:
+        formed = self._form(gradient)
+        lowered = conv._replace(weight=conv.weight.to(formed.dtype))
+        value, lowered = well_posed(self._value(x), lowered)
+        return nhwc(_convolution_backward(formed, value, lowered, 1).to(conv.weight.dtype))
+
+    def bn_relu_pool(self, x: Activation, pool: MaxPool) -> Tensor:
+        size = pool.output_size(*x.pre_bn.shape[2:])
+        out = self._empty(x.pre_bn, (*x.pre_bn.shape[:2], *size))
+        self._extension.train_pool(tensor_arg(out), _activation_arg(x), tuple(pool))
+        return out
+
+    def pool_gradient(self, grad: Tensor, x: Activation, pool: MaxPool) -> tuple[Tensor, Tensor]:
+        g, sums = self._empty(x.pre_bn, x.pre_bn.shape), torch.empty((2, x.pre_bn.shape[1]))
+        self._extension.train_pool_gradient(
+            tensor_arg(g), tensor_arg(sums), tensor_arg(nhwc(grad)), _activation_arg(x), tuple(pool)
+        )
+        return g, sums[None]
+
+    def _empty(self, like: Tensor, shape: Collection[int]) -> Tensor:
+        """An uninitialised channels_last tensor of that dtype in memory that is kept."""
+        n, c, h, w = shape
+        elements = math.prod(shape)
+        if not elements:
+            return like.new_empty(tuple(shape)).contiguous(memory_format=torch.channels_last)
+        memory = self._extension.TrainMemory(elements * like.element_size())
+        flat = torch.frombuffer(memory, dtype=like.dtype, count=elements)
+        strides = (h * w * c, 1, w * c, c)
+        # Not as a view of `flat`: autograd would refuse changes of an op's result in place.
+        return flat.new_empty(0).set_(flat.untyped_storage(), 0, (n, c, h, w), strides)
+
+    def _convolves(self, x: Tensor, conv: Convolution) -> bool:
+        return conv.groups == 1 and x.dtype in self._own
+
+    def _turns(self, grad: Tensor, conv: Convolution) -> bool:
+        """Whether dgrad is our forward convolution of the turned weight."""
+        return (
+            self._convolves(grad, conv)
+            and tuple(conv.stride) == (1, 1)
+            and all(
+                p <= d * (k - 1)
+                for p, d, k in zip(
+                    conv.padding, conv.dilation, conv.weight.shape[2:], strict=True
+                )
+            )
+        )
+
+    def _spreads(self, grad: Tensor, conv: Convolution) -> bool:
+        """Whether dgrad is a small convolution, with zeros between what it gives."""
+        window = (*conv.weight.shape[2:], *conv.padding)
+        return self._convolves(grad, conv) and window == (1, 1, 0, 0)
+
+    def _convolve(
+        self,
+        out: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        window: Collection[Collection[int]],
+        residual: Tensor | None = None,
+        turned: bool = False,
+    ) -> None:
+        self._extension.train_conv(
+            tensor_arg(out),
+            tensor_arg(x),
+            tensor_arg(weight.detach()),
+            (tuple(weight.shape[2:]), *map(tuple, window)),
+            turned,
+            residual_arg(readable(residual)),
+        )
+
+    def _relu_gradient(
+        self, g: Tensor, grad: Tensor, y: Tensor | None, branches: list[Activation]
+    ) -> list[Tensor]:
+        sums = [torch.empty((2, g.shape[1])) for _ in branches]
+        self._extension.train_relu_gradient(
+            tensor_arg(g),
+            tensor_arg(grad),
+            optional_tensor_arg(y),
+            [(*_activation_arg(b), tensor_arg(s)) for b, s in zip(branches, sums, strict=True)],
+        )
+        return [s[None] for s in sums]
+
+    def _value(self, x: Tensor | Activation) -> Tensor:
+        return nhwc(x) if isinstance(x, Tensor) else self.bn_add_relu(x, None)
+
+    def _form(self, gradient: PreBnGradient) -> Tensor:
+        formed: Tensor | None = self._formed.get(gradient.coefficients)
+        if formed is None:
+            formed = self._empty(gradient.grad, gradient.grad.shape)
+            self._extension.train_pre_bn_gradient(
+                tensor_arg(formed),
+                tensor_arg(gradient.grad),
+                None if gradient.frozen else optional_tensor_arg(gradient.pre_bn),
+                tensor_arg(gradient.coefficients),
+            )
+            self._formed[gradient.coefficients] = formed
+        return formed
+
+
+def _activation_arg(activation: Activation) -> tuple[object, object]:
+    return tensor_arg(activation.pre_bn), tensor_arg(activation.scale_shift)
+
+
+def _spread(
+    out: Tensor, small: Tensor, stride: tuple[int, int], residual: Tensor | None
+) -> None:
+    """out = small at every stride-th row and column, else 0, and the residual on top."""
+    if residual is None:
+        out.zero_()
+    else:
+        out.copy_(residual)
+    out[:, :, :: stride[0], :: stride[1]] += small
+
+
+def _convolution_backward(grad: Tensor, x: Tensor, conv: Convolution, which: int) -> Tensor:
+    """The gradient of x (which = 0) or of the weight (1), by PyTorch."""
+    weight, stride, padding, dilation, groups = conv
+    mask = [which == 0, which == 1, False]
+    found: Tensor = torch.ops.aten.convolution_backward(
+        grad, x, nhwc(weight), None, stride, padding, dilation, False, [0, 0], groups, mask
+    )[which]
+    return found
