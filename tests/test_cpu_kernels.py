@@ -794,8 +794,18 @@ def test_fingerprint_refuses_impossible_arguments():
 def test_contents_see_an_edit_that_moves_no_version_counter():
     weights = [torch.randn(16, 16, 3, 3), torch.randn(5)]
     contents = _C.Contents([tensor_arg(w) for w in weights], [fingerprint(w) for w in weights])
-    assert contents.unchanged()
+    x = torch.randn(1, 8, 3, 3).contiguous(memory_format=NHWC)
+    weight, out = torch.randn(4, 8), torch.empty(1, 4)
+    recorder = _C.Recorder()
+    recorder.start()
+    _C.head(tensor_arg(out), tensor_arg(x), tensor_arg(weight), None)
+    recorder.stop()
+    program = recorder.program(0, 1, tensor_arg(x), tensor_arg(out), [tensor_arg(weight)], 64)
+    expected = out.clone()
+    out.fill_(torch.nan)
+    assert contents.run(program, x.data_ptr(), out.data_ptr(), 0)
+    assert torch.equal(out, expected)
     weights[1].data[3] += 1
-    assert not contents.unchanged()
+    assert not contents.run(program, x.data_ptr(), out.data_ptr(), 0)
     with pytest.raises(ValueError, match="one fingerprint"):
         _C.Contents([tensor_arg(weights[0])], [])

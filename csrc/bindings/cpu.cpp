@@ -18,6 +18,7 @@
 #include "kernels/cpu/fingerprint.h"
 #include "kernels/cpu/head.h"
 #include "kernels/cpu/isa.h"
+#include "kernels/cpu/parallel.h"
 #include "kernels/cpu/stem.h"
 #include "kernels/cpu/winograd.h"
 #include "program.h"
@@ -338,29 +339,39 @@ std::vector<cpu::Bytes> bytes_of(const std::vector<TensorArg>& tensors) {
   return all;
 }
 
-std::vector<std::uint64_t> fingerprints_of(const std::vector<cpu::Bytes>& inputs) {
-  std::vector<std::uint64_t> out(inputs.size());
-  const py::gil_scoped_release unlocked;
-  cpu::fingerprints(inputs.data(), inputs.size(), out.data());
-  return out;
-}
-
 std::vector<std::uint64_t> fingerprints(const std::vector<TensorArg>& tensors) {
-  return fingerprints_of(bytes_of(tensors));
+  const cpu::Fingerprints inputs(bytes_of(tensors));
+  const py::gil_scoped_release unlocked;
+  return inputs.all();
 }
 
 // Tensors, which it does not keep alive, and the fingerprints that they had.
 class Contents {
  public:
-  Contents(const std::vector<TensorArg>& tensors, std::vector<std::uint64_t> fingerprints)
-      : bytes_(bytes_of(tensors)), expected_(std::move(fingerprints)) {
-    if (bytes_.size() != expected_.size()) refuse("each tensor needs one fingerprint");
+  Contents(const std::vector<TensorArg>& tensors, std::vector<std::uint64_t> expected)
+      : fingerprints_(bytes_of(tensors)), expected_(std::move(expected)) {
+    if (tensors.size() != expected_.size()) refuse("each tensor needs one fingerprint");
   }
 
-  bool unchanged() const { return kernels_are_stubbed() || fingerprints_of(bytes_) == expected_; }
+  // The tensors are read between the launches, a part at a time.
+  bool run(const Program& program, std::uintptr_t input, std::uintptr_t output,
+           std::uintptr_t arena) const {
+    const std::size_t chunks = fingerprints_.chunks();
+    std::vector<std::uint64_t> hashes(chunks);
+    cpu::with_team([&] {
+      std::size_t next = 0;
+      program.run(input, output, arena, 0, [&](std::size_t launch) {
+        if (kernels_are_stubbed()) return;
+        const std::size_t last = chunks * (launch + 1) / program.size();
+        fingerprints_.hash(next, last, hashes.data());
+        next = last;
+      });
+    });
+    return kernels_are_stubbed() || fingerprints_.fold(hashes.data()) == expected_;
+  }
 
  private:
-  std::vector<cpu::Bytes> bytes_;
+  cpu::Fingerprints fingerprints_;
   std::vector<std::uint64_t> expected_;
 };
 
@@ -444,5 +455,9 @@ void register_cpu_kernels(py::module_& module) {
                        "Tensors, which it does not keep alive, and fingerprints that they had.")
       .def(py::init<const std::vector<TensorArg>&, std::vector<std::uint64_t>>(),
            py::arg("tensors"), py::arg("fingerprints"))
-      .def("unchanged", &Contents::unchanged, "Whether all still have them, in one pass.");
+      .def("run", &Contents::run, py::arg("program"), py::arg("input"), py::arg("output"),
+           py::arg("arena"), py::call_guard<py::gil_scoped_release>(),
+           "program.run(input, output, arena), for launches of this module's CPU kernels, in one\n"
+           "parallel region; whether all tensors still have their fingerprints, else the output\n"
+           "means nothing.");
 }

@@ -12,6 +12,7 @@
 #include "kernels/cpu/train_batch_norm.h"
 #include "kernels/cpu/train_conv.h"
 #include "kernels/cpu/train_memory.h"
+#include "kernels/cpu/wgrad.h"
 #include "program.h"
 #include "register.h"
 #include "residual.h"
@@ -201,9 +202,9 @@ void train_pre_bn_gradient(const TensorArg& out, const TensorArg& g, const Optio
 
 struct PoolLaunch {
   cpu::Pooling op;
-  const void* grad;
   void* out;
-  float* sums;
+  std::uint8_t* argmax;
+  cpu::PoolGradient gradient;
 };
 
 // Of x (N, K, H, W) with the pooled size of `pooled`.
@@ -231,34 +232,87 @@ void set_pooling(Launch<PoolLaunch>& launch, const Activation& activation,
   set_activation(launch, op.activation, x, scale_shift);
 }
 
-void run_pool(PoolLaunch& launch, std::uintptr_t) { cpu::pool_activation(launch.op, launch.out); }
+void check_argmax(const TensorArg& argmax, const TensorArg& pooled) {
+  const auto& [batch, channels, height, width] = pooled.sizes;
+  check_nhwc("argmax", argmax);
+  check_type("argmax", argmax, ScalarType::kUInt8);
+  check_sizes("argmax", argmax, {batch, channels, height, width});
+}
 
-void train_pool(const TensorArg& out, const Activation& activation,
+void run_pool(PoolLaunch& launch, std::uintptr_t) {
+  cpu::pool_activation(launch.op, launch.out, launch.argmax);
+}
+
+void train_pool(const TensorArg& out, const TensorArg& argmax, const Activation& activation,
                 const std::array<std::int64_t, 3>& pool) {
   Launch<PoolLaunch> launch;
   set_pooling(launch, activation, pool, out);
+  check_argmax(argmax, out);
   check_apart("out", out, "x", std::get<0>(activation));
   launch.writes(launch.arguments.out, "out", out);
+  launch.writes(launch.arguments.argmax, "argmax", argmax);
   launch.run<run_pool>();
 }
 
 void run_pool_gradient(PoolLaunch& launch, std::uintptr_t) {
-  cpu::pool_gradient(launch.op, launch.grad, launch.out, launch.sums);
+  cpu::pool_gradient(launch.op, launch.gradient);
 }
 
 void train_pool_gradient(const TensorArg& g, const TensorArg& sums, const TensorArg& grad,
-                         const Activation& activation, const std::array<std::int64_t, 3>& pool) {
+                         const Activation& activation, const TensorArg& argmax,
+                         const std::array<std::int64_t, 3>& pool) {
   Launch<PoolLaunch> launch;
   const TensorArg& x = std::get<0>(activation);
   set_pooling(launch, activation, pool, grad);
+  check_argmax(argmax, grad);
   check_like("g", g, x);
   check_rows("sums", sums, 2, x.sizes[1]);
   check_apart("g", g, "x", x);
   check_apart("g", g, "grad", grad);
-  launch.reads(launch.arguments.grad, "grad", grad);
-  launch.writes(launch.arguments.out, "g", g);
-  launch.writes(launch.arguments.sums, "sums", sums);
+  cpu::PoolGradient& of = launch.arguments.gradient;
+  launch.reads(of.grad, "grad", grad);
+  launch.reads(of.argmax, "argmax", argmax);
+  launch.writes(of.g, "g", g);
+  launch.writes(of.sums, "sums", sums);
   launch.run<run_pool_gradient>();
+}
+
+struct WgradLaunch {
+  cpu::ConvWgrad conv;
+  cpu::Isa isa;
+};
+
+void run_wgrad(WgradLaunch& launch, std::uintptr_t) { cpu::conv_wgrad(launch.conv, launch.isa); }
+
+void train_wgrad(const TensorArg& out, const TensorArg& x, const TensorArg& grad,
+                 const Window& window, const std::string& isa) {
+  check_nhwc("x", x);
+  check_nhwc("grad", grad);
+  check_type("grad", grad, x.type);
+  Launch<WgradLaunch> launch;
+  cpu::ConvWgrad& conv = launch.arguments.conv;
+  launch.arguments.isa = choose_isa(isa);
+  conv.window = window_of(window);
+  conv.format = format_of("x", x);
+  check_convolves(conv.format, launch.arguments.isa);
+  std::tie(conv.batch, conv.in_channels, conv.height, conv.width) = std::tuple_cat(x.sizes);
+  conv.out_channels = grad.sizes[1];
+  check_sizes("grad", grad,
+              {conv.batch, conv.out_channels, cpu::conv_output_size(conv.window, 0, conv.height),
+               cpu::conv_output_size(conv.window, 1, conv.width)});
+  const Pair kernel = std::get<0>(window);
+  check_sizes("out", out, {conv.out_channels, conv.in_channels, kernel[0], kernel[1]});
+  if (out.type != ScalarType::kFloat32) check_type("out", out, x.type);
+  conv.out_format = format_of("out", out);
+  conv.channels_last = !out.dense({0, 1, 2, 3});
+  if (conv.channels_last) check_nhwc("out", out);
+  if (out.numel() == 0) return;
+  check_apart("out", out, "x", x);
+  check_apart("out", out, "grad", grad);
+  launch.reads(conv.x, "x", x);
+  launch.reads(conv.grad, "grad", grad);
+  launch.writes(conv.out, "out", out);
+  launch.run<run_wgrad>();
 }
 
 struct ScaleShiftLaunch {
@@ -372,12 +426,19 @@ void register_cpu_training(py::module_& module) {
              py::arg("x"), py::arg("coefficients"),
              "out = a * g + b * (x - mean) + d of coefficients (4, K), or a * g without x. out\n"
              "may be g.");
-  module.def("train_pool", &train_pool, py::arg("out"), py::arg("activation"), py::arg("pool"),
-             "out = max_pool(activation) of (x, scale_shift); pool is (kernel, stride, padding).");
+  module.def("train_pool", &train_pool, py::arg("out"), py::arg("argmax"), py::arg("activation"),
+             py::arg("pool"),
+             "out = max_pool(activation) of (x, scale_shift); pool is (kernel, stride, padding).\n"
+             "argmax, uint8, is where in its window each maximum stands, counted along lines.");
   module.def("train_pool_gradient", &train_pool_gradient, py::arg("g"), py::arg("sums"),
-             py::arg("grad"), py::arg("activation"), py::arg("pool"),
-             "g: the pooled result's gradient through pooling (of equal values the first of a\n"
-             "window takes it) and ReLU, and its sums, as of train_relu_gradient.");
+             py::arg("grad"), py::arg("activation"), py::arg("argmax"), py::arg("pool"),
+             "g: the pooled result's gradient through pooling and ReLU, and its sums, as of\n"
+             "train_relu_gradient.");
+  module.def("train_wgrad", &train_wgrad, py::arg("out"), py::arg("x"), py::arg("grad"),
+             py::arg("window"), py::arg("isa") = "",
+             "out = the gradient of a convolution's weight (out_channels, in_channels, height,\n"
+             "width), contiguous or channels_last, float32 or of x's type, of x and its result's\n"
+             "gradient; window is as of conv_bn. Sums are float32.");
   module.def("train_scale_shift", &train_scale_shift, py::arg("scale_shift"), py::arg("moments"),
              py::arg("weight"), py::arg("bias"), py::arg("eps"),
              "scale_shift (6, K) of the moments (T, 3, K), merged in their order.");

@@ -158,11 +158,12 @@ std::unique_ptr<Program> Recorder::program(std::size_t first, std::size_t last,
 }
 
 void Program::run(std::uintptr_t input, std::uintptr_t output, std::uintptr_t arena,
-                  std::uintptr_t stream) const {
+                  std::uintptr_t stream, const std::function<void(std::size_t)>& after) const {
   const std::uintptr_t bases[] = {input, output, arena};
   std::vector<std::byte> arguments;
   std::vector<Access> accesses;
-  for (const Step& step : steps_) {
+  for (std::size_t i = 0; i < steps_.size(); ++i) {
+    const Step& step = steps_[i];
     arguments = step.arguments;
     accesses = step.accesses;
     for (const Pointer& pointer : step.pointers) {
@@ -172,6 +173,7 @@ void Program::run(std::uintptr_t input, std::uintptr_t output, std::uintptr_t ar
       std::memcpy(arguments.data() + offset, &address, sizeof address);
     }
     run_kernel(step.kernel, arguments.data(), stream, accesses);
+    if (after) after(i);
   }
 }
 
@@ -180,11 +182,16 @@ void register_programs(py::module_& module) {
                       "Recorded launches, to be run again on other memory.")
       .def("__len__", &Program::size)
       .def_property_readonly("arena_bytes", &Program::arena_bytes)
-      .def("run", &Program::run, py::arg("input"), py::arg("output"), py::arg("arena"),
-           py::arg("stream") = 0, py::call_guard<py::gil_scoped_release>(),
-           "Runs every launch, on `stream`. Addresses of an input and an output of the sizes,\n"
-           "strides and type that were recorded, and of arena_bytes bytes, aligned as was asked\n"
-           "for; nothing else may use the output and the arena meanwhile.");
+      .def(
+          "run",
+          [](const Program& program, std::uintptr_t input, std::uintptr_t output,
+             std::uintptr_t arena,
+             std::uintptr_t stream) { program.run(input, output, arena, stream); },
+          py::arg("input"), py::arg("output"), py::arg("arena"), py::arg("stream") = 0,
+          py::call_guard<py::gil_scoped_release>(),
+          "Runs every launch, on `stream`. Addresses of an input and an output of the sizes,\n"
+          "strides and type that were recorded, and of arena_bytes bytes, aligned as was asked\n"
+          "for; nothing else may use the output and the arena meanwhile.");
 
   py::class_<Recorder>(module, "Recorder", py::module_local(),
                        "Keeps the launches of the thread that starts it, until it is stopped.")

@@ -10,6 +10,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <type_traits>
@@ -97,8 +98,9 @@ class Program {
 
   std::size_t size() const { return steps_.size(); }
   std::size_t arena_bytes() const { return arena_bytes_; }
-  void run(std::uintptr_t input, std::uintptr_t output, std::uintptr_t arena,
-           std::uintptr_t stream) const;
+  // Calls `after` behind each launch with its number, if there is one.
+  void run(std::uintptr_t input, std::uintptr_t output, std::uintptr_t arena, std::uintptr_t stream,
+           const std::function<void(std::size_t)>& after = {}) const;
 
  private:
   friend class Recorder;

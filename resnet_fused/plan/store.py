@@ -52,10 +52,10 @@ class Plans:
         entry = self._find(surroundings(x))
         plan = entry.plan
         if plan is not None:
-            if plan.is_valid():
-                return plan.run(x)
-            entry.postpone()
-            return None
+            out = plan.run(x) if plan.is_valid() else None
+            if out is None or plan.outdated:
+                entry.postpone()
+            return out
         entry.left -= 1
         if entry.left >= 0:
             return None

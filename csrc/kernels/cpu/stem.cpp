@@ -20,6 +20,8 @@
 #include <cstring>
 #include <limits>
 
+#include "parallel.h"
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #endif
@@ -98,11 +100,10 @@ void stem_conv_pool(const Stem& stem, Isa isa) {
   const std::int64_t bands = ceil_div(pooled, rows);
   const Terms terms(stem.bn, stem.out_channels, kStemStrip);
   const Task task = task_for(stem.format, isa);
-#pragma omp parallel for schedule(dynamic, 1)
-  for (std::int64_t i = 0; i < stem.batch * bands; ++i) {
+  parallel_for(stem.batch * bands, [&](std::int64_t i) {
     const std::int64_t first = i % bands * rows;
     task(stem, terms, {i / bands, first, std::min(first + rows, pooled)});
-  }
+  });
 }
 
 }  // namespace resnet_fused::cpu

@@ -186,25 +186,23 @@ void pre_bn_gradient(const PreBnGradient& op) {
   for_rows(op.rows, [&](std::int64_t first, std::int64_t last) { task(op, first, last); });
 }
 
-void pool_activation(const Pooling& op, void* out) {
+void pool_activation(const Pooling& op, void* out, std::uint8_t* argmax) {
   const auto task = tasks().pool;
   parallel_for(op.batch * op.out_height, [&](std::int64_t i) {
-    task(op, i / op.out_height, i % op.out_height, out);
+    task(op, i / op.out_height, i % op.out_height, out, argmax);
   });
 }
 
-void pool_gradient(const Pooling& op, const void* grad, void* g, float* sums) {
+void pool_gradient(const Pooling& op, const PoolGradient& of) {
   const std::int64_t bands = ceil_div(op.height, kPoolLines), parts = op.batch * bands;
   const std::int64_t padded = round_up(op.channels, kPadding);
   double* const part = partial_sums(parts, 2 * padded);
-  std::fill_n(part, parts * 2 * padded, 0.0);
   const auto task = tasks().pool_gradient;
   parallel_for(parts, [&](std::int64_t i) {
     const std::int64_t first = i % bands * kPoolLines;
-    task(op, grad, i / bands, first, std::min(first + kPoolLines, op.height), g,
-         part + 2 * padded * i);
+    task(op, of, i / bands, first, std::min(first + kPoolLines, op.height), part + 2 * padded * i);
   });
-  float* const out[2] = {sums, sums + op.channels};
+  float* const out[2] = {of.sums, of.sums + op.channels};
   add_parts(part, parts, 2, padded, op.channels, out);
 }
 

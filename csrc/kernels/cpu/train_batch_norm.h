@@ -72,12 +72,20 @@ void normalise_add_relu(const NormaliseAddRelu& op);
 void relu_gradient(const ReluGradient& op);
 void pre_bn_gradient(const PreBnGradient& op);
 
-// out (batch, out_height, out_width, channels) = max_pool(activation).
-void pool_activation(const Pooling& op, void* out);
+// out (batch, out_height, out_width, channels) = max_pool(activation), and where in its window each
+// maximum stands, counted along lines: of equal values the first.
+void pool_activation(const Pooling& op, void* out, std::uint8_t* argmax);
 
-// g (batch, height, width, channels): grad of the pooled activation, through pooling (of equal
-// values the first in the window takes it) and ReLU, and its sums (2, channels).
-void pool_gradient(const Pooling& op, const void* grad, void* g, float* sums);
+// g (batch, height, width, channels): grad of the pooled activation, through pooling and ReLU, and
+// its sums (2, channels).
+struct PoolGradient {
+  const void* grad;
+  const std::uint8_t* argmax;
+  void* g;
+  float* sums;
+};
+
+void pool_gradient(const Pooling& op, const PoolGradient& of);
 
 // scale_shift (6, channels) from the moments (parts, 3, channels), merged in their order in fp64.
 void bn_scale_shift(const float* moments, std::int64_t parts, std::int64_t channels,

@@ -25,16 +25,6 @@ ISA_INLINE Halves widen(Vec v) {
 #endif
 }
 
-ISA_INLINE void add(double* sums, const Halves& v) {
-  Wide low, high;
-  std::memcpy(&low, sums, sizeof low);
-  std::memcpy(&high, sums + kLanes / 2, sizeof high);
-  low += v.low;
-  high += v.high;
-  std::memcpy(sums, &low, sizeof low);
-  std::memcpy(sums + kLanes / 2, &high, sizeof high);
-}
-
 ISA_INLINE void store(double* p, const Halves& v) {
   std::memcpy(p, &v.low, sizeof v.low);
   std::memcpy(p + kLanes / 2, &v.high, sizeof v.high);
@@ -292,90 +282,96 @@ ISA_INLINE Vec window_maximum(const Pooling& op, std::int64_t image, std::int64_
   return most;
 }
 
+typedef std::uint8_t Places __attribute__((vector_size(ISA_LANES)));
+
 template <typename Number>
-ISA_INLINE void pool_line(const Pooling& op, std::int64_t image, std::int64_t p, void* out) {
+ISA_INLINE void pool_line(const Pooling& op, std::int64_t image, std::int64_t p, void* out,
+                          std::uint8_t* argmax) {
   for (std::int64_t q = 0; q < op.out_width; ++q) {
-    Number* const to =
-        static_cast<Number*>(out) + ((image * op.out_height + p) * op.out_width + q) * op.channels;
+    const std::int64_t place = ((image * op.out_height + p) * op.out_width + q) * op.channels;
     for (std::int64_t c = 0; c < op.channels; c += kLanes) {
       VecBits tap;
       const Scales at = scales_at(op.activation.scale_shift, op.channels, c);
-      store(to + c, window_maximum<Number>(op, image, p, q, c, at, tap), op.channels - c);
+      const Vec most = window_maximum<Number>(op, image, p, q, c, at, tap);
+      store(static_cast<Number*>(out) + place + c, most, op.channels - c);
+      const Places places = __builtin_convertvector(tap, Places);
+      std::memcpy(argmax + place + c, &places,
+                  std::min<std::int64_t>(kLanes, op.channels - c));
     }
   }
 }
 
-ISA void pool_task(const Pooling& op, std::int64_t image, std::int64_t p, void* out) {
+ISA void pool_task(const Pooling& op, std::int64_t image, std::int64_t p, void* out,
+                   std::uint8_t* argmax) {
   if (op.format == Format::kFloat32) {
-    pool_line<float>(op, image, p, out);
+    pool_line<float>(op, image, p, out, argmax);
   } else {
-    pool_line<BFloat16>(op, image, p, out);
+    pool_line<BFloat16>(op, image, p, out, argmax);
   }
 }
 
-// Lines [first, last) of an image: the positions of the maxima of all windows that meet them are
-// found first, then each pixel gathers.
+// The windows that meet a position: from the first to before the end.
+struct Windows {
+  std::int64_t first, end;
+};
+
+inline Windows windows_at(const Pooling& op, std::int64_t position, std::int64_t count) {
+  const std::int64_t padded = position + op.padding;
+  return {padded < op.kernel ? 0 : (padded - op.kernel) / op.stride + 1,
+          std::min(padded / op.stride + 1, count)};
+}
+
+// Lines [first, last) of an image: each pixel gathers from the windows that meet it.
 template <typename Number>
-ISA_INLINE void pool_gradient_lines(const Pooling& op, const void* grad, std::int64_t image,
-                                    std::int64_t first, std::int64_t last, void* g, double* part) {
-  const auto first_window = [&](std::int64_t i) {
-    return std::max<std::int64_t>(ceil_div(std::max<std::int64_t>(i + op.padding - op.kernel + 1, 0),
-                                           op.stride), 0);
-  };
-  const auto end_window = [&](std::int64_t i, std::int64_t count) {
-    return std::min((i + op.padding) / op.stride + 1, count);
-  };
-  const std::int64_t padded = round_up(op.channels, kPadding);
-  const std::int64_t top = first_window(first), bottom = end_window(last - 1, op.out_height);
-  auto* const taps = reinterpret_cast<std::uint32_t*>(
-      thread_scratch().floats(std::max<std::int64_t>(bottom - top, 0) * op.out_width * padded + 1));
-  for (std::int64_t p = top; p < bottom; ++p) {
-    for (std::int64_t q = 0; q < op.out_width; ++q) {
-      for (std::int64_t c = 0; c < op.channels; c += kLanes) {
-        VecBits tap;
-        const Scales at = scales_at(op.activation.scale_shift, op.channels, c);
-        window_maximum<Number>(op, image, p, q, c, at, tap);
-        std::memcpy(taps + ((p - top) * op.out_width + q) * padded + c, &tap, sizeof tap);
-      }
-    }
-  }
-  for (std::int64_t y = first; y < last; ++y) {
-    for (std::int64_t x = 0; x < op.width; ++x) {
-      const std::int64_t place = ((image * op.height + y) * op.width + x) * op.channels;
-      for (std::int64_t c = 0; c < op.channels; c += kLanes) {
-        const std::int64_t valid = op.channels - c;
+ISA_INLINE void pool_gradient_lines(const Pooling& op, const PoolGradient& of, std::int64_t image,
+                                    std::int64_t first, std::int64_t last, double* part) {
+  const std::int64_t channels = op.channels, padded = round_up(channels, kPadding);
+  for (std::int64_t c = 0; c < channels; c += kLanes) {
+    const std::int64_t valid = channels - c;
+    const Scales at = scales_at(op.activation.scale_shift, channels, c);
+    const Halves mean = widen(at.mean);
+    Halves total{}, dot{};
+    for (std::int64_t y = first; y < last; ++y) {
+      const Windows rows = windows_at(op, y, op.out_height);
+      for (std::int64_t x = 0; x < op.width; ++x) {
+        const Windows columns = windows_at(op, x, op.out_width);
+        const std::int64_t place = ((image * op.height + y) * op.width + x) * channels + c;
         Vec sum{};
-        for (std::int64_t p = first_window(y); p < end_window(y, op.out_height); ++p) {
-          for (std::int64_t q = first_window(x); q < end_window(x, op.out_width); ++q) {
+        for (std::int64_t p = rows.first; p < rows.end; ++p) {
+          for (std::int64_t q = columns.first; q < columns.end; ++q) {
             const std::int64_t tap = (y - p * op.stride + op.padding) * op.kernel + x -
                                      q * op.stride + op.padding;
-            VecBits found;
-            std::memcpy(&found, taps + ((p - top) * op.out_width + q) * padded + c, sizeof found);
-            const Number* const from =
-                numbers<Number>(grad) +
-                ((image * op.out_height + p) * op.out_width + q) * op.channels + c;
-            sum += found == static_cast<std::uint32_t>(tap) ? load(from, valid) : Vec{};
+            const std::int64_t window =
+                ((image * op.out_height + p) * op.out_width + q) * channels + c;
+            Places places{};
+            std::memcpy(&places, of.argmax + window, std::min<std::int64_t>(kLanes, valid));
+            const VecBits found = __builtin_convertvector(places, VecBits);
+            sum += found == static_cast<std::uint32_t>(tap)
+                       ? load(numbers<Number>(of.grad) + window, valid)
+                       : Vec{};
           }
         }
-        const Scales at = scales_at(op.activation.scale_shift, op.channels, c);
-        const Number* const from = numbers<Number>(op.activation.x) + place + c;
+        const Number* const from = numbers<Number>(op.activation.x) + place;
         const Vec value = load(from, valid);
         sum = as_stored(normalised(value, at) > 0.0f ? sum : Vec{}, from);
-        store(static_cast<Number*>(g) + place + c, sum, valid);
-        const Halves wide = widen(sum), centred = widen(value), mean = widen(at.mean);
-        add(part + c, wide);
-        add(part + padded + c, {wide.low * (centred.low - mean.low),
-                                wide.high * (centred.high - mean.high)});
+        store(static_cast<Number*>(of.g) + place, sum, valid);
+        const Halves wide = widen(sum), centred = widen(value);
+        total.low += wide.low;
+        total.high += wide.high;
+        dot.low += wide.low * (centred.low - mean.low);
+        dot.high += wide.high * (centred.high - mean.high);
       }
     }
+    store(part + c, total);
+    store(part + padded + c, dot);
   }
 }
 
-ISA void pool_gradient_task(const Pooling& op, const void* grad, std::int64_t image,
-                            std::int64_t first, std::int64_t last, void* g, double* part) {
+ISA void pool_gradient_task(const Pooling& op, const PoolGradient& of, std::int64_t image,
+                            std::int64_t first, std::int64_t last, double* part) {
   if (op.format == Format::kFloat32) {
-    pool_gradient_lines<float>(op, grad, image, first, last, g, part);
+    pool_gradient_lines<float>(op, of, image, first, last, part);
   } else {
-    pool_gradient_lines<BFloat16>(op, grad, image, first, last, g, part);
+    pool_gradient_lines<BFloat16>(op, of, image, first, last, part);
   }
 }

@@ -17,7 +17,6 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ... import settings
 from ..._extension import optional_tensor_arg, tensor_arg
@@ -39,8 +38,6 @@ class CpuTraining:
         """own: dtypes that our kernels convolve."""
         self._extension = extension
         self._own = own
-        # A layer's gradient as long as its coefficients live, which is its backward.
-        self._formed = WeakIdKeyDictionary()
 
     def saves_all(self) -> bool:
         return not settings.training_saves_memory()
@@ -49,16 +46,15 @@ class CpuTraining:
         return all(self._convolves(layer.conv.weight, layer.conv) for layer in layers)
 
     def conv_stats(
-        self, x: Tensor | Activation, conv: Convolution, statistics: bool
+        self, x: Tensor, conv: Convolution, statistics: bool
     ) -> tuple[Tensor, Tensor | None]:
-        value = self._value(x)
-        if self._convolves(value, conv):
-            size = conv.output_size(*value.shape[2:])
-            pre_bn = self._empty(value, (len(value), len(conv.weight), *size))
-            self._convolve(pre_bn, value, conv.weight, conv[1:4])
+        x = nhwc(x)
+        if self._convolves(x, conv):
+            size = conv.output_size(*x.shape[2:])
+            pre_bn = self._empty(x, (len(x), len(conv.weight), *size))
+            self._convolve(pre_bn, x, conv.weight, conv[1:4])
         else:
-            lowered = conv._replace(weight=conv.weight.to(value.dtype))
-            pre_bn = nhwc(convolve(value, lowered))
+            pre_bn = nhwc(convolve(x, conv._replace(weight=conv.weight.to(x.dtype))))
         if not statistics:
             return pre_bn, None
         moments = torch.empty((3, pre_bn.shape[1]))
@@ -108,34 +104,43 @@ class CpuTraining:
         )
         return coefficients, gradients[0], gradients[1]
 
+    def pre_bn_gradient(self, gradient: PreBnGradient) -> Tensor:
+        out = self._empty(gradient.grad, gradient.grad.shape)
+        self._extension.train_pre_bn_gradient(
+            tensor_arg(out),
+            tensor_arg(nhwc(gradient.grad)),
+            None if gradient.frozen else optional_tensor_arg(gradient.pre_bn),
+            tensor_arg(gradient.coefficients),
+        )
+        return out
+
     def dgrad(
         self,
-        gradient: PreBnGradient,
+        g: Tensor,
         conv: Convolution,
         shape: torch.Size,
         below: Activation | None,
         add: Tensor | None,
         add_stride: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        formed = self._form(gradient)
-        out = self._empty(formed, shape)
+        out = self._empty(g, shape)
         if add is not None and (add_stride or 1) == 1:
             residual, added = add[:, : shape[1]], True
         else:
             residual, added = None, add is None
-        if self._turns(formed, conv):
+        if self._turns(g, conv):
             reach = [d * (k - 1) for d, k in zip(conv.dilation, conv.weight.shape[2:], strict=True)]
             padding = [r - p for r, p in zip(reach, conv.padding, strict=True)]
             window = ((1, 1), (padding[0], padding[1]), conv.dilation)
-            self._convolve(out, formed, conv.weight, window, residual, turned=True)
-        elif self._spreads(formed, conv):
-            small = self._empty(formed, (len(formed), shape[1], *formed.shape[2:]))
-            self._convolve(small, formed, conv.weight, ((1, 1), (0, 0), (1, 1)), turned=True)
+            self._convolve(out, g, conv.weight, window, residual, turned=True)
+        elif self._spreads(g, conv):
+            small = self._empty(g, (len(g), shape[1], *g.shape[2:]))
+            self._convolve(small, g, conv.weight, ((1, 1), (0, 0), (1, 1)), turned=True)
             _spread(out, small, conv.stride, residual)
         else:
-            x = formed.new_empty(1).expand(shape)  # of which only the sizes count
-            lowered = conv._replace(weight=conv.weight.to(formed.dtype))
-            out = nhwc(_convolution_backward(formed, x, lowered, 0))
+            x = g.new_empty(1).expand(shape)  # of which only the sizes count
+            lowered = conv._replace(weight=conv.weight.to(g.dtype))
+            out = nhwc(_convolution_backward(g, x, lowered, 0))
             if residual is not None:
                 out += residual
         if not added:
@@ -146,33 +151,49 @@ class CpuTraining:
         (sums,) = self._relu_gradient(out, out, None, [below])
         return out, sums
 
-    def wgrad(self, gradient: PreBnGradient, x: Tensor | Activation, conv: Convolution) -> Tensor:
-        formed = self._form(gradient)
-        lowered = conv._replace(weight=conv.weight.to(formed.dtype))
-        value, lowered = well_posed(self._value(x), lowered)
-        return nhwc(_convolution_backward(formed, value, lowered, 1).to(conv.weight.dtype))
+    def wgrad(self, g: Tensor, x: Tensor, conv: Convolution) -> Tensor:
+        if self._convolves(g, conv):
+            out = self._empty(conv.weight, conv.weight.shape)
+            window = (tuple(conv.weight.shape[2:]), *map(tuple, conv[1:4]))
+            self._extension.train_wgrad(tensor_arg(out), tensor_arg(nhwc(x)), tensor_arg(g), window)
+            return out
+        lowered = conv._replace(weight=conv.weight.to(g.dtype))
+        x, lowered = well_posed(x, lowered)
+        return nhwc(_convolution_backward(g, x, lowered, 1).to(conv.weight.dtype))
 
-    def bn_relu_pool(self, x: Activation, pool: MaxPool) -> Tensor:
-        size = pool.output_size(*x.pre_bn.shape[2:])
-        out = self._empty(x.pre_bn, (*x.pre_bn.shape[:2], *size))
-        self._extension.train_pool(tensor_arg(out), _activation_arg(x), tuple(pool))
-        return out
+    def bn_relu_pool(self, x: Activation, pool: MaxPool) -> tuple[Tensor, Tensor]:
+        shape = (*x.pre_bn.shape[:2], *pool.output_size(*x.pre_bn.shape[2:]))
+        out, argmax = self._empty(x.pre_bn, shape), self._empty(x.pre_bn, shape, torch.uint8)
+        self._extension.train_pool(
+            tensor_arg(out), tensor_arg(argmax), _activation_arg(x), tuple(pool)
+        )
+        return out, argmax
 
-    def pool_gradient(self, grad: Tensor, x: Activation, pool: MaxPool) -> tuple[Tensor, Tensor]:
+    def pool_gradient(
+        self, grad: Tensor, x: Activation, argmax: Tensor, pool: MaxPool
+    ) -> tuple[Tensor, Tensor]:
         g, sums = self._empty(x.pre_bn, x.pre_bn.shape), torch.empty((2, x.pre_bn.shape[1]))
         self._extension.train_pool_gradient(
-            tensor_arg(g), tensor_arg(sums), tensor_arg(nhwc(grad)), _activation_arg(x), tuple(pool)
+            tensor_arg(g),
+            tensor_arg(sums),
+            tensor_arg(nhwc(grad)),
+            _activation_arg(x),
+            tensor_arg(argmax),
+            tuple(pool),
         )
         return g, sums[None]
 
-    def _empty(self, like: Tensor, shape: Collection[int]) -> Tensor:
-        """An uninitialised channels_last tensor of that dtype in memory that is kept."""
+    def _empty(
+        self, like: Tensor, shape: Collection[int], dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """An uninitialised channels_last tensor, of like's dtype, in memory that is kept."""
+        dtype = dtype or like.dtype
         n, c, h, w = shape
         elements = math.prod(shape)
         if not elements:
-            return like.new_empty(tuple(shape)).contiguous(memory_format=torch.channels_last)
-        memory = self._extension.TrainMemory(elements * like.element_size())
-        flat = torch.frombuffer(memory, dtype=like.dtype, count=elements)
+            return nhwc(torch.empty(tuple(shape), dtype=dtype))
+        memory = self._extension.TrainMemory(elements * dtype.itemsize)
+        flat = torch.frombuffer(memory, dtype=dtype, count=elements)
         strides = (h * w * c, 1, w * c, c)
         # Not as a view of `flat`: autograd would refuse changes of an op's result in place.
         return flat.new_empty(0).set_(flat.untyped_storage(), 0, (n, c, h, w), strides)
@@ -227,22 +248,6 @@ class CpuTraining:
             [(*_activation_arg(b), tensor_arg(s)) for b, s in zip(branches, sums, strict=True)],
         )
         return [s[None] for s in sums]
-
-    def _value(self, x: Tensor | Activation) -> Tensor:
-        return nhwc(x) if isinstance(x, Tensor) else self.bn_add_relu(x, None)
-
-    def _form(self, gradient: PreBnGradient) -> Tensor:
-        formed: Tensor | None = self._formed.get(gradient.coefficients)
-        if formed is None:
-            formed = self._empty(gradient.grad, gradient.grad.shape)
-            self._extension.train_pre_bn_gradient(
-                tensor_arg(formed),
-                tensor_arg(gradient.grad),
-                None if gradient.frozen else optional_tensor_arg(gradient.pre_bn),
-                tensor_arg(gradient.coefficients),
-            )
-            self._formed[gradient.coefficients] = formed
-        return formed
 
 
 def _activation_arg(activation: Activation) -> tuple[object, object]:

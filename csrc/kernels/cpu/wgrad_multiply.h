@@ -1,0 +1,86 @@
+// The products of wgrad.cpp and wgrad_winograd.cpp: sums over pixels, in registers.
+#include "vec.h"
+
+constexpr int kVecs = 2;
+constexpr int kMaxRows = kLanes == 16 ? 14 : 6;
+
+// sums[kRows][2 vectors] (+)= the sum over the runs' pixels of x[kRows] times grad[kUsed vectors].
+template <int kRows, int kUsed>
+ISA inline __attribute__((noinline)) void multiply(const RunList& runs, const std::uint32_t* x,
+                                                   std::int64_t pitch, const std::uint32_t* grad,
+                                                   float* sums, bool first) {
+  Vec sum[kRows][kUsed] = {};
+  for (const Run* run = runs.begin; run != runs.end; ++run) {
+    const std::uint32_t* a = x + run->x;
+    const std::uint32_t* b = grad + run->grad * (kVecs * kLanes);
+    for (std::int64_t count = run->count; count > 0; --count, a += pitch, b += kVecs * kLanes) {
+      Vec columns[kUsed];
+#pragma GCC unroll 2
+      for (int j = 0; j < kUsed; ++j) columns[j] = load_words(b + j * kLanes);
+#pragma GCC unroll 14
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+        for (int j = 0; j < kUsed; ++j) sum[r][j] = multiply_add(a[r], columns[j], sum[r][j]);
+      }
+    }
+  }
+#pragma GCC unroll 14
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kUsed; ++j) {
+      float* const to = sums + r * (kVecs * kLanes) + j * kLanes;
+      store(to, first ? sum[r][j] : load(to) + sum[r][j]);
+    }
+  }
+}
+
+using Multiply = void (*)(const RunList&, const std::uint32_t*, std::int64_t, const std::uint32_t*,
+                          float*, bool);
+
+template <int kUsed, int... Indices>
+constexpr std::array<Multiply, sizeof...(Indices)> multiplies(
+    std::integer_sequence<int, Indices...>) {
+  return {multiply<Indices + 1, kUsed>...};
+}
+
+constexpr std::array<Multiply, kMaxRows> kMultiply[2] = {
+    multiplies<1>(std::make_integer_sequence<int, kMaxRows>{}),
+    multiplies<2>(std::make_integer_sequence<int, kMaxRows>{})};
+
+// multiply() for `rows` rows, in tiles of equal height.
+ISA_INLINE void multiply_rows(const RunList& runs, const std::uint32_t* x, std::int64_t pitch,
+                              const std::uint32_t* grad, float* sums, std::int64_t rows,
+                              bool narrow, bool first) {
+  const std::int64_t tiles = ceil_div(rows, kMaxRows);
+  for (std::int64_t tile = 0; tile < tiles; ++tile) {
+    const std::int64_t from = tile * rows / tiles, to = (tile + 1) * rows / tiles;
+    kMultiply[!narrow][to - from - 1](runs, x + from, pitch, grad, sums + from * (kVecs * kLanes),
+                                      first);
+  }
+}
+
+// Swaps rows and columns.
+template <int kBlock>
+ISA_INLINE void transpose_blocks(Vec (&v)[kLanes]) {
+  typedef std::int32_t Index __attribute__((vector_size(ISA_LANES * 4)));
+  Index low = {}, high = {};
+#pragma GCC unroll 16
+  for (int j = 0; j < kLanes; ++j) {
+    low[j] = (j & kBlock) == 0 ? j : kLanes + j - kBlock;
+    high[j] = (j & kBlock) == 0 ? j + kBlock : kLanes + j;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if ((i & kBlock) != 0) continue;
+    const Vec a = v[i], b = v[i + kBlock];
+    v[i] = __builtin_shuffle(a, b, low);
+    v[i + kBlock] = __builtin_shuffle(a, b, high);
+  }
+}
+
+ISA_INLINE void transpose(Vec (&v)[kLanes]) {
+  transpose_blocks<1>(v);
+  transpose_blocks<2>(v);
+  transpose_blocks<4>(v);
+  if constexpr (kLanes == 16) transpose_blocks<8>(v);
+}
