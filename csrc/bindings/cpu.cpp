@@ -36,12 +36,6 @@ using BatchNorm = std::tuple<TensorArg, TensorArg, OptionalTensor, OptionalTenso
 // A convolution with its batch norm: x, packed weight, window, batch norm.
 using Layer = std::tuple<TensorArg, TensorArg, Window, BatchNorm>;
 
-template <typename Kernel>
-struct WithIsa {
-  Kernel op;
-  cpu::Isa isa;
-};
-
 struct ConvLaunch {
   cpu::Conv conv, projection;
   bool projected;
@@ -74,25 +68,6 @@ const char* isa_name(cpu::Isa isa) {
 // Bytes of a packed weight. `weight` is (out_channels, in_channels, height, width).
 using PackedBytes = std::int64_t (*)(const TensorArg& weight);
 
-void check_weight(const TensorArg& weight) {
-  check_rank("weight", weight, 4);
-  if (weight.numel() == 0) refuse("weight is empty: " + listed(weight.sizes.data(), 4));
-}
-
-std::int64_t conv_packed_bytes(const TensorArg& weight) {
-  check_weight(weight);
-  const auto& [out_channels, in_channels, height, width] = weight.sizes;
-  return 4 * cpu::conv_weight_words(in_channels, out_channels, height * width,
-                                    format_of("weight", weight));
-}
-
-std::int64_t winograd_packed_bytes(const TensorArg& weight) {
-  check_weight(weight);
-  check_type("weight", weight, ScalarType::kFloat32);
-  check_sizes("weight", weight, {weight.sizes[0], weight.sizes[1], 3, 3});
-  return 4 * cpu::winograd_weight_floats(weight.sizes[1], weight.sizes[0]);
-}
-
 std::int64_t stem_packed_bytes(const TensorArg& weight) {
   check_weight(weight);
   check_sizes("weight", weight, {weight.sizes[0], 3, 7, 7});
@@ -101,27 +76,6 @@ std::int64_t stem_packed_bytes(const TensorArg& weight) {
            std::to_string(weight.sizes[0]));
   }
   return 4 * cpu::stem_weight_words(weight.sizes[0], format_of("weight", weight));
-}
-
-void check_packed(const TensorArg& packed, std::int64_t bytes) {
-  check_type("packed", packed, ScalarType::kUInt8);
-  check_sizes("packed", packed, {bytes});
-  check_contiguous("packed", packed, 1);
-  if (packed.address % sizeof(float) != 0) refuse("packed is not aligned to 4 bytes");
-}
-
-// The pointers to weight and packed memory.
-std::pair<const void*, void*> weights_of(const TensorArg& weight, const TensorArg& packed,
-                                         std::int64_t bytes) {
-  check_packed(packed, bytes);
-  struct Pointers {
-    const void* weight;
-    void* packed;
-  };
-  Launch<Pointers> checked;
-  checked.reads(checked.arguments.weight, "weight", weight);
-  checked.writes(checked.arguments.packed, "packed", packed);
-  return {checked.arguments.weight, checked.arguments.packed};
 }
 
 void conv_pack(const TensorArg& weight, const TensorArg& packed) {
@@ -144,16 +98,6 @@ void stem_pack(const TensorArg& weight, const TensorArg& packed) {
   const cpu::Format format = format_of("weight", weight);
   py::gil_scoped_release unlocked;
   cpu::stem_transform_weights(from, weight.strides.data(), to, weight.sizes[0], format);
-}
-
-// The size of a convolution's weight, as far as its packed form depends on it.
-TensorArg packed_from(ScalarType type, std::int64_t out_channels, std::int64_t in_channels,
-                      const Pair& kernel) {
-  TensorArg weight;
-  weight.type = type;
-  weight.rank = 4;
-  weight.sizes = {out_channels, in_channels, kernel[0], kernel[1]};
-  return weight;
 }
 
 // Fills in what a convolution and its projection have in common; `out` is (N, K, P, Q).

@@ -12,14 +12,12 @@
 #include "kernels/cpu/train_batch_norm.h"
 #include "kernels/cpu/train_conv.h"
 #include "kernels/cpu/train_memory.h"
-#include "kernels/cpu/wgrad.h"
 #include "program.h"
 #include "register.h"
 #include "residual.h"
 #include "tensor_arg.h"
 
 namespace py = pybind11;
-namespace cpu = resnet_fused::cpu;
 
 namespace {
 
@@ -68,43 +66,56 @@ struct ConvLaunch {
   cpu::Isa isa;
 };
 
-void run_conv(ConvLaunch& launch, std::uintptr_t) { cpu::train_conv(launch.conv, launch.isa); }
-
-void train_conv(const TensorArg& out, const TensorArg& x, const TensorArg& weight,
-                const Window& window, bool turned, const OptionalTensor& residual,
-                const std::string& isa) {
-  check_nhwc("x", x);
-  check_nhwc("out", out);
-  check_type("x", x, out.type);
-  if (weight.type != ScalarType::kFloat32) check_type("weight", weight, x.type);
-  Launch<ConvLaunch> launch;
+// Sets all but the residual of a convolution of `x` with result `y`; one of them is written.
+void set_conv(Launch<ConvLaunch>& launch, const TensorArg& x, const TensorArg& y,
+              const TensorArg& weight, const Window& window, const std::string& isa) {
   cpu::TrainConv& conv = launch.arguments.conv;
+  check_nhwc("x", x);
+  check_nhwc("y", y);
+  check_type("x", x, y.type);
+  if (weight.type != ScalarType::kFloat32) check_type("weight", weight, x.type);
   launch.arguments.isa = choose_isa(isa);
   conv.window = window_of(window);
   conv.format = format_of("x", x);
   check_convolves(conv.format, launch.arguments.isa);
   const Pair kernel = std::get<0>(window);
-  const std::int64_t in_channels = x.sizes[1], out_channels = out.sizes[1];
-  check_sizes("weight", weight,
-              {turned ? in_channels : out_channels, turned ? out_channels : in_channels, kernel[0],
-               kernel[1]});
-  check_sizes("out", out, {x.sizes[0], out_channels,
-                           cpu::conv_output_size(conv.window, 0, x.sizes[2]),
-                           cpu::conv_output_size(conv.window, 1, x.sizes[3])});
-  if (out.numel() == 0) return;
-  if (in_channels < 1) refuse("x has no channels");
-  check_apart("out", out, "x", x);
-  check_apart("out", out, "weight", weight);
+  check_sizes("weight", weight, {y.sizes[1], x.sizes[1], kernel[0], kernel[1]});
+  check_sizes("y", y, {x.sizes[0], y.sizes[1], cpu::conv_output_size(conv.window, 0, x.sizes[2]),
+                       cpu::conv_output_size(conv.window, 1, x.sizes[3])});
+  check_apart("x", x, "y", y);
   std::tie(conv.batch, conv.in_channels, conv.height, conv.width) = std::tuple_cat(x.sizes);
-  conv.out_channels = out_channels;
-  conv.turned = turned;
+  conv.out_channels = y.sizes[1];
   conv.weight_format = format_of("weight", weight);
   for (int i = 0; i < 4; ++i) conv.strides[i] = weight.strides[i];
-  launch.reads(conv.x, "x", x);
   launch.reads(conv.weight, "weight", weight);
-  set_residual(launch, conv.residual, residual, out);
-  launch.writes(conv.out, "out", out);
+}
+
+void run_conv(ConvLaunch& launch, std::uintptr_t) { cpu::train_conv(launch.conv, launch.isa); }
+
+void train_conv(const TensorArg& out, const TensorArg& x, const TensorArg& weight,
+                const Window& window, const std::string& isa) {
+  Launch<ConvLaunch> launch;
+  set_conv(launch, x, out, weight, window, isa);
+  if (out.numel() == 0) return;
+  if (x.sizes[1] < 1) refuse("x has no channels");
+  launch.reads(launch.arguments.conv.from, "x", x);
+  launch.writes(launch.arguments.conv.to, "out", out);
   launch.run<run_conv>();
+}
+
+void run_dgrad(ConvLaunch& launch, std::uintptr_t) { cpu::train_dgrad(launch.conv, launch.isa); }
+
+void train_dgrad(const TensorArg& out, const TensorArg& grad, const TensorArg& weight,
+                 const Window& window, const OptionalTensor& add, const std::string& isa) {
+  Launch<ConvLaunch> launch;
+  set_conv(launch, out, grad, weight, window, isa);
+  if (out.numel() == 0) return;
+  if (grad.sizes[1] < 1) refuse("grad has no channels");
+  launch.reads(launch.arguments.conv.from, "grad", grad);
+  if (add && !cpu::dgrad_turns(launch.arguments.conv.window)) check_like("add", *add, out);
+  set_residual(launch, launch.arguments.conv.add, add, out);
+  launch.writes(launch.arguments.conv.to, "out", out);
+  launch.run<run_dgrad>();
 }
 
 void run_moments(cpu::Moments& op, std::uintptr_t) { cpu::moments(op); }
@@ -144,7 +155,7 @@ void train_bn_add_relu(const TensorArg& out, const Activation& main, const Optio
 void run_relu_gradient(cpu::ReluGradient& op, std::uintptr_t) { cpu::relu_gradient(op); }
 
 void train_relu_gradient(const TensorArg& g, const TensorArg& grad, const OptionalTensor& y,
-                         const std::vector<Branch>& branches, const OptionalTensor& activation) {
+                         const std::vector<Branch>& branches) {
   Launch<cpu::ReluGradient> launch;
   cpu::ReluGradient& op = launch.arguments;
   op.rows = rows_of("grad", grad);
@@ -169,12 +180,6 @@ void train_relu_gradient(const TensorArg& g, const TensorArg& grad, const Option
     launch.writes(op.sums[i], "sums", sums);
   }
   launch.writes(op.g, "g", g);
-  if (activation) {
-    if (y) refuse("an activation is written where it masks, without y");
-    check_like("activation", *activation, grad);
-    check_apart("activation", *activation, "g", g);
-    launch.writes(op.activation, "activation", *activation);
-  }
   launch.run<run_relu_gradient>();
 }
 
@@ -277,44 +282,6 @@ void train_pool_gradient(const TensorArg& g, const TensorArg& sums, const Tensor
   launch.run<run_pool_gradient>();
 }
 
-struct WgradLaunch {
-  cpu::ConvWgrad conv;
-  cpu::Isa isa;
-};
-
-void run_wgrad(WgradLaunch& launch, std::uintptr_t) { cpu::conv_wgrad(launch.conv, launch.isa); }
-
-void train_wgrad(const TensorArg& out, const TensorArg& x, const TensorArg& grad,
-                 const Window& window, const std::string& isa) {
-  check_nhwc("x", x);
-  check_nhwc("grad", grad);
-  check_type("grad", grad, x.type);
-  Launch<WgradLaunch> launch;
-  cpu::ConvWgrad& conv = launch.arguments.conv;
-  launch.arguments.isa = choose_isa(isa);
-  conv.window = window_of(window);
-  conv.format = format_of("x", x);
-  check_convolves(conv.format, launch.arguments.isa);
-  std::tie(conv.batch, conv.in_channels, conv.height, conv.width) = std::tuple_cat(x.sizes);
-  conv.out_channels = grad.sizes[1];
-  check_sizes("grad", grad,
-              {conv.batch, conv.out_channels, cpu::conv_output_size(conv.window, 0, conv.height),
-               cpu::conv_output_size(conv.window, 1, conv.width)});
-  const Pair kernel = std::get<0>(window);
-  check_sizes("out", out, {conv.out_channels, conv.in_channels, kernel[0], kernel[1]});
-  if (out.type != ScalarType::kFloat32) check_type("out", out, x.type);
-  conv.out_format = format_of("out", out);
-  conv.channels_last = !out.dense({0, 1, 2, 3});
-  if (conv.channels_last) check_nhwc("out", out);
-  if (out.numel() == 0) return;
-  check_apart("out", out, "x", x);
-  check_apart("out", out, "grad", grad);
-  launch.reads(conv.x, "x", x);
-  launch.reads(conv.grad, "grad", grad);
-  launch.writes(conv.out, "out", out);
-  launch.run<run_wgrad>();
-}
-
 struct ScaleShiftLaunch {
   const float* moments;
   std::int64_t parts, channels;
@@ -403,13 +370,15 @@ void register_cpu_training(py::module_& module) {
              "Bytes that were freed and are kept for the next TrainMemory.");
   module.def("train_memory_release", &cpu::release_memory, "Returns them to the system.");
 
-  module.def(
-      "train_conv", &train_conv, py::arg("out"), py::arg("x"), py::arg("weight"), py::arg("window"),
-      py::arg("turned"), py::arg("residual") = py::none(), py::arg("isa") = "",
-      "out = conv(x) (+ residual) of one group, all of one type, float32 or bfloat16; weight\n"
-      "(out_channels, in_channels, height, width) of any strides, of that type or float32, which\n"
-      "is rounded to it; window and residual as of conv_bn. turned: weight is (in_channels, out_channels, height, width) and its window is\n"
-      "read backwards, so that out is the gradient of a convolution's input.");
+  module.def("train_conv", &train_conv, py::arg("out"), py::arg("x"), py::arg("weight"),
+             py::arg("window"), py::arg("isa") = "",
+             "out = conv(x) of one group, float32 or bfloat16; weight (out_channels, in_channels,\n"
+             "height, width) of any strides, of that type or float32, which is rounded to it;\n"
+             "window is as of conv_bn.");
+  module.def("train_dgrad", &train_dgrad, py::arg("out"), py::arg("grad"), py::arg("weight"),
+             py::arg("window"), py::arg("add") = py::none(), py::arg("isa") = "",
+             "out = the gradient (+ add) of the input of that convolution, of its result's\n"
+             "gradient; add is as a residual of conv_bn, and like out with a stride above 1.");
   module.def("train_moments", &train_moments, py::arg("moments"), py::arg("x"),
              "moments (3, K): mean, sum of squared deviations and count of x (N, K, P, Q). Sums\n"
              "are float64, in an order that threads do not change; so everywhere below.");
@@ -418,10 +387,10 @@ void register_cpu_training(py::module_& module) {
              "out = relu(normalisation of main (+ residual, or + normalisation of other)). main\n"
              "and other are (x, scale_shift), residual is as of conv_bn.");
   module.def("train_relu_gradient", &train_relu_gradient, py::arg("g"), py::arg("grad"),
-             py::arg("y"), py::arg("branches"), py::arg("activation") = py::none(),
+             py::arg("y"), py::arg("branches"),
              "g = grad where y > 0, else 0; without y, where the activation of the only branch\n"
-             "is, which is written too if asked for. Of each branch (x, scale_shift, sums) the\n"
-             "sums (2, K) of g and g * (x - mean). g may be grad.");
+             "is. Of each branch (x, scale_shift, sums) the sums (2, K) of g and g * (x - mean).\n"
+             "g may be grad.");
   module.def("train_pre_bn_gradient", &train_pre_bn_gradient, py::arg("out"), py::arg("g"),
              py::arg("x"), py::arg("coefficients"),
              "out = a * g + b * (x - mean) + d of coefficients (4, K), or a * g without x. out\n"
@@ -434,11 +403,6 @@ void register_cpu_training(py::module_& module) {
              py::arg("grad"), py::arg("activation"), py::arg("argmax"), py::arg("pool"),
              "g: the pooled result's gradient through pooling and ReLU, and its sums, as of\n"
              "train_relu_gradient.");
-  module.def("train_wgrad", &train_wgrad, py::arg("out"), py::arg("x"), py::arg("grad"),
-             py::arg("window"), py::arg("isa") = "",
-             "out = the gradient of a convolution's weight (out_channels, in_channels, height,\n"
-             "width), contiguous or channels_last, float32 or of x's type, of x and its result's\n"
-             "gradient; window is as of conv_bn. Sums are float32.");
   module.def("train_scale_shift", &train_scale_shift, py::arg("scale_shift"), py::arg("moments"),
              py::arg("weight"), py::arg("bias"), py::arg("eps"),
              "scale_shift (6, K) of the moments (T, 3, K), merged in their order.");

@@ -210,7 +210,11 @@ def _backward(
             return None
         activation = activations[i]
         pre_bn = None if activation is None else activation.pre_bn
-        return pieces.pre_bn_gradient(PreBnGradient(g, pre_bn, coefficients, frozen[i]))
+        # Of the block's end also the shortcut reads it: the identity, or before, the projection.
+        last_use = i < count - 1 or (i == count - 1 and shortcut_grad is not g)
+        return pieces.pre_bn_gradient(
+            PreBnGradient(g, pre_bn, coefficients, frozen[i], last_use)
+        )
 
     ends = [i for i in range(count - 1, len(convs)) if needs.layer(i)]
     branches = {i: activation for i in ends if (activation := activations[i]) is not None}

@@ -85,11 +85,13 @@ class Plan:
         self,
         snapshot: Snapshot,
         steps: Sequence[Segment | Callable[[Tensor], Tensor]],
+        frozen: Sequence[recording.Packed],
         copies: Sequence[tuple[Tensor, Tensor]],
         kept: Sequence[object],
     ) -> None:
         self.steps = steps
         self._snapshot = snapshot
+        self._frozen = frozen
         self._sources = [source for source, _ in copies]
         self._copies = [copy for _, copy in copies]
         self._kept = kept  # programs hold addresses only
@@ -97,7 +99,11 @@ class Plan:
 
     def is_valid(self) -> bool:
         """Whether the programs launch what the ordinary forward would."""
-        return not self.outdated and self._snapshot.holds()
+        return (
+            not self.outdated
+            and self._snapshot.holds()
+            and all(recording.version(note.weight) == note.fingerprint for note in self._frozen)
+        )
 
     def run(self, x: Tensor) -> Tensor:
         """The network's result; `is_valid` was asked just before."""
@@ -201,7 +207,8 @@ def record(network: Network, x: Tensor, extension: ModuleType) -> tuple[Tensor, 
         packs.append(len(notes.packed))
     out = values[-1]
     known = {id(tensor) for tensor in snapshot.tensors}
-    made_from = [*(note.weight for note in notes.packed), *(source for source, _ in notes.copies)]
+    noted = [*notes.packed, *notes.frozen]
+    made_from = [*(note.weight for note in noted), *(source for source, _ in notes.copies)]
     if (
         not snapshot.is_complete()
         or generation() != before
@@ -210,12 +217,14 @@ def record(network: Network, x: Tensor, extension: ModuleType) -> tuple[Tensor, 
         return out, None
     constants = [
         *snapshot.tensors,
-        *(note.packed.packed for note in notes.packed if hasattr(note.packed, "packed")),
+        *(note.packed.packed for note in noted if hasattr(note.packed, "packed")),
         *(copy for _, copy in notes.copies),
     ]
     described = [tensor_arg(tensor) for tensor in constants if tensor.dtype in types()]
 
     def program(first: int, last: int) -> Any:
+        if not {values[first].dtype, values[last].dtype} <= types().keys():
+            return None
         return recorder.program(
             ends[first],
             ends[last],
@@ -250,4 +259,4 @@ def record(network: Network, x: Tensor, extension: ModuleType) -> tuple[Tensor, 
         first = last
     if not any(isinstance(step, Segment) for step in steps):
         return out, None
-    return out, Plan(snapshot, steps, notes.copies, [constants, notes])
+    return out, Plan(snapshot, steps, notes.frozen, notes.copies, [constants, notes])

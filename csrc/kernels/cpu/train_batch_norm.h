@@ -47,8 +47,7 @@ struct ReluGradient {
   int branches;  // up to 2
   Activation branch[2];
   float* sums[2];
-  void* g;           // may be grad itself
-  void* activation;  // nullptr, or where to write the first branch's
+  void* g;  // may be grad itself
 };
 
 // out = a * g + b * (x - mean) + d of coefficients (4, channels): a, b, d, mean. x nullptr: a * g.

@@ -56,29 +56,57 @@ ISA_INLINE const Number* numbers(const void* p) {
   return static_cast<const Number*>(p);
 }
 
+// bfloat16 is summed in fp32 for a few rows at a time: converting each number to fp64 would take
+// longer than reading it.
+template <typename Number>
+constexpr std::int64_t kShortRun = sizeof(Number) == 2 ? 8 : 1;
+
+ISA_INLINE void add(Halves& sum, Vec v) {
+  const Halves wide = widen(v);
+  sum.low += wide.low;
+  sum.high += wide.high;
+}
+
 // Deviations from the first row are summed, so that a large mean does not cancel.
 template <typename Number, int kVecs>
 ISA_INLINE void moments_strip(const Number* x, std::int64_t rows, std::int64_t channels,
                               std::int64_t valid, double* mean, double* squares) {
-  Halves first[kVecs], sum[kVecs] = {}, square[kVecs] = {};
-  for (int j = 0; j < kVecs; ++j) first[j] = widen(load(x + j * kLanes, valid - j * kLanes));
-  for (std::int64_t row = 0; row < rows; ++row, x += channels) {
+  constexpr std::int64_t kRun = kShortRun<Number>;
+  Vec first[kVecs];
+  Halves sum[kVecs] = {}, square[kVecs] = {};
+  for (int j = 0; j < kVecs; ++j) first[j] = load(x + j * kLanes, valid - j * kLanes);
+  for (std::int64_t row = 0; row < rows; row += kRun) {
+    Vec short_sum[kVecs] = {}, short_square[kVecs] = {};
+    for (std::int64_t i = row; i < std::min(row + kRun, rows); ++i, x += channels) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) {
-      Halves v = widen(load(x + j * kLanes, valid - j * kLanes));
-      v.low -= first[j].low;
-      v.high -= first[j].high;
-      sum[j].low += v.low;
-      sum[j].high += v.high;
-      square[j].low += v.low * v.low;
-      square[j].high += v.high * v.high;
+      for (int j = 0; j < kVecs; ++j) {
+        const Vec v = load(x + j * kLanes, valid - j * kLanes);
+        if constexpr (kRun > 1) {
+          const Vec apart = v - first[j];
+          short_sum[j] += apart;
+          short_square[j] += apart * apart;
+        } else {
+          Halves wide = widen(v);
+          const Halves shift = widen(first[j]);
+          wide.low -= shift.low;
+          wide.high -= shift.high;
+          sum[j].low += wide.low;
+          sum[j].high += wide.high;
+          square[j].low += wide.low * wide.low;
+          square[j].high += wide.high * wide.high;
+        }
+      }
+    }
+    for (int j = 0; kRun > 1 && j < kVecs; ++j) {
+      add(sum[j], short_sum[j]);
+      add(square[j], short_square[j]);
     }
   }
   const double share = 1.0 / static_cast<double>(rows);
 #pragma GCC unroll 4
   for (int j = 0; j < kVecs; ++j) {
-    const Halves average{sum[j].low * share, sum[j].high * share};
-    store(mean + j * kLanes, {first[j].low + average.low, first[j].high + average.high});
+    const Halves average{sum[j].low * share, sum[j].high * share}, shift = widen(first[j]);
+    store(mean + j * kLanes, {shift.low + average.low, shift.high + average.high});
     store(squares + j * kLanes,
           {square[j].low - sum[j].low * average.low, square[j].high - sum[j].high * average.high});
   }
@@ -153,37 +181,41 @@ ISA_INLINE void gradient_strip(const ReluGradient& op, std::int64_t first, std::
       at[b][j] = scales_at(op.branch[b].scale_shift, channels, c + j * kLanes);
     }
   }
-  for (std::int64_t row = first; row < last; ++row) {
+  constexpr std::int64_t kRun = kShortRun<Number>;
+  for (std::int64_t run = first; run < last; run += kRun) {
+    Vec short_sum[kVecs] = {}, short_dot[kBranches + 1][kVecs] = {};
+    for (std::int64_t row = run; row < std::min(run + kRun, last); ++row) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) {
-      const std::int64_t place = row * channels + c + j * kLanes;
-      const std::int64_t valid = kVecs > 1 ? kLanes : channels - c;
-      Vec x[kBranches + 1];
-      for (int b = 0; b < kBranches; ++b) {
-        x[b] = load(numbers<Number>(op.branch[b].x) + place, valid);
-      }
-      Vec value;
-      if constexpr (kMasks) {
-        value = load(numbers<Number>(op.y) + place, valid);
-      } else {
-        value = normalised(x[0], at[0][j]);
-        if (op.activation != nullptr) {
-          store(static_cast<Number*>(op.activation) + place, at_least(value, Vec{}), valid);
-        }
-      }
-      const Vec grad = load(numbers<Number>(op.grad) + place, valid);
-      const Vec g = value > 0.0f ? grad : Vec{};
-      store(static_cast<Number*>(op.g) + place, g, valid);
-      if constexpr (kBranches > 0) {
-        const Halves wide = widen(g);
-        sum[j].low += wide.low;
-        sum[j].high += wide.high;
+      for (int j = 0; j < kVecs; ++j) {
+        const std::int64_t place = row * channels + c + j * kLanes;
+        const std::int64_t valid = kVecs > 1 ? kLanes : channels - c;
+        Vec x[kBranches + 1];
         for (int b = 0; b < kBranches; ++b) {
-          const Halves centred = widen(x[b]), mean = widen(at[b][j].mean);
-          dot[b][j].low += wide.low * (centred.low - mean.low);
-          dot[b][j].high += wide.high * (centred.high - mean.high);
+          x[b] = load(numbers<Number>(op.branch[b].x) + place, valid);
+        }
+        const Vec value = kMasks ? load(numbers<Number>(op.y) + place, valid)
+                                 : normalised(x[0], at[0][j]);
+        const Vec grad = load(numbers<Number>(op.grad) + place, valid);
+        const Vec g = value > 0.0f ? grad : Vec{};
+        store(static_cast<Number*>(op.g) + place, g, valid);
+        if constexpr (kBranches > 0 && kRun > 1) {
+          short_sum[j] += g;
+          for (int b = 0; b < kBranches; ++b) short_dot[b][j] += g * (x[b] - at[b][j].mean);
+        } else if constexpr (kBranches > 0) {
+          const Halves wide = widen(g);
+          sum[j].low += wide.low;
+          sum[j].high += wide.high;
+          for (int b = 0; b < kBranches; ++b) {
+            const Halves centred = widen(x[b]), mean = widen(at[b][j].mean);
+            dot[b][j].low += wide.low * (centred.low - mean.low);
+            dot[b][j].high += wide.high * (centred.high - mean.high);
+          }
         }
       }
+    }
+    for (int j = 0; kRun > 1 && j < kVecs; ++j) {
+      add(sum[j], short_sum[j]);
+      for (int b = 0; b < kBranches; ++b) add(dot[b][j], short_dot[b][j]);
     }
   }
   for (int j = 0; kBranches > 0 && j < kVecs; ++j) {

@@ -33,9 +33,9 @@ namespace {
 #ifndef KT
 #define KT 4
 #endif
-constexpr std::int64_t kRun = RUN;               // pixels of a block, about
-constexpr std::int64_t kTileBytes = TILEB;       // of a task's sums
-constexpr std::int64_t kLeastPart = MINPART;     // pixels
+constexpr std::int64_t kRun = RUN;            // pixels of a block, about
+constexpr std::int64_t kTileBytes = TILEB;    // of a task's sums
+constexpr std::int64_t kLeastPart = MINPART;  // pixels
 constexpr std::int64_t kTasks = TASKS;
 constexpr std::int64_t kShortPixel = 16;  // words
 
@@ -85,9 +85,9 @@ struct Plan {
                                    (window.kernel[1] - 1) * window.dilation[1] + 1};
     const std::int64_t row_step = window.kernel[0] == 1 ? 1 : window.stride[0];
     // Each piece of a block reaches over its own lines.
-    const std::int64_t pieces = std::min<std::int64_t>(
-        {lines_per_block, std::int64_t(bands.size()),
-         lines_per_block / std::max<std::int64_t>(out_height / 2, 1) + 3});
+    const std::int64_t pieces =
+        std::min<std::int64_t>({lines_per_block, std::int64_t(bands.size()),
+                                lines_per_block / std::max<std::int64_t>(out_height / 2, 1) + 3});
     const std::int64_t copies =
         lines_per_block * row_step + pieces * std::max<std::int64_t>(reach[0] - row_step, 0);
     return copies * ((width - 1) * step + reach[1]) * channels;
@@ -108,11 +108,10 @@ struct Plan {
  private:
   void add_lines(Block& block, std::int64_t first, std::int64_t last, std::int64_t first_x,
                  std::int64_t last_x) const {
-    auto band = std::upper_bound(bands.begin(), bands.end(), first,
-                                 [](std::int64_t line, const Band& b) {
-                                   return line < b.first_line;
-                                 }) -
-                bands.begin() - 1;
+    auto band =
+        std::upper_bound(bands.begin(), bands.end(), first,
+                         [](std::int64_t line, const Band& b) { return line < b.first_line; }) -
+        bands.begin() - 1;
     block.pixels = (last - first) * (last_x - first_x);
     for (; first < last; ++band) {
       const Band& b = bands[band];
@@ -207,12 +206,11 @@ Plan make_plan(const ConvWgrad& conv, Isa isa) {
   }
   plan.blocks_per_line = ceil_div(plan.out_width, kRun);
   const std::int64_t nominal = std::max<std::int64_t>(kRun / plan.out_width, 1);
-  plan.blocks = plan.blocks_per_line > 1 ? plan.lines * plan.blocks_per_line
-                                         : ceil_div(plan.lines, nominal);
+  plan.blocks =
+      plan.blocks_per_line > 1 ? plan.lines * plan.blocks_per_line : ceil_div(plan.lines, nominal);
   plan.lines_per_block = plan.blocks_per_line > 1 ? 1 : ceil_div(plan.lines, plan.blocks);
 
-  plan.merged =
-      window.kernel[1] > 1 && window.dilation[1] == 1 && conv.in_channels < kShortPixel;
+  plan.merged = window.kernel[1] > 1 && window.dilation[1] == 1 && conv.in_channels < kShortPixel;
   plan.copied = plan.merged || conv.format == Format::kBFloat16;
   plan.groups = window.kernel[0] * (plan.merged ? 1 : window.kernel[1]);
   plan.words = conv.in_channels * (plan.merged ? window.kernel[1] : 1);
@@ -236,13 +234,17 @@ Plan make_plan(const ConvWgrad& conv, Isa isa) {
 }  // namespace
 
 void conv_wgrad(const ConvWgrad& conv, Isa isa) {
-  const Plan plan = make_plan(conv, isa);
-  if (plan.rows * conv.out_channels == 0) return;
-  if (plan.lines * plan.out_width == 0) {
-    const std::int64_t size = conv.out_format == Format::kFloat32 ? 4 : 2;
-    std::memset(conv.out, 0, plan.rows * conv.out_channels * size);
+  const Window& window = conv.window;
+  const std::int64_t weights =
+      conv.out_channels * conv.in_channels * window.kernel[0] * window.kernel[1];
+  if (weights == 0) return;
+  if (conv.batch * conv_output_size(window, 0, conv.height) *
+          conv_output_size(window, 1, conv.width) ==
+      0) {
+    std::memset(conv.out, 0, weights * (conv.out_format == Format::kFloat32 ? 4 : 2));
     return;
   }
+  const Plan plan = make_plan(conv, isa);
   thread_local Scratch scratch;
   float* const partials = scratch.floats(plan.parts * plan.partial_floats());
   const auto [task, merge] = functions_for(conv.format, isa);

@@ -2,6 +2,7 @@
 
 Convolutions run as its kernels: direct for one group, Winograd for 3×3 in float32, and the stem
 with its pooling. What those do not serve runs as oneDNN's convolution and one pass of ours.
+Quantised ops have kernels of their own, in int8.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ from .live_cache import LiveCache
 from .memory import keep_freed_memory
 from .native import PackedConvolution, PooledStem, bn_add_relu, head, suits_winograd
 from .onednn import OPERATORS, OneDnnConvolution
+from .quantized import QuantizedCpuBackend
 from .training import CpuTraining
 
 
-class CpuBackend:
+class CpuBackend(QuantizedCpuBackend):
     """Implements `resnet_fused.backends.Backend`."""
 
     name = "cpu"
     def __init__(self) -> None:
         extension = _extension.load()
+        super().__init__(extension)
         self.extension = extension
         self._convolutions: LiveCache[PackedConvolution | OneDnnConvolution] = LiveCache(extension)
         self._stems: LiveCache[PooledStem] = LiveCache(extension)
@@ -47,8 +50,10 @@ class CpuBackend:
             return "its float32 kernels need an x86 processor with AVX2 or AVX-512"
         if dtype == torch.bfloat16 and not self._bfloat16:
             return "oneDNN's bfloat16 needs a processor with AVX-512 or its successors"
+        if dtype in (torch.uint8, torch.int8):
+            return None if self._quantized else "its int8 kernels need an x86 processor with AVX2"
         if dtype not in (torch.float32, torch.bfloat16):
-            return f"it serves float32 and bfloat16, not {dtype}"
+            return f"it serves float32, bfloat16 and int8, not {dtype}"
         if not torch.backends.mkldnn.enabled:
             return "torch.backends.mkldnn.enabled is False; set it to True"
         return None

@@ -1,10 +1,9 @@
 """The training pieces of backend `cpu`: our convolutions, and passes of ours between them.
 
 Algorithm: a convolution reads plain operands, so normalisation, ReLU and their gradients are passes
-of their own, each over memory once; the gradient of a pre-BN output is formed once, for dgrad and
-wgrad together. dgrad at stride 1 is our forward kernel on the weight turned round, 3×3 in float32
-by Winograd's; of a strided 1×1 it is the small convolution, spread. What our kernels do not serve
-(groups, other strides) is PyTorch's, between the same passes.
+of their own, each over memory once. dgrad at stride 1 is our forward kernel on the weight turned
+round, 3×3 in float32 by Winograd's. What our kernels do not serve, groups, is PyTorch's, between the
+same passes.
 Memory: results lie in memory that is kept from step to step. Fresh pages from the system cost a
 tenth of a step of PyTorch's.
 """
@@ -23,7 +22,7 @@ from ..._extension import optional_tensor_arg, tensor_arg
 from ...parameters import Activation, Convolution, Layer, MaxPool, PreBnGradient
 from ...reference.convolution import convolve, well_posed
 from ...reference.training import ReferenceTraining
-from ..arguments import nhwc, readable, residual_arg
+from ..arguments import nhwc, residual_arg
 
 _reference = ReferenceTraining()
 
@@ -52,7 +51,9 @@ class CpuTraining:
         if self._convolves(x, conv):
             size = conv.output_size(*x.shape[2:])
             pre_bn = self._empty(x, (len(x), len(conv.weight), *size))
-            self._convolve(pre_bn, x, conv.weight, conv[1:4])
+            self._extension.train_conv(
+                tensor_arg(pre_bn), tensor_arg(x), tensor_arg(conv.weight.detach()), _window(conv)
+            )
         else:
             pre_bn = nhwc(convolve(x, conv._replace(weight=conv.weight.to(x.dtype))))
         if not statistics:
@@ -105,10 +106,11 @@ class CpuTraining:
         return coefficients, gradients[0], gradients[1]
 
     def pre_bn_gradient(self, gradient: PreBnGradient) -> Tensor:
-        out = self._empty(gradient.grad, gradient.grad.shape)
+        g = nhwc(gradient.grad)
+        out = g if gradient.last_use else self._empty(g, g.shape)
         self._extension.train_pre_bn_gradient(
             tensor_arg(out),
-            tensor_arg(nhwc(gradient.grad)),
+            tensor_arg(g),
             None if gradient.frozen else optional_tensor_arg(gradient.pre_bn),
             tensor_arg(gradient.coefficients),
         )
@@ -123,43 +125,41 @@ class CpuTraining:
         add: Tensor | None,
         add_stride: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        out = self._empty(g, shape)
-        if add is not None and (add_stride or 1) == 1:
-            residual, added = add[:, : shape[1]], True
-        else:
-            residual, added = None, add is None
-        if self._turns(g, conv):
-            reach = [d * (k - 1) for d, k in zip(conv.dilation, conv.weight.shape[2:], strict=True)]
-            padding = [r - p for r, p in zip(reach, conv.padding, strict=True)]
-            window = ((1, 1), (padding[0], padding[1]), conv.dilation)
-            self._convolve(out, g, conv.weight, window, residual, turned=True)
-        elif self._spreads(g, conv):
-            small = self._empty(g, (len(g), shape[1], *g.shape[2:]))
-            self._convolve(small, g, conv.weight, ((1, 1), (0, 0), (1, 1)), turned=True)
-            _spread(out, small, conv.stride, residual)
+        before, after = (add, None) if add_stride in (None, 1) else (None, add)
+        if before is not None:
+            before = before[:, : shape[1]]
+        if self._convolves(g, conv):
+            out = self._empty(g, shape)
+            if max(conv.stride) > 1 and before is not None:
+                before = nhwc(before)
+            self._extension.train_dgrad(
+                tensor_arg(out),
+                tensor_arg(nhwc(g)),
+                tensor_arg(conv.weight.detach()),
+                _window(conv),
+                residual_arg(before),
+            )
         else:
             x = g.new_empty(1).expand(shape)  # of which only the sizes count
-            lowered = conv._replace(weight=conv.weight.to(g.dtype))
-            out = nhwc(_convolution_backward(g, x, lowered, 0))
-            if residual is not None:
-                out += residual
-        if not added:
-            assert add is not None
-            out[:, :, ::add_stride, ::add_stride] += add[:, : shape[1]]
+            out = nhwc(_convolution_backward(g, x, conv, 0))
+            if before is not None:
+                out += before
+        if after is not None:
+            out[:, :, ::add_stride, ::add_stride] += after[:, : shape[1]]
         if below is None:
             return out, None
         (sums,) = self._relu_gradient(out, out, None, [below])
         return out, sums
 
     def wgrad(self, g: Tensor, x: Tensor, conv: Convolution) -> Tensor:
-        if self._convolves(g, conv):
-            out = self._empty(conv.weight, conv.weight.shape)
-            window = (tuple(conv.weight.shape[2:]), *map(tuple, conv[1:4]))
-            self._extension.train_wgrad(tensor_arg(out), tensor_arg(nhwc(x)), tensor_arg(g), window)
-            return out
-        lowered = conv._replace(weight=conv.weight.to(g.dtype))
-        x, lowered = well_posed(x, lowered)
-        return nhwc(_convolution_backward(g, x, lowered, 1).to(conv.weight.dtype))
+        if not self._convolves(g, conv):
+            x, posed = well_posed(x, conv)
+            return nhwc(_convolution_backward(g, x, posed, 1).to(conv.weight.dtype))
+        out = self._empty(conv.weight, conv.weight.shape)
+        self._extension.conv_wgrad(
+            tensor_arg(out), tensor_arg(nhwc(x)), tensor_arg(nhwc(g)), _window(conv)
+        )
+        return out
 
     def bn_relu_pool(self, x: Activation, pool: MaxPool) -> tuple[Tensor, Tensor]:
         shape = (*x.pre_bn.shape[:2], *pool.output_size(*x.pre_bn.shape[2:]))
@@ -201,42 +201,6 @@ class CpuTraining:
     def _convolves(self, x: Tensor, conv: Convolution) -> bool:
         return conv.groups == 1 and x.dtype in self._own
 
-    def _turns(self, grad: Tensor, conv: Convolution) -> bool:
-        """Whether dgrad is our forward convolution of the turned weight."""
-        return (
-            self._convolves(grad, conv)
-            and tuple(conv.stride) == (1, 1)
-            and all(
-                p <= d * (k - 1)
-                for p, d, k in zip(
-                    conv.padding, conv.dilation, conv.weight.shape[2:], strict=True
-                )
-            )
-        )
-
-    def _spreads(self, grad: Tensor, conv: Convolution) -> bool:
-        """Whether dgrad is a small convolution, with zeros between what it gives."""
-        window = (*conv.weight.shape[2:], *conv.padding)
-        return self._convolves(grad, conv) and window == (1, 1, 0, 0)
-
-    def _convolve(
-        self,
-        out: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        window: Collection[Collection[int]],
-        residual: Tensor | None = None,
-        turned: bool = False,
-    ) -> None:
-        self._extension.train_conv(
-            tensor_arg(out),
-            tensor_arg(x),
-            tensor_arg(weight.detach()),
-            (tuple(weight.shape[2:]), *map(tuple, window)),
-            turned,
-            residual_arg(readable(residual)),
-        )
-
     def _relu_gradient(
         self, g: Tensor, grad: Tensor, y: Tensor | None, branches: list[Activation]
     ) -> list[Tensor]:
@@ -254,15 +218,9 @@ def _activation_arg(activation: Activation) -> tuple[object, object]:
     return tensor_arg(activation.pre_bn), tensor_arg(activation.scale_shift)
 
 
-def _spread(
-    out: Tensor, small: Tensor, stride: tuple[int, int], residual: Tensor | None
-) -> None:
-    """out = small at every stride-th row and column, else 0, and the residual on top."""
-    if residual is None:
-        out.zero_()
-    else:
-        out.copy_(residual)
-    out[:, :, :: stride[0], :: stride[1]] += small
+def _window(conv: Convolution) -> tuple[tuple[int, ...], ...]:
+    """Kernel, stride, padding and dilation, as the extension takes them."""
+    return (tuple(conv.weight.shape[2:]), *map(tuple, conv[1:4]))
 
 
 def _convolution_backward(grad: Tensor, x: Tensor, conv: Convolution, which: int) -> Tensor:
@@ -270,6 +228,6 @@ def _convolution_backward(grad: Tensor, x: Tensor, conv: Convolution, which: int
     weight, stride, padding, dilation, groups = conv
     mask = [which == 0, which == 1, False]
     found: Tensor = torch.ops.aten.convolution_backward(
-        grad, x, nhwc(weight), None, stride, padding, dilation, False, [0, 0], groups, mask
+        grad, x, nhwc(weight.to(grad.dtype)), None, stride, padding, dilation, False, [0, 0], groups, mask
     )[which]
     return found
