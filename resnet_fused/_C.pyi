@@ -13,6 +13,7 @@ _Pair = tuple[int, int]
 _BatchNorm = tuple[TensorArg, TensorArg, TensorArg | None, TensorArg | None, float]
 _Window = tuple[_Pair, _Pair, _Pair, _Pair]  # see conv_bn
 _Layer = tuple[TensorArg, TensorArg, _Window, _BatchNorm]
+_QuantizedLayer = tuple[TensorArg, TensorArg, tuple[_Pair, _Pair, _Pair, _Pair, int]]
 
 INTERFACE: str
 
@@ -34,6 +35,16 @@ def conv_bn(
     projection: _Layer | None = None,
     isa: str = "",
 ) -> None: ...
+def grouped_packed_bytes(weight: TensorArg, groups: int, isa: str = "") -> int: ...
+def grouped_pack(weight: TensorArg, packed: TensorArg, groups: int, isa: str = "") -> None: ...
+def grouped_conv_bn(
+    out: TensorArg,
+    layer: _Layer,
+    groups: int,
+    residual: TensorArg | None,
+    relu: bool,
+    isa: str = "",
+) -> None: ...
 def winograd_packed_bytes(weight: TensorArg) -> int: ...
 def winograd_pack(weight: TensorArg, packed: TensorArg) -> None: ...
 def winograd_conv(
@@ -43,13 +54,13 @@ def conv_wgrad(
     out: TensorArg, x: TensorArg, grad: TensorArg, window: _Window, isa: str = ""
 ) -> None: ...
 def dgrad_pack(weight: TensorArg, packed: TensorArg) -> None: ...
-def winograd_dgrad_pack(weight: TensorArg, packed: TensorArg) -> None: ...
 def conv_dgrad(
     out: TensorArg,
     grad: TensorArg,
     packed: TensorArg,
     window: _Window,
-    positive: TensorArg | None,
+    add: TensorArg | None = None,
+    positive: TensorArg | None = None,
     isa: str = "",
 ) -> None: ...
 def stem_packed_bytes(weight: TensorArg) -> int: ...
@@ -61,6 +72,41 @@ def bn_add_relu(
     out: TensorArg, x: TensorArg, bn: _BatchNorm, residual: TensorArg | None, relu: bool
 ) -> None: ...
 def head(out: TensorArg, x: TensorArg, weight: TensorArg, bias: TensorArg | None) -> None: ...
+def cpu_quantized_isas() -> list[str]: ...
+def quantized_conv_packed_bytes(weight: TensorArg, groups: int) -> int: ...
+def quantized_conv_pack(weight: TensorArg, groups: int, packed: TensorArg) -> None: ...
+def quantized_stem_packed_bytes(weight: TensorArg) -> int: ...
+def quantized_stem_pack(weight: TensorArg, packed: TensorArg) -> None: ...
+def quantized_head_packed_bytes(weight: TensorArg) -> int: ...
+def quantized_head_pack(weight: TensorArg, packed: TensorArg) -> None: ...
+def quantized_conv(
+    out: TensorArg,
+    layer: _QuantizedLayer,
+    bias: TensorArg,
+    multiplier: TensorArg,
+    shortcut_scale: TensorArg | None = None,
+    residual: TensorArg | None = None,
+    projection: _QuantizedLayer | None = None,
+    padding_value: TensorArg | None = None,
+    isa: str = "",
+) -> None: ...
+def quantized_stem(
+    out: TensorArg,
+    x: TensorArg,
+    packed: TensorArg,
+    bias: TensorArg,
+    multiplier: TensorArg,
+    padding_value: TensorArg | None = None,
+    isa: str = "",
+) -> None: ...
+def quantized_head(
+    out: TensorArg,
+    x: TensorArg,
+    packed: TensorArg,
+    bias: TensorArg,
+    multiplier: TensorArg,
+    isa: str = "",
+) -> None: ...
 
 class Contents:
     def __init__(self, tensors: Sequence[TensorArg], fingerprints: Sequence[int]) -> None: ...

@@ -239,6 +239,8 @@ def _assert_contract(ours: Result, eager: Result, truth: Result) -> None:
 
 
 TARGETS = [
+    pytest.param(("cpu", "cpu", torch.float32), id="cpu-float32"),
+    pytest.param(("cpu", "cpu", torch.bfloat16), id="cpu-bfloat16"),
     pytest.param(("triton", "cpu", torch.float32), id="interpreted-float32"),
     pytest.param(("triton", "cpu", torch.float16), id="interpreted-float16"),
     # In float32 PyTorch sums on the CPU in float64, which passes for GPUs do not.

@@ -16,6 +16,7 @@ from ..backends import recording
 from ..backends.arguments import nhwc
 from ..backends.autotune import generation
 from ..blocks import BasicBlock, Bottleneck, PaddedIdentity, PlainBlock
+from .arena import Arenas
 from .validity import Snapshot
 
 # Types whose calls consist of nothing but ops, where those stand for them.
@@ -85,11 +86,13 @@ class Plan:
         self,
         snapshot: Snapshot,
         steps: Sequence[Segment | Callable[[Tensor], Tensor]],
+        frozen: Sequence[recording.Packed],
         copies: Sequence[tuple[Tensor, Tensor]],
         kept: Sequence[object],
     ) -> None:
         self.steps = steps
         self._snapshot = snapshot
+        self._frozen = frozen
         self._sources = [source for source, _ in copies]
         self._copies = [copy for _, copy in copies]
         self._kept = kept  # programs hold addresses only
@@ -97,9 +100,13 @@ class Plan:
 
     def is_valid(self) -> bool:
         """Whether the programs launch what the ordinary forward would."""
-        return not self.outdated and self._snapshot.holds()
+        return (
+            not self.outdated
+            and self._snapshot.holds()
+            and all(recording.version(note.weight) == note.fingerprint for note in self._frozen)
+        )
 
-    def run(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor, arenas: Arenas) -> Tensor:
         """The network's result; `is_valid` was asked just before."""
         fresh = True
         if self._copies:
@@ -111,7 +118,7 @@ class Plan:
             image = nhwc(x) if type(x) is Tensor and x.dim() == 4 else x
             # What ran in between may have changed anything.
             if Form.of(image) == step.input and (fresh or self.is_valid()):
-                out = _replay(step, image)
+                out = _replay(step, image, arenas)
                 if out is not None:
                     x = out
                     continue
@@ -122,19 +129,22 @@ class Plan:
         return x
 
 
-def _replay(segment: Segment, x: Tensor) -> Tensor | None:
+def _replay(segment: Segment, x: Tensor, arenas: Arenas) -> Tensor | None:
     """The program's result, or None where weights are no longer those that were packed."""
     program, form = segment.program, segment.output
     out = torch.empty_strided(form.shape, form.strides, dtype=form.dtype, device=form.device)
-    arena = torch.empty(program.arena_bytes, dtype=torch.uint8, device=form.device)
     if form.device.type == "cuda":
+        arena = torch.empty(program.arena_bytes, dtype=torch.uint8, device=form.device)
         with torch.cuda.device(form.device):
             stream = torch.cuda.current_stream(form.device).cuda_stream
             program.run(x.data_ptr(), out.data_ptr(), arena.data_ptr(), stream)
-    elif segment.contents is None:
-        program.run(x.data_ptr(), out.data_ptr(), arena.data_ptr())
-    elif not segment.contents.run(program, x.data_ptr(), out.data_ptr(), arena.data_ptr()):
-        return None
+        return out
+    with arenas.borrow(program.arena_bytes) as arena:
+        memory = x.data_ptr(), out.data_ptr(), arena.data_ptr()
+        if segment.contents is None:
+            program.run(*memory)
+        elif not segment.contents.run(program, *memory):
+            return None
     return out
 
 
@@ -201,7 +211,8 @@ def record(network: Network, x: Tensor, extension: ModuleType) -> tuple[Tensor, 
         packs.append(len(notes.packed))
     out = values[-1]
     known = {id(tensor) for tensor in snapshot.tensors}
-    made_from = [*(note.weight for note in notes.packed), *(source for source, _ in notes.copies)]
+    noted = [*notes.packed, *notes.frozen]
+    made_from = [*(note.weight for note in noted), *(source for source, _ in notes.copies)]
     if (
         not snapshot.is_complete()
         or generation() != before
@@ -210,12 +221,14 @@ def record(network: Network, x: Tensor, extension: ModuleType) -> tuple[Tensor, 
         return out, None
     constants = [
         *snapshot.tensors,
-        *(note.packed.packed for note in notes.packed if hasattr(note.packed, "packed")),
+        *(note.packed.packed for note in noted if hasattr(note.packed, "packed")),
         *(copy for _, copy in notes.copies),
     ]
     described = [tensor_arg(tensor) for tensor in constants if tensor.dtype in types()]
 
     def program(first: int, last: int) -> Any:
+        if not {values[first].dtype, values[last].dtype} <= types().keys():
+            return None
         return recorder.program(
             ends[first],
             ends[last],
@@ -250,4 +263,4 @@ def record(network: Network, x: Tensor, extension: ModuleType) -> tuple[Tensor, 
         first = last
     if not any(isinstance(step, Segment) for step in steps):
         return out, None
-    return out, Plan(snapshot, steps, notes.copies, [constants, notes])
+    return out, Plan(snapshot, steps, notes.frozen, notes.copies, [constants, notes])

@@ -2,8 +2,8 @@
 // bfloat16; sums are fp32. Implementation and figures: dgrad.cpp.
 //
 // With a stride of 1 it is itself a convolution, of the result's gradient with the weights flipped
-// and transposed: conv_bn and winograd_conv compute it from weights that dgrad_transform_weights
-// and winograd_dgrad_transform_weights pack for them. conv_dgrad takes other strides.
+// and transposed: conv_bn computes it from weights that dgrad_transform_weights packs. conv_dgrad
+// takes any stride.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,9 @@ struct ConvDgrad {
   const void* grad;    // (batch, output height, output width, out_channels), of the result
   const void* packed;  // from dgrad_transform_weights
   void* out;           // (batch, height, width, in_channels), apart from grad
-  // Of out's size: out is zero where it is not positive, as where a ReLU made it. nullptr: none.
+  const void* add;     // of out's size, added to it; may be out itself; nullptr: none
+  // Of out's size: out is zero where it is at most zero, as the ReLU that made it wants; nullptr:
+  // none.
   const void* positive;
   std::int64_t batch, height, width, in_channels, out_channels;
   Window window;
@@ -31,11 +33,6 @@ struct ConvDgrad {
 void dgrad_transform_weights(const void* weight, const std::int64_t strides[4], void* packed,
                              std::int64_t in_channels, std::int64_t out_channels,
                              const std::int64_t kernel[2], Format format);
-
-// The same for winograd_conv: winograd_weight_floats(out_channels, in_channels) floats.
-void winograd_dgrad_transform_weights(const float* weight, const std::int64_t strides[4],
-                                      float* packed, std::int64_t in_channels,
-                                      std::int64_t out_channels);
 
 // Requires convolves(conv.format, isa) and isa <= best_isa().
 void conv_dgrad(const ConvDgrad& conv, Isa isa);

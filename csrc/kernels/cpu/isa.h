@@ -84,9 +84,9 @@ class Scratch {
   std::size_t capacity_ = 0;
 };
 
-// A thread has two, for the two inputs of a block's end.
+// A thread has three: two for the two inputs of a block's end, and one for a task's own.
 inline Scratch& thread_scratch(int index = 0) {
-  thread_local Scratch scratch[2];
+  thread_local Scratch scratch[3];
   return scratch[index];
 }
 

@@ -33,18 +33,17 @@ struct Copied {
 };
 
 // One line of the copy; `lines` are those of x in the band's two images, outside of it or not.
-ISA_INLINE void copy_line(const ConvWgrad& conv, const Band& band,
-                          const std::int64_t (&lines)[2], std::int64_t first_x,
-                          std::int64_t pixels, std::int64_t step, const Copied& copied,
-                          std::uint32_t* to) {
+ISA_INLINE void copy_line(const ConvWgrad& conv, const Band& band, const std::int64_t (&lines)[2],
+                          std::int64_t first_x, std::int64_t pixels, std::int64_t step,
+                          const Copied& copied, std::uint32_t* to) {
   const Element* from[2];
   for (int i = 0; i < 2; ++i) {
     const bool inside = band.image[i] >= 0 && lines[i] >= 0 && lines[i] < conv.height;
-    from[i] = inside ? static_cast<const Element*>(conv.x) +
-                           (band.image[i] * conv.height + lines[i]) * conv.width *
-                               conv.in_channels +
-                           copied.first_channel
-                     : nullptr;
+    from[i] = inside
+                  ? static_cast<const Element*>(conv.x) +
+                        (band.image[i] * conv.height + lines[i]) * conv.width * conv.in_channels +
+                        copied.first_channel
+                  : nullptr;
   }
   const auto at = [&](int i, std::int64_t x) {
     return from[i] == nullptr ? nullptr : from[i] + x * conv.in_channels;
@@ -92,8 +91,8 @@ ISA_INLINE void prepare_x(const ConvWgrad& conv, const Plan& plan, const Block& 
       for (std::int64_t i = 0; i < copies; ++i) {
         std::int64_t y[2];
         for (int half = 0; half < 2; ++half) {
-          y[half] = (band.y[half] + at.first_line) * window.stride[0] - window.padding[0] +
-                    i * y_step;
+          y[half] =
+              (band.y[half] + at.first_line) * window.stride[0] - window.padding[0] + i * y_step;
         }
         copy_line(conv, band, y, left, pixels, x_step, copied, to + i * copy_words);
       }
@@ -119,8 +118,7 @@ ISA_INLINE void prepare_x(const ConvWgrad& conv, const Plan& plan, const Block& 
           if (first >= last) continue;
           std::int64_t word;
           if (plan.copied) {
-            word = (to - copied.words) +
-                   (line * steps[0] + row * window.dilation[0]) * copy_words +
+            word = (to - copied.words) + (line * steps[0] + row * window.dilation[0]) * copy_words +
                    (first * steps[1] + shift) * copied.channels;
           } else {
             word = ((band.image[0] * conv.height + y[0]) * conv.width + left + shift +
@@ -149,14 +147,14 @@ ISA_INLINE void prepare_grad(const ConvWgrad& conv, const Plan& plan, const Bloc
     for (std::int64_t line = at.first_line; line < at.last_line; ++line) {
       const Element* from[2];
       for (int i = 0; i < 2; ++i) {
-        from[i] = band.image[i] < 0
-                      ? nullptr
-                      : static_cast<const Element*>(conv.grad) +
-                            (((band.image[i] * plan.out_height + band.y[i] + line) *
-                                  plan.out_width +
-                              at.first_x) *
-                                 conv.out_channels +
-                             channel);
+        from[i] =
+            band.image[i] < 0
+                ? nullptr
+                : static_cast<const Element*>(conv.grad) +
+                      (((band.image[i] * plan.out_height + band.y[i] + line) * plan.out_width +
+                        at.first_x) *
+                           conv.out_channels +
+                       channel);
       }
       for (std::int64_t x = at.first_x; x < at.last_x; ++x, to += kStrip) {
         if (valid == kStrip) {
@@ -171,6 +169,34 @@ ISA_INLINE void prepare_grad(const ConvWgrad& conv, const Plan& plan, const Bloc
   }
 }
 
+// What the block will read of x and of the gradient, pixel by pixel, as if it were one line.
+ISA_INLINE void look_ahead(const ConvWgrad& conv, const Plan& plan, const Block& block,
+                           std::int64_t first_channel, std::int64_t words, std::int64_t first_strip,
+                           std::int64_t last_strip, Ahead& ahead) {
+  constexpr std::int64_t kSize = sizeof(Element);
+  const Window& window = conv.window;
+  const Piece& at = block.piece[0];
+  const Band& band = plan.bands[at.band];
+  const std::int64_t first = first_strip * kVecs * kLanes;
+  const std::int64_t last = std::min(last_strip * kVecs * kLanes, conv.out_channels);
+  for (int i = 0; i < 2 && band.image[i] >= 0; ++i) {
+    const std::int64_t line = band.y[i] + at.first_line;
+    const std::int64_t pixel =
+        (band.image[i] * plan.out_height + line) * plan.out_width + at.first_x;
+    ahead.add(static_cast<const Element*>(conv.grad) + pixel * conv.out_channels + first,
+              (last - first) * kSize, conv.out_channels * kSize);
+    // Lines that only the taps above need were read by the block before.
+    const std::int64_t y = std::min(
+        line * window.stride[0] - window.padding[0] + (window.kernel[0] - 1) * window.dilation[0],
+        conv.height - 1);
+    const std::int64_t x =
+        (band.image[i] * conv.height + std::max<std::int64_t>(y, 0)) * conv.width +
+        std::min(at.first_x * window.stride[1], conv.width - 1);
+    ahead.add(static_cast<const Element*>(conv.x) + x * conv.in_channels + first_channel,
+              words * kSize, window.stride[1] * conv.in_channels * kSize);
+  }
+}
+
 // The sums of one part of the pixels, for some strips of output channels and some input channels of
 // every tap.
 ISA void wgrad_task(const ConvWgrad& conv, const Plan& plan, float* partials,
@@ -179,12 +205,11 @@ ISA void wgrad_task(const ConvWgrad& conv, const Plan& plan, float* partials,
   const std::int64_t first_channel = place.row_task * plan.words / plan.row_tasks;
   const std::int64_t last_channel = (place.row_task + 1) * plan.words / plan.row_tasks;
   const std::int64_t words = last_channel - first_channel;
-  Copied copied{nullptr, plan.merged ? 0 : first_channel,
-                plan.merged ? conv.in_channels : words};
-  float* const scratch =
-      thread_scratch().floats(kBlockPixels(plan) * kStrip + plan.copy_words(conv, copied.channels));
+  Copied copied{nullptr, plan.merged ? 0 : first_channel, plan.merged ? conv.in_channels : words};
+  float* const scratch = thread_scratch().floats(plan.block_pixels() * kStrip +
+                                                 plan.copy_words(conv, copied.channels));
   auto* const grad = reinterpret_cast<std::uint32_t*>(scratch);
-  copied.words = grad + kBlockPixels(plan) * kStrip;
+  copied.words = grad + plan.block_pixels() * kStrip;
   thread_local Runs runs;
 
   const std::int64_t first_strip = place.strip_task * plan.strips / plan.strip_tasks;
@@ -192,8 +217,16 @@ ISA void wgrad_task(const ConvWgrad& conv, const Plan& plan, float* partials,
   const std::int64_t begin = place.part * plan.blocks / plan.parts;
   const std::int64_t end = (place.part + 1) * plan.blocks / plan.parts;
   float* const sums = partials + place.part * plan.partial_floats();
+  Ahead ahead;
+  Block block = plan.block(begin);
   for (std::int64_t i = begin; i < end; ++i) {
-    const Block block = plan.block(i);
+    Block next;
+    ahead.clear();
+    if (i + 1 < end) {
+      next = plan.block(i + 1);
+      look_ahead(conv, plan, next, copied.first_channel, copied.channels, first_strip, last_strip,
+                 ahead);
+    }
     prepare_x(conv, plan, block, copied, runs);
     const std::int64_t pixel_words = plan.copied ? copied.channels : conv.in_channels;
     const std::int64_t pitch = plan.x_pitch(pixel_words);
@@ -202,10 +235,12 @@ ISA void wgrad_task(const ConvWgrad& conv, const Plan& plan, float* partials,
       prepare_grad(conv, plan, block, strip * kStrip, grad);
       const bool narrow = conv.out_channels - strip * kStrip <= kLanes;
       for (std::int64_t group = 0; group < plan.groups; ++group) {
-        float* const rows = sums + (strip * plan.rows + group * plan.words + first_channel) * kStrip;
-        multiply_rows(runs.of(group), x, pitch, grad, rows, words, narrow, i == begin);
+        float* const rows =
+            sums + (strip * plan.rows + group * plan.words + first_channel) * kStrip;
+        multiply_rows(runs.of(group), x, pitch, grad, rows, words, narrow, i == begin, ahead);
       }
     }
+    block = next;
   }
 }
 
@@ -223,14 +258,9 @@ ISA_INLINE void merge(const ConvWgrad& conv, const Plan& plan, const float* part
       Vec sum[kLanes] = {};
       for (std::int64_t r = 0; r < rows; ++r) {
         const std::int64_t m = row + r;
-        const std::int64_t source =
-            conv.channels_last ? m : m % taps * conv.in_channels + m / taps;
-        const float* from = partials + (strip * plan.rows + source) * kStrip + vec * kLanes;
-        sum[r] = load(from);
-        for (std::int64_t part = 1; part < plan.parts; ++part) {
-          from += plan.partial_floats();
-          sum[r] += load(from);
-        }
+        const std::int64_t source = conv.channels_last ? m : m % taps * conv.in_channels + m / taps;
+        const float* const from = partials + (strip * plan.rows + source) * kStrip + vec * kLanes;
+        sum[r] = sum_of_parts(from, plan.parts, plan.partial_floats());
       }
       transpose(sum);
       const std::int64_t channels = std::min<std::int64_t>(kLanes, conv.out_channels - channel);
