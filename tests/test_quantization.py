@@ -139,7 +139,7 @@ def test_a_forward_is_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
     programs: list[int] = []
     replay = record._replay
     monkeypatch.setattr(
-        record, "_replay", lambda s, x: (programs.append(len(s.program)), replay(s, x))[1]
+        record, "_replay", lambda s, *a: (programs.append(len(s.program)), replay(s, *a))[1]
     )
     expected = [network(x) for _ in range(4)]
     assert all(torch.equal(y, expected[0]) for y in expected)
