@@ -18,7 +18,7 @@ except ImportError as _error:  # `python -m resnet_fused.env` has to say so
             raise AttributeError(name)
         raise ImportError(f"resnet_fused needs PyTorch, which cannot be imported: {_reason}")
 else:
-    from . import complexity, models, ops
+    from . import complexity, models, ops, quantization
     from .blocks import BasicBlock, Bottleneck, PaddedIdentity, PlainBlock
     from .errors import BackendUnavailableError, CheckpointError, ResnetFusedError
     from .fuse import fuse, unfuse
@@ -40,6 +40,7 @@ else:
     )
     from .ops import available_backends, use_backend
     from .plan import graphed, graphed_step
+    from .quantization import quantize
     from .responses import record_responses
     from .training import freeze_batch_norm, kept_activation_bytes
 
@@ -64,6 +65,8 @@ __all__ = [
     "ops",
     "plain18",
     "plain34",
+    "quantization",
+    "quantize",
     "record_responses",
     "resnet18",
     "resnet34",

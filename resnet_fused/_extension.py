@@ -25,7 +25,15 @@ if TYPE_CHECKING:
 # Address, number of the type, sizes, strides in elements, and the tensor, which it keeps alive.
 TensorArg = tuple[int, int, tuple[int, ...], tuple[int, ...], Any]
 # As csrc/bindings/tensor_arg.h numbers them.
-_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "float64": 3, "uint8": 4}
+_TYPES = {
+    "float32": 0,
+    "float16": 1,
+    "bfloat16": 2,
+    "float64": 3,
+    "uint8": 4,
+    "int8": 5,
+    "int32": 6,
+}
 _BINDINGS = Path(__file__).resolve().parent.parent / "csrc" / "bindings"
 _INSTALL = {"_C": "pip install .", "_C_sim": "RESNET_FUSED_HOST_SIM=on pip install ."}
 

@@ -24,6 +24,11 @@ from resnet_fused.testing.cases import (
     make_bottleneck,
     make_convolution,
 )
+from resnet_fused.testing.quantized_cases import (
+    make_quantized_conv,
+    make_quantized_head,
+    make_quantized_stem,
+)
 
 
 def _arguments(name: str, dtype: torch.dtype) -> list[Any]:
@@ -130,6 +135,10 @@ def _calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         block, _ = ops.residual_block_training(x, [frozen], stem._replace(conv=conv))
         normalised, _ = ops.sync_batch_norm(x, None, None, 1e-5, "")
         (pooled.sum() + block.sum() + normalised.sum()).backward()
+        case = ConvCase(2, 6, 6, 6, 8, 3, 1, 1)
+        ops.quantized_conv(*make_quantized_conv(case, generator(), "projection"))
+        ops.quantized_stem(*make_quantized_stem(case, generator(), MaxPool()))
+        ops.quantized_head(*make_quantized_head(2, 8, 3, 4, generator()))
     return recorder.calls
 
 
@@ -142,6 +151,7 @@ def test_opcheck(name: str, backend: str) -> None:
     """A KeyError is an op that `_calls` lacks."""
     require(backend, "cpu", torch.float32)
     op, arguments = _calls()[name]
+    require(backend, "cpu", arguments[0].dtype)
     differentiable = not name.endswith("_backward")
 
     def leaf(tensor: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         filters, channels = conv.weight.shape[:2]
         return [Config((64, whole(channels), whole(filters)), 4, 1)]
 
-    def weights(gradient: object, x: object, conv: Convolution) -> list[Config]:
+    def weights(gradient: object, conv: Convolution) -> list[Config]:
         filters, columns = len(conv.weight), conv.weight[0].numel()
         return [Config((whole(filters), whole(columns), 128, 1), 4, 1)]
 

@@ -94,7 +94,7 @@ class Split(NamedTuple):
         return math.ceil(blocks / sms) * (sum(self.shares(steps)) * step + 2800)
 
 
-SM90_TILES = {
+SM90_TILES: dict[str, Tile | Split] = {
     "m128n64_sm90": Tile(128, 64, 3, 2, 1),
     "m128n128_sm90": Tile(128, 128, 4, 1, 1),
     "m128n64_sm90_cluster": Tile(128, 64, 3, 2, 2),

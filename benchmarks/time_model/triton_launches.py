@@ -127,7 +127,7 @@ def _conv_stats(a: Any) -> _Geometry:
         steps = math.ceil(taps * channels / a.TILE.c)
     written = [t for t in (a.out, a.moments) if t is not None]
     return _Geometry(
-        _window(a) + ", normalises x" * (a.scale_shift is not None),
+        _window(a),
         (steps,),
         steps * (a.TILE.m + a.TILE.n) * a.TILE.c * a.x.element_size(),
         a.gemm.rows * a.result.c * taps * channels,
@@ -137,8 +137,7 @@ def _conv_stats(a: Any) -> _Geometry:
 
 def _step_bytes(a: Any) -> int:
     """Bytes that a step of dgrad or wgrad reads."""
-    operands = 1 if a.pre_bn is None else 2
-    return int((operands * a.TILE.m + a.TILE.n) * a.TILE.c * a.grad.element_size())
+    return int((a.TILE.m + a.TILE.n) * a.TILE.c * a.grad.element_size())
 
 
 def _dgrad(a: Any) -> _Geometry:
@@ -157,18 +156,21 @@ def _dgrad(a: Any) -> _Geometry:
 
 def _wgrad(a: Any) -> _Geometry:
     steps = math.ceil(a.rows_per_part / a.TILE.c)
-    others = [t for t in (a.grad, a.pre_bn, a.out) if t is not None]
     return _Geometry(
         _window(a),
         (steps,),
         steps * _step_bytes(a),
         a.rows * a.result.c * a.WINDOW.r * a.WINDOW.s * a.group_in,
-        int(_read(a) * _bytes(a.x)) + sum(map(_bytes, others)),
+        int(_read(a) * _bytes(a.x)) + _bytes(a.grad) + _bytes(a.out),
     )
 
 
 def _rows(a: Any) -> _Geometry:
     return _Geometry(f"{a.rows} rows of {a.result.c}")
+
+
+def _pre_bn_gradient(a: Any) -> _Geometry:
+    return _Geometry(f"{a.rows} rows of {a.K}")
 
 
 def _relu_gradient(a: Any) -> _Geometry:
@@ -200,6 +202,7 @@ _DESCRIBE: dict[str, Callable[[Any], _Geometry]] = {
     "bn_add_relu_kernel": _rows,
     "bn_relu_pool_kernel": _rows,
     "pool_gradient_kernel": _rows,
+    "pre_bn_gradient_kernel": _pre_bn_gradient,
     "relu_gradient_kernel": _relu_gradient,
     "merge_moments_kernel": _merge(2),
     "merge_sums_kernel": _merge(1),

@@ -11,12 +11,15 @@
 #include <utility>
 #include <vector>
 
+#include "cpu_arguments.h"
 #include "kernels/cpu/batch_norm.h"
 #include "kernels/cpu/bn_add_relu.h"
 #include "kernels/cpu/conv.h"
 #include "kernels/cpu/fingerprint.h"
+#include "kernels/cpu/grouped.h"
 #include "kernels/cpu/head.h"
 #include "kernels/cpu/isa.h"
+#include "kernels/cpu/parallel.h"
 #include "kernels/cpu/stem.h"
 #include "kernels/cpu/winograd.h"
 #include "program.h"
@@ -29,49 +32,16 @@ namespace cpu = resnet_fused::cpu;
 
 namespace {
 
-using OptionalTensor = std::optional<TensorArg>;
-using Pair = std::array<std::int64_t, 2>;
 // Mean, variance, weight, bias, eps.
 using BatchNorm = std::tuple<TensorArg, TensorArg, OptionalTensor, OptionalTensor, double>;
-// Kernel size, stride, padding, dilation.
-using Window = std::tuple<Pair, Pair, Pair, Pair>;
 // A convolution with its batch norm: x, packed weight, window, batch norm.
 using Layer = std::tuple<TensorArg, TensorArg, Window, BatchNorm>;
-
-template <typename Kernel>
-struct WithIsa {
-  Kernel op;
-  cpu::Isa isa;
-};
 
 struct ConvLaunch {
   cpu::Conv conv, projection;
   bool projected;
   cpu::Isa isa;
 };
-
-cpu::Format format_of(const char* name, const TensorArg& tensor) {
-  if (tensor.type == ScalarType::kBFloat16) return cpu::Format::kBFloat16;
-  check_type(name, tensor, ScalarType::kFloat32);
-  return cpu::Format::kFloat32;
-}
-
-template <typename Arguments>
-void set_vector(Launch<Arguments>& launch, cpu::Vector& slot, const char* name,
-                const OptionalTensor& tensor, std::int64_t channels) {
-  slot = {nullptr, cpu::VectorType::kFloat32, 0};
-  if (!tensor) return;
-  check_sizes(name, *tensor, {channels});
-  launch.reads(slot.data, name, *tensor);
-  if (tensor->type == ScalarType::kBFloat16) {
-    slot.type = cpu::VectorType::kBFloat16;
-  } else if (tensor->type == ScalarType::kFloat64) {
-    slot.type = cpu::VectorType::kFloat64;
-  } else {
-    check_type(name, *tensor, ScalarType::kFloat32);
-  }
-  slot.stride = tensor->strides[0];
-}
 
 template <typename Arguments>
 void set_batch_norm(Launch<Arguments>& launch, cpu::BatchNorm& slot, const BatchNorm& bn,
@@ -82,13 +52,6 @@ void set_batch_norm(Launch<Arguments>& launch, cpu::BatchNorm& slot, const Batch
   set_vector(launch, slot.weight, "weight", weight, channels);
   set_vector(launch, slot.bias, "bias", bias, channels);
   slot.eps = eps;
-}
-
-// Throws where isa cannot convolve in this format.
-void check_convolves(cpu::Format format, cpu::Isa isa) {
-  if (!cpu::convolves(format, isa)) {
-    refuse("bfloat16 needs AVX512_BF16; ask cpu_convolves_bf16() first");
-  }
 }
 
 const char* isa_name(cpu::Isa isa) {
@@ -103,45 +66,8 @@ const char* isa_name(cpu::Isa isa) {
   return "";
 }
 
-// The instruction set called `name`, "" for the best; throws where the processor lacks it.
-cpu::Isa choose_isa(const std::string& name) {
-  const cpu::Isa best = cpu::best_isa();
-  cpu::Isa chosen = best;
-  if (name == "avx512") {
-    chosen = cpu::Isa::kAvx512;
-  } else if (name == "avx2") {
-    chosen = cpu::Isa::kAvx2;
-  } else if (!name.empty()) {
-    refuse("isa must be \"\", \"avx2\" or \"avx512\", found \"" + name + "\"");
-  }
-  if (chosen == cpu::Isa::kNone || chosen > best) {
-    refuse("this processor offers neither AVX-512 nor what isa=\"" + name +
-           "\" asks for; cpu_isa() tells what it has");
-  }
-  return chosen;
-}
-
 // Bytes of a packed weight. `weight` is (out_channels, in_channels, height, width).
 using PackedBytes = std::int64_t (*)(const TensorArg& weight);
-
-void check_weight(const TensorArg& weight) {
-  check_rank("weight", weight, 4);
-  if (weight.numel() == 0) refuse("weight is empty: " + listed(weight.sizes.data(), 4));
-}
-
-std::int64_t conv_packed_bytes(const TensorArg& weight) {
-  check_weight(weight);
-  const auto& [out_channels, in_channels, height, width] = weight.sizes;
-  return 4 * cpu::conv_weight_words(in_channels, out_channels, height * width,
-                                    format_of("weight", weight));
-}
-
-std::int64_t winograd_packed_bytes(const TensorArg& weight) {
-  check_weight(weight);
-  check_type("weight", weight, ScalarType::kFloat32);
-  check_sizes("weight", weight, {weight.sizes[0], weight.sizes[1], 3, 3});
-  return 4 * cpu::winograd_weight_floats(weight.sizes[1], weight.sizes[0]);
-}
 
 std::int64_t stem_packed_bytes(const TensorArg& weight) {
   check_weight(weight);
@@ -151,27 +77,6 @@ std::int64_t stem_packed_bytes(const TensorArg& weight) {
            std::to_string(weight.sizes[0]));
   }
   return 4 * cpu::stem_weight_words(weight.sizes[0], format_of("weight", weight));
-}
-
-void check_packed(const TensorArg& packed, std::int64_t bytes) {
-  check_type("packed", packed, ScalarType::kUInt8);
-  check_sizes("packed", packed, {bytes});
-  check_contiguous("packed", packed, 1);
-  if (packed.address % sizeof(float) != 0) refuse("packed is not aligned to 4 bytes");
-}
-
-// The pointers to weight and packed memory.
-std::pair<const void*, void*> weights_of(const TensorArg& weight, const TensorArg& packed,
-                                         std::int64_t bytes) {
-  check_packed(packed, bytes);
-  struct Pointers {
-    const void* weight;
-    void* packed;
-  };
-  Launch<Pointers> checked;
-  checked.reads(checked.arguments.weight, "weight", weight);
-  checked.writes(checked.arguments.packed, "packed", packed);
-  return {checked.arguments.weight, checked.arguments.packed};
 }
 
 void conv_pack(const TensorArg& weight, const TensorArg& packed) {
@@ -196,38 +101,34 @@ void stem_pack(const TensorArg& weight, const TensorArg& packed) {
   cpu::stem_transform_weights(from, weight.strides.data(), to, weight.sizes[0], format);
 }
 
-// The size of a convolution's weight, as far as its packed form depends on it.
-TensorArg packed_from(ScalarType type, std::int64_t out_channels, std::int64_t in_channels,
-                      const Pair& kernel) {
-  TensorArg weight;
-  weight.type = type;
-  weight.rank = 4;
-  weight.sizes = {out_channels, in_channels, kernel[0], kernel[1]};
-  return weight;
-}
-
-cpu::Window window_of(const Window& window) {
-  const auto& [kernel, stride, padding, dilation] = window;
-  cpu::Window all;
-  for (int axis = 0; axis < 2; ++axis) {
-    constexpr std::int64_t kLimit = std::int64_t{1} << 31;
-    if (kernel[axis] < 1 || stride[axis] < 1 || dilation[axis] < 1 || padding[axis] < 0 ||
-        std::max({kernel[axis], stride[axis], dilation[axis], padding[axis]}) > kLimit) {
-      refuse(
-          "kernel, stride and dilation must be at least 1 and padding at least 0, all at most "
-          "2^31");
-    }
-    all.kernel[axis] = kernel[axis];
-    all.stride[axis] = stride[axis];
-    all.padding[axis] = padding[axis];
-    all.dilation[axis] = dilation[axis];
+// Throws unless the groups divide the weight's output channels; then its packed bytes.
+std::int64_t grouped_packed_bytes(const TensorArg& weight, std::int64_t groups,
+                                  const std::string& isa) {
+  check_weight(weight);
+  const auto& [out_channels, in_channels, height, width] = weight.sizes;
+  if (groups < 1 || out_channels % groups != 0) {
+    refuse("groups must divide the " + std::to_string(out_channels) + " output channels, found " +
+           std::to_string(groups));
   }
-  return all;
+  return 4 * cpu::grouped_weight_words(in_channels, out_channels, height * width, groups,
+                                       format_of("weight", weight), choose_isa(isa));
 }
 
-// Fills in what a convolution and its projection have in common; `out` is (N, K, P, Q).
-void set_conv(Launch<ConvLaunch>& launch, cpu::Conv& conv, const Layer& layer,
-              const TensorArg& out) {
+void grouped_pack(const TensorArg& weight, const TensorArg& packed, std::int64_t groups,
+                  const std::string& isa) {
+  const auto [from, to] = weights_of(weight, packed, grouped_packed_bytes(weight, groups, isa));
+  const cpu::Format format = format_of("weight", weight);
+  const cpu::Isa chosen = choose_isa(isa);
+  py::gil_scoped_release unlocked;
+  cpu::grouped_transform_weights(from, weight.strides.data(), to, weight.sizes[1], weight.sizes[0],
+                                 weight.sizes.data() + 2, groups, format, chosen);
+}
+
+// Fills in what convolutions, grouped ones and projections have in common; `out` is (N, K, P, Q).
+// `packed_bytes` of a weight with x's channels.
+template <typename Arguments, typename PackedBytesOf>
+void set_conv(Launch<Arguments>& launch, cpu::Conv& conv, const Layer& layer, const TensorArg& out,
+              const PackedBytesOf& packed_bytes) {
   const auto& [x, packed, window, bn] = layer;
   check_nhwc("x", x);
   check_type("x", x, out.type);
@@ -239,8 +140,8 @@ void set_conv(Launch<ConvLaunch>& launch, cpu::Conv& conv, const Layer& layer,
   std::tie(conv.batch, conv.in_channels, conv.height, conv.width) = std::tuple_cat(x.sizes);
   conv.out_channels = out.sizes[1];
   if (conv.in_channels < 1) refuse("x has no channels");
-  check_packed(packed, conv_packed_bytes(packed_from(x.type, conv.out_channels, conv.in_channels,
-                                                     std::get<0>(window))));
+  check_packed(packed, packed_bytes(packed_from(x.type, conv.out_channels, conv.in_channels,
+                                                std::get<0>(window))));
   check_apart("out", out, "x", x);
   launch.reads(conv.x, "x", x);
   launch.reads(conv.packed, "packed", packed);
@@ -261,13 +162,42 @@ void conv_bn(const TensorArg& out, const Layer& layer, const OptionalTensor& res
   chosen = choose_isa(isa);
   check_convolves(format_of("out", out), chosen);
   if (out.numel() == 0) return;
-  set_conv(launch, conv, layer, out);
-  if ((has_projection = projection.has_value())) set_conv(launch, projected, *projection, out);
+  set_conv(launch, conv, layer, out, conv_packed_bytes);
+  if ((has_projection = projection.has_value())) {
+    set_conv(launch, projected, *projection, out, conv_packed_bytes);
+  }
   set_residual(launch, conv.residual, residual, out);
+  if (is_like(residual, out)) launch.may_replace(conv.residual.data);
   launch.writes(conv.out, "out", out);
   projected.out = nullptr;
   conv.relu = relu;
   launch.run<run_conv>();
+}
+
+void run_grouped(WithIsa<cpu::GroupedConv>& launch, std::uintptr_t) {
+  cpu::grouped_conv_bn(launch.op, launch.isa);
+}
+
+void grouped_conv_bn(const TensorArg& out, const Layer& layer, std::int64_t groups,
+                     const OptionalTensor& residual, bool relu, const std::string& isa) {
+  check_nhwc("out", out);
+  Launch<WithIsa<cpu::GroupedConv>> launch;
+  cpu::GroupedConv& op = launch.arguments.op;
+  launch.arguments.isa = choose_isa(isa);
+  if (out.numel() == 0) return;
+  set_conv(launch, op.conv, layer, out, [&](TensorArg weight) {
+    if (groups < 1 || weight.sizes[1] % groups != 0) {
+      refuse("groups must divide the " + std::to_string(weight.sizes[1]) +
+             " channels of x, found " + std::to_string(groups));
+    }
+    weight.sizes[1] /= groups;
+    return grouped_packed_bytes(weight, groups, isa);
+  });
+  op.groups = groups;
+  set_residual(launch, op.conv.residual, residual, out);
+  launch.writes(op.conv.out, "out", out);
+  op.conv.relu = relu;
+  launch.run<run_grouped>();
 }
 
 void run_winograd(WithIsa<cpu::WinogradConv>& launch, std::uintptr_t) {
@@ -408,29 +338,39 @@ std::vector<cpu::Bytes> bytes_of(const std::vector<TensorArg>& tensors) {
   return all;
 }
 
-std::vector<std::uint64_t> fingerprints_of(const std::vector<cpu::Bytes>& inputs) {
-  std::vector<std::uint64_t> out(inputs.size());
-  const py::gil_scoped_release unlocked;
-  cpu::fingerprints(inputs.data(), inputs.size(), out.data());
-  return out;
-}
-
 std::vector<std::uint64_t> fingerprints(const std::vector<TensorArg>& tensors) {
-  return fingerprints_of(bytes_of(tensors));
+  const cpu::Fingerprints inputs(bytes_of(tensors));
+  const py::gil_scoped_release unlocked;
+  return inputs.all();
 }
 
 // Tensors, which it does not keep alive, and the fingerprints that they had.
 class Contents {
  public:
-  Contents(const std::vector<TensorArg>& tensors, std::vector<std::uint64_t> fingerprints)
-      : bytes_(bytes_of(tensors)), expected_(std::move(fingerprints)) {
-    if (bytes_.size() != expected_.size()) refuse("each tensor needs one fingerprint");
+  Contents(const std::vector<TensorArg>& tensors, std::vector<std::uint64_t> expected)
+      : fingerprints_(bytes_of(tensors)), expected_(std::move(expected)) {
+    if (tensors.size() != expected_.size()) refuse("each tensor needs one fingerprint");
   }
 
-  bool unchanged() const { return kernels_are_stubbed() || fingerprints_of(bytes_) == expected_; }
+  // The tensors are read between the launches, a part at a time.
+  bool run(const Program& program, std::uintptr_t input, std::uintptr_t output,
+           std::uintptr_t arena) const {
+    const std::size_t chunks = fingerprints_.chunks();
+    std::vector<std::uint64_t> hashes(chunks);
+    cpu::with_team([&] {
+      std::size_t next = 0;
+      program.run(input, output, arena, 0, [&](std::size_t launch) {
+        if (kernels_are_stubbed()) return;
+        const std::size_t last = chunks * (launch + 1) / program.size();
+        fingerprints_.hash(next, last, hashes.data());
+        next = last;
+      });
+    });
+    return kernels_are_stubbed() || fingerprints_.fold(hashes.data()) == expected_;
+  }
 
  private:
-  std::vector<cpu::Bytes> bytes_;
+  cpu::Fingerprints fingerprints_;
   std::vector<std::uint64_t> expected_;
 };
 
@@ -482,6 +422,18 @@ void register_cpu_kernels(py::module_& module) {
       "float32. isa=\"avx2\" forbids AVX-512. Raises ValueError for what does not fit, and for a\n"
       "processor without the instructions.");
 
+  module.def("grouped_packed_bytes", &grouped_packed_bytes, py::arg("weight"), py::arg("groups"),
+             py::arg("isa") = "", "Bytes of what grouped_pack makes of such a weight.");
+  module.def("grouped_pack", &grouped_pack, py::arg("weight"), py::arg("packed"), py::arg("groups"),
+             py::arg("isa") = "",
+             "packed = the weight (out_channels, in_channels / groups, height, width), float32 or\n"
+             "bfloat16, of any strides, reordered for grouped_conv_bn with the same isa.");
+  module.def("grouped_conv_bn", &grouped_conv_bn, py::arg("out"), py::arg("layer"),
+             py::arg("groups"), py::arg("residual"), py::arg("relu"), py::arg("isa") = "",
+             "conv_bn with any number of groups, without a projection. A number of x reaches its\n"
+             "own group's results only. bfloat16 is multiplied in float32, as exactly, where the\n"
+             "processor lacks AVX512_BF16.");
+
   module.def("winograd_conv", &winograd_conv, py::arg("out"), py::arg("layer"), py::arg("residual"),
              py::arg("relu"), py::arg("isa") = "",
              "conv_bn for windows of 3 x 3 with stride, padding and dilation 1, in float32, by\n"
@@ -514,5 +466,9 @@ void register_cpu_kernels(py::module_& module) {
                        "Tensors, which it does not keep alive, and fingerprints that they had.")
       .def(py::init<const std::vector<TensorArg>&, std::vector<std::uint64_t>>(),
            py::arg("tensors"), py::arg("fingerprints"))
-      .def("unchanged", &Contents::unchanged, "Whether all still have them, in one pass.");
+      .def("run", &Contents::run, py::arg("program"), py::arg("input"), py::arg("output"),
+           py::arg("arena"), py::call_guard<py::gil_scoped_release>(),
+           "program.run(input, output, arena), for launches of this module's CPU kernels, in one\n"
+           "parallel region; whether all tensors still have their fingerprints, else the output\n"
+           "means nothing.");
 }

@@ -14,15 +14,16 @@
 #include <stdexcept>
 #include <string>
 
-enum class ScalarType : int { kFloat32, kFloat16, kBFloat16, kFloat64, kUInt8 };
+enum class ScalarType : int { kFloat32, kFloat16, kBFloat16, kFloat64, kUInt8, kInt8, kInt32 };
 
 constexpr std::int64_t element_size(ScalarType type) {
-  constexpr std::int64_t kSizes[] = {4, 2, 2, 8, 1};
+  constexpr std::int64_t kSizes[] = {4, 2, 2, 8, 1, 1, 4};
   return kSizes[static_cast<int>(type)];
 }
 
 constexpr const char* name_of(ScalarType type) {
-  constexpr const char* kNames[] = {"float32", "float16", "bfloat16", "float64", "uint8"};
+  constexpr const char* kNames[] = {"float32", "float16", "bfloat16", "float64",
+                                    "uint8",   "int8",    "int32"};
   return kNames[static_cast<int>(type)];
 }
 
@@ -145,7 +146,7 @@ struct type_caster<TensorArg> {
       value.strides[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides, i));
     }
     if (PyErr_Occurred()) throw error_already_set();
-    if (type < 0 || type > static_cast<long>(ScalarType::kUInt8)) {
+    if (type < 0 || type > static_cast<long>(ScalarType::kInt32)) {
       refuse("a tensor has a type of number " + std::to_string(type));
     }
     value.type = static_cast<ScalarType>(type);

@@ -19,10 +19,13 @@ def nhwc(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=channels_last)
 
 
-def empty_nhwc(x: Tensor, channels: int, height: int, width: int) -> Tensor:
-    """An uninitialised result (N, channels, height, width) of x's batch, type and device."""
+def empty_nhwc(
+    x: Tensor, channels: int, height: int, width: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    """An uninitialised result (N, channels, height, width) of x's batch, device and, if None is
+    given, type."""
     shape = (x.shape[0], channels, height, width)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=channels_last)
+    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=channels_last)
 
 
 def readable(residual: Tensor | None) -> Tensor | None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..parameters import BatchNorm, ConvBn, MaxPool
+from ..parameters import BatchNorm, ConvBn, Convolution, MaxPool
 from .training import TrainingKernels
 
 
@@ -38,7 +38,8 @@ class Backend(Protocol):
     """Lists candidates for each op, the expected fastest first; none where it cannot implement it.
 
     Arguments have been checked: shapes, dtypes and devices agree, no dimension of the result is
-    zero. Meanings: `resnet_fused.reference.ops`, same signatures.
+    zero. Meanings: `resnet_fused.reference.ops` and, of the quantised ops,
+    `resnet_fused.reference.quantized`, same signatures.
     """
 
     name: str
@@ -74,3 +75,30 @@ class Backend(Protocol):
     def stem(self, x: Tensor, layer: ConvBn, pool: MaxPool) -> Candidates: ...
 
     def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Candidates: ...
+
+    def quantized_conv(
+        self,
+        x: Tensor,
+        conv: Convolution,
+        bias: Tensor,
+        multiplier: Tensor,
+        shortcut: Tensor | None,
+        shortcut_scale: Tensor | None,
+        projection: Convolution | None,
+        padding_value: Tensor | None,
+        relu: bool,
+    ) -> Candidates: ...
+
+    def quantized_stem(
+        self,
+        x: Tensor,
+        conv: Convolution,
+        bias: Tensor,
+        multiplier: Tensor,
+        padding_value: Tensor | None,
+        pool: MaxPool,
+    ) -> Candidates: ...
+
+    def quantized_head(
+        self, x: Tensor, weight: Tensor, bias: Tensor, multiplier: Tensor
+    ) -> Candidates: ...

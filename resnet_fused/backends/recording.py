@@ -13,7 +13,8 @@ from torch import Tensor
 
 
 class Packed(NamedTuple):
-    """What was packed from a weight while its content had that fingerprint."""
+    """What was packed from a weight while its content had that fingerprint, or, where it is frozen,
+    that version."""
 
     weight: Tensor
     fingerprint: int
@@ -25,6 +26,7 @@ class Notes:
 
     def __init__(self) -> None:
         self.packed: list[Packed] = []
+        self.frozen: list[Packed] = []
         self.copies: list[tuple[Tensor, Tensor]] = []  # (source, copy)
 
 
@@ -36,3 +38,8 @@ def copied(source: Tensor, copy: Tensor) -> Tensor:
     if copy is not source and (notes := current.get()) is not None:
         notes.copies.append((source, copy))
     return copy
+
+
+def version(tensor: Tensor) -> int:
+    """Moves with every edit in place that PyTorch sees; inference tensors have none."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -1,6 +1,7 @@
-"""Backend `reference`: every op by its plain PyTorch meaning, on any device and floating dtype.
+"""Backend `reference`: every op by its plain PyTorch meaning, on any device and in any dtype.
 
-It lists no kernels, because that meaning stands behind every op anyway.
+It lists no kernels, because that meaning stands behind every op anyway; other backends inherit that
+for the ops that they have no kernels for.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class ReferenceBackend:
         return ()
 
     bn_add_relu = conv_bn = conv_bn_projection = bottleneck = stem = head = _nothing
+    quantized_conv = quantized_stem = quantized_head = _nothing
 
 
 def create() -> Backend:

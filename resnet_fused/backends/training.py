@@ -1,8 +1,9 @@
-"""What a backend provides for training: the pieces between which a block's fusion runs.
+"""What a backend provides for training: the pieces that a residual block's step is made of.
 
-Batch norm cannot normalise a convolution's result in the pass that makes it, so every piece works
-across a convolution: normalisation, ReLU and their gradients are applied while operands are read,
-and statistics are taken while results are written. Only pre-BN outputs reach memory.
+Batch norm cannot normalise a convolution's result in the pass that makes it. So convolutions take
+statistics while they write, and in backward apply the ReLU below and take its normalisation's sums;
+activations and gradients of pre-BN outputs are formed in one pass each, once for all that read
+them.
 
 Vectors of one layer of K channels, float32 (float64 where the activations are float64):
     moments (T, 3, K): mean, sum of squared deviations from it, and count, of T parts of the batch.
@@ -15,19 +16,28 @@ Vectors of one layer of K channels, float32 (float64 where the activations are f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..parameters import Activation, Convolution, MaxPool, PreBnGradient
+from ..parameters import Activation, Convolution, Layer, MaxPool, PreBnGradient
 
 
 class TrainingKernels(Protocol):
     """The pieces. Activations are channels_last, sums are taken in float32 in a fixed order."""
 
+    def saves_all(self) -> bool:
+        """Whether a block saves each layer's pre-BN output, also one that could be computed again
+        by reading less than it takes to read it back."""
+
+    def is_profitable(self, layers: Sequence[Layer]) -> bool:
+        """Whether a block of these layers is expected to train faster by the pieces than module by
+        module, where nothing was measured."""
+
     def conv_stats(
-        self, x: Tensor | Activation, conv: Convolution, statistics: bool
+        self, x: Tensor, conv: Convolution, statistics: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The convolution of x, and the moments of the result as stored (rounded)."""
 
@@ -41,7 +51,7 @@ class TrainingKernels(Protocol):
         """relu(main's normalisation + shortcut, itself normalised if it is an `Activation`).
 
         A shortcut that is a tensor has any strides, and may have fewer channels than the result:
-        nothing is added to the others.
+        nothing is added to the others. Without a shortcut it forms the activation `main`.
         """
 
     def relu_gradient(
@@ -58,16 +68,19 @@ class TrainingKernels(Protocol):
         """BN-backward coefficients (from the sums `total` of all ranks) and the gradients of the
         normalisation's weight and bias (from this rank's `sums`), float32."""
 
+    def pre_bn_gradient(self, gradient: PreBnGradient) -> Tensor:
+        """The gradient, formed; of the dtype of `gradient.grad`."""
+
     def dgrad(
         self,
-        gradient: PreBnGradient,
+        g: Tensor,
         conv: Convolution,
         shape: torch.Size,
         below: Activation | None,
         add: Tensor | None,
         add_stride: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The gradient (+ add) of a convolution's input of the given shape.
+        """The gradient (+ add) of a convolution's input of the given shape, g being its result's.
 
         With `add_stride`, add (N, >= C, P, Q) belongs to every `add_stride`-th row and column, and
         its first C channels count: the gradient of a strided identity that was padded with
@@ -77,12 +90,16 @@ class TrainingKernels(Protocol):
         normalisation are returned too.
         """
 
-    def wgrad(self, gradient: PreBnGradient, x: Tensor | Activation, conv: Convolution) -> Tensor:
-        """The gradient of the convolution's weight, summed in float32, of the weight's dtype."""
+    def wgrad(self, g: Tensor, x: Tensor, conv: Convolution) -> Tensor:
+        """The gradient of the convolution's weight, g being its result's; summed in float32, of
+        the weight's dtype."""
 
-    def bn_relu_pool(self, x: Activation, pool: MaxPool) -> Tensor:
-        """max_pool(activation)."""
+    def bn_relu_pool(self, x: Activation, pool: MaxPool) -> tuple[Tensor, Tensor]:
+        """max_pool(activation), and where in its window each maximum stands: row · kernel + column,
+        uint8; of equal values the first, as in PyTorch."""
 
-    def pool_gradient(self, grad: Tensor, x: Activation, pool: MaxPool) -> tuple[Tensor, Tensor]:
-        """The gradient of the normalised x, through ReLU and pooling (of equal values the first
-        in the window takes it, as in PyTorch), and the sums of the normalisation."""
+    def pool_gradient(
+        self, grad: Tensor, x: Activation, argmax: Tensor, pool: MaxPool
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient of the normalised x, through ReLU and pooling, and the sums of the
+        normalisation."""

@@ -8,6 +8,9 @@ from .conv_bn import conv_bn
 from .conv_bn_projection import conv_bn_projection
 from .dispatch import available_backends, use_backend
 from .head import head
+from .quantized_conv import quantized_conv
+from .quantized_head import quantized_head
+from .quantized_stem import quantized_stem
 from .stem import stem
 from .stem_training import stem_training
 from .sync_batch_norm import sync_batch_norm
@@ -25,6 +28,9 @@ __all__ = [
     "conv_bn",
     "conv_bn_projection",
     "head",
+    "quantized_conv",
+    "quantized_head",
+    "quantized_stem",
     "residual_block_training",
     "stem",
     "stem_training",

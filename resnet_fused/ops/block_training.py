@@ -1,13 +1,14 @@
 """A residual block in training: one op forward and one backward, whatever its layers.
 
-Forward, each convolution applies the previous normalisation and ReLU while it reads its operand,
-and takes its result's statistics while it writes; a last pass normalises, adds the shortcut and
-applies ReLU.
+Forward, each convolution takes its result's statistics while it writes; a pass applies its
+normalisation and ReLU, and after the last one adds the shortcut.
 Saved for backward: pre-BN outputs, the block's result, six numbers per channel. The pre-BN outputs
 of 1×1 convolutions at the block's end (the widest of a Bottleneck, and its projection) are not even
-saved: computing one again reads a quarter of what reading it back would.
-Backward, batch norm's gradient is formed while dgrad and wgrad read their operands; dgrad writes
-the gradient before the next normalisation and takes its sums, and the first adds the shortcut's.
+saved: computing one again reads a quarter of what reading it back would. Where arithmetic is what
+takes the time, on the CPU, they are (`TrainingKernels.saves_all`).
+Backward forms activations again and the gradient of each pre-BN output, once for dgrad and wgrad.
+dgrad applies the ReLU below it and takes that normalisation's sums; the first layer's adds the
+shortcut's gradient.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ def _main_layers(layers: Sequence[object], shortcut: str) -> int:
     return len(layers) - (shortcut == "projection")
 
 
-def _is_saved(convs: Sequence[Convolution], shortcut: str) -> list[bool]:
+def _is_saved(convs: Sequence[Convolution], shortcut: str, all_of_them: bool) -> list[bool]:
     """Whether each layer's pre-BN output is saved, or computed again in backward.
 
     A 1×1 convolution at the block's end is cheap beside its result, and nothing follows it.
     """
     last = _main_layers(convs, shortcut) - 1
     return [
-        i < last or tuple(conv.weight.shape[2:]) != (1, 1) or conv.groups > 1
+        all_of_them or i < last or tuple(conv.weight.shape[2:]) != (1, 1) or conv.groups > 1
         for i, conv in enumerate(convs)
     ]
 
@@ -98,7 +99,7 @@ def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor], list[Ten
     count = _main_layers(convs, shortcut)
     activations: list[Activation] = []
     for i, conv in enumerate(convs):
-        operand = x if i in (0, count) else activations[i - 1]
+        operand = x if i in (0, count) else pieces.bn_add_relu(activations[i - 1], None)
         pre_bn, moments = pieces.conv_stats(operand, conv, not layers.frozen[i])
         scale_shift = layer_scale_shift(pieces, layers, i, moments, sync_group)
         activations.append(Activation(pre_bn, scale_shift))
@@ -109,7 +110,11 @@ def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor], list[Ten
         other = _identity(x, shortcut, stride)
     y = pieces.bn_add_relu(activations[count - 1], other)
     saved = [
-        a.pre_bn for a, keep in zip(activations, _is_saved(convs, shortcut), strict=True) if keep
+        a.pre_bn
+        for a, keep in zip(
+            activations, _is_saved(convs, shortcut, pieces.saves_all()), strict=True
+        )
+        if keep
     ]
     return y, saved, [a.scale_shift for a in activations]
 
@@ -120,7 +125,7 @@ def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor], lis
     shapes = _shapes(x, layers, shortcut, stride, sync_group)
     convs = convolutions(layers.weights, layers.windows)
     wide = torch.promote_types(x.dtype, torch.float32)
-    keeps = _is_saved(convs, shortcut)
+    keeps = _is_saved(convs, shortcut, kernels(x).saves_all())
     return (
         empty_result(x, shapes[_main_layers(convs, shortcut) - 1]),
         [empty_result(x, shape) for shape, keep in zip(shapes, keeps, strict=True) if keep],
@@ -172,11 +177,21 @@ def _backward(
     needs = _Needs(needs_x, needs_weights, needs_affine, count)
     pre_bns = iter(saved)
     activations: list[Activation | None] = []
-    for i, keep in enumerate(_is_saved(convs, shortcut)):
+    operands: dict[int, Tensor] = {}
+
+    def operand(i: int) -> Tensor:
+        """What layer i convolves."""
+        below = None if i in (0, count) else activations[i - 1]
+        if below is None:
+            return x
+        if i not in operands:
+            operands[i] = pieces.bn_add_relu(below, None)
+        return operands[i]
+
+    for i, keep in enumerate(_is_saved(convs, shortcut, len(saved) == len(convs))):
         pre_bn = next(pre_bns) if keep else None
         if pre_bn is None and (needs.affine[i] or (needs.pre_bn(i) and not frozen[i])):
-            below = None if i in (0, count) else activations[i - 1]
-            pre_bn, _ = pieces.conv_stats(x if below is None else below, convs[i], False)
+            pre_bn, _ = pieces.conv_stats(operand(i), convs[i], False)
         activations.append(None if pre_bn is None else Activation(pre_bn, scale_shifts[i]))
 
     def unneeded() -> list[Tensor]:
@@ -184,15 +199,21 @@ def _backward(
 
     weight_grads, gammas, betas = unneeded(), unneeded(), unneeded()
 
-    def pre_bn_gradient(i: int, g: Tensor, sums: Tensor | None) -> PreBnGradient:
+    def pre_bn_gradient(i: int, g: Tensor, sums: Tensor | None) -> Tensor | None:
+        """None where nothing needs it."""
         if sums is None:  # of a frozen layer whose weight and bias want no gradient
             sums = scale_shifts[i].new_zeros((1, 2, scale_shifts[i].shape[1]))
         coefficients, gammas[i], betas[i] = layer_backward_coefficients(
             pieces, sums, scale_shifts[i], frozen[i], sync_group, needs.pre_bn(i)
         )
+        if not needs.pre_bn(i):
+            return None
         activation = activations[i]
-        return PreBnGradient(
-            g, None if activation is None else activation.pre_bn, coefficients, frozen[i]
+        pre_bn = None if activation is None else activation.pre_bn
+        # Of the block's end also the shortcut reads it: the identity, or before, the projection.
+        last_use = i < count - 1 or (i == count - 1 and shortcut_grad is not g)
+        return pieces.pre_bn_gradient(
+            PreBnGradient(g, pre_bn, coefficients, frozen[i], last_use)
         )
 
     ends = [i for i in range(count - 1, len(convs)) if needs.layer(i)]
@@ -203,20 +224,22 @@ def _backward(
     # The projection first, as autograd goes through modules: ranks that run those gather alike.
     if count in ends:
         projected = pre_bn_gradient(count, g, sums.get(count))
-        if needs_weights[count]:
+        if projected is not None and needs_weights[count]:
             weight_grads[count] = pieces.wgrad(projected, x, convs[count])
-        if needs_x:
+        if projected is not None and needs_x:
             shortcut_grad, _ = pieces.dgrad(projected, convs[count], x.shape, None, None)
+        del projected
     x_grad, layer_sums = x.new_empty(0), sums.get(count - 1)
     for i in reversed(range(count)):
         if not needs.layer(i):
             break
         gradient = pre_bn_gradient(i, g, layer_sums)
-        below = None if i == 0 else activations[i - 1]
-        if needs_weights[i]:
-            weight_grads[i] = pieces.wgrad(gradient, x if below is None else below, convs[i])
-        if not needs.below(i):
+        if gradient is not None and needs_weights[i]:
+            weight_grads[i] = pieces.wgrad(gradient, operand(i), convs[i])
+            operands.pop(i, None)
+        if gradient is None or not needs.below(i):
             break
+        below = None if i == 0 else activations[i - 1]
         if below is None:
             add_stride = stride if shortcut == "padded" else None
             x_grad, _ = pieces.dgrad(gradient, convs[0], x.shape, None, shortcut_grad, add_stride)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from ..parameters import BatchNorm, ConvBn, Convolution, MaxPool
@@ -92,6 +95,12 @@ def convolution_shape(
         shape = x.shape
     weight = conv.weight
     check_like(f"{name}.weight", weight, x)
+    return window_shape(name, shape, conv)
+
+
+def window_shape(name: str, shape: Sequence[int], conv: Convolution) -> tuple[int, int, int, int]:
+    """Checks the geometry of the convolution `name` of a tensor of that shape (N, C, H, W)."""
+    weight = conv.weight
     if weight.dim() != 4:
         raise ValueError(
             f"{name}.weight must be 4-dimensional (K, C/groups, R, S), "
@@ -162,3 +171,50 @@ def head_shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, int
                 f"bias must have shape ({weight.shape[0]},), found {tuple(bias.shape)}."
             )
     return x.shape[0], weight.shape[0]
+
+
+_QUANTIZED = {
+    torch.int8: (torch.uint8, torch.int8),
+    torch.float8_e4m3fn: (torch.float8_e4m3fn,),
+}
+
+
+def check_quantized(name: str, x: Tensor, weight: Tensor) -> None:
+    """`x` must be a quantised (N, C, H, W) tensor that goes with `weight`."""
+    if weight.dtype not in _QUANTIZED:
+        raise TypeError(f"weight must be int8 or float8_e4m3fn, found {weight.dtype}.")
+    if x.dtype not in _QUANTIZED[weight.dtype]:
+        allowed = " or ".join(str(dtype)[6:] for dtype in _QUANTIZED[weight.dtype])
+        raise TypeError(
+            f"{name} must be {allowed} where weights are {str(weight.dtype)[6:]}, found {x.dtype}."
+        )
+    if x.dim() != 4:
+        raise ValueError(
+            f"{name} must be 4-dimensional (N, C, H, W), found shape {tuple(x.shape)}."
+        )
+    if x.device != weight.device:
+        raise ValueError(f"{name} is on {x.device} and weight on {weight.device}; move one.")
+
+
+def check_vector(name: str, vector: Tensor, length: int, dtype: torch.dtype, x: Tensor) -> None:
+    """`vector` must be contiguous, (length,), of that dtype and on x's device."""
+    if vector.dtype != dtype:
+        raise TypeError(f"{name} must be {str(dtype)[6:]}, found {vector.dtype}.")
+    if tuple(vector.shape) != (length,):
+        raise ValueError(f"{name} must have shape ({length},), found {tuple(vector.shape)}.")
+    if not vector.is_contiguous() or vector.device != x.device:
+        raise ValueError(f"{name} must be contiguous and on {x.device}, found {vector.device}.")
+
+
+def quantized_convolution_shape(
+    x: Tensor, conv: Convolution, bias: Tensor, multiplier: Tensor, padding_value: Tensor | None
+) -> tuple[int, int, int, int]:
+    """Checks a quantised convolution and what follows it, and returns its (N, K, P, Q)."""
+    check_quantized("input", x, conv.weight)
+    shape = window_shape("conv", x.shape, conv)
+    exact = conv.weight.dtype == torch.int8
+    check_vector("bias", bias, shape[1], torch.int32 if exact else torch.float32, x)
+    check_vector("multiplier", multiplier, shape[1], torch.float32, x)
+    if padding_value is not None:
+        check_vector("padding_value", padding_value, x.shape[1], x.dtype, x)
+    return shape

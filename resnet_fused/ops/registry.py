@@ -3,7 +3,7 @@
 An op is described by its parameters (name -> kind), the function that checks them and gives the
 result's shape, and its plain PyTorch meaning. A kind is `Tensor`, `OptionalTensor`, `bool`, or one
 of the groups of `resnet_fused.parameters`, whose fields become consecutive schema arguments; of an
-absent `OptionalConvBn` all of them may be None.
+absent `OptionalConvBn` or `OptionalConvolution` the tensors among them are None.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .modes import is_recorded, is_transformed, refuse_tangents
 
 OptionalTensor = Tensor | None
 OptionalConvBn = ConvBn | None
+OptionalConvolution = Convolution | None
 
 _LIBRARY = "reference"  # the backend that has no kernels of its own
 
@@ -51,10 +52,25 @@ _SCHEMA[ConvBn] = (
     *_SCHEMA[Convolution],
     *(field.replace("{}", "{}_bn") for field in _SCHEMA[BatchNorm]),
 )
-_SCHEMA[OptionalConvBn] = tuple(field.replace("Tensor ", "Tensor? ") for field in _SCHEMA[ConvBn])
-# The fields that stand for an absent layer.
+for _kind, _optional in ((ConvBn, OptionalConvBn), (Convolution, OptionalConvolution)):
+    _SCHEMA[_optional] = tuple(field.replace("Tensor ", "Tensor? ") for field in _SCHEMA[_kind])
+# The fields that stand for what is absent, by how many there are.
 _NO_TENSOR = cast("Tensor", None)
-_NO_LAYER = (*Convolution(_NO_TENSOR), *BatchNorm(*(_NO_TENSOR,) * 4))
+_NO_CONVOLUTION = Convolution(_NO_TENSOR)
+_ABSENT: dict[int, tuple[Any, ...]] = {
+    len(fields): fields
+    for fields in (
+        (None,),
+        tuple(_NO_CONVOLUTION),
+        (*_NO_CONVOLUTION, *BatchNorm(*(_NO_TENSOR,) * 4)),
+    )
+}
+_GROUPS: dict[Any, type[Any]] = {
+    Convolution: Convolution,
+    OptionalConvolution: Convolution,
+    BatchNorm: BatchNorm,
+    MaxPool: MaxPool,
+}
 
 
 class Op:
@@ -71,15 +87,20 @@ class Op:
         reference: Callable[..., Tensor],
         listed: Callable[[Backend], Callable[..., Candidates]],
         composition: Candidate | None = None,
+        result_dtype: Callable[..., torch.dtype] | None = None,
     ) -> None:
         """`listed`: a backend's method that lists this op's candidates. `composition`: the op made
-        of other ops, each of which makes its own choice."""
+        of other ops, each of which makes its own choice. `result_dtype`: of a quantised op, which
+        has no gradient and which autocast does not concern; others give what they take."""
         self.name = name
         self._listed = listed
         self._composition = composition
-        self._kinds = tuple(parameters.values())
+        self._result_dtype = result_dtype
         # Looked up here, as Dynamo of PyTorch 2.9 cannot hash a union under Python 3.10.
-        self._layers = tuple(kind in (ConvBn, OptionalConvBn) for kind in self._kinds)
+        kinds = tuple(parameters.values())
+        self._layers = tuple(kind in (ConvBn, OptionalConvBn) for kind in kinds)
+        self._groups = tuple(_GROUPS.get(kind) for kind in kinds)
+        self._widths = tuple(len(_SCHEMA[kind]) for kind in kinds)
         self._output_shape = output_shape
         self._reference = reference
         fields = [
@@ -93,15 +114,16 @@ class Op:
         library.impl(name, self._run, "CompositeExplicitAutograd")
         qualified = f"resnet_fused::{name}"
         torch.library.register_fake(qualified, self._fake, lib=library)
-        torch.library.register_autograd(
-            qualified, self._backward, setup_context=self._save, lib=library
-        )
+        if result_dtype is None:
+            torch.library.register_autograd(
+                qualified, self._backward, setup_context=self._save, lib=library
+            )
         self._overload = getattr(torch.ops.resnet_fused, name).default
 
     def __call__(self, *arguments: Any) -> Tensor:
         check_is_tensor("input", arguments[0])
         device = arguments[0].device.type
-        if _autocasts(device):
+        if self._result_dtype is None and _autocasts(device):
             dtype = torch.get_autocast_dtype(device)
             arguments = tuple(_autocast(argument, dtype) for argument in arguments)
         # Dynamo records the op whole, whatever modes are around its own work.
@@ -114,10 +136,12 @@ class Op:
     def _flatten(self, arguments: Sequence[Any]) -> list[Any]:
         """Arguments as the schema takes them: groups give way to their fields."""
         flat: list[Any] = []
-        for is_layer, argument in zip(self._layers, arguments, strict=True):
-            if is_layer:
-                flat += _NO_LAYER if argument is None else (*argument.conv, *argument.bn)
-            elif isinstance(argument, (BatchNorm, MaxPool)):
+        for is_layer, width, argument in zip(self._layers, self._widths, arguments, strict=True):
+            if argument is None:
+                flat += _ABSENT[width]
+            elif is_layer:
+                flat += (*argument.conv, *argument.bn)
+            elif isinstance(argument, (BatchNorm, Convolution, MaxPool)):
                 flat += argument
             else:
                 flat.append(argument)
@@ -126,8 +150,7 @@ class Op:
     def _group(self, flat: Sequence[Any]) -> list[Any]:
         arguments: list[Any] = []
         position = 0
-        for kind, is_layer in zip(self._kinds, self._layers, strict=True):
-            width = len(_SCHEMA[kind])
+        for group, width, is_layer in zip(self._groups, self._widths, self._layers, strict=True):
             fields = flat[position : position + width]
             if width == 1 or fields[0] is None:
                 arguments.append(fields[0])
@@ -135,19 +158,25 @@ class Op:
                 split = len(Convolution._fields)
                 arguments.append(ConvBn(Convolution(*fields[:split]), BatchNorm(*fields[split:])))
             else:
-                arguments.append(kind(*fields))
+                assert group is not None
+                arguments.append(group(*fields))
             position += width
         return arguments
 
     def _fake(self, *flat: Any) -> Tensor:
-        return empty_result(flat[0], self._output_shape(*self._group(flat)))
+        arguments = self._group(flat)
+        return self._empty(arguments, self._output_shape(*arguments))
+
+    def _empty(self, arguments: Sequence[Any], shape: Sequence[int]) -> Tensor:
+        dtype = None if self._result_dtype is None else self._result_dtype(*arguments)
+        return empty_result(arguments[0], shape, dtype)
 
     def _run(self, *flat: Any) -> Tensor:
         refuse_tangents(self.name, flat)
         arguments = self._group(flat)
         shape = self._output_shape(*arguments)
         if 0 in shape:
-            return empty_result(flat[0], shape)
+            return self._empty(arguments, shape)
         return self.compute(*arguments)
 
     def compute(self, *arguments: Any) -> Tensor:
@@ -210,10 +239,10 @@ class Op:
         return tuple(gradients)
 
 
-def empty_result(like: Tensor, shape: Sequence[int]) -> Tensor:
+def empty_result(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised result of that shape, channels_last if it is an image, else like `like`."""
     layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=layout)
 
 
 def _autocasts(device: str) -> bool:

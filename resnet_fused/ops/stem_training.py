@@ -1,7 +1,7 @@
 """The stem in training: max_pool(relu(bn(conv(x)))) with batch statistics, one op each way.
 
-Saved for backward: the pre-BN output and six numbers per channel; neither the activation nor the
-positions of the maxima, which are found again.
+Saved for backward: the pre-BN output, where in its window each maximum stands (a byte), and six
+numbers per channel.
 """
 
 from __future__ import annotations
@@ -27,15 +27,18 @@ from .training_layers import (
     layer_scale_shift,
 )
 
+_LARGEST_POOL = 16  # positions of a larger window are no uint8
 
-def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+
+def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     layers, pool, sync_group = LayerArguments(*arguments[:8]), arguments[8:11], arguments[11]
     _shapes(x, layers, MaxPool(*pool), sync_group)
     pieces = kernels(x)
     (conv,) = convolutions(layers.weights, layers.windows)
     pre_bn, moments = pieces.conv_stats(x, conv, not layers.frozen[0])
     scale_shift = layer_scale_shift(pieces, layers, 0, moments, sync_group)
-    return pieces.bn_relu_pool(Activation(pre_bn, scale_shift), MaxPool(*pool)), pre_bn, scale_shift
+    pooled, argmax = pieces.bn_relu_pool(Activation(pre_bn, scale_shift), MaxPool(*pool))
+    return pooled, pre_bn, argmax, scale_shift
 
 
 def _shapes(
@@ -44,20 +47,30 @@ def _shapes(
     """Checks everything; shapes of the convolution's result and of the pooled one."""
     check_activation("input", x)
     shape = check_layer("conv", x.shape, x, layers, 0, sync_group)
+    if pool.kernel > _LARGEST_POOL:
+        raise ValueError(
+            f"pool.kernel must be at most {_LARGEST_POOL}, found {pool.kernel}; run the modules."
+        )
     return shape, pool_shape(shape, pool)
 
 
-def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     layers, pool, sync_group = LayerArguments(*arguments[:8]), arguments[8:11], arguments[11]
     pre_bn, pooled = _shapes(x, layers, MaxPool(*pool), sync_group)
     wide = torch.promote_types(x.dtype, torch.float32)
-    return empty_result(x, pooled), empty_result(x, pre_bn), x.new_empty((6, pre_bn[1]), dtype=wide)
+    return (
+        empty_result(x, pooled),
+        empty_result(x, pre_bn),
+        empty_result(x, pooled).to(torch.uint8),
+        x.new_empty((6, pre_bn[1]), dtype=wide),
+    )
 
 
 def _backward(
     grad: Tensor,
     x: Tensor,
     pre_bn: Tensor,
+    argmax: Tensor,
     scale_shift: Tensor,
     weight: Tensor,
     windows: list[int],
@@ -72,15 +85,17 @@ def _backward(
     pieces = kernels(grad)
     (conv,) = convolutions([weight], windows)
     pool = MaxPool(pool_kernel, pool_stride, pool_padding)
-    g, sums = pieces.pool_gradient(grad, Activation(pre_bn, scale_shift), pool)
+    g, sums = pieces.pool_gradient(grad, Activation(pre_bn, scale_shift), argmax, pool)
     coefficients, gamma, beta = layer_backward_coefficients(
         pieces, sums, scale_shift, frozen, sync_group, needs_x or needs_weight
     )
-    gradient = PreBnGradient(g, pre_bn, coefficients, frozen)
-    weight_grad = pieces.wgrad(gradient, x, conv) if needs_weight else x.new_empty(0)
-    x_grad = x.new_empty(0)
+    x_grad = weight_grad = x.new_empty(0)
+    if needs_x or needs_weight:
+        g = pieces.pre_bn_gradient(PreBnGradient(g, pre_bn, coefficients, frozen, True))
+    if needs_weight:
+        weight_grad = pieces.wgrad(g, x, conv)
     if needs_x:
-        x_grad, _ = pieces.dgrad(gradient, conv, x.shape, None, None)
+        x_grad, _ = pieces.dgrad(g, conv, x.shape, None, None)
     return x_grad, weight_grad, gamma, beta
 
 
@@ -88,6 +103,7 @@ def _fake_backward(
     grad: Tensor,
     x: Tensor,
     pre_bn: Tensor,
+    argmax: Tensor,
     scale_shift: Tensor,
     weight: Tensor,
     windows: list[int],
@@ -110,27 +126,27 @@ def _fake_backward(
 _op = define(
     "stem_training",
     f"(Tensor x, {LAYERS_SCHEMA}, int pool_kernel, int pool_stride, int pool_padding, "
-    "str sync_group) -> (Tensor, Tensor, Tensor)",
+    "str sync_group) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake_forward,
 )
 _backward_op = define(
     "stem_training_backward",
-    "(Tensor grad, Tensor x, Tensor pre_bn, Tensor scale_shift, Tensor weight, int[] windows, "
-    "bool frozen, int pool_kernel, int pool_stride, int pool_padding, str sync_group, "
-    "bool needs_x, bool needs_weight) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor x, Tensor pre_bn, Tensor argmax, Tensor scale_shift, Tensor weight, "
+    "int[] windows, bool frozen, int pool_kernel, int pool_stride, int pool_padding, "
+    "str sync_group, bool needs_x, bool needs_weight) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
 )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, *arguments = inputs
     layers = LayerArguments(*arguments[:8])
-    _, pre_bn, scale_shift = output
-    ctx.mark_non_differentiable(pre_bn, scale_shift)
+    _, pre_bn, argmax, scale_shift = output
+    ctx.mark_non_differentiable(pre_bn, argmax, scale_shift)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, pre_bn, scale_shift, layers.weights[0])
+    ctx.save_for_backward(x, pre_bn, argmax, scale_shift, layers.weights[0])
     ctx.rest = layers.windows, layers.frozen[0], *arguments[8:]
     ctx.dtypes = layers.bn_weights[0].dtype, layers.bn_biases[0].dtype
     ctx.frozen_layers = len(layers.frozen_means)
@@ -174,5 +190,5 @@ def stem_training(
     and the layer's (6, K) `scale_shift`. Of equal values in a window, the first takes the gradient.
     """
     x = x.to(autocast_dtype(x)) if isinstance(x, Tensor) and x.is_floating_point() else x
-    y, _, scale_shift = _op(x, *flatten([layer]), *(pool or MaxPool()), sync_group)
+    y, _, _, scale_shift = _op(x, *flatten([layer]), *(pool or MaxPool()), sync_group)
     return y, scale_shift

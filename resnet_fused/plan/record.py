@@ -16,6 +16,7 @@ from ..backends import recording
 from ..backends.arguments import nhwc
 from ..backends.autotune import generation
 from ..blocks import BasicBlock, Bottleneck, PaddedIdentity, PlainBlock
+from .arena import Arenas
 from .validity import Snapshot
 
 # Types whose calls consist of nothing but ops, where those stand for them.
@@ -65,6 +66,7 @@ class Segment(NamedTuple):
     """Parts in a row that one program runs."""
 
     program: Any
+    contents: Any  # of the weights that the program reads in a packed form
     calls: list[Callable[[Tensor], Tensor]]
     input: Form
     output: Form
@@ -73,31 +75,38 @@ class Segment(NamedTuple):
 class Plan:
     """What a network runs for one kind of input.
 
-    Every part that was not recorded is called as ever, between the programs.
+    Every part that was not recorded is called as ever, between the programs. Weights that were
+    packed are verified while a program runs; where one has changed, its parts are called instead.
+
+    Attributes:
+        outdated: whether weights were found that have changed since they were packed.
     """
 
     def __init__(
         self,
         snapshot: Snapshot,
         steps: Sequence[Segment | Callable[[Tensor], Tensor]],
-        contents: Any,
+        frozen: Sequence[recording.Packed],
         copies: Sequence[tuple[Tensor, Tensor]],
         kept: Sequence[object],
     ) -> None:
         self.steps = steps
         self._snapshot = snapshot
-        self._contents = contents
+        self._frozen = frozen
         self._sources = [source for source, _ in copies]
         self._copies = [copy for _, copy in copies]
         self._kept = kept  # programs hold addresses only
+        self.outdated = False
 
     def is_valid(self) -> bool:
-        """Whether the programs compute what the ordinary forward would."""
-        return self._snapshot.holds() and (
-            self._contents is None or bool(self._contents.unchanged())
+        """Whether the programs launch what the ordinary forward would."""
+        return (
+            not self.outdated
+            and self._snapshot.holds()
+            and all(recording.version(note.weight) == note.fingerprint for note in self._frozen)
         )
 
-    def run(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor, arenas: Arenas) -> Tensor:
         """The network's result; `is_valid` was asked just before."""
         fresh = True
         if self._copies:
@@ -109,24 +118,33 @@ class Plan:
             image = nhwc(x) if type(x) is Tensor and x.dim() == 4 else x
             # What ran in between may have changed anything.
             if Form.of(image) == step.input and (fresh or self.is_valid()):
-                x = _replay(step, image)
-                continue
+                out = _replay(step, image, arenas)
+                if out is not None:
+                    x = out
+                    continue
+                self.outdated = True
             for call in step.calls:
                 x = call(x)
             fresh = False
         return x
 
 
-def _replay(segment: Segment, x: Tensor) -> Tensor:
+def _replay(segment: Segment, x: Tensor, arenas: Arenas) -> Tensor | None:
+    """The program's result, or None where weights are no longer those that were packed."""
     program, form = segment.program, segment.output
     out = torch.empty_strided(form.shape, form.strides, dtype=form.dtype, device=form.device)
-    arena = torch.empty(program.arena_bytes, dtype=torch.uint8, device=form.device)
     if form.device.type == "cuda":
+        arena = torch.empty(program.arena_bytes, dtype=torch.uint8, device=form.device)
         with torch.cuda.device(form.device):
             stream = torch.cuda.current_stream(form.device).cuda_stream
             program.run(x.data_ptr(), out.data_ptr(), arena.data_ptr(), stream)
-    else:
-        program.run(x.data_ptr(), out.data_ptr(), arena.data_ptr())
+        return out
+    with arenas.borrow(program.arena_bytes) as arena:
+        memory = x.data_ptr(), out.data_ptr(), arena.data_ptr()
+        if segment.contents is None:
+            program.run(*memory)
+        elif not segment.contents.run(program, *memory):
+            return None
     return out
 
 
@@ -172,6 +190,7 @@ def record(network: Network, x: Tensor, extension: ModuleType) -> tuple[Tensor, 
     before = generation()
     recorder, notes = extension.Recorder(), recording.Notes()
     values, ends, complete = [x], [0], []
+    packs = [0]  # what was noted as packed, up to each end
     for piece in pieces:
         if piece.modules is None:
             values.append(piece.call(values[-1]))
@@ -189,24 +208,27 @@ def record(network: Network, x: Tensor, extension: ModuleType) -> tuple[Tensor, 
                 recording.current.reset(token)
             complete.append(not watch.wrote)
         ends.append(len(recorder))
+        packs.append(len(notes.packed))
     out = values[-1]
     known = {id(tensor) for tensor in snapshot.tensors}
-    made_from = [*(note.weight for note in notes.packed), *(source for source, _ in notes.copies)]
+    noted = [*notes.packed, *notes.frozen]
+    made_from = [*(note.weight for note in noted), *(source for source, _ in notes.copies)]
     if (
         not snapshot.is_complete()
         or generation() != before
         or any(id(tensor) not in known for tensor in made_from)
     ):
         return out, None
-    packed = {id(note.weight): note for note in notes.packed if hasattr(note.packed, "packed")}
     constants = [
         *snapshot.tensors,
-        *(note.packed.packed for note in notes.packed if hasattr(note.packed, "packed")),
+        *(note.packed.packed for note in noted if hasattr(note.packed, "packed")),
         *(copy for _, copy in notes.copies),
     ]
     described = [tensor_arg(tensor) for tensor in constants if tensor.dtype in types()]
 
     def program(first: int, last: int) -> Any:
+        if not {values[first].dtype, values[last].dtype} <= types().keys():
+            return None
         return recorder.program(
             ends[first],
             ends[last],
@@ -215,6 +237,14 @@ def record(network: Network, x: Tensor, extension: ModuleType) -> tuple[Tensor, 
             described,
             _ALIGNMENT[x.device.type],
         )
+
+    def contents(first: int, last: int) -> Any:
+        if not hasattr(extension, "Contents"):  # the simulator, which packs nothing
+            return None
+        used = notes.packed[packs[first] : packs[last]]
+        packed = {id(note.weight): note for note in used if hasattr(note.packed, "packed")}
+        weights = [tensor_arg(note.weight) for note in packed.values()]
+        return extension.Contents(weights, [note.fingerprint for note in packed.values()])
 
     complete = [done and program(i, i + 1) is not None for i, done in enumerate(complete)]
     steps: list[Segment | Callable[[Tensor], Tensor]] = []
@@ -229,12 +259,8 @@ def record(network: Network, x: Tensor, extension: ModuleType) -> tuple[Tensor, 
             continue
         calls = [piece.call for piece in pieces[first:last]]
         forms = Form.of(values[first]), Form.of(values[last])
-        steps.append(Segment(program(first, last), calls, *forms))
+        steps.append(Segment(program(first, last), contents(first, last), calls, *forms))
         first = last
     if not any(isinstance(step, Segment) for step in steps):
         return out, None
-    contents = None
-    if packed:
-        weights = [tensor_arg(note.weight) for note in packed.values()]
-        contents = extension.Contents(weights, [note.fingerprint for note in packed.values()])
-    return out, Plan(snapshot, steps, contents, notes.copies, [constants, notes])
+    return out, Plan(snapshot, steps, notes.frozen, notes.copies, [constants, notes])

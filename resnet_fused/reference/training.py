@@ -36,10 +36,6 @@ def _normalised(x: Activation) -> Tensor:
     return (_wide(x.pre_bn) - mean) * scale + shift
 
 
-def _value(x: Tensor | Activation) -> Tensor:
-    return x if isinstance(x, Tensor) else F.relu(_normalised(x)).to(x.pre_bn.dtype)
-
-
 def moments(pre_bn: Tensor) -> Tensor:
     """The (1, 3, K) moments of pre_bn (N, K, P, Q), all zero for an empty one."""
     rows = _rows(pre_bn)
@@ -77,11 +73,16 @@ def pre_bn_gradient(gradient: PreBnGradient) -> Tensor:
 class ReferenceTraining:
     """Implements `resnet_fused.backends.training.TrainingKernels`."""
 
+    def saves_all(self) -> bool:
+        return False
+
+    def is_profitable(self, layers: Sequence[Layer]) -> bool:
+        return False
+
     def conv_stats(
-        self, x: Tensor | Activation, conv: Convolution, statistics: bool
+        self, x: Tensor, conv: Convolution, statistics: bool
     ) -> tuple[Tensor, Tensor | None]:
-        value = _value(x)
-        pre_bn = convolve(value, conv._replace(weight=conv.weight.to(value.dtype)))
+        pre_bn = convolve(x, conv._replace(weight=conv.weight.to(x.dtype)))
         pre_bn = pre_bn.contiguous(memory_format=torch.channels_last)
         if not statistics:
             return pre_bn, None
@@ -117,7 +118,7 @@ class ReferenceTraining:
         return g, [sums(g, branch) for branch in branches]
 
     def merge_sums(self, sums: Tensor) -> Tensor:
-        return sums.sum(0, keepdim=True)
+        return sums.double().sum(0, keepdim=True).to(sums.dtype)
 
     def bn_backward_coefficients(
         self, sums: Tensor, total: Tensor, scale_shift: Tensor, frozen: bool
@@ -136,17 +137,19 @@ class ReferenceTraining:
             sum_g.to(scale_shift.dtype),
         )
 
+    def pre_bn_gradient(self, gradient: PreBnGradient) -> Tensor:
+        return pre_bn_gradient(gradient)
+
     def dgrad(
         self,
-        gradient: PreBnGradient,
+        g: Tensor,
         conv: Convolution,
         shape: torch.Size,
         below: Activation | None,
         add: Tensor | None,
         add_stride: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        dc = pre_bn_gradient(gradient)
-        out = conv2d_input(shape, conv.weight.to(dc.dtype), dc, *conv[1:])
+        out = conv2d_input(shape, conv.weight.to(g.dtype), g, *conv[1:])
         if add is not None and add_stride is None:
             out = out + add
         elif add is not None:
@@ -156,23 +159,30 @@ class ReferenceTraining:
         out = out.contiguous(memory_format=torch.channels_last)
         return out, None if below is None else sums(out, below)
 
-    def wgrad(self, gradient: PreBnGradient, x: Tensor | Activation, conv: Convolution) -> Tensor:
-        dc, value = pre_bn_gradient(gradient), _value(x)
-        out = conv2d_weight(_wide(value), conv.weight.shape, _wide(dc), *conv[1:])
+    def wgrad(self, g: Tensor, x: Tensor, conv: Convolution) -> Tensor:
+        out = conv2d_weight(_wide(x), conv.weight.shape, _wide(g), *conv[1:])
         return out.to(conv.weight.dtype).contiguous(memory_format=torch.channels_last)
 
-    def bn_relu_pool(self, x: Activation, pool: MaxPool) -> Tensor:
-        out = F.max_pool2d(_value(x), *pool)
-        return out.contiguous(memory_format=torch.channels_last)
+    def bn_relu_pool(self, x: Activation, pool: MaxPool) -> tuple[Tensor, Tensor]:
+        value = self.bn_add_relu(x, None)
+        out, index = F.max_pool2d(value, *pool, return_indices=True)
+        rows, columns = (torch.arange(size, device=out.device) for size in out.shape[2:])
+        height = index // value.shape[3] - (rows * pool.stride - pool.padding)[:, None]
+        width = index % value.shape[3] - (columns * pool.stride - pool.padding)
+        return nhwc(out), nhwc((height * pool.kernel + width).to(torch.uint8))
 
-    def pool_gradient(self, grad: Tensor, x: Activation, pool: MaxPool) -> tuple[Tensor, Tensor]:
-        value = _wide(_value(x))
-        _, indices = F.max_pool2d(value, *pool, return_indices=True)
+    def pool_gradient(
+        self, grad: Tensor, x: Activation, argmax: Tensor, pool: MaxPool
+    ) -> tuple[Tensor, Tensor]:
+        value, place = _wide(self.bn_add_relu(x, None)), argmax.long()
+        rows, columns = (torch.arange(size, device=grad.device) for size in grad.shape[2:])
+        height = place // pool.kernel + (rows * pool.stride - pool.padding)[:, None]
+        width = place % pool.kernel + (columns * pool.stride - pool.padding)
         window = [[size, size] for size in (*pool, 1)]
         g = torch.ops.aten.max_pool2d_with_indices_backward(
-            _wide(grad), value, *window, False, indices
+            _wide(grad), value, *window, False, height * value.shape[3] + width
         ).to(grad.dtype)
-        g = torch.where(value > 0, g, 0).contiguous(memory_format=torch.channels_last)
+        g = nhwc(torch.where(value > 0, g, 0))
         return g, sums(g, x)
 
 

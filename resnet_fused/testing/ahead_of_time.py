@@ -41,7 +41,12 @@ TARGETS = {
     120: Target(170, 99 * 1024, "mma.sync"),
 }
 INSTRUCTIONS = sorted({target.instruction for target in TARGETS.values()})
-_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.uint8: "u8",
+}
 DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,

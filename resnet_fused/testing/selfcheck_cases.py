@@ -214,20 +214,21 @@ def _training(dtype: torch.dtype, device: str, num_sms: int) -> Iterator[Case]:
         below = Activation(x, _scale_shift(case.channels, device))
         above = Activation(pre_bn, _scale_shift(case.out_channels, device))
         coefficients = _scale_shift(case.out_channels, device)[[SCALE, INVSTD, MEAN, MEAN]]
-        gradient = PreBnGradient(grad, pre_bn, coefficients, False)
         add = _integers_like(
             case._replace(kernel=1, stride=1, padding=0, out_channels=case.channels), x, rng
         )
         y = torch.relu(pre_bn)
         pooled = ConvCase(images, case.out_channels, *case.output_size, case.out_channels, 3, 2, 1)
+        _, argmax = ReferenceTraining().bn_relu_pool(above, MaxPool(3, 2, 1))
         pieces: dict[str, list[Any]] = {
-            "conv_stats": [below, conv, True],
+            "conv_stats": [x, conv, True],
             "bn_add_relu": [above, grad],
+            "pre_bn_gradient": [PreBnGradient(grad, pre_bn, coefficients, False)],
             "relu_gradient": [grad, y, [above]],
-            "dgrad": [gradient, conv, x.shape, below, add],
-            "wgrad": [gradient, below, conv],
+            "dgrad": [grad, conv, x.shape, below, add],
+            "wgrad": [grad, x, conv],
             "bn_relu_pool": [above, MaxPool(3, 2, 1)],
-            "pool_gradient": [_integers_like(pooled, x, rng), above, MaxPool(3, 2, 1)],
+            "pool_gradient": [_integers_like(pooled, x, rng), above, argmax, MaxPool(3, 2, 1)],
         }
         for piece, arguments in pieces.items():
             exact = 1 if piece == "conv_stats" else 9

@@ -5,6 +5,8 @@
 #include <cstring>
 #include <limits>
 
+#include "parallel.h"
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #endif
@@ -45,10 +47,9 @@ void bn_add_relu(const BnAddRelu& op) {
   const Task task = task_for(best_isa());
   const std::int64_t tasks = std::clamp<std::int64_t>(op.pixels * op.channels / kTaskElements, 1,
                                                       std::max<std::int64_t>(op.pixels, 1));
-#pragma omp parallel for schedule(static) if (tasks > 1)
-  for (std::int64_t i = 0; i < tasks; ++i) {
+  parallel_for(tasks, [&](std::int64_t i) {
     task(op, terms, i * op.pixels / tasks, (i + 1) * op.pixels / tasks);
-  }
+  });
 }
 
 }  // namespace resnet_fused::cpu

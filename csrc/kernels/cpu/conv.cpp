@@ -31,6 +31,8 @@
 #include <utility>
 #include <vector>
 
+#include "parallel.h"
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #endif
@@ -64,7 +66,7 @@ struct Plan {
   std::int64_t out_height, out_width;
   std::int64_t words;  // of one sum
   std::int64_t strips, strips_together;
-  std::int64_t halves_per_line, halves;
+  std::int64_t halves_per_line, longer_halves, halves;  // some have a pixel more than the others
   std::int64_t images_together;  // two where a line is an odd number of halves: equal rows meet
   std::int64_t half_tasks, strip_tasks;
   bool in_place;
@@ -78,9 +80,15 @@ struct Plan {
     const std::int64_t group = line / (images_together * out_height);
     const std::int64_t in_group = line % (images_together * out_height);
     const std::int64_t images = std::min(images_together, conv.batch - group * images_together);
-    const std::int64_t rows = out_width / halves_per_line, longer = out_width % halves_per_line;
+    const std::int64_t rows = out_width / halves_per_line, longer = longer_halves;
     return {group * images_together + in_group % images, in_group / images,
             i * rows + std::min(i, longer), rows + (i < longer)};
+  }
+
+  // Moves on to number `i` of the same line.
+  void advance(HalfPlace& place, std::int64_t i) const {
+    place.x += place.rows;
+    if (i == longer_halves) --place.rows;
   }
 };
 
@@ -151,6 +159,14 @@ class Operand {
         static_cast<const char*>(conv_.x) + (image * conv_.height + y) * conv_.width * bytes;
     const std::int64_t step = window.kernel[1] == 1 ? window.stride[1] : 1;
     std::int64_t x = -window.padding[1];
+    if (step == 1 && plan_.pixel_bytes == bytes) {
+      const std::int64_t left = std::min(window.padding[1], pixels);
+      const std::int64_t inside = std::min(conv_.width, pixels - left);
+      std::memset(to, 0, left * bytes);
+      std::memcpy(to + left * bytes, from, inside * bytes);
+      std::memset(to + (left + inside) * bytes, 0, (pixels - left - inside) * bytes);
+      return;
+    }
     for (std::int64_t i = 0; i < pixels; ++i, x += step, to += plan_.pixel_bytes) {
       if (x < 0 || x >= conv_.width) {
         std::memset(to, 0, plan_.pixel_bytes);
@@ -239,6 +255,7 @@ Plan make_plan(const Conv& conv, int half_rows, std::int64_t threads) {
   plan.strips_together = std::max<std::int64_t>(kTogetherBytes / (plan.words * kStrip * 4), 1);
 
   plan.halves_per_line = ceil_div(plan.out_width, half_rows);
+  plan.longer_halves = plan.out_width % plan.halves_per_line;
   plan.halves = conv.batch * plan.out_height * plan.halves_per_line;
   plan.images_together = plan.halves_per_line % 2 == 1 ? 2 : 1;
 
@@ -291,8 +308,7 @@ void conv_transform_weights(const void* weight, const std::int64_t strides[4], v
   const std::int64_t pixel_words = words_of(in_channels, format);
   const std::int64_t words = kernel[0] * kernel[1] * pixel_words;
   const std::int64_t strips = ceil_div(out_channels, kStrip);
-#pragma omp parallel for schedule(static)
-  for (std::int64_t strip = 0; strip < strips; ++strip) {
+  parallel_for(strips, [&](std::int64_t strip) {
     auto* const to = static_cast<unsigned char*>(packed) + 4 * strip * words * kStrip;
     std::memset(to, 0, 4 * words * kStrip);
     for (std::int64_t j = 0; j < std::min(kStrip, out_channels - strip * kStrip); ++j) {
@@ -309,7 +325,7 @@ void conv_transform_weights(const void* weight, const std::int64_t strides[4], v
         }
       }
     }
-  }
+  });
 }
 
 void conv_bn(const Conv& given, Isa isa) {
@@ -326,10 +342,9 @@ void conv_bn(const Conv& given, Isa isa) {
   const Task task = task_for(given.format, isa);
   const std::int64_t tasks = plan.half_tasks * plan.strip_tasks;
   // Tasks that share weights follow each other.
-#pragma omp parallel for schedule(dynamic, 1) if (tasks > 1)
-  for (std::int64_t i = 0; i < tasks; ++i) {
+  parallel_for(tasks, [&](std::int64_t i) {
     task(passes.data(), static_cast<int>(passes.size()), i % plan.half_tasks, i / plan.half_tasks);
-  }
+  });
 }
 
 }  // namespace resnet_fused::cpu

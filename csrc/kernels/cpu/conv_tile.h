@@ -4,7 +4,8 @@
 constexpr int kVecs = 2;
 constexpr int kTileLines = kVecs * kLanes * sizeof(Element) / 64;  // cache lines of a pixel
 // An fp32 sum runs through this many words in registers before it joins the others.
-constexpr std::int64_t kRun = kFormat == Format::kFloat32 ? 64 : std::int64_t{1} << 62;
+constexpr bool kInRuns = kFormat == Format::kFloat32;
+constexpr std::int64_t kRun = 64;
 
 // Up to kLanes == 16 ? 7 : 3 neighbouring pixels of a line: where they are read and written.
 struct Half {
@@ -13,8 +14,11 @@ struct Half {
   std::int64_t residual;       // elements to its place there
 };
 
-struct Lines {
-  const char *next, *end;
+// Memory to be fetched while tiles are multiplied: two lines with each of `words` words.
+struct Stretch {
+  const char* line;
+  std::int64_t second, step;  // bytes from a pair's first line to its second, and to the next pair
+  std::int64_t words;
 };
 
 // One or two halves of `rows` pixels each, and the window's rows that meet the image.
@@ -22,7 +26,8 @@ struct Tile {
   Half halves[2];
   int count, rows;
   std::int64_t first_row, last_row;
-  Lines ahead[2];  // to be fetched meanwhile: the next tile's and the next weights
+  Stretch lines[4];  // of the result and the residual, in the first column
+  int stretches;
 };
 
 // What a tile's sums become.
@@ -46,16 +51,21 @@ ISA_INLINE std::uint32_t word_at(const char* p) {
   return word;
 }
 
-// sum += a[rows][count] * b[count][kVecs vectors], moving both on; for each word one line is
-// prefetched, `step` bytes apart. Rows whose bit is set in kOutside are left out.
+// sum += a[rows][count] * b[count][kVecs vectors], moving both and `fetch` on. Rows whose bit is
+// set in kOutside are left out.
 template <int kRows, int kHalves, int kOutside = 0>
 ISA_INLINE void accumulate(Vec (&sum)[kRows * kHalves][kVecs], const char* (&a)[2],
                            std::int64_t stride, const std::uint32_t*& b, std::int64_t count,
-                           const char*& line, std::int64_t step) {
+                           Stretch& fetch) {
   const std::int64_t three = 3 * stride, five = 5 * stride;
   const char *low = a[0], *high = a[1];
-  for (; count > 0; --count, low += 4, high += 4, b += kStrip, line += step) {
-    __builtin_prefetch(line);
+  const char *first = fetch.line, *second = fetch.line + fetch.second;
+  const std::int64_t step = fetch.step;
+  fetch.words -= count;
+  fetch.line += count * step;
+  for (; count > 0; --count, low += 4, high += 4, b += kStrip, first += step, second += step) {
+    __builtin_prefetch(first);
+    __builtin_prefetch(second);
     Vec columns[kVecs];
 #pragma GCC unroll 2
     for (int j = 0; j < kVecs; ++j) columns[j] = load_words(b + j * kLanes);
@@ -118,9 +128,12 @@ ISA_INLINE void accumulate_inside(int outside, Arguments&&... arguments) {
 template <int kRows, int kHalves, End kEnd, bool kWhole>
 ISA_INLINE void finish(const Vec (&sum)[kRows * kHalves][kVecs], const Conv& conv, const Tile& tile,
                        const Columns& columns, float* kept) {
-  const TermsAt terms = columns.terms;  // copies: what follows may write anywhere
-  const std::int64_t channels = conv.out_channels, all_valid = columns.valid;
-  const Vec least = least_result(conv.relu && kEnd != End::kKeep);
+  const std::int64_t channels = conv.out_channels, valid = columns.valid;
+  const std::int64_t added = conv.residual.channels - columns.first, pitch = conv.residual.pixel;
+  const Vec least = least_result(conv.relu);
+  NormTerms terms[kVecs];  // in registers: what follows may write anywhere
+#pragma GCC unroll 2
+  for (int j = 0; j < kVecs; ++j) terms[j] = NormTerms(columns.terms, j * kLanes);
 #pragma GCC unroll 2
   for (int half = 0; half < kHalves; ++half) {
     const std::int64_t first = tile.halves[half].pixel * channels + columns.first;
@@ -128,130 +141,90 @@ ISA_INLINE void finish(const Vec (&sum)[kRows * kHalves][kVecs], const Conv& con
     const auto* residual = static_cast<const Element*>(conv.residual.data) +
                            tile.halves[half].residual + columns.first;
 #pragma GCC unroll 7
-    for (int r = 0; r < kRows; ++r, out += channels) {
-#pragma GCC unroll 2
-      for (int j = 0; j < kVecs; ++j, kept += kLanes) {
-        const int k = j * kLanes;
-        const std::int64_t valid = kWhole ? kLanes : all_valid - k;
-        if (valid <= 0) continue;
-        const TermsAt at{terms.mean + k, terms.scale + k, terms.bias + k};
-        const Vec v = sum[half * kRows + r][j];
-        if constexpr (kEnd == End::kResult) {
-          store(out + k, normalise(v, at, least), valid);
-        } else if constexpr (kEnd == End::kResidual) {
-          const std::int64_t left = kWhole ? kLanes : conv.residual.channels - columns.first - k;
-          const Vec added = load(residual + r * conv.residual.pixel + k, left);
-          store(out + k, normalise(v, at, added, least), valid);
-        } else if constexpr (kEnd == End::kAdd) {
-          store(out + k, normalise(v, at, load(kept), least), valid);
+    for (int r = 0; r < kRows; ++r, out += channels, residual += pitch, kept += kVecs * kLanes) {
+      Vec v[kVecs], more[kVecs] = {};
+      if constexpr (kEnd == End::kResidual) {
+        if constexpr (kWhole) {
+          load_row(residual, more);
         } else {
-          store(kept, normalise(v, at, least));
+          for (int j = 0; j < kVecs && j * kLanes < added; ++j) {
+            more[j] = load(residual + j * kLanes, added - j * kLanes);
+          }
+        }
+      } else if constexpr (kEnd == End::kAdd) {
+#pragma GCC unroll 2
+        for (int j = 0; j < kVecs; ++j) more[j] = load(kept + j * kLanes);
+      }
+#pragma GCC unroll 2
+      for (int j = 0; j < kVecs; ++j) {
+        constexpr bool kAdds = kEnd == End::kResidual || kEnd == End::kAdd;
+        v[j] = kAdds ? terms[j].normalise(sum[half * kRows + r][j], more[j])
+                     : terms[j].normalise(sum[half * kRows + r][j]);
+        if constexpr (kEnd != End::kKeep) v[j] = at_least(v[j], least);
+      }
+      if constexpr (kEnd == End::kKeep) {
+#pragma GCC unroll 2
+        for (int j = 0; j < kVecs; ++j) store(kept + j * kLanes, v[j]);
+      } else if constexpr (kWhole) {
+        store_row(out, v);
+      } else {
+        for (int j = 0; j < kVecs && j * kLanes < valid; ++j) {
+          store(out + j * kLanes, v[j], valid - j * kLanes);
         }
       }
     }
   }
 }
 
-// The lines that the epilogue of a tile needs, one by one: all at once would hold up the weights.
-template <int kHalves>
-struct EpilogueLines {
-  const Conv& conv;
-  const Tile& tile;
-  std::int64_t column;
-  End end;
-
-  int stretches() const {
-    const int tensors = end == End::kKeep ? 0 : end == End::kResidual ? 2 : 1;
-    return tensors * kHalves * kTileLines;
-  }
-
-  // A stretch of tile.rows lines: the first, and bytes from one to the next.
-  std::pair<const char*, std::int64_t> stretch(int i) const {
-    const Half& half = tile.halves[i / kTileLines % kHalves];
-    const bool of_result = i < kHalves * kTileLines;
-    const void* const base = of_result ? conv.out : conv.residual.data;
-    const std::int64_t pitch = of_result ? conv.out_channels : conv.residual.pixel;
-    const std::int64_t first = of_result ? half.pixel * pitch : half.residual;
-    const std::int64_t size = sizeof(Element);
-    return {static_cast<const char*>(base) + i % kTileLines * 64 + (first + column) * size,
-            pitch * size};
-  }
-};
-
-// One tile's sums over the whole window, and the epilogue.
+// One tile's sums over the whole window, and the epilogue. `fetch` ends with an endless stretch.
 template <int kRows, int kHalves>
 ISA inline __attribute__((noinline)) void multiply(const Conv& conv, const Source& source,
-                                                   Tile& tile, const Columns& columns, End end,
-                                                   float* kept) {
-  alignas(64) float sums[kRows * kHalves * kVecs * kLanes];
-  Vec sum[kRows * kHalves][kVecs] = {};
-  const std::int64_t row_words = source.segments * source.words;
-  std::int64_t position = tile.first_row * row_words;  // in the sum
-  const std::int64_t stop = tile.last_row * row_words;
+                                                   const Tile& tile, const Columns& columns,
+                                                   End end, Stretch* fetch, float* kept) {
+  const std::int64_t taps = (tile.last_row - tile.first_row) * source.segments;
+  std::int64_t position = tile.first_row * source.segments * source.words;  // in the sum
+  const std::int64_t stop = position + taps * source.words;
+  alignas(64) float sums[kInRuns ? kRows * kHalves * kVecs * kLanes : 1];
   bool first_run = true;
-
-  const EpilogueLines<kHalves> lines{conv, tile, columns.first, end};
-  const int stretches = lines.stretches();
-  int stretch = -3;  // before them, the lines ahead
-  const char* line = nullptr;
-  std::int64_t step = 64, lines_left = 0;
-  std::int64_t spare = stop - position - std::int64_t{stretches} * kRows;
-
+  Vec sum[kRows * kHalves][kVecs] = {};
   const std::uint32_t* b = columns.weights + position * kStrip;
-  for (std::int64_t row = tile.first_row; row < tile.last_row; ++row) {
-    for (std::int64_t segment = 0; segment < source.segments; ++segment) {
-      const std::int64_t offset = row * source.row_pitch + segment * source.segment_pitch;
-      const int outside =
-          source.segments > 1 ? ends_outside<kRows, kHalves>(conv, tile, segment) : 0;
-      const char* a[2] = {tile.halves[0].x + offset, tile.halves[kHalves - 1].x + offset};
-      for (std::int64_t words = source.words; words > 0;) {
-        while (lines_left <= 0) {
-          ++stretch;
-          if (stretch < 0) {
-            Lines& ahead = tile.ahead[stretch + 2];
-            line = ahead.next;
-            lines_left = std::min((ahead.end - ahead.next) / 64, spare);
-            if (lines_left > 0) {
-              ahead.next += 64 * lines_left;
-              spare -= lines_left;
-            }
-            continue;
-          }
-          if (stretch < stretches) {
-            std::tie(line, step) = lines.stretch(stretch);
-            lines_left = kRows;
-          } else {
-            line = a[0];
-            step = 0;
-            lines_left = stop;
-          }
-        }
-        std::int64_t count = std::min({words, lines_left, kRun - position % kRun});
-        accumulate_inside<kRows, kHalves>(outside, sum, a, source.pixel_pitch, b, count, line,
-                                          step);
-        words -= count;
-        lines_left -= count;
+  std::int64_t line = tile.first_row * source.row_pitch, offset = line, segment = 0;
+  for (std::int64_t tap = 0; tap < taps; ++tap) {
+    const int outside = source.segments > 1 ? ends_outside<kRows, kHalves>(conv, tile, segment) : 0;
+    const char* a[2] = {tile.halves[0].x + offset, tile.halves[kHalves - 1].x + offset};
+    for (std::int64_t words = source.words; words > 0;) {
+      while (fetch->words == 0) ++fetch;
+      std::int64_t count = std::min(words, fetch->words);
+      if constexpr (kInRuns) count = std::min(count, kRun - position % kRun);
+      accumulate_inside<kRows, kHalves>(outside, sum, a, source.pixel_pitch, b, count, *fetch);
+      words -= count;
+      if constexpr (kInRuns) {
         position += count;
-        if (position % kRun == 0 || position == stop) {
-          if (!first_run) {
-#pragma GCC unroll 14
-            for (int r = 0; r < kRows * kHalves; ++r) {
-#pragma GCC unroll 2
-              for (int j = 0; j < kVecs; ++j) sum[r][j] += load(sums + (r * kVecs + j) * kLanes);
-            }
-          }
-          if (position == stop) break;
-          first_run = false;
+        if (position % kRun != 0 && position != stop) continue;
+        if (!first_run) {
 #pragma GCC unroll 14
           for (int r = 0; r < kRows * kHalves; ++r) {
 #pragma GCC unroll 2
-            for (int j = 0; j < kVecs; ++j) {
-              store(sums + (r * kVecs + j) * kLanes, sum[r][j]);
-              sum[r][j] = Vec{};
-            }
+            for (int j = 0; j < kVecs; ++j) sum[r][j] += load(sums + (r * kVecs + j) * kLanes);
+          }
+        }
+        if (position == stop) break;
+        first_run = false;
+#pragma GCC unroll 14
+        for (int r = 0; r < kRows * kHalves; ++r) {
+#pragma GCC unroll 2
+          for (int j = 0; j < kVecs; ++j) {
+            store(sums + (r * kVecs + j) * kLanes, sum[r][j]);
+            sum[r][j] = Vec{};
           }
         }
       }
+    }
+    offset += source.segment_pitch;
+    if (++segment == source.segments) {
+      segment = 0;
+      line += source.row_pitch;
+      offset = line;
     }
   }
   constexpr std::int64_t kWide = kVecs * kLanes;
@@ -272,7 +245,8 @@ ISA inline __attribute__((noinline)) void multiply(const Conv& conv, const Sourc
   }
 }
 
-using Multiply = void (*)(const Conv&, const Source&, Tile&, const Columns&, End, float* kept);
+using Multiply = void (*)(const Conv&, const Source&, const Tile&, const Columns&, End, Stretch*,
+                          float* kept);
 
 template <int kHalves, int... Indices>
 constexpr std::array<Multiply, sizeof...(Indices)> multiplies(
@@ -285,46 +259,93 @@ constexpr std::array<Multiply, kHalfRows> kMultiply[2] = {
     multiplies<1>(std::make_integer_sequence<int, kHalfRows>{}),
     multiplies<2>(std::make_integer_sequence<int, kHalfRows>{})};
 
+// Adds the lines of a tile's pixels in one tensor, `pitch` elements apart, its halves from element
+// `low` and `high` on.
+ISA_INLINE void add_lines(Tile& tile, const void* data, std::int64_t pitch, std::int64_t low,
+                          std::int64_t high) {
+  const std::int64_t bytes = pitch * sizeof(Element);
+  const bool in_line = tile.count == 2 && high == low + tile.rows * pitch;
+  const std::int64_t rows = in_line ? 2 * tile.rows : tile.rows;
+  for (int i = 0; i < (in_line ? 1 : tile.count); ++i) {
+    const char* const line =
+        static_cast<const char*>(data) + (i == 0 ? low : high) * sizeof(Element);
+    tile.lines[tile.stretches++] = kTileLines == 2
+                                       ? Stretch{line, 64, bytes, rows}
+                                       : Stretch{line, bytes, 2 * bytes, (rows + 1) / 2};
+  }
+}
+
 // The tiles of a task's pixels; returns their number.
 ISA_INLINE int make_tiles(const Pass& pass, const Operand& operand, std::int64_t begin,
                           std::int64_t end, Tile* tiles) {
   const auto& [conv, plan, terms] = pass;
   int count = 0;
+  HalfPlace place = plan.half(conv, begin);
+  std::int64_t in_line = begin % plan.halves_per_line;
+  auto [first, last] = rows_inside(conv, place.y);
   for (std::int64_t half = begin; half < end; ++count) {
     Tile& tile = tiles[count];
-    tile = {};
-    for (; tile.count < 2 && half < end; ++half) {
-      const HalfPlace place = plan.half(conv, half);
-      if (tile.count == 1 && place.rows != tile.rows) break;
-      const auto [first, last] = rows_inside(conv, place.y);
-      tile.first_row = tile.count == 0 ? first : std::min(tile.first_row, first);
-      tile.last_row = tile.count == 0 ? last : std::max(tile.last_row, last);
-      tile.rows = static_cast<int>(place.rows);
+    tile.count = tile.stretches = 0;
+    tile.rows = static_cast<int>(place.rows);
+    tile.first_row = first;
+    tile.last_row = last;
+    for (; tile.count < 2 && half < end && place.rows == tile.rows;) {
+      tile.first_row = std::min(tile.first_row, first);
+      tile.last_row = std::max(tile.last_row, last);
       const std::int64_t pixel =
           (place.image * plan.out_height + place.y) * plan.out_width + place.x;
       tile.halves[tile.count++] = {operand.window(place), pixel, place.x,
                                    conv.residual.offset(pixel)};
+      ++half;
+      if (++in_line < plan.halves_per_line) {
+        plan.advance(place, in_line);
+      } else if (half < end) {
+        in_line = 0;
+        place = plan.half(conv, half);
+        std::tie(first, last) = rows_inside(conv, place.y);
+      }
+    }
+    const Half &low = tile.halves[0], &high = tile.halves[tile.count - 1];
+    add_lines(tile, conv.out, conv.out_channels, low.pixel * conv.out_channels,
+              high.pixel * conv.out_channels);
+    if (conv.residual.channels > 0) {
+      add_lines(tile, conv.residual.data, conv.residual.pixel, low.residual, high.residual);
     }
   }
   return count;
 }
 
-// What to fetch while tile i meets the strips from `strip` on: the next tile, in the task's first
-// round, and its share of the next round's weights.
-ISA_INLINE void set_ahead(const Pass& pass, Tile* tiles, int i, int count, bool first_round,
-                          std::int64_t next_strip, std::int64_t next_strips) {
-  const Plan& plan = pass.plan;
-  Lines(&ahead)[2] = tiles[i].ahead;
-  ahead[0] = {};
-  if (plan.in_place && first_round && i + 1 < count) {
-    const Tile& next = tiles[i + 1];
-    const char* const x = next.halves[0].x;
-    ahead[0] = {x, x + plan.source.pixel_pitch * next.rows * next.count};
+// What to fetch during one pass over a tile.
+class Agenda {
+ public:
+  explicit Agenda(const void* anything) {
+    stretches_[kAhead] = stretches_[kAhead + 1] = {};
+    stretches_[kAhead + 2] = {static_cast<const char*>(anything), 0, 0, std::int64_t{1} << 62};
   }
-  const std::int64_t strip_bytes = plan.words * kStrip * 4, bytes = next_strips * strip_bytes;
-  const char* const weights = static_cast<const char*>(pass.conv.packed) + next_strip * strip_bytes;
-  ahead[1] = {weights + bytes * i / count / 64 * 64, weights + bytes * (i + 1) / count / 64 * 64};
-}
+
+  // What will be read next where it lies in line, whenever there is time: 0: the next tile, 1: the
+  // next weights.
+  ISA_INLINE void set_ahead(int which, const void* data, std::int64_t bytes) {
+    stretches_[kAhead + which] = {static_cast<const char*>(data), 64, 128, ceil_div(bytes, 128)};
+  }
+
+  // The stretches, first of all the lines of the epilogue that comes next: far apart, they are
+  // foreseen by no prefetcher of the processor.
+  ISA_INLINE Stretch* before(const Tile* tile, std::int64_t column) {
+    Stretch* first = stretches_ + kAhead;
+    if (tile == nullptr) return first;
+    first -= tile->stretches;
+    for (int i = 0; i < tile->stretches; ++i) {
+      first[i] = tile->lines[i];
+      first[i].line += column * sizeof(Element);
+    }
+    return first;
+  }
+
+ private:
+  static constexpr int kAhead = 4;
+  Stretch stretches_[kAhead + 3];
+};
 
 ISA void conv_task(const Pass* passes, int pass_count, std::int64_t half_task,
                    std::int64_t strip_task) {
@@ -338,6 +359,7 @@ ISA void conv_task(const Pass* passes, int pass_count, std::int64_t half_task,
     count = make_tiles(passes[i], operand, begin, end, tiles[i].data());
   }
   alignas(64) float kept[2 * kHalfRows * kVecs * kLanes];
+  Agenda agendas[2] = {Agenda(kept), Agenda(kept)};
 
   const std::int64_t first_strip = strip_task * plan.strips / plan.strip_tasks;
   const std::int64_t last_strip = (strip_task + 1) * plan.strips / plan.strip_tasks;
@@ -345,27 +367,44 @@ ISA void conv_task(const Pass* passes, int pass_count, std::int64_t half_task,
       std::min(last_strip * kStrip, round_up(conv.out_channels, kVecs * kLanes));
   const std::int64_t together = plan.strips_together;
   for (std::int64_t strip = first_strip; strip < last_strip; strip += together) {
-    const std::int64_t next = strip + together;
+    const std::int64_t next = strip + together, round_end = std::min(next * kStrip, last);
     const std::int64_t next_strips = std::clamp<std::int64_t>(last_strip - next, 0, together);
+    const std::int64_t share = ceil_div(next_strips * kStrip, count);  // columns
     for (int i = 0; i < count; ++i) {
       for (int pass = 0; pass < pass_count; ++pass) {
-        set_ahead(passes[pass], tiles[pass].data(), i, count, strip == first_strip, next,
-                  next_strips);
+        const Pass& at = passes[pass];
+        const std::int64_t column_bytes = at.plan.words * 4;
+        const std::int64_t from = std::min(share * i, next_strips * kStrip);
+        const std::int64_t to = std::min(share * (i + 1), next_strips * kStrip);
+        agendas[pass].set_ahead(
+            1, static_cast<const char*>(at.conv.packed) + (next * kStrip + from) * column_bytes,
+            (to - from) * column_bytes);
+        const bool reads_next = at.plan.in_place && strip == first_strip && i + 1 < count;
+        const Tile& coming = tiles[pass][reads_next ? i + 1 : i];
+        agendas[pass].set_ahead(
+            0, coming.halves[0].x,
+            reads_next ? at.plan.source.pixel_pitch * coming.rows * coming.count : 0);
       }
-      for (std::int64_t k = strip * kStrip; k < std::min(next * kStrip, last);
-           k += kVecs * kLanes) {
+      for (std::int64_t k = strip * kStrip; k < round_end; k += kVecs * kLanes) {
+        // The epilogue that follows this one's, or the projection.
+        const bool stays = k + kVecs * kLanes < round_end;
+        const Tile* coming = stays ? &tiles[0][i] : i + 1 < count ? &tiles[0][i + 1] : nullptr;
+        std::int64_t column = stays ? k + kVecs * kLanes : strip * kStrip;
         for (int pass = pass_count - 1; pass >= 0; --pass) {
-          const auto& [pass_conv, pass_plan, pass_terms] = passes[pass];
-          const Columns columns{static_cast<const std::uint32_t*>(pass_conv.packed) +
-                                    k / kStrip * pass_plan.words * kStrip + k % kStrip,
-                                pass_terms.at(k), k, conv.out_channels - k};
+          const Pass& at = passes[pass];
+          const Columns columns{static_cast<const std::uint32_t*>(at.conv.packed) +
+                                    k / kStrip * at.plan.words * kStrip + k % kStrip,
+                                at.terms.at(k), k, conv.out_channels - k};
           const End end_of_pass = pass == 1                    ? End::kKeep
                                   : pass_count == 2            ? End::kAdd
                                   : k < conv.residual.channels ? End::kResidual
                                                                : End::kResult;
-          Tile& tile = tiles[pass][i];
-          kMultiply[tile.count - 1][tile.rows - 1](pass_conv, pass_plan.source, tile, columns,
-                                                   end_of_pass, kept);
+          const Tile& tile = tiles[pass][i];
+          Stretch* const fetch = pass == 1         ? agendas[1].before(&tiles[0][i], k)
+                                 : pass_count == 2 ? agendas[0].before(nullptr, 0)
+                                                   : agendas[0].before(coming, column);
+          kMultiply[tile.count - 1][tile.rows - 1](at.conv, at.plan.source, tile, columns,
+                                                   end_of_pass, fetch, kept);
         }
       }
     }

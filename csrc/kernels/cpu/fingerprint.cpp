@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "parallel.h"
 
 namespace resnet_fused::cpu {
 namespace {
@@ -75,26 +76,37 @@ std::uint64_t hash_chunk(Absorb absorb, const unsigned char* data, std::size_t s
 
 }  // namespace
 
-void fingerprints(const Bytes* inputs, std::size_t count, std::uint64_t* out) {
-  struct Chunk {
-    Bytes bytes;
-    std::size_t input;
-    std::uint64_t hash;
-  };
-  std::vector<Chunk> chunks;
-  for (std::size_t i = 0; i < count; ++i) {
-    out[i] = step(0, inputs[i].size);
-    for (std::size_t at = 0; at < inputs[i].size; at += kChunkBytes) {
-      chunks.push_back({{inputs[i].data + at, std::min(kChunkBytes, inputs[i].size - at)}, i, 0});
+Fingerprints::Fingerprints(const std::vector<Bytes>& inputs) {
+  for (const auto& [data, size] : inputs) {
+    for (std::size_t at = 0; at < size; at += kChunkBytes) {
+      chunks_.push_back({{data + at, std::min(kChunkBytes, size - at)}, sizes_.size()});
     }
+    sizes_.push_back(size);
   }
+}
+
+void Fingerprints::hash(std::size_t first, std::size_t last, std::uint64_t* hashes) const {
   const Absorb absorb = absorb_for(best_isa());
-  const auto total = static_cast<std::int64_t>(chunks.size());
-#pragma omp parallel for schedule(dynamic, 1) if (total > 1)
-  for (std::int64_t i = 0; i < total; ++i) {
-    chunks[i].hash = hash_chunk(absorb, chunks[i].bytes.data, chunks[i].bytes.size);
+  parallel_for(static_cast<std::int64_t>(last - first), [&](std::int64_t i) {
+    const auto& [data, size] = chunks_[first + i].bytes;
+    hashes[first + i] = hash_chunk(absorb, data, size);
+  });
+}
+
+std::vector<std::uint64_t> Fingerprints::fold(const std::uint64_t* hashes) const {
+  std::vector<std::uint64_t> out;
+  for (const std::uint64_t size : sizes_) out.push_back(step(0, size));
+  for (std::size_t i = 0; i < chunks_.size(); ++i) {
+    std::uint64_t& hash = out[chunks_[i].input];
+    hash = step(hash, hashes[i]);
   }
-  for (const Chunk& chunk : chunks) out[chunk.input] = step(out[chunk.input], chunk.hash);
+  return out;
+}
+
+std::vector<std::uint64_t> Fingerprints::all() const {
+  std::vector<std::uint64_t> hashes(chunks());
+  hash(0, chunks(), hashes.data());
+  return fold(hashes.data());
 }
 
 }  // namespace resnet_fused::cpu

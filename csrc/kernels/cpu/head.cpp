@@ -8,6 +8,8 @@
 #include <limits>
 #include <vector>
 
+#include "parallel.h"
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #endif
@@ -55,19 +57,14 @@ void head(const Head& head) {
   std::vector<float> pooled(head.batch * stride);
   const std::int64_t parts = ceil_div(head.channels, kPoolChannels);
   const std::int64_t blocks = ceil_div(head.classes, kClasses);
-#pragma omp parallel
-  {
-#pragma omp for schedule(static)
-    for (std::int64_t i = 0; i < head.batch * parts; ++i) {
-      const std::int64_t image = i / parts;
-      tasks.pool(head, image, i % parts * kPoolChannels, pooled.data() + image * stride);
-    }
-#pragma omp for schedule(static)
-    for (std::int64_t i = 0; i < blocks; ++i) {
-      tasks.classify(head, pooled.data(), stride, i * kClasses,
-                     std::min((i + 1) * kClasses, head.classes));
-    }
-  }
+  parallel_for(head.batch * parts, [&](std::int64_t i) {
+    const std::int64_t image = i / parts;
+    tasks.pool(head, image, i % parts * kPoolChannels, pooled.data() + image * stride);
+  });
+  parallel_for(blocks, [&](std::int64_t i) {
+    tasks.classify(head, pooled.data(), stride, i * kClasses,
+                   std::min((i + 1) * kClasses, head.classes));
+  });
 }
 
 }  // namespace resnet_fused::cpu

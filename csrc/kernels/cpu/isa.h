@@ -13,9 +13,6 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <cpuid.h>
 #endif
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 namespace resnet_fused::cpu {
 
@@ -87,18 +84,10 @@ class Scratch {
   std::size_t capacity_ = 0;
 };
 
-// A thread has two, for the two inputs of a block's end.
+// A thread has three: two for the two inputs of a block's end, and one for a task's own.
 inline Scratch& thread_scratch(int index = 0) {
-  thread_local Scratch scratch[2];
+  thread_local Scratch scratch[3];
   return scratch[index];
-}
-
-inline std::int64_t max_threads() {
-#ifdef _OPENMP
-  return omp_get_max_threads();
-#else
-  return 1;
-#endif
 }
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }

@@ -71,16 +71,49 @@ ISA_INLINE Vec at_least(Vec v, Vec least) {
 #endif
 }
 
+// The batch norm of a vector's channels.
+struct NormTerms {
+  Vec mean, scale, bias;
+
+  NormTerms() = default;
+  ISA_INLINE NormTerms(const TermsAt& terms, int first)
+      : mean(load(terms.mean + first)),
+        scale(load(terms.scale + first)),
+        bias(load(terms.bias + first)) {}
+
+  ISA_INLINE Vec normalise(Vec v) const { return (v - mean) * scale + bias; }
+  ISA_INLINE Vec normalise(Vec v, Vec residual) const {
+    return (v - mean) * scale + (bias + residual);
+  }
+};
+
 // max(batch norm of v, plus residual; least).
 ISA_INLINE Vec normalise(Vec v, const TermsAt& terms, Vec residual, Vec least) {
-  v = (v - load(terms.mean)) * load(terms.scale) + (load(terms.bias) + residual);
-  return at_least(v, least);
+  return at_least(NormTerms(terms, 0).normalise(v, residual), least);
 }
 
 ISA_INLINE Vec normalise(Vec v, const TermsAt& terms, Vec least) {
-  v = (v - load(terms.mean)) * load(terms.scale) + load(terms.bias);
-  return at_least(v, least);
+  return at_least(NormTerms(terms, 0).normalise(v), least);
 }
+
+// Neighbouring vectors at once.
+template <typename Element, int kCount>
+ISA_INLINE void load_row(const Element* p, Vec (&v)[kCount]) {
+#pragma GCC unroll 2
+  for (int j = 0; j < kCount; ++j) v[j] = load(p + j * kLanes);
+}
+
+template <typename Element, int kCount>
+ISA_INLINE void store_row(Element* p, const Vec (&v)[kCount]) {
+#pragma GCC unroll 2
+  for (int j = 0; j < kCount; ++j) store(p + j * kLanes, v[j]);
+}
+
+#ifdef ISA_BF16
+ISA_INLINE void store_row(BFloat16* p, const Vec (&v)[2]) {
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)v[1], (__m512)v[0]));
+}
+#endif
 
 // What a convolution multiplies: 32-bit words, each one fp32 number or a pair of bfloat16 ones.
 #ifdef ISA_BF16

@@ -23,6 +23,8 @@
 #include <cstring>
 #include <limits>
 
+#include "parallel.h"
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #endif
@@ -100,8 +102,7 @@ std::int64_t winograd_weight_floats(std::int64_t in_channels, std::int64_t out_c
 void winograd_transform_weights(const float* weight, const std::int64_t strides[4], float* packed,
                                 std::int64_t in_channels, std::int64_t out_channels) {
   const std::int64_t padded = round_up(out_channels, 16);
-#pragma omp parallel for schedule(static)
-  for (std::int64_t k = 0; k < padded; ++k) {
+  parallel_for(padded, [&](std::int64_t k) {
     const std::int64_t first = k / kBlock * kBlock;
     const std::int64_t width = std::min(kBlock, padded - first);
     float* to = packed + 16 * in_channels * first + (k - first);
@@ -127,7 +128,7 @@ void winograd_transform_weights(const float* weight, const std::int64_t strides[
         }
       }
     }
-  }
+  });
 }
 
 void winograd_conv(const WinogradConv& conv, Isa isa) {
@@ -137,10 +138,9 @@ void winograd_conv(const WinogradConv& conv, Isa isa) {
   const Task task = task_for(isa);
   const std::int64_t tasks = plan.tile_tasks * plan.block_tasks;
   // Tasks that share a part of U follow each other.
-#pragma omp parallel for schedule(dynamic, 1) if (tasks > 1)
-  for (std::int64_t i = 0; i < tasks; ++i) {
+  parallel_for(tasks, [&](std::int64_t i) {
     task(conv, plan, terms, i % plan.tile_tasks, i / plan.tile_tasks);
-  }
+  });
 }
 
 }  // namespace resnet_fused::cpu

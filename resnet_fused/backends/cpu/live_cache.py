@@ -66,8 +66,11 @@ class LiveCache(Generic[Packed]):
             entry = slot.packed[form] = (content, pack())
         packed = entry[1]
         if (notes := recording.current.get()) is not None:
-            notes.packed.append(recording.Packed(weight, content[-1], packed))
+            self._note(notes, recording.Packed(weight, content[-1], packed))
         return packed
+
+    def _note(self, notes: recording.Notes, packed: recording.Packed) -> None:
+        notes.packed.append(packed)
 
     def _content(self, weight: Tensor) -> tuple[Any, ...]:
         dense = _dense(weight)
@@ -85,3 +88,18 @@ class LiveCache(Generic[Packed]):
 
         slots[key] = slot = _Slot[Packed](weakref.ref(weight, drop))
         return slot
+
+
+class FrozenCache(LiveCache[Packed]):
+    """Packed forms of weights that nobody is to edit: a quantised network's.
+
+    Hashing them would take a good part of a forward of one image, so that only version counters and
+    addresses are compared. That misses what moves neither, `p.data.mul_()`.
+    """
+
+    def _content(self, weight: Tensor) -> tuple[Any, ...]:
+        address = weight.data_ptr()
+        return weight.dtype, weight.shape, weight.stride(), address, recording.version(weight)
+
+    def _note(self, notes: recording.Notes, packed: recording.Packed) -> None:
+        notes.frozen.append(packed)

@@ -27,6 +27,7 @@ from ...errors import BackendUnavailableError
 from ...parameters import BatchNorm, ConvBn, Convolution, MaxPool
 from ...reference.ops import pad_channels
 from .. import Backend, Candidate, Candidates
+from ..reference import ReferenceBackend
 from .launch import Launcher
 
 # For the heuristic: more images are work for tensor cores, which head.cu does without.
@@ -36,7 +37,7 @@ _MOST_IMAGES_OF_LINEAR = 16
 _WIDEST_INNER = 128
 
 
-class CudaBackend:
+class CudaBackend(ReferenceBackend):
     """Implements `resnet_fused.backends.Backend`."""
 
     name = "cuda"

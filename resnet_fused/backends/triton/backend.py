@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...parameters import BatchNorm, ConvBn, MaxPool
 from .. import Candidates
+from ..reference import ReferenceBackend
 from .convolution import list_conv_bn, list_conv_bn_projection
 from .elementwise import list_bn_add_relu
 from .head import list_head
@@ -45,7 +46,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-class TritonBackend:
+class TritonBackend(ReferenceBackend):
     """Implements `resnet_fused.backends.Backend`."""
 
     name = "triton"

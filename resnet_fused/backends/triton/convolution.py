@@ -155,7 +155,6 @@ def conv_bn_kernel(
     column = pack * gemm.columns + tl.where(column < gemm.columns, column, 0)
     acc = convolve(
         x,
-        None,
         weight,
         tl.where(row < gemm.rows, row, 0),
         column,
@@ -217,10 +216,9 @@ def conv_bn_projection_kernel(
     column = first_column + tl.arange(0, TILE.n)
     column = tl.where(column < gemm.columns, column, 0)
     safe_row = tl.where(row < gemm.rows, row, 0)
-    acc = convolve(x, None, weight, safe_row, column, 0, image, result, image.c, EVEN, WINDOW, TILE)
+    acc = convolve(x, weight, safe_row, column, 0, image, result, image.c, EVEN, WINDOW, TILE)
     projected = convolve(
         shortcut,
-        None,
         projection,
         safe_row,
         column,

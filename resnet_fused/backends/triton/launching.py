@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from ...parameters import BatchNorm, ConvBn, Convolution, PreBnGradient
+from ...parameters import BatchNorm, ConvBn, Convolution
 from .. import Candidate, tf32_in_convolutions
 
 # Row indices run past the result by at most a tile, which must not overflow 32 bits either.
@@ -249,14 +249,6 @@ def dense_convolution(conv: Convolution, dtype: torch.dtype) -> Convolution:
 def dense_layer(layer: ConvBn) -> ConvBn:
     """`layer` with a channels_last weight and contiguous vectors."""
     return ConvBn(dense_convolution(layer.conv, layer.conv.weight.dtype), dense(layer.bn))
-
-
-def dense_gradient(gradient: PreBnGradient) -> PreBnGradient:
-    """`gradient` with channels_last tensors; without the pre-BN output where frozen layers need
-    none."""
-    grad, pre_bn, coefficients, frozen = gradient
-    pre_bn = None if frozen or pre_bn is None else nhwc(pre_bn)
-    return PreBnGradient(nhwc(grad), pre_bn, coefficients, frozen)
 
 
 def empty_nhwc(shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -170,7 +170,6 @@ def next_step(
 @triton.jit
 def convolve(
     x,
-    scale_shift,
     weight,
     row,
     column,
@@ -188,9 +187,6 @@ def convolve(
     output's sizes. `row` and `column` must be valid positions (clamp what lies beyond the edge and
     mask the store instead). `first_channel` is the first input channel of `column`'s group. EVEN:
     TILE.c divides `channels`.
-    scale_shift: of x's layer where x is a pre-BN output, whose normalisation and ReLU are applied
-    to the operand between its load and the tensor cores (zero where the window hangs over the edge,
-    which is outside the activation, not outside the pre-BN output); else None.
 
     Where small groups are packed, `weight` is (…, WINDOW.packed_in), the tile's `channels`
     (<= TILE.c) span whole groups, and weights between unlike groups read as 0.
@@ -272,14 +268,6 @@ def convolve(
                 a = tl.load(a_tile)
             else:
                 a = tl.load(a_tile, in_channels[None, :], other=0.0)
-        if scale_shift is not None:
-            mean, scale, shift = load_scale_shift(
-                scale_shift, image.c, first_channel + inner_channel, in_channels
-            )
-            active = relu(affine(a, mean, scale, shift))
-            if WINDOW.is_padded:
-                active = tl.where(in_image, active, 0.0)
-            a = active.to(x.dtype.element_ty)
         if WINDOW.packed_in > 0:
             b = tl.load(b_tile, from_group, other=0.0)
         elif EVEN and not WINDOW.is_flat:

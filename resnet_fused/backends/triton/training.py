@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...parameters import Activation, Convolution, PreBnGradient
+from ...parameters import Activation, Convolution
 from ...reference.training import ReferenceTraining
 from .. import Candidate, Candidates, autotune
 from . import training_batch_norm as batch_norm
@@ -67,6 +67,8 @@ def _choose(
 class TritonTraining:
     """Implements `resnet_fused.backends.training.TrainingKernels`."""
 
+    saves_all = staticmethod(_reference.saves_all)
+    is_profitable = staticmethod(_reference.is_profitable)
     merge_moments = staticmethod(batch_norm.merge_moments)
     bn_scale_shift = staticmethod(batch_norm.bn_scale_shift)
     bn_add_relu = staticmethod(batch_norm.bn_add_relu)
@@ -75,40 +77,37 @@ class TritonTraining:
     bn_backward_coefficients = staticmethod(batch_norm.bn_backward_coefficients)
     bn_relu_pool = staticmethod(pooling.bn_relu_pool)
     pool_gradient = staticmethod(pooling.pool_gradient)
+    pre_bn_gradient = staticmethod(batch_norm.pre_bn_gradient)
 
     def conv_stats(
-        self, x: Tensor | Activation, conv: Convolution, statistics: bool
+        self, x: Tensor, conv: Convolution, statistics: bool
     ) -> tuple[Tensor, Tensor | None]:
         run = _choose(
             "conv_stats",
             (x, conv, True),  # in any case: backward repeats the forward's bits without statistics
             conv_stats,
-            lambda: conv_stats_configs(x if isinstance(x, Tensor) else x.pre_bn, conv),
+            lambda: conv_stats_configs(x, conv),
         )
         found: tuple[Tensor, Tensor | None] = run(x, conv, statistics)
         return found
 
     def dgrad(
         self,
-        gradient: PreBnGradient,
+        g: Tensor,
         conv: Convolution,
         shape: torch.Size,
         below: Activation | None,
         add: Tensor | None,
         add_stride: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        arguments = (gradient, conv, shape, below, add, add_stride)
+        arguments = (g, conv, shape, below, add, add_stride)
         run = _choose(
-            "dgrad",
-            arguments,
-            dgrad,
-            lambda: dgrad_configs(gradient, conv, shape, below is not None),
+            "dgrad", arguments, dgrad, lambda: dgrad_configs(g, conv, shape, below is not None)
         )
         found: tuple[Tensor, Tensor | None] = run(*arguments)
         return found
 
-    def wgrad(self, gradient: PreBnGradient, x: Tensor | Activation, conv: Convolution) -> Tensor:
-        arguments = (gradient, x, conv)
-        run = _choose("wgrad", arguments, wgrad, lambda: wgrad_configs(*arguments))
-        found: Tensor = run(*arguments)
+    def wgrad(self, g: Tensor, x: Tensor, conv: Convolution) -> Tensor:
+        run = _choose("wgrad", (g, x, conv), wgrad, lambda: wgrad_configs(g, conv))
+        found: Tensor = run(g, x, conv)
         return found

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...parameters import Activation
+from ...parameters import Activation, PreBnGradient
 from .launching import (
     Config,
     Image,
@@ -32,7 +32,14 @@ from .launching import (
     readable,
     strides_beside,
 )
-from .primitives import affine, for_sums, load_scale_shift, relu, strided_rows, tile_index
+from .primitives import (
+    affine,
+    for_sums,
+    load_scale_shift,
+    relu,
+    strided_rows,
+    tile_index,
+)
 
 _CHUNK = 64  # parts that one program merges where there are many
 _DIRECT = 256  # parts that the last merge takes without a first one
@@ -261,6 +268,38 @@ def relu_gradient_kernel(
         tl.store(other_sums + place + K, tl.sum(other_centred, 0), valid)
 
 
+@triton.jit
+def pre_bn_gradient_kernel(
+    grad,
+    pre_bn,
+    coefficients,
+    out,
+    rows,
+    K,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Grid: (tiles of rows × K,). out = a·grad + b·(pre_bn - mean) + d; where pre_bn is None, the
+    normalisation being frozen, a·grad."""
+    row, first_channel = tile_index(rows, K, BLOCK_M, BLOCK_C, WIDE)
+    channel = first_channel + tl.arange(0, BLOCK_C)
+    valid = channel < K
+    offset = row[:, None] * K + channel[None, :]
+    mask = (row < rows)[:, None] & valid[None, :]
+    place = coefficients + channel
+    a = tl.load(place, valid, other=0.0)[None, :]
+    g = tl.load(grad + offset, mask, other=0.0).to(tl.float32)
+    formed = g * a
+    if pre_bn is not None:
+        b = tl.load(place + K, valid, other=0.0)[None, :]
+        d = tl.load(place + 2 * K, valid, other=0.0)[None, :]
+        mean = tl.load(place + 3 * K, valid, other=0.0)[None, :]
+        value = tl.load(pre_bn + offset, mask, other=0.0).to(tl.float32)
+        formed = tl.fma(g, a, tl.fma(value - mean, b, d))
+    tl.store(out + offset, formed.to(out.dtype.element_ty), mask)
+
+
 def _tile(channels: int) -> Config:
     block_c = min(triton.next_power_of_2(channels), 128)
     return Config((_ELEMENTS // block_c, block_c), 8, 1)
@@ -431,3 +470,32 @@ def relu_gradient(
     vectors += [None] * (6 - len(vectors))
     launch(grad, y, *vectors, out)
     return out, sums
+
+
+@planned
+def _plan_pre_bn_gradient(grad: Tensor, pre_bn: Tensor | None) -> Launch:
+    channels = grad.shape[1]
+    rows = grad.numel() // channels
+    config = _tile(channels)
+    block_m, block_c = config.blocks
+    return Launch(
+        pre_bn_gradient_kernel,
+        (triton.cdiv(rows, block_m) * triton.cdiv(channels, block_c),),
+        config,
+        grad.device,
+        rows=rows,
+        K=channels,
+        WIDE=is_wide(grad),
+        BLOCK_M=block_m,
+        BLOCK_C=block_c,
+    )
+
+
+def pre_bn_gradient(gradient: PreBnGradient) -> Tensor:
+    """See `TrainingKernels.pre_bn_gradient`."""
+    grad, pre_bn, coefficients, frozen = gradient
+    grad = nhwc(grad)
+    pre_bn = None if frozen or pre_bn is None else nhwc(pre_bn)
+    out = empty_nhwc(grad.shape, grad)
+    _plan_pre_bn_gradient(grad, pre_bn)(grad, pre_bn, coefficients, out)
+    return out

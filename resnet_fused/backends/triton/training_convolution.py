@@ -1,11 +1,8 @@
-"""conv(relu(bn(x))) with the statistics of its result: the forward convolution of training.
+"""A convolution with the statistics of its result: the forward pass of training.
 
-Algorithm: implicit GEMM on NHWC activations and KRSC weights. The prologue applies normalisation
-and ReLU to the operand between its load and the tensor cores (zero where the window hangs over the
-edge, which is outside the activation, not outside the pre-BN output). The epilogue rounds the
-float32 accumulator to the result's dtype, stores it, and takes mean and squared deviations of the
-rounded tile: what later passes normalise is the rounded tensor, so that its statistics centre it
-exactly.
+Algorithm: implicit GEMM on NHWC activations and KRSC weights. The epilogue rounds the float32
+accumulator to the result's dtype, stores it, and takes mean and squared deviations of the rounded
+tile: what later passes normalise is the rounded tensor, so that its statistics centre it exactly.
 Tiles: BLOCK_M positions × BLOCK_N channels, BLOCK_C of the inner dimension a step, which runs over
 taps and blocks of channels, or, for few channels, over both as one index (FLAT).
 Memory traffic: x once (again from L2 for each column tile and tap), the result once, and 12 bytes
@@ -21,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...parameters import Activation, Convolution
+from ...parameters import Convolution
 from .convolution import Gemm, configurations
 from .launching import (
     Config,
@@ -56,7 +53,6 @@ def tile_moments(tile, in_rows, count):
 @triton.jit
 def conv_stats_kernel(
     x,
-    scale_shift,
     weight,
     out,
     moments,
@@ -67,8 +63,8 @@ def conv_stats_kernel(
     EVEN: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Grid: (tiles of rows × columns, groups); `gemm` is a group's. scale_shift: of x's layer, or
-    None where x is no pre-BN output. moments: (row tiles, 3, K) or None."""
+    """Grid: (tiles of rows × columns, groups); `gemm` is a group's. moments: (row tiles, 3, K) or
+    None."""
     row, first_column = tile_index(gemm.rows, gemm.columns, TILE.m, TILE.n, TILE.is_wide)
     group = tl.program_id(1)
     column = first_column + tl.arange(0, TILE.n)
@@ -77,7 +73,6 @@ def conv_stats_kernel(
     in_rows = row < gemm.rows
     acc = convolve(
         x,
-        scale_shift,
         weight,
         tl.where(in_rows, row, 0),
         tl.where(in_columns, channel, 0),
@@ -142,10 +137,9 @@ class _Plan(NamedTuple):
 def _plan(
     config: Config,
     value: Tensor,
-    scale_shift: Tensor | None,
     conv: Convolution,
-    statistics: bool,
     precision: str,
+    statistics: bool,
 ) -> _Plan:
     gemm = _gemm(value, conv)
     filters = len(conv.weight)
@@ -178,15 +172,13 @@ def _plan(
 
 
 def conv_stats(
-    config: Config, x: Tensor | Activation, conv: Convolution, statistics: bool
+    config: Config, x: Tensor, conv: Convolution, statistics: bool
 ) -> tuple[Tensor, Tensor | None]:
     """See `resnet_fused.backends.training.TrainingKernels.conv_stats`."""
-    value, scale_shift = (x, None) if isinstance(x, Tensor) else x
-    value = nhwc(value)
-    conv = dense_convolution(conv, value.dtype)
-    precision = convolution_precision(value.dtype)
-    plan = _plan(config, value, scale_shift, conv, statistics, precision)
-    out = empty_nhwc(plan.shape, value)
-    moments = value.new_empty(plan.moments, dtype=torch.float32) if statistics else None
-    plan.launch(value, scale_shift, conv.weight, out, moments)
+    x = nhwc(x)
+    conv = dense_convolution(conv, x.dtype)
+    plan = _plan(config, x, conv, convolution_precision(x.dtype), statistics)
+    out = empty_nhwc(plan.shape, x)
+    moments = x.new_empty(plan.moments, dtype=torch.float32) if statistics else None
+    plan.launch(x, conv.weight, out, moments)
     return out, moments

@@ -1,17 +1,15 @@
-"""The gradient of a convolution's input, from the gradient before batch norm to that before the
-previous one.
+"""The gradient of a convolution's input.
 
 Algorithm: the transposed convolution as an implicit GEMM: rows are input positions, columns input
-channels, and the inner dimension runs over taps and output channels. The prologue forms batch
-norm's gradient a·g + b·(pre_bn - mean) + d, per channel, between load and tensor cores. The
-epilogue adds another branch's gradient (that of a strided identity only where it was read), or
-masks with the previous layer's ReLU (its sign computed again from that layer's pre-BN output) and
-takes the two sums that the previous batch norm's gradient needs.
+channels, and the inner dimension runs over taps and output channels. The epilogue adds another
+branch's gradient (that of a strided identity only where it was read), or masks with the previous
+layer's ReLU (its sign computed again from that layer's pre-BN output) and takes the two sums that
+the previous batch norm's gradient needs.
 A strided convolution falls into stride² classes of positions that meet disjoint taps; a program
 belongs to one class and runs over its taps only.
 Tiles: BLOCK_M positions × BLOCK_N input channels, BLOCK_C output channels a step.
-Memory traffic: g and pre_bn once (again from L2 for each column tile and tap), the previous pre-BN
-output once, the result once, 8 bytes per tile and channel of sums.
+Memory traffic: g once (again from L2 for each column tile and tap), the previous pre-BN output and
+the result once, 8 bytes per tile and channel of sums.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...parameters import Activation, Convolution, PreBnGradient
+from ...parameters import Activation, Convolution
 from .convolution import Gemm, configurations
 from .launching import (
     Config,
@@ -33,7 +31,6 @@ from .launching import (
     Window,
     convolution_precision,
     dense_convolution,
-    dense_gradient,
     empty_nhwc,
     is_wide,
     nhwc,
@@ -51,25 +48,8 @@ from .primitives import (
 
 
 @triton.jit
-def pre_bn_gradient(g, pre_bn, coefficients, channels, channel, mask):
-    """a·g + b·(pre_bn - mean) + d in float32, (rows, channel); a·g where pre_bn is None."""
-    a = tl.load(coefficients + channel, mask, other=0.0)
-    g = g.to(tl.float32)
-    out = g * a[None, :]
-    if pre_bn is not None:
-        b = tl.load(coefficients + channels + channel, mask, other=0.0)
-        d = tl.load(coefficients + 2 * channels + channel, mask, other=0.0)
-        mean = tl.load(coefficients + 3 * channels + channel, mask, other=0.0)
-        rest = tl.fma(pre_bn.to(tl.float32) - mean[None, :], b[None, :], d[None, :])
-        out = tl.fma(g, a[None, :], rest)
-    return out
-
-
-@triton.jit
 def dgrad_kernel(
     grad,
-    pre_bn,
-    coefficients,
     weight,
     add,
     below,
@@ -95,9 +75,8 @@ def dgrad_kernel(
 
     image: sizes of the convolution's input, whose gradient this is; result: of its output.
     CLASS_H, CLASS_W: the strides, or 1 where positions are not told apart (dilation) and taps that
-    fall between outputs read as zero. pre_bn is None where the normalisation is frozen; add or
-    below or both are None. sums: (classes × tiles_m, 2, C). EVEN: TILE.c divides group_out;
-    EVEN_COLUMNS: TILE.n divides group_in.
+    fall between outputs read as zero. add or below or both are None. sums: (classes × tiles_m, 2,
+    C). EVEN: TILE.c divides group_out; EVEN_COLUMNS: TILE.n divides group_in.
     ADD_STRIDE: 0 where `add` is laid out like the result, else `add`, of sizes `add_image`, belongs
     to every ADD_STRIDE-th row and column.
     """
@@ -152,12 +131,7 @@ def dgrad_kernel(
             mask = hit[:, None]
         load_mask = mask if EVEN else mask & in_inner[None, :]
         offset = source[:, None] * result.c + inner_channel[None, :]
-        g = tl.load(grad + offset, load_mask, other=0.0)
-        value = None
-        if pre_bn is not None:
-            value = tl.load(pre_bn + offset, load_mask, other=0.0)
-        a = pre_bn_gradient(g, value, coefficients, result.c, inner_channel, in_inner)
-        a = tl.where(mask, a, 0.0).to(grad.dtype.element_ty)
+        a = tl.load(grad + offset, load_mask, other=0.0)
         weight_row = inner_channel
         if TILE.is_wide:
             weight_row = inner_channel.to(tl.int64)
@@ -224,11 +198,8 @@ def _gemm(conv: Convolution, shape: torch.Size) -> Gemm:
     return Gemm(rows, group_in, filters // conv.groups)
 
 
-def dgrad_configs(
-    gradient: PreBnGradient, conv: Convolution, shape: torch.Size, masks: bool
-) -> list[Config]:
+def dgrad_configs(g: Tensor, conv: Convolution, shape: torch.Size, masks: bool) -> list[Config]:
     """Launch configurations, the heuristic's choice first. masks: whether a ReLU is below."""
-    g = gradient.grad
     class_h, class_w = _classes(conv)
     r, s = conv.weight.shape[2:]
     found = configurations(
@@ -240,7 +211,7 @@ def dgrad_configs(
         # Sums of float32 results are taken in float64: registers for a third accumulator.
         accumulators=3 if masks and g.element_size() == 4 else 2,
     )
-    # Two operands are held in registers while they are combined: higher tiles spill.
+    # Higher tiles leave one program on a multiprocessor, and nothing beside its long epilogue.
     return [config for config in found if config.blocks[0] <= 128]
 
 
@@ -254,7 +225,7 @@ class _Plan(NamedTuple):
 @planned
 def _plan(
     config: Config,
-    gradient: PreBnGradient,
+    g: Tensor,
     conv: Convolution,
     shape: torch.Size,
     below: Activation | None,
@@ -262,7 +233,7 @@ def _plan(
     add_stride: int | None,
     precision: str,
 ) -> _Plan:
-    g, weight = gradient.grad, conv.weight
+    weight = conv.weight
     gemm = _gemm(conv, shape)
     class_h, class_w = _classes(conv)
     out = g.new_empty(shape, device="meta")
@@ -295,7 +266,7 @@ def _plan(
 
 def dgrad(
     config: Config,
-    gradient: PreBnGradient,
+    g: Tensor,
     conv: Convolution,
     shape: torch.Size,
     below: Activation | None,
@@ -303,25 +274,14 @@ def dgrad(
     add_stride: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """See `resnet_fused.backends.training.TrainingKernels.dgrad`."""
-    gradient = dense_gradient(gradient)
-    g = gradient.grad
+    g = nhwc(g)
     conv = dense_convolution(conv, g.dtype)
     below = None if below is None else Activation(nhwc(below.pre_bn), below.scale_shift)
     add = None if add is None else nhwc(add)
     precision = convolution_precision(g.dtype)
-    plan = _plan(config, gradient, conv, shape, below, add, add_stride, precision)
+    plan = _plan(config, g, conv, shape, below, add, add_stride, precision)
     out = empty_nhwc(shape, g)
     sums = None if below is None else g.new_empty(plan.sums, dtype=torch.float32)
     pre_bn, scale_shift = below or (None, None)
-    plan.launch(
-        g,
-        gradient.pre_bn,
-        gradient.coefficients,
-        conv.weight,
-        add,
-        pre_bn,
-        scale_shift,
-        out,
-        sums,
-    )
+    plan.launch(g, conv.weight, add, pre_bn, scale_shift, out, sums)
     return out, sums

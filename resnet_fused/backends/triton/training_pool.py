@@ -1,12 +1,12 @@
 """The stem's end, max_pool(relu(bn(pre_bn))), and its gradient.
 
-Algorithm: forward, a program normalises, applies ReLU and pools a tile of pooled positions.
-Backward, a program owns a tile of positions and looks, for each window that covers one, whether the
-window's maximum stands there. Maxima are found again from the pre-BN values by their order, which
-the normalisation keeps or reverses per channel: no rounding can make two programs disagree. Of
-equal values the first in the window takes the gradient, as in PyTorch.
+Algorithm: forward, a program normalises, applies ReLU and pools a tile of pooled positions, and
+notes in a byte where in its window each maximum stands, the first of equal ones, as in PyTorch.
+Backward, a program owns a tile of positions and adds up the gradients of those windows that cover
+one and have their maximum there.
 Tiles: BLOCK_M positions × BLOCK_C channels.
-Memory traffic: the pre-BN output once (windows overlap in the caches), the result once.
+Memory traffic: the pre-BN output once, in either direction (windows overlap in the caches), the
+pooled tensor and its bytes once, in backward the result once.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def bn_relu_pool_kernel(
     pre_bn,
     scale_shift,
     out,
+    argmax,
     rows,
     image,
     result,
@@ -54,6 +55,7 @@ def bn_relu_pool_kernel(
     w = q * POOL.stride - POOL.padding
     kernel: tl.constexpr = POOL.kernel  # as static_range takes it in Triton 3.5
     best = tl.full((BLOCK_M, BLOCK_C), float("-inf"), tl.float32)
+    where = tl.zeros((BLOCK_M, BLOCK_C), tl.int32)
     for i in tl.static_range(kernel):
         for j in tl.static_range(kernel):
             inside = (row < rows) & is_inside(h + i, image.h) & is_inside(w + j, image.w)
@@ -64,11 +66,13 @@ def bn_relu_pool_kernel(
             )
             value = affine(value, mean, scale, shift)
             better = (value > best) | (value != value)
-            best = tl.where(inside[:, None] & better, value, best)
+            better &= inside[:, None]
+            best = tl.where(better, value, best)
+            where = tl.where(better, i * kernel + j, where)
     mask = (row < rows)[:, None] & valid[None, :]
-    tl.store(
-        out + row[:, None] * image.c + channel[None, :], relu(best).to(out.dtype.element_ty), mask
-    )
+    place = row[:, None] * image.c + channel[None, :]
+    tl.store(out + place, relu(best).to(out.dtype.element_ty), mask)
+    tl.store(argmax + place, where.to(tl.uint8), mask)
 
 
 @triton.jit
@@ -76,6 +80,7 @@ def pool_gradient_kernel(
     grad,
     pre_bn,
     scale_shift,
+    argmax,
     out,
     sums,
     rows,
@@ -91,46 +96,30 @@ def pool_gradient_kernel(
     channel = first_channel + tl.arange(0, BLOCK_C)
     valid = channel < image.c
     mean, scale, shift = load_scale_shift(scale_shift, image.c, channel, valid)
-    # An activation grows with pre_bn · sign.
-    sign = tl.where(scale > 0, 1.0, tl.where(scale < 0, -1.0, 0.0))[None, :]
     n, h, w = split_position(row, image.h, image.w)
     in_rows = row < rows
     here = row[:, None] * image.c + channel[None, :]
     mask = in_rows[:, None] & valid[None, :]
     own = tl.load(pre_bn + here, mask, other=0.0)
-    key = own.to(tl.float32) * sign
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     # The windows that cover h begin at p · stride - padding, the last at or before h.
     last_p = (h + POOL.padding) // POOL.stride
     last_q = (w + POOL.padding) // POOL.stride
-    kernel: tl.constexpr = POOL.kernel
     windows: tl.constexpr = (POOL.kernel - 1) // POOL.stride + 1
     for back_p in tl.static_range(windows):
         for back_q in tl.static_range(windows):
             p = last_p - back_p
             q = last_q - back_q
-            top = p * POOL.stride - POOL.padding
-            left = q * POOL.stride - POOL.padding
+            i = h - (p * POOL.stride - POOL.padding)
+            j = w - (q * POOL.stride - POOL.padding)
             covers = in_rows & is_inside(p, result.h) & is_inside(q, result.w)
-            covers &= (h - top < POOL.kernel) & (w - left < POOL.kernel)
-            wins = covers[:, None] & valid[None, :]
-            for i in tl.static_range(kernel):
-                for j in tl.static_range(kernel):
-                    inside = covers & is_inside(top + i, image.h) & is_inside(left + j, image.w)
-                    position = (n * image.h + top + i) * image.w + left + j
-                    other = tl.load(
-                        pre_bn + position[:, None] * image.c + channel[None, :],
-                        inside[:, None] & valid[None, :],
-                        other=0.0,
-                    )
-                    other = other.to(tl.float32) * sign
-                    earlier = (top + i < h) | ((top + i == h) & (left + j < w))
-                    beaten = (other > key) | (earlier[:, None] & (other == key))
-                    wins &= ~(inside[:, None] & beaten)
-            window = (n * result.h + p) * result.w + q
-            acc += tl.load(grad + window[:, None] * image.c + channel[None, :], wins, other=0.0).to(
-                tl.float32
-            )
+            covers &= (i < POOL.kernel) & (j < POOL.kernel)
+            covers = covers[:, None] & valid[None, :]
+            window = ((n * result.h + p) * result.w + q)[:, None] * image.c + channel[None, :]
+            where = tl.load(argmax + window, covers, other=0)
+            wins = covers & (where == (i * POOL.kernel + j)[:, None])
+            g = tl.load(grad + window, covers, other=0.0).to(tl.float32)
+            acc += tl.where(wins, g, 0.0)
     acc = tl.where(mask & (affine(own, mean, scale, shift) > 0), acc, 0.0)
     rounded = acc.to(out.dtype.element_ty)
     tl.store(out + here, rounded, mask)
@@ -167,14 +156,15 @@ def _plan_bn_relu_pool(x: Activation, pool: MaxPool) -> Launch:
     )
 
 
-def bn_relu_pool(x: Activation, pool: MaxPool) -> Tensor:
+def bn_relu_pool(x: Activation, pool: MaxPool) -> tuple[Tensor, Tensor]:
     """See `resnet_fused.backends.training.TrainingKernels.bn_relu_pool`."""
     x = Activation(nhwc(x.pre_bn), x.scale_shift)
     launch = _plan_bn_relu_pool(x, pool)
     batch, channels, height, width = x.pre_bn.shape
     out = empty_nhwc((batch, channels, *pool.output_size(height, width)), x.pre_bn)
-    launch(*x, out)
-    return out
+    argmax = torch.empty_like(out, dtype=torch.uint8)
+    launch(*x, out, argmax)
+    return out, argmax
 
 
 @planned
@@ -200,11 +190,13 @@ def _plan_pool_gradient(grad: Tensor, x: Activation, pool: MaxPool) -> tuple[int
     )
 
 
-def pool_gradient(grad: Tensor, x: Activation, pool: MaxPool) -> tuple[Tensor, Tensor]:
+def pool_gradient(
+    grad: Tensor, x: Activation, argmax: Tensor, pool: MaxPool
+) -> tuple[Tensor, Tensor]:
     """See `resnet_fused.backends.training.TrainingKernels.pool_gradient`."""
     grad, x = nhwc(grad), Activation(nhwc(x.pre_bn), x.scale_shift)
     tiles_m, launch = _plan_pool_gradient(grad, x, pool)
     out = empty_nhwc(x.pre_bn.shape, x.pre_bn)
     sums = grad.new_empty((tiles_m, 2, grad.shape[1]), dtype=torch.float32)
-    launch(grad, *x, out, sums)
+    launch(grad, *x, nhwc(argmax), out, sums)
     return out, sums

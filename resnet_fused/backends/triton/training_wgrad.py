@@ -1,10 +1,9 @@
 """The gradient of a convolution's weight.
 
 Algorithm: a GEMM of output channels × (taps × input channels) whose inner dimension runs over all
-output positions. Both operands are formed between load and tensor cores: batch norm's gradient
-a·g + b·(pre_bn - mean) + d, and the activation relu((pre_bn - mean)·scale + shift), zero where
-the window hangs over the edge. Positions are split among programs, each of which writes a float32
-part; a second kernel sums the parts in order, so that the same inputs give the same bits.
+output positions; operands are zero where the window hangs over the edge. Positions are split among
+programs, each of which writes a float32 part; a second kernel sums the parts in order, so that the
+same inputs give the same bits.
 Tiles: BLOCK_M output channels × BLOCK_N columns (tap, input channel), BLOCK_C positions a step.
 Memory traffic: each operand once per tile of the other, 4 bytes per part and weight.
 """
@@ -18,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...parameters import Activation, Convolution, PreBnGradient
+from ...parameters import Convolution
 from . import launching
 from .launching import (
     Config,
@@ -27,21 +26,19 @@ from .launching import (
     Tile,
     Window,
     convolution_precision,
-    dense_gradient,
     empty_nhwc,
     is_wide,
     nhwc,
     planned,
 )
-from .primitives import affine, is_inside, load_scale_shift, relu, split_position
-from .training_dgrad import pre_bn_gradient
+from .primitives import is_inside, split_position
 
 _SUM = Config((1024,), 4, 1)
 _TENSOR_CORE = (
-    Config((128, 128, 32), 8, 3),
-    Config((128, 64, 32), 4, 3),
-    Config((64, 128, 32), 4, 3),
-    Config((64, 64, 32), 4, 3),
+    Config((128, 128, 64), 8, 3),
+    Config((128, 64, 64), 4, 3),
+    Config((64, 128, 64), 4, 3),
+    Config((64, 64, 64), 4, 3),
     Config((32, 32, 32), 4, 3),
     Config((16, 16, 32), 4, 3),
 )
@@ -56,10 +53,7 @@ _LEAST_POSITIONS = 1024  # of a part, else the parts cost more than they bring
 @triton.jit
 def wgrad_kernel(
     grad,
-    pre_bn,
-    coefficients,
     x,
-    scale_shift,
     out,
     rows,
     rows_per_part,
@@ -72,7 +66,7 @@ def wgrad_kernel(
     TILE: tl.constexpr,
 ):
     """Grid: (tiles of group_out × R·S·group_in, parts, groups). out: (parts, K, R·S·group_in)
-    float32. pre_bn and scale_shift as in the other kernels. ONE_TAP: TILE.n divides group_in."""
+    float32. ONE_TAP: TILE.n divides group_in."""
     columns = WINDOW.r * WINDOW.s * group_in
     tiles_n = tl.cdiv(columns, TILE.n)
     group = tl.program_id(2)
@@ -92,8 +86,6 @@ def wgrad_kernel(
         tap_h = (taps // WINDOW.s * WINDOW.dilation_h - WINDOW.pad_h)[None, :]
         tap_w = (taps % WINDOW.s * WINDOW.dilation_w - WINDOW.pad_w)[None, :]
         channel = group * group_in + column - taps * group_in
-    if scale_shift is not None:
-        mean, scale, shift = load_scale_shift(scale_shift, image.c, channel, in_columns)
 
     part = tl.program_id(1)
     first_row = part * rows_per_part
@@ -109,11 +101,6 @@ def wgrad_kernel(
         offset = row[:, None] * result.c + filter_channel[None, :]
         mask = in_rows & in_filters[None, :]
         g = tl.load(grad + offset, mask, other=0.0)
-        value = None
-        if pre_bn is not None:
-            value = tl.load(pre_bn + offset, mask, other=0.0)
-        dc = pre_bn_gradient(g, value, coefficients, result.c, filter_channel, in_filters)
-        dc = tl.where(in_rows, dc, 0.0).to(grad.dtype.element_ty)
         if WINDOW.is_pointwise:
             position = row[:, None]
             inside = in_rows
@@ -125,10 +112,7 @@ def wgrad_kernel(
             position = (n[:, None] * image.h + h) * image.w + w
         place = x + position * image.c + channel[None, :]
         b = tl.load(place, inside & in_columns[None, :], other=0.0)
-        if scale_shift is not None:
-            active = relu(affine(b, mean, scale, shift))
-            b = tl.where(inside, active, 0.0).to(x.dtype.element_ty)
-        acc = tl.dot(tl.trans(dc), b, acc, input_precision=TILE.precision)
+        acc = tl.dot(tl.trans(g), b, acc, input_precision=TILE.precision)
 
     place = (part * result.c + filter_channel)[:, None] * columns + column[None, :]
     tl.store(out + place, acc, in_filters[:, None] & in_columns[None, :])
@@ -145,12 +129,9 @@ def sum_parts_kernel(parts, out, count, elements, BLOCK: tl.constexpr):
     tl.store(out + index, total.to(out.dtype.element_ty), mask)
 
 
-def wgrad_configs(
-    gradient: PreBnGradient, x: Tensor | Activation, conv: Convolution
-) -> list[Config]:
+def wgrad_configs(g: Tensor, conv: Convolution) -> list[Config]:
     """Launch configurations, the heuristic's choice first; the fourth block is the number of
     parts. The heuristic is the convolutions': rounds of programs × the cost of a tile."""
-    g = gradient.grad
     limits = launching.machine(g.device)
     filters, columns = len(conv.weight) // conv.groups, conv.weight[0].numel()
     rows = g.numel() // g.shape[1]
@@ -182,13 +163,12 @@ class _Plan(NamedTuple):
 @planned
 def _plan(
     config: Config,
-    gradient: PreBnGradient,
-    value: Tensor,
-    scale_shift: Tensor | None,
+    g: Tensor,
+    x: Tensor,
     conv: Convolution,
     precision: str,
 ) -> _Plan:
-    g, weight = gradient.grad, conv.weight
+    weight = conv.weight
     group_in, r, s = weight.shape[1:]
     columns, group_out = r * s * group_in, len(weight) // conv.groups
     rows = g.numel() // g.shape[1]
@@ -205,13 +185,13 @@ def _plan(
             g.device,
             rows=rows,
             rows_per_part=rows_per_part,
-            image=Image.of(value),
+            image=Image.of(x),
             result=Image.of(g),
             group_in=group_in,
             group_out=group_out,
             WINDOW=Window.of(conv),
             ONE_TAP=group_in % block_n == 0,
-            TILE=Tile(block_m, block_n, block_c, is_wide(g, value, weight), precision),
+            TILE=Tile(block_m, block_n, block_c, is_wide(g, x, weight), precision),
         ),
         Launch(
             sum_parts_kernel,
@@ -225,18 +205,12 @@ def _plan(
     )
 
 
-def wgrad(
-    config: Config, gradient: PreBnGradient, x: Tensor | Activation, conv: Convolution
-) -> Tensor:
+def wgrad(config: Config, g: Tensor, x: Tensor, conv: Convolution) -> Tensor:
     """See `resnet_fused.backends.training.TrainingKernels.wgrad`."""
-    gradient = dense_gradient(gradient)
-    value, scale_shift = (x, None) if isinstance(x, Tensor) else x
-    value = nhwc(value)
-    precision = convolution_precision(value.dtype)
-    plan = _plan(config, gradient, value, scale_shift, conv, precision)
-    parts = value.new_empty(plan.parts, dtype=torch.float32)
-    grad, pre_bn, coefficients, _ = gradient
-    plan.launch(grad, pre_bn, coefficients, value, scale_shift, parts)
+    g, x = nhwc(g), nhwc(x)
+    plan = _plan(config, g, x, conv, convolution_precision(x.dtype))
+    parts = x.new_empty(plan.parts, dtype=torch.float32)
+    plan.launch(g, x, parts)
     out = empty_nhwc(conv.weight.shape, conv.weight)
     plan.sum_parts(parts, out)
     return out

@@ -1,0 +1,197 @@
+// The micro-kernel of the quantised kernels, inside an instruction set's namespace; included first
+// by their `*_tile.h`. It keeps kTileRows x kTileColumns sums in registers (AVX-512: 24 of 32 in 4
+// vectors a row; AVX2: 12 of 16, in 2): for each word of 4 activations, broadcast from a row, one
+// VPDPBUSD with every vector of weights.
+#include "vec.h"
+
+typedef std::int32_t Sums __attribute__((vector_size(ISA_LANES * 4)));
+
+constexpr int kTileRows = 6;
+constexpr int kTileColumns = kLanes == 16 ? 64 : 16;
+
+ISA_INLINE Sums splat(std::int32_t value) { return value - Sums{}; }
+
+ISA_INLINE Sums load_sums(const void* p) {
+  Sums v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+ISA_INLINE void store_sums(std::int32_t* p, Sums v) { std::memcpy(p, &v, sizeof v); }
+
+// sum += the products of 4 unsigned and 4 signed bytes, lane by lane.
+ISA_INLINE Sums multiply_add(Sums bytes, Sums weights, Sums sum) {
+#if defined(ISA_VNNI) && ISA_LANES == 16
+  return (Sums)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)bytes, (__m512i)weights);
+#elif defined(ISA_VNNI)
+  return (Sums)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)bytes, (__m256i)weights);
+#else
+  // VPMADDUBSW would saturate, so even and odd bytes are widened to 16 bits and taken apart.
+  const __m256i x = (__m256i)bytes, w = (__m256i)weights;
+  const __m256i even = _mm256_madd_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0xff)),
+                                         _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8));
+  const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(x, 8), _mm256_srai_epi16(w, 8));
+  return sum + (Sums)even + (Sums)odd;
+#endif
+}
+
+// Lines of memory that are fetched one by one meanwhile, into L2.
+struct Lines {
+  const char* next = nullptr;
+  std::int64_t left = 0;
+};
+
+// sum += rows[kRows][first .. first + words] * weights[words][kVecs vectors], whose rows lie
+// `pitch` bytes apart and which moves on.
+template <int kRows, int kVecs>
+ISA_INLINE void accumulate(Sums (&sum)[kRows][kVecs], const std::uint8_t* const (&rows)[kRows],
+                           std::int64_t first, std::int64_t words, const std::int8_t*& weights,
+                           std::int64_t pitch, Lines& ahead) {
+  const char* line = ahead.next;
+  const std::int64_t step = ahead.left > 0 ? 64 : 0;
+  const std::int8_t* w = weights;
+  for (std::int64_t i = 4 * first; i < 4 * (first + words); i += 4, w += pitch, line += step) {
+    __builtin_prefetch(line, 0, 2);
+    Sums columns[kVecs];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) columns[j] = load_sums(w + j * kLanes * 4);
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+      std::int32_t word;
+      std::memcpy(&word, rows[r] + i, sizeof word);
+      const Sums bytes = splat(word);
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; ++j) sum[r][j] = multiply_add(bytes, columns[j], sum[r][j]);
+    }
+  }
+  weights = w;
+  ahead.next = line;
+  ahead.left -= step / 64 * words;
+}
+
+ISA_INLINE Vec to_float(Sums v) {
+#if ISA_LANES == 16
+  return (Vec)_mm512_cvtepi32_ps((__m512i)v);
+#else
+  return (Vec)_mm256_cvtepi32_ps((__m256i)v);
+#endif
+}
+
+// To the nearest integer, halves to even; what int32 does not hold becomes its least number.
+ISA_INLINE Sums rounded(Vec v) {
+#if ISA_LANES == 16
+  return (Sums)_mm512_cvtps_epi32((__m512)v);
+#else
+  return (Sums)_mm256_cvtps_epi32((__m256)v);
+#endif
+}
+
+ISA_INLINE Vec at_most(Vec v, Vec most) {
+#if ISA_LANES == 16
+  return (Vec)_mm512_min_ps((__m512)v, (__m512)most);
+#else
+  return (Vec)_mm256_min_ps((__m256)v, (__m256)most);
+#endif
+}
+
+// rne(float32(sum) * multiplier), at most what the result holds; at least is left to narrowing.
+ISA_INLINE Sums requantised(Sums sum, Vec multiplier, Vec most) {
+  return rounded(at_most(to_float(sum) * multiplier, most));
+}
+
+// kLanes numbers, clamped to uint8 or int8.
+ISA_INLINE void store_bytes(std::uint8_t* p, Sums v, bool is_signed) {
+#if ISA_LANES == 16
+  const __m128i bytes =
+      is_signed ? _mm512_cvtsepi32_epi8((__m512i)v)
+                : _mm512_cvtusepi32_epi8(_mm512_max_epi32((__m512i)v, _mm512_setzero_si512()));
+  std::memcpy(p, &bytes, sizeof bytes);
+#else
+  const __m128i words =
+      _mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+  const __m128i bytes = is_signed ? _mm_packs_epi16(words, words) : _mm_packus_epi16(words, words);
+  std::memcpy(p, &bytes, kLanes);
+#endif
+}
+
+ISA_INLINE void store_bytes(std::uint8_t* p, Sums v, bool is_signed, std::int64_t count) {
+  if (count >= kLanes) return store_bytes(p, v, is_signed);
+  std::uint8_t padded[kLanes];
+  store_bytes(padded, v, is_signed);
+  for (std::int64_t i = 0; i < count; ++i) p[i] = padded[i];
+}
+
+#if ISA_LANES == 16
+// 64 numbers in 4 vectors.
+ISA_INLINE void store_line(std::uint8_t* p, const Sums (&v)[4], bool is_signed) {
+  const __m512i low = _mm512_packs_epi32((__m512i)v[0], (__m512i)v[1]);
+  const __m512i high = _mm512_packs_epi32((__m512i)v[2], (__m512i)v[3]);
+  const __m512i bytes = is_signed ? _mm512_packs_epi16(low, high) : _mm512_packus_epi16(low, high);
+  // Packing takes turns between the vectors in every 128 bits.
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, bytes));
+}
+#endif
+
+ISA_INLINE Sums load_bytes(const std::uint8_t* p, bool is_signed) {
+#if ISA_LANES == 16
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (Sums)(is_signed ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
+#else
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return (Sums)(is_signed ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
+#endif
+}
+
+// Zeros follow the first `count`.
+ISA_INLINE Sums load_bytes(const std::uint8_t* p, bool is_signed, std::int64_t count) {
+  if (count >= kLanes) return load_bytes(p, is_signed);
+  std::uint8_t padded[kLanes] = {};
+  for (std::int64_t i = 0; i < count; ++i) padded[i] = p[i];
+  return load_bytes(padded, is_signed);
+}
+
+// kVecs vectors of numbers.
+template <int kVecs>
+ISA_INLINE void store_row(std::uint8_t* p, const Sums (&v)[kVecs], bool is_signed) {
+#if ISA_LANES == 16
+  if constexpr (kVecs == 4) return store_line(p, v, is_signed);
+#endif
+#pragma GCC unroll 4
+  for (int j = 0; j < kVecs; ++j) store_bytes(p + j * kLanes, v[j], is_signed);
+}
+
+// Sets all rows to the same kVecs vectors, or each to its own, `pitch` numbers apart.
+template <int kRows, int kVecs>
+ISA_INLINE void start(Sums (&sum)[kRows][kVecs], const std::int32_t* from, std::int64_t pitch) {
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) sum[r][j] = load_sums(from + r * pitch + j * kLanes);
+  }
+}
+
+// A function for each number of vectors and rows: Tile<kRows, kVecs>::run.
+template <typename Function, template <int, int> typename Tile, int kVecs, int... Indices>
+constexpr std::array<Function, kTileRows> functions_of(std::integer_sequence<int, Indices...>) {
+  return {Tile<Indices + 1, kVecs>::run...};
+}
+
+template <typename Function, template <int, int> typename Tile>
+struct Tiles {
+  static constexpr auto kRowCounts = std::make_integer_sequence<int, kTileRows>{};
+#if ISA_LANES == 16
+  static constexpr std::array<Function, kTileRows> kFunctions[] = {
+      functions_of<Function, Tile, 1>(kRowCounts), functions_of<Function, Tile, 2>(kRowCounts),
+      functions_of<Function, Tile, 3>(kRowCounts), functions_of<Function, Tile, 4>(kRowCounts)};
+#else
+  static constexpr std::array<Function, kTileRows> kFunctions[] = {
+      functions_of<Function, Tile, 1>(kRowCounts), functions_of<Function, Tile, 2>(kRowCounts)};
+#endif
+
+  // For up to kTileRows rows and kTileColumns columns.
+  static Function at(std::int64_t rows, std::int64_t columns) {
+    return kFunctions[std::min<std::int64_t>(columns, kTileColumns) / kLanes - 1]
+                     [std::min<std::int64_t>(rows, kTileRows) - 1];
+  }
+};

@@ -1,0 +1,186 @@
+"""The CPU's quantised kernels: where they apply, and their weights and arguments.
+
+They equal `resnet_fused.reference.quantized` bit for bit in int8, with any number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._extension import optional_tensor_arg, tensor_arg
+from ...parameters import Convolution, MaxPool
+from .. import Candidate, Candidates
+from ..arguments import empty_nhwc, nhwc, residual_arg
+from ..reference import ReferenceBackend
+from .live_cache import FrozenCache
+
+_MOST_CHANNELS = 65536  # of the head
+_MOST_PIXELS = 2**23
+
+
+def _pair(values: Sequence[int]) -> tuple[int, int]:
+    # Dispatched through PyTorch, the schema's int[2] arrive as lists.
+    return values[0], values[1]
+
+
+class PackedQuantizedWeight:
+    """A weight as the kernels of that form read it: "conv", with groups, "stem" or "head"."""
+
+    def __init__(self, extension: ModuleType, form: str, weight: Tensor, *groups: int) -> None:
+        described = tensor_arg(weight)
+        size = getattr(extension, f"quantized_{form}_packed_bytes")(described, *groups)
+        self.packed = torch.empty(size, dtype=torch.uint8)
+        pack = getattr(extension, f"quantized_{form}_pack")
+        pack(described, *groups, tensor_arg(self.packed))
+
+
+class QuantizedKernels:
+    """Each quantised op by the extension, for arguments that its `serves` accepted."""
+
+    def __init__(self, extension: ModuleType, isa: str = "") -> None:
+        """isa: one of `cpu_quantized_isas()`, or "" for the best."""
+        self._extension = extension
+        self._isa = isa
+        self._weights: FrozenCache[PackedQuantizedWeight] = FrozenCache(extension)
+
+    def conv(
+        self,
+        x: Tensor,
+        conv: Convolution,
+        bias: Tensor,
+        multiplier: Tensor,
+        shortcut: Tensor | None,
+        shortcut_scale: Tensor | None,
+        projection: Convolution | None,
+        padding_value: Tensor | None,
+        relu: bool,
+    ) -> Tensor:
+        dtype = torch.uint8 if relu else torch.int8
+        channels = conv.weight.shape[0]
+        out = empty_nhwc(x, channels, *conv.output_size(*x.shape[2:]), dtype)
+        residual = side = None
+        if shortcut is not None and projection is not None:
+            side = self._layer(shortcut, projection)
+        else:
+            residual = residual_arg(shortcut)
+        self._extension.quantized_conv(
+            tensor_arg(out),
+            self._layer(x, conv),
+            tensor_arg(bias),
+            tensor_arg(multiplier),
+            optional_tensor_arg(shortcut_scale),
+            residual,
+            side,
+            optional_tensor_arg(padding_value),
+            self._isa,
+        )
+        return out
+
+    def stem(
+        self,
+        x: Tensor,
+        conv: Convolution,
+        bias: Tensor,
+        multiplier: Tensor,
+        padding_value: Tensor | None,
+        pool: MaxPool,
+    ) -> Tensor:
+        height, width = x.shape[2:]
+        # Halved twice, rounded up.
+        pooled = (height + 3) // 4, (width + 3) // 4
+        out = empty_nhwc(x, conv.weight.shape[0], *pooled, torch.uint8)
+        self._extension.quantized_stem(
+            tensor_arg(out),
+            tensor_arg(x),
+            tensor_arg(self._packed("stem", conv.weight)),
+            tensor_arg(bias),
+            tensor_arg(multiplier),
+            optional_tensor_arg(padding_value),
+            self._isa,
+        )
+        return out
+
+    def head(self, x: Tensor, weight: Tensor, bias: Tensor, multiplier: Tensor) -> Tensor:
+        out = torch.empty((x.shape[0], weight.shape[0]), dtype=torch.float32)
+        self._extension.quantized_head(
+            tensor_arg(out),
+            tensor_arg(nhwc(x)),
+            tensor_arg(self._packed("head", weight)),
+            tensor_arg(bias),
+            tensor_arg(multiplier),
+            self._isa,
+        )
+        return out
+
+    def _packed(self, form: str, weight: Tensor, *groups: int) -> Tensor:
+
+        def pack() -> PackedQuantizedWeight:
+            return PackedQuantizedWeight(self._extension, form, weight, *groups)
+
+        return self._weights.get(weight, (form, *groups), pack).packed
+
+    def _layer(self, x: Tensor, conv: Convolution) -> tuple[Any, ...]:
+        window = (_pair(conv.weight.shape[2:]), *map(_pair, conv[1:4]), conv.groups)
+        packed = self._packed("conv", conv.weight, conv.groups)
+        return tensor_arg(nhwc(x)), tensor_arg(packed), window
+
+
+class QuantizedCpuBackend(ReferenceBackend):
+    """The quantised ops of backend `cpu`; int8, where the processor has AVX2."""
+
+    def __init__(self, extension: ModuleType) -> None:
+        self._quantized = bool(extension.cpu_quantized_isas())
+        self._kernels = QuantizedKernels(extension)
+
+    def _serves(self, weight: Tensor) -> bool:
+        return self._quantized and weight.dtype == torch.int8
+
+    def quantized_conv(
+        self,
+        x: Tensor,
+        conv: Convolution,
+        bias: Tensor,
+        multiplier: Tensor,
+        shortcut: Tensor | None,
+        shortcut_scale: Tensor | None,
+        projection: Convolution | None,
+        padding_value: Tensor | None,
+        relu: bool,
+    ) -> Candidates:
+        served = self._serves(conv.weight) and (
+            projection is None
+            or (tuple(projection.padding) == (0, 0) and conv.groups == projection.groups == 1)
+        )
+        return (Candidate("cpu", self._kernels.conv),) if served else ()
+
+    def quantized_stem(
+        self,
+        x: Tensor,
+        conv: Convolution,
+        bias: Tensor,
+        multiplier: Tensor,
+        padding_value: Tensor | None,
+        pool: MaxPool,
+    ) -> Candidates:
+        served = (
+            self._serves(conv.weight)
+            and conv.weight.shape[1:] == (3, 7, 7)
+            and tuple(map(_pair, conv[1:4])) == ((2, 2), (3, 3), (1, 1))
+            and tuple(pool) == (3, 2, 1)
+        )
+        return (Candidate("cpu", self._kernels.stem),) if served else ()
+
+    def quantized_head(
+        self, x: Tensor, weight: Tensor, bias: Tensor, multiplier: Tensor
+    ) -> Candidates:
+        served = (
+            self._serves(weight)
+            and x.shape[1] <= _MOST_CHANNELS
+            and x.shape[2] * x.shape[3] <= _MOST_PIXELS
+        )
+        return (Candidate("cpu", self._kernels.head),) if served else ()

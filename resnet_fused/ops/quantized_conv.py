@@ -1,0 +1,96 @@
+"""A quantised convolution with bias, shortcut, ReLU and requantisation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..parameters import Convolution
+from ..reference import quantized as reference
+from .checks import check_quantized, check_vector, quantized_convolution_shape, window_shape
+from .registry import Op, OptionalConvolution, OptionalTensor
+
+
+def _output_shape(
+    x: Tensor,
+    conv: Convolution,
+    bias: Tensor,
+    multiplier: Tensor,
+    shortcut: Tensor | None,
+    shortcut_scale: Tensor | None,
+    projection: Convolution | None,
+    padding_value: Tensor | None,
+    relu: bool,
+) -> tuple[int, ...]:
+    shape = quantized_convolution_shape(x, conv, bias, multiplier, padding_value)
+    if shortcut is None or shortcut_scale is None:
+        if shortcut is not None or shortcut_scale is not None or projection is not None:
+            raise ValueError(
+                "shortcut and shortcut_scale belong together, and projection needs both."
+            )
+        return shape
+    check_vector("shortcut_scale", shortcut_scale, shape[1], torch.float32, x)
+    check_quantized("shortcut", shortcut, conv.weight)
+    found: tuple[int, ...] = tuple(shortcut.shape)
+    if projection is not None:
+        check_quantized("shortcut", shortcut, projection.weight)
+        found = window_shape("projection", found, projection)
+    narrow = projection is None and 0 < found[1] <= shape[1]
+    if (found[0], shape[1] if narrow else found[1], *found[2:]) != shape:
+        raise ValueError(
+            f"the shortcut must have shape {shape}"
+            f"{' or fewer channels' if projection is None else ' when projected'}, found {found}."
+        )
+    return shape
+
+
+_op = Op(
+    "quantized_conv",
+    {
+        "x": Tensor,
+        "conv": Convolution,
+        "bias": Tensor,
+        "multiplier": Tensor,
+        "shortcut": OptionalTensor,
+        "shortcut_scale": OptionalTensor,
+        "projection": OptionalConvolution,
+        "padding_value": OptionalTensor,
+        "relu": bool,
+    },
+    _output_shape,
+    reference.quantized_conv,
+    lambda backend: backend.quantized_conv,
+    result_dtype=lambda x, conv, *others: reference.quantized_dtype(conv.weight, others[-1]),
+)
+
+
+def quantized_conv(
+    x: Tensor,
+    conv: Convolution,
+    bias: Tensor,
+    multiplier: Tensor,
+    shortcut: Tensor | None = None,
+    shortcut_scale: Tensor | None = None,
+    projection: Convolution | None = None,
+    padding_value: Tensor | None = None,
+    relu: bool = True,
+) -> Tensor:
+    """relu?(conv(x) + bias (+ shortcut)), requantised, as `resnet_fused.reference.quantized` says.
+
+    Args:
+        x: (N, C, H, W), uint8 or int8, or float8_e4m3fn.
+        conv: its weight (K, C/groups, R, S) is int8, or float8_e4m3fn as x is.
+        bias: (K,) in the accumulator's scale; int32, of fp8 float32.
+        multiplier: (K,) float32, accumulator's scale / result's scale.
+        shortcut: a quantised tensor to add, (N, D, P, Q) with D <= K and any strides, or what
+            `projection` is applied to.
+        shortcut_scale: (K,) float32, the scale of the shortcut, or of the projection's
+            accumulator, / accumulator's scale.
+        projection: a second convolution, of `shortcut`, whose result has this one's shape.
+        padding_value: (C,) of x's dtype, what pixels of the padding hold; zero if None.
+        relu: whether to clamp at zero.
+
+    Returns (N, K, P, Q), channels_last: uint8 with a ReLU, int8 without, or float8_e4m3fn. It has
+    no gradient. Raises ValueError for shapes and devices that disagree, TypeError for dtypes.
+    """
+    return _op(x, conv, bias, multiplier, shortcut, shortcut_scale, projection, padding_value, relu)

@@ -1,0 +1,59 @@
+"""max_pool(relu(conv)) of quantised images: the first layers of a ResNet."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..parameters import Convolution, MaxPool
+from ..reference import quantized as reference
+from .checks import pool_shape, quantized_convolution_shape
+from .registry import Op, OptionalTensor
+
+
+def _output_shape(
+    x: Tensor,
+    conv: Convolution,
+    bias: Tensor,
+    multiplier: Tensor,
+    padding_value: Tensor | None,
+    pool: MaxPool,
+) -> tuple[int, ...]:
+    return pool_shape(quantized_convolution_shape(x, conv, bias, multiplier, padding_value), pool)
+
+
+_op = Op(
+    "quantized_stem",
+    {
+        "x": Tensor,
+        "conv": Convolution,
+        "bias": Tensor,
+        "multiplier": Tensor,
+        "padding_value": OptionalTensor,
+        "pool": MaxPool,
+    },
+    _output_shape,
+    reference.quantized_stem,
+    lambda backend: backend.quantized_stem,
+    result_dtype=lambda x, conv, *_: reference.quantized_dtype(conv.weight, True),
+)
+
+
+def quantized_stem(
+    x: Tensor,
+    conv: Convolution,
+    bias: Tensor,
+    multiplier: Tensor,
+    padding_value: Tensor | None = None,
+    pool: MaxPool | None = None,
+) -> Tensor:
+    """max_pool(relu(conv(x) + bias)), requantised, as `resnet_fused.reference.quantized` says.
+
+    Args:
+        x: (N, C, H, W), uint8 or int8, or float8_e4m3fn; any layout (images usually are NCHW).
+        conv, bias, multiplier, padding_value: as of `quantized_conv`.
+        pool: the pooling window; 3×3, stride 2, padding 1 if None.
+
+    Returns the pooled (N, K, P, Q), channels_last, uint8 or float8_e4m3fn. Raises as
+    `quantized_conv` does.
+    """
+    return _op(x, conv, bias, multiplier, padding_value, MaxPool() if pool is None else pool)

@@ -1,0 +1,133 @@
+"""Quantised layers that every backend is tested with: fixed shapes, and random ones by number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..parameters import Convolution, MaxPool
+from ..reference.quantized import FLOAT8
+from .cases import ConvCase, generator
+
+# What a layer adds: nothing, a tensor of its result's shape, shortcut option A's, a projection.
+SHORTCUTS = ("none", "identity", "option A", "projection")
+
+
+def make_integers(shape: Any, dtype: torch.dtype, rng: torch.Generator) -> Tensor:
+    """Random numbers of the whole range of uint8 or int8 (of weights, -127 to 127), or normal ones
+    in e4m3."""
+    if dtype == FLOAT8:
+        return torch.randn(shape, generator=rng).to(dtype)
+    low, high = (0, 256) if dtype == torch.uint8 else (-127, 128)
+    return torch.randint(low, high, tuple(shape), generator=rng, dtype=dtype)
+
+
+def make_quantized_conv(
+    case: ConvCase,
+    rng: torch.Generator,
+    shortcut: str = "none",
+    dtype: torch.dtype = torch.uint8,
+    padding_value: bool = False,
+    relu: bool = True,
+) -> list[Any]:
+    """The arguments of `reference.quantized.quantized_conv`, most of whose results are in range,
+    some clamped at either end; dtype: of the input."""
+    weights = FLOAT8 if dtype == FLOAT8 else torch.int8
+    channels = case.out_channels
+
+    def conv_of(case: ConvCase) -> Convolution:
+        shape = (case.out_channels, case.channels // case.groups, case.kernel, case.kernel)
+        stride, padding, dilation = ((v, v) for v in (case.stride, case.padding, case.dilation))
+        weight = make_integers(shape, weights, rng)
+        return Convolution(weight, stride, padding, dilation, case.groups)
+
+    def image(*shape: int) -> Tensor:
+        made = make_integers(shape, dtype, rng)
+        return made.view(torch.uint8).contiguous(memory_format=torch.channels_last).view(dtype)
+
+    x, conv = image(*case[:4]), conv_of(case)
+    # Of sums of so many products, the standard deviation.
+    spread = conv.weight[0].numel() ** 0.5 * (1.0 if dtype == FLOAT8 else 128 * 74.0)
+    bias = torch.randn(channels, generator=rng) * spread
+    multiplier = (0.5 + torch.rand(channels, generator=rng)) * (2 if dtype == FLOAT8 else 80)
+    added: Tensor | None = None
+    scale: Tensor | None = None
+    projection: Convolution | None = None
+    height, width = case.output_size
+    if shortcut != "none":
+        scale = (0.2 + torch.rand(channels, generator=rng)) * spread / 128
+    if shortcut == "identity":
+        added = image(*case.output_shape)
+    elif shortcut == "option A":
+        narrow = max(1, channels // 2)
+        added = image(case.batch, narrow, 2 * height - 1, 2 * width - 1)[:, :, ::2, ::2]
+    elif shortcut == "projection":
+        side = ConvCase(case.batch, 5, 2 * height - 1, 2 * width - 1, channels, stride=2)
+        added, projection = image(*side[:4]), conv_of(side)
+        assert scale is not None
+        scale = scale / 60
+    padded = make_integers((case.channels,), dtype, rng) if padding_value else None
+    if dtype != FLOAT8:
+        bias = bias.int()
+    return [x, conv, bias, multiplier / spread, added, scale, projection, padded, relu]
+
+
+def make_quantized_stem(
+    case: ConvCase, rng: torch.Generator, pool: MaxPool, **options: Any
+) -> list[Any]:
+    """The arguments of `reference.quantized.quantized_stem`."""
+    made = make_quantized_conv(case, rng, **options)
+    return [*made[:4], made[7], pool]
+
+
+def make_quantized_head(
+    batch: int,
+    channels: int,
+    size: int,
+    classes: int,
+    rng: torch.Generator,
+    dtype: torch.dtype = torch.uint8,
+) -> list[Any]:
+    """The arguments of `reference.quantized.quantized_head`."""
+    x = make_integers((batch, channels, size, size + 1), dtype, rng)
+    weight = make_integers((classes, channels), FLOAT8 if dtype == FLOAT8 else torch.int8, rng)
+    multiplier = torch.rand(classes, generator=rng) * 1e-4
+    return [x, weight, torch.randn(classes, generator=rng), multiplier]
+
+
+def random_quantized_conv(seed: int) -> list[Any]:
+    """A layer of a random kind and shape, small enough for an interpreter."""
+    rng = generator(seed)
+
+    def draw(*choices: Any) -> Any:
+        return choices[int(torch.randint(len(choices), (), generator=rng))]
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=rng))
+
+    groups = draw(1, 1, 1, 2, 4, 8)
+    kernel, dilation = draw(1, 1, 3, 3, 5, 7), draw(1, 1, 2)
+    case = ConvCase(
+        number(1, 3),
+        groups * number(1, 40 // groups),
+        number(1, 12),
+        number(1, 12),
+        groups * number(1, 70 // groups),
+        kernel,
+        draw(1, 1, 2, 3),
+        draw(0, kernel // 2 * dilation, number(0, 3)),
+        dilation,
+        groups,
+    )
+    if min(case.output_size) < 1:
+        case = case._replace(height=case.height + 13, width=case.width + 13)
+    return make_quantized_conv(
+        case,
+        rng,
+        draw(*SHORTCUTS),
+        draw(torch.uint8, torch.uint8, torch.uint8, torch.int8),
+        draw(False, False, True),
+        draw(True, True, True, False),
+    )

@@ -1,0 +1,295 @@
+"""Quantised ops: their meaning beside integers counted one by one; backends, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import require
+from torch import Tensor
+
+from resnet_fused import ops, use_backend
+from resnet_fused.backends import Candidate, Candidates
+from resnet_fused.backends.reference import ReferenceBackend
+from resnet_fused.ops import Convolution, MaxPool
+from resnet_fused.reference import quantized as reference
+from resnet_fused.reference.quantized import FLOAT8
+from resnet_fused.testing.cases import CONV_CASES, ConvCase, generator
+from resnet_fused.testing.quantized_cases import (
+    SHORTCUTS,
+    make_quantized_conv,
+    make_quantized_head,
+    make_quantized_stem,
+    random_quantized_conv,
+)
+
+Op = Callable[..., Tensor]
+
+
+def conv_op(x: Tensor, conv: Convolution, *others: Any) -> Tensor:
+    return ops.quantized_conv(x, conv, *others)
+
+
+def counted(x: Tensor, conv: Convolution, padding: Tensor | None) -> np.ndarray:
+    """Σ x · weight in Python's integers, window by window."""
+    image, weight = x.numpy().astype(object), conv.weight.numpy().astype(object)
+    (stride, _), (pad, _), (dilation, _), groups = conv[1:]
+    n, c, h, w = image.shape
+    border = np.zeros((n, c, h + 2 * pad, w + 2 * pad), object)
+    if padding is not None:
+        border += padding.numpy().astype(object)[:, None, None]
+    border[:, :, pad : pad + h, pad : pad + w] = image
+    k, per_group, r, s = weight.shape
+    p, q = conv.output_size(h, w)
+    out = np.zeros((n, k, p, q), object)
+    for channel in range(k):
+        first = channel // (k // groups) * per_group
+        for i in range(p):
+            for j in range(q):
+                top, left = i * stride, j * stride
+                window = border[
+                    :,
+                    first : first + per_group,
+                    top : top + dilation * (r - 1) + 1 : dilation,
+                    left : left + dilation * (s - 1) + 1 : dilation,
+                ]
+                out[:, channel, i, j] = (window * weight[channel]).sum((1, 2, 3))
+    return out
+
+
+def meaning(
+    x: Tensor,
+    conv: Convolution,
+    bias: Tensor,
+    multiplier: Tensor,
+    shortcut: Tensor | None,
+    shortcut_scale: Tensor | None,
+    projection: Convolution | None,
+    padding_value: Tensor | None,
+    relu: bool,
+) -> np.ndarray:
+    """The docstring of `reference.quantized`, of int8, written down again in NumPy's float32."""
+
+    def per_channel(vector: Tensor) -> np.ndarray:
+        return vector.numpy()[:, None, None]
+
+    acc = counted(x, conv, padding_value) + per_channel(bias).astype(object)
+    if shortcut is not None:
+        added = shortcut.numpy().astype(object)
+        if projection is not None:
+            added = counted(shortcut, projection, None)
+        width = added.shape[1]
+        scaled = added.astype(np.float32) * per_channel(shortcut_scale)[:width]
+        acc[:, :width] += np.rint(scaled).astype(np.int64).astype(object)
+    y = np.rint(acc.astype(np.float32) * per_channel(multiplier))
+    low, high = (0, 255) if relu else (-128, 127)
+    return np.clip(y, low, high)
+
+
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+@pytest.mark.parametrize("relu", [True, False], ids=["relu", "signed"])
+@pytest.mark.parametrize("padded", [False, True], ids=["zeros", "padding value"])
+@pytest.mark.parametrize("name", ["3x3 strided", "grouped uneven", "3x3 dilated", "7x7 stem"])
+def test_meaning_is_that_of_integers(name: str, padded: bool, relu: bool, shortcut: str) -> None:
+    case = CONV_CASES[name]._replace(out_channels=6)
+    dtype = torch.uint8 if relu else torch.int8
+    arguments = make_quantized_conv(case, generator(), shortcut, dtype, padded, relu)
+    found, expected = reference.quantized_conv(*arguments), meaning(*arguments)
+    assert found.dtype == dtype
+    assert np.array_equal(found.numpy().astype(np.float64), expected.astype(np.float64))
+    ends = torch.iinfo(dtype)
+    assert ends.min < expected.mean() < ends.max  # most are in range,
+    assert {ends.min, ends.max} & {*expected.flatten()}  # and some clamped
+
+
+def test_ties_go_to_even_and_big_sums_round_once() -> None:
+    """x · 1/2 for x from 0 to 9, and an accumulator that float32 cannot hold."""
+    x = torch.arange(10, dtype=torch.uint8).view(1, 1, 1, 10)
+    conv = Convolution(torch.ones(1, 1, 1, 1, dtype=torch.int8))
+    zero, half = torch.zeros(1, dtype=torch.int32), torch.full((1,), 0.5)
+    found = ops.quantized_conv(x, conv, zero, half).flatten().tolist()
+    assert found == [0, 0, 1, 2, 2, 2, 3, 4, 4, 4]
+    bias = torch.tensor([2**30 + 32], dtype=torch.int32)  # a tie of float32, whose even is below
+    big = ops.quantized_conv(x, conv, bias, torch.full((1,), 2.0**-24), relu=False)
+    assert big.flatten().tolist() == [64] * 10
+    shortcut = torch.tensor([1, 3], dtype=torch.uint8).view(1, 1, 1, 2)
+    added = ops.quantized_conv(x[..., :2], conv, zero, 2 * half, shortcut, half)
+    assert added.flatten().tolist() == [0, 1 + 2]
+
+
+def test_float8_rounds_where_the_contract_says() -> None:
+    """Beside the exact sum in float64: one rounding to float32 each, one to e4m3."""
+    arguments = make_quantized_conv(CONV_CASES["3x3"], generator(), "identity", FLOAT8)
+    x, conv, bias, multiplier, shortcut, scale, *_ = arguments
+    exact = reference.accumulate(x, conv).numpy().astype(np.float32)
+    vectors = [v.numpy()[:, None, None] for v in (bias, multiplier, scale)]
+    acc = exact + vectors[0] + shortcut.float().numpy() * vectors[2]
+    y = torch.from_numpy(np.maximum(acc * vectors[1], 0)).clamp(max=448).to(FLOAT8)
+    found = ops.quantized_conv(*arguments)
+    assert found.dtype == FLOAT8
+    assert torch.equal(found.float(), y.float())
+    huge = ops.quantized_conv(x, conv, bias, multiplier * 1e6)
+    assert huge.float().max() == 448  # saturates, and is no NaN
+
+
+class Broken(ReferenceBackend):
+    """Computes the reference's result, and one fault."""
+
+    def __init__(self, fault: Op) -> None:
+        self.name = "broken"
+        self._fault = fault
+
+    def quantized_conv(self, *arguments: Any) -> Candidates:  # type: ignore[override]
+        return (Candidate("broken", lambda *a: self._fault(reference.quantized_conv(*a))),)
+
+
+def differences(backend: Any, op: Op, expected: Op, arguments: list[Any]) -> int:
+    """How many elements of the backend's result are not the reference's bits."""
+    with use_backend(backend):
+        found = op(*arguments)
+    truth = expected(*arguments)
+    assert (found.dtype, found.shape, found.stride()) == (truth.dtype, truth.shape, truth.stride())
+    bits = torch.int32 if truth.dtype == torch.float32 else torch.uint8
+    return int((found.view(bits) != truth.view(bits)).sum())
+
+
+def off_by_one(y: Tensor) -> Tensor:
+    y[-1, -1, -1, -1] += 1
+    return y
+
+
+def test_a_planted_fault_shows() -> None:
+    arguments = make_quantized_conv(CONV_CASES["3x3"], generator())
+    compared = conv_op, reference.quantized_conv, arguments
+    assert differences(Broken(lambda y: y), *compared) == 0
+    assert differences(Broken(off_by_one), *compared) == 1
+
+
+@pytest.fixture(params=["reference", "cpu", "cuda_sim"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Those that serve quantised tensors here."""
+    require(request.param, "cpu", torch.uint8)
+    return request.param
+
+
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+@pytest.mark.parametrize("name", CONV_CASES)
+def test_backends_equal_the_reference(backend: str, name: str, shortcut: str) -> None:
+    arguments = make_quantized_conv(CONV_CASES[name], generator(), shortcut)
+    assert differences(backend, conv_op, reference.quantized_conv, arguments) == 0
+
+
+STEMS = {
+    "resnet": (ConvCase(2, 3, 37, 41, 64, 7, 2, 3), MaxPool()),
+    "narrow": (ConvCase(1, 3, 9, 7, 20, 3, 1, 1), MaxPool(2, 2, 0)),
+    "one pixel": (ConvCase(1, 3, 1, 1, 64, 7, 2, 3), MaxPool()),
+}
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["zeros", "padding value"])
+@pytest.mark.parametrize("name", STEMS)
+def test_stems_equal_the_reference(backend: str, name: str, padded: bool) -> None:
+    case, pool = STEMS[name]
+    arguments = make_quantized_stem(case, generator(), pool, padding_value=padded)
+    arguments[0] = arguments[0].contiguous()  # images usually are NCHW
+    assert differences(backend, ops.quantized_stem, reference.quantized_stem, arguments) == 0
+
+
+@pytest.mark.parametrize(
+    ("batch", "channels", "size", "classes"), [(2, 512, 1, 10), (3, 2048, 7, 33), (1, 19, 3, 5)]
+)
+def test_heads_equal_the_reference(
+    backend: str, batch: int, channels: int, size: int, classes: int
+) -> None:
+    arguments = make_quantized_head(batch, channels, size, classes, generator())
+    assert differences(backend, ops.quantized_head, reference.quantized_head, arguments) == 0
+
+
+def test_heads_do_not_wrap(backend: str) -> None:
+    """The largest sum of a ResNet-50's head, which int32 cannot hold, and its negative."""
+    x = torch.full((1, 2048, 7, 7), 255, dtype=torch.uint8)
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight = torch.full((2, 2048), 127, dtype=torch.int8)
+    weight[1] = -127
+    arguments = [x, weight, torch.zeros(2), torch.full((2,), 2.0**-20)]
+    assert differences(backend, ops.quantized_head, reference.quantized_head, arguments) == 0
+    assert reference.quantized_head(*arguments)[0, 0] > 0
+
+
+@pytest.mark.parametrize("first", range(0, 100, 20))
+def test_random_layers_equal_the_reference(backend: str, first: int) -> None:
+    for seed in range(first, first + 20):
+        arguments = random_quantized_conv(seed)
+        found = differences(backend, conv_op, reference.quantized_conv, arguments)
+        assert found == 0, f"seed {seed}: {arguments[1][1:]}, x {tuple(arguments[0].shape)}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_two_thousand_random_layers_equal_the_reference(backend: str) -> None:
+    for first in range(100, 2100, 20):
+        test_random_layers_equal_the_reference(backend, first)
+
+
+@pytest.mark.parametrize("name", ["none", "identity", "projection", "stem", "head"])
+def test_compiles_without_a_graph_break(name: str) -> None:
+    torch.compiler.reset()
+    op: Op = conv_op
+    if name == "stem":
+        op, arguments = (
+            ops.quantized_stem,
+            make_quantized_stem(*STEMS["narrow"][:1], generator(), MaxPool()),
+        )
+    elif name == "head":
+        op, arguments = ops.quantized_head, make_quantized_head(2, 8, 3, 5, generator())
+    else:
+        arguments = make_quantized_conv(CONV_CASES["3x3"], generator(), name)
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")(*arguments)
+    assert torch.equal(compiled, op(*arguments))
+
+
+def test_autocast_leaves_scales_alone() -> None:
+    arguments = make_quantized_conv(CONV_CASES["3x3"], generator(), "identity")
+    expected = conv_op(*arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(conv_op(*arguments), expected)
+
+
+def test_empty_batches_give_empty_results() -> None:
+    x, *others = make_quantized_conv(CONV_CASES["3x3"], generator(), relu=False)
+    assert conv_op(x[:0], *others).shape == (0, 32, 8, 8)
+    assert conv_op(x[:0], *others).dtype == torch.int8
+    head = make_quantized_head(1, 8, 3, 5, generator())
+    assert ops.quantized_head(head[0][:0], *head[1:]).dtype == torch.float32
+
+
+def _with(position: int, value: Any) -> Callable[[list[Any]], list[Any]]:
+    return lambda a: [*a[:position], value(a[position]), *a[position + 1 :]]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        (_with(0, lambda x: x.float()), TypeError, "input must be uint8 or int8"),
+        (_with(0, lambda x: x[0]), ValueError, "4-dimensional"),
+        (_with(0, lambda x: x[:, :3]), ValueError, "input has 3 channels"),
+        (_with(1, lambda c: c._replace(weight=c.weight.int())), TypeError, "weight must be int8"),
+        (_with(2, lambda b: b.float()), TypeError, "bias must be int32"),
+        (_with(3, lambda m: m[:3]), ValueError, r"multiplier must have shape \(32,\)"),
+        (_with(3, lambda m: m.double()), TypeError, "multiplier must be float32"),
+        (_with(4, lambda s: s[:, :, :2]), ValueError, "shortcut must have shape"),
+        (_with(4, lambda s: None), ValueError, "belong together"),
+        (_with(5, lambda s: None), ValueError, "belong together"),
+        (_with(4, lambda s: s.float()), TypeError, "shortcut must be uint8 or int8"),
+        (_with(7, lambda p: torch.zeros(3, dtype=torch.uint8)), ValueError, "padding_value"),
+    ],
+)
+def test_errors_name_the_argument(
+    change: Callable[[list[Any]], list[Any]], error: type[Exception], said: str
+) -> None:
+    arguments = make_quantized_conv(CONV_CASES["3x3"], generator(), "identity")
+    with pytest.raises(error, match=said):
+        conv_op(*change(arguments))
