@@ -139,7 +139,7 @@ def test_a_forward_is_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
     programs: list[int] = []
     replay = record._replay
     monkeypatch.setattr(
-        record, "_replay", lambda s, x: (programs.append(len(s.program)), replay(s, x))[1]
+        record, "_replay", lambda s, *a: (programs.append(len(s.program)), replay(s, *a))[1]
     )
     expected = [network(x) for _ in range(4)]
     assert all(torch.equal(y, expected[0]) for y in expected)
@@ -262,7 +262,7 @@ def test_it_is_saved_and_copied(network: QuantizedNetwork, tmp_path: Path) -> No
         QuantizedNetwork.from_state_dict(make().state_dict())
     state = network.state_dict()
     del state["blocks.1.0.bias"]
-    with pytest.raises(CheckpointError, match="blocks"):
+    with pytest.raises(CheckpointError, match="bias"):
         QuantizedNetwork.from_state_dict(state)
 
 
@@ -343,15 +343,13 @@ def test_outliers_are_clipped_by_percentile_and_error() -> None:
 
 
 def test_methods_give_other_scales() -> None:
-    scales = {
-        method: [
-            layer.scale for layer in prepare_qat(make(), [images()], method=method).folded()[:-1]
-        ]
-        for method in METHODS
-    }
+    x = images(16, 64)
+    networks = {method: prepare_qat(make(), [x], method=method).folded() for method in METHODS}
+    scales = {method: [v.scale for v in layers[:-1]] for method, layers in networks.items()}
     pairs = list(zip(*scales.values(), strict=True))
     assert all(percentile <= largest and mse <= largest for largest, percentile, mse in pairs)
-    assert any(mse < 0.95 * largest for largest, _, mse in pairs)
+    assert any(percentile < largest for largest, percentile, _ in pairs)
+    assert any(mse < largest for largest, _, mse in pairs)
 
 
 def test_means_make_up_for_rounded_weights() -> None:
@@ -398,7 +396,14 @@ def test_gradients_are_the_float_layers_but_where_it_clamps(dtype: torch.dtype) 
     rng = generator()
     geometry = Geometry(WINDOW, stride=1, dtype=dtype)
     limit = 448 if dtype == FLOAT8 else 255
-    layer = folded(torch.randn(4, 4, 3, 3, generator=rng), torch.zeros(4), geometry, 1 / limit)
+    # Weights that are what they are quantised to, with a scale of one over the largest.
+    if dtype == FLOAT8:
+        weight = torch.randint(-3, 4, (4, 4, 3, 3), generator=rng).double().exp2() / 8
+        weight *= torch.randint(-1, 2, weight.shape, generator=rng)
+    else:
+        weight = torch.randint(-127, 128, (4, 4, 3, 3), generator=rng).double() / 127
+    weight[:, 0, 0, 0] = 1
+    layer = folded(weight, torch.zeros(4), geometry, 1 / limit)
     for scale in (layer.in_scale, layer.shortcut_in_scale):
         scale.fill_(1 / limit)
     steps = torch.randint(0, 16, (2, 2, 4, 6, 6), generator=rng) * 16 / limit  # exact in both types
@@ -416,8 +421,8 @@ def test_gradients_are_the_float_layers_but_where_it_clamps(dtype: torch.dtype) 
     inside = (real > 0) & (real < 1)
     assert 0.1 < (real >= 1).float().mean() < 0.9
     expected = torch.autograd.grad(real, (x, layer.bias), gradient * inside)
-    assert relative_error(found[1], expected[1]) < (0.05 if dtype == torch.uint8 else 0.1)
-    assert relative_error(found[0], expected[0]) < (0.05 if dtype == torch.uint8 else 0.1)
+    assert relative_error(found[1], expected[1]) < 1e-4
+    assert relative_error(found[0], expected[0]) < 1e-4
 
 
 def test_fine_tuning_recovers_what_bad_calibration_loses() -> None:

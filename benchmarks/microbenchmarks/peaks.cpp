@@ -18,22 +18,30 @@
 
 namespace {
 
-constexpr long kSteps = 1'000'000;
+constexpr long kSteps = 500'000;
 constexpr int kTrials = 300;
 
 // The sums are named in assembly, or the compiler would notice that they are never read.
-#define STEP(instruction)                                                                          \
-  asm volatile(instruction                                                                         \
-               " %%zmm30, %%zmm31, %%zmm0\n" instruction " %%zmm30, %%zmm31, %%zmm1\n" instruction \
-               " %%zmm30, %%zmm31, %%zmm2\n" instruction " %%zmm30, %%zmm31, %%zmm3\n" instruction \
-               " %%zmm30, %%zmm31, %%zmm4\n" instruction " %%zmm30, %%zmm31, %%zmm5\n" instruction \
-               " %%zmm30, %%zmm31, %%zmm6\n" instruction " %%zmm30, %%zmm31, %%zmm7\n" instruction \
-               " %%zmm30, %%zmm31, %%zmm8\n" instruction " %%zmm30, %%zmm31, %%zmm9\n" instruction \
-               " %%zmm30, %%zmm31, %%zmm10\n" instruction " %%zmm30, %%zmm31, %%zmm11\n" ::        \
-                   : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8",       \
-                     "xmm9", "xmm10", "xmm11")
+#define STEP(instruction)                                                                    \
+  asm volatile(                                                                              \
+      instruction                                                                            \
+      " %%zmm30, %%zmm31, %%zmm0\n" instruction " %%zmm30, %%zmm31, %%zmm1\n" instruction    \
+      " %%zmm30, %%zmm31, %%zmm2\n" instruction " %%zmm30, %%zmm31, %%zmm3\n" instruction    \
+      " %%zmm30, %%zmm31, %%zmm4\n" instruction " %%zmm30, %%zmm31, %%zmm5\n" instruction    \
+      " %%zmm30, %%zmm31, %%zmm6\n" instruction " %%zmm30, %%zmm31, %%zmm7\n" instruction    \
+      " %%zmm30, %%zmm31, %%zmm8\n" instruction " %%zmm30, %%zmm31, %%zmm9\n" instruction    \
+      " %%zmm30, %%zmm31, %%zmm10\n" instruction " %%zmm30, %%zmm31, %%zmm11\n" instruction  \
+      " %%zmm30, %%zmm31, %%zmm12\n" instruction " %%zmm30, %%zmm31, %%zmm13\n" instruction  \
+      " %%zmm30, %%zmm31, %%zmm14\n" instruction " %%zmm30, %%zmm31, %%zmm15\n" instruction  \
+      " %%zmm30, %%zmm31, %%zmm16\n" instruction " %%zmm30, %%zmm31, %%zmm17\n" instruction  \
+      " %%zmm30, %%zmm31, %%zmm18\n" instruction " %%zmm30, %%zmm31, %%zmm19\n" instruction  \
+      " %%zmm30, %%zmm31, %%zmm20\n" instruction " %%zmm30, %%zmm31, %%zmm21\n" instruction  \
+      " %%zmm30, %%zmm31, %%zmm22\n" instruction " %%zmm30, %%zmm31, %%zmm23\n" ::           \
+          : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9",  \
+            "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", \
+            "xmm19", "xmm20", "xmm21", "xmm22", "xmm23")
 
-constexpr int kPerStep = 12;  // sums: enough to hide the latency of two multiply-adds a cycle
+constexpr int kPerStep = 24;  // sums: enough to hide the latency of two multiply-adds a cycle
 
 __attribute__((target("avx512f"))) void multiply_float32() {
   asm volatile("vpxord %%zmm30, %%zmm30, %%zmm30\nvpxord %%zmm31, %%zmm31, %%zmm31" ::

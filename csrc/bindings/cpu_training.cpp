@@ -80,8 +80,9 @@ void set_conv(Launch<ConvLaunch>& launch, const TensorArg& x, const TensorArg& y
   check_convolves(conv.format, launch.arguments.isa);
   const Pair kernel = std::get<0>(window);
   check_sizes("weight", weight, {y.sizes[1], x.sizes[1], kernel[0], kernel[1]});
-  check_sizes("y", y, {x.sizes[0], y.sizes[1], cpu::conv_output_size(conv.window, 0, x.sizes[2]),
-                       cpu::conv_output_size(conv.window, 1, x.sizes[3])});
+  check_sizes("y", y,
+              {x.sizes[0], y.sizes[1], cpu::conv_output_size(conv.window, 0, x.sizes[2]),
+               cpu::conv_output_size(conv.window, 1, x.sizes[3])});
   check_apart("x", x, "y", y);
   std::tie(conv.batch, conv.in_channels, conv.height, conv.width) = std::tuple_cat(x.sizes);
   conv.out_channels = y.sizes[1];
@@ -333,8 +334,8 @@ void run_coefficients(CoefficientsLaunch& op, std::uintptr_t) {
 }
 
 void train_coefficients(const TensorArg& coefficients, const TensorArg& gradients,
-                        const TensorArg& sums, const TensorArg& total,
-                        const TensorArg& scale_shift, bool frozen) {
+                        const TensorArg& sums, const TensorArg& total, const TensorArg& scale_shift,
+                        bool frozen) {
   check_rank("scale_shift", scale_shift, 2);
   Launch<CoefficientsLaunch> launch;
   CoefficientsLaunch& op = launch.arguments;

@@ -111,9 +111,7 @@ def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor], list[Ten
     y = pieces.bn_add_relu(activations[count - 1], other)
     saved = [
         a.pre_bn
-        for a, keep in zip(
-            activations, _is_saved(convs, shortcut, pieces.saves_all()), strict=True
-        )
+        for a, keep in zip(activations, _is_saved(convs, shortcut, pieces.saves_all()), strict=True)
         if keep
     ]
     return y, saved, [a.scale_shift for a in activations]
@@ -212,9 +210,7 @@ def _backward(
         pre_bn = None if activation is None else activation.pre_bn
         # Of the block's end also the shortcut reads it: the identity, or before, the projection.
         last_use = i < count - 1 or (i == count - 1 and shortcut_grad is not g)
-        return pieces.pre_bn_gradient(
-            PreBnGradient(g, pre_bn, coefficients, frozen[i], last_use)
-        )
+        return pieces.pre_bn_gradient(PreBnGradient(g, pre_bn, coefficients, frozen[i], last_use))
 
     ends = [i for i in range(count - 1, len(convs)) if needs.layer(i)]
     branches = {i: activation for i in ends if (activation := activations[i]) is not None}

@@ -99,9 +99,7 @@ def training_backend(
     return fused.get(name)
 
 
-def _is_profitable(
-    backend: Backend, layers: Sequence[Layer], projection: Layer | None
-) -> bool:
+def _is_profitable(backend: Backend, layers: Sequence[Layer], projection: Layer | None) -> bool:
     assert backend.training is not None
     return backend.training.is_profitable([*layers, *([projection] if projection else [])])
 

@@ -46,10 +46,10 @@ struct Tasks {
   decltype(&baseline::pool_gradient_task) pool_gradient;
 };
 
-#define TASKS(isa)                                                             \
-  Tasks {                                                                      \
-    isa::moments_task, isa::normalise_task, isa::gradient_task,                \
-        isa::pre_bn_task, isa::pool_task, isa::pool_gradient_task              \
+#define TASKS(isa)                                                                                \
+  Tasks {                                                                                         \
+    isa::moments_task, isa::normalise_task, isa::gradient_task, isa::pre_bn_task, isa::pool_task, \
+        isa::pool_gradient_task                                                                   \
   }
 
 Tasks tasks_for(Isa isa) {
@@ -77,9 +77,8 @@ std::int64_t task_rows(const Rows& rows, std::int64_t least) {
 template <typename Body>
 void for_rows(const Rows& rows, const Body& body) {
   const std::int64_t step = task_rows(rows, 1);
-  parallel_for(ceil_div(rows.rows, step), [&](std::int64_t i) {
-    body(i * step, std::min((i + 1) * step, rows.rows));
-  });
+  parallel_for(ceil_div(rows.rows, step),
+               [&](std::int64_t i) { body(i * step, std::min((i + 1) * step, rows.rows)); });
 }
 
 // Partial sums of `tasks` tasks, `words` numbers each, of the calling thread.
@@ -96,9 +95,8 @@ template <typename Body>
 void for_channels(std::int64_t channels, std::int64_t parts, const Body& body) {
   // A few parts are added up sooner than threads are woken.
   const std::int64_t step = parts * channels > 16 << 10 ? kMergedChannels : channels;
-  parallel_for(ceil_div(channels, step), [&](std::int64_t i) {
-    body(i * step, std::min((i + 1) * step, channels));
-  });
+  parallel_for(ceil_div(channels, step),
+               [&](std::int64_t i) { body(i * step, std::min((i + 1) * step, channels)); });
 }
 
 // out (vectors, channels) = the sums over all parts (parts, vectors, padded).
@@ -140,7 +138,8 @@ void moments(const Moments& op) {
     std::vector<double> mean(last - first), squares(last - first);
     for (std::int64_t i = 1; i < parts; ++i) {
       const double* const means = part + 2 * padded * i;
-      for (std::int64_t c = first; c < last; ++c) mean[c - first] += count(i) * (means[c] - part[c]);
+      for (std::int64_t c = first; c < last; ++c)
+        mean[c - first] += count(i) * (means[c] - part[c]);
     }
     for (std::int64_t c = first; c < last; ++c) {
       mean[c - first] = part[c] + mean[c - first] / static_cast<double>(rows);
@@ -223,12 +222,8 @@ void bn_scale_shift(const float* moments, std::int64_t parts, std::int64_t chann
       squares += value(i, 1) + value(i, 2) * apart * apart;
     }
     const double invstd = 1.0 / std::sqrt(squares / total + eps);
-    const double values[6] = {mean,
-                              element(weight, c) * invstd,
-                              element(bias, c),
-                              invstd,
-                              squares / std::max(total - 1, 1.0),
-                              total};
+    const double values[6] = {mean,   element(weight, c) * invstd,        element(bias, c),
+                              invstd, squares / std::max(total - 1, 1.0), total};
     for (int row = 0; row < 6; ++row) {
       scale_shift[row * channels + c] = static_cast<float>(values[row]);
     }

@@ -193,8 +193,8 @@ ISA_INLINE void gradient_strip(const ReluGradient& op, std::int64_t first, std::
         for (int b = 0; b < kBranches; ++b) {
           x[b] = load(numbers<Number>(op.branch[b].x) + place, valid);
         }
-        const Vec value = kMasks ? load(numbers<Number>(op.y) + place, valid)
-                                 : normalised(x[0], at[0][j]);
+        const Vec value =
+            kMasks ? load(numbers<Number>(op.y) + place, valid) : normalised(x[0], at[0][j]);
         const Vec grad = load(numbers<Number>(op.grad) + place, valid);
         const Vec g = value > 0.0f ? grad : Vec{};
         store(static_cast<Number*>(op.g) + place, g, valid);
@@ -282,7 +282,8 @@ ISA_INLINE void pre_bn_rows(const PreBnGradient& op, std::int64_t first, std::in
 ISA void pre_bn_task(const PreBnGradient& op, std::int64_t first, std::int64_t last) {
   const bool centred = op.x != nullptr;
   if (op.rows.format == Format::kFloat32) {
-    centred ? pre_bn_rows<float, true>(op, first, last) : pre_bn_rows<float, false>(op, first, last);
+    centred ? pre_bn_rows<float, true>(op, first, last)
+            : pre_bn_rows<float, false>(op, first, last);
   } else {
     centred ? pre_bn_rows<BFloat16, true>(op, first, last)
             : pre_bn_rows<BFloat16, false>(op, first, last);
@@ -292,8 +293,8 @@ ISA void pre_bn_task(const PreBnGradient& op, std::int64_t first, std::int64_t l
 // The largest number of a window and where it is: the tap, counted along lines. NaN is larger than
 // all.
 template <typename Number>
-ISA_INLINE Vec window_maximum(const Pooling& op, std::int64_t image, std::int64_t p,
-                              std::int64_t q, std::int64_t c, const Scales& at, VecBits& tap) {
+ISA_INLINE Vec window_maximum(const Pooling& op, std::int64_t image, std::int64_t p, std::int64_t q,
+                              std::int64_t c, const Scales& at, VecBits& tap) {
   const std::int64_t valid = op.channels - c;
   Vec most = splat(-std::numeric_limits<float>::infinity());
   tap = VecBits{};
@@ -327,8 +328,7 @@ ISA_INLINE void pool_line(const Pooling& op, std::int64_t image, std::int64_t p,
       const Vec most = window_maximum<Number>(op, image, p, q, c, at, tap);
       store(static_cast<Number*>(out) + place + c, most, op.channels - c);
       const Places places = __builtin_convertvector(tap, Places);
-      std::memcpy(argmax + place + c, &places,
-                  std::min<std::int64_t>(kLanes, op.channels - c));
+      std::memcpy(argmax + place + c, &places, std::min<std::int64_t>(kLanes, op.channels - c));
     }
   }
 }
@@ -371,8 +371,8 @@ ISA_INLINE void pool_gradient_lines(const Pooling& op, const PoolGradient& of, s
         Vec sum{};
         for (std::int64_t p = rows.first; p < rows.end; ++p) {
           for (std::int64_t q = columns.first; q < columns.end; ++q) {
-            const std::int64_t tap = (y - p * op.stride + op.padding) * op.kernel + x -
-                                     q * op.stride + op.padding;
+            const std::int64_t tap =
+                (y - p * op.stride + op.padding) * op.kernel + x - q * op.stride + op.padding;
             const std::int64_t window =
                 ((image * op.out_height + p) * op.out_width + q) * channels + c;
             Places places{};

@@ -39,8 +39,14 @@ bool suits_winograd(const Conv& conv) {
 // `conv` with the weight, turned or not, packed for the kernel that runs it.
 void run(Conv conv, const TrainConv& of, bool turned, Isa isa) {
   const auto& s = of.strides;
-  Pack pack{of.weight, {s[0], s[1], s[2], s[3]}, conv.out_channels, conv.in_channels,
-            {conv.window.kernel[0], conv.window.kernel[1]}, turned, of.weight_format, of.format,
+  Pack pack{of.weight,
+            {s[0], s[1], s[2], s[3]},
+            conv.out_channels,
+            conv.in_channels,
+            {conv.window.kernel[0], conv.window.kernel[1]},
+            turned,
+            of.weight_format,
+            of.format,
             nullptr};
   if (turned) std::swap(pack.strides[0], pack.strides[1]);
   if (suits_winograd(conv)) {
@@ -120,8 +126,15 @@ void train_dgrad(const TrainConv& of, Isa isa) {
   const Memory packed(
       4 * conv_weight_words(of.out_channels, of.in_channels, kernel[0] * kernel[1], of.format));
   const auto& s = of.strides;
-  pack_for_conv({of.weight, {s[1], s[0], s[2], s[3]}, of.in_channels, of.out_channels,
-                 {kernel[0], kernel[1]}, true, of.weight_format, of.format, packed.data()});
+  pack_for_conv({of.weight,
+                 {s[1], s[0], s[2], s[3]},
+                 of.in_channels,
+                 of.out_channels,
+                 {kernel[0], kernel[1]},
+                 true,
+                 of.weight_format,
+                 of.format,
+                 packed.data()});
   ConvDgrad conv{};
   conv.grad = of.from;
   conv.packed = packed.data();

@@ -1,6 +1,6 @@
-// A convolution without batch norm, and its gradient with respect to its input, which at stride 1 is
-// one of the same kind with the weight's two channel axes exchanged and its window turned round. One
-// group; NHWC, fp32 or bfloat16. The weight changes from step to step, so it is packed for the
+// A convolution without batch norm, and its gradient with respect to its input, which at stride 1
+// is one of the same kind with the weight's two channel axes exchanged and its window turned round.
+// One group; NHWC, fp32 or bfloat16. The weight changes from step to step, so it is packed for the
 // kernels of conv.cpp, winograd.cpp and dgrad.cpp in each call.
 #pragma once
 

@@ -57,8 +57,7 @@ void run(const Pack& pack, Task task, std::int64_t outputs) {
   const std::int64_t step = std::max<std::int64_t>(kStageRows / taps / 2 * 2, 2);  // inputs
   const std::int64_t blocks = ceil_div(outputs, kBlock);
   const std::int64_t steps = ceil_div(pack.in_channels, step);
-  const std::int64_t together =
-      std::max<std::int64_t>(kTaskElements / (kBlock * step * taps), 1);
+  const std::int64_t together = std::max<std::int64_t>(kTaskElements / (kBlock * step * taps), 1);
   const std::int64_t groups = ceil_div(steps, together);
   parallel_for(blocks * groups, [&](std::int64_t i) {
     const std::int64_t out = i / groups * kBlock, begin = i % groups * together;

@@ -95,9 +95,8 @@ ISA_INLINE void fill_stage(const Pack& pack, std::int64_t out, std::int64_t firs
         to[j] = stage + kBlock * (by_input ? (at + j) * taps + run : run * length + at + j);
       }
       const std::int64_t element = run * length;  // counted by input, then tap
-      const Number* const p = by_input
-                                  ? from + place(first + at, run)
-                                  : from + place(first + element / taps, element % taps) + at;
+      const Number* const p = by_input ? from + place(first + at, run)
+                                       : from + place(first + element / taps, element % taps) + at;
       transpose(p, s[0], rows, columns, to);
     }
   }
@@ -113,8 +112,7 @@ ISA_INLINE void conv_rows(const Pack& pack, std::int64_t out, std::int64_t first
                       out / kStrip * taps * pixel_words * kStrip + out % kStrip;
   fill_stage<Number>(pack, out, first, last, stage);
   for (std::int64_t tap = 0; tap < taps; ++tap) {
-    std::uint32_t* const to =
-        strip + (pack.turned ? taps - 1 - tap : tap) * pixel_words * kStrip;
+    std::uint32_t* const to = strip + (pack.turned ? taps - 1 - tap : tap) * pixel_words * kStrip;
     for (std::int64_t i = first; i < last; i += single ? 1 : 2) {
       const float* const from = stage + ((i - first) * taps + tap) * kBlock;
       if (single) {

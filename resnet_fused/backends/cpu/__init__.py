@@ -28,6 +28,7 @@ class CpuBackend(QuantizedCpuBackend):
     """Implements `resnet_fused.backends.Backend`."""
 
     name = "cpu"
+
     def __init__(self) -> None:
         extension = _extension.load()
         super().__init__(extension)

@@ -2,8 +2,8 @@
 
 Algorithm: a convolution reads plain operands, so normalisation, ReLU and their gradients are passes
 of their own, each over memory once. dgrad at stride 1 is our forward kernel on the weight turned
-round, 3×3 in float32 by Winograd's. What our kernels do not serve, groups, is PyTorch's, between the
-same passes.
+round, 3×3 in float32 by Winograd's. Groups, which our kernels do not serve, are left to PyTorch's
+convolution between the same passes.
 Memory: results lie in memory that is kept from step to step. Fresh pages from the system cost a
 tenth of a step of PyTorch's.
 """
@@ -24,6 +24,7 @@ from ...reference.convolution import convolve, well_posed
 from ...reference.training import ReferenceTraining
 from ..arguments import nhwc, residual_arg
 
+_LANES = 16
 _reference = ReferenceTraining()
 
 
@@ -75,12 +76,13 @@ class CpuTraining:
 
     def bn_add_relu(self, main: Activation, shortcut: Tensor | Activation | None) -> Tensor:
         out = self._empty(main.pre_bn, main.pre_bn.shape)
-        is_residual = isinstance(shortcut, Tensor)
+        residual = shortcut if isinstance(shortcut, Tensor) else None
+        other = shortcut if isinstance(shortcut, Activation) else None
         self._extension.train_bn_add_relu(
             tensor_arg(out),
             _activation_arg(main),
-            residual_arg(shortcut) if is_residual else None,
-            None if is_residual or shortcut is None else _activation_arg(shortcut),
+            residual_arg(residual),
+            None if other is None else _activation_arg(other),
         )
         return out
 
@@ -128,7 +130,9 @@ class CpuTraining:
         before, after = (add, None) if add_stride in (None, 1) else (None, add)
         if before is not None:
             before = before[:, : shape[1]]
-        if self._convolves(g, conv):
+        # With few channels our sums run longer than PyTorch's before they are added up, and most
+        # lanes idle: a stem's gradient of the image, which training does not ask for.
+        if self._convolves(g, conv) and min(conv.weight.shape[:2]) >= _LANES:
             out = self._empty(g, shape)
             if max(conv.stride) > 1 and before is not None:
                 before = nhwc(before)
@@ -228,6 +232,16 @@ def _convolution_backward(grad: Tensor, x: Tensor, conv: Convolution, which: int
     weight, stride, padding, dilation, groups = conv
     mask = [which == 0, which == 1, False]
     found: Tensor = torch.ops.aten.convolution_backward(
-        grad, x, nhwc(weight.to(grad.dtype)), None, stride, padding, dilation, False, [0, 0], groups, mask
+        grad,
+        x,
+        nhwc(weight.to(grad.dtype)),
+        None,
+        stride,
+        padding,
+        dilation,
+        False,
+        [0, 0],
+        groups,
+        mask,
     )[which]
     return found
