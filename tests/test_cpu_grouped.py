@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -237,7 +238,6 @@ def test_a_forward_of_resnext_is_one_program(dtype):
         assert len(plan.steps) == 1
         assert torch.equal(out, ordinary)
         model.layer1[0].conv2.weight.data.mul_(2)
-        assert not plan.is_valid()
         edited = model(x)
-        assert torch.equal(edited, model.eval()(x))
+        assert torch.equal(edited, copy.deepcopy(model)(x))  # plans do not travel
         assert not torch.equal(edited, ordinary)
