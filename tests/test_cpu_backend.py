@@ -409,6 +409,9 @@ def test_the_processor_decides_what_onednn_computes(
     for dtype in (torch.float32, torch.bfloat16):
         x, layer = make_convolution(LARGE["pointwise"], generator(), dtype)
         assert isinstance(backend._pack(x, layer.conv), OneDnnConvolution) == (dtype not in own)
+        x, layer = make_convolution(LARGE["grouped"], generator(), dtype)
+        assert len(backend.conv_bn(x, layer, None, True)) == bool(isa)  # never oneDNN's
+        assert len(backend.conv_bn_projection(x, layer, x, layer)) == bool(isa)
 
 
 def test_an_absent_or_foreign_extension_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -293,6 +293,67 @@ def test_a_plan_sees_an_edited_weight(network: Any) -> None:
         assert not torch.equal(after, before)
 
 
+def chain(residuals: dict[int, int]) -> tuple[Any, list[Any], list[Tensor]]:
+    """A program of five layers of one shape in a row, in which layer i adds the result number
+    residuals[i] (0: the input); its layers, as the reference takes them; and its values."""
+    case = ConvCase(2, 64, 7, 9, 64)
+    x, *_ = make_quantized_conv(case, generator())
+    layers, values, packed = [], [x], []
+    scale = torch.full((64,), 3.0)
+    recorder = _C.Recorder()
+    for i in range(5):
+        _, conv, bias, multiplier, *_ = make_quantized_conv(case, generator(i))
+        packed.append(PackedQuantizedWeight(_C, "conv", conv.weight, 1).packed)
+        layers.append((conv, bias, multiplier))
+        values.append(torch.empty_like(x))
+        added = values[residuals[i]] if i in residuals else None
+        recorder.start()
+        _C.quantized_conv(
+            tensor_arg(values[-1]),
+            (tensor_arg(values[-2]), tensor_arg(packed[-1]), ((1, 1), (1, 1), (0, 0), (1, 1), 1)),
+            tensor_arg(bias),
+            tensor_arg(multiplier),
+            None if added is None else tensor_arg(scale),
+            None if added is None else tensor_arg(added),
+        )
+        recorder.stop()
+    constants = [*packed, scale, *(tensor for layer in layers for tensor in layer[1:])]
+    ends = tensor_arg(values[0]), tensor_arg(values[-1])
+    program = recorder.program(0, 5, *ends, list(map(tensor_arg, constants)), 64)
+    return program, layers, [scale, *constants]
+
+
+@pytest.mark.parametrize(
+    ("residuals", "kept"),
+    [
+        ({}, 2),
+        ({2: 1}, 2),  # the last to read result 1 writes over it
+        ({2: 1, 3: 1}, 3),  # result 1 lives on after the first
+        ({3: 3}, 2),  # its own operand as well: no writing over it
+        ({2: 0, 4: 1}, 3),  # neither the input nor the output is the arena's
+    ],
+)
+def test_a_result_takes_the_memory_of_its_residual(residuals: dict[int, int], kept: int) -> None:
+    program, layers, alive = chain(residuals)
+    x = make_integers((2, 64, 7, 9), torch.uint8, generator(99)).contiguous(memory_format=NHWC)
+    before = x.clone()
+    expected = [x]
+    for i, (conv, bias, multiplier) in enumerate(layers):
+        added = expected[residuals[i]] if i in residuals else None
+        scale = None if added is None else alive[0]
+        expected.append(
+            reference.quantized_conv(
+                expected[-1], conv, bias, multiplier, added, scale, None, None, True
+            )
+        )
+    out, arena = torch.empty_like(x), torch.empty(program.arena_bytes, dtype=torch.uint8)
+    program.run(x.data_ptr(), out.data_ptr(), arena.data_ptr())
+    assert torch.equal(out, expected[-1])
+    assert torch.equal(x, before)
+    size = -(-x.nbytes // 64) * 64
+    assert (kept - 1) * size < program.arena_bytes <= kept * size
+
+
 def conv_arguments(**changes: Any) -> dict[str, Any]:
     """What `quantized_conv` takes of a small layer with a residual."""
     x, conv, bias, multiplier, residual, scale, *_ = make_quantized_conv(

@@ -32,7 +32,6 @@ namespace cpu = resnet_fused::cpu;
 
 namespace {
 
-using OptionalTensor = std::optional<TensorArg>;
 // Mean, variance, weight, bias, eps.
 using BatchNorm = std::tuple<TensorArg, TensorArg, OptionalTensor, OptionalTensor, double>;
 // A convolution with its batch norm: x, packed weight, window, batch norm.
@@ -43,23 +42,6 @@ struct ConvLaunch {
   bool projected;
   cpu::Isa isa;
 };
-
-template <typename Arguments>
-void set_vector(Launch<Arguments>& launch, cpu::Vector& slot, const char* name,
-                const OptionalTensor& tensor, std::int64_t channels) {
-  slot = {nullptr, cpu::VectorType::kFloat32, 0};
-  if (!tensor) return;
-  check_sizes(name, *tensor, {channels});
-  launch.reads(slot.data, name, *tensor);
-  if (tensor->type == ScalarType::kBFloat16) {
-    slot.type = cpu::VectorType::kBFloat16;
-  } else if (tensor->type == ScalarType::kFloat64) {
-    slot.type = cpu::VectorType::kFloat64;
-  } else {
-    check_type(name, *tensor, ScalarType::kFloat32);
-  }
-  slot.stride = tensor->strides[0];
-}
 
 template <typename Arguments>
 void set_batch_norm(Launch<Arguments>& launch, cpu::BatchNorm& slot, const BatchNorm& bn,
@@ -185,6 +167,7 @@ void conv_bn(const TensorArg& out, const Layer& layer, const OptionalTensor& res
     set_conv(launch, projected, *projection, out, conv_packed_bytes);
   }
   set_residual(launch, conv.residual, residual, out);
+  if (is_like(residual, out)) launch.may_replace(conv.residual.data);
   launch.writes(conv.out, "out", out);
   projected.out = nullptr;
   conv.relu = relu;

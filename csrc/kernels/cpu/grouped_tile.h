@@ -122,33 +122,38 @@ ISA inline __attribute__((noinline)) void multiply(const Plan& plan, const Tile&
   const std::int64_t words = plan.channels.group_words, tap_words = words * kLanes;
   const std::int64_t row_taps = plan.conv.window.kernel[1];
   const std::int64_t vec_step = plan.conv.window.kernel[0] * row_taps * tap_words;
-  const std::int64_t tap_step = plan.axes[1].period * tap_words;
+  const std::int64_t tap_step = plan.axes[1].period * tap_words, line_step = tile.line_step;
+  const VecBits index = columns.index;
+  const std::int64_t vec_bytes = plan.vec_bytes;
+  const std::int64_t* const row_offsets = plan.row_offsets.data();
+  const Run* const runs = plan.runs.data();
+  const Run* const runs_end = runs + plan.runs.size();
   std::int64_t products = 0;
   bool first = true;
   for (std::int64_t row = tile.first_row; row < tile.last_row; ++row) {
-    for (const Run& run : plan.runs) {
-      const std::uint32_t* weights = columns.weights + (row * row_taps + run.first_tap) * tap_words;
-      const char* x = tile.x + plan.row_offsets[row] + run.offset + 4 * columns.first_word;
+    const char* const line = tile.x + row_offsets[row] + 4 * columns.first_word;
+    const std::uint32_t* const line_weights = columns.weights + row * row_taps * tap_words;
+    for (const Run* run = runs; run != runs_end; ++run) {
+      const std::uint32_t* weights = line_weights + run->first_tap * tap_words;
+      const char* x = line + run->offset;
+      const int taps = run->taps;
       for (std::int64_t left = words; left > 0; left -= kLanes) {
         const std::int64_t count = std::min<std::int64_t>(left, kLanes);
-        if (products + count * run.taps > kRun) {
+        if (products + count * taps > kRun) {
           join(sum, sums, first);
           first = false;
           products = 0;
         }
-        products += count * run.taps;
-        if (run.taps == 3) {
-          accumulate<3, kPermute>(sum, x, tile.line_step, weights, tap_step, vec_step,
-                                  columns.index, count);
-        } else if (run.taps == 2) {
-          accumulate<2, kPermute>(sum, x, tile.line_step, weights, tap_step, vec_step,
-                                  columns.index, count);
+        products += count * taps;
+        if (taps == 3) {
+          accumulate<3, kPermute>(sum, x, line_step, weights, tap_step, vec_step, index, count);
+        } else if (taps == 2) {
+          accumulate<2, kPermute>(sum, x, line_step, weights, tap_step, vec_step, index, count);
         } else {
-          accumulate<1, kPermute>(sum, x, tile.line_step, weights, tap_step, vec_step,
-                                  columns.index, count);
+          accumulate<1, kPermute>(sum, x, line_step, weights, tap_step, vec_step, index, count);
         }
         weights += count * kLanes;
-        x += plan.vec_bytes;
+        x += vec_bytes;
       }
     }
   }
@@ -310,8 +315,8 @@ ISA_INLINE void convolve(const Plan& plan, const Part& part, const char* x, std:
   const bool narrow = plan.out_width <= kWidestNarrow;
   const std::int64_t tile_columns = vecs == 2 || narrow ? kWidestNarrow : kWidest;
   const std::int64_t tiles = ceil_div(plan.out_width, tile_columns);
-  const std::int64_t widest = ceil_div(plan.out_width, tiles);
-  const int size = size_for(tile_columns == kWidest ? kWide : kNarrow, widest);
+  const std::int64_t even = plan.out_width / tiles, longer = plan.out_width % tiles;
+  const int size = size_for(tile_columns == kWidest ? kWide : kNarrow, even + (longer > 0));
   const int columns_of_tile = (tile_columns == kWidest ? kWide : kNarrow)[size];
   alignas(64) float sums[kWidest * kLanes];
   for (std::int64_t y = part.first_row; y < part.last_row;) {
@@ -322,8 +327,7 @@ ISA_INLINE void convolve(const Plan& plan, const Part& part, const char* x, std:
                               : narrow     ? kMultiplies.line[permute][size]
                                            : kMultiplies.wide[permute][size];
     for (std::int64_t i = 0; i < tiles; ++i) {
-      const std::int64_t begin = i * plan.out_width / tiles;
-      const std::int64_t pixels = (i + 1) * plan.out_width / tiles - begin;
+      const std::int64_t begin = i * even + std::min(i, longer), pixels = even + (i < longer);
       multiply(plan,
                {x + (y - part.first_row) * plan.line_bytes + begin * kPixelBytes, plan.line_bytes,
                 first_row, last_row},

@@ -32,24 +32,39 @@ struct StemTile {
 
 using StemTiles = Tiles<decltype(&StemTile<1, 1>::run), StemTile>;
 
+typedef std::uint8_t Bytes __attribute__((vector_size(ISA_LANES * 4)));
+
+ISA_INLINE Bytes maximum(Bytes a, Bytes b) {
+#if ISA_LANES == 16
+  return (Bytes)_mm512_max_epu8((__m512i)a, (__m512i)b);
+#else
+  return (Bytes)_mm256_max_epu8((__m256i)a, (__m256i)b);
+#endif
+}
+
 // One pooled row from up to three convolution rows, whose pixels lie `pitch` bytes apart, a
-// multiple of 16.
+// multiple of a vector's.
 ISA_INLINE void pool_row(const std::uint8_t* const rows[kPoolRing], std::int64_t count,
                          std::int64_t width, std::int64_t pitch, std::int64_t channels,
                          std::uint8_t* out) {
+  constexpr std::int64_t kBytes = sizeof(Bytes);
   for (std::int64_t x = 0; x < stem_halved(width); ++x, out += channels) {
     const std::int64_t begin = std::max<std::int64_t>(2 * x - 1, 0);
     const std::int64_t end = std::min(2 * x + 2, width);
-    for (std::int64_t k = 0; k < channels; k += 16) {
-      __m128i best = _mm_setzero_si128();
+    for (std::int64_t k = 0; k < channels; k += kBytes) {
+      Bytes best = {};
       for (std::int64_t row = 0; row < count; ++row) {
         for (std::int64_t column = begin; column < end; ++column) {
-          best = _mm_max_epu8(
-              best,
-              _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + column * pitch + k)));
+          Bytes pixel;
+          std::memcpy(&pixel, rows[row] + column * pitch + k, sizeof pixel);
+          best = maximum(best, pixel);
         }
       }
-      std::memcpy(out + k, &best, std::min<std::int64_t>(channels - k, 16));
+      if (channels - k >= kBytes) {
+        std::memcpy(out + k, &best, sizeof best);
+      } else {
+        std::memcpy(out + k, &best, channels - k);
+      }
     }
   }
 }
@@ -57,7 +72,7 @@ ISA_INLINE void pool_row(const std::uint8_t* const rows[kPoolRing], std::int64_t
 ISA void quantized_stem_task(const StemPass& pass, const Band& band) {
   const QuantizedStem& op = pass.op;
   const PackedWeights& layout = pass.layout;
-  const std::int64_t pitch = layout.padded();
+  const std::int64_t pitch = round_up(op.out_channels, kQuantizedStrip);
   const std::int64_t conv_height = stem_halved(op.height), conv_width = stem_halved(op.width);
   const std::int64_t row_bytes = op.width * kChannels;
   // As far as the last pixel's last word reaches.

@@ -16,17 +16,18 @@ from ... import _extension
 from ...errors import BackendUnavailableError
 from ...parameters import BatchNorm, ConvBn, Convolution, MaxPool
 from .. import Backend, Candidate, Candidates
+from ..training import TrainingKernels
 from .live_cache import LiveCache
 from .native import PackedConvolution, PooledStem, bn_add_relu, head, suits_winograd
 from .onednn import OPERATORS, OneDnnConvolution
 from .quantized import QuantizedCpuBackend
+from .training import CpuTraining
 
 
 class CpuBackend(QuantizedCpuBackend):
     """Implements `resnet_fused.backends.Backend`."""
 
     name = "cpu"
-    training = None
 
     def __init__(self) -> None:
         extension = _extension.load()
@@ -40,6 +41,7 @@ class CpuBackend(QuantizedCpuBackend):
         if extension.cpu_convolves_bf16() and not extension.cpu_has_amx_bf16():
             self._own.add(torch.bfloat16)
         self._groups = bool(extension.cpu_isa())  # in either dtype
+        self.training: TrainingKernels = CpuTraining(extension, self._own)
         self._bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
