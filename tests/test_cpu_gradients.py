@@ -226,11 +226,18 @@ def test_gradients_are_as_accurate_as_pytorchs(case, normal, kernel):
     x, weight, grad = operands(case, dtype, integers=False)
     if normal:
         x = torch.randn_like(x)
-    eager = case.gradients(x, weight, grad)
     truth = case.gradients(x.double(), weight.double(), grad.double())
     ours = (dgrad(case, weight, grad, isa), wgrad(case, x, grad, isa, dtype))
-    for out, yardstick, exact, what in zip(ours, eager, truth, ("input", "weight"), strict=True):
-        assert_contract(out, yardstick, exact, what=f"gradient of the {what}")
+    if dtype == torch.float32:
+        for out, eager, exact in zip(ours, case.gradients(x, weight, grad), truth, strict=True):
+            assert_contract(out, eager, exact)
+        return
+    # Nothing is better than the truth rounded once, and PyTorch's result is as good as that; ours
+    # may add what PyTorch errs in float32 on the same numbers.
+    sums = case.gradients(x.float(), weight.float(), grad.float())
+    for out, eager, exact in zip(ours, sums, truth, strict=True):
+        rounded = relative_error(exact.to(dtype), exact)
+        assert relative_error(out, exact) <= rounded + relative_error(eager, exact)
 
 
 @pytest.mark.parametrize("case", LAYERS.values(), ids=LAYERS)

@@ -1,4 +1,25 @@
-// TODO header
+// An outer product of rows, the window's numbers of x tap by tap, and columns, the channels of the
+// gradient, summed over pixels.
+//
+// A task owns one part of the pixels, some input channels of every tap and some strips of 32 output
+// channels; its sums, at most kTileBytes, stay in L2. It goes through its pixels in blocks of about
+// kRun. For each strip, the block's gradient is copied into L1 pixel by pixel; the micro-kernel
+// then multiplies it with all taps' rows, 14 x 32 sums in registers (AVX-512; AVX2: 6 x 16): two
+// vectors of the gradient are loaded for 14 words of x. A tap's pixels are lists of runs, made once
+// a block, so that windows of any shape are read where they lie and pixels outside the image are
+// skipped. A window of few channels is read row by row instead, from a copy with zeros around. In
+// bfloat16 a step is one VDPBF16PS over two pixels, whose numbers share words: pixels at the same
+// place of two images, or of the two halves of an odd last one (Band), so that one interleaved copy
+// of x, made for each block, serves all taps, strides and dilations.
+//
+// In fp32 sums pass from registers to L1 every kShortRun pixels, to L2 with every block, and a last
+// pass adds up the parts, in order: the error grows with the root of these runs' lengths, not of
+// their product. That pass also transposes the sums into the weight's layout. Parts, blocks and
+// runs depend on the sizes alone, and so does the order of every sum.
+//
+// Memory traffic: x is read once for each run of strips (of 128 channels), the gradient once for
+// each run of rows; what the next block needs is prefetched into L2 meanwhile. The parts' sums are
+// written and read once.
 #include "wgrad.h"
 
 #include <algorithm>
@@ -10,6 +31,7 @@
 
 #include "parallel.h"
 #include "wgrad_runs.h"
+#include "wgrad_winograd.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -18,26 +40,12 @@
 namespace resnet_fused::cpu {
 namespace {
 
-#ifndef RUN
-#define RUN 128
-#endif
-#ifndef TILEB
-#define TILEB (256 << 10)
-#endif
-#ifndef MINPART
-#define MINPART 1024
-#endif
-#ifndef TASKS
-#define TASKS 32
-#endif
-#ifndef KT
-#define KT 4
-#endif
-constexpr std::int64_t kRun = RUN;            // pixels of a block, about
-constexpr std::int64_t kTileBytes = TILEB;    // of a task's sums
-constexpr std::int64_t kLeastPart = MINPART;  // pixels
-constexpr std::int64_t kTasks = TASKS;
-constexpr std::int64_t kShortPixel = 16;  // words
+constexpr std::int64_t kRun = 128;              // pixels of a block, about
+constexpr std::int64_t kTileBytes = 256 << 10;  // of a task's sums
+constexpr std::int64_t kLeastPart = 1024;       // pixels
+constexpr std::int64_t kTasks = 32;             // that there should be
+constexpr std::int64_t kStripsTogether = 4;     // of a task, at most
+constexpr std::int64_t kShortPixel = 16;        // words
 
 // Some lines of an image's result, in bfloat16 with as many lines of another place; -1: of none.
 struct Band {
@@ -75,6 +83,9 @@ struct Plan {
   std::int64_t step;  // pixels of the operand from one output to the next
 
   std::int64_t x_pitch(std::int64_t pixel_words) const { return step * pixel_words; }
+  std::int64_t block_pixels() const {
+    return lines_per_block * ceil_div(out_width, blocks_per_line);
+  }
   std::int64_t partial_floats() const { return strips * rows * strip; }
 
   std::int64_t copy_words(const ConvWgrad& conv, std::int64_t channels) const {
@@ -122,10 +133,6 @@ struct Plan {
     }
   }
 };
-
-std::int64_t kBlockPixels(const Plan& plan) {
-  return plan.lines_per_block * ceil_div(plan.out_width, plan.blocks_per_line);
-}
 
 // The runs of a block, group by group.
 class Runs {
@@ -219,7 +226,7 @@ Plan make_plan(const ConvWgrad& conv, Isa isa) {
   plan.strip = isa == Isa::kAvx512 ? 32 : 16;
   plan.strips = ceil_div(conv.out_channels, plan.strip);
 
-  plan.strip_tasks = ceil_div(plan.strips, KT);
+  plan.strip_tasks = ceil_div(plan.strips, kStripsTogether);
   const std::int64_t strips = ceil_div(plan.strips, plan.strip_tasks);
   plan.row_tasks = plan.merged ? 1
                                : std::min(ceil_div(plan.rows * plan.strip * strips * 4, kTileBytes),
@@ -244,6 +251,7 @@ void conv_wgrad(const ConvWgrad& conv, Isa isa) {
     std::memset(conv.out, 0, weights * (conv.out_format == Format::kFloat32 ? 4 : 2));
     return;
   }
+  if (suits_winograd_wgrad(conv)) return winograd_wgrad(conv, isa);
   const Plan plan = make_plan(conv, isa);
   thread_local Scratch scratch;
   float* const partials = scratch.floats(plan.parts * plan.partial_floats());

@@ -206,10 +206,10 @@ ISA void wgrad_task(const ConvWgrad& conv, const Plan& plan, float* partials,
   const std::int64_t last_channel = (place.row_task + 1) * plan.words / plan.row_tasks;
   const std::int64_t words = last_channel - first_channel;
   Copied copied{nullptr, plan.merged ? 0 : first_channel, plan.merged ? conv.in_channels : words};
-  float* const scratch =
-      thread_scratch().floats(kBlockPixels(plan) * kStrip + plan.copy_words(conv, copied.channels));
+  float* const scratch = thread_scratch().floats(plan.block_pixels() * kStrip +
+                                                 plan.copy_words(conv, copied.channels));
   auto* const grad = reinterpret_cast<std::uint32_t*>(scratch);
-  copied.words = grad + kBlockPixels(plan) * kStrip;
+  copied.words = grad + plan.block_pixels() * kStrip;
   thread_local Runs runs;
 
   const std::int64_t first_strip = place.strip_task * plan.strips / plan.strip_tasks;
@@ -259,12 +259,8 @@ ISA_INLINE void merge(const ConvWgrad& conv, const Plan& plan, const float* part
       for (std::int64_t r = 0; r < rows; ++r) {
         const std::int64_t m = row + r;
         const std::int64_t source = conv.channels_last ? m : m % taps * conv.in_channels + m / taps;
-        const float* from = partials + (strip * plan.rows + source) * kStrip + vec * kLanes;
-        sum[r] = load(from);
-        for (std::int64_t part = 1; part < plan.parts; ++part) {
-          from += plan.partial_floats();
-          sum[r] += load(from);
-        }
+        const float* const from = partials + (strip * plan.rows + source) * kStrip + vec * kLanes;
+        sum[r] = sum_of_parts(from, plan.parts, plan.partial_floats());
       }
       transpose(sum);
       const std::int64_t channels = std::min<std::int64_t>(kLanes, conv.out_channels - channel);
