@@ -1,11 +1,19 @@
 # Everyday commands. They use the active environment; `make develop` fills it.
-.PHONY: develop test lint format bench layers matrix predict gpu-proof env clean
+.PHONY: develop test sanitize lint format bench layers matrix predict gpu-proof env clean
 
 develop:  ## editable install, with the extension and the simulator of CUDA kernels in the tree
 	RESNET_FUSED_HOST_SIM=on pip install -e '.[bench,test]'
 
 test:  ## what CI runs after lint
 	pytest -n 2
+
+SANITIZED = tests/test_cpu_kernels.py tests/test_cpu_grouped.py tests/test_cpu_shapes.py
+sanitize:  ## the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
+	CXXFLAGS="-fsanitize=address,undefined -fno-omit-frame-pointer" RESNET_FUSED_CUDA=off \
+	  python setup.py -q build --build-base build/sanitized --build-lib build/sanitized/lib
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	PYTHONPATH=build/sanitized/lib pytest -p no:cacheprovider $(SANITIZED)
 
 lint:
 	ruff check .

@@ -60,7 +60,7 @@ def kernel_table(found: dict[Kernel, dict[str, int]]) -> str:
         rows.append(
             [
                 kernel.dtype,
-                f"{kernel.positions} × {kernel.channels}",
+                f"{kernel.positions} × {kernel.channels}" + ", cluster" * (kernel.cluster > 1),
                 "16 bytes" if kernel.vectorised else "one by one",
                 "yes" if kernel.projection else "",
                 str(32 * kernel.warps),

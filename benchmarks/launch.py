@@ -346,12 +346,14 @@ Launch = tuple[str, Callable[[], None]]
 
 def small(run: Launcher, tiles: Sequence[str], images: int) -> Iterator[Launch]:
     """Every kernel: 21 × 21 positions an image, so that 80 are three tiles for each of 132 SMs."""
-    pointwise = Layer(72, 136)
     for tile in tiles:
         conv = partial(run.convolution, tile, images)
+        # Where blocks share a K loop, each needs a step of 64 channels.
+        channels = 520 if "split" in tile else 72
+        pointwise = Layer(channels, 136)
         yield f"{tile} pointwise residual", partial(conv, 21, pointwise, residual=True)
-        if tile != "m128n128":  # which has no kernel for it
-            side = Layer(40, 136, 1, 2)
+        if tile != "m128n128" and "256" not in tile:  # which have no kernel for it
+            side = Layer(channels, 136, 1, 2)
             yield f"{tile} projection", partial(conv, 21, pointwise, projection=side)
         yield f"{tile} 3x3", partial(conv, 21, Layer(72, 136, 3))
         yield f"{tile} 3x3 strided", partial(conv, 42, Layer(24, 136, 3, 2))

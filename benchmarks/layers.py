@@ -10,19 +10,27 @@ convolution (cuDNN's fused ops on a GPU, oneDNN's on a CPU, batch norm folded in
 beforehand).
 The share of the floor is max(bytes / bandwidth, operations / peak) over the time: bytes count
 every operand and the result once (of a strided 1×1 window's input what it sees), both peaks are
-measured in the run. A network's operands are often in cache when an op starts; here they are as the
-previous round left them. On a GPU several calls are captured in a graph and its replays timed by
-events, so that the host has no part in it.
+measured in the run. On a CPU the share of the peak is that of what its multiply-adds reach from
+registers alone (microbenchmarks/peaks.cpp), direct convolution's operations over the time: taps
+that lie outside the image, which kernels may skip, and Winograd's fewer products count as done, so
+that it can pass 100%. A network's operands are often in cache when an op starts; here they are as
+the previous round left them. On a GPU several calls are captured in a graph and its replays timed
+by events, so that the host has no part in it.
 A whole bottleneck has a row beside those of its layers, and no part in the sums.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -226,13 +234,32 @@ def measure(
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text: milliseconds a call, rates, share of the floor, time over the library's."""
+def register_peak(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Operations/s of the CPU's multiply-adds from registers; None where it cannot be measured."""
+    compiler = shutil.which("c++")
+    if device.type != "cpu" or compiler is None:
+        return None
+    source = Path(__file__).parent / "microbenchmarks" / "peaks.cpp"
+    with tempfile.TemporaryDirectory() as folder:
+        program = f"{folder}/peaks"
+        built = subprocess.run(
+            [compiler, "-O2", "-pthread", str(source), "-o", program], capture_output=True
+        )
+        if built.returncode != 0:  # another processor's instructions
+            return None
+        run = [program, str(torch.get_num_threads())]
+        peaks = json.loads(subprocess.run(run, capture_output=True, check=True).stdout)
+    peak = peaks.get(str(dtype).removeprefix("torch."))
+    return None if peak is None else float(peak)
+
+
+def table(rows: list[dict[str, Any]], peak: float | None) -> str:
+    """The rows as text: milliseconds a call, rates, shares, time over the library's."""
     names = list(dict.fromkeys(n for row in rows for n in [*row["seconds"], *row["wrong"]]))
     names = [name for name in names if name != "library"]
     lines = [
         f"{'layer':58}{'×':>3} {'by':>20}{'ms':>9}{'TFLOP/s':>9}{'GB/s':>8}{'floor':>7}"
-        f"{'× library':>11}"
+        f"{'peak':>6}{'× library':>11}"
     ]
     for row in rows:
         library = row["seconds"].get("library")
@@ -244,10 +271,11 @@ def table(rows: list[dict[str, Any]]) -> str:
                 continue
             seconds = statistics.median(row["seconds"][name])
             ratio = f"{statistics.median(library) / seconds:.2f}" if library else "–"
+            share = f"{row['operations'] / seconds / peak:.0%}" if peak else "–"
             lines.append(
                 f"{row['layer']:58}{row['calls']:>3} {name:>20}{seconds * 1e3:>9.3f}"
                 f"{row['operations'] / seconds / 1e12:>9.3f}{row['bytes'] / seconds / 1e9:>8.0f}"
-                f"{row['floor_seconds'] / seconds:>7.0%}{ratio:>11}"
+                f"{row['floor_seconds'] / seconds:>7.0%}{share:>6}{ratio:>11}"
             )
     for name in [*names, "library"]:
         measured = [r for r in rows if name in r["seconds"] and r["op"] != "bottleneck"]
@@ -284,18 +312,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"no backend serves {options.dtype} on {device}; see python -m resnet_fused.env")
     with torch.inference_mode():
         x = torch.randn(shape).to(device, dtype).contiguous(memory_format=torch.channels_last)
-        peaks = measure_peaks(device, dtype)
+        peaks, registers = measure_peaks(device, dtype), register_peak(device, dtype)
         rows: list[dict[str, Any]] = []
         facts = {
             **results.facts(device, "resnet-fused", "torch", "triton", "numpy"),
             "options": results.options(options),
             "peaks": peaks._asdict(),
+            "register_peak": registers,
         }
         for layer in tqdm(record(options.arch, x), unit="layer", leave=False):
             candidates = computed_by(layer, names, options.kernels)
             rows.append(measure(layer, candidates, options.rounds, peaks))
             results.write(options.json, {**facts, "rows": rows})  # a stopped run keeps what it has
-    print(table(rows))
+    print(table(rows, registers))
     if any(row["wrong"] for row in rows):
         sys.exit("some results break the numerics contract, so they were not timed")
 

@@ -101,6 +101,14 @@ def parse(arguments: Sequence[str] | None, baselines: Sequence[Baseline]) -> arg
         help="use the caches of kernels that are there; starts are not stated then",
     )
     parser.add_argument(
+        "--rest",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="on a CPU, idle seconds before each call, as a server has them: workers have to be "
+        "woken then (%(default)s)",
+    )
+    parser.add_argument(
         "--answer-seconds",
         type=float,
         default=ANSWER_SECONDS,
@@ -108,6 +116,8 @@ def parse(arguments: Sequence[str] | None, baselines: Sequence[Baseline]) -> arg
     )
     options = parser.parse_args(arguments)
     gpu = options.device.type == "cuda"
+    if gpu and options.rest:
+        parser.error("--rest is for a CPU; calls on a GPU are timed in one queue")
     options.batch = options.batch or ([1, 32, 256] if gpu else [8])
     options.dtype = options.dtype or _usual_dtypes(options.device, options.quick)
     options.rounds = options.rounds or (3 if options.quick else 8)
@@ -309,7 +319,7 @@ class _Race:
         if entry.status != "measured":
             return
         try:
-            entry.rounds.append(self.workers[entry.key].ask("time"))
+            entry.rounds.append(self.workers[entry.key].ask("time", self.options.rest))
         except FailedError as error:
             entry.status, entry.reason = "failed", str(error)
 

@@ -15,6 +15,8 @@ _Window = tuple[_Pair, _Pair, _Pair, _Pair]  # see conv_bn
 _Layer = tuple[TensorArg, TensorArg, _Window, _BatchNorm]
 _QuantizedLayer = tuple[TensorArg, TensorArg, tuple[_Pair, _Pair, _Pair, _Pair, int]]
 
+_Activation = tuple[TensorArg, TensorArg]  # a pre-BN output and its scale_shift
+
 INTERFACE: str
 
 def build_info() -> dict[str, Any]: ...
@@ -33,6 +35,16 @@ def conv_bn(
     residual: TensorArg | None,
     relu: bool,
     projection: _Layer | None = None,
+    isa: str = "",
+) -> None: ...
+def grouped_packed_bytes(weight: TensorArg, groups: int, isa: str = "") -> int: ...
+def grouped_pack(weight: TensorArg, packed: TensorArg, groups: int, isa: str = "") -> None: ...
+def grouped_conv_bn(
+    out: TensorArg,
+    layer: _Layer,
+    groups: int,
+    residual: TensorArg | None,
+    relu: bool,
     isa: str = "",
 ) -> None: ...
 def winograd_packed_bytes(weight: TensorArg) -> int: ...
@@ -97,6 +109,57 @@ def quantized_head(
     multiplier: TensorArg,
     isa: str = "",
 ) -> None: ...
+def train_memory_kept() -> int: ...
+def train_memory_release() -> None: ...
+def train_conv(
+    out: TensorArg, x: TensorArg, weight: TensorArg, window: _Window, isa: str = ""
+) -> None: ...
+def train_dgrad(
+    out: TensorArg,
+    grad: TensorArg,
+    weight: TensorArg,
+    window: _Window,
+    add: TensorArg | None = None,
+    isa: str = "",
+) -> None: ...
+def train_moments(moments: TensorArg, x: TensorArg) -> None: ...
+def train_bn_add_relu(
+    out: TensorArg, main: _Activation, residual: TensorArg | None, other: _Activation | None
+) -> None: ...
+def train_relu_gradient(
+    g: TensorArg,
+    grad: TensorArg,
+    y: TensorArg | None,
+    branches: Sequence[tuple[TensorArg, TensorArg, TensorArg]],
+) -> None: ...
+def train_pre_bn_gradient(
+    out: TensorArg, g: TensorArg, x: TensorArg | None, coefficients: TensorArg
+) -> None: ...
+def train_pool(
+    out: TensorArg, argmax: TensorArg, activation: _Activation, pool: Sequence[int]
+) -> None: ...
+def train_pool_gradient(
+    g: TensorArg,
+    sums: TensorArg,
+    grad: TensorArg,
+    activation: _Activation,
+    argmax: TensorArg,
+    pool: Sequence[int],
+) -> None: ...
+def train_scale_shift(
+    scale_shift: TensorArg, moments: TensorArg, weight: TensorArg, bias: TensorArg, eps: float
+) -> None: ...
+def train_coefficients(
+    coefficients: TensorArg,
+    gradients: TensorArg,
+    sums: TensorArg,
+    total: TensorArg,
+    scale_shift: TensorArg,
+    frozen: bool,
+) -> None: ...
+
+class TrainMemory:
+    def __init__(self, bytes: int) -> None: ...
 
 class Contents:
     def __init__(self, tensors: Sequence[TensorArg], fingerprints: Sequence[int]) -> None: ...

@@ -90,6 +90,7 @@ class PreBnGradient(NamedTuple):
     pre_bn: Tensor | None  # None only where `frozen`
     coefficients: Tensor
     frozen: bool
+    last_use: bool = False  # nobody reads `grad` afterwards: it may be overwritten
 
 
 class MaxPool(NamedTuple):

@@ -67,12 +67,6 @@ VARIABLES = (
         "",
         "run: the commit that result files name where the sources are no git checkout",
     ),
-    Variable(
-        "RESNET_FUSED_CPU_KEEP_MEMORY",
-        "on",
-        "run: on makes glibc keep up to 1 GiB of freed memory, for the whole process, from the "
-        "first use of the cpu backend",
-    ),
 )
 
 
@@ -106,11 +100,6 @@ def host_sim_capability() -> int:
 def commit() -> str | None:
     """The commit of sources that are no git checkout (`RESNET_FUSED_COMMIT`)."""
     return os.environ.get("RESNET_FUSED_COMMIT") or None
-
-
-def cpu_keeps_memory() -> bool:
-    """Whether freed memory may be kept for the next call (`RESNET_FUSED_CPU_KEEP_MEMORY`)."""
-    return _choice("RESNET_FUSED_CPU_KEEP_MEMORY", "on", ("on", "off")) == "on"
 
 
 def cache_directory() -> Path:

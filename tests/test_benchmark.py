@@ -28,7 +28,7 @@ import training
 from baselines import Baseline, Call, Task
 from harness import inputs
 from harness.comparison import Comparison, Entry, table
-from harness.measure import Peaks, floor_seconds, in_turn
+from harness.measure import Peaks, floor_seconds, in_turn, times_of
 from harness.results import ROOT
 
 from resnet_fused import complexity
@@ -426,3 +426,11 @@ def test_summary_by_hand() -> None:
     assert entry.latency_p50 == 2.0
     assert entry.latency_p99 == 4.0
     assert entry.floor_share == 0.25
+
+
+def test_a_rest_before_each_call_is_not_counted() -> None:
+    start = time.perf_counter()
+    times = times_of(lambda: None, torch.device("cpu"), 3, rest=0.05)
+    assert time.perf_counter() - start > 0.15
+    assert len(times) == 3
+    assert min(times) < 0.05

@@ -64,7 +64,8 @@ def cuda_variant(symbol: str) -> str | None:
         projection = " projection" * kernel.projection
         return f"{base} {kernel.inner} inner, stride {kernel.stride}{projection}"
     if kernel is not None:
-        tile = f"{kernel.positions}×{kernel.channels}" + " projection" * kernel.projection
+        tile = f"{kernel.positions}×{kernel.channels}" + " cluster" * (kernel.cluster > 1)
+        tile += " projection" * kernel.projection
         return f"{base} {tile}" if kernel.vectorised else None
     sizes = re.search(r"13__nv_bfloat16((?:L[ib]\d+E)*)E", symbol)
     assert sizes is not None, symbol
@@ -264,15 +265,15 @@ def in_main_loop(code: Code, base: str) -> Instruction:
 
 @pytest.fixture(scope="module")
 def sm90_work(extension, architectures) -> Work:
-    """Stage 3's first 1×1 convolution in a ResNet-50, and its compiled code."""
+    """Stage 3's 3×3 convolution in a ResNet-50, and its compiled code."""
     if "90a" not in architectures:
         pytest.skip("built without sm_90a")
     file = Path(str(extension.__file__))
     works = network.inference("resnet50", 256, torch.bfloat16, GPUS["h100"], file)
-    return next(work for work in works if work.layer == "layer3.1")
+    return next(work for work in works if work.shape == "3×3 256→256 at 14×14")
 
 
-SM90 = "conv_bn_sm90_kernel 128×128"
+SM90 = "conv_bn_sm90_kernel 128×256 cluster"
 
 
 def sm90_violations(work: Work, code: Code) -> set[str]:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
-import sys
 import threading
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -413,6 +409,9 @@ def test_the_processor_decides_what_onednn_computes(
     for dtype in (torch.float32, torch.bfloat16):
         x, layer = make_convolution(LARGE["pointwise"], generator(), dtype)
         assert isinstance(backend._pack(x, layer.conv), OneDnnConvolution) == (dtype not in own)
+        x, layer = make_convolution(LARGE["grouped"], generator(), dtype)
+        assert len(backend.conv_bn(x, layer, None, True)) == bool(isa)  # never oneDNN's
+        assert len(backend.conv_bn_projection(x, layer, x, layer)) == bool(isa)
 
 
 def test_an_absent_or_foreign_extension_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -425,41 +424,6 @@ def test_an_absent_or_foreign_extension_is_named(monkeypatch: pytest.MonkeyPatch
     assert isinstance(found, str)
     assert "was built from other bindings" in found
     assert "pip install" in found
-
-
-# Results of 51 MB: glibc gives every block above 32 MB back to the system at once.
-FAULTS = """
-import resource, torch
-from resnet_fused import ops, use_backend
-x = torch.randn(16, 64, 56, 56).contiguous(memory_format=torch.channels_last)
-one = torch.ones(256)
-bn = ops.BatchNorm(one, one, one, one)
-layer = ops.ConvBn(ops.Convolution(torch.randn(256, 64, 1, 1)), bn)
-with torch.inference_mode(), use_backend("cpu"):
-    for _ in range(40):  # until the heap has settled; see memory.py
-        ops.conv_bn(x, layer)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(5):
-        ops.conv_bn(x, layer)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="counts page faults of glibc's malloc")
-def test_activations_memory_is_kept_between_calls(tmp_path: Path) -> None:
-    faults = {}
-    for setting in ("on", "off"):
-        result = subprocess.run(
-            [sys.executable, "-c", FAULTS],
-            cwd=tmp_path,  # a checkout there would hide the installed package
-            env={**os.environ, "RESNET_FUSED_CPU_KEEP_MEMORY": setting},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        faults[setting] = int(result.stdout)
-    assert faults["on"] < 1000
-    assert faults["off"] > 10000
 
 
 def test_batch_norm_alone_takes_statistics_of_any_float() -> None:

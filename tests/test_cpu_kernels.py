@@ -12,7 +12,14 @@ from torch import Tensor
 
 from resnet_fused import _extension
 from resnet_fused._extension import optional_tensor_arg, tensor_arg
-from resnet_fused.backends.cpu.native import PackedConvolution, bn_add_relu, head, pack, vectors
+from resnet_fused.backends.cpu.native import (
+    PackedConvolution,
+    bn_add_relu,
+    head,
+    pack,
+    suits_winograd,
+    vectors,
+)
 from resnet_fused.numerics import bn_add_relu_roundings, cast, check_op, relative_error
 from resnet_fused.parameters import BatchNorm, ConvBn, Convolution
 from resnet_fused.reference import ops as reference
@@ -245,6 +252,19 @@ def test_winograd_reads_a_narrower_strided_residual(shape, channels, stride, isa
     expected = conv._replace(residual=None).eager()
     expected[:, :channels] += identity
     assert torch.equal(conv._replace(residual=identity).winograd(isa), expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "suits"),
+    [
+        *((size, True) for size in [(56, 56), (11, 11), (8, 8)]),
+        *((size, False) for size in [(9, 9), (7, 7), (56, 2), (1, 1)]),
+    ],
+    ids=str,
+)
+def test_winograd_serves_maps_that_its_tiles_fill(size, suits):
+    conv = Convolution(torch.empty(16, 16, 3, 3), padding=(1, 1))
+    assert suits_winograd(torch.empty(1, 16, *size), conv) is suits
 
 
 def test_winograd_of_an_empty_batch_is_empty():

@@ -53,9 +53,19 @@ EXACT_KERNELS = 4
 TF32_KERNELS = 3
 TF32_TILES = TILES[:2]
 KERNELS = 2 * (3 + 2 + 2) + EXACT_KERNELS + TF32_KERNELS
-# For sm_90a: for each 16-bit type 2 tiles, with and without projection.
-SM90_TILES = ("m128n64_sm90", "m128n128_sm90")
-SM90_KERNELS = 2 * 2 * 2
+# For sm_90a: for each 16-bit type 4 tiles with and without projection, and 2 without.
+SM90_PROJECTION_TILES = (
+    "m128n64_sm90",
+    "m128n128_sm90",
+    "m128n64_sm90_cluster",
+    "m128n128_sm90_cluster",
+)
+SM90_TILES = (*SM90_PROJECTION_TILES, "m128n256_sm90_cluster", "m256n128_sm90_cluster")
+SM90_KERNELS = 2 * (4 * 2 + 2)
+# Tiles whose K loop the blocks of a cluster share, by their number; each has a kernel for each
+# 16-bit type, with and without projection.
+SPLIT_TILES = {f"m64n64_sm90_split{n}": n for n in (2, 4, 8)}
+SPLIT_KERNELS = 2 * 2 * len(SPLIT_TILES)
 
 NHWC = torch.channels_last
 
@@ -101,27 +111,40 @@ def test_sm90_kernels_spill_nothing(extension, architectures):
     if "90a" not in architectures:
         pytest.skip("built without sm_90a")
     usage = cuobjdump(extension, "--dump-resource-usage", "-arch=sm_90a")
-    pattern = r"conv_bn_sm90_kernel\w*?TileILi(\d+)E\w*:\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)"
+    tile = r"TileILi(\d+)ELi(\d+)E"
+    pattern = rf"conv_bn_sm90_kernel\w*?{tile}\w*:\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)"
     found = re.findall(pattern, usage)
     assert len(found) == SM90_KERNELS
-    # The second number is what the kernels tell the simulator of registers at launch.
-    assert set(found) == {("64", "80", "0", "0"), ("128", "168", "0", "0")}
+    # The third number is what the kernels tell the simulator of registers at launch.
+    assert set(found) == {
+        ("128", "64", "80", "0", "0"),
+        *((m, n, "168", "0", "0") for m, n in (("128", "128"), ("128", "256"), ("256", "128"))),
+    }
+    split = re.findall(
+        r"conv_bn_sm90_split_kernel\w*:\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage
+    )
+    assert len(split) == SPLIT_KERNELS
+    assert {(stack, local) for _, stack, local in split} == {("0", "0")}
+    assert max(int(registers) for registers, *_ in split) <= 96
 
 
 def test_sm90_kernels_use_their_instructions(extension, architectures):
-    """Products of a warpgroup, bulk copies in both modes and back, registers handed over."""
+    """Products of a warpgroup, bulk copies in both modes, multicast in clusters, and back;
+    registers handed over."""
     if "90a" not in architectures:
         pytest.skip("built without sm_90a")
     functions = cuobjdump(extension, "--dump-sass", "-arch=sm_90a").split("Function : ")[1:]
     kernels = [f for f in functions if re.match(r"\w*conv_bn_sm90_kernelI", f)]
     assert len(kernels) == SM90_KERNELS
     for body in kernels:
-        columns = re.match(r"\w*?TileILi(\d+)E", body)
-        assert columns is not None
+        tile = re.match(r"\w*?TileI((?:Li\d+E)+)E", body)
+        assert tile is not None
+        _, columns, _, _, _, cluster, *_ = re.findall(r"\d+", tile[1])
+        assert (".MULTICAST" in body) == (cluster == "2")
         for instruction in (
-            rf"HGMMA\.64x{columns[1]}x16\.F32",
+            rf"HGMMA\.64x{columns}x16\.F32",
             r"UTMALDG\.2D",
-            r"UTMALDG\.3D",
+            r"UTMALDG\.3D(\.MULTICAST)?\b",
             r"UTMALDG\.4D\.IM2COL",
             r"UTMASTG\.2D",
             r"USETMAXREG\.DEALLOC",
@@ -131,6 +154,32 @@ def test_sm90_kernels_use_their_instructions(extension, architectures):
         assert not re.search(r"LDL|STL|HMMA|LDGSTS", body)
         # The next product starts before the last one has ended.
         assert "WARPGROUP.DEPBAR.LE gsb0, 0x1" in body
+
+
+def test_split_kernels_use_their_instructions(extension, architectures):
+    """Products, bulk copies, a barrier of the cluster, and 16-byte loads of its shared memory."""
+    if "90a" not in architectures:
+        pytest.skip("built without sm_90a")
+    functions = cuobjdump(extension, "--dump-sass", "-arch=sm_90a").split("Function : ")[1:]
+    kernels = [f for f in functions if re.match(r"\w*conv_bn_sm90_split_kernelI", f)]
+    assert len(kernels) == SPLIT_KERNELS
+    for body in kernels:
+        found = re.match(r"\w*?split_kernelI\w*?Li(\d)ELb([01])E", body)
+        assert found is not None
+        splits, projection = map(int, found.groups())
+        for instruction in (
+            r"HGMMA\.64x64x16\.F32",
+            r"UTMALDG\.2D",
+            r"UTMALDG\.3D",
+            r"UTMALDG\.4D\.IM2COL",
+            r"UCGABAR_ARV",
+            r"UCGABAR_WAIT",
+            r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1",
+        ):
+            assert re.search(instruction, body), instruction
+        assert not re.search(r"LDL|STL|HMMA|LDGSTS|ATOM|RED\.", body)
+        # Every block's part of what a thread adds up, of each product.
+        assert len(re.findall(r"\bLD\.E\.128", body)) == 8 * (1 + projection), splits
 
 
 # Sources
@@ -251,6 +300,13 @@ SM90_CASES = {
 }
 
 
+@pytest.fixture(params=SM90_PROJECTION_TILES)
+def sm90_projecting(request: pytest.FixtureRequest, simulator: ModuleType) -> On:
+    """As `sm90`, with the tiles that have accumulators for two products."""
+    tile = getattr(simulator.ConvTile, request.param)
+    return On(SimulatedBackend(simulator, tile, capability=90))
+
+
 @pytest.fixture(params=SM90_TILES)
 def sm90(request: pytest.FixtureRequest, simulator: ModuleType) -> On:
     """The backend on a simulated Hopper GPU, with one of its tiles for every convolution."""
@@ -317,21 +373,99 @@ def test_sm90_tells_height_from_width(sm90, half):
     assert torch.equal(sm90.conv_bn(x, layer, None, False).double(), expected)
 
 
-def test_sm90_projection_is_exact_on_integers(sm90, half):
+def test_sm90_projection_is_exact_on_integers(sm90_projecting, half):
     rng = generator()
     x, layer = make_integers(ConvCase(2, 40, 22, 23, 136), rng, half)
     shortcut, projection = make_integers(ConvCase(2, 72, 44, 45, 136, stride=2), rng, half)
     arguments = [x, layer, shortcut, projection]
     expected = reference.conv_bn_projection(*cast(arguments, torch.float64))
-    assert torch.equal(sm90.conv_bn_projection(*arguments).double(), expected)
+    assert torch.equal(sm90_projecting.conv_bn_projection(*arguments).double(), expected)
 
 
-def test_sm90_projection_keeps_the_contract(sm90, half):
+def test_sm90_projection_keeps_the_contract(sm90_projecting, half):
     rng = generator()
     x, layer = make_convolution(ConvCase(1, 40, 12, 13, 136), rng, half)
     shortcut, projection = make_convolution(ConvCase(1, 72, 24, 25, 136, stride=2), rng, half)
     arguments = [x, layer, shortcut, projection]
-    check_op(sm90.conv_bn_projection, reference.conv_bn_projection, arguments)
+    check_op(sm90_projecting.conv_bn_projection, reference.conv_bn_projection, arguments)
+
+
+@pytest.mark.parametrize("tile", SM90_TILES[len(SM90_PROJECTION_TILES) :])
+def test_sm90_tiles_of_256_have_no_registers_for_a_projection(simulator, tile):
+    x, layer = make_integers(ConvCase(1, 16, 8, 8, 16), generator(), torch.float16)
+    backend = On(SimulatedBackend(simulator, getattr(simulator.ConvTile, tile), capability=90))
+    with pytest.raises(ValueError, match="tile"):
+        backend.conv_bn_projection(x, layer, x, layer)
+
+
+# 9 steps and more: as many for each block, or not; tails of positions and channels; more tiles
+# than the simulated GPU has SMs.
+SPLIT_CASES = {
+    **{name: SM90_CASES[name] for name in ("3x3", "3x3 strided", "dilated", "5x5 strided")},
+    "pointwise": ConvCase(2, 584, 7, 7, 136),
+    "pointwise strided": ConvCase(1, 512, 15, 13, 72, stride=2),
+    "few channels": SM90_CASES["few channels"],
+}
+
+
+@pytest.fixture(params=SPLIT_TILES)
+def split(request: pytest.FixtureRequest, simulator: ModuleType) -> On:
+    """The backend on a simulated Hopper GPU, with one of the tiles that share a K loop."""
+    tile = getattr(simulator.ConvTile, request.param)
+    return On(SimulatedBackend(simulator, tile, capability=90))
+
+
+@pytest.mark.parametrize("name", SPLIT_CASES)
+def test_split_tiles_are_exact_on_integers_and_free_of_bank_conflicts(simulator, split, half, name):
+    case = SPLIT_CASES[name]
+    rng = generator()
+    x, layer = make_integers(case, rng, half)
+    residual = make_residual(case, x, rng).round_()
+    for added in (residual, None):
+        expected = truth(x, layer, added, True)
+        assert torch.equal(split.conv_bn(x, layer, added, True).double(), expected)
+    counts = simulator.take_statistics()
+    assert counts["products"] > 0
+    assert counts["shared_requests"] > 0
+    assert counts["shared_conflicts"] == 0
+    assert counts["cluster_barriers"] == 2
+
+
+@pytest.mark.parametrize(("name", "channels", "stride"), [("pointwise", 72, 2), ("3x3", 136, 1)])
+def test_split_tiles_read_a_narrower_strided_residual(split, half, name, channels, stride):
+    rng = generator()
+    x, layer = make_integers(SPLIT_CASES[name], rng, half)
+    identity = make_identity(SPLIT_CASES[name], channels, stride, x, rng)
+    expected = truth(x, layer, identity, True)
+    assert torch.equal(split.conv_bn(x, layer, identity, True).double(), expected)
+
+
+@pytest.mark.parametrize("name", SPLIT_CASES)
+def test_split_tiles_keep_the_contract(split, half, name):
+    x, layer = make_convolution(SPLIT_CASES[name], generator(), half)
+    check_op(split.conv_bn, reference.conv_bn, [x, layer, None, False])
+
+
+@pytest.mark.parametrize("make", [make_integers, make_convolution])
+def test_split_projection(split, half, make):
+    rng = generator()
+    x, layer = make(ConvCase(1, 40, 8, 9, 136, 3, 1, 1), rng, half)
+    shortcut, projection = make(ConvCase(1, 520, 16, 18, 136, stride=2), rng, half)
+    arguments = [x, layer, shortcut, projection]
+    if make is make_convolution:
+        check_op(split.conv_bn_projection, reference.conv_bn_projection, arguments)
+        return
+    expected = reference.conv_bn_projection(*cast(arguments, torch.float64))
+    assert torch.equal(split.conv_bn_projection(*arguments).double(), expected)
+
+
+def test_split_tiles_need_a_step_for_each_block(simulator, half):
+    backend = SimulatedBackend(simulator, capability=90)
+    for channels in (64, 128, 256, 512):
+        x, layer = make_integers(ConvCase(1, channels, 5, 5, 64), generator(), half)
+        listed = {c.name.removeprefix("cuda ") for c in backend.conv_bn(x, layer, None, True)}
+        expected = {name for name, n in SPLIT_TILES.items() if 64 * n <= channels}
+        assert listed & set(SPLIT_TILES) == expected
 
 
 # What tensor maps cannot express, each by one thing only.
@@ -383,7 +517,7 @@ def names(*tiles: str) -> list[str]:
 
 
 def tiles_of(capability: int) -> list[str]:
-    return [*TILES, *(SM90_TILES if capability == 90 else ())]
+    return [*TILES, *((*SM90_TILES, *SPLIT_TILES) if capability == 90 else ())]
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -397,7 +531,7 @@ def test_all_candidates_of_a_convolution_agree(simulator, half, add, capability)
         arguments = (x, layer, residual, True)
         backend = SimulatedBackend(simulator, capability=capability)
         results = every_result(backend, "conv_bn", *arguments)
-        assert list(results) == [*names(*tiles_of(capability)), "cudnn"]
+        assert set(results) == {*names(*tiles_of(capability)), "cudnn"}
         expected, eager = truth(*arguments), reference.conv_bn(*arguments)
         for name, result in results.items():
             if make is make_integers:
@@ -415,7 +549,8 @@ def test_all_candidates_of_a_projection_agree(simulator, half, capability):
     ]
     backend = SimulatedBackend(simulator, capability=capability)
     results = every_result(backend, "conv_bn_projection", *arguments)
-    assert list(results) == names(*(tile for tile in tiles_of(capability) if tile != "m128n128"))
+    tiles = [*TILES[:2], *(SM90_PROJECTION_TILES if capability == 90 else ())]
+    assert set(results) == set(names(*tiles))
     with autotune.tuner.prefer("separate"):
         results["separate"] = On(backend).conv_bn_projection(*arguments)
     expected = reference.conv_bn_projection(*cast(arguments, torch.float64))

@@ -5,6 +5,7 @@ The kernels' results over it are in test_cuda_conv.py, and with other backends' 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import shutil
 import struct
@@ -766,8 +767,11 @@ def test_every_wait_of_a_convolution_is_needed(simulator, one_block):
 
 
 # Rows of 128 positions: 18 tiles of 128 x 64, or 9 of 128 x 128, for the 8 or 4 blocks that the
-# simulated GPU holds, so that the first blocks meet three of them and use each buffer again.
-@pytest.fixture(params=["m128n64_sm90", "m128n128_sm90"])
+# simulated GPU holds, so that the first blocks meet three of them and use each buffer again; in
+# clusters of two 10 or 5 pairs of them, the last of which is half empty, for 4 or 2.
+@pytest.fixture(
+    params=["m128n64_sm90", "m128n128_sm90", "m128n64_sm90_cluster", "m128n128_sm90_cluster"]
+)
 def sm90_blocks(request: pytest.FixtureRequest, simulator: ModuleType) -> dict[str, Runner]:
     """Convolutions for which each block of the kernel for sm_90a computes several tiles."""
     tile = getattr(simulator.ConvTile, request.param)
@@ -801,24 +805,56 @@ def check_needed(simulator: ModuleType, run: Runner, mistake: str, which: Iterab
 
 @pytest.mark.parametrize("name", ["plain", "residual", "projection"])
 def test_every_wait_of_the_sm90_kernel_is_needed(simulator, sm90_blocks, name):
-    """But for those for what is there anyway: results of the last tiles, and nothing to wait for
-    yet. A skipped wait that passes would change no result here and yet be a race on hardware."""
+    """But for those for what is there anyway. A skipped wait that passes would change no result
+    here and yet be a race on hardware."""
     run = sm90_blocks[name]
     run()
     counts = simulator.take_statistics()
     steps = 4 if name == "projection" else 2
-    assert counts["mbarrier_waits"] >= 3 * (steps + 1)
-    # The last one, for the third tile's place, is implied where a tile has as many steps as there
-    # are stages: by then those have gone round.
-    waits = counts["mbarrier_waits"] - (name == "projection")
-    check_needed(simulator, run, "skipped_mbarrier_wait", range(waits))
+    waits = set(range(counts["mbarrier_waits"]))
+    assert len(waits) == 3 * (steps + 2)
+    # The last one of a consumer's first two tiles is for the result's place, free from the start.
+    free = set() if name == "residual" else {steps + 1, 2 * (steps + 2) - 1}
+    check_needed(simulator, run, "skipped_mbarrier_wait", waits - free)
     check_needed(simulator, run, "skipped_named_barrier", range(counts["named_barriers"]))
     check_needed(simulator, run, "skipped_proxy_fence", range(counts["proxy_fences"]))
     # Of the first tile: before step 1 and at the end; before step 0, no product is under way.
     check_needed(simulator, run, "skipped_product_wait", (1, 2))
-    # Behind the first tile, one store may be under way; behind the last one, nobody writes again.
-    assert counts["store_waits"] == 4
-    check_needed(simulator, run, "skipped_store_wait", (1, 3))
+    assert counts["store_waits"] == 3
+    check_needed(simulator, run, "skipped_store_wait", range(3))
+    clustered = counts["cluster_barriers"] > 0
+    assert counts["cluster_barriers"] == 2 * clustered
+    check_needed(simulator, run, "skipped_cluster_barrier", range(2 * clustered))
+
+
+@pytest.mark.parametrize("projects", [False, True])
+@pytest.mark.parametrize("splits", [2, 4, 8])
+def test_every_wait_of_the_split_kernel_is_needed(simulator, splits, projects):
+    """Of blocks that share a K loop of 18 steps, nine or more each where they are two, so that
+    every stage is used again."""
+    tile = getattr(simulator.ConvTile, f"m64n64_sm90_split{splits}")
+    backend = On(SimulatedBackend(simulator, tile, capability=90))
+    rng = generator()
+    x = torch.randn(1, 72, 8, 9, generator=rng).half()
+    conv = Convolution(torch.randn(72, 72, 3, 3, generator=rng).half(), (1, 1), (1, 1))
+    layer = ConvBn(conv, make_batch_norm(72, rng))
+
+    def run() -> torch.Tensor:
+        if projects:
+            return backend.conv_bn_projection(x, layer, x, layer)
+        return backend.conv_bn(x, layer, None, False)
+
+    expected = run()
+    counts = simulator.take_statistics()
+    steps = -(-18 // splits)
+    assert counts["mbarrier_waits"] == steps * (1 + projects)
+    check_needed(simulator, run, "skipped_mbarrier_wait", range(counts["mbarrier_waits"]))
+    check_needed(simulator, run, "skipped_cluster_barrier", range(2))
+    check_needed(simulator, run, "bytes_not_expected", [128])
+    # Behind the first product's last step: its registers still hold NaN.
+    simulator.plant({"skipped_product_wait": steps})
+    with contextlib.suppress(simulator.Fault):
+        assert not torch.equal(run(), expected)
 
 
 def test_sm90_kernel_must_release_registers(simulator, sm90_blocks):
@@ -843,10 +879,11 @@ def limited(simulator: ModuleType) -> Iterator[ModuleType]:
 
 def test_sm90_kernel_names_the_barrier_that_it_gives_up_at(limited, sm90_blocks):
     """Thread 0 announces nothing of the first stage, which nobody can use then. It fills the others
-    and waits for that one again, in its block's second or third tile, eight tiles further on."""
+    and waits for that one again, in its block's second or third tile, eight tiles further on, or
+    four pairs."""
     limited.plant({"skipped_arrival": 0})
     message = (
-        "traps: conv_bn_sm90 gave up: block 0 at tile 8 waited too long for the "
+        "traps: conv_bn_sm90 gave up: block 0 at tile [48] waited too long for the "
         '"empty" barrier of stage 0 of its pipeline of operands'
     )
     with pytest.raises(limited.Fault, match=message):

@@ -130,10 +130,14 @@ NETWORK: dict[str, Callable[[ModuleType], Tensor]] = {
         f"{tile}{' projection' * projection}": partial(
             conv, tile=tile, capability=90 if "sm90" in tile else 80, projection=projection
         )
-        for tile in ("m64n64", "m128n128", "m128n64_sm90", "m128n128_sm90")
+        for tile in ("m64n64", "m128n64_sm90", "m128n128_sm90", "m128n64_sm90_cluster")
         for projection in (False, True)
-        if not (tile == "m128n128" and projection)
     },
+    **{
+        tile: partial(conv, tile=tile, capability=90 if "sm90" in tile else 80, projection=False)
+        for tile in ("m128n128", "m128n256_sm90_cluster", "m256n128_sm90_cluster")
+    },
+    "m64n64_sm90_split4": partial(conv, tile="m64n64_sm90_split4", capability=90, projection=False),
     "stem": stem,
     "bottleneck": bottleneck,
     "head": head,

@@ -83,4 +83,11 @@ def test_what_is_wrong_is_named_and_not_timed() -> None:
         "right": 2,
         "library": 2,
     }
-    assert "no such kernel" in layers.table([row])
+    assert "no such kernel" in layers.table([row], None)
+
+
+def test_the_table_gives_the_share_of_the_peak() -> None:
+    row: dict[str, Any] = {"layer": "conv", "op": "conv_bn", "calls": 1, "operations": 300}
+    row |= {"bytes": 1, "floor_seconds": 0.1, "seconds": {"cpu": [1.0, 0.5, 0.5]}, "wrong": {}}
+    assert " 75% " in layers.table([row], peak=800.0)
+    assert "75%" not in layers.table([row], None)

@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import pickle
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ import resnet_fused
 from resnet_fused import BasicBlock, Bottleneck, _extension, use_backend
 from resnet_fused.models.network import ResidualNetwork, StageShape
 from resnet_fused.plan import Plans, record, store
+from resnet_fused.plan.arena import Arenas
 from resnet_fused.testing.cases import randomise_statistics
 
 if reason := _extension.available():
@@ -56,8 +58,8 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     replay = record._replay
 
-    def counted(segment: Any, x: Tensor) -> Tensor | None:
-        out = replay(segment, x)
+    def counted(segment: Any, *arguments: Any) -> Tensor | None:
+        out = replay(segment, *arguments)
         if out is not None:
             seen.append(len(segment.program))
         return out
@@ -622,6 +624,42 @@ def test_a_subclass_with_pieces_of_its_own_is_not_planned(replays):
     for _ in range(4):
         assert torch.equal(run(network, x), expected)
     assert not replays
+
+
+# Memory
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts page faults as Linux does")
+def test_a_planned_forward_asks_the_system_for_no_memory():
+    """glibc gives every block above 32 MB back to the system at once."""
+    import resource
+
+    network, x = make(), image(16, 320)
+    plan(network, x)
+    (entry,) = network._plans._entries.values()
+    assert entry.plan.steps[0].program.arena_bytes > 32 << 20
+    run(network, x)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        run(network, x)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 1000
+
+
+def test_arenas_are_as_many_as_programs_at_a_time_and_go_with_the_network():
+    arenas = Arenas()
+    with arenas.borrow(100) as first, arenas.borrow(50) as second:
+        assert first.numel() >= 100
+        assert second.numel() >= 50
+        assert first.data_ptr() != second.data_ptr()
+    addresses = {first.data_ptr(), second.data_ptr()}
+    for _ in range(3):
+        with arenas.borrow(40) as again:
+            assert again.data_ptr() in addresses
+    with pytest.raises(KeyError), arenas.borrow(10):
+        raise KeyError
+    kept = weakref.ref(again)
+    del first, second, again, arenas
+    assert kept() is None
 
 
 # Programs

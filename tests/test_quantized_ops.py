@@ -151,7 +151,8 @@ def differences(backend: Any, op: Op, expected: Op, arguments: list[Any]) -> int
     with use_backend(backend):
         found = op(*arguments)
     truth = expected(*arguments)
-    assert (found.dtype, found.shape, found.stride()) == (truth.dtype, truth.shape, truth.stride())
+    assert (found.dtype, found.shape) == (truth.dtype, truth.shape)
+    assert found.dim() == 2 or found.is_contiguous(memory_format=torch.channels_last)
     bits = torch.int32 if truth.dtype == torch.float32 else torch.uint8
     return int((found.view(bits) != truth.view(bits)).sum())
 

@@ -171,6 +171,13 @@ def _fused_block(x: Tensor, layers: Sequence[Layer], shortcut: str) -> Tensor:
     ]
 
 
+def _decided(bias: Tensor) -> Tensor:
+    """Biases that decide the sign of every ReLU's input: in bfloat16 rounding does otherwise, of
+    some inputs ours and of others PyTorch's, which outweighs all other errors of gradients."""
+    third = torch.arange(len(bias)) % 3 == 0
+    return torch.where(third, -16.0, 16.0) + bias
+
+
 def _unfused_stem(x: Tensor, layers: Sequence[Layer], pool: MaxPool) -> Tensor:
     (layer,) = layers
     return F.max_pool2d(F.relu(_normalise(_convolve(x, layer.conv), layer)), *pool)
@@ -239,6 +246,8 @@ def _assert_contract(ours: Result, eager: Result, truth: Result) -> None:
 
 
 TARGETS = [
+    pytest.param(("cpu", "cpu", torch.float32), id="cpu-float32"),
+    pytest.param(("cpu", "cpu", torch.bfloat16), id="cpu-bfloat16"),
     pytest.param(("triton", "cpu", torch.float32), id="interpreted-float32"),
     pytest.param(("triton", "cpu", torch.float16), id="interpreted-float16"),
     # In float32 PyTorch sums on the CPU in float64, which passes for GPUs do not.
@@ -267,6 +276,8 @@ def test_block_by_the_contract(name: str, target: tuple[str, torch.dtype]) -> No
     device, dtype = target
     case = CASES[name]
     x, layers, grad = _block(case)
+    if (device, dtype) == ("cpu", torch.bfloat16):
+        layers = [layer._replace(bias=_decided(layer.bias)) for layer in layers]
     if chosen_backend().name == "cudnn":  # whose convolutions PyTorch's are in that layout alone
         x = x.to(memory_format=torch.channels_last)
     grad = grad.to(device, dtype)

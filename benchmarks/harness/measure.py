@@ -28,8 +28,10 @@ from resnet_fused.complexity import Pass
 Result = TypeVar("Result")
 
 
-def times_of(call: Callable[[], object], device: torch.device, iterations: int) -> list[float]:
-    """Seconds of each of `iterations` consecutive calls.
+def times_of(
+    call: Callable[[], object], device: torch.device, iterations: int, rest: float = 0.0
+) -> list[float]:
+    """Seconds of each of `iterations` calls, on a CPU with `rest` idle seconds before each.
 
     On a GPU the calls are queued back to back and the gaps between CUDA events are read, so the
     host's share counts only where it holds the GPU up, as it does for a user.
@@ -38,6 +40,8 @@ def times_of(call: Callable[[], object], device: torch.device, iterations: int) 
         return _times_on_gpu(call, device, iterations)
     times = []
     for _ in range(iterations):
+        if rest:
+            time.sleep(rest)
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)

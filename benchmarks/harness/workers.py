@@ -97,10 +97,11 @@ class Runner:
             torch.cuda.empty_cache()
         return Built(logits, cold_start, other)
 
-    def time(self) -> list[float]:
-        """Seconds of each call of one round, after one that brings the caches back."""
+    def time(self, rest: float = 0.0) -> list[float]:
+        """Seconds of each call of one round, after one that brings the caches back; with `rest`
+        idle seconds before each."""
         times_of(self._call, self._device, 1)
-        return times_of(self._call, self._device, self._iterations)
+        return times_of(self._call, self._device, self._iterations, rest)
 
     def memory(self) -> int | None:
         """Bytes: on a GPU what building and running took from the device, whoever allocated it;

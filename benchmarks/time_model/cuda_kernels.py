@@ -18,6 +18,8 @@ class Kernel(NamedTuple):
     stages: int
     vectorised: bool
     projection: bool
+    results: int = 0  # places for results, on sm_90a
+    cluster: int = 1  # blocks that share copies of weights
     claimed: tuple[
         int, ...
     ] = ()  # registers of copying and of multiplying threads, where they differ
@@ -25,12 +27,12 @@ class Kernel(NamedTuple):
     @property
     def shared(self) -> int:
         """Bytes of dynamic shared memory: the stages, and 16 bytes a channel of batch norm; on
-        sm_90a two results and two such sets for each batch norm, and the mbarriers."""
+        sm_90a the results and two such sets for each batch norm, and the mbarriers."""
         stages = self.stages * (self.positions + self.channels) * self.row_bytes
         terms = 16 * self.channels
         if not self.sm90:
             return stages + terms
-        results = 2 * 2 * self.positions * self.channels
+        results = self.results * 2 * self.positions * self.channels
         return stages + results + 2 * (1 + self.projection) * terms + 256
 
 
@@ -91,9 +93,9 @@ def _kernel(name: str) -> Kernel | None:
     dtype = _DTYPES[found[2]]
     sizes = list(map(int, re.findall(r"Li(\d+)E", found[3])))
     if sm90:
-        n, stages, _, copying, multiplying = sizes
+        m, n, stages, results, _, cluster, *claimed = sizes
         return Kernel(
-            sm90, dtype, 128, n, 128, 12, stages, True, projection, (copying, multiplying)
+            sm90, dtype, m, n, 128, 12, stages, True, projection, results, cluster, tuple(claimed)
         )
     m, n, row_bytes, warps_m, warps_n, stages, _ = sizes
     warps = warps_m * warps_n

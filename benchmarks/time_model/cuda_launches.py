@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +24,93 @@ from .cuda_backend import STEP_BYTES, Block, Call, Product
 from .rates import Gpu
 from .work import Work, resident_blocks
 
-SM90_STAGES = {128: 4, 64: 3}  # by channels of a tile
-SM90_ROWS = 128
+
+def _l2_rate(blocks: int, sms: int) -> int:
+    """Bytes of a cycle that the host code expects L2 to give an SM that has blocks."""
+    return min(max(36 * sms // blocks, 36), 64)
+
+
+class Tile(NamedTuple):
+    """Of conv_sm90.cu: positions, channels, stages, blocks per SM, blocks of a cluster."""
+
+    m: int
+    n: int
+    stages: int
+    blocks: int
+    cluster: int
+
+    @property
+    def stage_bytes(self) -> int:
+        return (self.m + self.n) * STEP_BYTES
+
+    @property
+    def asked_bytes(self) -> int:
+        """Of L2, for a step: a cluster's blocks share the weights."""
+        return (self.m + self.n // self.cluster) * STEP_BYTES
+
+    def tiles(self, rows: int, filters: int) -> int:
+        """Of all blocks, the one that computes zeros beside an odd number of tiles included."""
+        return (
+            math.ceil(rows / (self.cluster * self.m)) * self.cluster * math.ceil(filters / self.n)
+        )
+
+    def can_take(self, steps: Sequence[int]) -> bool:
+        """steps: of each product's K loop."""
+        return len(steps) == 1 or self.m * self.n <= 128 * 128
+
+    def cycles(self, rows: int, filters: int, steps: Sequence[int], sms: int) -> int:
+        """By which the host code chooses."""
+        blocks = self.tiles(rows, filters)
+        step = max(
+            self.m * self.n * 64 // 2048,
+            (self.m // 64 * (64 + self.n) + self.m + self.n) * STEP_BYTES // 128,
+            self.asked_bytes // _l2_rate(blocks, sms),
+        )
+        of_sm = math.ceil(blocks / sms)
+        return of_sm * sum(steps) * step + math.ceil(of_sm / self.blocks) * (self.m * self.n // 9)
+
+
+class Split(NamedTuple):
+    """Of conv_sm90_split.cu: blocks of a cluster, which share the K loop of a tile of 64 × 64."""
+
+    splits: int
+    stage_bytes: int = (64 + 64) * STEP_BYTES
+    partial_bytes: int = 64 * 64 * 4  # accumulators of a block
+
+    def tiles(self, rows: int, filters: int) -> int:
+        """Of all blocks."""
+        return math.ceil(rows / 64) * math.ceil(filters / 64) * self.splits
+
+    def can_take(self, steps: Sequence[int]) -> bool:
+        return min(steps) >= self.splits
+
+    def shares(self, steps: Sequence[int]) -> list[int]:
+        """A block's steps of each product."""
+        return [math.ceil(n / self.splits) for n in steps]
+
+    def cycles(self, rows: int, filters: int, steps: Sequence[int], sms: int) -> int:
+        blocks = self.tiles(rows, filters)
+        step = self.stage_bytes // _l2_rate(blocks, sms)
+        return math.ceil(blocks / sms) * (sum(self.shares(steps)) * step + 2800)
+
+
+SM90_TILES: dict[str, Tile | Split] = {
+    "m128n64_sm90": Tile(128, 64, 3, 2, 1),
+    "m128n128_sm90": Tile(128, 128, 4, 1, 1),
+    "m128n64_sm90_cluster": Tile(128, 64, 3, 2, 2),
+    "m128n128_sm90_cluster": Tile(128, 128, 4, 1, 2),
+    "m128n256_sm90_cluster": Tile(128, 256, 3, 1, 2),
+    "m256n128_sm90_cluster": Tile(256, 128, 3, 1, 2),
+    "m64n64_sm90_split2": Split(2),
+    "m64n64_sm90_split4": Split(4),
+    "m64n64_sm90_split8": Split(8),
+}
+
+
+def choose_tile(rows: int, filters: int, steps: Sequence[int], sms: int) -> str:
+    """The name of the tile that the heuristic takes for products of so many steps each."""
+    names = [name for name, tile in SM90_TILES.items() if tile.can_take(steps)]
+    return min(names, key=lambda name: SM90_TILES[name].cycles(rows, filters, steps, sms))
 
 
 def _bytes(*tensors: Tensor) -> int:
@@ -79,33 +165,57 @@ def _conv_bn(call: Call, gpu: Gpu) -> tuple[Work, str]:
     rows = batch * math.prod(image)
     products = [Product.of(one) for one in (layer, projection) if one is not None]
 
-    def tiles(n: int) -> int:
-        return math.ceil(rows / SM90_ROWS) * math.ceil(filters / n)
-
-    n = 128 if 2 * filters > 128 and tiles(128) >= gpu.sms else 64
-    blocks, stages = (1, 4) if n == 128 else (2, 3)
     steps = [p.steps for p in products]
+    tile = SM90_TILES[choose_tile(rows, filters, steps, gpu.sms)]
+    tiles = tile.tiles(rows, filters)
     multiply_adds = sum(rows * filters * p.channels * math.prod(p.window) for p in products)
-    stage_bytes = (SM90_ROWS + n) * STEP_BYTES
     added = _bytes(call.out) if residual is not None else 0
     x_bytes = sum(batch * math.prod(p.image) * p.channels * 2 * p.read_share for p in products)
     weights = sum(filters * p.channels * math.prod(p.window) * 2 for p in products)
+    dram_bytes = int(x_bytes + weights + added + _bytes(call.out))
+    shape = " + ".join(_shape(p, filters) for p in products) + ", residual" * bool(added)
+    if isinstance(tile, Split):
+        shares = tile.shares(steps)
+        others = tile.partial_bytes * (tile.splits - 1) // tile.splits * len(products)
+        # The copying thread's loops; scale and shift; the products.
+        copying, terms = (0.0,) * (1 if len(products) == 1 else 3), 64 / tile.splits / 128
+        trips = (*copying, *[terms] * len(products), *shares)
+        work = Work(
+            layer="",
+            kernel="conv_bn_sm90_split_kernel",
+            config=f"64×64×64, {tile.splits} blocks a tile",
+            shape=shape,
+            tiles=tiles,
+            warps=4,
+            blocks_per_sm=1,
+            trips=trips,
+            shared_loops=tuple(range(len(copying), len(copying) + len(products))),
+            dram_bytes=dram_bytes,
+            l2_bytes=tiles * (sum(shares) * tile.stage_bytes + others) + added + _bytes(call.out),
+            multiply_adds=multiply_adds,
+            shared_bytes=6 * tile.stage_bytes
+            + len(products) * (tile.partial_bytes + 64 * 16 // tile.splits),
+            bulk_bytes=tile.stage_bytes,
+            meetings=2,
+        )
+        return work, rf"conv_bn_sm90_split_kernelITLi{tile.splits}ELb{int(len(products) > 1)}E"
     work = Work(
         layer="",
         kernel="conv_bn_sm90_kernel",
-        config=f"128×{n}×64, {stages} stages",
-        shape=" + ".join(_shape(p, filters) for p in products) + ", residual" * bool(added),
-        tiles=tiles(n),
+        config=f"{tile.m}×{tile.n}×64, {tile.stages} stages" + ", cluster" * (tile.cluster > 1),
+        shape=shape,
+        tiles=tiles,
         warps=8,
-        blocks_per_sm=blocks,
+        blocks_per_sm=tile.blocks,
         trips=(1, *steps),
-        dram_bytes=int(x_bytes + weights + added + _bytes(call.out)),
-        l2_bytes=tiles(n) * sum(steps) * stage_bytes + added + _bytes(call.out),
+        dram_bytes=dram_bytes,
+        l2_bytes=tiles * sum(steps) * tile.asked_bytes + added + _bytes(call.out),
         multiply_adds=multiply_adds,
         persistent=True,
-        bulk_bytes=stage_bytes,
+        bulk_bytes=tile.stage_bytes,
     )
-    return work, rf"conv_bn_sm90_kernelIT\w*TileILi{n}E\w*Lb{int(len(products) > 1)}E"
+    sizes = rf"ILi{tile.m}ELi{tile.n}ELi{tile.stages}ELi\dELi{tile.blocks}ELi{tile.cluster}E"
+    return work, rf"conv_bn_sm90_kernelIT\w*Tile{sizes}\w*Lb{int(len(products) > 1)}E"
 
 
 def _shape(product: Product, filters: int) -> str:

@@ -28,7 +28,7 @@ from resnet_fused.testing.machine_code import LANES, LOADS, Code, Loop, Tally, t
 from .rates import RESERVED, Gpu, Limits, Rates
 
 SCHEDULERS = 4
-L2_PORT_BYTES = 64  # a cycle, of an SM
+L2_PORT_BYTES = 64  # a cycle, of an SM, what it asked for and what others have sent it
 _LOAD_STORE_BYTES = 128  # a cycle; narrower accesses of a warp take a cycle as well
 
 
@@ -40,8 +40,10 @@ class Work:
     trips: per tile, how often each loop of `code` runs, by address, on average over the warps;
     shared_loops: those of them that load what all tiles load, so from L2. persistent: blocks take
     several tiles; the loops beyond `trips` and what is in no loop are then other warps' or run
-    once. bulk_bytes: that a step's bulk copies write to shared memory. dram_bytes, l2_bytes: of
-    the whole launch; the former once each, the latter as blocks ask. multiply_adds: useful ones.
+    once. bulk_bytes: that a step's bulk copies write to shared memory, those of other blocks
+    included. meetings: times that the blocks of a cluster wait for each other and read each
+    other's memory. dram_bytes, l2_bytes: of the whole launch; the former once each, the latter as
+    blocks ask. multiply_adds: useful ones.
     code None: a kernel of PyTorch's or its libraries', of which only bytes and products are known.
     """
 
@@ -63,6 +65,7 @@ class Work:
     shared_loops: tuple[int, ...] = ()
     persistent: bool = False
     bulk_bytes: int = 0
+    meetings: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def _cycles(
         "issue": done.instructions * warps / SCHEDULERS / r.issue,
         "tensor": tensor * warps / r.tensor,
         "shared": (done.shared_bytes * warps + bulk_bytes) / r.shared + narrow * warps,
-        "l2": l2_bytes / r.l2,
+        "l2": max(l2_bytes / r.l2, bulk_bytes / L2_PORT_BYTES),
     }
 
 
@@ -187,6 +190,8 @@ def predict(work: Work, gpu: Gpu, r: Rates) -> Prediction:
     turns = math.ceil(tiles / work.blocks_per_sm)
     busy = {name: tiles * value for name, value in total.items()}
     chains = {name: turns * value for name, value in chain.items()}
+    if work.meetings:
+        chains["cluster"] = turns * work.meetings * (r.synchronisation + r.l2_latency)
     if work.persistent:  # the first tile's operands; those of the others are there
         chains["latency"] = chains.get("latency", 0.0) + r.latency
     busy["chain"] = sum(chains.values())

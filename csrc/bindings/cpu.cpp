@@ -16,6 +16,7 @@
 #include "kernels/cpu/bn_add_relu.h"
 #include "kernels/cpu/conv.h"
 #include "kernels/cpu/fingerprint.h"
+#include "kernels/cpu/grouped.h"
 #include "kernels/cpu/head.h"
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/parallel.h"
@@ -31,7 +32,6 @@ namespace cpu = resnet_fused::cpu;
 
 namespace {
 
-using OptionalTensor = std::optional<TensorArg>;
 // Mean, variance, weight, bias, eps.
 using BatchNorm = std::tuple<TensorArg, TensorArg, OptionalTensor, OptionalTensor, double>;
 // A convolution with its batch norm: x, packed weight, window, batch norm.
@@ -42,23 +42,6 @@ struct ConvLaunch {
   bool projected;
   cpu::Isa isa;
 };
-
-template <typename Arguments>
-void set_vector(Launch<Arguments>& launch, cpu::Vector& slot, const char* name,
-                const OptionalTensor& tensor, std::int64_t channels) {
-  slot = {nullptr, cpu::VectorType::kFloat32, 0};
-  if (!tensor) return;
-  check_sizes(name, *tensor, {channels});
-  launch.reads(slot.data, name, *tensor);
-  if (tensor->type == ScalarType::kBFloat16) {
-    slot.type = cpu::VectorType::kBFloat16;
-  } else if (tensor->type == ScalarType::kFloat64) {
-    slot.type = cpu::VectorType::kFloat64;
-  } else {
-    check_type(name, *tensor, ScalarType::kFloat32);
-  }
-  slot.stride = tensor->strides[0];
-}
 
 template <typename Arguments>
 void set_batch_norm(Launch<Arguments>& launch, cpu::BatchNorm& slot, const BatchNorm& bn,
@@ -118,9 +101,34 @@ void stem_pack(const TensorArg& weight, const TensorArg& packed) {
   cpu::stem_transform_weights(from, weight.strides.data(), to, weight.sizes[0], format);
 }
 
-// Fills in what a convolution and its projection have in common; `out` is (N, K, P, Q).
-void set_conv(Launch<ConvLaunch>& launch, cpu::Conv& conv, const Layer& layer,
-              const TensorArg& out) {
+// Throws unless the groups divide the weight's output channels; then its packed bytes.
+std::int64_t grouped_packed_bytes(const TensorArg& weight, std::int64_t groups,
+                                  const std::string& isa) {
+  check_weight(weight);
+  const auto& [out_channels, in_channels, height, width] = weight.sizes;
+  if (groups < 1 || out_channels % groups != 0) {
+    refuse("groups must divide the " + std::to_string(out_channels) + " output channels, found " +
+           std::to_string(groups));
+  }
+  return 4 * cpu::grouped_weight_words(in_channels, out_channels, height * width, groups,
+                                       format_of("weight", weight), choose_isa(isa));
+}
+
+void grouped_pack(const TensorArg& weight, const TensorArg& packed, std::int64_t groups,
+                  const std::string& isa) {
+  const auto [from, to] = weights_of(weight, packed, grouped_packed_bytes(weight, groups, isa));
+  const cpu::Format format = format_of("weight", weight);
+  const cpu::Isa chosen = choose_isa(isa);
+  py::gil_scoped_release unlocked;
+  cpu::grouped_transform_weights(from, weight.strides.data(), to, weight.sizes[1], weight.sizes[0],
+                                 weight.sizes.data() + 2, groups, format, chosen);
+}
+
+// Fills in what convolutions, grouped ones and projections have in common; `out` is (N, K, P, Q).
+// `packed_bytes` of a weight with x's channels.
+template <typename Arguments, typename PackedBytesOf>
+void set_conv(Launch<Arguments>& launch, cpu::Conv& conv, const Layer& layer, const TensorArg& out,
+              const PackedBytesOf& packed_bytes) {
   const auto& [x, packed, window, bn] = layer;
   check_nhwc("x", x);
   check_type("x", x, out.type);
@@ -132,8 +140,8 @@ void set_conv(Launch<ConvLaunch>& launch, cpu::Conv& conv, const Layer& layer,
   std::tie(conv.batch, conv.in_channels, conv.height, conv.width) = std::tuple_cat(x.sizes);
   conv.out_channels = out.sizes[1];
   if (conv.in_channels < 1) refuse("x has no channels");
-  check_packed(packed, conv_packed_bytes(packed_from(x.type, conv.out_channels, conv.in_channels,
-                                                     std::get<0>(window))));
+  check_packed(packed, packed_bytes(packed_from(x.type, conv.out_channels, conv.in_channels,
+                                                std::get<0>(window))));
   check_apart("out", out, "x", x);
   launch.reads(conv.x, "x", x);
   launch.reads(conv.packed, "packed", packed);
@@ -154,13 +162,42 @@ void conv_bn(const TensorArg& out, const Layer& layer, const OptionalTensor& res
   chosen = choose_isa(isa);
   check_convolves(format_of("out", out), chosen);
   if (out.numel() == 0) return;
-  set_conv(launch, conv, layer, out);
-  if ((has_projection = projection.has_value())) set_conv(launch, projected, *projection, out);
+  set_conv(launch, conv, layer, out, conv_packed_bytes);
+  if ((has_projection = projection.has_value())) {
+    set_conv(launch, projected, *projection, out, conv_packed_bytes);
+  }
   set_residual(launch, conv.residual, residual, out);
+  if (is_like(residual, out)) launch.may_replace(conv.residual.data);
   launch.writes(conv.out, "out", out);
   projected.out = nullptr;
   conv.relu = relu;
   launch.run<run_conv>();
+}
+
+void run_grouped(WithIsa<cpu::GroupedConv>& launch, std::uintptr_t) {
+  cpu::grouped_conv_bn(launch.op, launch.isa);
+}
+
+void grouped_conv_bn(const TensorArg& out, const Layer& layer, std::int64_t groups,
+                     const OptionalTensor& residual, bool relu, const std::string& isa) {
+  check_nhwc("out", out);
+  Launch<WithIsa<cpu::GroupedConv>> launch;
+  cpu::GroupedConv& op = launch.arguments.op;
+  launch.arguments.isa = choose_isa(isa);
+  if (out.numel() == 0) return;
+  set_conv(launch, op.conv, layer, out, [&](TensorArg weight) {
+    if (groups < 1 || weight.sizes[1] % groups != 0) {
+      refuse("groups must divide the " + std::to_string(weight.sizes[1]) +
+             " channels of x, found " + std::to_string(groups));
+    }
+    weight.sizes[1] /= groups;
+    return grouped_packed_bytes(weight, groups, isa);
+  });
+  op.groups = groups;
+  set_residual(launch, op.conv.residual, residual, out);
+  launch.writes(op.conv.out, "out", out);
+  op.conv.relu = relu;
+  launch.run<run_grouped>();
 }
 
 void run_winograd(WithIsa<cpu::WinogradConv>& launch, std::uintptr_t) {
@@ -384,6 +421,18 @@ void register_cpu_kernels(py::module_& module) {
       "residual, is a layer whose normalised, unrounded result is added. Sums and batch norm are\n"
       "float32. isa=\"avx2\" forbids AVX-512. Raises ValueError for what does not fit, and for a\n"
       "processor without the instructions.");
+
+  module.def("grouped_packed_bytes", &grouped_packed_bytes, py::arg("weight"), py::arg("groups"),
+             py::arg("isa") = "", "Bytes of what grouped_pack makes of such a weight.");
+  module.def("grouped_pack", &grouped_pack, py::arg("weight"), py::arg("packed"), py::arg("groups"),
+             py::arg("isa") = "",
+             "packed = the weight (out_channels, in_channels / groups, height, width), float32 or\n"
+             "bfloat16, of any strides, reordered for grouped_conv_bn with the same isa.");
+  module.def("grouped_conv_bn", &grouped_conv_bn, py::arg("out"), py::arg("layer"),
+             py::arg("groups"), py::arg("residual"), py::arg("relu"), py::arg("isa") = "",
+             "conv_bn with any number of groups, without a projection. A number of x reaches its\n"
+             "own group's results only. bfloat16 is multiplied in float32, as exactly, where the\n"
+             "processor lacks AVX512_BF16.");
 
   module.def("winograd_conv", &winograd_conv, py::arg("out"), py::arg("layer"), py::arg("residual"),
              py::arg("relu"), py::arg("isa") = "",

@@ -1,13 +1,17 @@
 // What the bindings of the CPU kernels share: instruction sets, windows, packed weights.
 #pragma once
 
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
 
+#include "kernels/cpu/batch_norm.h"
 #include "kernels/cpu/conv.h"
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/winograd.h"
@@ -16,6 +20,7 @@
 
 namespace cpu = resnet_fused::cpu;
 
+using OptionalTensor = std::optional<TensorArg>;
 using Pair = std::array<std::int64_t, 2>;
 // Kernel size, stride, padding, dilation.
 using Window = std::tuple<Pair, Pair, Pair, Pair>;
@@ -30,6 +35,23 @@ inline cpu::Format format_of(const char* name, const TensorArg& tensor) {
   if (tensor.type == ScalarType::kBFloat16) return cpu::Format::kBFloat16;
   check_type(name, tensor, ScalarType::kFloat32);
   return cpu::Format::kFloat32;
+}
+
+template <typename Arguments>
+void set_vector(Launch<Arguments>& launch, cpu::Vector& slot, const char* name,
+                const OptionalTensor& tensor, std::int64_t channels) {
+  slot = {nullptr, cpu::VectorType::kFloat32, 0};
+  if (!tensor) return;
+  check_sizes(name, *tensor, {channels});
+  launch.reads(slot.data, name, *tensor);
+  if (tensor->type == ScalarType::kBFloat16) {
+    slot.type = cpu::VectorType::kBFloat16;
+  } else if (tensor->type == ScalarType::kFloat64) {
+    slot.type = cpu::VectorType::kFloat64;
+  } else {
+    check_type(name, *tensor, ScalarType::kFloat32);
+  }
+  slot.stride = tensor->strides[0];
 }
 
 // Throws where isa cannot convolve in this format.

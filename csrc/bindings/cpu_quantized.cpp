@@ -237,6 +237,7 @@ void conv(const TensorArg& out, const Layer& layer, const TensorArg& bias,
     TensorArg as_out = out;  // set_residual wants one type, and both are single bytes
     as_out.type = residual->type;
     set_residual(launch, op.residual, residual, as_out);
+    if (is_like(residual, as_out)) launch.may_replace(op.residual.data);
   }
   launch.writes(op.out, "out", out);
   launch.run<run_conv>();

@@ -436,7 +436,14 @@ void register_cuda_kernels(py::module_& module) {
       .value("m128n64", ConvTile::k128x64)
       .value("m128n128", ConvTile::k128x128)
       .value("m128n64_sm90", ConvTile::k128x64Sm90)
-      .value("m128n128_sm90", ConvTile::k128x128Sm90);
+      .value("m128n128_sm90", ConvTile::k128x128Sm90)
+      .value("m128n64_sm90_cluster", ConvTile::k128x64Sm90Cluster)
+      .value("m128n128_sm90_cluster", ConvTile::k128x128Sm90Cluster)
+      .value("m128n256_sm90_cluster", ConvTile::k128x256Sm90Cluster)
+      .value("m256n128_sm90_cluster", ConvTile::k256x128Sm90Cluster)
+      .value("m64n64_sm90_split2", ConvTile::k64x64Sm90Split2)
+      .value("m64n64_sm90_split4", ConvTile::k64x64Sm90Split4)
+      .value("m64n64_sm90_split8", ConvTile::k64x64Sm90Split8);
 
   // Of every kernel: tensors are as tensor_arg.h says, sizes those of NCHW; images and weights are
   // dense and channels_last, vectors contiguous, float32, float16 or bfloat16. A kernel is queued
@@ -464,7 +471,7 @@ void register_cuda_kernels(py::module_& module) {
              py::arg("projection"), py::arg("residual"), py::arg("groups"), py::arg("relu"),
              py::arg("tf32"), py::arg("device"),
              "The tiles by which cuda_conv_bn computes these arguments on `device`, `automatic`\n"
-             "not among them.");
+             "not among them; where it stands for one for sm_90a, that one first.");
 
   module.def(
       "cuda_bottleneck", &bottleneck, py::arg("out"), py::arg("x"), py::arg("layers"),

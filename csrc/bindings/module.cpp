@@ -32,6 +32,7 @@ PYBIND11_MODULE(_C, module) {
   register_cpu_kernels(module);
   register_cpu_gradients(module);
   register_cpu_quantized_kernels(module);
+  register_cpu_training(module);
 #if RESNET_FUSED_CUDA
   register_cuda_kernels(module);
 #endif

@@ -26,11 +26,14 @@ std::size_t round_up(std::size_t bytes, std::size_t alignment) {
 struct Intermediate {
   Span span;
   std::size_t first, last;
+  std::size_t replaced;    // the number of one whose memory it may have, if that ends as it begins
   std::size_t offset = 0;  // in the arena
 };
 
-// Gives each, in the order of their first launches, the lowest place that none of those that live
-// at the same time overlaps. Returns the bytes of all.
+constexpr std::size_t kNone = -1;
+
+// Gives each, in the order of their first launches, the place of the one that it replaces, or the
+// lowest that none of those that live at the same time overlaps. Returns the bytes of all.
 std::size_t place(std::vector<Intermediate>& intermediates, std::size_t alignment) {
   std::size_t total = 0;
   std::vector<const Intermediate*> living;  // by offset
@@ -38,6 +41,12 @@ std::size_t place(std::vector<Intermediate>& intermediates, std::size_t alignmen
     living.erase(std::remove_if(living.begin(), living.end(),
                                 [&](const Intermediate* other) { return other->last < one.first; }),
                  living.end());
+    if (one.replaced != kNone && intermediates[one.replaced].last == one.first) {
+      const Intermediate& other = intermediates[one.replaced];
+      one.offset = other.offset;
+      *std::find(living.begin(), living.end(), &other) = &one;
+      continue;
+    }
     auto next = living.begin();
     for (; next != living.end() && one.offset + one.span.bytes() > (*next)->offset; ++next) {
       one.offset = round_up((*next)->offset + (*next)->span.bytes(), alignment);
@@ -46,6 +55,22 @@ std::size_t place(std::vector<Intermediate>& intermediates, std::size_t alignmen
     total = std::max(total, one.offset + one.span.bytes());
   }
   return total;
+}
+
+// The number of the intermediate tensor whose memory a tensor that a launch writes may have.
+std::size_t replaced_by(const Span& written, const std::vector<Access>& accesses,
+                        const std::vector<Intermediate>& intermediates) {
+  for (const Access& access : accesses) {
+    if (!access.replaceable || access.span.bytes() != written.bytes()) continue;
+    const auto uses_it_too = [&](const Access& other) {
+      return &other != &access && other.span.overlaps(access.span);
+    };
+    if (std::any_of(accesses.begin(), accesses.end(), uses_it_too)) continue;
+    for (std::size_t i = 0; i < intermediates.size(); ++i) {
+      if (intermediates[i].span == access.span) return i;
+    }
+  }
+  return kNone;
 }
 
 }  // namespace
@@ -59,9 +84,10 @@ void run_kernel(Kernel kernel, void* arguments, std::uintptr_t stream,
   if (!std::exchange(buffers_given, false)) {
     host_sim::clear_buffers();
     for (const bool writing : {false, true}) {
-      for (const auto& [offset, span, written] : accesses) {
-        if (written != writing) continue;
-        host_sim::register_buffer(reinterpret_cast<const void*>(span.first), span.bytes(), written);
+      for (const Access& access : accesses) {
+        if (access.written != writing) continue;
+        host_sim::register_buffer(reinterpret_cast<const void*>(access.span.first),
+                                  access.span.bytes(), writing);
       }
     }
   }
@@ -100,14 +126,14 @@ std::unique_ptr<Program> Recorder::program(std::size_t first, std::size_t last,
   auto program = std::make_unique<Program>();
   std::vector<std::vector<std::size_t>> uses;  // of a step's pointers: the intermediate's number
 
-  constexpr std::size_t kNone = -1;
   for (std::size_t i = first; i < last; ++i) {
     const RecordedLaunch& launch = launches_[i];
     Program::Step step{launch.kernel, launch.arguments, launch.accesses, {}};
     std::vector<std::size_t> used;
     for (const bool writing : {false, true}) {
       for (std::size_t number = 0; number < launch.accesses.size(); ++number) {
-        const auto& [offset, span, written] = launch.accesses[number];
+        const Span& span = launch.accesses[number].span;
+        const bool written = launch.accesses[number].written;
         if (written != writing || span.bytes() == 0) continue;
         const auto within = [&](const Span& whole) { return whole.contains(span); };
         if (out.contains(span) && (writing || out_written)) {
@@ -135,7 +161,8 @@ std::unique_ptr<Program> Recorder::program(std::size_t first, std::size_t last,
                           [&](const Intermediate& one) { return meets(one.span); })) {
             return nullptr;
           }
-          found = intermediates.insert(intermediates.end(), {span, i, i});
+          const std::size_t replaced = replaced_by(span, launch.accesses, intermediates);
+          found = intermediates.insert(intermediates.end(), {span, i, i, replaced});
         }
         found->last = i;
         step.pointers.push_back({number, Program::Base::kArena, span.first - found->span.first});
@@ -168,9 +195,9 @@ void Program::run(std::uintptr_t input, std::uintptr_t output, std::uintptr_t ar
     accesses = step.accesses;
     for (const Pointer& pointer : step.pointers) {
       const std::uintptr_t address = bases[static_cast<int>(pointer.base)] + pointer.distance;
-      auto& [offset, span, written] = accesses[pointer.access];
-      span = {address, address + span.bytes()};
-      std::memcpy(arguments.data() + offset, &address, sizeof address);
+      Access& access = accesses[pointer.access];
+      access.span = {address, address + access.span.bytes()};
+      std::memcpy(arguments.data() + access.offset, &address, sizeof address);
     }
     run_kernel(step.kernel, arguments.data(), stream, accesses);
     if (after) after(i);

@@ -23,6 +23,7 @@ struct Access {
   std::size_t offset;
   Span span;
   bool written;
+  bool replaceable = false;  // see Launch::may_replace
 };
 
 // Runs a launch on the stream of that handle, which launches on the CPU have no use for.
@@ -131,6 +132,13 @@ class Launch {
     slot = reinterpret_cast<T*>(bind(&slot, name, tensor, true));
   }
 
+  // Says of a tensor that reads() took that the one that is written may have its memory: of the
+  // same size and layout, each element is read by who writes that element, before it is written.
+  template <typename T>
+  void may_replace(const T* const& slot) {
+    for (Access& access : accesses_) access.replaceable |= access.offset == offset_of(&slot);
+  }
+
   template <void (*kRun)(Arguments&, std::uintptr_t)>
   void run(std::uintptr_t stream = 0) {
     const Kernel kernel = [](void* arguments, std::uintptr_t stream) {
@@ -146,15 +154,17 @@ class Launch {
   }
 
  private:
+  std::size_t offset_of(const void* slot) const {
+    return static_cast<const std::byte*>(slot) - reinterpret_cast<const std::byte*>(&arguments);
+  }
+
   std::uintptr_t bind(const void* slot, const char* name, const TensorArg& tensor, bool written) {
-    const auto offset =
-        static_cast<const std::byte*>(slot) - reinterpret_cast<const std::byte*>(&arguments);
     const std::uintptr_t address = tensor.address;
     if (address == 0 && tensor.numel() > 0) refuse(std::string(name) + " is a null pointer");
     if (address % static_cast<std::uintptr_t>(element_size(tensor.type)) != 0) {
       refuse(std::string(name) + " is not aligned to its elements");
     }
-    accesses_.push_back({static_cast<std::size_t>(offset), tensor.span(), written});
+    accesses_.push_back({offset_of(slot), tensor.span(), written});
     tensors_.push_back(tensor.tensor);
     return address;
   }

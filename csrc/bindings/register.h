@@ -6,6 +6,7 @@
 void register_cpu_gradients(pybind11::module_& module);
 void register_cpu_kernels(pybind11::module_& module);
 void register_cpu_quantized_kernels(pybind11::module_& module);
+void register_cpu_training(pybind11::module_& module);
 void register_cuda_kernels(pybind11::module_& module);
 void register_programs(pybind11::module_& module);
 void register_snapshots(pybind11::module_& module);

@@ -7,6 +7,11 @@
 #include "program.h"
 #include "tensor_arg.h"
 
+// Whether element for element they lie alike: `out` is dense and channels_last.
+inline bool is_like(const std::optional<TensorArg>& residual, const TensorArg& out) {
+  return residual && residual->sizes == out.sizes && residual->dense({0, 2, 3, 1});
+}
+
 // Of a result `out` (N, K, P, Q) without empty sizes, dense and channels_last. Throws ValueError
 // where the residual cannot be read, or where writing `out` would change it: they may only be one
 // tensor.
@@ -30,8 +35,7 @@ void set_residual(Launch<Arguments>& launch, resnet_fused::Residual& slot,
   if (width == 1) pixel = height > 1 ? line : batch > 1 ? image : channels;
   if (height == 1) line = width * pixel;
   if (batch == 1) image = height * line;
-  const bool same = residual->address == out.address && residual->sizes == out.sizes &&
-                    residual->dense({0, 2, 3, 1});
+  const bool same = residual->address == out.address && is_like(residual, out);
   if (!same) check_apart("out", out, "residual", *residual);
   launch.reads(slot.data, "residual", *residual);
   slot.channels = channels;

@@ -98,8 +98,8 @@ void decrease_registers() {
   host_sim::decrease_registers(kRegisters);
 }
 
-template <int kValues>
-void wgmma_fence(float (&)[kValues]) {
+template <typename D>
+void wgmma_fence(D&) {
   host_sim::fence_products();
 }
 template <typename T, int kValues>
@@ -107,8 +107,8 @@ void wgmma(float (&d)[kValues], std::uint64_t a, std::uint64_t b, bool accumulat
   host_sim::multiply_warpgroup<T>(d, 2 * kValues, a, b, accumulate);
 }
 inline void wgmma_commit() { host_sim::commit_products(); }
-template <int kPending, int kValues>
-void wgmma_wait(float (&)[kValues]) {
+template <int kPending, typename D>
+void wgmma_wait(D&) {
   host_sim::wait_for_products(kPending);
 }
 

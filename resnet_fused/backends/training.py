@@ -16,16 +16,25 @@ Vectors of one layer of K channels, float32 (float64 where the activations are f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..parameters import Activation, Convolution, MaxPool, PreBnGradient
+from ..parameters import Activation, Convolution, Layer, MaxPool, PreBnGradient
 
 
 class TrainingKernels(Protocol):
     """The pieces. Activations are channels_last, sums are taken in float32 in a fixed order."""
+
+    def saves_all(self) -> bool:
+        """Whether a block saves each layer's pre-BN output, also one that could be computed again
+        by reading less than it takes to read it back."""
+
+    def is_profitable(self, layers: Sequence[Layer]) -> bool:
+        """Whether a block of these layers is expected to train faster by the pieces than module by
+        module, where nothing was measured."""
 
     def conv_stats(
         self, x: Tensor, conv: Convolution, statistics: bool

@@ -4,7 +4,8 @@ Forward, each convolution takes its result's statistics while it writes; a pass 
 normalisation and ReLU, and after the last one adds the shortcut.
 Saved for backward: pre-BN outputs, the block's result, six numbers per channel. The pre-BN outputs
 of 1×1 convolutions at the block's end (the widest of a Bottleneck, and its projection) are not even
-saved: computing one again reads a quarter of what reading it back would.
+saved: computing one again reads a quarter of what reading it back would. Where arithmetic is what
+takes the time, on the CPU, they are (`TrainingKernels.saves_all`).
 Backward forms activations again and the gradient of each pre-BN output, once for dgrad and wgrad.
 dgrad applies the ReLU below it and takes that normalisation's sums; the first layer's adds the
 shortcut's gradient.
@@ -43,14 +44,14 @@ def _main_layers(layers: Sequence[object], shortcut: str) -> int:
     return len(layers) - (shortcut == "projection")
 
 
-def _is_saved(convs: Sequence[Convolution], shortcut: str) -> list[bool]:
+def _is_saved(convs: Sequence[Convolution], shortcut: str, all_of_them: bool) -> list[bool]:
     """Whether each layer's pre-BN output is saved, or computed again in backward.
 
     A 1×1 convolution at the block's end is cheap beside its result, and nothing follows it.
     """
     last = _main_layers(convs, shortcut) - 1
     return [
-        i < last or tuple(conv.weight.shape[2:]) != (1, 1) or conv.groups > 1
+        all_of_them or i < last or tuple(conv.weight.shape[2:]) != (1, 1) or conv.groups > 1
         for i, conv in enumerate(convs)
     ]
 
@@ -109,7 +110,9 @@ def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor], list[Ten
         other = _identity(x, shortcut, stride)
     y = pieces.bn_add_relu(activations[count - 1], other)
     saved = [
-        a.pre_bn for a, keep in zip(activations, _is_saved(convs, shortcut), strict=True) if keep
+        a.pre_bn
+        for a, keep in zip(activations, _is_saved(convs, shortcut, pieces.saves_all()), strict=True)
+        if keep
     ]
     return y, saved, [a.scale_shift for a in activations]
 
@@ -120,7 +123,7 @@ def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor], lis
     shapes = _shapes(x, layers, shortcut, stride, sync_group)
     convs = convolutions(layers.weights, layers.windows)
     wide = torch.promote_types(x.dtype, torch.float32)
-    keeps = _is_saved(convs, shortcut)
+    keeps = _is_saved(convs, shortcut, kernels(x).saves_all())
     return (
         empty_result(x, shapes[_main_layers(convs, shortcut) - 1]),
         [empty_result(x, shape) for shape, keep in zip(shapes, keeps, strict=True) if keep],
@@ -183,7 +186,7 @@ def _backward(
             operands[i] = pieces.bn_add_relu(below, None)
         return operands[i]
 
-    for i, keep in enumerate(_is_saved(convs, shortcut)):
+    for i, keep in enumerate(_is_saved(convs, shortcut, len(saved) == len(convs))):
         pre_bn = next(pre_bns) if keep else None
         if pre_bn is None and (needs.affine[i] or (needs.pre_bn(i) and not frozen[i])):
             pre_bn, _ = pieces.conv_stats(operand(i), convs[i], False)
@@ -205,7 +208,9 @@ def _backward(
             return None
         activation = activations[i]
         pre_bn = None if activation is None else activation.pre_bn
-        return pieces.pre_bn_gradient(PreBnGradient(g, pre_bn, coefficients, frozen[i]))
+        # Of the block's end also the shortcut reads it: the identity, or before, the projection.
+        last_use = i < count - 1 or (i == count - 1 and shortcut_grad is not g)
+        return pieces.pre_bn_gradient(PreBnGradient(g, pre_bn, coefficients, frozen[i], last_use))
 
     ends = [i for i in range(count - 1, len(convs)) if needs.layer(i)]
     branches = {i: activation for i in ends if (activation := activations[i]) is not None}

@@ -91,7 +91,7 @@ def _backward(
     )
     x_grad = weight_grad = x.new_empty(0)
     if needs_x or needs_weight:
-        g = pieces.pre_bn_gradient(PreBnGradient(g, pre_bn, coefficients, frozen))
+        g = pieces.pre_bn_gradient(PreBnGradient(g, pre_bn, coefficients, frozen, True))
     if needs_weight:
         weight_grad = pieces.wgrad(g, x, conv)
     if needs_x:

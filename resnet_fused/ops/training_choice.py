@@ -2,8 +2,9 @@
 
 The choice is made for forward and backward together, once for each signature, as any choice of a
 kernel is (`resnet_fused.backends.autotune`). Where nothing was measured the modules train, so that
-training is no slower than PyTorch's on a GPU that nobody has measured. The fused ops keep less than
-0.6 of the bytes for backward: `RESNET_FUSED_TRAINING=memory` chooses among them alone.
+training is no slower than PyTorch's on a GPU that nobody has measured; on the CPU, where nothing is
+measured ahead of use, what the backend says of the block decides. The fused ops keep less than 0.6
+of the bytes for backward with `RESNET_FUSED_TRAINING=memory`, which chooses among them alone.
 """
 
 from __future__ import annotations
@@ -82,7 +83,12 @@ def training_backend(
 
     def candidates() -> list[Candidate]:
         found = [
-            Candidate(name, functools.partial(_step, backend), f"{name} training", memory)
+            Candidate(
+                name,
+                functools.partial(_step, backend),
+                f"{name} training",
+                memory or _is_profitable(backend, layers, projection),
+            )
             for name, backend in fused.items()
         ]
         return found if memory else [*found, Candidate(_MODULES, _step_by_modules)]
@@ -91,6 +97,11 @@ def training_backend(
         "training", (x, *block), candidates, _step_by_modules, among=(memory, *fused)
     ).name
     return fused.get(name)
+
+
+def _is_profitable(backend: Backend, layers: Sequence[Layer], projection: Layer | None) -> bool:
+    assert backend.training is not None
+    return backend.training.is_profitable([*layers, *([projection] if projection else [])])
 
 
 def run_on(backend: Backend, op: Callable[..., _Result], *arguments: Any) -> _Result:

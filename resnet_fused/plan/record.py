@@ -16,6 +16,7 @@ from ..backends import recording
 from ..backends.arguments import nhwc
 from ..backends.autotune import generation
 from ..blocks import BasicBlock, Bottleneck, PaddedIdentity, PlainBlock
+from .arena import Arenas
 from .validity import Snapshot
 
 # Types whose calls consist of nothing but ops, where those stand for them.
@@ -105,7 +106,7 @@ class Plan:
             and all(recording.version(note.weight) == note.fingerprint for note in self._frozen)
         )
 
-    def run(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor, arenas: Arenas) -> Tensor:
         """The network's result; `is_valid` was asked just before."""
         fresh = True
         if self._copies:
@@ -117,7 +118,7 @@ class Plan:
             image = nhwc(x) if type(x) is Tensor and x.dim() == 4 else x
             # What ran in between may have changed anything.
             if Form.of(image) == step.input and (fresh or self.is_valid()):
-                out = _replay(step, image)
+                out = _replay(step, image, arenas)
                 if out is not None:
                     x = out
                     continue
@@ -128,19 +129,22 @@ class Plan:
         return x
 
 
-def _replay(segment: Segment, x: Tensor) -> Tensor | None:
+def _replay(segment: Segment, x: Tensor, arenas: Arenas) -> Tensor | None:
     """The program's result, or None where weights are no longer those that were packed."""
     program, form = segment.program, segment.output
     out = torch.empty_strided(form.shape, form.strides, dtype=form.dtype, device=form.device)
-    arena = torch.empty(program.arena_bytes, dtype=torch.uint8, device=form.device)
     if form.device.type == "cuda":
+        arena = torch.empty(program.arena_bytes, dtype=torch.uint8, device=form.device)
         with torch.cuda.device(form.device):
             stream = torch.cuda.current_stream(form.device).cuda_stream
             program.run(x.data_ptr(), out.data_ptr(), arena.data_ptr(), stream)
-    elif segment.contents is None:
-        program.run(x.data_ptr(), out.data_ptr(), arena.data_ptr())
-    elif not segment.contents.run(program, x.data_ptr(), out.data_ptr(), arena.data_ptr()):
-        return None
+        return out
+    with arenas.borrow(program.arena_bytes) as arena:
+        memory = x.data_ptr(), out.data_ptr(), arena.data_ptr()
+        if segment.contents is None:
+            program.run(*memory)
+        elif not segment.contents.run(program, *memory):
+            return None
     return out
 
 

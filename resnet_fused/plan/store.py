@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import _extension, fusion
 from ..ops.dispatch import chosen_backend
+from .arena import Arenas
 from .record import Network, Plan, record
 from .validity import surroundings
 
@@ -42,6 +43,7 @@ class Plans:
     def __init__(self) -> None:
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
         self._lock = threading.Lock()
+        self._arenas = Arenas()
 
     def __len__(self) -> int:
         """How many plans there are."""
@@ -52,7 +54,7 @@ class Plans:
         entry = self._find(surroundings(x))
         plan = entry.plan
         if plan is not None:
-            out = plan.run(x) if plan.is_valid() else None
+            out = plan.run(x, self._arenas) if plan.is_valid() else None
             if out is None or plan.outdated:
                 entry.postpone()
             return out

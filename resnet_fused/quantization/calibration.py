@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +14,7 @@ from ..reference.quantized import FLOAT8, LIMITS, quantize
 from .folded import FoldedConv, FoldedNetwork
 
 METHODS = ("range", "percentile", "mse")
-_BINS = 2048
+BINS = 2048
 _PERCENTILE = 0.9999
 _CLIPS = 96  # of the range, evenly from a fifth of it, that "mse" tries
 _T = TypeVar("_T")
@@ -75,6 +76,7 @@ def calibrate(
         raise ValueError(f"method must be one of {', '.join(METHODS)}, found {method!r}.")
     layers = [layer for layer in network.folded() if isinstance(layer, FoldedConv)]
     largest = torch.zeros(len(layers))
+    images = sum(map(len, batches))
 
     def see(i: int, y: Tensor) -> None:
         largest[i] = torch.maximum(largest[i], y.max().cpu())
@@ -84,17 +86,22 @@ def calibrate(
                 "weights and at how images are normalised."
             )
 
-    _visit(network, layers, batches, see, "range", shown)
+    hooks = [layer.register_forward_hook(partial(_average, images)) for layer in network.folded()]
+    try:
+        _visit(network, layers, batches, see, "range", shown)
+    finally:
+        for hook in hooks:
+            hook.remove()
     clips = largest.tolist()
     if method != "range":
-        histograms = torch.zeros(len(layers), _BINS, dtype=torch.float64)
+        histograms = torch.zeros(len(layers), BINS, dtype=torch.float64)
 
         def count(i: int, y: Tensor) -> None:
             if clips[i]:
-                histograms[i] += torch.histc(y.float(), _BINS, 0, clips[i]).cpu()
+                histograms[i] += torch.histc(y.float(), BINS, 0, clips[i]).cpu()
 
         _visit(network, layers, batches, count, method, shown)
-        clip = _percentile if method == "percentile" else _least_squares
+        clip = percentile if method == "percentile" else least_squares
         dtype = layers[0].geometry.dtype
         clips = [clip(h, c, dtype) if c else c for h, c in zip(histograms, clips, strict=True)]
     for layer, found in zip(layers, clips, strict=True):
@@ -102,6 +109,13 @@ def calibrate(
         layer.scale.fill_(found / LIMITS[layer.geometry.dtype][1] or 1.0)
     _set_input(network, layers[0], batches)
     _wire(network)
+
+
+def _average(images: int, layer: Any, arguments: Sequence[Tensor], y: Tensor) -> None:
+    """Adds a batch's share to the means of what a layer takes, by channel."""
+    for name, x in zip(("mean_in", "mean_shortcut"), arguments, strict=False):
+        mean = x.double().mean((2, 3)).sum(0) / images
+        setattr(layer, name, (getattr(layer, name) + mean).float())
 
 
 def _visit(
@@ -125,18 +139,18 @@ def _visit(
             hook.remove()
 
 
-def _percentile(histogram: Tensor, largest: float, dtype: torch.dtype) -> float:
+def percentile(histogram: Tensor, largest: float, dtype: torch.dtype) -> float:
     """What all but a ten thousandth of the positive values stay below."""
     positive = histogram.clone()
     positive[0] = 0  # where the zeros of a ReLU are
     total = positive.cumsum(0)
     bin_ = int(torch.searchsorted(total, _PERCENTILE * total[-1]))
-    return largest * min(bin_ + 1, _BINS) / _BINS
+    return largest * min(bin_ + 1, BINS) / BINS
 
 
-def _least_squares(histogram: Tensor, largest: float, dtype: torch.dtype) -> float:
+def least_squares(histogram: Tensor, largest: float, dtype: torch.dtype) -> float:
     """The clip with the least squared error of the values quantised with it."""
-    centres = (torch.arange(_BINS) + 0.5) * (largest / _BINS)
+    centres = (torch.arange(BINS) + 0.5) * (largest / BINS)
     weight = histogram.clone()
     weight[0] = 0
     best, least = largest, float("inf")

@@ -53,6 +53,9 @@ class FoldedConv(nn.Module):
     name: the convolution's in the network that it was made of.
     in_scale, zero: (1,) or, of the first layer, (C,): x is (quantised - zero) · in_scale.
     shortcut_in_scale, scale: (1,), of the block's input and the result.
+    mean_in, mean_shortcut: the mean of each channel of the input and the block's input, by which
+        the bias makes up for what rounding the weights shifts (Nagel et al., arXiv 1906.04721,
+        section 4.2).
     higher: whether it is kept in float32 between quantised layers; with is_first it takes images as
         they are.
     faking: whether forward imitates the quantised layer.
@@ -62,6 +65,8 @@ class FoldedConv(nn.Module):
     zero: Tensor
     shortcut_in_scale: Tensor
     scale: Tensor
+    mean_in: Tensor
+    mean_shortcut: Tensor
 
     def __init__(
         self, name: str, weight: Tensor, bias: Tensor, projection: Tensor | None, geometry: Geometry
@@ -75,7 +80,8 @@ class FoldedConv(nn.Module):
         one = torch.ones_like(bias[:1], dtype=torch.float32)
         for buffer in ("in_scale", "shortcut_in_scale", "scale"):
             self.register_buffer(buffer, one.clone())
-        self.register_buffer("zero", torch.zeros_like(one))
+        for buffer in ("zero", "mean_in", "mean_shortcut"):
+            self.register_buffer(buffer, torch.zeros_like(one))
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """x (N, C, H, W), and the block's input -> (N, K, P, Q), in float32."""
@@ -155,10 +161,12 @@ class FoldedConv(nn.Module):
             return self._in_higher_precision()
         dtype = self.geometry.dtype
         scale, projection_scale = self._accumulator_scales()
-        weight = _quantize_weight(self.weight.double() * _per_input(self.in_scale), scale, dtype)
+        units = self.weight.double() * _per_input(self.in_scale)
+        weight = _quantize_weight(units, scale, dtype)
+        shift = _shift(units, weight, scale, self.mean_in / self.in_scale)
         # Images have a zero, by which every product is too large.
         excess = (weight.double().sum((2, 3)) * self.zero.double()).sum(1)
-        bias = self.bias.double() / scale - excess
+        bias = (self.bias.double() + shift) / scale - excess
         tensors: dict[str, Tensor] = {
             "weight": weight,
             "multiplier": (scale / self.scale.double()).float(),
@@ -173,6 +181,8 @@ class FoldedConv(nn.Module):
                 units = self.projection_weight.double() * self.shortcut_in_scale.double()
                 projection = _quantize_weight(units, projection_scale, dtype)
                 tensors["projection_weight"] = projection
+                mean = self.mean_shortcut / self.shortcut_in_scale
+                bias = bias + _shift(units, projection, projection_scale, mean) / scale
                 most = _most(projection, dtype)
                 bound = torch.maximum(bound, most)
             tensors["shortcut_scale"] = shortcut_scale.float()
@@ -212,6 +222,16 @@ def _per_input(scale: Tensor) -> Tensor:
     return scale.double()[None, :, None, None]
 
 
+def _shift(units: Tensor, weight: Tensor, scale: Tensor, mean: Tensor) -> Tensor:
+    """(K,): what a mean input gives with weights in `units` more than with the rounded ones."""
+    lost = units - weight.double() * scale.view(-1, *[1] * (units.dim() - 1))
+    if units.dim() == 4:
+        lost = lost.sum((2, 3))
+    groups = max(1, len(mean) // lost.shape[1])  # a mean nobody took is one zero
+    means = mean.double().view(groups, -1).repeat_interleave(len(lost) // groups, 0)
+    return (lost * means).sum(1)
+
+
 def _most(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """What a sum of products with the weights cannot exceed, by output channel."""
     return weight.double().abs().flatten(1).sum(1) * LIMITS[dtype][1]
@@ -221,6 +241,7 @@ class FoldedHead(nn.Module):
     """Average pooling and the classifier, as `FoldedConv`."""
 
     in_scale: Tensor
+    mean_in: Tensor
 
     def __init__(self, name: str, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -231,6 +252,7 @@ class FoldedHead(nn.Module):
             torch.zeros_like(weight[:, 0]).float() if bias is None else bias.float()
         )
         self.register_buffer("in_scale", torch.ones_like(self.bias[:1]))
+        self.register_buffer("mean_in", torch.zeros_like(self.bias[:1]))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C, H, W) -> logits (N, classes), in float32."""
@@ -265,7 +287,8 @@ class FoldedHead(nn.Module):
             return Head({"weight": units.float(), "bias": self.bias})
         scale = self._scale()
         weight = _quantize_weight(units, scale, self.dtype)
-        return Head({"weight": weight, "bias": self.bias, "multiplier": scale.float()})
+        bias = self.bias + _shift(units, weight, scale, self.mean_in / self.in_scale)
+        return Head({"weight": weight, "bias": bias.float(), "multiplier": scale.float()})
 
 
 class FoldedNetwork(Network):

@@ -78,15 +78,17 @@ def _decode(numbers: Sequence[int]) -> _Window | None:
 
 
 class Frozen(nn.Module):
-    """A module whose state is the tensors `names`, those that are absent None, and `geometry`."""
+    """A module whose state is the tensors `names`, those of `optional`, absent ones None, and
+    `geometry`."""
 
     names: ClassVar[tuple[str, ...]] = ()
+    optional: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, tensors: Mapping[str, Tensor | None], geometry: Any = None) -> None:
         super().__init__()
         self.geometry = geometry
-        for name in self.names:
-            tensor = tensors.get(name)
+        for name in (*self.names, *self.optional):
+            tensor = tensors.get(name) if name in self.optional else tensors[name]
             # A copy of its own: safetensors refuses tensors that share memory.
             self.register_buffer(name, None if tensor is None else tensor.detach().clone())
 
@@ -104,10 +106,8 @@ class QuantizedConv(Frozen):
     """
 
     made_of_ops = True
-    names = (
-        *("weight", "bias", "multiplier", "scale"),
-        *("shortcut_scale", "projection_weight", "padding_value"),
-    )
+    names = ("weight", "bias", "multiplier", "scale")
+    optional = ("shortcut_scale", "projection_weight", "padding_value")
     geometry: Geometry
     weight: Tensor
     bias: Tensor
@@ -145,10 +145,8 @@ class HigherPrecisionConv(Frozen):
     """
 
     made_of_ops = True
-    names = (
-        *("weight", "bias", "in_scale", "scale"),
-        *("shortcut_in_scale", "projection_weight"),
-    )
+    names = ("weight", "bias", "in_scale", "scale")
+    optional = ("shortcut_in_scale", "projection_weight")
     geometry: Geometry
     weight: Tensor
     bias: Tensor
@@ -191,7 +189,8 @@ class Head(Frozen):
     """
 
     made_of_ops = True
-    names = ("weight", "bias", "multiplier")
+    names = ("weight", "bias")
+    optional = ("multiplier",)
     weight: Tensor
     bias: Tensor
     multiplier: Tensor | None
@@ -236,7 +235,7 @@ class Images(Frozen):
     scale, zero: (C,); the float v is (quantised - zero) · scale.
     """
 
-    names = ("mean", "std", "scale", "zero")
+    optional = ("mean", "std", "scale", "zero")
     geometry: InputKind
     mean: Tensor | None
     std: Tensor | None

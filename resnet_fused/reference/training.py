@@ -73,6 +73,12 @@ def pre_bn_gradient(gradient: PreBnGradient) -> Tensor:
 class ReferenceTraining:
     """Implements `resnet_fused.backends.training.TrainingKernels`."""
 
+    def saves_all(self) -> bool:
+        return False
+
+    def is_profitable(self, layers: Sequence[Layer]) -> bool:
+        return False
+
     def conv_stats(
         self, x: Tensor, conv: Convolution, statistics: bool
     ) -> tuple[Tensor, Tensor | None]:

@@ -39,8 +39,9 @@ def make_quantized_conv(
 
     def conv_of(case: ConvCase) -> Convolution:
         shape = (case.out_channels, case.channels // case.groups, case.kernel, case.kernel)
-        pairs = [(v, v) for v in (case.stride, case.padding, case.dilation)]
-        return Convolution(make_integers(shape, weights, rng), *pairs, case.groups)
+        stride, padding, dilation = ((v, v) for v in (case.stride, case.padding, case.dilation))
+        weight = make_integers(shape, weights, rng)
+        return Convolution(weight, stride, padding, dilation, case.groups)
 
     def image(*shape: int) -> Tensor:
         made = make_integers(shape, dtype, rng)

@@ -7,7 +7,6 @@
 #include "isa.h"
 
 namespace resnet_fused::cpu {
-namespace {
 
 double element(const Vector& vector, std::int64_t i) {
   const std::int64_t at = i * vector.stride;
@@ -24,8 +23,6 @@ double element(const Vector& vector, std::int64_t i) {
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
-
-}  // namespace
 
 Terms::Terms(const BatchNorm& bn, std::int64_t channels, std::int64_t padded_to)
     : padded_(round_up(channels, padded_to)), values_(3 * padded_) {

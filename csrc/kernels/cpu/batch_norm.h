@@ -15,6 +15,9 @@ struct Vector {
   std::int64_t stride;
 };
 
+// Number `i` of a vector that is present.
+double element(const Vector& vector, std::int64_t i);
+
 struct BatchNorm {
   Vector mean, var;
   Vector weight, bias;  // may be absent: 1 and 0

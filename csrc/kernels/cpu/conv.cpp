@@ -159,6 +159,14 @@ class Operand {
         static_cast<const char*>(conv_.x) + (image * conv_.height + y) * conv_.width * bytes;
     const std::int64_t step = window.kernel[1] == 1 ? window.stride[1] : 1;
     std::int64_t x = -window.padding[1];
+    if (step == 1 && plan_.pixel_bytes == bytes) {
+      const std::int64_t left = std::min(window.padding[1], pixels);
+      const std::int64_t inside = std::min(conv_.width, pixels - left);
+      std::memset(to, 0, left * bytes);
+      std::memcpy(to + left * bytes, from, inside * bytes);
+      std::memset(to + (left + inside) * bytes, 0, (pixels - left - inside) * bytes);
+      return;
+    }
     for (std::int64_t i = 0; i < pixels; ++i, x += step, to += plan_.pixel_bytes) {
       if (x < 0 || x >= conv_.width) {
         std::memset(to, 0, plan_.pixel_bytes);

@@ -15,7 +15,7 @@
 // other pass starts from.
 //
 // Memory traffic: x and the residual are read and the result is written once, the weights once per
-// task. Only x with a number of channels that is no multiple of 4 (images) is copied first.
+// task. x is copied first where it is int8 or has channels that fill no whole words (images).
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -77,6 +77,21 @@ struct Taps {
   std::int64_t rows[2], columns[2];  // first and last + 1
 };
 
+bool has(const Taps& taps, std::int64_t y, std::int64_t x) {
+  return y >= taps.rows[0] && y < taps.rows[1] && x >= taps.columns[0] && x < taps.columns[1];
+}
+
+// The smallest rectangle that has the taps of both.
+Taps union_of(const Taps& a, const Taps& b) {
+  return {{std::min(a.rows[0], b.rows[0]), std::max(a.rows[1], b.rows[1])},
+          {std::min(a.columns[0], b.columns[0]), std::max(a.columns[1], b.columns[1])}};
+}
+
+// Also from outside of what p points to.
+const std::uint8_t* at_offset(const std::uint8_t* p, std::int64_t bytes) {
+  return reinterpret_cast<const std::uint8_t*>(reinterpret_cast<std::uintptr_t>(p) + bytes);
+}
+
 // The convolution or its projection, with what all tasks share.
 struct Pass {
   const std::uint8_t* x;
@@ -87,7 +102,10 @@ struct Pass {
   PackedWeights layout;
   Window window;
   std::int64_t pixel_bytes, line_bytes, image_bytes;
-  std::int32_t flip;  // of a word's bits
+  std::int64_t tap_words, tap_bytes, tap_line_bytes;  // of a tap, and from one to the next
+  std::int64_t step;  // words between two rows of the tile before that are finished meanwhile
+  bool inside;        // no window reaches over the border
+  bool pointwise;     // neighbouring pixels' windows are neighbours
   bool skips;         // taps outside the image add nothing
   std::vector<Run> lines, columns;
   std::vector<Taps> borders;  // of each pair of runs, or one for all
@@ -96,11 +114,9 @@ struct Pass {
     return line * columns.size() + column;
   }
   const std::uint8_t* place(std::int64_t image, std::int64_t y, std::int64_t x_) const {
-    // Outside the image it is no pointer into x; only taps inside are read.
-    const std::int64_t offset = image * image_bytes +
-                                (y * window.stride[0] - window.padding[0]) * line_bytes +
-                                (x_ * window.stride[1] - window.padding[1]) * pixel_bytes;
-    return reinterpret_cast<const std::uint8_t*>(reinterpret_cast<std::uintptr_t>(x) + offset);
+    return at_offset(x, image * image_bytes +
+                            (y * window.stride[0] - window.padding[0]) * line_bytes +
+                            (x_ * window.stride[1] - window.padding[1]) * pixel_bytes);
   }
 };
 
@@ -109,7 +125,6 @@ struct Shared {
   std::array<Pass, 2> passes;  // the convolution and its projection
   int count;
   std::int64_t batch, height, width;  // of the result
-  bool pointwise;                     // every pixel's window is that pixel of x
   std::int64_t pixel_tasks, strip_tasks;
 
   std::int64_t pixels() const { return batch * height * width; }
@@ -145,10 +160,9 @@ struct Shared {
                     [&](std::int64_t image, std::int64_t y, std::int64_t x, std::int64_t last,
                         std::int64_t border) {
                       const std::int64_t line = (image * height + y) * width;
-                      auto window = reinterpret_cast<std::uintptr_t>(pass.place(image, y, x));
-                      for (; x < last; ++x, window += step) {
-                        *to++ = {reinterpret_cast<const std::uint8_t*>(window), line + x,
-                                 i == 0 ? border : 0};
+                      const std::uint8_t* window = pass.place(image, y, x);
+                      for (; x < last; ++x, window = at_offset(window, step)) {
+                        *to++ = {window, line + x, i == 0 ? border : 0};
                       }
                     });
     }
@@ -177,8 +191,9 @@ Task task_for(QuantizedIsa isa) {
   return nullptr;
 }
 
-// x with the channels of each pixel padded to whole words. What is added is multiplied by zero.
-const std::uint8_t* padded_pixels(const Activations& x, std::int64_t pixel_bytes,
+// x with the channels of each pixel padded to whole words, where what is added is multiplied by
+// zero, and `flip`ped.
+const std::uint8_t* copied_pixels(const Activations& x, std::int64_t pixel_bytes, std::uint8_t flip,
                                   Scratch& scratch) {
   const std::int64_t lines = x.batch * x.height;
   auto* const copy = reinterpret_cast<std::uint8_t*>(
@@ -187,7 +202,8 @@ const std::uint8_t* padded_pixels(const Activations& x, std::int64_t pixel_bytes
     const std::uint8_t* from = x.data + line * x.width * x.channels;
     std::uint8_t* to = copy + line * x.width * pixel_bytes;
     for (std::int64_t i = 0; i < x.width; ++i, from += x.channels, to += pixel_bytes) {
-      for (std::int64_t c = 0; c < pixel_bytes; ++c) to[c] = c < x.channels ? from[c] : 0;
+      for (std::int64_t c = 0; c < x.channels; ++c) to[c] = from[c] ^ flip;
+      for (std::int64_t c = x.channels; c < pixel_bytes; ++c) to[c] = 0;
     }
   });
   return copy;
@@ -220,11 +236,13 @@ Pass make_pass(const QuantizedConvolution& conv, const std::int32_t* bias, const
   pass.pixel_bytes = layout.blocks == 1 ? 4 * layout.tap_words() : x.channels;
   pass.line_bytes = x.width * pass.pixel_bytes;
   pass.image_bytes = x.height * pass.line_bytes;
-  pass.x = pass.pixel_bytes == x.channels ? x.data : padded_pixels(x, pass.pixel_bytes, scratch);
+  const std::uint8_t flip = x.is_signed ? 0x80 : 0;
+  pass.x = pass.pixel_bytes == x.channels && flip == 0
+               ? x.data
+               : copied_pixels(x, pass.pixel_bytes, flip, scratch);
   pass.weights = static_cast<const std::int8_t*>(conv.packed);
   pass.scale = padded_vector(scale, conv.out_channels, copies.scale);
 
-  pass.flip = x.is_signed ? std::int32_t(0x80808080) : 0;
   if (bias == nullptr || x.is_signed) {
     copies.start.assign(round_up(conv.out_channels, kQuantizedLanes), 0);
     const auto* const sums =
@@ -245,21 +263,23 @@ Pass make_pass(const QuantizedConvolution& conv, const std::int32_t* bias, const
       pass.borders.push_back({{line.first, line.last}, {column.first, column.last}});
     }
   }
+  pass.inside = window.padding[0] + window.padding[1] == 0;
+  pass.pointwise =
+      pass.inside && window.kernel[0] * window.kernel[1] * window.stride[0] * window.stride[1] == 1;
+  pass.tap_words = layout.tap_words();
+  pass.tap_bytes = window.dilation[1] * pass.pixel_bytes;
+  pass.tap_line_bytes = window.dilation[0] * pass.line_bytes;
+  pass.step = std::clamp<std::int64_t>(layout.words() / 8, 2, 16);
   pass.skips = !x.is_signed && conv.padding_value == nullptr;
   pass.padding_value = nullptr;
-  if (window.padding[0] + window.padding[1] > 0) {
-    copies.padding_value.assign(pass.pixel_bytes, 0);
-    if (conv.padding_value != nullptr) {
-      std::copy_n(conv.padding_value, x.channels, copies.padding_value.begin());
+  if (!pass.inside) {
+    copies.padding_value.assign(pass.pixel_bytes, flip);
+    for (std::int64_t c = 0; c < x.channels && conv.padding_value != nullptr; ++c) {
+      copies.padding_value[c] = conv.padding_value[c] ^ flip;
     }
     pass.padding_value = copies.padding_value.data();
   }
   return pass;
-}
-
-bool is_pointwise(const Window& window) {
-  return window.kernel[0] * window.kernel[1] * window.stride[0] * window.stride[1] == 1 &&
-         window.padding[0] + window.padding[1] == 0;
 }
 
 // Equal tasks, a multiple of the threads in number. What is less, x or the weights, is read by
@@ -324,16 +344,14 @@ void quantized_conv_pack(const std::int8_t* weight, const std::int64_t strides[4
 void quantized_conv(const QuantizedConv& op, QuantizedIsa isa) {
   const Activations& x = op.conv.x;
   Copies copies[2];
-  Shared shared{op, {}, op.projected ? 2 : 1, x.batch, 0, 0, false, 1, 1};
+  Shared shared{op, {}, op.projected ? 2 : 1, x.batch, 0, 0, 1, 1};
   shared.height = conv_output_size(op.conv.window, 0, x.height);
   shared.width = conv_output_size(op.conv.window, 1, x.width);
   if (shared.pixels() * op.conv.out_channels == 0) return;
   shared.passes[0] = make_pass(op.conv, op.bias, op.multiplier, copies[0], thread_scratch(0));
-  shared.pointwise = is_pointwise(op.conv.window);
   if (op.projected) {
     shared.passes[1] =
         make_pass(op.projection, nullptr, op.shortcut_scale, copies[1], thread_scratch(1));
-    shared.pointwise &= is_pointwise(op.projection.window);
   } else if (op.shortcut_scale != nullptr) {
     shared.passes[1].scale =
         padded_vector(op.shortcut_scale, op.conv.out_channels, copies[1].scale);

@@ -41,16 +41,16 @@ struct Lines {
   std::int64_t left = 0;
 };
 
-// sum += rows[kRows][words] * weights[words][kVecs vectors], whose rows lie `pitch` bytes apart and
-// which moves on. `flip` is zero or, where activations are int8, the bits that add 128.
+// sum += rows[kRows][first .. first + words] * weights[words][kVecs vectors], whose rows lie
+// `pitch` bytes apart and which moves on.
 template <int kRows, int kVecs>
 ISA_INLINE void accumulate(Sums (&sum)[kRows][kVecs], const std::uint8_t* const (&rows)[kRows],
-                           std::int64_t words, const std::int8_t*& weights, std::int64_t pitch,
-                           Sums flip, Lines& ahead) {
+                           std::int64_t first, std::int64_t words, const std::int8_t*& weights,
+                           std::int64_t pitch, Lines& ahead) {
   const char* line = ahead.next;
   const std::int64_t step = ahead.left > 0 ? 64 : 0;
   const std::int8_t* w = weights;
-  for (std::int64_t i = 0; i < 4 * words; i += 4, w += pitch, line += step) {
+  for (std::int64_t i = 4 * first; i < 4 * (first + words); i += 4, w += pitch, line += step) {
     __builtin_prefetch(line, 0, 2);
     Sums columns[kVecs];
 #pragma GCC unroll 4
@@ -59,7 +59,7 @@ ISA_INLINE void accumulate(Sums (&sum)[kRows][kVecs], const std::uint8_t* const 
     for (int r = 0; r < kRows; ++r) {
       std::int32_t word;
       std::memcpy(&word, rows[r] + i, sizeof word);
-      const Sums bytes = splat(word) ^ flip;
+      const Sums bytes = splat(word);
 #pragma GCC unroll 4
       for (int j = 0; j < kVecs; ++j) sum[r][j] = multiply_add(bytes, columns[j], sum[r][j]);
     }

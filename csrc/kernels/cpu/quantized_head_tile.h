@@ -31,7 +31,7 @@ struct HeadTile {
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) at[r] = pass.plane_rows + (row + r) * pass.row_bytes;
     Lines none{reinterpret_cast<const char*>(weights), 0};
-    accumulate(sum, at, pass.layout.words(), weights, pitch, Sums{}, none);
+    accumulate(sum, at, 0, pass.layout.words(), weights, pitch, none);
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r, to += pitch / 4) {
 #pragma GCC unroll 4

@@ -46,24 +46,25 @@ PackedWeights stem_layout(std::int64_t out_channels) {
 struct StemPass {
   const QuantizedStem& op;
   PackedWeights layout;
-  std::int32_t flip;
+  std::uint8_t flip;                // the bit that makes int8 unsigned by adding 128
   std::vector<std::int32_t> start;  // of each column's sum
   std::vector<float> multiplier;
   std::uint8_t padding[kChannels];
 };
 
-// One row of x as NHWC, pixel by pixel.
-void copy_row(const QuantizedStem& op, std::int64_t image, std::int64_t y, std::uint8_t* to) {
+// One row of x as NHWC, pixel by pixel, unsigned.
+void copy_row(const StemPass& pass, std::int64_t image, std::int64_t y, std::uint8_t* to) {
+  const QuantizedStem& op = pass.op;
   const std::uint8_t* from = op.x + image * op.strides[0] + y * op.strides[2];
   const std::int64_t channel = op.strides[1], pixel = op.strides[3];
-  if (channel == 1 && pixel == kChannels) {
+  if (channel == 1 && pixel == kChannels && pass.flip == 0) {
     std::memcpy(to, from, op.width * kChannels);
     return;
   }
   for (std::int64_t x = 0; x < op.width; ++x, from += pixel, to += kChannels) {
-    to[0] = from[0];
-    to[1] = from[channel];
-    to[2] = from[2 * channel];
+    to[0] = from[0] ^ pass.flip;
+    to[1] = from[channel] ^ pass.flip;
+    to[2] = from[2 * channel] ^ pass.flip;
   }
 }
 
@@ -108,7 +109,7 @@ void quantized_stem(const QuantizedStem& op, QuantizedIsa isa) {
   const std::int64_t pooled = stem_halved(stem_halved(op.height));
   if (op.batch * pooled * op.width * op.out_channels == 0) return;
   StemPass pass{op, stem_layout(op.out_channels), 0, {}, {}, {}};
-  pass.flip = op.is_signed ? std::int32_t(0x80808080) : 0;
+  pass.flip = op.is_signed ? 0x80 : 0;
   const auto* const sums = reinterpret_cast<const std::int32_t*>(
       static_cast<const char*>(op.packed) + pass.layout.weight_bytes());
   pass.start.resize(pass.layout.padded());
@@ -117,7 +118,9 @@ void quantized_stem(const QuantizedStem& op, QuantizedIsa isa) {
     pass.start[k] = op.bias[k] - (op.is_signed ? 128 * sums[k] : 0);
     pass.multiplier[k] = op.multiplier[k];
   }
-  if (op.padding_value != nullptr) std::copy_n(op.padding_value, kChannels, pass.padding);
+  for (int c = 0; c < kChannels; ++c) {
+    pass.padding[c] = (op.padding_value == nullptr ? 0 : op.padding_value[c]) ^ pass.flip;
+  }
 
   const std::int64_t wanted = ceil_div(2 * max_threads(), op.batch);
   const std::int64_t rows = std::max(ceil_div(pooled, wanted), std::int64_t{4});

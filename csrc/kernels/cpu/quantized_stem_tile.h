@@ -11,13 +11,12 @@ struct StemTile {
                       std::int64_t first, std::uint8_t* to, std::int64_t to_pitch) {
     Sums sum[kRows][kVecs];
     start(sum, pass.start.data() + first, 0);
-    const Sums flip = splat(pass.flip);
     Lines none{reinterpret_cast<const char*>(weights), 0};
     for (int row = 0; row < kFilter; ++row) {
       const std::uint8_t* at[kRows];
 #pragma GCC unroll 6
       for (int r = 0; r < kRows; ++r) at[r] = rows[row] + offset + r * kStep;
-      accumulate(sum, at, pass.layout.tap_words(), weights, pitch, flip, none);
+      accumulate(sum, at, 0, pass.layout.tap_words(), weights, pitch, none);
     }
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r, to += to_pitch) {
@@ -33,24 +32,39 @@ struct StemTile {
 
 using StemTiles = Tiles<decltype(&StemTile<1, 1>::run), StemTile>;
 
+typedef std::uint8_t Bytes __attribute__((vector_size(ISA_LANES * 4)));
+
+ISA_INLINE Bytes maximum(Bytes a, Bytes b) {
+#if ISA_LANES == 16
+  return (Bytes)_mm512_max_epu8((__m512i)a, (__m512i)b);
+#else
+  return (Bytes)_mm256_max_epu8((__m256i)a, (__m256i)b);
+#endif
+}
+
 // One pooled row from up to three convolution rows, whose pixels lie `pitch` bytes apart, a
-// multiple of 16.
+// multiple of a vector's.
 ISA_INLINE void pool_row(const std::uint8_t* const rows[kPoolRing], std::int64_t count,
                          std::int64_t width, std::int64_t pitch, std::int64_t channels,
                          std::uint8_t* out) {
+  constexpr std::int64_t kBytes = sizeof(Bytes);
   for (std::int64_t x = 0; x < stem_halved(width); ++x, out += channels) {
     const std::int64_t begin = std::max<std::int64_t>(2 * x - 1, 0);
     const std::int64_t end = std::min(2 * x + 2, width);
-    for (std::int64_t k = 0; k < channels; k += 16) {
-      __m128i best = _mm_setzero_si128();
+    for (std::int64_t k = 0; k < channels; k += kBytes) {
+      Bytes best = {};
       for (std::int64_t row = 0; row < count; ++row) {
         for (std::int64_t column = begin; column < end; ++column) {
-          best = _mm_max_epu8(
-              best,
-              _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + column * pitch + k)));
+          Bytes pixel;
+          std::memcpy(&pixel, rows[row] + column * pitch + k, sizeof pixel);
+          best = maximum(best, pixel);
         }
       }
-      std::memcpy(out + k, &best, std::min<std::int64_t>(channels - k, 16));
+      if (channels - k >= kBytes) {
+        std::memcpy(out + k, &best, sizeof best);
+      } else {
+        std::memcpy(out + k, &best, channels - k);
+      }
     }
   }
 }
@@ -58,7 +72,7 @@ ISA_INLINE void pool_row(const std::uint8_t* const rows[kPoolRing], std::int64_t
 ISA void quantized_stem_task(const StemPass& pass, const Band& band) {
   const QuantizedStem& op = pass.op;
   const PackedWeights& layout = pass.layout;
-  const std::int64_t pitch = layout.padded();
+  const std::int64_t pitch = round_up(op.out_channels, kQuantizedStrip);
   const std::int64_t conv_height = stem_halved(op.height), conv_width = stem_halved(op.width);
   const std::int64_t row_bytes = op.width * kChannels;
   // As far as the last pixel's last word reaches.
@@ -82,7 +96,7 @@ ISA void quantized_stem_task(const StemPass& pass, const Band& band) {
   std::int64_t copied = std::max<std::int64_t>(2 * begin - kBorder, 0);  // next input row to copy
   for (std::int64_t y = begin; y < end; ++y) {
     for (; copied < std::min(2 * y + kBorder + 1, op.height); ++copied) {
-      copy_row(op, band.image, copied,
+      copy_row(pass, band.image, copied,
                x_rows + copied % kRowRing * ring_bytes + kBorder * kChannels);
     }
     const std::uint8_t* rows[kFilter];

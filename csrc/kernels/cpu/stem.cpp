@@ -10,15 +10,16 @@
 // 32 registers; AVX2: 6 x 16, 12 of 16) through all 7 rows; a strip of weights (18 KB) stays in L1.
 //
 // One task is a band of pooled rows of one image, done by one thread. Its scratch is two rings: 8
-// input rows with their zero borders, and the last 3 rows of relu(bn(conv)) in fp32,
-// which are pooled straight into the output. Memory traffic: x is read once, the pooled output, a
-// quarter of the convolution's, is written once; one convolution row is computed twice per border
-// between bands.
+// input rows with their zero borders, and the last 3 rows of relu(bn(conv)), rounded as
+// the output is, into which they are pooled by comparing bits. Memory traffic: x is read once, the
+// pooled output, a quarter of the convolution's, is written once; one convolution row is computed
+// twice per border between bands.
 #include "stem.h"
 
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "parallel.h"
 

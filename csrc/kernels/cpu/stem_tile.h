@@ -6,14 +6,28 @@ constexpr int kStep = 2 * kChannels * sizeof(Element) / 4;  // words between out
 constexpr int kPixels = kLanes == 16 ? 14 : 6;              // of the micro-kernel
 constexpr int kVecs = 2;
 
-// The larger, or NaN where either is, as torch.max_pool2d has it.
-ISA_INLINE Vec maximum(Vec a, Vec b) { return (a >= b) | (a != a) ? a : b; }
+// Convolution rows hold numbers with the sign taken off, which a ReLU leaves to NaN and -0 alone.
+// Their bits are ordered as they are, NaN above all, so that a maximum of bits is that of
+// torch.max_pool2d; and rounding keeps the order, so they may be kept as they will be stored.
+using Bits = std::conditional_t<sizeof(Element) == 2, std::uint16_t, std::uint32_t>;
+constexpr int kBitLanes = kLanes * 4 / sizeof(Element);
+typedef Bits BitsVec __attribute__((vector_size(ISA_LANES * 4)));
+
+ISA_INLINE BitsVec load_bits(const Element* p) {
+  BitsVec bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return bits;
+}
+
+ISA_INLINE BitsVec maximum(BitsVec a, BitsVec b) { return a > b ? a : b; }
+
+ISA_INLINE Vec without_sign(Vec v) { return (Vec)((VecBits)v & 0x7fffffff); }
 
 // relu(bn(conv)) for kPixels pixels and kVecs vectors of channels.
 ISA inline __attribute__((noinline)) void convolve(const std::uint32_t* const rows[kFilter],
                                                    std::int64_t offset, const std::uint32_t* packed,
                                                    const Terms& terms, std::int64_t first,
-                                                   float* to, std::int64_t to_stride) {
+                                                   Element* to, std::int64_t to_stride) {
   Vec sum[kPixels][kVecs] = {};
   for (int row = 0; row < kFilter; ++row) {
     const std::uint32_t* x = rows[row] + offset;
@@ -29,31 +43,40 @@ ISA inline __attribute__((noinline)) void convolve(const std::uint32_t* const ro
       }
     }
   }
+  const Vec least = least_result(true);
+  NormTerms norm[kVecs];
+#pragma GCC unroll 2
+  for (int j = 0; j < kVecs; ++j) norm[j] = NormTerms(terms.at(first), j * kLanes);
 #pragma GCC unroll 14
   for (int p = 0; p < kPixels; ++p) {
+    Vec v[kVecs];
 #pragma GCC unroll 2
     for (int j = 0; j < kVecs; ++j) {
-      const std::int64_t k = j * kLanes;
-      store(to + p * to_stride + k,
-            normalise(sum[p][j], terms.at(first + k), Vec{}, least_result(true)));
+      v[j] = without_sign(at_least(norm[j].normalise(sum[p][j]), least));
     }
+    store_row(to + p * to_stride, v);
   }
 }
 
-// One pooled row from up to three convolution rows.
-ISA_INLINE void pool_row(const float* const rows[kPoolRing], std::int64_t count, std::int64_t width,
-                         std::int64_t channels, Element* out) {
-  for (std::int64_t x = 0; x < stem_halved(width); ++x) {
-    const std::int64_t begin = std::max<std::int64_t>(2 * x - 1, 0);
-    const std::int64_t end = std::min(2 * x + 2, width);
-    for (std::int64_t k = 0; k < channels; k += kLanes, out += kLanes) {
-      Vec best = load(rows[0] + begin * channels + k);
-      for (std::int64_t row = 0; row < count; ++row) {
-        for (std::int64_t column = begin; column < end; ++column) {
-          best = maximum(best, load(rows[row] + column * channels + k));
-        }
+// The maximum of one column of up to three rows.
+ISA_INLINE BitsVec column_maximum(const Element* const rows[kPoolRing], std::int64_t count,
+                                  std::int64_t at) {
+  return maximum(maximum(load_bits(rows[0] + at), load_bits(rows[count / 2] + at)),
+                 load_bits(rows[count - 1] + at));
+}
+
+// One pooled row from `count` convolution rows, three but at the border.
+ISA_INLINE void pool_row(const Element* const rows[kPoolRing], std::int64_t count,
+                         std::int64_t width, std::int64_t channels, Element* out) {
+  for (std::int64_t k = 0; k < channels; k += kBitLanes) {
+    BitsVec left = column_maximum(rows, count, k);
+    for (std::int64_t x = 0; x < width; x += 2) {
+      BitsVec best = maximum(left, column_maximum(rows, count, x * channels + k));
+      if (x + 1 < width) {
+        left = column_maximum(rows, count, (x + 1) * channels + k);
+        best = maximum(best, left);
       }
-      store(out, best);
+      std::memcpy(out + x / 2 * channels + k, &best, sizeof best);
     }
   }
 }
@@ -68,10 +91,9 @@ ISA void stem_task(const Stem& stem, const Terms& terms, const Band& band) {
       round_up(std::max((computed - 1) * kStep + kTaps,
                         ceil_div((kBorder * kChannels + row_elements) * sizeof(Element), 4)),
                16);
-  float* const conv_rows =
-      thread_scratch().floats((kRowRing + 1) * row_words + kPoolRing * computed * channels);
-  auto* const x_rows =
-      reinterpret_cast<std::uint32_t*>(conv_rows + kPoolRing * computed * channels);
+  auto* const x_rows = reinterpret_cast<std::uint32_t*>(
+      thread_scratch().floats((kRowRing + 1) * row_words + kPoolRing * computed * channels));
+  auto* const conv_rows = reinterpret_cast<Element*>(x_rows + (kRowRing + 1) * row_words);
   const std::uint32_t* const zero_row = x_rows + kRowRing * row_words;
   std::memset(x_rows, 0, (kRowRing + 1) * row_words * 4);
 
@@ -96,7 +118,7 @@ ISA void stem_task(const Stem& stem, const Terms& terms, const Band& band) {
       rows[i] =
           source < 0 || source >= stem.height ? zero_row : x_rows + source % kRowRing * row_words;
     }
-    float* const conv_row = conv_rows + y % kPoolRing * computed * channels;
+    Element* const conv_row = conv_rows + y % kPoolRing * computed * channels;
     for (std::int64_t k = 0; k < channels; k += kVecs * kLanes) {
       const std::uint32_t* const packed = static_cast<const std::uint32_t*>(stem.packed) +
                                           k / kStemStrip * kStemStrip * kFilter * kTaps +
@@ -107,7 +129,7 @@ ISA void stem_task(const Stem& stem, const Terms& terms, const Band& band) {
     }
     const std::int64_t pooled = y / 2;  // complete after its odd row, or the last
     if (pooled < band.first || (y % 2 == 0 && y + 1 < conv_height)) continue;
-    const float* pool_rows[kPoolRing];
+    const Element* pool_rows[kPoolRing];
     std::int64_t count = 0;
     for (std::int64_t row = std::max<std::int64_t>(2 * pooled - 1, 0); row <= y; ++row) {
       pool_rows[count++] = conv_rows + row % kPoolRing * computed * channels;

@@ -7,9 +7,7 @@
 namespace resnet_fused {
 namespace {
 
-bool for_sm90(ConvTile tile) {
-  return tile == ConvTile::k128x64Sm90 || tile == ConvTile::k128x128Sm90;
-}
+bool for_sm90(ConvTile tile) { return tile >= ConvTile::k128x64Sm90; }
 
 // Whether this build holds code of sm_90a and `device` can run it.
 cudaError_t runs_sm90(int device, bool* runs) {
@@ -31,6 +29,7 @@ cudaError_t runs_sm90(int device, bool* runs) {
 
 #ifndef RESNET_FUSED_SM90
 bool conv_bn_sm90_can_implement(const ConvBn&, ConvTile) { return false; }
+ConvTile conv_bn_sm90_choose(const ConvBn&, int) { return ConvTile::kAuto; }
 cudaError_t conv_bn_sm90(const ConvBn&, ConvTile, int, cudaStream_t) {
   return cudaErrorInvalidValue;
 }
@@ -43,11 +42,23 @@ bool conv_bn_can_implement(const ConvBn& arguments, ConvTile tile) {
 
 cudaError_t conv_bn_tiles(const ConvBn& arguments, int device, std::vector<ConvTile>* tiles) {
   bool sm90 = false;
-  const cudaError_t status = runs_sm90(device, &sm90);
+  int num_sms = 0;
+  cudaError_t status = runs_sm90(device, &sm90);
+  if (status == cudaSuccess) status = get_num_sms(device, &num_sms);
   if (status != cudaSuccess) return status;
-  for (const ConvTile tile : {ConvTile::k64x64, ConvTile::k128x64, ConvTile::k128x128,
-                              ConvTile::k128x64Sm90, ConvTile::k128x128Sm90}) {
-    if ((sm90 || !for_sm90(tile)) && conv_bn_can_implement(arguments, tile)) tiles->push_back(tile);
+  ConvTile chosen = ConvTile::kAuto;
+  if (sm90 && conv_bn_sm90_can_implement(arguments, chosen)) {
+    chosen = conv_bn_sm90_choose(arguments, num_sms);
+    tiles->push_back(chosen);
+  }
+  for (const ConvTile tile :
+       {ConvTile::k64x64, ConvTile::k128x64, ConvTile::k128x128, ConvTile::k128x64Sm90,
+        ConvTile::k128x128Sm90, ConvTile::k128x64Sm90Cluster, ConvTile::k128x128Sm90Cluster,
+        ConvTile::k128x256Sm90Cluster, ConvTile::k256x128Sm90Cluster, ConvTile::k64x64Sm90Split2,
+        ConvTile::k64x64Sm90Split4, ConvTile::k64x64Sm90Split8}) {
+    if (tile != chosen && (sm90 || !for_sm90(tile)) && conv_bn_can_implement(arguments, tile)) {
+      tiles->push_back(tile);
+    }
   }
   return cudaSuccess;
 }

@@ -47,12 +47,22 @@ enum class ConvTile : int {
   k128x128 = 3,
   k128x64Sm90 = 4,
   k128x128Sm90 = 5,
+  // Of two blocks of a cluster each, at adjacent positions.
+  k128x64Sm90Cluster = 6,
+  k128x128Sm90Cluster = 7,
+  k128x256Sm90Cluster = 8,
+  k256x128Sm90Cluster = 9,
+  // Of as many blocks of a cluster each, which share the K loop.
+  k64x64Sm90Split2 = 10,
+  k64x64Sm90Split4 = 11,
+  k64x64Sm90Split8 = 12,
 };
 
 // Whether `tile` can implement `arguments`, on a device that it is made for.
 bool conv_bn_can_implement(const ConvBn& arguments, ConvTile tile);
 
-// Appends those tiles but kAuto that can implement `arguments` on `device`.
+// Appends those tiles but kAuto that can implement `arguments` on `device`; where one for sm_90a is
+// what kAuto stands for, that one first.
 cudaError_t conv_bn_tiles(const ConvBn& arguments, int device, std::vector<ConvTile>* tiles);
 
 // Queues the kernel on `stream`, which belongs to `device`. Leaves `device` current. The status is

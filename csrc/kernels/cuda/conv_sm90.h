@@ -9,6 +9,9 @@ namespace resnet_fused {
 // that are multiples of 8, aligned to 16 bytes, in windows that tensor maps can express.
 bool conv_bn_sm90_can_implement(const ConvBn& arguments, ConvTile tile);
 
+// What kAuto stands for: the tile that, by arithmetic, keeps the busiest SM for the shortest time.
+ConvTile conv_bn_sm90_choose(const ConvBn& arguments, int num_sms);
+
 // As conv_bn, on the current device, of compute capability 9.0 with `num_sms`, for a result that is
 // not empty.
 cudaError_t conv_bn_sm90(const ConvBn& arguments, ConvTile tile, int num_sms, cudaStream_t stream);

@@ -41,6 +41,7 @@ __host__ __device__ __forceinline__ bool aligned(const void* pointer) {
 struct LaunchShape {
   dim3 grid, block;
   std::size_t shared_bytes = 0;
+  dim3 cluster = dim3(1);
 };
 
 // What host code computes before a launch, and can print and test without one.
@@ -93,7 +94,8 @@ cudaError_t launch(const LaunchPlan<Arguments>& plan, cudaStream_t stream) {
   const LaunchShape& shape = plan.shape;
   if (plan.kernel == nullptr) return cudaErrorInvalidValue;
   if (shape.grid.x == 0 || shape.grid.y == 0) return cudaErrorInvalidConfiguration;
-  return launch(plan.kernel, shape.grid, shape.block, shape.shared_bytes, stream, plan.arguments);
+  return launch(plan.kernel, shape.grid, shape.block, shape.shared_bytes, stream, plan.arguments,
+                shape.cluster);
 }
 
 }  // namespace resnet_fused

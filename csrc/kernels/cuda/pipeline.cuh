@@ -33,24 +33,20 @@ class Pipeline {
   __device__ __forceinline__ std::uint32_t full() const { return full(stage_); }
 
   // `tile` is what a record says of a wait that is given up.
-  __device__ __forceinline__ void acquire(int tile) const { wait_or_acquire(false, tile); }
+  __device__ __forceinline__ void acquire(int tile) const { wait(false, tile); }
   __device__ __forceinline__ void commit() const { ptx::mbarrier_arrive(full(stage_)); }
   // Before bulk copies of so many bytes, with which the stage is full.
   __device__ __forceinline__ void commit_bytes(std::uint32_t bytes) const {
     ptx::mbarrier_arrive_expect(full(stage_), bytes);
   }
 
-  __device__ __forceinline__ void wait(int tile) const { wait_or_acquire(true, tile); }
-  // Where a kernel may have no producer, its consumer acquires stages itself.
-  __device__ __forceinline__ void wait_or_acquire(bool has_producer, int tile) const {
-    const std::uint32_t mbarrier = has_producer ? full(stage_) : empty(stage_);
-    if (ptx::mbarrier_wait(mbarrier, parity_ ^ !has_producer, limit_)) return;
-    ptx::give_up(limit_,
-                 {1 + 2 * static_cast<std::uint32_t>(kId) + !has_producer,
-                  static_cast<std::uint32_t>(stage_), tile, static_cast<std::int32_t>(blockIdx.x)});
-  }
+  __device__ __forceinline__ void wait(int tile) const { wait(true, tile); }
   __device__ __forceinline__ static void release(int stage) { ptx::mbarrier_arrive(empty(stage)); }
   __device__ __forceinline__ void release() const { release(stage_); }
+  // In the block of that rank of the cluster, whose producer fills this block's stages too.
+  __device__ __forceinline__ static void release_of_cluster(int stage, int rank) {
+    ptx::mbarrier_arrive_cluster(ptx::cluster_address(empty(stage), rank));
+  }
 
   __device__ __forceinline__ void advance() {
     if (++stage_ == kStages) {
@@ -60,6 +56,14 @@ class Pipeline {
   }
 
  private:
+  __device__ __forceinline__ void wait(bool is_full, int tile) const {
+    const std::uint32_t mbarrier = is_full ? full(stage_) : empty(stage_);
+    if (ptx::mbarrier_wait(mbarrier, parity_ ^ !is_full, limit_)) return;
+    ptx::give_up(limit_,
+                 {1 + 2 * static_cast<std::uint32_t>(kId) + !is_full,
+                  static_cast<std::uint32_t>(stage_), tile, static_cast<std::int32_t>(blockIdx.x)});
+  }
+
   __device__ __forceinline__ static std::uint32_t full(int stage) { return kFirst + 8 * stage; }
   __device__ __forceinline__ static std::uint32_t empty(int stage) { return full(kStages + stage); }
 

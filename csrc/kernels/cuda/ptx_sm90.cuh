@@ -234,10 +234,16 @@ __device__ __forceinline__ void pin(float (&d)[kValues]) {
 #pragma unroll
   for (int i = 0; i < kValues; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
+template <int kProducts, int kValues>
+__device__ __forceinline__ void pin(float (&d)[kProducts][kValues]) {
+#pragma unroll
+  for (int i = 0; i < kProducts; ++i) pin(d[i]);
+}
 
-// "wgmma.fence": before the first product into these registers, and after any use of them.
-template <int kValues>
-__device__ __forceinline__ void wgmma_fence(float (&d)[kValues]) {
+// "wgmma.fence": before the first product into these registers, and after any use of them. D is an
+// array of floats, or of such arrays.
+template <typename D>
+__device__ __forceinline__ void wgmma_fence(D& d) {
   pin(d);
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
@@ -336,8 +342,8 @@ __device__ __forceinline__ void wgmma_commit() {
 }
 
 // "wgmma.wait_group": all but the last groups are complete; d may be used if its own are.
-template <int kPending, int kValues>
-__device__ __forceinline__ void wgmma_wait(float (&d)[kValues]) {
+template <int kPending, typename D>
+__device__ __forceinline__ void wgmma_wait(D& d) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
   pin(d);
 }

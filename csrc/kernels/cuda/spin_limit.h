@@ -15,7 +15,12 @@
 namespace resnet_fused {
 
 // The pipelines of all kernels (pipeline.cuh), as kPipelineNames below names them.
-enum class PipelineId : std::uint32_t { kConvOperands, kConvScaleShift, kConvResult };
+enum class PipelineId : std::uint32_t {
+  kConvOperands,
+  kConvScaleShift,
+  kConvResult,
+  kConvSplitOperands
+};
 
 // What a thread waited for when it gave up.
 struct alignas(16) StuckBarrier {
@@ -36,6 +41,7 @@ inline std::string to_string(const StuckBarrier& stuck) {
       {"conv_bn_sm90", "operands"},
       {"conv_bn_sm90", "scale and shift"},
       {"conv_bn_sm90", "result"},
+      {"conv_bn_sm90_split", "operands"},
   };
   if (stuck.barrier == 0) return "";
   const auto& [kernel, pipeline] = kPipelineNames[(stuck.barrier - 1) / 2];

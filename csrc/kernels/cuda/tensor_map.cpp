@@ -1,6 +1,7 @@
 #include "kernels/cuda/tensor_map.h"
 
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "kernels/cuda/launch.h"
@@ -13,9 +14,13 @@ CUtensorMapDataType map_type(DType dtype) {
                                   : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
 }
 
-// A function of the driver, found at run time, so that nothing links libcuda.
+// A function of the driver, found at run time, so that nothing links libcuda; once, as no two of
+// them have one type.
 template <typename Function>
 cudaError_t driver_function(const char* name, Function** function) {
+  static std::atomic<Function*> known{nullptr};
+  *function = known.load(std::memory_order_relaxed);
+  if (*function != nullptr) return cudaSuccess;
   void* found = nullptr;
   cudaDriverEntryPointQueryResult result;
   constexpr int kSince = 12000;
@@ -29,6 +34,7 @@ cudaError_t driver_function(const char* name, Function** function) {
   if (status != cudaSuccess) return take_error(status);
   if (result != cudaDriverEntryPointSuccess) return cudaErrorInsufficientDriver;
   *function = reinterpret_cast<Function*>(found);
+  known.store(*function, std::memory_order_relaxed);
   return cudaSuccess;
 }
 

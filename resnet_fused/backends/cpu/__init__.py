@@ -1,8 +1,8 @@
 """Backend `cpu`: float32 (AVX2 or AVX-512) and bfloat16, with the compiled extension.
 
-Convolutions run as its kernels: direct for one group, Winograd for 3×3 in float32, and the stem
-with its pooling. What those do not serve runs as oneDNN's convolution and one pass of ours.
-Quantised ops have kernels of their own, in int8.
+Convolutions run as its kernels: direct for one group and for several, Winograd for 3×3 in float32,
+and the stem with its pooling. What those do not serve, bfloat16 on some processors, runs as
+oneDNN's convolution and one pass of ours. Quantised ops have kernels of their own, in int8.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from ... import _extension
 from ...errors import BackendUnavailableError
 from ...parameters import BatchNorm, ConvBn, Convolution, MaxPool
 from .. import Backend, Candidate, Candidates
+from ..training import TrainingKernels
 from .live_cache import LiveCache
-from .memory import keep_freed_memory
 from .native import PackedConvolution, PooledStem, bn_add_relu, head, suits_winograd
 from .onednn import OPERATORS, OneDnnConvolution
 from .quantized import QuantizedCpuBackend
+from .training import CpuTraining
 
 
 class CpuBackend(QuantizedCpuBackend):
     """Implements `resnet_fused.backends.Backend`."""
 
     name = "cpu"
-    training = None
 
     def __init__(self) -> None:
         extension = _extension.load()
@@ -40,6 +40,8 @@ class CpuBackend(QuantizedCpuBackend):
             self._own.add(torch.float32)
         if extension.cpu_convolves_bf16() and not extension.cpu_has_amx_bf16():
             self._own.add(torch.bfloat16)
+        self._groups = bool(extension.cpu_isa())  # in either dtype
+        self.training: TrainingKernels = CpuTraining(extension, self._own)
         self._bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -63,11 +65,13 @@ class CpuBackend(QuantizedCpuBackend):
         return (Candidate("cpu", functools.partial(bn_add_relu, self.extension)),)
 
     def conv_bn(self, x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool) -> Candidates:
-        return (Candidate("cpu", self._conv_bn),)
+        return (Candidate("cpu", self._conv_bn),) if self._computes(layer) else ()
 
     def conv_bn_projection(
         self, x: Tensor, layer: ConvBn, shortcut: Tensor, projection: ConvBn
     ) -> Candidates:
+        if not (self._computes(layer) and self._computes(projection)):
+            return ()
         return (Candidate("cpu", self._conv_bn_projection),)
 
     def bottleneck(
@@ -88,6 +92,10 @@ class CpuBackend(QuantizedCpuBackend):
     def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Candidates:
         return (Candidate("cpu", functools.partial(head, self.extension)),)
 
+    def _computes(self, layer: ConvBn) -> bool:
+        # Several groups are not oneDNN's: see reference/convolution.py.
+        return layer.conv.groups == 1 or self._groups
+
     def _conv_bn(self, x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool) -> Tensor:
         return self._pack(x, layer.conv)(x, layer.bn, residual, relu)
 
@@ -106,13 +114,11 @@ class CpuBackend(QuantizedCpuBackend):
 
     def _stem(self, x: Tensor, layer: ConvBn, pool: MaxPool) -> Tensor:
         conv, bn = layer
-        keep_freed_memory()
         packed = self._stems.get(conv.weight, None, lambda: PooledStem(self.extension, conv))
         return packed(x, bn)
 
     def _pack(self, x: Tensor, conv: Convolution) -> PackedConvolution | OneDnnConvolution:
-        keep_freed_memory()
-        own = conv.groups == 1 and conv.weight.dtype in self._own
+        own = conv.groups > 1 or conv.weight.dtype in self._own
         winograd = own and suits_winograd(x, conv)
         form = (own, winograd, *map(tuple, conv[1:4]), conv.groups)
 

@@ -20,7 +20,7 @@ from ..recording import copied
 
 _LANES = 16  # Winograd's channel counts that are no multiple of it leave vector lanes idle
 _STEM_LANES = 32
-_SMALLEST = 2  # of Winograd's maps: a single pixel wants one tap of nine
+_SAVES = 1.6  # the least number of direct products for one of Winograd's: its transforms take time
 _READ_AS_THEY_ARE = (torch.float32, torch.bfloat16, torch.float64)
 
 
@@ -65,27 +65,36 @@ def head(extension: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None) 
     return out
 
 
-def pack(extension: ModuleType, form: str, weight: Tensor) -> Tensor:
-    """The weight as the kernels of that form read it: "conv", "winograd" or "stem"."""
+def pack(extension: ModuleType, form: str, weight: Tensor, *options: Any) -> Tensor:
+    """The weight as the kernels of that form read it: "conv", "grouped", "winograd" or "stem"."""
     described = tensor_arg(weight)
-    packed = torch.empty(getattr(extension, f"{form}_packed_bytes")(described), dtype=torch.uint8)
-    getattr(extension, f"{form}_pack")(described, tensor_arg(packed))
+    size = getattr(extension, f"{form}_packed_bytes")(described, *options)
+    packed = torch.empty(size, dtype=torch.uint8)
+    getattr(extension, f"{form}_pack")(described, tensor_arg(packed), *options)
     return packed
 
 
 class PackedConvolution:
-    """relu?(bn(conv(x)) (+ residual)) of one group, on weights packed for the kernel.
+    """relu?(bn(conv(x)) (+ residual)) on weights packed for the kernel.
 
-    The kernel is Winograd's F(2×2, 3×3) where `suits_winograd`, else the direct one.
+    The kernel is Winograd's F(2×2, 3×3) where `suits_winograd`, else the direct one, for one group
+    or for several.
     """
 
     def __init__(self, extension: ModuleType, conv: Convolution, winograd: bool) -> None:
         weight = conv.weight
         self._conv = conv._replace(weight=torch.empty_like(weight, device="meta"))
         self._window = (_pair(weight.shape[2:]), *map(_pair, conv[1:4]))
-        self._winograd = winograd
-        self._kernel = extension.winograd_conv if winograd else extension.conv_bn
-        self.packed = pack(extension, "winograd" if winograd else "conv", weight)
+        self._options: tuple[int, ...] = ()  # of kernel and packing, beside what all have
+        if conv.groups > 1:
+            form, self._kernel = "grouped", extension.grouped_conv_bn
+            self._options = (conv.groups,)
+        elif winograd:
+            form, self._kernel = "winograd", extension.winograd_conv
+        else:
+            form, self._kernel = "conv", extension.conv_bn
+        self._form = form
+        self.packed = pack(extension, form, weight, *self._options)
 
     def __call__(
         self,
@@ -103,8 +112,8 @@ class PackedConvolution:
         return self._run(x, bn, out, residual_arg(residual), relu)
 
     def adds_projection(self, projection: PackedConvolution) -> bool:
-        """Whether `with_projection` takes it: both by the direct kernel."""
-        return not (self._winograd or projection._winograd)
+        """Whether `with_projection` takes it: both by the direct kernel for one group."""
+        return self._form == projection._form == "conv"
 
     def with_projection(
         self,
@@ -125,7 +134,7 @@ class PackedConvolution:
         if out is None:
             image = self._conv.output_size(*x.shape[2:])
             out = empty_nhwc(x, self._conv.weight.shape[0], *image)
-        self._kernel(tensor_arg(out), self._layer(x, bn), *arguments)
+        self._kernel(tensor_arg(out), self._layer(x, bn), *self._options, *arguments)
         return out
 
 
@@ -134,12 +143,18 @@ def suits_winograd(x: Tensor, conv: Convolution) -> bool:
     weight = conv.weight
     return (
         weight.dtype == torch.float32
+        and conv.groups == 1
         and weight.shape[2:] == (3, 3)
         and all(_pair(pair) == (1, 1) for pair in conv[1:4])
         and weight.shape[0] % _LANES == 0
         and weight.shape[1] % _LANES == 0
-        and min(x.shape[2:]) >= _SMALLEST
+        and _products_saved(x.shape[2]) * _products_saved(x.shape[3]) >= _SAVES
     )
+
+
+def _products_saved(size: int) -> float:
+    """Taps of a window of 3 that lie in a line of `size`, to each of F(2, 3)'s products."""
+    return (3 * size - 2) / (4 * ((size + 1) // 2))
 
 
 class PooledStem:

@@ -1,8 +1,8 @@
 """oneDNN's convolution through PyTorch's `mkldnn` operators, on weights packed once.
 
-For what our own kernel does not do, or not as fast: groups, and bfloat16 where the processor lacks
-its instructions or multiplies matrices in tiles (AMX). Nothing is folded into the weights:
-in bfloat16 a folded weight's rounding is the same at every pixel, which the average pool does not
+For what our own kernel does not do, or not as fast: one group in bfloat16 where the processor lacks
+its instructions or multiplies matrices in tiles (AMX). Nothing is folded into the weights: in
+bfloat16 a folded weight's rounding is the same at every pixel, which the average pool does not
 shrink as it shrinks the roundings of activations.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...parameters import BatchNorm, Convolution
-from ...reference.convolution import usual_strides, well_posed
+from ...reference.convolution import well_posed
 from .native import bn_add_relu
 
 OPERATORS = (
@@ -28,7 +28,7 @@ _SIZES = 256
 
 
 class OneDnnConvolution:
-    """relu?(bn(conv(x)) (+ residual)): oneDNN's convolution, then one pass in place."""
+    """relu?(bn(conv(x)) (+ residual)) of one group: oneDNN's convolution, then a pass in place."""
 
     def __init__(self, extension: ModuleType, conv: Convolution) -> None:
         self._extension = extension
@@ -38,7 +38,7 @@ class OneDnnConvolution:
         self._by_size: dict[Any, Tensor] = {}
         # Packed weights outlive the mode they were made in, and the weight's content.
         with torch.inference_mode(False), torch.no_grad():
-            self._latest = usual_strides(conv.weight.detach().clone())
+            self._latest = conv.weight.detach().clone()
         self._conv = conv._replace(weight=torch.empty_like(conv.weight, device="meta"))
 
     def __call__(

@@ -18,7 +18,6 @@ from .. import Candidate, Candidates
 from ..arguments import empty_nhwc, nhwc, residual_arg
 from ..reference import ReferenceBackend
 from .live_cache import FrozenCache
-from .memory import keep_freed_memory
 
 _MOST_CHANNELS = 65536  # of the head
 _MOST_PIXELS = 2**23
@@ -119,7 +118,6 @@ class QuantizedKernels:
         return out
 
     def _packed(self, form: str, weight: Tensor, *groups: int) -> Tensor:
-        keep_freed_memory()
 
         def pack() -> PackedQuantizedWeight:
             return PackedQuantizedWeight(self._extension, form, weight, *groups)

@@ -67,6 +67,8 @@ def _choose(
 class TritonTraining:
     """Implements `resnet_fused.backends.training.TrainingKernels`."""
 
+    saves_all = staticmethod(_reference.saves_all)
+    is_profitable = staticmethod(_reference.is_profitable)
     merge_moments = staticmethod(batch_norm.merge_moments)
     bn_scale_shift = staticmethod(batch_norm.bn_scale_shift)
     bn_add_relu = staticmethod(batch_norm.bn_add_relu)

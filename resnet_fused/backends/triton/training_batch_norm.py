@@ -493,9 +493,9 @@ def _plan_pre_bn_gradient(grad: Tensor, pre_bn: Tensor | None) -> Launch:
 
 def pre_bn_gradient(gradient: PreBnGradient) -> Tensor:
     """See `TrainingKernels.pre_bn_gradient`."""
-    grad, pre_bn, coefficients, frozen = gradient
+    grad, pre_bn, coefficients, frozen, last_use = gradient
     grad = nhwc(grad)
     pre_bn = None if frozen or pre_bn is None else nhwc(pre_bn)
-    out = empty_nhwc(grad.shape, grad)
+    out = grad if last_use else empty_nhwc(grad.shape, grad)
     _plan_pre_bn_gradient(grad, pre_bn)(grad, pre_bn, coefficients, out)
     return out

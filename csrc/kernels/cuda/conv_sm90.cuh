@@ -1,0 +1,179 @@
+// What the convolutions for sm_90a share: their operands in shared memory, and a warpgroup's
+// products of them.
+//
+// A step of the K loop is one tap of the window and 64 channels: rows of 128 bytes for positions,
+// and behind them for output channels, whose 16-byte chunks are permuted by the row's number modulo
+// 8 (the 128-byte swizzle).
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels/cuda/conv.h"
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/pipeline.cuh"
+#include "kernels/cuda/ptx_sm90.cuh"
+#include "kernels/cuda/tensor_map.h"
+
+namespace resnet_fused {
+
+constexpr int kWarpgroup = 128;
+constexpr int kRowBytes = 128;
+constexpr int kProductM = 64;  // rows of a wgmma
+
+// One convolution as the kernel sees it.
+struct Product {
+  CUtensorMap x, weight;
+  int channels, kernel_h, kernel_w, dilation_h, dilation_w;
+  int stride_h, stride_w, padding_h, padding_w;
+  bool matrix;  // x is one: a 1 x 1 window that moves by single pixels
+  BatchNorm bn;
+};
+
+// The image, line and column of a position of the result.
+struct Pixel {
+  int image, h, w;
+
+  __device__ __forceinline__ Pixel(unsigned position, unsigned height, unsigned width) {
+    const unsigned line = position / width;
+    image = line / height;
+    h = line % height;
+    w = position % width;
+  }
+};
+
+// A warpgroup's part of the tile, kRows / 2 products below one another, in the layout of wgmma's D.
+template <int kM, int kN>
+class Accumulators {
+ public:
+  static constexpr int kProducts = kM / kProductM;
+  static constexpr int kRows = 2 * kProducts, kColumns = kN / 8, kRun = 2;
+
+  __device__ __forceinline__ static int row(int i) {
+    return threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4 + i % 2 * 8 +
+           i / 2 * kProductM;
+  }
+  __device__ __forceinline__ static int column(int j) { return 8 * j + threadIdx.x % 4 * 2; }
+  __device__ __forceinline__ float& at(int i, int j, int e) {
+    return d_[i / 2][4 * j + i % 2 * 2 + e];
+  }
+
+  // The sum of `steps` steps, at least one, of the consumer's positions. A stage holds a step's
+  // Tile::kM rows of x and kN of the weight, and is released once it has been multiplied, in all
+  // kBlocks blocks that it was copied to.
+  template <typename T, typename Tile, int kBlocks, typename Operands>
+  __device__ __forceinline__ void multiply(int steps, int consumer, int tile, Operands& operands) {
+    constexpr unsigned kUnit = ptx::kDescriptorUnit;
+    constexpr unsigned kStageUnits = (Tile::kM + kN) * kRowBytes / kUnit;
+    const std::uint64_t first_x = ptx::matrix_descriptor(consumer * kM * kRowBytes);
+    const unsigned to_weight = (Tile::kM - consumer * kM) * (kRowBytes / kUnit);
+    int last = 0;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      const unsigned stage = operands.stage() * kStageUnits;
+      const std::uint64_t x = first_x + stage, weight = x + to_weight;
+      operands.wait(tile);
+      ptx::wgmma_fence(d_);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {  // 16 channels, 32 bytes
+        const unsigned depth = k * (32 / kUnit);
+#pragma unroll
+        for (int p = 0; p < kProducts; ++p) {
+          ptx::wgmma<T>(d_[p], x + depth + p * (kProductM * kRowBytes / kUnit), weight + depth,
+                        step > 0 || k > 0);
+        }
+      }
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<1>(d_);
+      if (step > 0) release<kBlocks, Operands>(last);
+      last = operands.stage();
+      operands.advance();
+    }
+    ptx::wgmma_wait<0>(d_);
+    release<kBlocks, Operands>(last);
+  }
+
+ private:
+  // By a lane of each warp for each of the blocks.
+  template <int kBlocks, typename Operands>
+  __device__ __forceinline__ static void release(int stage) {
+    const int lane = threadIdx.x % 32;
+    if constexpr (kBlocks == 1) {
+      if (lane == 0) Operands::release(stage);
+    } else {
+      if (lane < kBlocks) Operands::release_of_cluster(stage, lane);
+    }
+  }
+
+  float d_[kProducts][kN / 2];
+};
+
+__device__ __forceinline__ int steps_of(const Product& product) {
+  return product.kernel_h * product.kernel_w *
+         ((product.channels + kMapChannels - 1) / kMapChannels);
+}
+
+inline std::int64_t positions(const ConvBn& a) { return a.batch * a.out_height * a.out_width; }
+
+inline PixelBox pixel_box(const ConvolutionBn& conv) {
+  return {{-conv.padding_w, -conv.padding_h},
+          {conv.padding_w - conv.dilation_w * (conv.kernel_w - 1),
+           conv.padding_h - conv.dilation_h * (conv.kernel_h - 1)},
+          {static_cast<std::uint32_t>(conv.stride_w), static_cast<std::uint32_t>(conv.stride_h)}};
+}
+
+inline bool is_matrix(const ConvolutionBn& conv) {
+  return conv.kernel_h * conv.kernel_w * conv.stride_h * conv.stride_w == 1 &&
+         conv.padding_h + conv.padding_w == 0;
+}
+
+inline bool can_read(const ConvolutionBn& conv) {
+  constexpr std::int64_t kMaxOffset = 255;  // of a tap (PTX ISA, im2col offsets of 4 dimensions)
+  const std::int64_t window = std::int64_t{conv.kernel_h} * conv.kernel_w * conv.channels;
+  const std::int64_t image = std::int64_t{conv.height} * conv.width * conv.channels;
+  return conv.channels % 8 == 0 && aligned(conv.x) && aligned(conv.weight) &&
+         std::int64_t{conv.dilation_h} * (conv.kernel_h - 1) <= kMaxOffset &&
+         std::int64_t{conv.dilation_w} * (conv.kernel_w - 1) <= kMaxOffset &&
+         encodable(pixel_box(conv)) && 2 * std::max(window, image) < std::int64_t{1} << 40;
+}
+
+// Maps for a step of `m` positions, and of `n` output channels.
+inline cudaError_t encode(Product* to, const ConvBn& a, const ConvolutionBn& conv, int m, int n) {
+  to->channels = conv.channels;
+  to->kernel_h = conv.kernel_h;
+  to->kernel_w = conv.kernel_w;
+  to->dilation_h = conv.dilation_h;
+  to->dilation_w = conv.dilation_w;
+  to->stride_h = conv.stride_h;
+  to->stride_w = conv.stride_w;
+  to->padding_h = conv.padding_h;
+  to->padding_w = conv.padding_w;
+  to->matrix = is_matrix(conv);
+  to->bn = conv.bn;
+  const auto size = [](std::int64_t value) { return static_cast<std::uint64_t>(value); };
+  const cudaError_t status =
+      to->matrix
+          ? encode_tiles(&to->x, a.dtype, conv.x, {size(conv.channels), size(positions(a))},
+                         {static_cast<std::uint32_t>(m)})
+          : encode_pixels(&to->x, a.dtype, conv.x,
+                          {size(conv.channels), size(conv.width), size(conv.height), size(a.batch)},
+                          pixel_box(conv), static_cast<std::uint32_t>(m));
+  if (status != cudaSuccess) return status;
+  return encode_tiles(&to->weight, a.dtype, conv.weight,
+                      {size(conv.channels), size(std::int64_t{conv.kernel_h} * conv.kernel_w),
+                       size(a.out_channels)},
+                      {1, static_cast<std::uint32_t>(n)});
+}
+
+// Bytes of a cycle that L2 gives an SM of those that have blocks: about 36, and more where they are
+// few, as far as its port goes.
+inline std::int64_t l2_bytes_per_cycle(std::int64_t blocks, int num_sms) {
+  return std::clamp<std::int64_t>(36 * std::int64_t{num_sms} / blocks, 36, 64);
+}
+
+// Steps of the K loop.
+inline std::int64_t steps_of(const ConvolutionBn& conv) {
+  return conv.kernel_h * conv.kernel_w * ceil_div(conv.channels, kMapChannels);
+}
+
+}  // namespace resnet_fused
