@@ -217,7 +217,7 @@ def training_tuned(options: argparse.Namespace, gpu: Gpu) -> Step:
 
 
 def _training(options: argparse.Namespace, name: str) -> list[str]:
-    command = [PYTHON, "benchmarks/training.py", "--model", options.arch, "--seconds", "1"]
+    command = [PYTHON, "benchmarks/training.py", "--model", options.arch, "--seconds", "0.5"]
     command += ["--dtype", options.dtype, "--json", f"{options.results}/{name}.json"]
     if options.rehearse:
         return [*command, "--device", "cpu", "--size", "32", "--batch", "2"]

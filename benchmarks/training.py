@@ -3,14 +3,15 @@
     python benchmarks/training.py --model resnet50 --batch 64 128 256 --json out.json --plot out.png
 
 Gate first: 20 steps from one seed in float32 on small images, logits, gradients and losses beside
-eager PyTorch's and a float64 run's (`gate`). Nothing is timed on a red gate. Then each
-implementation trains on random images under autocast, one after the other in the same process;
-times are read from CUDA events, memory from the allocator, kept bytes from saved-tensor hooks.
+eager PyTorch's and a float64 run's (`gate`). Nothing is timed on a red gate. Then for each network
+and batch all implementations are built and warmed, and train on random images in turns, round after
+round, in the same process; times are read from CUDA events, memory from the allocator, kept bytes
+from saved-tensor hooks.
 
-Ours come first, what compiles for minutes last, and the result file is written after each
-measurement: a run that is stopped keeps what it has. Rounds are not interleaved for that reason:
-all would have to be compiled before the first. Of ours, the result file has every kernel's time and
-share of a step, beside its floor (`training_profile.py`).
+Each is timed for the first time as soon as it is warm, ours first, what compiles for minutes last,
+and the result file is written after each measurement: a run that is stopped keeps what it has. Of
+ours, the result file has every kernel's time and share of a step, beside its floor
+(`training_profile.py`).
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import itertools
 import math
 import signal
 import statistics
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ import torchvision
 import training_profile
 from baselines import training as baselines
 from harness import measure, results
-from harness.measure import Peaks, floor_seconds
+from harness.measure import Peaks, floor_seconds, in_turn
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -48,7 +50,10 @@ GATE_STEPS, GATE_STRIDE, GATE_NUDGES = 20, 4, 7
 
 @dataclass
 class Row:
-    """One implementation at one batch size. Times in seconds, memory in bytes."""
+    """One implementation at one batch size. Times in seconds, memory in bytes.
+
+    rounds: the median step of each; step: the median of these.
+    """
 
     model: str
     batch: int
@@ -60,6 +65,7 @@ class Row:
     floor_share: float | None = None
     speedup_over: float | None = None
     failure: str | None = None
+    rounds: list[float] = field(default_factory=list)
     kernels: list[dict[str, Any]] | None = None  # of ours; see training_profile.py
 
 
@@ -166,62 +172,95 @@ def gate(name: str, device: torch.device) -> dict[str, Any]:
     return {"model": name, "errors": errors, "losses": losses, "green": green}
 
 
-def measure_row(
-    row: Row, size: int, device: torch.device, dtype: torch.dtype, seconds: float, peaks: Peaks
-) -> None:
-    """Fills in `row`; one that cannot run says why."""
-    trained = baselines.ALL[row.name]
-    torch.manual_seed(0)
-    x = torch.randn(row.batch, 3, size, size, device=device)
-    if row.name != "eager NCHW":
-        x = x.contiguous(memory_format=torch.channels_last)
-    target = torch.randint(0, 1000, (row.batch,), device=device)
+class Contestant:
+    """A row's implementation, built and warm."""
+
+    def __init__(
+        self,
+        row: Row,
+        size: int,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        seconds: float,
+        peaks: Peaks,
+    ) -> None:
+        """Fills in the row but for its times, of which it takes a first round; a round lasts about
+        that many seconds. Raises whatever the library raises where it cannot run."""
+        trained = baselines.ALL[row.name]
+        torch.manual_seed(0)
+        x = torch.randn(row.batch, 3, size, size, device=device)
+        if row.name != "eager NCHW":
+            x = x.contiguous(memory_format=torch.channels_last)
+        target = torch.randint(0, 1000, (row.batch,), device=device)
+        self.row, self._device, self._within = row, device, trained.within
+        with self._within():
+            model = getattr(trained.library, row.model)().to(device).train()
+            with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+                row.kept_bytes = resnet_fused.kept_activation_bytes(model, x).total
+            self._step = training_step(trained.prepare(model), x, target, dtype)
+            for _ in range(3):
+                self._step()
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            first = statistics.median(measure.times_of(self._step, device, 3))
+            self._iterations = max(3, round(seconds / first))
+            self.time()
+            if device.type == "cuda":
+                row.peak_memory = torch.cuda.max_memory_allocated(device)
+            if row.name in baselines.PROFILED:
+                row.kernels = training_profile.profile(self._step, x, peaks)
+
+    def time(self) -> None:
+        """Takes a round."""
+        with self._within():
+            times = measure.times_of(self._step, self._device, self._iterations)
+        row = self.row
+        row.rounds.append(statistics.median(times))
+        row.step = statistics.median(row.rounds)
+        row.images_per_second = row.batch / row.step
+
+
+def contestant(row: Row, *setting: Any) -> Contestant | None:
+    """The row's implementation; one that cannot run says why."""
     try:
-        with trained.within():
-            _measure(row, trained, x, target, dtype, seconds, peaks)
-    except Exception as error:  # whatever a library raises where it cannot run
+        return Contestant(row, *setting)
+    except Exception as error:
         row.failure = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-    finally:
-        torch.compiler.reset()
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        return None
 
 
-def _measure(
-    row: Row,
-    trained: baselines.Trained,
-    x: Tensor,
-    target: Tensor,
-    dtype: torch.dtype,
+def race(
+    rows: list[Row],
+    rounds: int,
+    size: int,
+    device: torch.device,
+    dtype: torch.dtype | None,
     seconds: float,
     peaks: Peaks,
-) -> None:
-    device = x.device
-    model = getattr(trained.library, row.model)().to(device).train()
-    with torch.autocast(device.type, dtype):
-        row.kept_bytes = resnet_fused.kept_activation_bytes(model, x).total
-    step = training_step(trained.prepare(model), x, target, dtype)
-    for _ in range(3):
-        step()
+) -> Iterator[Row]:
+    """Measures rows of one network and batch; after each measurement, its row."""
+    racing = []
+    for row in rows:
+        found = contestant(row, size, device, dtype, seconds, peaks)
+        if found is not None:
+            racing.append(found)
+        yield row
+    for one in in_turn(racing, range(1, rounds)):
+        one.time()
+        yield one.row
+    racing.clear()
+    torch.compiler.reset()
+    gc.collect()
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    first = statistics.median(measure.times_of(step, device, 3))
-    times = measure.times_of(step, device, max(3, round(seconds / first)))
-    row.step = statistics.median(times)
-    row.images_per_second = row.batch / row.step
-    if device.type == "cuda":
-        row.peak_memory = torch.cuda.max_memory_allocated(device)
-    if row.name in baselines.PROFILED:
-        row.kernels = training_profile.profile(step, x, peaks)
+        torch.cuda.empty_cache()
 
 
-def step_floor(name: str, batch: int, size: int, peaks: Peaks) -> float:
-    """Three times the floor of a fused forward in 16 bits: backward has two products for each of
+def step_floor(name: str, batch: int, size: int, peaks: Peaks, itemsize: int) -> float:
+    """Three times the floor of a fused forward: backward has two products for each of
     the forward's, and moves each activation and its gradient."""
     with torch.device("meta"):
         model = getattr(torchvision.models, name)().eval()
-    return 3 * floor_seconds(complexity.passes(model, batch, size), peaks, 2)
+    return 3 * floor_seconds(complexity.passes(model, batch, size), peaks, itemsize)
 
 
 def compare(rows: list[Row], floors: dict[tuple[str, int], float]) -> None:
@@ -284,8 +323,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     choices = [name for name in ARCHITECTURES if hasattr(torchvision.models, name)]
     parser.add_argument("--model", nargs="+", default=["resnet50"], choices=choices)
     parser.add_argument("--batch", nargs="+", type=results.positive, default=[64])
-    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of timing for each")
+    parser.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float16", "float32"],
+        default="bfloat16",
+        help="of autocast; float32: none (%(default)s)",
+    )
+    parser.add_argument("--seconds", type=float, default=2.0, help="of a round (%(default)s)")
+    parser.add_argument("--rounds", type=results.positive, default=5, help="of turns (%(default)s)")
     parser.add_argument("--only", nargs="+", choices=baselines.ALL, default=list(baselines.ALL))
     return parser.parse_args(arguments)
 
@@ -305,12 +350,14 @@ def main(arguments: list[str]) -> int:
     peaks = measure.measure_peaks(device, dtype)
     rows = [
         Row(model, batch, name)
-        for name in options.only
         for model in options.model
         for batch in options.batch
+        for name in options.only
     ]
     floors = {
-        (row.model, row.batch): step_floor(row.model, row.batch, options.size, peaks)
+        (row.model, row.batch): step_floor(
+            row.model, row.batch, options.size, peaks, dtype.itemsize
+        )
         for row in rows
     }
     record = {
@@ -322,17 +369,24 @@ def main(arguments: list[str]) -> int:
         "gates": gates,
     }
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    autocast = None if dtype == torch.float32 else dtype
+    setting = (options.size, device, autocast, options.seconds, peaks)
     measured: list[Row] = []
+    steps = len(rows) * options.rounds
     try:
-        for row in tqdm(rows, desc="implementations"):
-            measure_row(row, options.size, device, dtype, options.seconds, peaks)
-            measured.append(row)
-            rate = row.failure or f"{row.images_per_second:.1f} images/s"
-            tqdm.write(f"{row.model} {row.batch} {row.name}: {rate}")
-            compare(measured, floors)
-            results.write(options.json, {**record, "rows": [asdict(row) for row in measured]})
+        with tqdm(total=steps, unit="round", dynamic_ncols=True) as bar:
+            for _, group in itertools.groupby(rows, lambda row: (row.model, row.batch)):
+                for row in race(list(group), options.rounds, *setting):
+                    if row not in measured:
+                        measured.append(row)
+                        rate = row.failure or f"{row.images_per_second:.1f} images/s"
+                        bar.write(f"{row.model} {row.batch} {row.name}: {rate}")
+                    bar.update(options.rounds if row.failure else 1)
+                    compare(measured, floors)
+                    results.write(options.json, {**record, "rows": [*map(asdict, measured)]})
     except KeyboardInterrupt:
-        print(f"Stopped after {len(measured)} of {len(rows)} measurements.", file=sys.stderr)
+        print(f"Stopped with {len(measured)} of {len(rows)} rows measured.", file=sys.stderr)
+    finished = all(row.failure or len(row.rounds) == options.rounds for row in rows)
     print(table(measured))
     for row in measured:
         if row.kernels and row.name == "resnet_fused":
@@ -340,7 +394,7 @@ def main(arguments: list[str]) -> int:
             print(training_profile.table(row.kernels))
     if options.plot and measured:
         plot(measured, options.plot)
-    return 0 if len(measured) == len(rows) else 130
+    return 0 if finished else 130
 
 
 if __name__ == "__main__":

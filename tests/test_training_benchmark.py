@@ -64,30 +64,37 @@ def test_a_stopped_run_keeps_what_it_measured(
     monkeypatch.setattr(training.measure, "measure_peaks", lambda *_: Peaks(1, 1))
     measured: list[str] = []
 
-    def measure(row: training.Row, *_: object) -> None:
-        if row.batch == 2 and row.name == "eager NCHW":
-            raise KeyboardInterrupt
-        measured.append(row.name)
-        row.step = 0.5 if row.name == "resnet_fused" else 1.0
-        row.images_per_second = row.batch / row.step
+    class Contestant:
+        def __init__(self, row: training.Row, *_: object) -> None:
+            if row.batch == 2 and row.name == "eager NCHW":
+                raise KeyboardInterrupt
+            measured.append(row.name)
+            self.row = row
+            self.time()
 
-    monkeypatch.setattr(training, "measure_row", measure)
+        def time(self) -> None:
+            self.row.step = 0.5 if self.row.name == "resnet_fused" else 1.0
+            self.row.rounds.append(self.row.step)
+            self.row.images_per_second = self.row.batch / self.row.step
+
+    monkeypatch.setattr(training, "Contestant", Contestant)
     result, chart = tmp_path / "out.json", tmp_path / "out.png"
     options = ["--batch", "1", "2", "--only", "resnet_fused", "eager NCHW"]
     code = training.main([*options, "--json", str(result), "--plot", str(chart)])
     assert code == 130
     record = json.loads(result.read_text())
     assert [row["name"] for row in record["rows"]] == measured == [
-        "resnet_fused", "resnet_fused", "eager NCHW",
+        "resnet_fused", "eager NCHW", "resnet_fused",
     ]  # fmt: skip
-    assert [row["speedup_over"] for row in record["rows"]] == [1.0, 1.0, 2.0]
+    assert [row["speedup_over"] for row in record["rows"]] == [1.0, 2.0, 1.0]
+    assert [len(row["rounds"]) for row in record["rows"]] == [5, 5, 1]
     assert {"commit", "dirty", "machine", "versions", "tuning"} <= set(record)
     assert chart.stat().st_size > 0
 
 
 def test_nothing_is_timed_on_a_red_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "gate", lambda *_: {"green": False})
-    monkeypatch.setattr(training, "measure_row", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(training, "Contestant", lambda *_: pytest.fail("timed"))
     assert training.main([]) == 1
 
 
@@ -95,7 +102,7 @@ def test_each_trains_and_says_what_it_kept() -> None:
     kept = {}
     for name in (PLAIN, "eager channels_last"):
         row = training.Row("resnet18", 2, name)
-        training.measure_row(row, 32, CPU, torch.bfloat16, 0.01, Peaks(1, 1))
+        assert training.contestant(row, 32, CPU, torch.bfloat16, 0.01, Peaks(1, 1))
         assert row.failure is None
         assert row.step
         kept[name] = row.kept_bytes
@@ -108,7 +115,7 @@ def test_one_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torchvision.models, "resnet18", fail)
     row = training.Row("resnet18", 2, "eager NCHW")
-    training.measure_row(row, 32, CPU, torch.bfloat16, 0.01, Peaks(1, 1))
+    assert training.contestant(row, 32, CPU, torch.bfloat16, 0.01, Peaks(1, 1)) is None
     assert row.failure == "OSError: no compiler"
 
 
