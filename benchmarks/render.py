@@ -74,7 +74,7 @@ def training_part(record: dict[str, Any]) -> Iterator[str]:
 
 def layers_part(record: dict[str, Any]) -> Iterator[str]:
     """The layers' table."""
-    yield f"```\n{layers.table(record['rows'], record.get('register_peak'))}\n```"
+    yield f"```text\n{layers.table(record['rows'], record.get('register_peak'))}\n```"
 
 
 def part(path: Path, folder: Path) -> Iterator[str]:

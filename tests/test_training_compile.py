@@ -30,6 +30,7 @@ KERNELS = {
     "bn_scale_shift_kernel",
     "bn_add_relu_kernel",
     "relu_gradient_kernel",
+    "pre_bn_gradient_kernel",
     "merge_sums_kernel",
     "bn_backward_coefficients_kernel",
     "dgrad_kernel",
@@ -85,11 +86,12 @@ def _steps(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     def stem() -> None:
         x = meta(BATCH, 3, 224, 224, dtype=dtype)
         layers = flatten([_layer(64, 3, 7, 2, False)])
-        y, pre_bn, scale_shift = stem_training._forward(x, *layers, 3, 2, 1, "")
+        y, pre_bn, argmax, scale_shift = stem_training._forward(x, *layers, 3, 2, 1, "")
         stem_training._backward(
             y,
             x,
             pre_bn,
+            argmax,
             scale_shift,
             layers.weights[0],
             layers.windows,

@@ -20,9 +20,9 @@ import pytest
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[1]
-LAUNCHES = 371  # of a ResNet-50 step, batch 2 of 64²
+LAUNCHES = 488  # of a ResNet-50 step, batch 2 of 64²
 # By folder of resnet_fused; Python 3.12 inlines comprehensions and makes fewer.
-BUDGETS = {"backends/triton": 1800, "backends/autotune": 1200, "": 3400}
+BUDGETS = {"backends/triton": 2060, "backends/autotune": 1000, "": 3580}
 
 
 def test_calls_of_a_training_step() -> None:

@@ -170,7 +170,9 @@ def _rows(a: Any) -> _Geometry:
 
 
 def _pre_bn_gradient(a: Any) -> _Geometry:
-    return _Geometry(f"{a.rows} rows of {a.K}")
+    # In place one tensor is both read and written.
+    moved = [t for t in (a.grad, a.pre_bn, a.out) if t is not None]
+    return _Geometry(f"{a.rows} rows of {a.K}", bytes=sum(map(_bytes, moved)))
 
 
 def _relu_gradient(a: Any) -> _Geometry:

@@ -14,7 +14,7 @@
 // (AVX2: 32) whatever the stride, and groups of odd size are filled up to whole words. Where the
 // processor does not multiply bfloat16, the copy is in fp32. For one vector of output channels
 // after the other, whose weights stay in L1, tiles then sum over the whole window and end with
-// batch norm, residual and ReLU. fp32 sums of 72 products join the others in memory, so that their
+// batch norm, residual and ReLU. fp32 sums of 24 products join the others in memory, so that their
 // rounding error does not grow with the number of terms; the order of a sum depends on neither
 // tiles nor threads.
 //

@@ -15,7 +15,7 @@ constexpr int kSizes = 4, kWidest = kWide[kSizes - 1], kWidestNarrow = kNarrow[k
 constexpr std::int64_t kAhead = 16;               // pixels from the one copied to the one fetched
 constexpr std::int64_t kPixelBytes = kLanes * 4;  // of the operand
 // An fp32 sum of this many products at most joins the others; a bfloat16 one need not.
-constexpr std::int64_t kRun = kFormat == Format::kFloat32 ? 72 : std::int64_t{1} << 62;
+constexpr std::int64_t kRun = kFormat == Format::kFloat32 ? 24 : std::int64_t{1} << 62;
 
 // Where a tile's operand is: the window of its first pixel.
 struct Tile {

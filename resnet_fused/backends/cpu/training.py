@@ -105,7 +105,8 @@ class CpuTraining:
             tensor_arg(scale_shift),
             frozen,
         )
-        return coefficients, gradients[0], gradients[1]
+        weight_grad, bias_grad = (row.clone() for row in gradients)  # results share no memory
+        return coefficients, weight_grad, bias_grad
 
     def pre_bn_gradient(self, gradient: PreBnGradient) -> Tensor:
         g = nhwc(gradient.grad)
