@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from resnet_fused.ops.dispatch import serving, use_backend
-from resnet_fused.parameters import Convolution, PreBnGradient
+from resnet_fused.parameters import Convolution
 
 
 class _Counted:
@@ -35,7 +35,9 @@ class _Counted:
 
         def run(*arguments: Any) -> Any:
             result = piece(*arguments)
-            seconds = self._peaks.floor(_bytes(arguments, result), _operations(arguments, result))
+            seconds = self._peaks.floor(
+                _bytes(arguments, result), _operations(name, arguments, result)
+            )
             self.floors[name] = self.floors.get(name, 0.0) + seconds
             return result
 
@@ -47,13 +49,12 @@ def _bytes(*values: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _operations(arguments: tuple[Any, ...], result: Any) -> int:
+def _operations(piece: str, arguments: tuple[Any, ...], result: Any) -> int:
     """Two a multiply-add of the piece's convolution, if it has one."""
     conv = next((value for value in arguments if isinstance(value, Convolution)), None)
     if conv is None:
         return 0
-    gradient = next((value for value in arguments if isinstance(value, PreBnGradient)), None)
-    outputs = result[0] if gradient is None else gradient.grad
+    outputs = result[0] if piece == "conv_stats" else arguments[0]  # that or its gradient
     return int(2 * outputs.numel() * conv.weight[0].numel())
 
 
