@@ -50,7 +50,10 @@ def quantized_stem(
 
     Args:
         x: (N, C, H, W), uint8 or int8, or float8_e4m3fn; any layout (images usually are NCHW).
-        conv, bias, multiplier, padding_value: as of `quantized_conv`.
+        conv: the convolution; this and the next three are those of `quantized_conv`.
+        bias: (K,) int32, in the accumulator's scale.
+        multiplier: (K,) float32.
+        padding_value: (C,) of x's dtype, what stands outside the image; zero if None.
         pool: the pooling window; 3×3, stride 2, padding 1 if None.
 
     Returns the pooled (N, K, P, Q), channels_last, uint8 or float8_e4m3fn. Raises as
