@@ -4,8 +4,8 @@ Algorithm: a convolution reads plain operands, so normalisation, ReLU and their 
 of their own, each over memory once. dgrad at stride 1 is our forward kernel on the weight turned
 round, 3×3 in float32 by Winograd's. Groups, which our kernels do not serve, are left to PyTorch's
 convolution between the same passes.
-Memory: results lie in memory that is kept from step to step. Fresh pages from the system cost a
-tenth of a step of PyTorch's.
+Memory: results lie in memory that is kept from step to step, because fresh pages from the system
+cost more than what is then done with them.
 """
 
 from __future__ import annotations
