@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from harness import results as files
 
 from .checkpoint import write_whole
+from .claims import Claim, judged, parsed
 from .launch import Launch
 from .training import Result, Row
 
@@ -50,6 +51,11 @@ class Report:
         lines += ["| " + " | ".join(_cell(row.get(c)) for c in columns) + " |" for row in rows]
         self._parts.append("\n".join(lines))
         self.csv(name, rows)
+
+    def claims(self, claims: Sequence[Claim], **tables: Sequence[Mapping[str, Any]]) -> None:
+        """The section of verdicts; `tables` are the CSV files' rows, by the files' names."""
+        self._parts.append("## What the paper claims, and what is found here")
+        self._parts += [judged(claim, parsed(tables[claim.file])) for claim in claims]
 
     def csv(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """`name`.csv, with all digits."""
