@@ -32,6 +32,7 @@ from . import fusion, plan, sequence, traced
 from .blocks import ResidualBlock
 from .models.network import ResidualNetwork
 from .ops.conv_bn import conv_bn
+from .ops.squeeze_excite import squeeze_excite
 
 # A convolution, and the normalisation behind it if there is one.
 Pair = tuple[nn.Module, nn.Module | None]
@@ -50,6 +51,10 @@ class Fused:
     def pairs(self) -> Iterator[Pair]:
         """The convolutions that are called from here."""
         raise NotImplementedError
+
+    def why_not(self, conv: nn.Module, bn: nn.Module | None) -> str | None:
+        """Why no op computes one of those pairs, in eval mode and as it is now, or None."""
+        return _why_not(conv, bn)
 
     def calls(self) -> Iterable[nn.Module]:
         """Children whose own modules are called from here where they are an `nn.Sequential`."""
@@ -136,6 +141,51 @@ class _ConvNormAct(_InTurn, _OneTensor):
         return _present(self, "conv", "bn", "aa")
 
 
+# Of squeeze and excitation: weight (hidden, C), bias, weight (C, hidden), bias.
+_Gate = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
+
+
+class _SqueezeExcite(_OneTensor):
+    """timm's squeeze and excitation."""
+
+    made_of_ops = True
+
+    def pairs(self) -> Iterator[Pair]:
+        own = cast("nn.Module", self)._modules
+        for name in ("fc1", "fc2"):
+            if (conv := own[name]) is not None:
+                yield conv, None
+
+    def why_not(self, conv: nn.Module, bn: nn.Module | None) -> str | None:
+        found = "belongs to a gate that is more than mean, ReLU and sigmoid between two 1×1 layers"
+        return found if self._gate() is None else None
+
+    def gate(self) -> _Gate | None:
+        """What the op takes, or None where the modules have to run."""
+        own = cast("Any", self)
+        if own.training or not self.is_plain() or not fusion.untouched(own):
+            return None
+        return self._gate()
+
+    def _gate(self) -> _Gate | None:
+        own: Any = cast("nn.Module", self)._modules
+        reduce, expand = fusion.pointwise(own["fc1"]), fusion.pointwise(own["fc2"])
+        if (
+            reduce is None
+            or expand is None
+            or cast("Any", self).add_maxpool
+            or not fusion.is_identity(own["bn"])
+            or not fusion.is_relu(own["act"])
+            or not fusion.is_sigmoid(own["gate"])
+        ):
+            return None
+        return (*reduce, *expand)
+
+    def by_ops(self, x: Tensor) -> Tensor | None:
+        gate = None if fusion.must_call_modules(x) else self.gate()
+        return None if gate is None else squeeze_excite(x, *gate)
+
+
 class _Block(_OneTensor, ResidualBlock):
     """torchvision's residual blocks, which mean what ours do."""
 
@@ -178,8 +228,17 @@ class _Block(_OneTensor, ResidualBlock):
         for pair, act in zip(self.layers(), activations, strict=False):
             modules += [*pair, act]
         modules[-1:] = [*before, modules[-1], *after]
-        out = sequence.run([*modules, *self.layers()[-1], *behind], x)
-        out += sequence.run(_present(self, "downsample"), x)
+        modules += self.layers()[-1]
+        gate = None
+        if len(behind) == 1 and isinstance(behind[0], _SqueezeExcite) and fusion.is_relu(activation):
+            gate = behind[0].gate()
+        if gate is None:
+            modules += behind
+        out = sequence.run(modules, x)
+        shortcut = sequence.run(_present(self, "downsample"), x)
+        if gate is not None:
+            return squeeze_excite(out, *gate, shortcut, True)
+        out += shortcut
         return activation(out)
 
 
@@ -417,6 +476,9 @@ _METHODS = {
     "timm.models.regnet.Bottleneck": _Known(
         _RegNetBlock, {"forward": "conv1 conv2 se conv3 downsample drop_path act3"}
     ),
+    "timm.layers.squeeze_excite.SEModule": _Known(
+        _SqueezeExcite, {"forward": "mean add_maxpool amax fc1 act bn fc2 gate"}
+    ),
     "timm.layers.conv_bn_act.ConvNormAct": _Known(_ConvNormAct, {"forward": "conv bn getattr aa"}),
 }
 
@@ -544,16 +606,18 @@ def fuse(model: nn.Module) -> Report:
     for module, name in names.items():
         if module in containers:
             continue
-        pairs = _pairs_of_ours(module)
-        if pairs is None:
+        ours = _of_ours(module)
+        if ours is None:
             known = _fuse(module)
             if isinstance(known, str):
                 for child in module.children():
                     reasons.setdefault(child, known)
                 continue
-            pairs = list(known.pairs())
-            containers.update(_containers(known.calls()))
-        found = {conv: _why_not(conv, bn) for conv, bn in pairs}
+            ours = list(known.pairs()), known.calls()
+        pairs, calls = ours
+        containers.update(_containers(calls))
+        why_not = module.why_not if isinstance(module, Fused) else _why_not
+        found = {conv: why_not(conv, bn) for conv, bn in pairs}
         reasons.update(found)
         done = sum(reason is None for reason in found.values())
         if done:
@@ -603,10 +667,11 @@ def _unfuse(module: nn.Module) -> None:
     vars(module).pop("_plans", None)
 
 
-def _pairs_of_ours(module: nn.Module) -> list[Pair] | None:
-    """The convolutions that a module of this package calls, which is fused by itself."""
+def _of_ours(module: nn.Module) -> tuple[list[Pair], Iterable[nn.Module]] | None:
+    """What a module of this package, which is fused by itself, has of `Fused.pairs` and `calls`."""
     if isinstance(module, ResidualNetwork):
-        return list(_pairs([module.conv1, module.bn1]))
+        return list(_pairs([module.conv1, module.bn1])), [module.conv1]
     if isinstance(module, ResidualBlock) and not isinstance(module, Fused):
-        return [*module.layers(), *_pairs(_present(module, "downsample"))]
+        shortcut = _present(module, "downsample")
+        return [*module.layers(), *_pairs(shortcut)], shortcut
     return None

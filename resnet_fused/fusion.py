@@ -112,6 +112,16 @@ def is_relu(module: nn.Module) -> bool:
     return type(module) is nn.ReLU and untouched(module)
 
 
+def is_sigmoid(module: nn.Module | None) -> bool:
+    """Whether `module` is a sigmoid, PyTorch's or timm's."""
+    kind = type(module)
+    return (
+        module is not None
+        and (kind is nn.Sigmoid or _is_from(kind, "Sigmoid", "timm.layers.activations"))
+        and untouched(module)
+    )
+
+
 # Told at a glance; others are looked for by name.
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 
@@ -165,6 +175,20 @@ def convolution(module: nn.Module) -> Convolution | None:
         cast("tuple[int, int]", module.dilation),
         module.groups,
     )
+
+
+def pointwise(module: nn.Module | None) -> tuple[Tensor, Tensor | None] | None:
+    """Weight (K, C) and bias of an `nn.Conv2d` that is a linear layer at each pixel, else None."""
+    if type(module) is not nn.Conv2d or not untouched(module):
+        return None
+    weight, bias = _parameter(module, "weight"), _parameter(module, "bias")
+    if (
+        not is_plain(weight)
+        or (module.kernel_size, module.stride, module.groups) != ((1, 1), (1, 1), 1)
+        or module.padding not in (0, (0, 0), "valid")
+    ):
+        return None
+    return cast("Tensor", weight).flatten(1), bias
 
 
 def is_norm(module: nn.Module) -> bool:

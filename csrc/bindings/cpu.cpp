@@ -20,6 +20,7 @@
 #include "kernels/cpu/head.h"
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/parallel.h"
+#include "kernels/cpu/squeeze_excite.h"
 #include "kernels/cpu/stem.h"
 #include "kernels/cpu/winograd.h"
 #include "program.h"
@@ -324,6 +325,55 @@ void head(const TensorArg& out, const TensorArg& x, const TensorArg& weight,
   launch.run<run_head>();
 }
 
+void run_squeeze_excite(cpu::SqueezeExcite& op, std::uintptr_t) { cpu::squeeze_excite(op); }
+
+// Weight and bias.
+using Linear = std::tuple<TensorArg, OptionalTensor>;
+
+void set_linear(Launch<cpu::SqueezeExcite>& launch, const void*& weight_slot,
+                const void*& bias_slot, const char* name, const Linear& linear, std::int64_t rows,
+                std::int64_t columns, ScalarType type) {
+  const auto& [weight, bias] = linear;
+  check_sizes(name, weight, {rows, columns});
+  check_contiguous(name, weight, 2);
+  check_type(name, weight, type);
+  launch.reads(weight_slot, name, weight);
+  bias_slot = nullptr;
+  if (!bias) return;
+  check_sizes("bias", *bias, {rows});
+  check_contiguous("bias", *bias, 1);
+  check_type("bias", *bias, type);
+  launch.reads(bias_slot, "bias", *bias);
+}
+
+void squeeze_excite(const TensorArg& out, const TensorArg& x, const Linear& reduce,
+                    const Linear& expand, const OptionalTensor& residual, bool relu) {
+  check_nhwc("x", x);
+  check_nhwc("out", out);
+  check_type("x", x, out.type);
+  const auto& [batch, channels, height, width] = x.sizes;
+  check_sizes("out", out, {batch, channels, height, width});
+  check_rank("reduce", std::get<0>(reduce), 2);
+  Launch<cpu::SqueezeExcite> launch;
+  cpu::SqueezeExcite& op = launch.arguments;
+  op.format = format_of("x", x);
+  op.batch = batch;
+  op.pixels = height * width;
+  op.channels = channels;
+  op.hidden = std::get<0>(reduce).sizes[0];
+  op.relu = relu;
+  if (op.hidden < 1) refuse("reduce has no rows");
+  set_linear(launch, op.reduce, op.reduce_bias, "reduce", reduce, op.hidden, channels, x.type);
+  set_linear(launch, op.expand, op.expand_bias, "expand", expand, channels, op.hidden, x.type);
+  if (out.numel() == 0) return;
+  if (x.address != out.address) check_apart("out", out, "x", x);
+  launch.reads(op.x, "x", x);
+  launch.may_replace(op.x);
+  set_residual(launch, op.residual, residual, out);
+  launch.writes(op.out, "out", out);
+  launch.run<run_squeeze_excite>();
+}
+
 // Tensors whose elements fill one span of memory each.
 std::vector<cpu::Bytes> bytes_of(const std::vector<TensorArg>& tensors) {
   std::vector<cpu::Bytes> all;
@@ -455,6 +505,13 @@ void register_cpu_kernels(py::module_& module) {
              "out = linear(mean of x over its pixels): weight (classes, channels) with contiguous\n"
              "rows, bias (classes) or None, out (batch, classes), all of one type, float32 or\n"
              "bfloat16. Sums are float32, rounded once. Runs on every processor.");
+
+  module.def("squeeze_excite", &squeeze_excite, py::arg("out"), py::arg("x"), py::arg("reduce"),
+             py::arg("expand"), py::arg("residual"), py::arg("relu"),
+             "out = relu?(x * sigmoid(expand(relu(reduce(mean of x over its pixels)))) (+\n"
+             "residual)); out may be x. reduce and expand are (weight, bias or None), of (hidden,\n"
+             "channels) and (channels, hidden), dense and of x's type, float32 or bfloat16.\n"
+             "Computed in float32, rounded once. Runs on every processor.");
 
   module.def(
       "fingerprints", &fingerprints, py::arg("tensors"),

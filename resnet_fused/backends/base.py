@@ -74,6 +74,17 @@ class Backend(Protocol):
 
     def stem(self, x: Tensor, layer: ConvBn, pool: MaxPool) -> Candidates: ...
 
+    def squeeze_excite(
+        self,
+        x: Tensor,
+        reduce: Tensor,
+        reduce_bias: Tensor | None,
+        expand: Tensor,
+        expand_bias: Tensor | None,
+        residual: Tensor | None,
+        relu: bool,
+    ) -> Candidates: ...
+
     def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Candidates: ...
 
     def quantized_conv(

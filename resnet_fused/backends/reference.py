@@ -26,8 +26,8 @@ class ReferenceBackend:
     def _nothing(self, *_: Any) -> Candidates:
         return ()
 
-    bn_add_relu = conv_bn = conv_bn_projection = bottleneck = stem = head = _nothing
-    quantized_conv = quantized_stem = quantized_head = _nothing
+    bn_add_relu = conv_bn = conv_bn_projection = bottleneck = stem = _nothing
+    squeeze_excite = head = quantized_conv = quantized_stem = quantized_head = _nothing
 
 
 def create() -> Backend:

@@ -315,18 +315,8 @@ class ResidualNetwork(nn.Module):
         Differentiable, and fused as in `forward`: what detectors and dense predictions build on.
         A stage may be replaced, by `nn.Identity` for example. Raises ValueError for other indices.
         """
-        count = len(self._stages) + 1
-        wanted = range(1, count) if out_indices is None else out_indices
-        indices = [i + count if i < 0 else i for i in wanted]
-        if (
-            not indices
-            or sorted({*indices}) != indices
-            or not 0 <= indices[0] <= indices[-1] < count
-        ):
-            raise ValueError(
-                f"out_indices must be ascending and lie within 0 to {count - 1}, "
-                f"found {tuple(wanted)}."
-            )
+        wanted = range(1, len(self._stages) + 1) if out_indices is None else out_indices
+        indices = self.feature_indices(wanted)
         found = []
         if indices[0] == 0:
             x = sequence.run([self.conv1, self.bn1, self.relu], x)
@@ -339,6 +329,21 @@ class ResidualNetwork(nn.Module):
             if i in indices:
                 found.append(x)
         return found
+
+    def feature_indices(self, wanted: Sequence[int]) -> list[int]:
+        """The `out_indices` of `features` counted from the beginning; ValueError for wrong ones."""
+        count = len(self._stages) + 1
+        indices = [i + count if i < 0 else i for i in wanted]
+        if (
+            not indices
+            or sorted({*indices}) != indices
+            or not 0 <= indices[0] <= indices[-1] < count
+        ):
+            raise ValueError(
+                f"out_indices must be ascending and lie within 0 to {count - 1}, "
+                f"found {tuple(wanted)}."
+            )
+        return indices
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last stage's result, before the pooling. As timm's, like the methods below."""
@@ -438,6 +443,9 @@ def build(
         adapt_weights: where other `num_classes` or `in_chans` are given than the weights have, make
             the first layer from theirs and leave the classifier random, as timm does; otherwise
             this is an error.
+        features_only: return a `FeatureNetwork` of it instead, without the classifier, whose
+            forward gives a list of the results on the way.
+        out_indices: with `features_only`, which of them (`ResidualNetwork.features`); all if None.
         **kwargs: arguments of the network's class.
 
     Raises ValueError for unknown names and arguments that do not apply, CheckpointError for files
@@ -446,6 +454,9 @@ def build(
     if not block.has_shortcut:
         for argument in {"shortcut", "zero_init_residual"} & set(kwargs):
             raise ValueError(f"{argument} does not apply to {name}: it has no shortcuts.")
+    features_only, out_indices = kwargs.pop("features_only", False), kwargs.pop("out_indices", None)
+    if out_indices is not None and not features_only:
+        raise ValueError("out_indices goes with features_only=True; or call model.features(x, ...).")
     weights = without_legacy(name, weights, kwargs)
     state = load_weights(name, weights, progress)
     if state is not None and "fc.weight" in state:
@@ -459,4 +470,8 @@ def build(
         if adapts and first is not None:
             state = adapt(state, first, model.state_dict())
         model.load_state_dict(state)
+    if features_only:
+        from .features import FeatureNetwork  # which is made of networks
+
+        return cast("_Network", FeatureNetwork(model, out_indices))
     return model

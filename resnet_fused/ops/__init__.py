@@ -11,6 +11,7 @@ from .head import head
 from .quantized_conv import quantized_conv
 from .quantized_head import quantized_head
 from .quantized_stem import quantized_stem
+from .squeeze_excite import squeeze_excite
 from .stem import stem
 from .stem_training import stem_training
 from .sync_batch_norm import sync_batch_norm
@@ -32,6 +33,7 @@ __all__ = [
     "quantized_head",
     "quantized_stem",
     "residual_block_training",
+    "squeeze_excite",
     "stem",
     "stem_training",
     "sync_batch_norm",

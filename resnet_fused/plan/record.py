@@ -169,7 +169,11 @@ def part(call: Callable[[Tensor], Tensor], modules: list[nn.Module], plannable: 
     for module in modules:
         plannable = (
             plannable
-            and (type(module) in _PLANNED or vars(type(module)).get("made_of_ops", False))
+            and (
+                type(module) in _PLANNED
+                or vars(type(module)).get("made_of_ops", False)
+                or fusion.is_sigmoid(module)
+            )
             and fusion.untouched(module)
             and not shadows(module)
         )

@@ -78,6 +78,27 @@ def stem(x: Tensor, layer: ConvBn, pool: MaxPool) -> Tensor:
     return nhwc(F.max_pool2d(conv_bn(x, layer, None, True), *pool))
 
 
+def squeeze_excite(
+    x: Tensor,
+    reduce: Tensor,
+    reduce_bias: Tensor | None,
+    expand: Tensor,
+    expand_bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    """relu?(x · sigmoid(expand(relu(reduce(global_average_pool(x))))) (+ residual)); x and residual
+    (N, C, H, W), reduce (hidden, C), expand (C, hidden)."""
+    hidden = F.relu(F.linear(x.mean((2, 3)), reduce, reduce_bias))
+    gate = torch.sigmoid(F.linear(hidden, expand, expand_bias))
+    out = x * gate[:, :, None, None]
+    if residual is not None:
+        out = out + residual
+    if relu:
+        out = F.relu(out)
+    return nhwc(out)
+
+
 def head(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """linear(global_average_pool(x)): x (N, C, H, W), weight (classes, C) -> (N, classes)."""
     return F.linear(x.mean((2, 3)), weight, bias)

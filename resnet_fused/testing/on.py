@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from .. import ops
@@ -46,6 +48,10 @@ class On:
     def stem(self, x: Tensor, layer: ConvBn, pool: MaxPool) -> Tensor:
         with use_backend(self._backend):
             return ops.stem(x, layer, pool)
+
+    def squeeze_excite(self, x: Tensor, *arguments: Any) -> Tensor:
+        with use_backend(self._backend):
+            return ops.squeeze_excite(x, *arguments)
 
     def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         with use_backend(self._backend):

@@ -18,7 +18,7 @@ from ...parameters import BatchNorm, ConvBn, Convolution, MaxPool
 from .. import Backend, Candidate, Candidates
 from ..training import TrainingKernels
 from .live_cache import LiveCache
-from .native import PackedConvolution, PooledStem, bn_add_relu, head, suits_winograd
+from .native import PackedConvolution, PooledStem, bn_add_relu, head, squeeze_excite, suits_winograd
 from .onednn import OPERATORS, OneDnnConvolution
 from .quantized import QuantizedCpuBackend
 from .training import CpuTraining
@@ -88,6 +88,18 @@ class CpuBackend(QuantizedCpuBackend):
         if layer.conv.weight.dtype not in self._own or not PooledStem.serves(layer.conv, pool):
             return ()
         return (Candidate("cpu", self._stem),)
+
+    def squeeze_excite(
+        self,
+        x: Tensor,
+        reduce: Tensor,
+        reduce_bias: Tensor | None,
+        expand: Tensor,
+        expand_bias: Tensor | None,
+        residual: Tensor | None,
+        relu: bool,
+    ) -> Candidates:
+        return (Candidate("cpu", functools.partial(squeeze_excite, self.extension)),)
 
     def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Candidates:
         return (Candidate("cpu", functools.partial(head, self.extension)),)

@@ -65,6 +65,28 @@ def head(extension: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None) 
     return out
 
 
+def squeeze_excite(
+    extension: ModuleType,
+    x: Tensor,
+    reduce: Tensor,
+    reduce_bias: Tensor | None,
+    expand: Tensor,
+    expand_bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    """relu?(x · sigmoid(expand(relu(reduce(mean of x)))) (+ residual)); on every processor."""
+    x = nhwc(x)
+    out = torch.empty_like(x)
+    layers = []
+    for weight, bias in ((reduce, reduce_bias), (expand, expand_bias)):
+        bias = None if bias is None else copied(bias, bias.contiguous())
+        weight = copied(weight, weight.contiguous())
+        layers.append((tensor_arg(weight), optional_tensor_arg(bias)))
+    extension.squeeze_excite(tensor_arg(out), tensor_arg(x), *layers, residual_arg(residual), relu)
+    return out
+
+
 def pack(extension: ModuleType, form: str, weight: Tensor, *options: Any) -> Tensor:
     """The weight as the kernels of that form read it: "conv", "grouped", "winograd" or "stem"."""
     described = tensor_arg(weight)

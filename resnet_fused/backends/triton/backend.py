@@ -15,6 +15,7 @@ from ..reference import ReferenceBackend
 from .convolution import list_conv_bn, list_conv_bn_projection
 from .elementwise import list_bn_add_relu
 from .head import list_head
+from .squeeze_excite import list_squeeze_excite
 from .stem import list_stem
 from .training import TritonTraining
 
@@ -98,6 +99,18 @@ class TritonBackend(ReferenceBackend):
 
     def stem(self, x: Tensor, layer: ConvBn, pool: MaxPool) -> Candidates:
         return list_stem(x, layer, pool)
+
+    def squeeze_excite(
+        self,
+        x: Tensor,
+        reduce: Tensor,
+        reduce_bias: Tensor | None,
+        expand: Tensor,
+        expand_bias: Tensor | None,
+        residual: Tensor | None,
+        relu: bool,
+    ) -> Candidates:
+        return list_squeeze_excite(x, reduce)
 
     def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Candidates:
         return list_head(x, weight)

@@ -1,4 +1,4 @@
-"""relu?(bn(x) (+ residual)), NHWC: one pass over memory.
+"""relu?(bn(x) (+ residual)) and relu?(x · gate (+ residual)), NHWC: one pass over memory.
 
 A program handles BLOCK_M positions × BLOCK_C channels, so batch norm parameters are read once per
 tile and every access is a run of channels (16 bytes a thread where alignment allows).
@@ -52,13 +52,19 @@ def list_bn_add_relu() -> Candidates:
     return (Candidate("triton", bn_add_relu, "triton bn_add_relu"),)
 
 
-@planned
-def _plan(x: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool) -> Launch:
+def _tile(x: Tensor) -> tuple[int, int, int]:
+    """Rows of `x`, and how many rows and channels of them a program takes."""
     channels = x.shape[1]
     rows = x.numel() // channels
     # All channels of a row up to 512.
     block_c = min(512, triton.next_power_of_2(channels))
-    block_m = min(_ELEMENTS // block_c, triton.next_power_of_2(rows))
+    return rows, min(_ELEMENTS // block_c, triton.next_power_of_2(rows)), block_c
+
+
+@planned
+def _plan(x: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool) -> Launch:
+    channels = x.shape[1]
+    rows, block_m, block_c = _tile(x)
     return Launch(
         bn_add_relu_kernel,
         (triton.cdiv(rows, block_m) * triton.cdiv(channels, block_c),),
@@ -79,4 +85,61 @@ def bn_add_relu(x: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool) -
     residual = None if residual is None else nhwc(residual)
     out = empty_nhwc(x.shape, x)
     _plan(x, bn, residual, relu)(x, bn, residual, out)
+    return out
+
+
+@triton.jit
+def gate_add_relu_kernel(
+    x,
+    gate,
+    residual,
+    out,
+    rows,
+    pixels,
+    C,
+    RELU: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Grid: (tiles of rows × C,). gate: (images, C), of images of so many pixels each."""
+    row, channel = tile_index(rows, C, BLOCK_M, BLOCK_C, WIDE)
+    channel += tl.arange(0, BLOCK_C)
+    offset = row[:, None] * C + channel[None, :]
+    mask = (row < rows)[:, None] & (channel < C)[None, :]
+    value = tl.load(x + offset, mask, other=0.0).to(tl.float32)
+    image = (row // pixels)[:, None]
+    value *= tl.load(gate + image * C + channel[None, :], mask, other=0.0).to(tl.float32)
+    if residual is not None:
+        value += tl.load(residual + offset, mask, other=0.0).to(tl.float32)
+    if RELU:
+        value = relu(value)
+    tl.store(out + offset, value.to(out.dtype.element_ty), mask)
+
+
+@planned
+def _plan_gate(x: Tensor, gate: Tensor, residual: Tensor | None, relu: bool) -> Launch:
+    batch, channels = x.shape[:2]
+    rows, block_m, block_c = _tile(x)
+    return Launch(
+        gate_add_relu_kernel,
+        (triton.cdiv(rows, block_m) * triton.cdiv(channels, block_c),),
+        _CONFIG,
+        x.device,
+        rows=rows,
+        pixels=rows // batch,
+        C=channels,
+        RELU=relu,
+        WIDE=is_wide(x),
+        BLOCK_M=block_m,
+        BLOCK_C=block_c,
+    )
+
+
+def gate_add_relu(x: Tensor, gate: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """relu?(x · gate (+ residual)); x and residual (N, C, H, W), gate (N, C)."""
+    x = nhwc(x)
+    residual = None if residual is None else nhwc(residual)
+    out = empty_nhwc(x.shape, x)
+    _plan_gate(x, gate, residual, relu)(x, gate, residual, out)
     return out
