@@ -158,16 +158,16 @@ class _SqueezeExcite(_OneTensor):
 
     def why_not(self, conv: nn.Module, bn: nn.Module | None) -> str | None:
         found = "belongs to a gate that is more than mean, ReLU and sigmoid between two 1×1 layers"
-        return found if self._gate() is None else None
+        return found if self._gate_arguments() is None else None
 
-    def gate(self) -> _Gate | None:
+    def gate_arguments(self) -> _Gate | None:
         """What the op takes, or None where the modules have to run."""
         own = cast("Any", self)
         if own.training or not self.is_plain() or not fusion.untouched(own):
             return None
-        return self._gate()
+        return self._gate_arguments()
 
-    def _gate(self) -> _Gate | None:
+    def _gate_arguments(self) -> _Gate | None:
         own: Any = cast("nn.Module", self)._modules
         reduce, expand = fusion.pointwise(own["fc1"]), fusion.pointwise(own["fc2"])
         if (
@@ -182,7 +182,7 @@ class _SqueezeExcite(_OneTensor):
         return (*reduce, *expand)
 
     def by_ops(self, x: Tensor) -> Tensor | None:
-        gate = None if fusion.must_call_modules(x) else self.gate()
+        gate = None if fusion.must_call_modules(x) else self.gate_arguments()
         return None if gate is None else squeeze_excite(x, *gate)
 
 
@@ -230,8 +230,12 @@ class _Block(_OneTensor, ResidualBlock):
         modules[-1:] = [*before, modules[-1], *after]
         modules += self.layers()[-1]
         gate = None
-        if len(behind) == 1 and isinstance(behind[0], _SqueezeExcite) and fusion.is_relu(activation):
-            gate = behind[0].gate()
+        if (
+            len(behind) == 1
+            and isinstance(behind[0], _SqueezeExcite)
+            and fusion.is_relu(activation)
+        ):
+            gate = behind[0].gate_arguments()
         if gate is None:
             modules += behind
         out = sequence.run(modules, x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,6 +18,7 @@ from resnet_fused.backends.cpu.native import (
     bn_add_relu,
     head,
     pack,
+    squeeze_excite,
     suits_winograd,
     vectors,
 )
@@ -32,6 +34,7 @@ from resnet_fused.testing.cases import (
     make_identity,
     make_integers,
     make_residual,
+    make_squeeze_excite,
 )
 
 if reason := _extension.available():
@@ -626,6 +629,60 @@ def test_head_gives_the_same_bits_with_any_number_of_threads_and_images(threads)
     for count in (1, 2, 5):
         torch.set_num_threads(count)
         assert torch.equal(head(_C, x, weight, bias), expected)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 64, 20, 17, 16), (3, 19, 3, 5, 3), (1, 256, 56, 56, 16), (1, 7, 1, 1, 33)],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("add", [True, False], ids=["residual", "plain"])
+def test_squeeze_excite_rounds_once(shape, dtype, add):
+    arguments = make_squeeze_excite(*shape, generator(), add, add, add, dtype)
+    run = partial(squeeze_excite, _C)
+    out = check_op(run, reference.squeeze_excite, arguments)
+    truth = reference.squeeze_excite(*cast(arguments, torch.float64))
+    spacing = torch.finfo(dtype).eps * truth.abs() * (0.51 if dtype == torch.bfloat16 else 4)
+    assert ((out.double() - truth).abs() <= spacing + 1e-5).all()
+
+
+def test_squeeze_excite_gives_the_same_bits_with_any_number_of_threads_and_images(threads):
+    x, *others, residual, relu = make_squeeze_excite(5, 40, 25, 21, 7, generator(), True, True)
+    images = zip(x.split(1), residual.split(1), strict=True)
+    expected = torch.cat([squeeze_excite(_C, one, *others, added, relu) for one, added in images])
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        assert torch.equal(squeeze_excite(_C, x, *others, residual, relu), expected)
+
+
+def test_squeeze_excite_in_place_and_with_nan():
+    x, *others = make_squeeze_excite(2, 24, 9, 5, 6, generator(), True, True, True)
+    expected = squeeze_excite(_C, x, *others)
+    described = tensor_arg(x)
+    linears = [(tensor_arg(others[i]), tensor_arg(others[i + 1])) for i in (0, 2)]
+    residual = tensor_arg(others[4])
+    _C.squeeze_excite(described, described, *linears, residual, True)
+    assert torch.equal(x, expected)
+    x[0, 3, 8, 4] = float("nan")  # by way of its image's means all of that image
+    out = squeeze_excite(_C, x, *others)
+    assert out[0].isnan().all()
+    assert not out[1].isnan().any()
+
+
+def test_squeeze_excite_refuses_impossible_arguments(arguments):
+    x = arguments["x"]
+    reduce, expand = ((tensor_arg(torch.zeros(s)), None) for s in ((5, 16), (16, 5)))
+    out = arguments["out"]
+    for wrong, message in (
+        ((out, x, (tensor_arg(torch.zeros(16, 5).t()), None), expand), "reduce must be contiguous"),
+        ((out, x, reduce, reduce), r"expand must be of size \(16, 5\)"),
+        ((out, x, (tensor_arg(torch.zeros(0, 16)), None), expand), "reduce has no rows"),
+        ((out, x, (reduce[0], tensor_arg(torch.zeros(4))), expand), r"bias must be of size \(5\)"),
+        ((changed(x, address=x[0] + 4), x, reduce, expand), "out overlaps x"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _C.squeeze_excite(*wrong, None, True)
 
 
 def stem_eager(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchvision.models.feature_extraction import create_feature_extractor
 
+import resnet_fused
 from resnet_fused import fuse, unfuse
 from resnet_fused.numerics import assert_contract, relative_error
 from resnet_fused.testing.cases import generator, randomise_statistics
@@ -61,17 +62,17 @@ def segmenter() -> nn.Module:
     )
 
 
-# Each with how many of its convolutions are fused, of how many. What is left belongs to squeeze and
-# excitation and to classifiers, with biases and no batch norm, and to ASPP's pooling.
+# Each with how many of its convolutions are fused, of how many. What is left belongs to
+# classifiers, with biases and no batch norm, and to ASPP's pooling.
 CLASSIFIERS = {
     "timm resnet18": (timms("resnet18"), 20, 20),
     "timm resnet50": (timms("resnet50"), 53, 53),
     "timm resnet50d": (timms("resnet50d"), 55, 55),
     "timm resnet101d": (timms("resnet101d"), 106, 106),
-    "timm seresnet50": (timms("seresnet50"), 53, 85),
+    "timm seresnet50": (timms("seresnet50"), 85, 85),
     "timm resnext50_32x4d": (timms("resnext50_32x4d"), 53, 53),
     "timm wide_resnet50_2": (timms("wide_resnet50_2"), 53, 53),
-    "timm regnety_008": (timms("regnety_008"), 47, 75),
+    "timm regnety_008": (timms("regnety_008"), 75, 75),
     "timm resnet18 drop path": (timms("resnet18", drop_path_rate=0.5), 20, 20),
     "timm resnetblur18": (timms("resnetblur18"), 20, 20),
     "torchvision resnet50": (torchvisions("resnet50"), 53, 53),
@@ -238,6 +239,38 @@ def test_training_by_fused_ops(name: str, ops: int) -> None:
             ours(images())
     found = {key: n for key, n in calls.counts.items() if key.startswith("resnet_fused::")}
     assert sum(found.values()) == ops, found
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda se: setattr(se, "add_maxpool", True), "more than mean, ReLU and sigmoid"),
+        (lambda se: setattr(se, "act", nn.SiLU()), "more than mean, ReLU and sigmoid"),
+        (lambda se: setattr(se, "gate", nn.Hardsigmoid()), "more than mean, ReLU and sigmoid"),
+        (lambda se: setattr(se, "bn", nn.BatchNorm2d(16).double().eval()), "more than mean"),
+        (lambda se: se.fc1.register_forward_hook(lambda m, i, out: out * 3), "more than mean"),
+        (lambda se: se.gate.register_forward_hook(lambda m, i, out: out / 2), "more than mean"),
+        (lambda se: se.register_forward_hook(lambda m, i, out: out * 0.9), ""),
+    ],
+)
+def test_a_gate_that_is_another_one_is_left_alone(
+    change: Callable[[nn.Module], object], reason: str
+) -> None:
+    timms("resnet18")()  # skips without timm
+    gate = timm.layers.squeeze_excite.SEModule
+    model, ours = pair(lambda: timm.models.resnet.Bottleneck(256, 64, attn_layer=gate))
+    fuse(ours)
+    x = images(2, 9)[:, :1].repeat(1, 256, 1, 1)
+    with torch.no_grad():
+        unchanged = model(x)
+    assert fused_ops(ours, x) == (4, 0)
+    change(model.se), change(ours.se)
+    close(ours(x), model(x))
+    assert relative_error(model(x), unchanged) > 10 * ROUNDING
+    unfuse(ours)
+    left = fuse(ours).left.get("se.fc1", "")
+    assert reason in left
+    assert bool(left) == bool(reason)
 
 
 def test_a_detector() -> None:
@@ -434,7 +467,16 @@ def test_a_class_made_of_a_fused_one_is_not_undone() -> None:
         unfuse(ours)
 
 
-@pytest.mark.parametrize("build", [torchvisions("resnet18"), timms("resnet18")])
+def test_models_of_ours_stay_what_they_are() -> None:
+    model = resnet_fused.resnet18(stem="deep", avg_down=True, num_classes=7)
+    kinds = [type(module) for module in model.modules()]
+    assert str(fuse(model)).startswith("22 of 22 convolutions fused")
+    assert [type(module) for module in model.modules()] == kinds
+
+
+@pytest.mark.parametrize(
+    "build", [torchvisions("resnet18"), timms("resnet18"), timms("seresnet18")]
+)
 def test_plans_serve_fused_networks(build: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     model = randomise_statistics(build()).eval()

@@ -23,6 +23,7 @@ from resnet_fused.testing.cases import (
     generator,
     make_bottleneck,
     make_convolution,
+    make_squeeze_excite,
 )
 from resnet_fused.testing.quantized_cases import (
     make_quantized_conv,
@@ -48,12 +49,14 @@ def _arguments(name: str, dtype: torch.dtype) -> list[Any]:
         return make_bottleneck(BlockCase(2, 5, 5, 6, 4, 8, 2, True), rng, dtype)
     if name == "stem":
         return [x, layer, MaxPool(3, 2, 1)]
+    if name == "squeeze_excite":
+        return make_squeeze_excite(2, 8, 3, 5, 4, rng, True, True, True, dtype)
     return [residual, torch.randn(4, 8, generator=rng).to(dtype), torch.zeros(4, dtype=dtype)]
 
 
 NAMES = [
     *("bn_add_relu", "conv_bn", "conv_bn_projection", "bottleneck", "bottleneck projection"),
-    *("stem", "head"),
+    *("stem", "squeeze_excite", "head"),
 ]
 
 

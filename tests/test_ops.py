@@ -24,6 +24,7 @@ from resnet_fused.testing.cases import (
     make_identity,
     make_integers,
     make_residual,
+    make_squeeze_excite,
 )
 from resnet_fused.testing.on import On
 
@@ -269,6 +270,42 @@ def test_head(shape: tuple[int, ...], bias: bool, device: str, dtype: torch.dtyp
     x = x.contiguous(memory_format=torch.channels_last)
     out = check_op(ops.head, reference.head, [x, weight, offset], noise=NOISE)
     assert out.shape == (batch, classes)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("add", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("shape", [(2, 64, 7, 7, 16), (3, 37, 3, 5, 5), (8, 64, 1, 1, 16)])
+def test_squeeze_excite(
+    shape: tuple[int, ...], add: bool, bias: bool, device: str, dtype: torch.dtype
+) -> None:
+    for relu in (False, True):
+        arguments = make_squeeze_excite(*shape, generator(), add, bias, relu, dtype, device)
+        # Mean, hidden value, gate before and behind the sigmoid, product; and the residual.
+        roundings = 5 + add if dtype == torch.float32 else 0
+        out = check_op(
+            ops.squeeze_excite,
+            reference.squeeze_excite,
+            arguments,
+            noise=NOISE,
+            roundings=roundings,
+        )
+        assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_squeeze_excite_refuses_what_does_not_fit() -> None:
+    x, reduce, _, expand, *_ = make_squeeze_excite(2, 8, 3, 3, 4, generator())
+    for arguments, message in (
+        ((x, reduce[:, :4], None, expand, None), r"reduce must have shape \(hidden, 8\)"),
+        ((x, reduce, reduce[:3, 0], expand, None), r"reduce_bias must have shape \(4,\)"),
+        ((x, reduce, None, expand.T, None), r"expand must have shape \(8, 4\)"),
+        ((x, reduce, None, expand, expand[:, 0][:7]), r"expand_bias must have shape \(8,\)"),
+        ((x, reduce, None, expand, None, x[:1]), r"residual must have shape \(2, 8, 3, 3\)"),
+        ((x[:, :, :0], reduce, None, expand, None), "at least one pixel"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.squeeze_excite(*arguments)
+    with pytest.raises(TypeError, match=r"expand is torch\.float64 and the input torch\.float32"):
+        ops.squeeze_excite(x, reduce, None, expand.double(), None)
 
 
 @pytest.mark.parametrize("add", [False, True], ids=["plain", "residual"])

@@ -75,6 +75,41 @@ def test_training_is_timms(name: str) -> None:
         close(ours, theirs)
 
 
+@pytest.mark.parametrize("indices", [None, (1, 2, 3, 4), (0, 2), (-3, -2)])
+@pytest.mark.parametrize("name", ["resnet18", "resnet18d"])
+def test_features_only_is_timms(name: str, indices: tuple[int, ...] | None) -> None:
+    timm = pytest.importorskip("timm", reason="needs timm: pip install timm")
+    wanted = {} if indices is None else {"out_indices": indices}
+    torch.manual_seed(0)
+    theirs = timm.create_model(name, features_only=True, **wanted)
+    theirs = randomise_statistics(theirs).double().eval()
+    ours = resnet_fused.resnet18(features_only=True, **wanted, **NETWORKS[name]).double().eval()
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    for found, expected in zip(ours(images()), theirs(images()), strict=True):
+        close(found, expected)
+    assert ours.feature_info.channels() == theirs.feature_info.channels()
+    assert ours.feature_info.reduction() == theirs.feature_info.reduction()
+    sum(found.sum() for found in ours.train()(images())).backward()
+    assert all(parameter.grad is not None for parameter in ours.parameters())
+
+
+def test_features_only_takes_a_classifiers_weights() -> None:
+    whole = randomise_statistics(resnet_fused.resnet18(num_classes=7)).eval()
+    state = whole.state_dict()
+    features = resnet_fused.resnet18(weights=state, features_only=True, out_indices=[2]).eval()
+    left = {key.split(".")[0] for key in features.state_dict()}
+    assert left == {"conv1", "bn1", "layer1", "layer2"}
+    x = images().float()
+    with torch.no_grad():
+        (found,) = features(x)
+        assert torch.equal(found, whole.features(x, [2])[0])
+    with pytest.raises(ValueError, match=r"out_indices=\[2\] needs features_only=True"):
+        resnet_fused.resnet18(out_indices=[2])
+    with pytest.raises(ValueError, match="out_indices must be ascending"):
+        resnet_fused.resnet18(features_only=True, out_indices=[2, 1])
+
+
 def test_classifiers_are_replaced_as_timms() -> None:
     ours, theirs = pair()
     assert ours.get_classifier(name_only=True) == theirs.get_classifier(name_only=True)

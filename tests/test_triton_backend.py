@@ -37,6 +37,7 @@ from resnet_fused.testing.cases import (
     generator,
     make_batch_norm,
     make_convolution,
+    make_gated_integers,
     make_integers,
     make_residual,
 )
@@ -172,10 +173,20 @@ def _arguments(name: str, dtype: torch.dtype, device: str) -> list[Any]:
     x, layer = make_integers(ConvCase(2, 19, 5, 4, 19), rng, dtype, device)
     if name == "bn_add_relu":
         return [x, layer.bn, x.clone(), True]
+    if name == "squeeze_excite":  # means of 16 values, gates of 0, 1/2 and 1
+        return make_gated_integers(x[..., :4, :], 6, rng)
     return [x[..., :4, :], layer.conv.weight[:, :, 0, 0], layer.bn.weight]  # head: 16 positions
 
 
-OPS = ["conv_bn", "conv_bn grouped", "conv_bn_projection", "stem", "bn_add_relu", "head"]
+OPS = [
+    "conv_bn",
+    "conv_bn grouped",
+    "conv_bn_projection",
+    "stem",
+    "bn_add_relu",
+    "squeeze_excite",
+    "head",
+]
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -454,9 +454,12 @@ def build(
     if not block.has_shortcut:
         for argument in {"shortcut", "zero_init_residual"} & set(kwargs):
             raise ValueError(f"{argument} does not apply to {name}: it has no shortcuts.")
-    features_only, out_indices = kwargs.pop("features_only", False), kwargs.pop("out_indices", None)
+    features_only = kwargs.pop("features_only", False)
+    out_indices = kwargs.pop("out_indices", None)
     if out_indices is not None and not features_only:
-        raise ValueError("out_indices goes with features_only=True; or call model.features(x, ...).")
+        raise ValueError(
+            f"out_indices={out_indices!r} needs features_only=True; or call model.features."
+        )
     weights = without_legacy(name, weights, kwargs)
     state = load_weights(name, weights, progress)
     if state is not None and "fc.weight" in state:

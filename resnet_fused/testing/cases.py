@@ -182,6 +182,45 @@ def make_bottleneck(
     return [made[0][0], *(layer for _, layer in made), *(() if case.projection else (None,))]
 
 
+def make_squeeze_excite(
+    batch: int,
+    channels: int,
+    height: int,
+    width: int,
+    hidden: int,
+    rng: torch.Generator,
+    residual: bool = False,
+    bias: bool = False,
+    relu: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> list[Any]:
+    """The arguments of `reference.ops.squeeze_excite`, gates all over their range."""
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=rng) * scale).to(device, dtype)
+
+    image = (batch, channels, height, width)
+    x = (draw(*image) + 0.5).contiguous(memory_format=torch.channels_last)
+    added = draw(*image).contiguous(memory_format=torch.channels_last) if residual else None
+    reduce, expand = draw(hidden, channels, scale=2 * channels**-0.5), draw(channels, hidden)
+    biases = (draw(hidden), draw(channels)) if bias else (None, None)
+    return [x, reduce, biases[0], expand, biases[1], added, relu]
+
+
+def make_gated_integers(x: Tensor, hidden: int, rng: torch.Generator) -> list[Any]:
+    """The same of integers `x` whose means are whole 64ths: the gates are 0, 1/2 and 1 to the last
+    bit, because what is not zero before the sigmoid is at least 64."""
+
+    def draw(*shape: int, scale: int = 1) -> Tensor:
+        return (scale * torch.randint(-1, 2, shape, generator=rng)).to(x.device, x.dtype)
+
+    channels = x.shape[1]
+    reduce, expand = draw(hidden, channels), draw(channels, hidden, scale=4096)
+    residual = draw(*x.shape).contiguous(memory_format=torch.channels_last)
+    return [x, reduce, None, expand, None, residual, True]
+
+
 def randomise_statistics(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Gives every BN of `model` random statistics, negative and tiny weights included.
 

@@ -27,6 +27,7 @@ from .cases import (
     ConvCase,
     generator,
     make_bottleneck,
+    make_gated_integers,
     make_identity,
     make_integers,
     make_residual,
@@ -35,7 +36,7 @@ from .on import On
 
 CONVOLUTION = "conv_bn"
 TRAINING = "training"
-FAMILIES = (CONVOLUTION, "bn_add_relu", "bottleneck", "stem", "head", TRAINING)
+FAMILIES = (CONVOLUTION, "bn_add_relu", "bottleneck", "stem", "squeeze_excite", "head", TRAINING)
 # Of bottlenecks: inner channels, stride, and whether there is a projection.
 _BLOCKS = ((64, 1, False), (64, 1, True), (64, 2, True), (128, 1, False), (128, 2, True))
 
@@ -190,6 +191,12 @@ def _others(family: str, dtype: torch.dtype, device: str, num_sms: int) -> Itera
             case = ConvCase(images, 3, height, width, channels, 7, 2, 3)
             arguments = [*make_integers(case, rng, dtype, device), MaxPool(3, 2, 1)]
             yield Case(f"{channels} channels", family, arguments)
+    elif family == "squeeze_excite":  # means of 64 and of 16 values
+        for channels, hidden, side in ((512, 32, 8), (72, 5, 4)):
+            shape = ConvCase(images, channels, side, side, channels)
+            x, _ = make_integers(shape, rng, dtype, device)
+            arguments = make_gated_integers(x, hidden, rng)
+            yield Case(f"{channels} channels, {side}×{side}", family, arguments)
     elif family == "head":  # means of 64 and of 16 values
         for batch, channels, classes, side in ((3, 512, 1000, 8), (17, 264, 11, 4)):
             shape = ConvCase(batch, channels, side, side, classes)

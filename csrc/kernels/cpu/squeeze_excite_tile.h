@@ -65,8 +65,9 @@ ISA_INLINE void find_gate(const SqueezeExcite& op, float* sums, std::int64_t par
   }
   std::fill(hidden + op.hidden, hidden + round_up(op.hidden, kLanes), 0.0f);
   for (std::int64_t c = 0; c < op.channels; ++c) {
-    const float value = linear<Number>(op.expand, op.expand_bias, c, op.hidden, hidden);
-    gate[c] = 1.0f / (1.0f + std::exp(-value));
+    // In fp64, as this factor's error is that of a whole channel.
+    const double value = linear<Number>(op.expand, op.expand_bias, c, op.hidden, hidden);
+    gate[c] = static_cast<float>(1.0 / (1.0 + std::exp(-value)));
   }
 }
 

@@ -19,9 +19,7 @@ from .launching import Config
 
 def list_squeeze_excite(x: Tensor, reduce: Tensor) -> Candidates:
     """Candidates of op `squeeze_excite`: those of the head that begins it."""
-    return launching.candidates(
-        squeeze_excite, head_configs(x, reduce), "triton squeeze_excite"
-    )
+    return launching.candidates(squeeze_excite, head_configs(x, reduce), "triton squeeze_excite")
 
 
 def squeeze_excite(
