@@ -175,6 +175,19 @@ def test_the_code_of_a_page_runs(page: Path, place: Path, surroundings: None) ->
             assert block.language == "text", f"{where}: {block.language!r} is run by nobody"
 
 
+def test_figures_are_what_their_script_draws() -> None:
+    path = ROOT / "docs/figures/draw.py"
+    spec = importlib.util.spec_from_file_location("draw", path)
+    assert spec is not None
+    assert spec.loader is not None
+    draw = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(draw)
+    committed = {file.stem: file.read_text() for file in path.parent.glob("*.svg")}
+    assert committed == {name: str(figure()) for name, figure in draw.FIGURES.items()}
+    shown = set(re.findall(r"\]\(figures/(\w+)\.svg\)", "".join(p.read_text() for p in PAGES)))
+    assert shown == committed.keys()
+
+
 @pytest.mark.thorough
 def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
     for module in ("mkdocs", "material", "mkdocstrings"):

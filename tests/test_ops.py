@@ -274,7 +274,7 @@ def test_head(shape: tuple[int, ...], bias: bool, device: str, dtype: torch.dtyp
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("add", [False, True], ids=["plain", "residual"])
-@pytest.mark.parametrize("shape", [(2, 64, 7, 7, 16), (3, 37, 3, 5, 5), (8, 64, 1, 1, 16)])
+@pytest.mark.parametrize("shape", [(8, 64, 7, 7, 16), (9, 37, 3, 5, 5), (8, 64, 1, 1, 16)])
 def test_squeeze_excite(
     shape: tuple[int, ...], add: bool, bias: bool, device: str, dtype: torch.dtype
 ) -> None:
