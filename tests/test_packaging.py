@@ -11,6 +11,7 @@ import shutil
 import site
 import subprocess
 import sys
+import sysconfig
 import venv
 import zipfile
 from collections.abc import Callable
@@ -547,6 +548,34 @@ def test_ci_runs_the_commands_of_the_readme():
     ci = (ROOT / ".ci/run").read_text().splitlines()
     assert ci.index(install) < ci.index(test)
     assert "- run: .ci/run\n" in (ROOT / ".github/workflows/ci.yml").read_text()
+
+
+@pytest.mark.thorough
+def test_the_sources_compile_for_aarch64_and_its_passes_run(tmp_path):
+    """There the convolutions refuse, and what any machine can do is right (in an emulator)."""
+    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    pybind11 = importlib.util.find_spec("pybind11")
+    if compiler is None or emulator is None or pybind11 is None:
+        pytest.skip("needs aarch64-linux-gnu-g++, qemu-aarch64 and pybind11")
+    kernels = sorted((ROOT / "csrc/kernels/cpu").glob("*.cpp"))
+    bindings = sorted((ROOT / "csrc/bindings").glob("*.cpp"))
+    options = ["-std=c++17", "-fopenmp", "-I", ROOT / "csrc"]
+    headers = ["-I", tmp_path, "-isystem", Path(pybind11.origin).parent / "include"]
+    headers += ["-isystem", sysconfig.get_path("include")]
+    shutil.copy(ROOT / "csrc/bindings/build_info.h.in", tmp_path / "build_info.h")
+    checked = [*kernels, *(b for b in bindings if b.name != "cuda.cpp")]
+
+    def passes(*command: str | Path) -> None:
+        result = run(*command, cwd=tmp_path, env=dict(os.environ))
+        assert result.returncode == 0, result.stdout
+
+    passes(compiler, *options, *headers, "-fsyntax-only", *checked)
+    linked = ("batch_norm", "bn_add_relu", "head", "parallel", "squeeze_excite")
+    sources = [ROOT / "tests/baseline.cpp", *(k for k in kernels if k.stem in linked)]
+    assert len(sources) == 1 + len(linked)
+    program = tmp_path / "baseline"
+    passes(compiler, *options, "-O1", "-static", *sources, "-o", program)
+    passes(emulator, program)
 
 
 def test_installed_extension_links_only_the_system():

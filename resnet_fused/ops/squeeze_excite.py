@@ -73,8 +73,10 @@ def squeeze_excite(
 
     Args:
         x: (N, C, H, W), floating; NHWC memory (channels_last) is used as it is, others converted.
-        reduce, reduce_bias: the first linear layer, (hidden, C) and (hidden,) or None.
-        expand, expand_bias: the second one, (C, hidden) and (C,) or None.
+        reduce: the first linear layer's weight, (hidden, C), of x's dtype like all that follow.
+        reduce_bias: its bias, (hidden,), or None.
+        expand: the second one's weight, (C, hidden).
+        expand_bias: its bias, (C,), or None.
         residual: added to the gated x; like x in shape, dtype and device.
         relu: whether to clamp at zero.
 
