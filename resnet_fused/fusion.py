@@ -114,12 +114,11 @@ def is_relu(module: nn.Module) -> bool:
 
 def is_sigmoid(module: nn.Module | None) -> bool:
     """Whether `module` is a sigmoid, PyTorch's or timm's."""
+    if module is None:
+        return False
     kind = type(module)
-    return (
-        module is not None
-        and (kind is nn.Sigmoid or _is_from(kind, "Sigmoid", "timm.layers.activations"))
-        and untouched(module)
-    )
+    known = kind is nn.Sigmoid or _is_from(kind, "Sigmoid", "timm.layers.activations")
+    return known and untouched(module)
 
 
 # Told at a glance; others are looked for by name.
