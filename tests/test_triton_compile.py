@@ -49,11 +49,12 @@ def test_kernels_of_resnets(capability: int, dtype: str) -> None:
         "conv_bn_projection_kernel",
         "head_kernel",
         "bn_add_relu_kernel",
+        "gate_add_relu_kernel",
     }
     for kernel in kernels:
         assert kernel["spilled"] == 0, kernel
         assert kernel["divisions"] == 0, kernel
-        if kernel["kernel"] == "bn_add_relu_kernel":
+        if kernel["kernel"] in ("bn_add_relu_kernel", "gate_add_relu_kernel"):
             continue
         assert kernel["loops"] > 0, kernel
         if "conv" in kernel["kernel"]:
@@ -140,6 +141,17 @@ def _resnet(backend: Any, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[]
             meta(BATCH, 256, 56, 56, dtype=dtype),
             _batch_norm(256),
             meta(BATCH, 256, 56, 56, dtype=dtype),
+            True,
+        ),
+    )
+    yield (
+        "squeeze and excitation",
+        _first(
+            backend.squeeze_excite,
+            meta(BATCH, 1024, 14, 14, dtype=dtype),
+            *(meta(64, 1024, dtype=dtype), meta(64, dtype=dtype)),
+            *(meta(1024, 64, dtype=dtype), meta(1024, dtype=dtype)),
+            meta(BATCH, 1024, 14, 14, dtype=dtype),
             True,
         ),
     )

@@ -78,6 +78,18 @@ def stem(x: Tensor, layer: ConvBn, pool: MaxPool) -> Tensor:
     return nhwc(F.max_pool2d(conv_bn(x, layer, None, True), *pool))
 
 
+def excitation(
+    x: Tensor,
+    reduce: Tensor,
+    reduce_bias: Tensor | None,
+    expand: Tensor,
+    expand_bias: Tensor | None,
+) -> Tensor:
+    """The factors (N, C) of `squeeze_excite`."""
+    hidden = F.relu(F.linear(x.mean((2, 3)), reduce, reduce_bias))
+    return torch.sigmoid(F.linear(hidden, expand, expand_bias))
+
+
 def squeeze_excite(
     x: Tensor,
     reduce: Tensor,
@@ -89,9 +101,7 @@ def squeeze_excite(
 ) -> Tensor:
     """relu?(x · sigmoid(expand(relu(reduce(global_average_pool(x))))) (+ residual)); x and residual
     (N, C, H, W), reduce (hidden, C), expand (C, hidden)."""
-    hidden = F.relu(F.linear(x.mean((2, 3)), reduce, reduce_bias))
-    gate = torch.sigmoid(F.linear(hidden, expand, expand_bias))
-    out = x * gate[:, :, None, None]
+    out = x * excitation(x, reduce, reduce_bias, expand, expand_bias)[:, :, None, None]
     if residual is not None:
         out = out + residual
     if relu:

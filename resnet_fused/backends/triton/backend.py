@@ -13,9 +13,8 @@ from ...parameters import BatchNorm, ConvBn, MaxPool
 from .. import Candidates
 from ..reference import ReferenceBackend
 from .convolution import list_conv_bn, list_conv_bn_projection
-from .elementwise import list_bn_add_relu
+from .elementwise import list_bn_add_relu, list_squeeze_excite
 from .head import list_head
-from .squeeze_excite import list_squeeze_excite
 from .stem import list_stem
 from .training import TritonTraining
 
@@ -110,7 +109,7 @@ class TritonBackend(ReferenceBackend):
         residual: Tensor | None,
         relu: bool,
     ) -> Candidates:
-        return list_squeeze_excite(x, reduce)
+        return list_squeeze_excite()
 
     def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Candidates:
         return list_head(x, weight)

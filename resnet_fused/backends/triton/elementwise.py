@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...parameters import BatchNorm
+from ...reference.ops import excitation
 from .. import Candidate, Candidates
 from .launching import Config, Launch, dense, empty_nhwc, is_wide, nhwc, planned
 from .primitives import normalise, relu, tile_index
@@ -136,10 +137,25 @@ def _plan_gate(x: Tensor, gate: Tensor, residual: Tensor | None, relu: bool) -> 
     )
 
 
-def gate_add_relu(x: Tensor, gate: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    """relu?(x · gate (+ residual)); x and residual (N, C, H, W), gate (N, C)."""
+def list_squeeze_excite() -> Candidates:
+    """The one candidate of op `squeeze_excite`: the gates by PyTorch, a few numbers for each image
+    from one reading of it, then the pass."""
+    return (Candidate("triton", squeeze_excite, "triton squeeze_excite"),)
+
+
+def squeeze_excite(
+    x: Tensor,
+    reduce: Tensor,
+    reduce_bias: Tensor | None,
+    expand: Tensor,
+    expand_bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    """See `resnet_fused.reference.ops.squeeze_excite`."""
     x = nhwc(x)
     residual = None if residual is None else nhwc(residual)
+    factors = excitation(x, reduce, reduce_bias, expand, expand_bias)
     out = empty_nhwc(x.shape, x)
-    _plan_gate(x, gate, residual, relu)(x, gate, residual, out)
+    _plan_gate(x, factors, residual, relu)(x, factors, residual, out)
     return out

@@ -83,18 +83,14 @@ def head_kernel(
     )
 
 
-def head_configs(x: Tensor, weight: Tensor) -> list[Config]:
-    """The heuristic's first: wide class tiles read x less often, narrow ones occupy more SMs."""
+def list_head(x: Tensor, weight: Tensor) -> Candidates:
+    """Candidates of op `head`: wide class tiles read x less often, narrow ones occupy more SMs."""
     options = [Config((16, n, 32), 4, 2) for n in (128, 64, 32)]
     num_sms = launching.machine(x.device).num_sms
     row_tiles = triton.cdiv(len(x), 16)
     busy = [c for c in options if row_tiles * triton.cdiv(len(weight), c.blocks[1]) >= num_sms]
-    return [*busy, *(c for c in reversed(options) if c not in busy)]
-
-
-def list_head(x: Tensor, weight: Tensor) -> Candidates:
-    """Candidates of op `head`."""
-    return launching.candidates(head, head_configs(x, weight), "triton head")
+    configs = [*busy, *(c for c in reversed(options) if c not in busy)]
+    return launching.candidates(head, configs, "triton head")
 
 
 @planned
