@@ -167,6 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if record["load_average"][0] > 0.5 * env.cores():
         print("This machine is busy with other work; the timings will be noisy.")
     comparisons: list[dict[str, Any]] = []
+    reports: dict[str, str] = {}
     wrong = False
     for dtype in options.dtype:
         for model in options.models:
@@ -178,8 +179,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return 2
             print(f"\n{table(comparison)}\n{report}", flush=True)
             wrong |= comparison.gate_is_red()
-            comparisons.append({**asdict(comparison), "report": report})
-            results.write(options.json, {**record, "comparisons": comparisons})
+            comparisons.append(asdict(comparison))
+            reports[model] = report
+            results.write(options.json, {**record, "comparisons": comparisons, "reports": reports})
     return int(wrong)
 
 

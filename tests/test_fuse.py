@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import render
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -519,9 +520,12 @@ def test_the_benchmark_measures_both(tmp_path: Path) -> None:
     command += ["--models", "resnet18", "--batch", "2", "--size", "64"]
     command += ["--rounds", "2", "--seconds", "0.01"]
     subprocess.run(command, check=True, cwd=root, timeout=500)
-    (comparison,) = json.loads(path.read_text())["comparisons"]
+    record = json.loads(path.read_text())
+    (comparison,) = record["comparisons"]
     fused, eager = comparison["entries"]
     assert fused["status"] == eager["status"] == "measured"
     assert fused["error"] <= comparison["eager_error"]
     assert eager["speedup"] == pytest.approx(fused["rate"] / eager["rate"])
-    assert comparison["report"].startswith("20 of 20 convolutions fused")
+    assert record["reports"]["resnet18"].startswith("20 of 20 convolutions fused")
+    (shown,) = render.comparisons(record)
+    assert shown.title().startswith("resnet18")
