@@ -1,8 +1,8 @@
 """Device functions that the Triton kernels share: indices, batch norm, the convolution's main loop.
 
 Activations are NHWC in memory, weights KRSC (both channels_last), accumulators float32, of
-integers int32. A convolution is an implicit GEMM: rows are output positions n·P·Q + p·Q + q, columns output
-channels, and the inner dimension runs over taps (r, s) and input channels.
+integers int32. A convolution is an implicit GEMM: rows are output positions n·P·Q + p·Q + q,
+columns output channels, and the inner dimension runs over taps (r, s) and input channels.
 """
 
 from __future__ import annotations
@@ -189,8 +189,8 @@ def convolve(
     mask the store instead). `first_channel` is the first input channel of `column`'s group. EVEN:
     TILE.c divides `channels`.
 
-    Integers: weights are int8. Tensor cores take two operands of one type here, so 128 comes off each
-    uint8 input: the caller adds 128 · the sum of a column's weights to the int32 result.
+    Integers: weights are int8. Triton's products take two operands of one type, so 128 comes off
+    each uint8 input: the caller adds 128 · the sum of a column's weights to the int32 result.
     padding_value: (C,), what pixels of the padding hold; None for zero.
 
     Where small groups are packed, `weight` is (…, WINDOW.packed_in), the tile's `channels`
@@ -250,9 +250,7 @@ def convolve(
             x_step = (tap_h * image.w + tap_w) * image.c + inner_channel
             a_tile = x + x_row[:, None] + x_step[None, :]
             b_tile = weight + weight_column[None, :] + index[:, None]
-            if padding_value is not None:
-                border = tl.load(padding_value + inner_channel)[None, :]
-            a = tl.load(a_tile, in_image & in_channels[None, :], other=border)
+            a = tl.load(a_tile, in_image & in_channels[None, :], other=0.0)
         else:
             inner_channel = c + inner
             in_channels = inner < channels - c

@@ -1,20 +1,26 @@
-"""Quantised int8 convolutions: relu?(conv(x) + bias (+ shortcut)), requantised, and max pooling.
+"""Quantised int8 convolutions: relu?(conv(x) + bias (+ shortcut)), requantised; pooled, the stem.
 
 Algorithm: the implicit GEMM of `convolution.py` with int32 accumulators on int8 tensor cores. A
 projected shortcut is a second accumulator of the same program. The epilogue is that of
 `resnet_fused.reference.quantized`, bit for bit, hence no multiplication is fused with an addition.
+Images of few channels are first written with their border and 4 (8, …) channels a pixel, so that a
+window row is one run of memory and the inner dimension of a step.
 Tiles: those of `convolution.py` with 128 input channels a step.
-Memory traffic: a byte an element of x, of the weights (from L2), of the shortcut and of the result.
-The stem's result crosses memory once more, on its way to the pool.
+Memory traffic: a byte an element of x, of the weights (from L2), of the shortcut and of the result;
+of images also that of their copy, and the stem's result once more, on its way to the pool.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
+from triton.language.extra import libdevice
 
 from ...parameters import Convolution, MaxPool
 from .. import Candidates, recording
@@ -24,27 +30,32 @@ from .launching import (
     Config,
     Image,
     Launch,
+    Strides,
     Tile,
     Window,
-    dense_convolution,
     is_wide,
     nhwc,
     planned,
     readable,
     strides_beside,
 )
-from .primitives import convolve, split_position, strided_rows, tile_index
+from .primitives import convolve, is_inside, split_position, strided_rows, tile_index
 
-_FEW_CHANNELS = 16  # below that, taps and channels make one inner dimension
+_MOST_RUN = 64  # channels of a window row, if it is to be a step's inner dimension
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_SHIFTER = tl.constexpr(12582912.0)  # 1.5 · 2**23: the sum with a small integer ends in its bits
 
 
 @triton.jit
 def _rounded(value):
-    """The nearest integer of a float32 number, halves to even; from 2**23 on all are integers."""
-    magnitude = tl.abs(value)
-    nearest = (magnitude + 8388608.0) - 8388608.0
-    nearest = tl.where(magnitude < 8388608.0, nearest, magnitude)
-    return tl.where(value < 0, -nearest, nearest)
+    """The nearest integer, halves to even, of float32 numbers within int32."""
+    if _INTERPRETED:  # which has no functions of libdevice
+        magnitude = tl.abs(value)
+        nearest = (magnitude + 8388608.0) - 8388608.0
+        nearest = tl.where(magnitude < 8388608.0, nearest, magnitude)
+        return tl.where(value < 0, -nearest, nearest).to(tl.int32)
+    else:
+        return libdevice.float2int_rn(value)
 
 
 @triton.jit
@@ -115,12 +126,12 @@ def _finish(
                     present = mask & (channel < residual_channels)[None, :]
                 added = tl.load(residual + place, present, other=0)
             scale = tl.load(shortcut_scale + channel, valid, other=0.0)[None, :]
-            total += _rounded(added.to(tl.float32) * scale).to(tl.int32)
+            total += _rounded(added.to(tl.float32) * scale)
         value = total.to(tl.float32) * tl.load(multiplier + channel, valid, other=0.0)[None, :]
         low = 0.0 if RELU else -128.0
         high = 255.0 if RELU else 127.0
-        value = _rounded(tl.minimum(tl.maximum(value, low), high))
-        tl.store(out + offset, value.to(tl.int32).to(out.dtype.element_ty), mask)
+        value = tl.minimum(tl.maximum(value, low), high) + _SHIFTER
+        tl.store(out + offset, value.to(tl.int32, bitcast=True).to(out.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -213,6 +224,42 @@ def quantized_conv_kernel(
 
 
 @triton.jit
+def border_kernel(
+    x,
+    padding_value,
+    out,
+    pixels,
+    image,
+    bordered,
+    strides,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Grid: (blocks of pixels,). out: (N, `bordered`), dense, of CHANNELS: x inside it,
+    padding_value around it."""
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if WIDE:
+        pixel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    n, p, q = split_position(pixel, bordered.h, bordered.w)
+    channel = tl.arange(0, CHANNELS)
+    h = p - PAD_H
+    w = q - PAD_W
+    inside = is_inside(h, image.h) & is_inside(w, image.w)
+    valid = (channel < image.c)[None, :] & (pixel < pixels)[:, None]
+    place = n * strides.n + h * strides.h + w * strides.w
+    border = 0
+    if padding_value is not None:
+        border = tl.load(padding_value + channel, channel < image.c, other=0)[None, :]
+    value = tl.load(
+        x + place[:, None] + channel[None, :] * strides.c, inside[:, None] & valid, other=border
+    )
+    tl.store(out + pixel[:, None] * CHANNELS + channel[None, :], value, (pixel < pixels)[:, None])
+
+
+@triton.jit
 def max_pool_kernel(
     x,
     out,
@@ -245,23 +292,94 @@ def max_pool_kernel(
     tl.store(out + position[:, None] * image.c + channel[None, :], best, valid)
 
 
-# What `convolve` takes off each input, by the weight; of frozen weights, so versions tell.
-_OFFSETS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_BORDER = Config((512,), 4, 1)
+_POOL = Config((32, 64), 4, 1)
 
 
-def _offset(weight: Tensor, like: Tensor, bias: Tensor | None) -> Tensor:
-    """(K,) int32: `bias`, and what is missing from sums of products with inputs like `like`."""
-    key = (like.dtype, recording.version(weight), bias is not None and id(bias))
+class _Prepared(NamedTuple):
+    """A weight as a kernel reads it, dense, and (K,) int32: the bias, and what `convolve` leaves to
+    add. key: of what they were made, frozen tensors, so that their versions tell."""
+
+    key: tuple[Any, ...]
+    weight: Tensor
+    offset: Tensor
+    bias: Tensor | None  # held, so that its id stays its own
+
+
+_PREPARED: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _prepared(
+    conv: Convolution, like: Tensor, bias: Tensor | None = None, pixel: int = 0
+) -> _Prepared:
+    """`conv`'s weight, of window rows where an image has that many channels a pixel, and offsets
+    for inputs of the type of `like`."""
+    weight = conv.weight
+    key: tuple[Any, ...] = (like.dtype, pixel, recording.version(weight))
     if bias is not None:
-        key += (recording.version(bias),)
-    held = _OFFSETS.get(weight)
-    if held is None or held[0] != key:
-        lost = 128 if like.dtype == torch.uint8 else 0
-        offset = lost * weight.sum((1, 2, 3), dtype=torch.int32)
-        # The bias is held, so that its id stays its own.
-        held = _OFFSETS[weight] = (key, offset if bias is None else bias + offset, bias)
-    found: Tensor = held[1]
+        key += (id(bias), recording.version(bias))
+    found: _Prepared | None = _PREPARED.get(weight)
+    if found is None or found.key != key:
+        offset = weight.sum((1, 2, 3), dtype=torch.int32)
+        offset = offset * 128 if like.dtype == torch.uint8 else torch.zeros_like(offset)
+        if bias is not None:
+            offset = offset + bias
+        dense = nhwc(weight)
+        if pixel:
+            channels, _, s = weight.shape[1:]
+            runs = F.pad(weight.permute(0, 2, 3, 1), (0, pixel - channels, 0, _run(conv) - s))
+            dense = nhwc(runs.flatten(2)[..., None].permute(0, 2, 1, 3))
+        found = _PREPARED[weight] = _Prepared(key, dense, offset, bias)
     return found
+
+
+def _pixel(conv: Convolution) -> int:
+    """Channels a pixel of the bordered copy of an image of few channels; 0 where there is none."""
+    _, channels, _, s = conv.weight.shape
+    pixel = triton.next_power_of_2(channels)
+    fits = conv.groups == conv.dilation[1] == 1 < s and s * pixel <= _MOST_RUN
+    return pixel if channels < 16 and fits else 0
+
+
+def _run(conv: Convolution) -> int:
+    """Pixels of a window row, with those that fill a step."""
+    pixel = _pixel(conv)
+    return max(32, triton.next_power_of_2(conv.weight.shape[3] * pixel)) // pixel
+
+
+def _bordered(x: Tensor, conv: Convolution, padding_value: Tensor | None) -> Tensor:
+    """The image with its border; its last window reads beyond it."""
+    (pad_h, pad_w), (height, width) = conv.padding, x.shape[2:]
+    beyond = _run(conv) - conv.weight.shape[3]
+    shape = (x.shape[0], _pixel(conv), height + 2 * pad_h, width + 2 * pad_w + beyond)
+    out = _empty(shape, x.dtype, x)
+    _plan_border(x, out, (pad_h, pad_w))(x, padding_value, out)
+    return out
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=torch.channels_last)
+
+
+@planned
+def _plan_border(x: Tensor, out: Tensor, padding: tuple[int, int]) -> Launch:
+    pixels = out.shape[0] * out.shape[2] * out.shape[3]
+    (block,) = _BORDER.blocks
+    return Launch(
+        border_kernel,
+        (triton.cdiv(pixels, block),),
+        _BORDER,
+        x.device,
+        pixels=pixels,
+        image=Image.of(x),
+        bordered=Image.of(out),
+        strides=Strides(*x.stride()),
+        PAD_H=padding[0],
+        PAD_W=padding[1],
+        WIDE=is_wide(x, out),
+        BLOCK=block,
+        CHANNELS=out.shape[1],
+    )
 
 
 def list_quantized_conv(
@@ -284,24 +402,23 @@ def list_quantized_conv(
 @planned
 def _plan(
     config: Config,
+    shape: tuple[int, int, int, int],
     x: Tensor,
     conv: Convolution,
     shortcut: Tensor | None,
     projection: Convolution | None,
     relu: bool,
 ) -> Launch:
+    """x: bordered where conv, whose weight has window rows for channels, has few of them."""
     packed, gemm = packing(x, conv)
-    shape = result_shape(x, conv)
     out = x.new_empty(shape, device="meta").contiguous(memory_format=torch.channels_last)
     window = packed_window(conv, packed, gemm)
-    if conv.groups == 1 and gemm.channels < _FEW_CHANNELS:
-        window = window._replace(is_flat=True, is_pointwise=False)
     block_m, block_n, block_c = config.blocks
-    if window.is_flat:
-        block_c = 32
+    if gemm.channels > x.shape[1]:
+        block_c = gemm.channels
+    gemm = gemm._replace(rows=shape[0] * shape[2] * shape[3])
     tiles = triton.cdiv(gemm.rows, block_m) * triton.cdiv(gemm.columns, block_n)
     is_added = shortcut is not None and projection is None
-    tensors = (x, conv.weight, out, shortcut)
     return Launch(
         quantized_conv_kernel,
         (tiles, conv.groups // packed),
@@ -318,7 +435,7 @@ def _plan(
         PROJECTION_WINDOW=None if projection is None else Window.of(projection),
         EVEN=gemm.channels % block_c == 0,
         SHORTCUT_EVEN=shortcut is not None and shortcut.shape[1] % block_c == 0,
-        TILE=Tile(block_m, block_n, block_c, is_wide(*tensors), "ieee"),
+        TILE=Tile(block_m, block_n, block_c, is_wide(x, conv.weight, out, shortcut), "ieee"),
     )
 
 
@@ -335,25 +452,25 @@ def quantized_conv(
     relu: bool,
 ) -> Tensor:
     """One convolution with what follows it: see `resnet_fused.reference.quantized`."""
-    x, offset = nhwc(x), _offset(conv.weight, x, bias)
-    conv = dense_convolution(conv, torch.int8)
-    projected_offset = weight = None
+    shape = result_shape(x, conv)
+    pixel = _pixel(conv)
+    own = _prepared(conv, x, bias, pixel)
+    if pixel:
+        x, padding_value = _bordered(x, conv, padding_value), None
+        conv = conv._replace(padding=(0, 0))
+    x, conv = nhwc(x), conv._replace(weight=own.weight)
+    side: tuple[Tensor | None, Tensor | None] = (None, None)
     if projection is not None:
         assert shortcut is not None
         shortcut = nhwc(shortcut)
-        projected_offset = _offset(projection.weight, shortcut, None)
-        projection = dense_convolution(projection, torch.int8)
-        weight = projection.weight
+        prepared = _prepared(projection, shortcut)
+        side = prepared.weight, prepared.offset
+        projection = projection._replace(weight=prepared.weight)
     shortcut = readable(shortcut)
-    out = torch.empty(
-        result_shape(x, conv),
-        dtype=torch.uint8 if relu else torch.int8,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
-    vectors = (multiplier, padding_value)
-    added = (shortcut, shortcut_scale, weight, projected_offset)
-    _plan(config, x, conv, shortcut, projection, relu)(x, conv.weight, offset, *vectors, *added, out)
+    out = _empty(shape, torch.uint8 if relu else torch.int8, x)
+    plan = _plan(config, shape, x, conv, shortcut, projection, relu)
+    vectors = own.offset, multiplier, padding_value
+    plan(x, conv.weight, *vectors, shortcut, shortcut_scale, *side, out)
     return out
 
 
@@ -365,9 +482,6 @@ def list_quantized_stem(x: Tensor, conv: Convolution, pool: MaxPool) -> Candidat
     taps = conv.weight[0, 0].numel()
     configs = configurations(gemm, x, "ieee", taps, conv.groups // packed)
     return launching.candidates(quantized_stem, configs, "triton quantized_stem")
-
-
-_POOL = Config((32, 64), 4, 1)
 
 
 @planned
@@ -404,7 +518,6 @@ def quantized_stem(
 ) -> Tensor:
     """max_pool(relu(conv)): see `resnet_fused.reference.quantized`."""
     y = quantized_conv(config, x, conv, bias, multiplier, None, None, None, padding_value, True)
-    shape = (*y.shape[:2], *pool.output_size(*y.shape[2:]))
-    out = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
+    out = _empty((*y.shape[:2], *pool.output_size(*y.shape[2:])), y.dtype, y)
     _plan_pool(y, pool)(y, out)
     return out
