@@ -41,6 +41,7 @@ from .launching import (
 )
 from .primitives import convolve, is_inside, split_position, strided_rows, tile_index
 
+_FAMILY = "triton quantized"
 _MOST_RUN = 64  # channels of a window row, if it is to be a step's inner dimension
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _SHIFTER = tl.constexpr(12582912.0)  # 1.5 · 2**23: the sum with a small integer ends in its bits
@@ -293,7 +294,7 @@ def max_pool_kernel(
 
 
 _BORDER = Config((512,), 4, 1)
-_POOL = Config((32, 64), 4, 1)
+_POOL = Config((16, 64), 4, 1)
 
 
 class _Prepared(NamedTuple):
@@ -396,7 +397,7 @@ def list_quantized_conv(
     taps = conv.weight[0, 0].numel()
     accumulators = 1 if projection is None else 2
     configs = configurations(gemm, x, "ieee", taps, conv.groups // packed, accumulators)
-    return launching.candidates(quantized_conv, configs, "triton quantized_conv")
+    return launching.candidates(quantized_conv, configs, _FAMILY)
 
 
 @planned
@@ -481,7 +482,7 @@ def list_quantized_stem(x: Tensor, conv: Convolution, pool: MaxPool) -> Candidat
     packed, gemm = packing(x, conv)
     taps = conv.weight[0, 0].numel()
     configs = configurations(gemm, x, "ieee", taps, conv.groups // packed)
-    return launching.candidates(quantized_stem, configs, "triton quantized_stem")
+    return launching.candidates(quantized_stem, configs, _FAMILY)
 
 
 @planned
