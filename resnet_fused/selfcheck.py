@@ -40,7 +40,7 @@ from .backends import Backend
 from .backends.autotune import families
 from .backends.cuda import CudaBackend
 from .backends.reference import ReferenceBackend
-from .testing.selfcheck_cases import CONVOLUTION, FAMILIES, TRAINING, cases, check_case
+from .testing.selfcheck_cases import CONVOLUTION, FAMILIES, QUANTIZED, TRAINING, cases, check_case
 
 SIMULATED_SMS = 4
 _REPEATS_ON_GPU = 20
@@ -118,11 +118,12 @@ def checks(backend: str) -> list[Check]:
     for family in FAMILIES:
         if family == TRAINING and implementation.training is None:
             continue
-        lists_kernels = type(implementation).conv_bn is not ReferenceBackend.conv_bn
+        listed = {QUANTIZED: "quantized_conv", "squeeze_excite": family}.get(family, "conv_bn")
+        lists_kernels = getattr(type(implementation), listed) is not getattr(
+            ReferenceBackend, listed
+        )
         if family != TRAINING and not lists_kernels:
             continue
-        if family == "squeeze_excite" and isinstance(implementation, CudaBackend):
-            continue  # it leaves that to the other backends
         kernels: dict[str, str | None] = {f"{backend} {family}": None}
         if isinstance(implementation, CudaBackend):
             kernels = {f"{backend} {family}": _KERNELS.get(family)}
