@@ -170,8 +170,8 @@ class All:
         else:
             judged = index.findings(self.out / name, index.claims(name))
             counted = Counter(finding.verdict for _, finding in judged)
-            found = ", ".join(f"{number} {verdict}" for verdict, number in counted.items())
-        bar.write(f"{name}: {run.time()}: {found}")
+            found = ", ".join(f"{verdict}: {number}" for verdict, number in counted.items())
+        bar.write(f"{name}: {run.time()}; {found}")
         bar.update()
         bar.set_postfix_str(", ".join(self.running))
         self._save()

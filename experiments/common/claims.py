@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import csv
 import itertools
-import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
@@ -169,17 +169,17 @@ def _wrong_cells(report: str, path: Path) -> list[str]:
         f"{path.name}: {column} is {value}, and {cell} in report.md"
         for row, line in zip(rows, cells, strict=True)
         for column, value, cell in zip(columns, row, line, strict=True)
-        if cell not in (value, as_cell(value))
+        if not _shows(cell, value)
     ]
 
 
-def as_cell(text: str) -> str:
-    """A CSV file's value as tables show it."""
-    if not text:
-        return "–"
-    if re.fullmatch(r"-?\d+", text):
-        return f"{int(text):,}"
+def _shows(cell: str, value: str) -> bool:
+    """Whether a table's cell is a CSV file's value, rounded to the digits that the cell has."""
+    if cell == value or (cell, value) == ("–", ""):
+        return True
     try:
-        return f"{float(text):,.2f}"
-    except ValueError:
-        return text
+        shown, exact = Decimal(cell.replace(",", "")), Decimal(value)
+        last_digit = Decimal(1).scaleb(int(shown.as_tuple().exponent))
+        return abs(shown - exact) <= last_digit / 2
+    except (InvalidOperation, ValueError):
+        return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -84,7 +84,7 @@ def write_runs(folder: Path, found: Mapping[str, Run]) -> None:
     write_whole(folder / "times.csv", write)
 
 
-def claims(experiment: str) -> list[Claim]:
+def claims(experiment: str) -> Sequence[Claim]:
     """The experiment's claims."""
     return importlib.import_module(experiment).CLAIMS
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from harness import results as files
 
 from .checkpoint import write_whole
-from .claims import Claim, as_cell, judged, parsed, section
+from .claims import Claim, judged, parsed, section
 from .launch import Launch
 from .training import Result, Row
 
@@ -138,7 +138,15 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    return value if isinstance(value, str) else as_cell("" if value is None else str(value))
+    if value is None:
+        return "–"
+    return (
+        f"{value:,.2f}"
+        if isinstance(value, float)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else str(value)
+    )
 
 
 def _command() -> str:
