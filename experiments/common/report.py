@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from harness import results as files
 
 from .checkpoint import write_whole
-from .claims import Claim, judged, parsed
+from .claims import Claim, judged, parsed, section
 from .launch import Launch
 from .training import Result, Row
 
@@ -54,8 +54,11 @@ class Report:
 
     def claims(self, claims: Sequence[Claim], **tables: Sequence[Mapping[str, Any]]) -> None:
         """The section of verdicts; `tables` are the CSV files' rows, by the files' names."""
-        self._parts.append("## What the paper claims, and what is found here")
-        self._parts += [judged(claim, parsed(tables[claim.file])) for claim in claims]
+        written = {
+            name: parsed([{column: row.get(column) for column in _columns(rows)} for row in rows])
+            for name, rows in tables.items()
+        }
+        self._parts.append(section([judged(claim, written[claim.file]) for claim in claims]))
 
     def csv(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """`name`.csv, with all digits."""
