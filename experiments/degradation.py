@@ -47,14 +47,14 @@ def _ends(rows: Rows, kind: str, error: str) -> tuple[str, list[float], list[flo
 def _plain_degrade(rows: Rows) -> Finding:
     text, first, last = _ends(rows, "plain", _TRAINING)
     if len(first) < _SEEDS:
-        return Finding(text, None)
+        return Finding(f"{text} The rule needs {_SEEDS} seeds.", None)
     return Finding(text, mean(last) - mean(first) - _WORSE, spread(first, last))
 
 
 def _residual_do_not(rows: Rows) -> Finding:
     text, first, last = _ends(rows, "residual", _TRAINING)
     if len(first) < _SEEDS:
-        return Finding(text, None)
+        return Finding(f"{text} The rule needs {_SEEDS} seeds.", None)
     return Finding(text, mean(first) + _EQUAL - mean(last), spread(first, last))
 
 
@@ -62,7 +62,7 @@ def _depth_helps(rows: Rows) -> Finding:
     text, first, last = _ends(rows, "residual", _TEST)
     deviation, gain = spread(first, last), mean(first) - mean(last)
     if deviation is None or len(first) < _SEEDS:
-        return Finding(text, None)
+        return Finding(f"{text} The rule needs {_SEEDS} seeds.", None)
     if abs(gain) <= deviation:
         return Finding(
             f"{text} The difference is within the spread over seeds ({deviation:.2f} points): "
@@ -118,7 +118,7 @@ def experiment(place: launch.Launch, options: argparse.Namespace) -> None:
         options,
         images.kind,
         ("depths", "runs", "iterations", "batch"),
-        digits=([20, 56], 3, 600, 64),
+        digits=([20, 56], 3, 800, 64),
         cifar=([20, 32, 44, 56, 110], 1, 64_000, 128),
         imagenet=([18, 34], 1, 600_000, 256),
         quick=([18], 1, 2, 4) if images.side is None else ([8, 14], 2, 12, 16),

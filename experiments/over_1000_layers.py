@@ -111,7 +111,7 @@ def experiment(place: launch.Launch, options: argparse.Namespace) -> None:
         options,
         images.kind,
         ("depths", "iterations", "batch", "identities", "checkpointing"),
-        digits=([110, 1202], 1500, 32, True, False),
+        digits=([110, 1202], 1000, 32, True, False),
         cifar=([110, 1202], 64_000, 128, False, True),
         quick=([8, 50], 6, 16, True, True),
     )

@@ -40,7 +40,7 @@ def _errors(rows: Rows, *options: str) -> tuple[str, list[list[float]]]:
 def _alike(rows: Rows) -> Finding:
     text, errors = _errors(rows, "A", "B", "C")
     if len(errors[0]) < _SEEDS:
-        return Finding(text, None)
+        return Finding(f"{text} The rule needs {_SEEDS} seeds.", None)
     means = [mean(of) for of in errors]
     return Finding(text, _NEAR - (max(means) - min(means)), spread(*errors))
 
@@ -49,7 +49,7 @@ def _better_than_plain(rows: Rows) -> Finding:
     text, errors = _errors(rows, *OPTIONS)
     deviation = spread(*errors)
     if deviation is None or len(errors[0]) < _SEEDS:
-        return Finding(text, None)
+        return Finding(f"{text} The rule needs {_SEEDS} seeds.", None)
     plain, *others = (mean(of) for of in errors)
     return Finding(text, plain - max(others) - deviation, deviation)
 
@@ -58,7 +58,7 @@ def _in_order(rows: Rows) -> Finding:
     text, errors = _errors(rows, "A", "B", "C")
     deviation = spread(*errors)
     if deviation is None or len(errors[0]) < _SEEDS:
-        return Finding(text, None)
+        return Finding(f"{text} The rule needs {_SEEDS} seeds.", None)
     a, b, c = (mean(of) for of in errors)
     least = min(a - b, b - c)
     if abs(least) <= deviation:
