@@ -118,7 +118,7 @@ def experiment(place: launch.Launch, options: argparse.Namespace) -> None:
         options,
         images.kind,
         ("depths", "runs", "iterations", "batch"),
-        digits=([20, 56], 3, 800, 64),
+        digits=([20, 56], 3, 1000, 64),
         cifar=([20, 32, 44, 56, 110], 1, 64_000, 128),
         imagenet=([18, 34], 1, 600_000, 256),
         quick=([18], 1, 2, 4) if images.side is None else ([8, 14], 2, 12, 16),

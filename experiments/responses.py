@@ -230,7 +230,7 @@ def report(place: launch.Launch, images: data.Images, found: list[Responses]) ->
             f"The weight decay is {_WEIGHT_DECAY} and not 0.0001. Batch norm begins with responses "
             "of deviation 1, and it is weight decay that shrinks those that the loss does not "
             "need, as far as its product with the rate goes, summed over the iterations. That is "
-            "0.34 in the paper's run, and would be 0.006 in one of 1,200 iterations; with the "
+            "0.34 in the paper's run; in one of 1,200 iterations it would be 0.006, and with the "
             "larger decay it is 0.30."
         )
         pages.claims(CLAIMS, results=rows)
