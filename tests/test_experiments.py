@@ -355,23 +355,30 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("name", "arguments", "message"),
     [
         (
+            "degradation",
             ["--iterations", "13"],
             r"plain8-seed0.pt is of another run: its iterations is 12, here it is 13",
         ),
-        (["--seed", "1"], r"its seed is 0, here it is 1; delete it to begin anew"),
+        # Its runs' names do not say their seed.
+        (
+            "over_1000_layers",
+            ["--seed", "1"],
+            r"its seed is 0, here it is 1; delete it to begin anew",
+        ),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(
+    name: str,
     arguments: list[str],
     message: str,
     finished: dict[str, Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    main = importlib.import_module("degradation").main
-    given = ["--quick", "--device", "cpu", "--out", str(finished["degradation"])]
+    main = importlib.import_module(name).main
+    given = ["--quick", "--device", "cpu", "--out", str(finished[name])]
     assert main([*given, *arguments]) == 2
     assert re.search(message, capsys.readouterr().err)
 
