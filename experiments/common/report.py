@@ -133,6 +133,24 @@ def mean_and_deviation(values: Sequence[float]) -> str:
     return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
+def over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for all `rows` that differ in their "seed" and in floats: of these mean ± deviation."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        same = (v for k, v in row.items() if k != "seed" and not isinstance(v, float))
+        groups.setdefault(tuple(same), []).append(row)
+    return [
+        {
+            key: mean_and_deviation([row[key] for row in group])
+            if isinstance(value, float)
+            else value
+            for key, value in group[0].items()
+            if key != "seed"
+        }
+        for group in groups.values()
+    ]
+
+
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(key for row in rows for key in row))
 
