@@ -103,7 +103,7 @@ def test_gradients_are_the_layers_own() -> None:
 )
 def test_the_verdict_follows_the_ratio(first: float, word: str) -> None:
     rows = [{"iteration": 1.0, "gradient a": first, "gradient b": 1.0}]
-    run = gradient_flow.Run("plain", 56, True, rows, None)
+    run = gradient_flow.Run("plain", 56, True, 0, rows, None)
     assert f"gradients {word}" in gradient_flow.verdict(run)
 
 
