@@ -85,10 +85,11 @@ def report(
         for seed, run in enumerate(runs, place.seed)
     ]
     pages.table(
-        "overview",
+        "summary",
         [
             {
                 "network": f"ResNet-{depth}",
+                "parameters": networks.parameters(runs[0].model),
                 "runs": len(runs),
                 "training error (%)": mean_and_deviation([r.training_error for r in runs]),
                 "test error (%)": mean_and_deviation([r.last["test_error"] for r in runs]),

@@ -236,7 +236,7 @@ def report(
 
     pages.plot("gradients", f"Networks of {deepest} layers on {images.name}.", draw, panels=3)
     results = [summary(run) for run in runs]
-    pages.table("overview", [printed(row) for row in results])
+    pages.table("summary", [printed(row) for row in results])
     pages.csv("results", results)
     assert images.side is not None
     pages.text(
@@ -433,13 +433,16 @@ def _even_in_training(rows: Rows) -> Finding:
     def values(kind: str, key: str) -> list[float]:
         return claims.column(rows, key, kind=kind, **own)
 
-    fits = values("residual", "training error (%)")
+    try:
+        fits = values("residual", "training error (%)")
+        ratios = [math.log10(value) for value in values("plain", "scaled")]
+        error = statistics.mean(values("plain", "training error (%)"))
+    except ValueError:
+        return Finding(f"a network of {deep:.0f} layers with BN diverged.", None)
     if statistics.mean(fits) > TRAINED:
         return Finding(
             f"residual-{deep:.0f} was not trained: it ends at {statistics.mean(fits):.1f} %.", None
         )
-    ratios = [math.log10(value) for value in values("plain", "scaled")]
-    error = statistics.mean(values("plain", "training error (%)"))
     return Finding(
         f"plain-{deep:.0f}'s first layer has {10 ** statistics.mean(ratios):.2g} times the last "
         f"one's scaled norm, while its training error ends at {error:.1f} % and "

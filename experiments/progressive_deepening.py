@@ -177,10 +177,11 @@ def report(
         for way in ways
     ]
     pages.table(
-        "overview",
+        "summary",
         [
             {
                 "network": same[0].title,
+                "parameters": networks.parameters(same[0].last.model),
                 "runs": len(same),
                 "training error (%)": mean_and_deviation([w.last.training_error for w in same]),
                 "test error (%)": mean_and_deviation([w.last.last["test_error"] for w in same]),

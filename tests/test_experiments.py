@@ -144,7 +144,7 @@ def test_results_are_those_of_the_history(finished: dict[str, Path]) -> None:
         assert float(row["training error (%)"]) == pytest.approx(statistics.mean(late))
     history = runs(finished["cifar"])
     results = table(finished["cifar"] / "results.csv")
-    for row in table(finished["cifar"] / "overview.csv"):
+    for row in table(finished["cifar"] / "summary.csv"):
         depth = row["network"].removeprefix("ResNet-")
         errors = [float(history[f"resnet{depth}-seed{s}"][-1]["test_error"]) for s in (0, 1)]
         own = [float(r["test error (%)"]) for r in results if r["network"] == row["network"]]
