@@ -45,7 +45,7 @@ def experiment(place: launch.Launch, options: argparse.Namespace) -> None:
         options,
         images.kind,
         ("model", "recipes", "epochs", "batch", "learning_rate", "crop"),
-        digits=("resnet18", ["paper", "modern"], 16, 64, 0.05, 32),
+        digits=("resnet18", ["paper", "modern"], 30, 64, 0.05, 32),
         cifar=("resnet18", ["paper"], 60, 128, 0.1, 32),
         imagenet=("resnet50", ["paper"], 120, 256, 0.1, 224),
         quick=("resnet18", ["paper", "modern"], 2, 64, 0.1, 32),
