@@ -39,7 +39,16 @@ QUICK = {
     "cifar": ([f"resnet{d}-seed{s}" for d in (8, 14) for s in (0, 1)], 12),
     "over_1000_layers": (["resnet8", "resnet50"], 6),
     "progressive_deepening": (
-        ["resnet8-first-half", "resnet8", "resnet14", "resnet8-to-14", "resnet8-to-14-frozen"],
+        [
+            f"{name}-seed0"
+            for name in (
+                "resnet8-first-half",
+                "resnet8",
+                "resnet14",
+                "resnet8-to-14",
+                "resnet8-to-14-frozen",
+            )
+        ],
         None,
     ),
     "imagenet": (["resnet18-paper", "resnet18-modern"], 8),
@@ -146,11 +155,13 @@ def test_results_are_those_of_the_history(finished: dict[str, Path]) -> None:
             assert row["training error (%)"] == (
                 f"{statistics.mean(errors):.2f} ± {statistics.stdev(errors):.2f}"
             )
-    rows = table(finished["cifar"] / "results.csv")
     history = runs(finished["cifar"])
-    for row in rows:
+    results = table(finished["cifar"] / "results.csv")
+    for row in table(finished["cifar"] / "summary.csv"):
         depth = row["network"].removeprefix("ResNet-")
         errors = [float(history[f"resnet{depth}-seed{s}"][-1]["test_error"]) for s in (0, 1)]
+        own = [float(r["test error (%)"]) for r in results if r["network"] == row["network"]]
+        assert own == errors
         assert row["test error (%)"] == (
             f"{statistics.mean(errors):.2f} ± {statistics.stdev(errors):.2f}"
         )
@@ -301,7 +312,7 @@ def test_deepening_changes_no_result_and_freezing_no_weight() -> None:
 def test_frozen_layers_stay_frozen_while_training(finished: dict[str, Path]) -> None:
     folder = finished["progressive_deepening"] / "checkpoints"
     base, frozen, free = (
-        torch.load(folder / f"{name}.pt", weights_only=True)["model"]
+        torch.load(folder / f"{name}-seed0.pt", weights_only=True)["model"]
         for name in ("resnet8-first-half", "resnet8-to-14-frozen", "resnet8-to-14")
     )
     for key, value in base.items():
@@ -313,7 +324,7 @@ def test_frozen_layers_stay_frozen_while_training(finished: dict[str, Path]) -> 
 def test_a_deepened_run_is_the_first_half_and_the_second(finished: dict[str, Path]) -> None:
     history = runs(finished["progressive_deepening"])
     whole, first, second = (
-        int(history[name][-1]["iteration"])
+        int(history[f"{name}-seed0"][-1]["iteration"])
         for name in ("resnet14", "resnet8-first-half", "resnet8-to-14")
     )
     assert whole == first + second

@@ -261,6 +261,29 @@ def test_digits_are_split_once_and_for_all() -> None:
     assert all(torch.equal(images.train[i][0], again.train[i][0]) for i in range(0, 1200, 100))
 
 
+def test_placed_digits_are_the_digits_smaller_and_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    noisy = data.digits(16, copies=2)
+    assert (data.size(noisy.train), data.size(noisy.test)) == (2400, 1194)
+    again = data.digits(16, copies=2)
+    assert all(torch.equal(noisy.test[i][0], again.test[i][0]) for i in range(0, 1194, 100))
+    monkeypatch.setattr(data, "_PLACED_NOISE", 0.0)
+    whole, placed = data.digits(16), data.digits(16, copies=2)
+    columns = torch.arange(16.0)
+    places = []
+    for i in range(0, 1194, 10):
+        (small, label), (image, placed_label) = whole.test[i % 597], placed.test[i]
+        assert placed_label == label
+        # All of the ink is there, on a share of the canvas; noise adds to it.
+        ink = image.float().mean() / small.float().mean()
+        assert 0.9 * 0.6**2 < ink < 1.1 * 0.9**2
+        assert noisy.test[i][0].float().mean() > image.float().mean()
+        places.append(float((image[0].float().sum(0) @ columns) / image[0].float().sum()))
+    assert min(places) < 6
+    assert max(places) > 9  # the middle is 7.5
+
+
 def test_processes_share_each_batch_whenever_they_start() -> None:
     def keys(start: int, rank: int, world: int) -> list[list[tuple[int, int]]]:
         return list(data.TrainingBatches(50, 12, start, 9, seed=5, rank=rank, world=world))

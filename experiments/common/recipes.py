@@ -80,17 +80,23 @@ def imagenet(
     iterations: int,
     batch: int = 256,
     learning_rate: float = 0.1,
+    milestones: Sequence[int] | None = None,
 ) -> Recipe:
     """3.4: rate 0.1, divided by 10 when more than 5 epochs saw no lower test error; in runs of
     fewer than 50 epochs, more than a tenth of them.
 
     epoch: iterations between two measurements on the test set.
+    milestones: iterations to divide the rate at, instead. Short runs come to no plateau.
     """
     patience = min(5, max(1, iterations // epoch // 10))
     return Recipe(
         iterations=iterations,
         batch=batch,
-        schedule=lambda optimizer: Plateau(optimizer, patience),
+        schedule=lambda optimizer: (
+            Plateau(optimizer, patience)
+            if milestones is None
+            else Milestones(optimizer, milestones)
+        ),
         augment=scaled_crops(images, crop),
         view=centre_crop(images, crop),
         record_every=max(1, epoch // 4),
