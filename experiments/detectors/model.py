@@ -127,6 +127,7 @@ def faster_rcnn(
     std: Sequence[float],
     positions: int = 256,
     regions: int = 128,
+    candidates: int = 2000,
     proposals: int = 300,
     pooled: int = 14,
     pyramid: int = 256,
@@ -137,7 +138,9 @@ def faster_rcnn(
     side: shorter side of the images, 600 in the paper; c4's anchors are in proportion to it.
     positions, regions: of each image, that train the proposals' layers and the head. Where few
         anchors fit an object, fewer positions leave those a larger part.
-    proposals: of each image, in testing.
+    candidates, proposals: boxes proposed in each image in training, among which regions are drawn,
+        and in testing. They should be few among the anchors: else most regions in training hold
+        nothing at all, and nobody learns that a box beside an object is wrong.
     pooled: side of c4's regions, which a strided conv5 halves; with a dilated one it is half.
     pyramid: channels of fpn.
     """
@@ -164,6 +167,7 @@ def faster_rcnn(
         backbone,
         rpn_anchor_generator=AnchorGenerator(tuple(map(tuple, anchors)), (_RATIOS,) * len(anchors)),
         rpn_batch_size_per_image=positions,
+        rpn_post_nms_top_n_train=candidates,
         rpn_post_nms_top_n_test=proposals,
         box_roi_pool=pool,
         box_batch_size_per_image=regions,
