@@ -57,7 +57,7 @@ def experiment(place: launch.Launch, options: argparse.Namespace) -> None:
         options,
         "imagenet" if place.data else "digits",
         names,
-        digits=(None, None, 64, 3, 800, 32, 0.01),
+        digits=(None, None, 64, 3, 400, 32, 0.02),
         imagenet=("resnet101", "DEFAULT", 224, 1, 60_000, 256, 0.01),
         quick=(None, None, 64, 1, 4, 4, 0.01),
     )
@@ -123,7 +123,7 @@ def _scenes(place: launch.Launch) -> Scenes:
     if place.data is not None:
         scenes = imagenet(place.data)
         return scenes.first(16, 8) if place.quick else scenes
-    counts = (16, 8) if place.quick else (1200, 300)
+    counts = (16, 8) if place.quick else (1200, 200)
     root = place.out / f"images-{counts[0]}-{counts[1]}-{place.seed}"
     return digits.open_or_write_single(root, *counts, place)
 
@@ -160,7 +160,7 @@ def _classifier(
         torch.zeros(3),  # colours stay as they are
         torch.eye(3),
     )
-    iterations, batch = (4, 4) if place.quick else (600, 32)
+    iterations, batch = (4, 4) if place.quick else (400, 32)
     recipe = replace(
         recipes.imagenet(images, crop, max(1, iterations // 4), iterations, batch, 0.05),
         schedule=lambda own: Milestones(own, [iterations // 2, iterations * 3 // 4]),
