@@ -165,7 +165,7 @@ def _detector(
     side: int,
     small: bool,
 ) -> Callable[[], FasterRCNN]:
-    sizes = {"positions": 32, "regions": 64, "candidates": 100, "proposals": 50, "pooled": 8}
+    sizes = {"positions": 32, "regions": 64, "candidates": 200, "proposals": 50, "pooled": 8}
     sizes["pyramid"] = 64
     return lambda: faster_rcnn(
         network(weights=weights),
