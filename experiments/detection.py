@@ -17,12 +17,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from common import launch, networks, recipes
+from common import launch, networks
 from common.claims import Claim, Finding, Rows, spread
 from common.errors import ExperimentError
 from common.report import Report, measured
 from common.training import Result
-from common.training import train as train_classifier
 from detectors import digits
 from detectors.inference import SCALES, detect
 from detectors.model import ARRANGEMENTS, faster_rcnn
@@ -90,7 +89,7 @@ def experiment(place: launch.Launch, options: argparse.Namespace) -> None:
     first: list[Result] = []
     network = digits.network if model is None else _network(options, model)
     if weights is None and place.data is None:
-        first.append(_classifier(place, network))
+        first.append(digits.classifier(place, network))
         weights = first[0].model.state_dict()
     recipe = Recipe(
         iterations,
@@ -146,15 +145,6 @@ def _network(options: argparse.Namespace, name: str) -> Callable[..., ResidualNe
             raise ExperimentError(f"--model {name}: {error}") from error
 
     return build
-
-
-def _classifier(place: launch.Launch, network: Callable[..., ResidualNetwork]) -> Result:
-    """A classifier of single digits: what ImageNet's is to the paper's detectors."""
-    images = digits.patches(64, *((64, 32) if place.quick else (3000, 500)), seed=place.seed)
-    recipe = recipes.cifar(images, *((4, 16) if place.quick else (300, 48)), learning_rate=0.05)
-    return train_classifier(
-        "classifier", lambda: network(num_classes=images.classes), images, recipe, place
-    )
 
 
 def _detector(

@@ -24,6 +24,7 @@ from common.launch import Launch
 from detectors import digits, localizer, training
 from detectors.scenes import Scene, Scenes, imagenet
 from torchvision.ops import box_iou
+from torchvision.transforms.v2 import functional as transforms
 
 # By image: the class, and boxes whose pixels count from 0 and whose ends both belong to them.
 TRAIN = {
@@ -127,7 +128,7 @@ def test_crops_keep_their_boxes(tmp_path: Path) -> None:
     box = torch.tensor([[40.0, 30, 90, 70]])
     scene = Scene(tmp_path / "white.png", box, torch.tensor([7]), torch.tensor([False]))
     scenes = Scenes("imagenet", "", "", [scene], [scene], "abcdefghij", False)
-    crops = localizer.Crops(scenes, 48, seed=0)
+    crops = localizer.Crops(scenes, 48, localizer.SIDES, seed=0)
     cut = 0
     for epoch in range(40):
         image, target = crops[epoch, 0]
@@ -148,7 +149,8 @@ def test_crops_keep_their_boxes(tmp_path: Path) -> None:
 
 def small(classes: int = 3, crop: int = 64) -> localizer.Localizer:
     torch.manual_seed(0)
-    return localizer.Localizer(digits.network(), classes, crop, [0.5] * 3, [0.25] * 3)
+    network = digits.network()
+    return localizer.Localizer(network, classes, crop, localizer.SIDES, [0.5] * 3, [0.25] * 3)
 
 
 def test_losses_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,9 +213,9 @@ def test_the_likeliest_anchors_box_counts(dense: bool) -> None:
     torch.nn.init.normal_(model.head.bbox_pred.weight, std=0.05)
     image = torch.rand(3, 128, 160)
     boxes = localizer.locate(model, image, dense)
-    resize = localizer.transforms.resize
+    resize = transforms.resize
     if dense:
-        views = [(resize(image, [side], antialias=True), 0, 0) for side in (73, 110, 137)]
+        views = [(resize(image, [side], antialias=True), 0, 0) for side in (73, 105, 137)]
     else:
         whole = resize(image, [73], antialias=True)
         views = [(whole[:, 4:68, 13:77], 4, 13)]
@@ -274,7 +276,7 @@ def test_learns_a_small_set_by_heart(place: Launch) -> None:
     recipe = training.Recipe(120, 4, 0.02, record_every=30, evaluate_every=120)
     count = len(scenes.classes)
 
-    crops = localizer.Crops(known, 64, seed=0)
+    crops = localizer.Crops(known, 64, (256, 320), seed=0)
     mean, std = (torch.tensor(values)[:, None, None] for values in (scenes.mean, scenes.std))
 
     def build() -> localizer.Localizer:
@@ -288,7 +290,7 @@ def test_learns_a_small_set_by_heart(place: Launch) -> None:
                     [(crops[epoch, i][0] - mean) / std for epoch in (0, 1) for i in range(4)]
                 )
             )
-        return localizer.Localizer(network, count, 64, scenes.mean, scenes.std)
+        return localizer.Localizer(network, count, 64, (256, 320), scenes.mean, scenes.std)
 
     def measured(model: Any) -> dict[str, float]:
         model.eval()

@@ -7,14 +7,18 @@ is exact: the pixels where the digit covers at least a quarter of the background
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from common import recipes
 from common.data import Images, InMemory, Pairs, digits
 from common.launch import Launch
+from common.training import Result
+from common.training import train as train_classifier
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.ops import box_iou
@@ -27,6 +31,7 @@ from .scenes import Scenes, imagenet, voc
 
 _SHORT, _LONG = 128, 160  # sides of a scene in pixels
 _SIDES = (32, 80)  # of an enlarged digit
+_SINGLE_SIDES = (64, 120)  # of the only one in an image
 _MOST = 3  # digits in a scene
 _TRIES = 20  # to find room for a digit
 # Of the channels, pixels from 0 to 1: round numbers, near enough.
@@ -94,7 +99,10 @@ def write_scenes(root: Path, train: int, test: int, seed: int) -> None:
 
 
 def write_single(root: Path, train: int, test: int, seed: int) -> None:
-    """Writes `root`/ILSVRC, one digit an image; what trains and what tests shares no digit."""
+    """Writes `root`/ILSVRC, one large digit an image, as many of each class.
+
+    What trains and what tests shares no digit.
+    """
     folder = root / "ILSVRC"
     found = digits(8)
     random = torch.Generator().manual_seed(seed)
@@ -103,8 +111,10 @@ def write_single(root: Path, train: int, test: int, seed: int) -> None:
         part = name.partition("_")[0]
         names = []
         for number in range(1, count + 1):
-            painted = _paint(pairs, _size(number), _SIDES, 1, random)
-            label = int(painted[2][0])
+            label = number % 10
+            alike = torch.tensor(pairs.labels) == label
+            own_pairs = InMemory(pairs.images[alike], [label] * int(alike.sum()))
+            painted = _paint(own_pairs, _size(number), _SINGLE_SIDES, 1, random)
             own = f"{label}/{label}_{number}" if part == "train" else f"ILSVRC2012_val_{number:08d}"
             files = [
                 folder / kind / "CLS-LOC" / part / f"{own}.{suffix}"
@@ -131,6 +141,18 @@ def _write(
     height, width = image.shape[1:]
     annotation = _annotation(file.name, (height, width), boxes, labels, counts_from)
     ET.ElementTree(annotation).write(description)
+
+
+def classifier(place: Launch, network: Callable[..., nn.Module]) -> Result:
+    """A trained classifier of single digits: what ImageNet's is to the paper's detectors.
+
+    network: its constructor.
+    """
+    images = patches(64, *((64, 32) if place.quick else (3000, 500)), seed=place.seed)
+    recipe = recipes.cifar(images, *((4, 16) if place.quick else (300, 48)), learning_rate=0.05)
+    return train_classifier(
+        "classifier", lambda: network(num_classes=images.classes), images, recipe, place
+    )
 
 
 def patches(side: int, train: int, test: int, seed: int) -> Images:

@@ -36,8 +36,8 @@ from .model import channels_of_stages
 from .scenes import Scenes
 from .training import read
 
-# For crops of 224: shorter sides in training (3.4), of the centre crop's image, of whole images.
-_CROP, _TRAINED, _CENTRE, _DENSE = 224, (256, 480), 256, (256, 384, 480)
+# The side of the paper's crops, and the images' shorter sides in training for them (3.4).
+CROP, SIDES = 224, (256, 480)
 _ANCHORS = (1 / 4, 1 / 2, 1.0)  # sides as parts of the crop's
 _RATIOS = (0.5, 1.0, 2.0)
 _SAMPLED = 8  # anchors of an image that train
@@ -47,7 +47,9 @@ _OVERLAP = 0.5  # from which a box is right
 class Localizer(nn.Module):
     """A network whose batch norm is frozen and whose classifier is dropped, and a box per class.
 
-    crop: side of the images that train. mean, std: of the channels.
+    crop: side of the images that train. sides: the least and the greatest shorter side of the
+        images that crops are from, for crops of CROP; in proportion for others.
+    mean, std: of the channels.
     """
 
     def __init__(
@@ -55,15 +57,16 @@ class Localizer(nn.Module):
         network: ResidualNetwork,
         classes: int,
         crop: int,
+        sides: tuple[int, int],
         mean: Sequence[float],
         std: Sequence[float],
     ) -> None:
         super().__init__()
         freeze_batch_norm(network)
         network.fc = nn.Identity()
-        self.network, self.classes, self.crop = network, classes, crop
-        sides = tuple(round(part * crop) for part in _ANCHORS)
-        self.anchors = AnchorGenerator((sides,), (_RATIOS,))
+        self.network, self.classes, self.crop, self.sides = network, classes, crop, sides
+        anchors = tuple(round(part * crop) for part in _ANCHORS)
+        self.anchors = AnchorGenerator((anchors,), (_RATIOS,))
         each = self.anchors.num_anchors_per_location()[0]
         self.head = RPNHead(channels_of_stages(network)[-1], each * classes)
         self.matcher = Matcher(0.7, 0.3, allow_low_quality_matches=True)
@@ -119,9 +122,9 @@ class Localizer(nn.Module):
 class Crops(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     """Random crops as in classification (3.4), with what they hold of the boxes."""
 
-    def __init__(self, scenes: Scenes, crop: int, seed: int) -> None:
+    def __init__(self, scenes: Scenes, crop: int, sides: tuple[int, int], seed: int) -> None:
         self.scenes, self.seed = scenes, seed
-        low, high = (_scaled(side, crop) for side in _TRAINED)
+        low, high = (round(side * crop / CROP) for side in sides)
         mirror = [v2.RandomHorizontalFlip()] if scenes.mirrors else []
         self.transform = v2.Compose(
             [
@@ -158,8 +161,9 @@ def locate(model: Localizer, image: Tensor, dense: bool) -> Tensor:
     """
     all_scores, all_boxes = [], []
     classes = torch.arange(model.classes, device=image.device)
-    for side in _DENSE if dense else (_CENTRE,):
-        scaled = transforms.resize(image, [_scaled(side, model.crop)], antialias=True)
+    low, high = model.sides
+    for side in (low, (low + high) / 2, high) if dense else (low,):
+        scaled = transforms.resize(image, [round(side * model.crop / CROP)], antialias=True)
         size = list(scaled.shape[-2:])
         top, left = (0, 0) if dense else ((length - model.crop) // 2 for length in size)
         view = scaled if dense else scaled[:, top : top + model.crop, left : left + model.crop]
@@ -174,11 +178,10 @@ def locate(model: Localizer, image: Tensor, dense: bool) -> Tensor:
     return torch.stack(all_boxes)[best, classes]
 
 
-def classify(model: nn.Module, image: Tensor, scenes: Scenes, crop: int) -> Tensor:
-    """The five likeliest labels, by a classifier on the centre crop."""
-    scaled = transforms.resize(image, [_scaled(_CENTRE, crop)], antialias=True)
-    mean, std = scenes.mean, scenes.std
-    view = transforms.normalize(transforms.center_crop(scaled, [crop]), list(mean), list(std))
+def classify(model: nn.Module, image: Tensor, scenes: Scenes, side: float) -> Tensor:
+    """The five likeliest labels, by a classifier on the whole image of that shorter side."""
+    scaled = transforms.resize(image, [round(side)], antialias=True)
+    view = transforms.normalize(scaled, list(scenes.mean), list(scenes.std))
     logits: Tensor = model(view[None].contiguous(memory_format=torch.channels_last))[0]
     return logits.topk(min(5, len(logits))).indices + 1
 
@@ -223,7 +226,3 @@ def errors(
         "top-1 error": 100 * (1 - top1 / count),
         "top-5 error": 100 * (1 - top5 / count),
     }
-
-
-def _scaled(side: int, crop: int) -> int:
-    return round(side * crop / _CROP)
