@@ -63,7 +63,7 @@ def experiment(place: launch.Launch, options: argparse.Namespace) -> None:
         options,
         "imagenet" if place.data else "digits",
         names,
-        digits=(None, None, 64, 3, 300, 32, 0.02),
+        digits=(None, None, 64, 3, 600, 32, 0.02),
         imagenet=("resnet101", "DEFAULT", 224, 1, 60_000, 256, 0.01),
         quick=(None, None, 64, 1, 4, 4, 0.01),
     )
@@ -208,7 +208,7 @@ def report(
         place,
         "Localization",
         f"One box an image by {model} with frozen batch norm (He et al., appendix C): two sibling "
-        "layers behind the network say for every class and anchor whether it holds an object, and "
+        "layers behind conv4 say for every class and anchor whether it holds an object, and "
         "where. Errors in percent: an image is right where the box of its class overlaps an object "
         "by half and, with predicted classes, where the class is the likeliest (top-1) or among "
         "five (top-5). 1-crop is the centre crop, dense the whole image at three scales. The usual "

@@ -174,8 +174,8 @@ def test_losses_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     losses = model(images, targets)
     with torch.no_grad():
         logits, codes, anchors = model.predict(torch.stack(images))
-    # 2×2 positions, nine anchors each, three classes.
-    assert (logits.shape, codes.shape) == ((2, 36, 3), (2, 36, 3, 4))
+    # 4×4 positions, nine anchors each, three classes.
+    assert (logits.shape, codes.shape) == ((2, 144, 3), (2, 144, 3, 4))
     overlap = box_iou(box, anchors)[0]
     class_loss, box_loss = 0.0, 0.0
     for i, (positive, negative) in enumerate((drawn[:2], drawn[2:])):
@@ -200,8 +200,8 @@ def test_losses_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
                 )
                 off = (codes[i, anchor, 1] - wanted).abs()
                 box_loss += float(torch.where(off < 1 / 9, 4.5 * off**2, off - 1 / 18).sum())
-    assert float(losses["loss_class"]) == pytest.approx(class_loss / 16, rel=1e-4)
-    assert float(losses["loss_box"]) == pytest.approx(box_loss / 16, rel=1e-4)
+    assert float(losses["loss_class"].detach()) == pytest.approx(class_loss / 16, rel=1e-4)
+    assert float(losses["loss_box"].detach()) == pytest.approx(box_loss / 16, rel=1e-4)
 
 
 @torch.no_grad()

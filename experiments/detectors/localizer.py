@@ -1,10 +1,10 @@
 """Localization (appendix C): a box of its own for every class, by proposals that are per class.
 
-The network ends as that of region proposals does, in two sibling 1×1 layers, but with an output
-for each class: whether an anchor holds an object of the class, a logistic regression, and the
-object's box with reference to the anchor. Trained on crops, eight anchors of each, half of them on
-an object; tested on the centre crop, or on whole images at several scales. Of a class, the box of
-the likeliest anchor counts.
+The network ends as that of region proposals does, behind conv4 in two sibling 1×1 layers, but with
+an output for each class: whether an anchor holds an object of the class, a logistic regression,
+and the object's box with reference to the anchor. Trained on crops, eight anchors of each, half of
+them on an object; tested on the centre crop, or on whole images at several scales. Of a class, the
+box of the likeliest anchor counts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tqdm import tqdm
 from resnet_fused import freeze_batch_norm
 from resnet_fused.models.network import ResidualNetwork
 
-from .model import channels_of_stages
+from .model import C4Backbone
 from .scenes import Scenes
 from .training import read
 
@@ -40,12 +40,13 @@ from .training import read
 CROP, SIDES = 224, (256, 480)
 _ANCHORS = (1 / 4, 1 / 2, 1.0)  # sides as parts of the crop's
 _RATIOS = (0.5, 1.0, 2.0)
+_STRIDE = 16  # of conv4 at most
 _SAMPLED = 8  # anchors of an image that train
 _OVERLAP = 0.5  # from which a box is right
 
 
 class Localizer(nn.Module):
-    """A network whose batch norm is frozen and whose classifier is dropped, and a box per class.
+    """conv1 to conv4 of a network, whose batch norm is frozen, and a box per class.
 
     crop: side of the images that train. sides: the least and the greatest shorter side of the
         images that crops are from, for crops of CROP; in proportion for others.
@@ -63,12 +64,12 @@ class Localizer(nn.Module):
     ) -> None:
         super().__init__()
         freeze_batch_norm(network)
-        network.fc = nn.Identity()
-        self.network, self.classes, self.crop, self.sides = network, classes, crop, sides
+        self.backbone = C4Backbone(network)
+        self.classes, self.crop, self.sides = classes, crop, sides
         anchors = tuple(round(part * crop) for part in _ANCHORS)
         self.anchors = AnchorGenerator((anchors,), (_RATIOS,))
         each = self.anchors.num_anchors_per_location()[0]
-        self.head = RPNHead(channels_of_stages(network)[-1], each * classes)
+        self.head = RPNHead(self.backbone.out_channels, each * classes)
         self.matcher = Matcher(0.7, 0.3, allow_low_quality_matches=True)
         self.sampler = BalancedPositiveNegativeSampler(_SAMPLED, 0.5)
         self.coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
@@ -77,11 +78,13 @@ class Localizer(nn.Module):
 
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images (N, 3, H, W), 0 to 1 -> logits (N, P, K), codes (N, P, K, 4), anchors (P, 4)."""
-        x = (images - self.mean) / self.std
-        features = self.network.features(x.contiguous(memory_format=torch.channels_last))[-1]
+        # Whole positions only: the anchors' distance is the image's side over the map's.
+        padding = [-images.shape[-1] % _STRIDE, -images.shape[-2] % _STRIDE]
+        x = F.pad((images - self.mean) / self.std, [0, padding[0], 0, padding[1]])
+        (features,) = self.backbone(x.contiguous(memory_format=torch.channels_last)).values()
         (logits,), (codes,) = self.head([features])
-        sizes = [tuple(images.shape[-2:])] * len(images)
-        anchors = self.anchors(ImageList(images, sizes), [features])[0]
+        sizes = [tuple(x.shape[-2:])] * len(x)
+        anchors = self.anchors(ImageList(x, sizes), [features])[0]
         return self._by_anchor(logits, 1)[..., 0], self._by_anchor(codes, 4), anchors
 
     def _by_anchor(self, maps: Tensor, values: int) -> Tensor:

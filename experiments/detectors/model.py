@@ -44,7 +44,7 @@ class C4Backbone(nn.Module):
 
     def __init__(self, network: ResidualNetwork) -> None:
         super().__init__()
-        self.out_channels = channels_of_stages(network)[2]
+        self.out_channels = _channels(network)[2]
         network.layer4 = network.fc = nn.Identity()
         self.network = network
 
@@ -97,7 +97,7 @@ class FpnBackbone(nn.Module):
         super().__init__()
         self.out_channels = channels
         self.pyramid = FeaturePyramidNetwork(
-            channels_of_stages(network), self.out_channels, LastLevelMaxPool()
+            _channels(network), self.out_channels, LastLevelMaxPool()
         )
         network.fc = nn.Identity()
         self.network = network
@@ -106,7 +106,7 @@ class FpnBackbone(nn.Module):
         return self.pyramid({str(i): map_ for i, map_ in enumerate(self.network.features(x))})
 
 
-def channels_of_stages(network: ResidualNetwork) -> list[int]:
+def _channels(network: ResidualNetwork) -> list[int]:
     """Of the four stages' results."""
     lasts = [cast("ResidualBlock", stage[-1]).layers()[-1][0] for stage in network.stages()]
     return [cast("nn.Conv2d", convolution).out_channels for convolution in lasts]
@@ -149,7 +149,7 @@ def faster_rcnn(
     kind, _, context = arrangement.partition("+")
     if kind == "c4":
         *_, conv5 = network.stages()
-        width = channels_of_stages(network)[-1]
+        width = _channels(network)[-1]
         size = pooled if strides[3] > strides[2] else pooled // 2
         anchors = [[round(anchor * side / _C4_SIDE) for anchor in _C4_ANCHORS]]
         pool = _region_pool(strides[2:3], size)
