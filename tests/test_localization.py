@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 pytest.importorskip("torchvision", reason="the localizer's parts are torchvision's")
 pytest.importorskip("sklearn", reason="the default images are of scikit-learn's digits")
@@ -267,43 +267,6 @@ def test_errors_by_hand(place: Launch) -> None:
     classes = replace(scenes, classes=[str(i) for i in range(10)])
     found = localizer.errors(classes, place, boxes, labels)
     assert found == {"true class error": 25.0, "top-1 error": 75.0, "top-5 error": 50.0}
-
-
-def test_learns_a_small_set_by_heart(place: Launch) -> None:
-    """Four images from random weights: their boxes of the true class overlap by half."""
-    scenes = digits.open_or_write_single(place.out / "images", 4, 1, place)
-    known: Scenes = replace(scenes, test=scenes.train)
-    recipe = training.Recipe(120, 4, 0.02, record_every=30, evaluate_every=120)
-    count = len(scenes.classes)
-
-    crops = localizer.Crops(known, 64, (256, 320), seed=0)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (scenes.mean, scenes.std))
-
-    def build() -> localizer.Localizer:
-        network = digits.network().train()
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = None  # statistics are frozen: those of the crops
-        with torch.no_grad():
-            network(
-                torch.stack(
-                    [(crops[epoch, i][0] - mean) / std for epoch in (0, 1) for i in range(4)]
-                )
-            )
-        return localizer.Localizer(network, count, 64, (256, 320), scenes.mean, scenes.std)
-
-    def measured(model: Any) -> dict[str, float]:
-        model.eval()
-        return localizer.errors(
-            known,
-            place,
-            lambda image: localizer.locate(model, image, dense=True),
-            lambda image: torch.arange(1, 6),
-        )
-
-    result = training.train("learns", build, known, recipe, place, crops, measured)
-    assert result.history[-1]["training_loss"] < 0.3 * result.history[0]["training_loss"]
-    assert result.last["true class error"] <= 25
 
 
 @pytest.mark.parametrize("write", [None, write_imagenet])
