@@ -66,6 +66,15 @@ def write_folders(root: Path, each: int = 12) -> Path:
     return root
 
 
+def write_official(root: Path) -> Path:
+    """The same as torchvision leaves ImageNet's archives once it has unpacked them."""
+    write_folders(root)
+    names = {label: (f"name of {label}",) for label in ("n01440764", "n01443537", "n01484850")}
+    torch.save((names, list(names)), root / "meta.bin")
+    (root / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(b"not read again")
+    return root
+
+
 def last_rows(out: Path) -> dict[str, dict[str, str]]:
     with (out / "history.csv").open(encoding="utf-8") as file:
         return {row["run"]: row for row in csv.DictReader(file)}
@@ -82,15 +91,20 @@ def test_cifar_recipe_on_the_published_format(tmp_path: Path) -> None:
     assert "CIFAR-10's format, 40 to train and 8 to test" in report
 
 
-def test_imagenet_recipe_on_folders_of_photographs(tmp_path: Path) -> None:
-    root, out = write_folders(tmp_path / "data"), tmp_path / "out"
+@pytest.mark.parametrize(
+    ("write", "name"), [(write_folders, "image folders"), (write_official, "ImageNet")]
+)
+def test_imagenet_recipe_on_the_published_formats(
+    write: Callable[[Path], Path], name: str, tmp_path: Path
+) -> None:
+    root, out = write(tmp_path / "data"), tmp_path / "out"
     given = ["--quick", "--device", "cpu", "--epochs", "6", "--batch", "12", "--recipes", "paper"]
     main = importlib.import_module("imagenet").main
     assert main([*given, "--data", str(root), "--out", str(out)]) == 0
     row = last_rows(out)["resnet18-paper"]
     assert float(row["training_error"]) < 40  # chance is 67 %
     report = (out / "report.md").read_text(encoding="utf-8")
-    assert "image folders, 36 to train and 12 to test, 3 classes" in report
+    assert f"{name}, 36 to train and 12 to test, 3 classes" in report
 
 
 def test_cifar_images_and_labels_stay_together(tmp_path: Path) -> None:
