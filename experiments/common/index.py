@@ -27,6 +27,7 @@ EXPERIMENTS = (
     "responses",
     "progressive_deepening",
     "detection",
+    "localization",
 )
 
 
