@@ -46,7 +46,10 @@ def _worker() -> None:
     import torch
 
     import resnet_fused
+    from resnet_fused import _extension, backends
     from resnet_fused.backends.triton import launching
+    from resnet_fused.backends.triton.training import TritonReplays
+    from resnet_fused.ops import training_programs
 
     launches = 0
 
@@ -54,7 +57,12 @@ def _worker() -> None:
         nonlocal launches
         launches += 1
 
-    launching.Launch.__call__ = stub  # type: ignore[method-assign]
+    launching.Launch._start = stub  # type: ignore[method-assign, assignment]
+    launching.Launch.replay = stub  # type: ignore[method-assign]
+    training = backends.get("triton").training
+    assert training is not None
+    training.replays = TritonReplays(_extension.load())  # type: ignore[misc]
+    training_programs._same_bits = lambda a, b: True  # type: ignore[assignment]  # of nothing
     launching.machine = lambda _: launching.Machine(132, 227 * 1024)  # type: ignore[assignment]
     model = resnet_fused.resnet50().to(memory_format=torch.channels_last).train()
     x = torch.zeros(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)

@@ -31,6 +31,8 @@ class Notes:
 
 
 current: contextvars.ContextVar[Notes | None] = contextvars.ContextVar("notes", default=None)
+# The extension's `Recorder` that is to be told of launches which Python makes, in training.
+recorder: contextvars.ContextVar[Any] = contextvars.ContextVar("recorder", default=None)
 
 
 def copied(source: Tensor, copy: Tensor) -> Tensor:

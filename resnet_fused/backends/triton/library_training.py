@@ -74,6 +74,9 @@ def moments(pre_bn: Tensor) -> Tensor:
 class LibraryTraining(TritonTraining):
     """`TrainingKernels` whose convolutions, forward and backward, are PyTorch's."""
 
+    def __init__(self) -> None:
+        self.replays = None  # nothing records those
+
     def conv_stats(
         self, x: Tensor, conv: Convolution, statistics: bool
     ) -> tuple[Tensor, Tensor | None]:
