@@ -16,7 +16,7 @@ Vectors of one layer of K channels, float32 (float64 where the activations are f
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -34,14 +34,14 @@ class Replays(Protocol):
     def state(self) -> Hashable:
         """All that decides, beside the arguments of the pieces, what they launch."""
 
-    def empty(
+    def allocator(
         self,
         device: torch.device,
         shape: Sequence[int],
         strides: Sequence[int],
         dtype: torch.dtype,
-    ) -> Tensor:
-        """An uninitialised tensor without gaps, where results of a step lie."""
+    ) -> Callable[[], Tensor]:
+        """Makes uninitialised tensors without gaps, where results of a step lie."""
 
     def replay(self, program: Any, device: torch.device, tensors: list[int]) -> None:
         """Runs recorded launches on the tensors at these addresses (`Program.run`)."""

@@ -24,9 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._extension import tensor_arg, types
 from ..backends import Backend, recording
+from ..backends.arguments import nhwc
 from ..backends.training import Replays
 from .dispatch import chosen_backend, use_backend
-from .modes import is_plain, is_transformed
+from .modes import PLAIN, is_plain, is_transformed
 from .training_layers import LayerArguments, kernels
 
 _ALIGNMENT = 256  # bytes; of tensors in arena and workspace
@@ -61,21 +62,24 @@ class _Program:
         self, replays: Replays, launches: Any, results: Sequence[Tensor], own: int
     ) -> None:
         self.replays, self._launches = replays, launches
-        self._device = results[0].device
         forms = [_Form(t.shape, t.stride(), t.dtype) for t in results]
-        self._own, self._shared = forms[:own], forms[own:]
+        self._shared = forms[own:]
         self._offsets = [0]
         for tensor in results[own:]:
             end = self._offsets[-1] + tensor.numel() * tensor.element_size()
             self._offsets.append(-(-end // _ALIGNMENT) * _ALIGNMENT)
-        self._workspace = _Form(torch.Size([self._offsets.pop() // 4]), (1,), torch.float32)
+        workspace = _Form(torch.Size([self._offsets.pop() // 4]), (1,), torch.float32)
+        device = results[0].device
+        self._own = [replays.allocator(device, *form) for form in forms[:own]]
+        self._workspace = replays.allocator(device, *workspace)
+        self._device = device
         self.backward: dict[Hashable, _Program | None] = {}
 
     def run(self, addresses: list[int]) -> tuple[list[Tensor], Tensor]:
         """The results with memory of their own, and the workspace; `addresses` of the inputs."""
-        own = [self.replays.empty(self._device, *form) for form in self._own]
-        addresses += [tensor.data_ptr() for tensor in own]
-        workspace = self.replays.empty(self._device, *self._workspace)
+        own = [allocate() for allocate in self._own]
+        addresses += map(Tensor.data_ptr, own)
+        workspace = self._workspace()
         addresses += self.shared_addresses(workspace)
         self.replays.replay(self._launches, self._device, addresses)
         return own, workspace
@@ -159,9 +163,16 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(*flat)
 
 
-def _form(tensor: Tensor) -> tuple[Hashable, ...]:
-    """All that a recorded launch depends on."""
-    return tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % 16, tensor.device
+def _described(tensors: Sequence[Tensor]) -> tuple[list[int], list[Hashable]]:
+    """Addresses, and all else that a recorded launch depends on."""
+    # One loop and few calls, because every op comes by here.
+    addresses: list[int] = []
+    forms: list[Hashable] = []
+    for tensor in tensors:
+        address = tensor.data_ptr()
+        addresses.append(address)
+        forms += (tensor.dtype, tensor.shape, tensor.stride(), address % 16, tensor.device)
+    return addresses, forms
 
 
 _programs: dict[Hashable, _Program | None] = {}
@@ -187,20 +198,17 @@ def run(
     """
     if rest[-1] or not is_plain(x) or not _may_replay(x):
         return None
-    x = x.contiguous(memory_format=torch.channels_last)
-    inputs = [x, *(tensor for tensors in layers[:5] for tensor in tensors)]
-    if not all(map(is_plain, inputs)):
+    x = nhwc(x)
+    inputs = [x]
+    for tensors in layers[:5]:
+        inputs += tensors
+    if not PLAIN.issuperset(map(type, inputs)):
         return None
     replays = kernels(x).replays
     if replays is None:
         return None
-    key = (
-        op.forward,
-        replays.state(),
-        *map(tuple, layers[5:]),
-        rest,
-        *map(_form, inputs),
-    )
+    addresses, forms = _described(inputs)
+    key = (op.forward, replays.state(), *map(tuple, layers[5:]), rest, *forms)
     try:
         program = _programs[key]
     except KeyError:
@@ -217,7 +225,7 @@ def run(
     scale_shifts: list[Tensor] = []
     backend = chosen_backend()
     call = _Call(op, program, backend, layers.windows, layers.frozen, rest)
-    y: Tensor = _Replayed.apply(call, scale_shifts, *inputs)  # type: ignore[no-untyped-call]
+    y: Tensor = _Replayed.apply(call, addresses, scale_shifts, *inputs)  # type: ignore[no-untyped-call]
     return y, scale_shifts
 
 
@@ -232,9 +240,11 @@ class _Call(NamedTuple):
 
 class _Replayed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: _Call, scale_shifts: list[Tensor], *inputs: Tensor) -> Tensor:
-        """Appends to `scale_shifts`, which have no gradient."""
-        (y,), workspace = call.program.run([tensor.data_ptr() for tensor in inputs])
+    def forward(
+        ctx: Any, call: _Call, addresses: list[int], scale_shifts: list[Tensor], *inputs: Tensor
+    ) -> Tensor:
+        """addresses: of the inputs. Appends to `scale_shifts`, which have no gradient."""
+        (y,), workspace = call.program.run(addresses)
         count = len(call.frozen)
         scale_shifts += call.program.shared(workspace, count)
         ctx.call = call
@@ -245,18 +255,15 @@ class _Replayed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[2:]
+        needs = ctx.needs_input_grad[3:]
         if grad is None:
-            return (None,) * (2 + len(needs))
+            return (None,) * (3 + len(needs))
         call: _Call = ctx.call
         op, program, count = call.op, call.program, len(call.frozen)
         x, *weights, y, workspace = ctx.saved_tensors
-        ends = [1, 1 + count, 1 + 2 * count, 1 + 3 * count]
-        needs_weights, needs_gammas, needs_betas = (
-            list(needs[first:last]) for first, last in zip(ends, ends[1:], strict=False)
-        )
-        needs_affine = [a or b for a, b in zip(needs_gammas, needs_betas, strict=True)]
-        wanted = (needs[0], needs_weights, needs_affine)
+        first, second, third, fourth = 1, 1 + count, 1 + 2 * count, 1 + 3 * count
+        affine = [a or b for a, b in zip(needs[second:third], needs[third:fourth], strict=True)]
+        wanted = needs[0], list(needs[first:second]), affine
         statics = (call.windows, call.frozen, *call.rest, *wanted)
 
         def saved() -> tuple[list[Tensor], list[Tensor]]:
@@ -271,11 +278,10 @@ class _Replayed(torch.autograd.Function):
             with use_backend(call.backend):
                 grads = ordinary(op.registered_backward)
         else:
-            grad, x, y = (
-                t.contiguous(memory_format=torch.channels_last) for t in (grad, x, y)
-            )
+            grad, x, y = map(nhwc, (grad, x, y))
             inputs = [grad, x, y, *weights]
-            key = (needs, *map(_form, inputs), workspace.data_ptr() % 16)
+            addresses, forms = _described(inputs)
+            key = (needs, *forms)
             try:
                 found = program.backward[key]
             except KeyError:
@@ -289,14 +295,9 @@ class _Replayed(torch.autograd.Function):
                 with use_backend(call.backend), torch.no_grad():
                     grads = ordinary(op.backward)
             else:
-                addresses = [tensor.data_ptr() for tensor in inputs]
                 grads, _ = found.run(addresses + program.shared_addresses(workspace))
         for i, dtype in enumerate(ctx.dtypes, 1 + count):
             if grads[i].dtype != dtype:
                 grads[i] = grads[i].to(dtype)
-        return (
-            None,
-            None,
-            *(g if n else None for g, n in zip(grads, needs, strict=False)),
-            *(None,) * (len(needs) - len(grads)),
-        )
+        wanted_grads = [g if n else None for g, n in zip(grads, needs, strict=False)]
+        return (None, None, None, *wanted_grads, *(None,) * (len(needs) - len(grads)))

@@ -10,8 +10,9 @@ cost more than what is then done with them.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -202,18 +203,24 @@ class CpuTraining:
     ) -> Tensor:
         """An uninitialised channels_last tensor, of like's dtype, in memory that is kept."""
         n, c, h, w = shape
-        return self.empty(like.device, (n, c, h, w), (h * w * c, 1, w * c, c), dtype or like.dtype)
+        strides = (h * w * c, 1, w * c, c)
+        return self.allocator(like.device, (n, c, h, w), strides, dtype or like.dtype)()
 
-    def empty(
+    def allocator(
         self,
         device: torch.device,
         shape: Sequence[int],
         strides: Sequence[int],
         dtype: torch.dtype,
-    ) -> Tensor:
+    ) -> Callable[[], Tensor]:
         elements = math.prod(shape)
         if elements * dtype.itemsize < _KEPT_BYTES:
-            return torch.empty_strided(shape, strides, dtype=dtype)
+            return functools.partial(torch.empty_strided, shape, strides, dtype=dtype)
+        return functools.partial(self._kept, elements, shape, strides, dtype)
+
+    def _kept(
+        self, elements: int, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype
+    ) -> Tensor:
         memory = self.extension.TrainMemory(elements * dtype.itemsize)
         flat = torch.frombuffer(memory, dtype=dtype, count=elements)
         # Not as a view of `flat`: autograd would refuse changes of an op's result in place.

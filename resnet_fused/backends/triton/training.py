@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from types import ModuleType
 from typing import Any
@@ -81,14 +82,14 @@ class TritonReplays:
             torch.are_deterministic_algorithms_enabled(),
         )
 
-    def empty(
+    def allocator(
         self,
         device: torch.device,
         shape: Sequence[int],
         strides: Sequence[int],
         dtype: torch.dtype,
-    ) -> Tensor:
-        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    ) -> Callable[[], Tensor]:
+        return functools.partial(torch.empty_strided, shape, strides, dtype=dtype, device=device)
 
     def replay(self, program: Any, device: torch.device, tensors: list[int]) -> None:
         arena = torch.empty(program.arena_bytes, dtype=torch.uint8, device=device)
