@@ -151,13 +151,13 @@ def _record(
             return None
         program = _Program(replays, launches, results, own)
         found, workspace = program.run([t.data_ptr() for t in inputs])
-        same = all(map(_same_bits, results, [*found, *program.shared(workspace)]))
+        same = all(map(same_bits, results, [*found, *program.shared(workspace)]))
     except torch.OutOfMemoryError:  # recording keeps every intermediate tensor
         return None
     return program if same else None
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
+def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether NaN and signed zeros agree too; both lie alike in memory."""
     flat = (t.as_strided((t.numel(),), (1,)).view(torch.uint8) for t in (a, b))
     return torch.equal(*flat)
