@@ -89,7 +89,7 @@ def count_calls(model: Callable[[Tensor], object], x: Tensor) -> int:
         model(x)
     finally:
         sys.setprofile(None)
-        threading.setprofile(None)  # type: ignore[arg-type]
+        threading.setprofile(None)
     return calls - 1  # setprofile itself
 
 

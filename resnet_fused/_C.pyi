@@ -4,7 +4,7 @@ Addresses and streams are integers, and every tensor is a `TensorArg`. The kerne
 (`cuda_*` and what they take) are in builds with CUDA only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ._extension import TensorArg
@@ -148,7 +148,6 @@ def train_coefficients(
     scale_shift: TensorArg,
     frozen: bool,
 ) -> None: ...
-
 def train_add_strided(out: TensorArg, add: TensorArg, stride: int) -> None: ...
 def train_run(program: Program, tensors: Sequence[int]) -> None: ...
 

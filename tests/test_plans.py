@@ -721,9 +721,7 @@ def test_recorders_refuse_what_they_cannot_resolve():
             extension.bn_add_relu(described[target], described[source], bn, added, True)
         recorder.stop()
         known = [_extension.tensor_arg(constant) for constant in constants]
-        return recorder.program(
-            0, len(launches), [described["x"]], [described["out"]], known, 64
-        )
+        return recorder.program(0, len(launches), [described["x"]], [described["out"]], known, 64)
 
     whole = [("middle", "x", None), ("out", "middle", None)]
     assert program(whole, [one]) is not None

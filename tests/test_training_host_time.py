@@ -32,7 +32,11 @@ def test_calls_of_a_training_step() -> None:
         [sys.executable, __file__],
         capture_output=True,
         text=True,
-        env={"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "benchmarks"))), "TRITON_INTERPRET": "1", "PATH": ""},
+        env={
+            "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "benchmarks"))),
+            "TRITON_INTERPRET": "1",
+            "PATH": "",
+        },
     )
     assert result.returncode == 0, result.stderr
     launches, *counts = result.stdout.split()

@@ -14,7 +14,6 @@ wait for one another, the op goes through PyTorch's dispatcher, launch by launch
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -33,6 +32,7 @@ from .training_layers import LayerArguments, kernels
 _ALIGNMENT = 256  # bytes; of tensors in arena and workspace
 _PROGRAMS = 4096  # of all ops; then they are recorded anew
 _COMPUTES_NOTHING = ("aten::empty", "aten::new_empty", "aten::set_")
+
 
 class ProgrammedOp(NamedTuple):
     """An op of layers, in a form that all training ops share.
@@ -208,7 +208,8 @@ def run(
     if replays is None:
         return None
     addresses, forms = _described(inputs)
-    key = (op.forward, replays.state(), *map(tuple, layers[5:]), rest, *forms)
+    settings = (*layers.windows, *layers.frozen, *layers.eps)  # as many as there are weights
+    key = (op.forward, replays.state(), len(layers.weights), settings, rest, *forms)
     try:
         program = _programs[key]
     except KeyError:
@@ -225,7 +226,7 @@ def run(
     scale_shifts: list[Tensor] = []
     backend = chosen_backend()
     call = _Call(op, program, backend, layers.windows, layers.frozen, rest)
-    y: Tensor = _Replayed.apply(call, addresses, scale_shifts, *inputs)  # type: ignore[no-untyped-call]
+    y: Tensor = _Replayed.apply(call, addresses, scale_shifts, *inputs)
     return y, scale_shifts
 
 
