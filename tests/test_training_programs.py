@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 
-from resnet_fused import _extension, cifar, freeze_batch_norm
+from resnet_fused import _extension, backends, cifar, freeze_batch_norm, use_backend
 from resnet_fused.backends import recording
 from resnet_fused.backends.cpu.training import CpuTraining
 from resnet_fused.blocks import BasicBlock, Bottleneck, PaddedIdentity, PlainBlock, conv1x1
@@ -75,11 +76,13 @@ def ordinarily(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]) -> Any:
         return call()
 
 
-def step(block: nn.Module, x: Tensor, autocast: bool = False) -> list[Tensor | None]:
+def step(
+    block: nn.Module, x: Tensor, autocast: bool = False, dtype: torch.dtype = torch.bfloat16
+) -> list[Tensor | None]:
     """The result, all gradients and all buffers."""
     block.zero_grad()
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast("cpu", dtype, enabled=autocast):
         y = block(x)
     y.float().square().sum().backward()
     return [
@@ -245,6 +248,54 @@ def test_modes_and_profilers_see_the_ops(replays: list[int]) -> None:
     names = {event.key for event in profiler.key_averages()}
     assert {"resnet_fused::residual_block_training"} <= names
     assert not replays
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "float16"])
+def test_tritons_launches_are_replayed(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter, which takes tensors: they are made of the addresses."""
+    pytest.importorskip("triton")
+    if (reason := backends.unavailable("triton")) or torch.cuda.is_available():
+        pytest.skip(reason or "kernels are not interpreted")
+    from resnet_fused.backends.triton import launching
+    from resnet_fused.backends.triton.training import TritonReplays
+
+    kinds: dict[int, list[Any]] = {}
+    replayed = 0
+    start = launching.Launch._start
+
+    def watched(self: launching.Launch, tensors: tuple[Any, ...]) -> None:
+        kinds[id(self)] = [t if t is None else (t.dtype, t.shape, t.stride()) for t in tensors]
+        with _disable_current_modes():  # the interpreter itself computes by PyTorch's ops
+            start(self, tensors)
+
+    def replay(self: launching.Launch, *addresses: Any) -> None:
+        nonlocal replayed
+        replayed += 1
+        tensors: list[Any] = []
+        for address, kind in zip(addresses, kinds[id(self)], strict=True):
+            if address is None:
+                tensors.append(None)
+                continue
+            dtype, shape, strides = kind
+            reach = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+            memory = (ctypes.c_char * (reach * dtype.itemsize)).from_address(address)
+            tensors.append(torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides))
+        start(self, tuple(tensors))
+
+    monkeypatch.setattr(launching.Launch, "_start", watched)
+    monkeypatch.setattr(launching.Launch, "replay", replay)
+    training = backends.get("triton").training
+    monkeypatch.setattr(training, "replays", TritonReplays(_extension.load()))
+    monkeypatch.setattr(training_programs, "_programs", {})
+    torch.manual_seed(0)
+    ours = BasicBlock(16, 16).train()
+    theirs = copy.deepcopy(ours)
+    with use_backend("triton"):
+        arguments = image(16, 2, 3), autocast, torch.float16
+        right = ordinarily(monkeypatch, lambda: step(theirs, *arguments))
+        assert replayed == 0
+        assert_same(step(ours, *arguments), right)
+        assert replayed > 0
 
 
 def test_launches_of_pythons_are_replayed_on_addresses() -> None:

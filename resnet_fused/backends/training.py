@@ -34,6 +34,10 @@ class Replays(Protocol):
     def state(self) -> Hashable:
         """All that decides, beside the arguments of the pieces, what they launch."""
 
+    def operand(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight as launches for activations of that type read it, which PyTorch makes at each
+        use (`backends.recording.weights`); itself where they read any."""
+
     def allocator(
         self,
         device: torch.device,

@@ -127,21 +127,25 @@ def _record(
     function: Callable[[], Sequence[Tensor]],
     inputs: Sequence[Tensor],
     own: int,
+    weights: Sequence[tuple[Tensor, Tensor]],
 ) -> _Program | None:
     """`function()` of `inputs` as a program, or None where it cannot be one.
 
-    own: how many of the results, the first ones, get memory of their own.
+    own: how many of the results, the first ones, get memory of their own. weights: which the
+    function has, and what is among the inputs in their place.
     """
+    places = {id(weight): operand for weight, operand in weights}
     try:
         function()  # which chooses kernels, measures and compiles
         recorder, watch = replays.extension.Recorder(), _Watch()
         recorder.start()
-        token = recording.recorder.set(recorder)
+        token, placed = recording.recorder.set(recorder), recording.weights.set(places)
         try:
             with watch:
                 results = function()
         finally:
             recording.recorder.reset(token)
+            recording.weights.reset(placed)
             recorder.stop()
         if watch.computed or not {t.dtype for t in (*inputs, *results)} <= types().keys():
             return None
@@ -207,9 +211,12 @@ def run(
     replays = kernels(x).replays
     if replays is None:
         return None
-    addresses, forms = _described(inputs)
+    operands = [replays.operand(weight.detach(), x.dtype) for weight in layers.weights]
+    read = [x, *operands, *inputs[1 + len(operands) :]]
+    addresses, forms = _described(read)
     settings = (*layers.windows, *layers.frozen, *layers.eps)  # as many as there are weights
-    key = (op.forward, replays.state(), len(layers.weights), settings, rest, *forms)
+    dtypes = [weight.dtype for weight in layers.weights]
+    key = (op.forward, replays.state(), settings, rest, *dtypes, *forms)
     try:
         program = _programs[key]
     except KeyError:
@@ -220,7 +227,9 @@ def run(
             y, saved, scale_shifts = op.forward(x, *layers, *rest)
             return [y, *saved, *scale_shifts]
 
-        program = _programs[key] = _record(replays, forward, inputs, 1)
+        program = _programs[key] = _record(
+            replays, forward, read, 1, list(zip(layers.weights, operands, strict=True))
+        )
     if program is None:
         return None
     scale_shifts: list[Tensor] = []
@@ -280,7 +289,8 @@ class _Replayed(torch.autograd.Function):
                 grads = ordinary(op.registered_backward)
         else:
             grad, x, y = map(nhwc, (grad, x, y))
-            inputs = [grad, x, y, *weights]
+            operands = [program.replays.operand(weight, x.dtype) for weight in weights]
+            inputs = [grad, x, y, *operands]
             addresses, forms = _described(inputs)
             key = (needs, *forms)
             try:
@@ -289,7 +299,11 @@ class _Replayed(torch.autograd.Function):
                 with use_backend(call.backend):
                     every = [*inputs, *(t for tensors in saved() for t in tensors)]
                     found = _record(
-                        program.replays, lambda: ordinary(op.backward), every, 1 + 3 * count
+                        program.replays,
+                        lambda: ordinary(op.backward),
+                        every,
+                        1 + 3 * count,
+                        list(zip(weights, operands, strict=True)),
                     )
                 program.backward[key] = found
             if found is None:

@@ -252,6 +252,7 @@ def dense(bn: BatchNorm) -> BatchNorm:
 def dense_convolution(conv: Convolution, dtype: torch.dtype) -> Convolution:
     """`conv` with a channels_last weight of that dtype."""
     weight, stride, padding, dilation, groups = conv
+    weight = recording.weights.get().get(id(weight), weight)
     return Convolution(nhwc(weight.to(dtype)), stride, padding, dilation, groups)
 
 

@@ -18,7 +18,7 @@ from .. import Candidate, Candidates, autotune, tf32_in_convolutions
 from ..training import Replays
 from . import training_batch_norm as batch_norm
 from . import training_pool as pooling
-from .launching import Config, candidates
+from .launching import Config, candidates, nhwc
 from .training_convolution import conv_stats, conv_stats_configs
 from .training_dgrad import dgrad, dgrad_configs
 from .training_wgrad import wgrad, wgrad_configs
@@ -81,6 +81,9 @@ class TritonReplays:
             tf32_in_convolutions(),
             torch.are_deterministic_algorithms_enabled(),
         )
+
+    def operand(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        return nhwc(weight.to(dtype))
 
     def allocator(
         self,
