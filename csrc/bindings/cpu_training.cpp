@@ -350,12 +350,13 @@ struct CoefficientsLaunch {
 
 void run_coefficients(CoefficientsLaunch& op, std::uintptr_t) {
   cpu::bn_backward_coefficients(op.sums, op.parts, op.total, op.total_parts, op.scale_shift,
-                                op.channels, op.frozen, op.coefficients, op.weight_grad, op.bias_grad);
+                                op.channels, op.frozen, op.coefficients, op.weight_grad,
+                                op.bias_grad);
 }
 
 void train_coefficients(const TensorArg& coefficients, const TensorArg& weight_grad,
-                        const TensorArg& bias_grad, const TensorArg& sums, const TensorArg& total, const TensorArg& scale_shift,
-                        bool frozen) {
+                        const TensorArg& bias_grad, const TensorArg& sums, const TensorArg& total,
+                        const TensorArg& scale_shift, bool frozen) {
   check_rank("scale_shift", scale_shift, 2);
   Launch<CoefficientsLaunch> launch;
   CoefficientsLaunch& op = launch.arguments;
@@ -383,8 +384,7 @@ void train_coefficients(const TensorArg& coefficients, const TensorArg& weight_g
 
 void train_run(const Program& program, const std::vector<std::uintptr_t>& tensors) {
   const cpu::Memory arena(program.arena_bytes());
-  cpu::with_team(
-      [&] { program.run(tensors, reinterpret_cast<std::uintptr_t>(arena.data()), 0); });
+  cpu::with_team([&] { program.run(tensors, reinterpret_cast<std::uintptr_t>(arena.data()), 0); });
 }
 
 }  // namespace
@@ -402,10 +402,11 @@ void register_cpu_training(py::module_& module) {
              "Bytes that were freed and are kept for the next TrainMemory.");
   module.def("train_memory_release", &cpu::release_memory, "Returns them to the system.");
 
-  module.def("train_run", &train_run, py::arg("program"), py::arg("tensors"),
-             py::call_guard<py::gil_scoped_release>(),
-             "program.run(tensors, arena) of this module's CPU kernels, in one parallel region, with\n"
-             "kept memory as the arena.");
+  module.def(
+      "train_run", &train_run, py::arg("program"), py::arg("tensors"),
+      py::call_guard<py::gil_scoped_release>(),
+      "program.run(tensors, arena) of this module's CPU kernels, in one parallel region, with\n"
+      "kept memory as the arena.");
   module.def("train_conv", &train_conv, py::arg("out"), py::arg("x"), py::arg("weight"),
              py::arg("window"), py::arg("isa") = "",
              "out = conv(x) of one group, float32 or bfloat16; weight (out_channels, in_channels,\n"
@@ -447,8 +448,8 @@ void register_cpu_training(py::module_& module) {
              py::arg("weight"), py::arg("bias"), py::arg("eps"),
              "scale_shift (6, K) of the moments (T, 3, K), merged in their order.");
   module.def("train_coefficients", &train_coefficients, py::arg("coefficients"),
-             py::arg("weight_grad"), py::arg("bias_grad"), py::arg("sums"), py::arg("total"), py::arg("scale_shift"),
-             py::arg("frozen"),
+             py::arg("weight_grad"), py::arg("bias_grad"), py::arg("sums"), py::arg("total"),
+             py::arg("scale_shift"), py::arg("frozen"),
              "coefficients (4, K) of the sums `total` (T, 2, K) of all ranks, and the gradients\n"
              "(K,) of the normalisation's weight and bias of this rank's `sums`.");
 }

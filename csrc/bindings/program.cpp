@@ -284,7 +284,8 @@ void register_programs(py::module_& module) {
              std::uintptr_t stream) { program.run(std::move(tensors), arena, stream); },
           py::arg("tensors"), py::arg("arena"), py::arg("stream") = 0,
           py::call_guard<py::gil_scoped_release>(),
-          "Runs every launch, on `stream`. Addresses of all inputs and then of all outputs, of the\n"
+          "Runs every launch, on `stream`. Addresses of all inputs and then of all outputs, of "
+          "the\n"
           "sizes, strides and types that were recorded, and of arena_bytes bytes, aligned as was\n"
           "asked for; nothing else may use the outputs and the arena meanwhile.");
 

@@ -22,7 +22,7 @@
 struct Access {
   std::size_t offset;
   Span span;
-  bool written;            // or, of a call of Python's, what is not an input of the program
+  bool written;              // or, of a call of Python's, what is not an input of the program
   bool replaceable = false;  // see Launch::may_replace
   bool unknown = false;      // whether only the program can tell if it is written
 };
@@ -90,8 +90,8 @@ class Recorder {
 class Program {
  public:
   struct Pointer {
-    std::size_t access;    // its number among the launch's
-    std::size_t base;      // the number of an input, behind them of an output, last of all the arena
+    std::size_t access;  // its number among the launch's
+    std::size_t base;    // the number of an input, behind them of an output, last of all the arena
     std::size_t distance;  // bytes from the base
   };
 

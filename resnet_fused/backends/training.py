@@ -34,9 +34,9 @@ class Replays(Protocol):
     def state(self) -> Hashable:
         """All that decides, beside the arguments of the pieces, what they launch."""
 
-    def operand(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight as launches for activations of that type read it, which PyTorch makes at each
-        use (`backends.recording.weights`); itself where they read any."""
+    def operands(self, weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """The weights as launches for activations of that type read them, which PyTorch makes at
+        each use (`backends.recording.weights`); themselves where they read any."""
 
     def allocator(
         self,

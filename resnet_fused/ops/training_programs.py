@@ -14,6 +14,7 @@ wait for one another, the op goes through PyTorch's dispatcher, launch by launch
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from .modes import PLAIN, is_plain, is_transformed
 from .training_layers import LayerArguments, kernels
 
 _ALIGNMENT = 256  # bytes; of tensors in arena and workspace
+_dtype = operator.attrgetter("dtype")
 _PROGRAMS = 4096  # of all ops; then they are recorded anew
 _COMPUTES_NOTHING = ("aten::empty", "aten::new_empty", "aten::set_")
 
@@ -211,11 +213,11 @@ def run(
     replays = kernels(x).replays
     if replays is None:
         return None
-    operands = [replays.operand(weight.detach(), x.dtype) for weight in layers.weights]
+    operands = replays.operands(layers.weights, x.dtype)
     read = [x, *operands, *inputs[1 + len(operands) :]]
     addresses, forms = _described(read)
     settings = (*layers.windows, *layers.frozen, *layers.eps)  # as many as there are weights
-    dtypes = [weight.dtype for weight in layers.weights]
+    dtypes = map(_dtype, layers.weights)
     key = (op.forward, replays.state(), settings, rest, *dtypes, *forms)
     try:
         program = _programs[key]
@@ -289,7 +291,7 @@ class _Replayed(torch.autograd.Function):
                 grads = ordinary(op.registered_backward)
         else:
             grad, x, y = map(nhwc, (grad, x, y))
-            operands = [program.replays.operand(weight, x.dtype) for weight in weights]
+            operands = program.replays.operands(weights, x.dtype)
             inputs = [grad, x, y, *operands]
             addresses, forms = _described(inputs)
             key = (needs, *forms)

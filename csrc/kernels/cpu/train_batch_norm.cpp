@@ -47,10 +47,10 @@ struct Tasks {
   decltype(&baseline::pool_gradient_task) pool_gradient;
 };
 
-#define TASKS(isa)                                                                                \
-  Tasks {                                                                                         \
-    isa::add_strided_task, isa::moments_task, isa::normalise_task, isa::gradient_task, isa::pre_bn_task, isa::pool_task, \
-        isa::pool_gradient_task                                                                   \
+#define TASKS(isa)                                                                     \
+  Tasks {                                                                              \
+    isa::add_strided_task, isa::moments_task, isa::normalise_task, isa::gradient_task, \
+        isa::pre_bn_task, isa::pool_task, isa::pool_gradient_task                      \
   }
 
 Tasks tasks_for(Isa isa) {
@@ -189,8 +189,8 @@ void pre_bn_gradient(const PreBnGradient& op) {
 void add_strided(const AddStrided& op) {
   const auto task = tasks().add_strided;
   const std::int64_t lines = op.batch * ceil_div(op.height, op.stride);
-  const std::int64_t step = std::max(
-      kTaskElements / std::max<std::int64_t>(op.width * op.channels, 1), std::int64_t{1});
+  const std::int64_t step =
+      std::max(kTaskElements / std::max<std::int64_t>(op.width * op.channels, 1), std::int64_t{1});
   parallel_for(ceil_div(lines, step),
                [&](std::int64_t i) { task(op, i * step, std::min((i + 1) * step, lines)); });
 }

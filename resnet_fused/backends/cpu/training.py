@@ -206,8 +206,8 @@ class CpuTraining:
         strides = (h * w * c, 1, w * c, c)
         return self.allocator(like.device, (n, c, h, w), strides, dtype or like.dtype)()
 
-    def operand(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        return weight
+    def operands(self, weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        return weights
 
     def allocator(
         self,

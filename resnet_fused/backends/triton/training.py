@@ -82,8 +82,8 @@ class TritonReplays:
             torch.are_deterministic_algorithms_enabled(),
         )
 
-    def operand(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        return nhwc(weight.to(dtype))
+    def operands(self, weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        return [nhwc(weight.to(dtype)) for weight in weights]
 
     def allocator(
         self,
