@@ -428,7 +428,8 @@ def test_gradients_are_the_float_layers_but_where_it_clamps(dtype: torch.dtype) 
 def test_fine_tuning_recovers_what_bad_calibration_loses() -> None:
     """The float network's own answers, with scales that clip most activations."""
     model, x = make("basic blocks"), images(32)
-    labels = run(model, x).argmax(1)
+    answers = run(model, x)
+    labels = answers.argmax(1)
     network = prepare_qat(model, [images(8) / 10])
 
     def loss() -> Tensor:
@@ -442,6 +443,7 @@ def test_fine_tuning_recovers_what_bad_calibration_loses() -> None:
         optimizer.step()
     assert float(loss().detach()) < 0.6 * before
     assert torch.equal(convert(network)(x), run(network, x))
+    assert torch.equal(run(model, x), answers)  # it shares no memory with what was trained
     with pytest.raises(TypeError, match="prepare_qat"):
         convert(model)  # type: ignore[arg-type]
 
