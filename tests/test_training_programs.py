@@ -166,6 +166,25 @@ def test_a_program_with_other_bits_is_not_used(
     assert not replays, "it was refused for good"
 
 
+def test_nothing_is_recorded_while_a_graph_is_captured(
+    replays: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    block, x = BasicBlock(16, 16).train(), image(16)
+    right = ordinarily(monkeypatch, lambda: step(copy.deepcopy(block), x))
+    y = block(x.clone(memory_format=torch.preserve_format).requires_grad_())
+    with monkeypatch.context() as patch:
+        patch.setattr(training_programs, "_is_capturing", lambda x: True)
+        del replays[:]
+        y.sum().backward()
+        assert not replays, "the backward of a recorded forward"
+        patch.setattr(training_programs, "_programs", {})
+        assert_same(step(copy.deepcopy(block), x)[:-6], right[:-6])
+        assert not replays
+    step(copy.deepcopy(block), x)
+    assert replays
+
+
 def test_a_weight_that_two_layers_share(
     replays: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -184,6 +184,11 @@ def _described(tensors: Sequence[Tensor]) -> tuple[list[int], list[Hashable]]:
 _programs: dict[Hashable, _Program | None] = {}
 
 
+def _is_capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is, in which results cannot be compared."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _may_replay(x: Tensor) -> bool:
     return not (
         torch.compiler.is_compiling()
@@ -222,6 +227,8 @@ def run(
     try:
         program = _programs[key]
     except KeyError:
+        if _is_capturing(x):
+            return None
         if len(_programs) >= _PROGRAMS:
             _programs.clear()
 
@@ -298,16 +305,18 @@ class _Replayed(torch.autograd.Function):
             try:
                 found = program.backward[key]
             except KeyError:
-                with use_backend(call.backend):
-                    every = [*inputs, *(t for tensors in saved() for t in tensors)]
-                    found = _record(
-                        program.replays,
-                        lambda: ordinary(op.backward),
-                        every,
-                        1 + 3 * count,
-                        list(zip(weights, operands, strict=True)),
-                    )
-                program.backward[key] = found
+                found = None
+                if not _is_capturing(x):
+                    with use_backend(call.backend):
+                        every = [*inputs, *(t for tensors in saved() for t in tensors)]
+                        found = _record(
+                            program.replays,
+                            lambda: ordinary(op.backward),
+                            every,
+                            1 + 3 * count,
+                            list(zip(weights, operands, strict=True)),
+                        )
+                    program.backward[key] = found
             if found is None:
                 with use_backend(call.backend), torch.no_grad():
                     grads = ordinary(op.backward)
