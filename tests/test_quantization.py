@@ -133,6 +133,19 @@ def test_backends_equal_the_reference_in_whole_networks(name: str, backend: str)
         assert all(torch.equal(y, expected) for y in found)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_triton_equals_the_reference_in_networks(name: str) -> None:
+    require("triton", "cpu", torch.uint8)
+    x = (images(2) * 60 + 90).clamp(0, 255).byte()
+    network = quantize(make(name), [x], normalization=(MEAN, STD))
+    with use_backend("reference"):
+        expected = network(x)
+    with use_backend("triton"):
+        found = network(x)
+    assert expected.std() > 0
+    assert torch.equal(found, expected)
+
+
 def test_a_forward_is_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
     require("cpu", "cpu", torch.uint8)
     network, x = quantize(make(), [images()]), images(2)
