@@ -4,15 +4,15 @@ namespace resnet_fused::ptx {
 namespace {
 
 struct Shuffle {
-  float value;
-  int mask;
-  float received;
+  std::uint32_t value;
+  int from;  // lane
+  std::uint32_t received;
 };
 
 void exchange(void* const* lanes) {
   for (int lane = 0; lane < host_sim::kWarp; ++lane) {
     Shuffle& operands = *static_cast<Shuffle*>(lanes[lane]);
-    operands.received = static_cast<const Shuffle*>(lanes[lane ^ operands.mask])->value;
+    operands.received = static_cast<const Shuffle*>(lanes[operands.from])->value;
   }
 }
 
@@ -118,10 +118,28 @@ void multiply_tf32(void* const* lanes) {
 
 float shuffle_xor(float value, int mask) {
   if (mask < 0 || mask >= host_sim::kWarp) host_sim::fault("shuffles with lanes ^ %d", mask);
-  Shuffle operands{value, mask, 0.0f};
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  bits = shuffle(bits, host_sim::running_thread() % host_sim::kWarp ^ mask);
+  std::memcpy(&value, &bits, sizeof(bits));
+  return value;
+}
+
+std::uint32_t shuffle(std::uint32_t value, int lane) {
+  if (lane < 0 || lane >= host_sim::kWarp) host_sim::fault("shuffles with lane %d", lane);
+  Shuffle operands{value, lane, 0};
   host_sim::collective("shfl", &exchange, &operands);
   return operands.received;
 }
+
+template <typename T>
+std::uint32_t max_nan_pair(std::uint32_t a, std::uint32_t b) {
+  const auto takes_a = [](float a, float b) { return a != a || a > b; };
+  return ((takes_a(low<T>(a), low<T>(b)) ? a : b) & 0xffffu) |
+         ((takes_a(high<T>(a), high<T>(b)) ? a : b) & 0xffff0000u);
+}
+template std::uint32_t max_nan_pair<__half>(std::uint32_t, std::uint32_t);
+template std::uint32_t max_nan_pair<__nv_bfloat16>(std::uint32_t, std::uint32_t);
 
 void ldmatrix_x4(std::uint32_t (&to)[4], std::uint32_t row) {
   MatrixLoad operands{to, row};
