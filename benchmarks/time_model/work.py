@@ -41,8 +41,8 @@ class Work:
     shared_loops: those of them that load what all tiles load, so from L2. persistent: blocks take
     several tiles; the loops beyond `trips` and what is in no loop are then other warps' or run
     once. beside: loops that other warps run at the same time, which take resources and are no part
-    of a tile's chain. bulk_bytes: that a step's bulk copies write to shared memory, those of other blocks
-    included. meetings: times that the blocks of a cluster wait for each other and read each
+    of a tile's chain. bulk_bytes: that a step's bulk copies write to shared memory, those of other
+    blocks included. meetings: times that the blocks of a cluster wait for each other and read each
     other's memory. dram_bytes, l2_bytes: of the whole launch; the former once each, the latter as
     blocks ask. multiply_adds: useful ones.
     code None: a kernel of PyTorch's or its libraries', of which only bytes and products are known.

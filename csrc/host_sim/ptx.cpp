@@ -132,11 +132,15 @@ std::uint32_t shuffle(std::uint32_t value, int lane) {
   return operands.received;
 }
 
+// "max": NaNs become the canonical one, and +0 is larger than -0.
 template <typename T>
 std::uint32_t max_nan_pair(std::uint32_t a, std::uint32_t b) {
-  const auto takes_a = [](float a, float b) { return a != a || a > b; };
-  return ((takes_a(low<T>(a), low<T>(b)) ? a : b) & 0xffffu) |
-         ((takes_a(high<T>(a), high<T>(b)) ? a : b) & 0xffff0000u);
+  const auto larger = [](float x, float y, std::uint32_t x_bits, std::uint32_t y_bits) {
+    if (x != x || y != y) return 0x7fffu;
+    return x == y ? x_bits & y_bits : x > y ? x_bits : y_bits;
+  };
+  return larger(low<T>(a), low<T>(b), a & 0xffffu, b & 0xffffu) |
+         larger(high<T>(a), high<T>(b), a >> 16, b >> 16) << 16;
 }
 template std::uint32_t max_nan_pair<__half>(std::uint32_t, std::uint32_t);
 template std::uint32_t max_nan_pair<__nv_bfloat16>(std::uint32_t, std::uint32_t);
