@@ -141,14 +141,22 @@ class Launch:
         grid: tuple[int, ...],
         config: Config,
         device: torch.device,
+        *,
+        fuses: bool = True,
         **settled: Any,
     ) -> None:
-        """`settled`: by name, the parameters of the kernel that follow its tensors."""
+        """`fuses`: whether the compiler may fuse a multiplication and an addition. `settled`: by
+        name, the parameters of the kernel that follow its tensors."""
         names = kernel.arg_names[-len(settled) :]
         if set(names) != settled.keys():
             raise TypeError(f"{kernel.__name__} ends in {names}, and {[*settled]} were settled")
         self.kernel = kernel
         self.grid = grid
+        self.options = {  # spelled out, as the last one's default varies
+            "num_warps": config.warps,
+            "num_stages": config.stages,
+            "enable_fp_fusion": fuses,
+        }
         self.config = config
         self.settled = [settled[name] for name in names]
         self._index = device.index if device.type == "cuda" else None
@@ -165,18 +173,9 @@ class Launch:
         if self._compiled is not None:
             self._compiled(*tensors, *self.settled)
             return
-        compiled = self.kernel[self.grid](*tensors, *self.settled, **options(self.config))
+        compiled = self.kernel[self.grid](*tensors, *self.settled, **self.options)
         if isinstance(compiled, CompiledKernel):
             self._compiled = compiled[(*self.grid, 1, 1)[:3]]
-
-
-def options(config: Config) -> dict[str, Any]:
-    """Compiler options; fusing multiply-adds is spelled out because its default varies."""
-    return {
-        "num_warps": config.warps,
-        "num_stages": config.stages,
-        "enable_fp_fusion": True,
-    }
 
 
 def planned(make: Callable[_Parameters, _Plan]) -> Callable[_Parameters, _Plan]:
