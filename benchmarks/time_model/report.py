@@ -41,7 +41,8 @@ def _what(record: dict[str, Any]) -> str:
 
 
 def _title(record: dict[str, Any]) -> str:
-    return f"{record['arch']}, {_what(record)}, batch {record['batch']}, {GPUS[record['gpu']].name}: a model"
+    gpu = GPUS[record["gpu"]].name
+    return f"{record['arch']}, {_what(record)}, batch {record['batch']}, {gpu}: a model"
 
 
 def _summary(records: dict[str, dict[str, Any]]) -> str:

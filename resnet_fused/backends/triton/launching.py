@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
+from ..._extension import optional_tensor_arg
 from ...parameters import BatchNorm, ConvBn, Convolution
-from .. import Candidate, tf32_in_convolutions
+from .. import Candidate, recording, tf32_in_convolutions
 
 # Row indices run past the result by at most a tile, which must not overflow 32 bits either.
 _NARROW_ELEMENTS = 2**31 - 2**16
@@ -163,11 +164,19 @@ class Launch:
         self._compiled: Callable[..., None] | None = None
 
     def __call__(self, *tensors: Any) -> None:
+        recorder = recording.recorder.get()
+        if recorder is not None:
+            recorder.add_call(self.replay, list(map(optional_tensor_arg, tensors)))
         if self._index is not None and torch._C._cuda_getDevice() != self._index:
             with torch.cuda.device(self._index):
                 self._start(tensors)
         else:
             self._start(tensors)
+
+    def replay(self, *addresses: Any) -> None:
+        """Starts it anew, on the device that is current, with addresses in place of tensors."""
+        assert self._compiled is not None
+        self._compiled(*addresses, *self.settled)
 
     def _start(self, tensors: tuple[Any, ...]) -> None:
         if self._compiled is not None:
@@ -242,6 +251,7 @@ def dense(bn: BatchNorm) -> BatchNorm:
 def dense_convolution(conv: Convolution, dtype: torch.dtype) -> Convolution:
     """`conv` with a channels_last weight of that dtype."""
     weight, stride, padding, dilation, groups = conv
+    weight = recording.weights.get().get(id(weight), weight)
     return Convolution(nhwc(weight.to(dtype)), stride, padding, dilation, groups)
 
 
