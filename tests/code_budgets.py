@@ -21,6 +21,7 @@ _TENSOR = {
     "conv_bn_kernel": _WARP,
     "bottleneck_kernel": _WARP,
     "stem_kernel": _WARP,
+    "stem_sm90_kernel": _HOPPER,
     "conv_bn_kernel:": _HOPPER,
     "conv_bn_projection_kernel:": _HOPPER,
     "stem_kernel:": _HOPPER,
@@ -107,7 +108,8 @@ BUDGETS: dict[str, tuple[int, int]] = {
     "linear_kernel 8 4": (413, 329),
     "linear_kernel 8 1": (193, 267),
     "average_pool_kernel 8": (110, 183),
-    "stem_kernel": (56, 1281),
+    "stem_kernel": (56, 1294),
+    "stem_sm90_kernel 0": (844, 1291),
     "stem_kernel: stem (16, 16, 64) 8 warps": (371, 1666),
     "conv_bn_projection_kernel: stage 1 projection (128, 128, 64) 8 warps": (80, 2252),
     "conv_bn_kernel: stage 1 3x3 (256, 64, 64) 8 warps": (163, 1589),
@@ -167,6 +169,7 @@ BUDGETS: dict[str, tuple[int, int]] = {
 # - dgrad with a ReLU below waits for each product;
 # - the Triton stems read 3 channels one by one, which its training kernels do too; stem.cu copies
 #   pixels and weights so as well;
+# - stem_sm90.cu waits for the second of two products, under which the first one's line is pooled;
 # - the pool and its gradient are unrolled over windows;
 # - conv_sm80.cu adds a residual one by one where rows are no whole chunks, in a loop of its own;
 # - 32 rows are too few for a warpgroup's product; ResNeXt's 4 channels of a group are 8 bytes, and
@@ -178,6 +181,7 @@ KNOWN: dict[str, dict[str, Any]] = {
     "conv_bn_kernel 64×64": {"load_bytes_elsewhere": {"2": 8}},
     "conv_bn_kernel 64×64 projection": {"load_bytes_elsewhere": {"2": 8}},
     "stem_kernel": {"load_bytes_elsewhere": {"2": 6}},
+    "stem_sm90_kernel 0": {"products_pending": 0},
     "stem_kernel: stem (16, 16, 64) 8 warps": {"load_bytes": {"2": 38}, "products_pending": 0},
     "head_kernel: head (16, 64, 32) 4 warps": {"load_bytes": {"16": 2}},
     "conv_bn_kernel: stage 1 of ResNeXt 3x3 (256, 32, 32) 8 warps": {"copy_bytes": {"8": 1}},

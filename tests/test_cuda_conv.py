@@ -100,8 +100,8 @@ def test_tensor_core_kernels_use_their_instructions(extension, architectures):
 
 def test_stem_spills_nothing(extension, architectures):
     usage = cuobjdump(extension, "--dump-resource-usage")
-    found = re.findall(r"stem_kernel\w*:\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
-    assert len(found) == 2 * len(architectures)
+    found = re.findall(r"stem_(?:sm90_)?kernel\w*:\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
+    assert len(found) == 2 * len(architectures) + 4 * ("90a" in architectures)
     for registers, stack, local in found:
         assert int(registers) <= 128  # two blocks of 256 threads
         assert (stack, local) == ("0", "0")
@@ -678,6 +678,73 @@ STEMS = {
 }
 
 
+# Of the kernel for sm_90a: a strip that is a whole image, several of them, down and across; more
+# strips than blocks; channels beyond the tile, and few.
+WIDE_STEMS = {
+    "one line": ConvCase(1, 3, 3, 8, 64, 7, 2, 3),
+    "one strip": ConvCase(17, 3, 12, 8, 8, 7, 2, 3),
+    "lines": ConvCase(5, 3, 51, 16, 8, 7, 2, 3),
+    "across": ConvCase(1, 3, 16, 456, 64, 7, 2, 3),
+    "channels": ConvCase(1, 3, 12, 40, 136, 7, 2, 3),
+}
+
+
+@pytest.fixture
+def on_sm90(simulator: ModuleType) -> On:
+    return On(SimulatedBackend(simulator, capability=90))
+
+
+@pytest.mark.parametrize("layout", [NHWC, torch.contiguous_format])
+@pytest.mark.parametrize("name", WIDE_STEMS)
+def test_stem_of_sm90_is_exact_on_integers(simulator, on_sm90, half, name, layout):
+    x, layer = make_integers(WIDE_STEMS[name], generator(), half)
+    expected = reference.stem(*cast([x, layer], torch.float64), MaxPool())
+    out = on_sm90.stem(x.contiguous(memory_format=layout), layer, MaxPool())
+    assert torch.equal(out.double(), expected)
+    counts = simulator.take_statistics()
+    assert counts["mbarrier_waits"] > 0
+    assert counts["matrix_loads"] == 0
+
+
+@pytest.mark.parametrize("name", WIDE_STEMS)
+def test_stem_of_sm90_keeps_the_contract(on_sm90, half, name):
+    x, layer = make_convolution(WIDE_STEMS[name], generator(), half)
+    check_op(on_sm90.stem, reference.stem, [x, layer, MaxPool()])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_stem_of_sm90_spreads_what_is_not_finite_no_further_than_pytorch(on_sm90, half, value):
+    """The pixel before each window, which the products read, must not count."""
+    x, layer = make_integers(WIDE_STEMS["across"], generator(), half)
+    for column in (20, 221, 224):
+        x[0, 1, 9, column] = value
+    expected = reference.stem(*cast([x, layer], torch.float64), MaxPool())
+    out = on_sm90.stem(x, layer, MaxPool()).double()
+    assert expected.isnan().any() or expected.isinf().any()
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out.nan_to_num(), expected.to(half).double().nan_to_num())
+
+
+def test_stem_of_sm90_leaves_other_sizes_to_the_one_for_sm80(simulator, on_sm90, half):
+    """Lines that are no whole 8 pixels, and an odd number of the convolution's lines."""
+    for height, width in ((12, 20), (10, 16)):
+        case = ConvCase(1, 3, height, width, 64, 7, 2, 3)
+        x, layer = make_integers(case, generator(), half)
+        expected = reference.stem(*cast([x, layer], torch.float64), MaxPool())
+        assert torch.equal(on_sm90.stem(x, layer, MaxPool()).double(), expected)
+        assert simulator.take_statistics()["matrix_loads"] > 0
+
+
+def test_stem_of_sm90_pools_in_registers(simulator, on_sm90, half):
+    """Two lines of the convolution, and two barriers, make a pooled line of a strip."""
+    x, layer = make_convolution(ConvCase(8, 3, 12, 8, 8, 7, 2, 3), generator(), half)
+    on_sm90.stem(x, layer, MaxPool())
+    counts = simulator.take_statistics()
+    lines = 8 * 3
+    assert counts["products"] == lines * 2 * 7 * 2
+    assert counts["named_barriers"] == 2 * 3  # of a block
+
+
 @pytest.mark.parametrize("name", STEMS)
 def test_stem_is_exact_on_integers_and_free_of_bank_conflicts(simulator, half, name):
     x, layer = make_integers(STEMS[name], generator(), half)
@@ -738,7 +805,7 @@ def nhwc(*shape: int, dtype: torch.dtype = torch.float16) -> tuple[Any, ...]:
         ("mean", {"strides": (2,)}, "mean must be contiguous"),
         ("mean", {"type": 3}, "mean must be float32, float16 or bfloat16, found float64"),
         ("weight", {"sizes": (8, 3, 7, 5)}, "weight must be dense"),
-        ("x", {"sizes": (1, 3, 8, 8), "strides": (192, 64, 8, 1)}, "x must be dense"),
+        ("x", {"sizes": (1, 3, 8, 8), "strides": (384, 128, 16, 1)}, "x must be dense"),
         ("x", {"sizes": (-1, 3, 8, 8)}, "negative size of -1"),
     ],
 )

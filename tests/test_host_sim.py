@@ -55,6 +55,21 @@ def test_ldmatrix_hands_row_elements_to_lanes(simulator):
             assert out[4 * lane + matrix] == memory[row // 4 + lane % 4]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_max_of_pairs_passes_nan_and_shuffles(simulator, dtype):
+    values = torch.randn(2, 64, generator=generator()).to(dtype)
+    values[0, 3] = values[1, 6] = float("nan")
+    values[:, 9] = torch.tensor([-0.0, 0.0])
+    name = f"max of pairs {'f16' if dtype == torch.float16 else 'bf16'}"
+    out = torch.tensor(simulator.run_primitive(name, words(values), 64)).to(torch.int32)
+    larger, reversed_lanes = out.view(2, 32)
+    expected = torch.maximum(*values)
+    assert torch.equal(larger.view(dtype).isnan(), expected.isnan())
+    assert torch.equal(larger.view(dtype).nan_to_num(), expected.nan_to_num())
+    assert not larger.view(dtype)[9].signbit()
+    assert torch.equal(reversed_lanes, torch.tensor(words(values[0])).to(torch.int32).flip(0))
+
+
 def test_shuffle_exchanges_lanes(simulator):
     """PTX ISA, shfl.sync, .bfly: a lane receives from the lane whose number differs by the mask."""
     numbers = words(torch.arange(32.0))
@@ -352,6 +367,30 @@ def test_wgmma_reads_narrower_rows(simulator, row_bytes):
     assert torch.equal(wgmma_d(out, 64), a.float() @ b.float().T)
 
 
+def overlapping_rows_input() -> tuple[Tensor, Tensor]:
+    """a (64, 16), and 66 chunks of 8 elements, of which b has rows of two neighbours."""
+    rng = generator()
+    shapes = ((64, 16), (66 * 8,))
+    a, chunks = (torch.randint(-9, 10, shape, generator=rng).half() for shape in shapes)
+    return a, chunks
+
+
+def overlapping_rows_words() -> list[int]:
+    a, chunks = overlapping_rows_input()
+    return words(torch.cat([a.view(64, 2, 8).transpose(0, 1).flatten(), chunks]))
+
+
+def test_wgmma_reads_rows_that_overlap(simulator):
+    """Windows in a line of pixels, without a matrix of them; and by a wrong distance of chunks."""
+    a, chunks = overlapping_rows_input()
+    expected = a.float() @ chunks.float().unfold(0, 16, 8)[:64].T
+    given = overlapping_rows_words()
+    out = simulator.run_primitive("wgmma of overlapping rows", given, 128 * 32)
+    assert torch.equal(wgmma_d(out, 64), expected)
+    out = simulator.run_primitive("wgmma of rows that overlap less", given, 128 * 32)
+    assert not torch.equal(wgmma_d(out, 64), expected)
+
+
 def test_wgmma_counts_the_swizzle_from_the_base_offset(simulator):
     """Operands from the third 128-byte row behind a multiple of 1024 on, permuted from there."""
     rng = generator()
@@ -432,6 +471,8 @@ def mma_input(dtype: torch.dtype) -> list[int]:
 CONFORMANCE = {
     "ldmatrix": (ldmatrix_input, 128),
     "shuffle": (lambda: words(torch.randn(32, generator=generator())), 5 * 32),
+    "max of pairs f16": (lambda: random_words(64), 64),
+    "max of pairs bf16": (lambda: random_words(64), 64),
     "mma f16": (lambda: mma_input(torch.float16), 128),
     "mma bf16": (lambda: mma_input(torch.bfloat16), 128),
     "mma tf32": (lambda: words(torch.randint(-9, 10, (320,), generator=generator()).float()), 128),
@@ -467,6 +508,7 @@ CONFORMANCE_SM90 = {
     "wgmma of written operands": (lambda: wgmma_input("wgmma f16 n64"), 128 * 32),
     "wgmma of rows of 64 bytes": (lambda: rows_input(64), 128 * 32),
     "wgmma of rows of 32 bytes": (lambda: rows_input(32), 128 * 32),
+    "wgmma of overlapping rows": (overlapping_rows_words, 128 * 32),
     "wgmma at a base offset": (lambda: rows_input(128), 128 * 32),
     "named barriers": (lambda: random_words(128), 128),
     "registers": (lambda: [0], 384),
@@ -725,6 +767,38 @@ def test_convolution_has_no_bank_conflicts(simulator, tile, half):
     counts = simulator.take_statistics()
     assert counts["shared_requests"] > 0
     assert (counts["shared_conflicts"], counts["bank_conflicts"]) == (0, 0)
+
+
+def test_every_wait_of_the_stem_of_sm90_is_needed(simulator):
+    """Two strips of a block, of four pooled lines and six groups of lines each, so that its four
+    places for groups are used again."""
+    backend = On(SimulatedBackend(simulator, capability=90))
+    rng = generator()
+    x = torch.randn(9, 3, 16, 8, generator=rng).half()
+    conv = Convolution(torch.randn(8, 3, 7, 7, generator=rng).half(), (2, 2), (3, 3))
+    layer = ConvBn(conv, make_batch_norm(8, rng))
+
+    def run() -> torch.Tensor:
+        return backend.stem(x, layer, MaxPool())
+
+    expected = run()
+    counts = simulator.take_statistics()
+    groups = 2 * (4 + 2)
+    assert counts["mbarrier_waits"] == groups
+    check_needed(simulator, run, "skipped_mbarrier_wait", range(groups))
+    # A strip's first products await three groups: the third one's fence is also one for the first
+    # two, and for the weights, whose fence comes before all.
+    fences = set(range(1 + groups))
+    assert counts["proxy_fences"] == len(fences)
+    check_needed(simulator, run, "skipped_proxy_fence", fences - {0, 1, 2, 7, 8})
+    # Before the first line, none has to be read.
+    check_needed(simulator, run, "skipped_named_barrier", range(1, counts["named_barriers"]))
+    check_needed(simulator, run, "skipped_register_release", [0])
+    check_needed(simulator, run, "skipped_arrival", range(groups))
+    for wait in range(counts["product_waits"]):  # the registers still hold NaN
+        simulator.plant({"skipped_product_wait": wait})
+        with contextlib.suppress(simulator.Fault):
+            assert not torch.equal(run(), expected)
 
 
 def test_every_barrier_of_the_stem_is_needed(simulator):

@@ -97,12 +97,13 @@ def conv(simulator: ModuleType, tile: str, capability: int, projection: bool) ->
     return backend.conv_bn(x, layer, residual, True)
 
 
-def stem(simulator: ModuleType) -> Tensor:
+def stem(simulator: ModuleType, capability: int) -> Tensor:
     rng = generator()
-    x = torch.randn(1, 3, 28, 28, generator=rng).half()
+    x = torch.randn(1, 3, 28, 32, generator=rng).half()
     conv = Convolution(torch.randn(64, 3, 7, 7, generator=rng).half(), (2, 2), (3, 3))
     layer = ConvBn(conv, make_batch_norm(64, rng))
-    return On(SimulatedBackend(simulator)).stem(x, layer, MaxPool())
+    backend = SimulatedBackend(simulator, capability=capability)
+    return On(backend).stem(x, layer, MaxPool())
 
 
 def bottleneck(simulator: ModuleType) -> Tensor:
@@ -138,7 +139,8 @@ NETWORK: dict[str, Callable[[ModuleType], Tensor]] = {
         for tile in ("m128n128", "m128n256_sm90_cluster", "m256n128_sm90_cluster")
     },
     "m64n64_sm90_split4": partial(conv, tile="m64n64_sm90_split4", capability=90, projection=False),
-    "stem": stem,
+    "stem": partial(stem, capability=80),
+    "stem sm90": partial(stem, capability=90),
     "bottleneck": bottleneck,
     "head": head,
     "bn_add_relu": bn_add_relu,

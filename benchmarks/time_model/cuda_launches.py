@@ -260,25 +260,55 @@ def _bottleneck(call: Call, gpu: Gpu) -> tuple[Work, str]:
 def _stem(call: Call, gpu: Gpu) -> tuple[Work, str]:
     batch, _, *image = call.read[0].shape
     filters, *pooled = call.out.shape[1:]
-    tiles = batch * math.prod(math.ceil(n / 7) for n in pooled) * math.ceil(filters / 64)
+    conv = [math.ceil(n / 2) for n in image]
+    if image[1] % 8 or conv[0] % 2:
+        raise ValueError("the model knows the stem for sm_90a alone; describe the other's loops.")
+    # Of stem_sm90.cu: strips of 56 columns, overlapping by one, of so many pooled lines.
+    strips = batch * (1 if pooled[1] <= 56 else math.ceil((pooled[1] - 1) / 55))
+    across = math.ceil(filters / 64)
+    blocks = max(1, 2 * gpu.sms // across)
+    lines = min(
+        range(1, pooled[0] + 1),
+        key=lambda n: (
+            math.ceil(strips * math.ceil(pooled[0] / n) / blocks) * _strip_lines(n, pooled[0]),
+            -n,
+        ),
+    )
+    units = strips * math.ceil(pooled[0] / lines)
+    blocks = min(units, blocks)
+    steps = lines + (lines < pooled[0])
     x = 2 * batch * math.prod(image) * 3
+    weights = blocks * 2 * 64 * 147
     work = Work(
         layer="",
-        kernel="stem_kernel",
-        config="7×7 pooled positions",
+        kernel="stem_sm90_kernel",
+        config=f"strips of {lines} pooled lines",
         shape=f"7×7/2 3→{filters} at {image[0]}×{image[1]}, pooled",
-        tiles=tiles,
-        warps=8,
+        # As many as the blocks with the most strips have, of every block.
+        tiles=math.ceil(units / blocks) * blocks * across,
+        warps=4,
         blocks_per_sm=0,
-        # Pixels, weights, terms, products, pooled chunks of 256 threads.
-        trips=(35 * 38 / 256, 64 * 49 / 256, 64 / 256, 7, 49 * 8 / 256),
-        shared_loops=(1, 2),
+        # Weights and their places, of a block's 8 warps; strips, lines; groups of lines, by others.
+        trips=(
+            *(blocks / units * 2 * n / 256 for n in (64 * 147 / 8, 64 * 28)),
+            1,
+            steps,
+            steps + 2,
+        ),
+        shared_loops=(0,),
         dram_bytes=x + _bytes(call.out),
-        l2_bytes=tiles * 2 * (35 * 35 * 3 + 64 * 147) + _bytes(call.out),
-        multiply_adds=batch * math.prod(math.ceil(n / 2) for n in image) * filters * 147,
-        shared_bytes=35 * 38 * 8 + 64 * (7 * 64 + 16) + 64 * 16,
+        l2_bytes=x * across + weights * across + _bytes(call.out),
+        multiply_adds=batch * math.prod(conv) * filters * 147,
+        shared_bytes=2 * 16 * (30 * 64 + 16) + 28 * 64 * 16 + 56 * 128 + 128,
+        persistent=True,
+        beside=(4,),
     )
-    return work, r"stem_kernelIT"
+    return work, r"stem_sm90_kernelITLb0E"
+
+
+def _strip_lines(lines: int, pooled: int) -> int:
+    """What the host code expects a strip to cost, in pooled lines."""
+    return lines + 2 + (lines < pooled)
 
 
 def _average_pool(call: Call, gpu: Gpu) -> tuple[Work, str]:

@@ -40,8 +40,9 @@ class Work:
     trips: per tile, how often each loop of `code` runs, by address, on average over the warps;
     shared_loops: those of them that load what all tiles load, so from L2. persistent: blocks take
     several tiles; the loops beyond `trips` and what is in no loop are then other warps' or run
-    once. bulk_bytes: that a step's bulk copies write to shared memory, those of other blocks
-    included. meetings: times that the blocks of a cluster wait for each other and read each
+    once. beside: loops that other warps run at the same time, which take resources and are no part
+    of a tile's chain. bulk_bytes: that a step's bulk copies write to shared memory, those of other
+    blocks included. meetings: times that the blocks of a cluster wait for each other and read each
     other's memory. dram_bytes, l2_bytes: of the whole launch; the former once each, the latter as
     blocks ask. multiply_adds: useful ones, of numbers of operand_bytes.
     code None: a kernel of PyTorch's or its libraries', of which only bytes and products are known.
@@ -65,6 +66,7 @@ class Work:
     shared_bytes: int = 0
     shared_loops: tuple[int, ...] = ()
     persistent: bool = False
+    beside: tuple[int, ...] = ()
     bulk_bytes: int = 0
     meetings: int = 0
 
@@ -154,9 +156,13 @@ def _tile(work: Work, r: Rates) -> tuple[_Cycles, _Cycles]:
         )
     total, chain = _Cycles(float), _Cycles(float)
 
-    def add(trips: float, cycles: dict[str, float], waits: dict[str, float]) -> None:
+    def add(
+        trips: float, cycles: dict[str, float], waits: dict[str, float], beside: bool = False
+    ) -> None:
         for name, value in cycles.items():
             total[name] += trips * value
+        if beside:
+            return
         # A loop that only some of the warps enter lasts its whole time.
         times = max(trips, math.ceil(min(trips, 1.0)))
         for name, value in [*_longest(cycles).items(), *waits.items()]:
@@ -171,7 +177,8 @@ def _tile(work: Work, r: Rates) -> tuple[_Cycles, _Cycles]:
     for n, (trips, (loop, done)) in enumerate(described):
         bulk, share = (work.bulk_bytes, asked / steps) if loop.has_products else (0, 0.0)
         cycles = _cycles(done, work.warps, bulk, share, r)
-        add(trips, cycles, _waits(loop, cycles["tensor"], n in work.shared_loops, r))
+        waits = _waits(loop, cycles["tensor"], n in work.shared_loops, r)
+        add(trips, cycles, waits, n in work.beside)
     if not steps:
         total["l2"] = asked / r.l2
     return total, chain

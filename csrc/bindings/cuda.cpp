@@ -340,7 +340,9 @@ void run_stem(OnDevice<resnet_fused::Stem>& launch, std::uintptr_t stream) {
 void stem(const TensorArg& out, const TensorArg& x, const TensorArg& weight, const BatchNormArg& bn,
           int device, std::uintptr_t stream) {
   check_nhwc("out", out);
-  check_nhwc("x", x);
+  check_rank("x", x, 4);
+  const bool planar = x.dense({0, 1, 2, 3});
+  if (!planar) check_nhwc("x", x);
   check_nhwc("weight", weight);
   check_type("x", x, out.type);
   check_type("weight", weight, out.type);
@@ -350,6 +352,7 @@ void stem(const TensorArg& out, const TensorArg& x, const TensorArg& weight, con
   launch.arguments.device = device;
   op.dtype = dtype_of("x", x);
   op.batch = size("batch", x.sizes[0], 0);
+  op.planar = planar;
   op.height = size("height", x.sizes[2], 0);
   op.width = size("width", x.sizes[3], 0);
   op.out_channels = size("out_channels", out_channels, 0);
@@ -493,7 +496,8 @@ void register_cuda_kernels(py::module_& module) {
   module.def("cuda_stem", &stem, py::arg("out"), py::arg("x"), py::arg("weight"), py::arg("bn"),
              py::arg("device"), py::arg("stream"),
              "out = max_pool(relu(bn(conv(x))), 3, stride 2, padding 1), conv being 7 x 7 of 3\n"
-             "channels with stride 2 and padding 3, in float16 or bfloat16.");
+             "channels with stride 2 and padding 3, in float16 or bfloat16. x may also be\n"
+             "contiguous, as NCHW.");
 
   module.def("cuda_average_pool", &average_pool, py::arg("out"), py::arg("x"), py::arg("device"),
              py::arg("stream"), "out[n, c] = the mean of x[n, c], in x's type or float32.");

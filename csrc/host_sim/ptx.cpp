@@ -4,15 +4,15 @@ namespace resnet_fused::ptx {
 namespace {
 
 struct Shuffle {
-  float value;
-  int mask;
-  float received;
+  std::uint32_t value;
+  int from;  // lane
+  std::uint32_t received;
 };
 
 void exchange(void* const* lanes) {
   for (int lane = 0; lane < host_sim::kWarp; ++lane) {
     Shuffle& operands = *static_cast<Shuffle*>(lanes[lane]);
-    operands.received = static_cast<const Shuffle*>(lanes[lane ^ operands.mask])->value;
+    operands.received = static_cast<const Shuffle*>(lanes[operands.from])->value;
   }
 }
 
@@ -118,10 +118,32 @@ void multiply_tf32(void* const* lanes) {
 
 float shuffle_xor(float value, int mask) {
   if (mask < 0 || mask >= host_sim::kWarp) host_sim::fault("shuffles with lanes ^ %d", mask);
-  Shuffle operands{value, mask, 0.0f};
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  bits = shuffle(bits, host_sim::running_thread() % host_sim::kWarp ^ mask);
+  std::memcpy(&value, &bits, sizeof(bits));
+  return value;
+}
+
+std::uint32_t shuffle(std::uint32_t value, int lane) {
+  if (lane < 0 || lane >= host_sim::kWarp) host_sim::fault("shuffles with lane %d", lane);
+  Shuffle operands{value, lane, 0};
   host_sim::collective("shfl", &exchange, &operands);
   return operands.received;
 }
+
+// "max": NaNs become the canonical one, and +0 is larger than -0.
+template <typename T>
+std::uint32_t max_nan_pair(std::uint32_t a, std::uint32_t b) {
+  const auto larger = [](float x, float y, std::uint32_t x_bits, std::uint32_t y_bits) {
+    if (x != x || y != y) return 0x7fffu;
+    return x == y ? x_bits & y_bits : x > y ? x_bits : y_bits;
+  };
+  return larger(low<T>(a), low<T>(b), a & 0xffffu, b & 0xffffu) |
+         larger(high<T>(a), high<T>(b), a >> 16, b >> 16) << 16;
+}
+template std::uint32_t max_nan_pair<__half>(std::uint32_t, std::uint32_t);
+template std::uint32_t max_nan_pair<__nv_bfloat16>(std::uint32_t, std::uint32_t);
 
 void ldmatrix_x4(std::uint32_t (&to)[4], std::uint32_t row) {
   MatrixLoad operands{to, row};

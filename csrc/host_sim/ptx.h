@@ -53,7 +53,12 @@ void cp_async_wait() {
 
 float shuffle_xor(float value, int mask);
 
+std::uint32_t shuffle(std::uint32_t value, int lane);
+
 inline float max_nan(float a, float b) { return a != a || a > b ? a : b; }
+
+template <typename T>
+std::uint32_t max_nan_pair(std::uint32_t a, std::uint32_t b);
 
 inline int uniform(int value) { return value; }
 

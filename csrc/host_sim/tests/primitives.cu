@@ -55,6 +55,16 @@ __global__ void shuffle(const Arguments a) {
   }
 }
 
+// in: two words a lane, 32 lanes after one another. out: the larger of both in each half, then what
+// the lanes hold in reverse order.
+template <typename T>
+__global__ void max_pairs(const Arguments a) {
+  const std::uint32_t first = ptx::load_global(a.in + threadIdx.x);
+  const std::uint32_t second = ptx::load_global(a.in + 32 + threadIdx.x);
+  ptx::store_global(a.out + threadIdx.x, ptx::max_nan_pair<T>(first, second));
+  ptx::store_global(a.out + 32 + threadIdx.x, ptx::shuffle(first, 31 - threadIdx.x));
+}
+
 // in: a lane's 4 registers of a, 2 of b, 4 of d, lane after lane. out: 4 of d a lane.
 template <typename T>
 __global__ void mma(const Arguments a) {
@@ -262,6 +272,8 @@ using Two = resnet_fused::Pack<Word, 2>;
 const Tests kTests = {
     {"ldmatrix", &launch<&ldmatrix, 32>},
     {"shuffle", &launch<&shuffle, 32>},
+    {"max of pairs f16", &launch<&max_pairs<__half>, 32>},
+    {"max of pairs bf16", &launch<&max_pairs<__nv_bfloat16>, 32>},
     {"mma f16", &launch<&mma<__half>, 32>},
     {"mma bf16", &launch<&mma<__nv_bfloat16>, 32>},
     {"mma tf32", &launch<&mma_tf32, 32>},

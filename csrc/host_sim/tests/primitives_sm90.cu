@@ -179,6 +179,30 @@ __global__ void wgmma_written(const Arguments a) {
   }
 }
 
+// Of operands without a swizzle: in: 2 x 64 chunks of a, whose rows' chunks lie apart, then 66
+// chunks of which two neighbours make a row of b. The descriptor of b says kSaid bytes from one to
+// the next.
+template <std::uint32_t kSaid>
+__global__ void wgmma_of_overlapping_rows(const Arguments a) {
+  constexpr std::uint32_t kSecond = 2 * 64 * 16, kChunks = 2 * 64 + 66;
+  for (std::uint32_t i = threadIdx.x; i < kChunks; i += blockDim.x) {
+    ptx::store_shared(16 * i, ptx::load_global(reinterpret_cast<const Quad*>(a.in) + i));
+  }
+  ptx::fence_proxy_async();
+  __syncthreads();
+  float d[32];
+  ptx::wgmma_fence(d);
+  ptx::wgmma<__half>(d, ptx::plain_descriptor(0, 64 * 16), ptx::plain_descriptor(kSecond, kSaid),
+                     false);
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>(d);
+  for (int i = 0; i < 32; ++i) {
+    std::uint32_t bits;
+    memcpy(&bits, &d[i], sizeof(bits));
+    ptx::store_global(a.out + 32 * threadIdx.x + i, bits);
+  }
+}
+
 // As above, of rows of kRowBytes, whose pattern starts kShift rows of 128 bytes behind a multiple
 // of 1024, which the descriptors' base offset says, or kSaid.
 template <int kOperandBytes, std::uint32_t kShift, std::uint32_t kSaid>
@@ -311,6 +335,8 @@ const Tests& sm90_tests() {
       {"wgmma not waited for", &products<__half, 64, false, kNoStoreWait>},
       {"wgmma of written operands", &plain<&wgmma_written<true, true>, 128>},
       {"wgmma of operands without swizzle", &plain<&wgmma_written<false, true>, 128>},
+      {"wgmma of overlapping rows", &plain<&wgmma_of_overlapping_rows<16>, 128>},
+      {"wgmma of rows that overlap less", &plain<&wgmma_of_overlapping_rows<32>, 128>},
       {"wgmma of unfenced operands", &plain<&wgmma_written<true, false>, 128>},
       {"wgmma of rows of 64 bytes", &plain<&wgmma_of_rows<64, 0, 0>, 128>},
       {"wgmma of rows of 32 bytes", &plain<&wgmma_of_rows<32, 0, 0>, 128>},

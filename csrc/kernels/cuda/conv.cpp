@@ -9,22 +9,6 @@ namespace {
 
 bool for_sm90(ConvTile tile) { return tile >= ConvTile::k128x64Sm90; }
 
-// Whether this build holds code of sm_90a and `device` can run it.
-cudaError_t runs_sm90(int device, bool* runs) {
-#ifdef RESNET_FUSED_SM90
-  int major = 0, minor = 0;
-  cudaError_t status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (status != cudaSuccess) return take_error(status);
-  status = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  if (status != cudaSuccess) return take_error(status);
-  *runs = major == 9 && minor == 0;
-#else
-  static_cast<void>(device);
-  *runs = false;
-#endif
-  return cudaSuccess;
-}
-
 }  // namespace
 
 #ifndef RESNET_FUSED_SM90

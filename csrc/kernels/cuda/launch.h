@@ -25,6 +25,22 @@ inline cudaError_t get_num_sms(int device, int* num_sms) {
   return take_error(cudaDeviceGetAttribute(num_sms, cudaDevAttrMultiProcessorCount, device));
 }
 
+// Whether this build holds code of sm_90a and `device` can run it.
+inline cudaError_t runs_sm90(int device, bool* runs) {
+#ifdef RESNET_FUSED_SM90
+  int major = 0, minor = 0;
+  cudaError_t status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (status != cudaSuccess) return take_error(status);
+  status = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (status != cudaSuccess) return take_error(status);
+  *runs = major == 9 && minor == 0;
+#else
+  static_cast<void>(device);
+  *runs = false;
+#endif
+  return cudaSuccess;
+}
+
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // Blocks in one direction of a grid: 0, with which no plan is launched, for more than are possible.

@@ -85,10 +85,28 @@ __device__ __forceinline__ float shuffle_xor(float value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
+// The same, mode .idx: what lane `lane` hands in.
+__device__ __forceinline__ std::uint32_t shuffle(std::uint32_t value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+
 // "max", max.NaN.f32: NaN where one of both is, as in PyTorch's ReLU.
 __device__ __forceinline__ float max_nan(float a, float b) {
   float larger;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+}
+
+// The same of two 16-bit numbers each, max.NaN.f16x2 or max.NaN.bf16x2.
+template <typename T>
+__device__ __forceinline__ std::uint32_t max_nan_pair(std::uint32_t a, std::uint32_t b) {
+  std::uint32_t larger;
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  } else {
+    static_assert(std::is_same_v<T, __nv_bfloat16>);
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  }
   return larger;
 }
 

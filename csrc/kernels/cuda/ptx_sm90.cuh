@@ -374,4 +374,14 @@ __device__ __forceinline__ std::uint64_t matrix_descriptor(std::uint32_t offset,
          shared_address(offset) >> 4;
 }
 
+// The same without a swizzle: 8 rows of one 16-byte chunk lie one behind the other, the next 8 rows
+// `rows_apart` bytes behind those, and a row's second chunk `chunks_apart` behind its first.
+// Multiples of 16; nothing forbids that rows overlap.
+__device__ __forceinline__ std::uint64_t plain_descriptor(std::uint32_t offset,
+                                                          std::uint32_t chunks_apart,
+                                                          std::uint32_t rows_apart = 128) {
+  return std::uint64_t{rows_apart >> 4} << 32 | std::uint64_t{chunks_apart >> 4} << 16 |
+         shared_address(offset) >> 4;
+}
+
 }  // namespace resnet_fused::ptx

@@ -19,7 +19,8 @@ enum class PipelineId : std::uint32_t {
   kConvOperands,
   kConvScaleShift,
   kConvResult,
-  kConvSplitOperands
+  kConvSplitOperands,
+  kStemPixels
 };
 
 // What a thread waited for when it gave up.
@@ -38,10 +39,9 @@ struct SpinLimit {
 
 inline std::string to_string(const StuckBarrier& stuck) {
   static constexpr const char* kPipelineNames[][2] = {
-      {"conv_bn_sm90", "operands"},
-      {"conv_bn_sm90", "scale and shift"},
-      {"conv_bn_sm90", "result"},
-      {"conv_bn_sm90_split", "operands"},
+      {"conv_bn_sm90", "operands"}, {"conv_bn_sm90", "scale and shift"},
+      {"conv_bn_sm90", "result"},   {"conv_bn_sm90_split", "operands"},
+      {"stem_sm90", "pixels"},
   };
   if (stuck.barrier == 0) return "";
   const auto& [kernel, pipeline] = kPipelineNames[(stuck.barrier - 1) / 2];

@@ -22,6 +22,7 @@
 #include "kernels/cuda/epilogue.cuh"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/stem.h"
+#include "kernels/cuda/stem_sm90.h"
 
 namespace resnet_fused {
 namespace {
@@ -64,14 +65,22 @@ __device__ __forceinline__ Pack<T, 4> load_pixel(const T* from, bool inside) {
 
 template <typename T>
 __device__ __forceinline__ void copy_pixels(const Stem& a, std::int64_t image, int y, int x) {
-  const T* const from = static_cast<const T*>(a.x) + image * a.height * a.width * kChannels;
+  const std::int64_t plane = std::int64_t{a.height} * a.width;
+  const std::int64_t channel_apart = a.planar ? plane : 1, pixel_apart = a.planar ? 1 : kChannels;
+  const T* const from = static_cast<const T*>(a.x) + image * plane * kChannels;
 #pragma unroll 1
   for (int i = threadIdx.x; i < kPixelsH * kPixelsW; i += kThreads) {
     const int row = i / kPixelsW, h = y + row, w = x + i % kPixelsW;
-    const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(a.height) &&
-                        static_cast<unsigned>(w) < static_cast<unsigned>(a.width);
-    const std::int64_t at = (std::int64_t{h} * a.width + w) * kChannels;
-    ptx::store_shared(i * kPixelBytes, load_pixel(inside ? from + at : from, inside));
+    Pack<T, 4> pixel{};
+    if (static_cast<unsigned>(h) < static_cast<unsigned>(a.height) &&
+        static_cast<unsigned>(w) < static_cast<unsigned>(a.width)) {
+      const T* const at = from + (std::int64_t{h} * a.width + w) * pixel_apart;
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        pixel.value[c] = ptx::load_global(at + c * channel_apart);
+      }
+    }
+    ptx::store_shared(i * kPixelBytes, pixel);
   }
 }
 
@@ -215,6 +224,7 @@ __global__ void __launch_bounds__(kThreads, 2) stem_kernel(const __grid_constant
   pool<T>(a, image, p, q, first);
 }
 
+template <typename T>
 LaunchPlan<Arguments> make_plan(const Stem& stem) {
   Arguments a{};
   a.stem = stem;
@@ -227,20 +237,31 @@ LaunchPlan<Arguments> make_plan(const Stem& stem) {
   const std::int64_t tiles = std::int64_t{a.tiles_h} * a.tiles_w;
   const dim3 grid(grid_size(tiles > kMaxGridX ? tiles : stem.batch * tiles),
                   grid_size(ceil_div(stem.out_channels, kN), kMaxGridY));
-  return {stem.dtype == DType::kFloat16 ? &stem_kernel<__half> : &stem_kernel<__nv_bfloat16>,
-          {grid, dim3(kThreads), kSharedBytes},
-          a};
+  return {&stem_kernel<T>, {grid, dim3(kThreads), kSharedBytes}, a};
 }
 
 }  // namespace
+
+#ifndef RESNET_FUSED_SM90
+bool stem_sm90_can_implement(const Stem&) { return false; }
+cudaError_t stem_sm90(const Stem&, int, cudaStream_t) { return cudaErrorInvalidValue; }
+#endif
 
 cudaError_t stem(const Stem& stem, int device, cudaStream_t stream) {
   if (stem.dtype == DType::kFloat32 || stem.out_channels % 8 != 0) return cudaErrorInvalidValue;
   if (stem.batch == 0 || stem.height == 0 || stem.width == 0 || stem.out_channels == 0) {
     return cudaSuccess;
   }
-  const cudaError_t status = set_device(device);
-  return status == cudaSuccess ? launch(make_plan(stem), stream) : status;
+  cudaError_t status = set_device(device);
+  int num_sms = 0;
+  bool sm90 = false;
+  if (status == cudaSuccess) status = get_num_sms(device, &num_sms);
+  if (status == cudaSuccess) status = runs_sm90(device, &sm90);
+  if (status != cudaSuccess) return status;
+  if (sm90 && stem_sm90_can_implement(stem)) return stem_sm90(stem, num_sms, stream);
+  return launch(
+      stem.dtype == DType::kFloat16 ? make_plan<__half>(stem) : make_plan<__nv_bfloat16>(stem),
+      stream);
 }
 
 }  // namespace resnet_fused

@@ -124,7 +124,7 @@ class Launcher:
         return self.run(
             self.extension.cuda_stem,
             empty_nhwc(x, conv.weight.shape[0], *pool.output_size(height, width)),
-            tensor_arg(nhwc(x)),
+            tensor_arg(x if x.is_contiguous() else nhwc(x)),  # reads images in either layout
             tensor_arg(_relaid(conv.weight)),
             self._vectors(bn),
         )
