@@ -41,7 +41,8 @@ class Work:
     shared_loops: those of them that load what all tiles load, so from L2. persistent: blocks take
     several tiles; the loops beyond `trips` and what is in no loop are then other warps' or run
     once. bulk_bytes: that a step's bulk copies write to shared memory, those of other blocks
-    included. meetings: times that the blocks of a cluster wait for each other and read each
+    included. in_flight: tiles of a block that its warpgroups work at, each at one of its own.
+    meetings: times that the blocks of a cluster wait for each other and read each
     other's memory. dram_bytes, l2_bytes: of the whole launch; the former once each, the latter as
     blocks ask. multiply_adds: useful ones.
     code None: a kernel of PyTorch's or its libraries', of which only bytes and products are known.
@@ -65,6 +66,7 @@ class Work:
     shared_loops: tuple[int, ...] = ()
     persistent: bool = False
     bulk_bytes: int = 0
+    in_flight: int = 1
     meetings: int = 0
 
 
@@ -187,7 +189,7 @@ def predict(work: Work, gpu: Gpu, r: Rates) -> Prediction:
     l2 = min(r.l2 * max(1.0, gpu.sms / work.tiles), L2_PORT_BYTES)
     total, chain = _tile(work, r._replace(l2=l2))
     tiles = math.ceil(work.tiles / gpu.sms)
-    turns = math.ceil(tiles / work.blocks_per_sm)
+    turns = math.ceil(tiles / (work.blocks_per_sm * work.in_flight))
     busy = {name: tiles * value for name, value in total.items()}
     chains = {name: turns * value for name, value in chain.items()}
     if work.meetings:

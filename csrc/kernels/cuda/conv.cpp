@@ -9,7 +9,8 @@ namespace {
 
 bool for_sm90(ConvTile tile) { return tile >= ConvTile::k128x64Sm90; }
 
-// Whether this build holds code of sm_90a and `device` can run it.
+}  // namespace
+
 cudaError_t runs_sm90(int device, bool* runs) {
 #ifdef RESNET_FUSED_SM90
   int major = 0, minor = 0;
@@ -24,8 +25,6 @@ cudaError_t runs_sm90(int device, bool* runs) {
 #endif
   return cudaSuccess;
 }
-
-}  // namespace
 
 #ifndef RESNET_FUSED_SM90
 bool conv_bn_sm90_can_implement(const ConvBn&, ConvTile) { return false; }

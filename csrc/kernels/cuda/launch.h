@@ -25,6 +25,9 @@ inline cudaError_t get_num_sms(int device, int* num_sms) {
   return take_error(cudaDeviceGetAttribute(num_sms, cudaDevAttrMultiProcessorCount, device));
 }
 
+// Whether this build holds code of sm_90a and `device` can run it (conv.cpp).
+cudaError_t runs_sm90(int device, bool* runs);
+
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // Blocks in one direction of a grid: 0, with which no plan is launched, for more than are possible.

@@ -19,7 +19,10 @@ enum class PipelineId : std::uint32_t {
   kConvOperands,
   kConvScaleShift,
   kConvResult,
-  kConvSplitOperands
+  kConvSplitOperands,
+  kBottleneckPixels,
+  kBottleneckShortcut,
+  kBottleneckLines
 };
 
 // What a thread waited for when it gave up.
@@ -42,6 +45,9 @@ inline std::string to_string(const StuckBarrier& stuck) {
       {"conv_bn_sm90", "scale and shift"},
       {"conv_bn_sm90", "result"},
       {"conv_bn_sm90_split", "operands"},
+      {"bottleneck_sm90", "pixels"},
+      {"bottleneck_sm90", "shortcut"},
+      {"bottleneck_sm90", "lines"},
   };
   if (stuck.barrier == 0) return "";
   const auto& [kernel, pipeline] = kPipelineNames[(stuck.barrier - 1) / 2];
