@@ -20,7 +20,7 @@ from .rates import Gpu
 
 STEP_BYTES = 128  # of a row of an operand
 _MOST_PER_ELEMENT = 128  # multiply-adds for which a whole block pays (bottleneck.cu)
-_LINES_PER_BLOCK = 16  # for which one by lines does (bottleneck_sm90.cu)
+_LINES_PER_BLOCK = 4  # for which one by lines does (bottleneck_sm90.cu)
 
 
 class Product(NamedTuple):

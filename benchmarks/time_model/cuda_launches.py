@@ -265,11 +265,11 @@ def _bottleneck_sm90(call: Call, gpu: Gpu) -> tuple[Work, str]:
     made = (block.lines + 2) / block.lines  # lines of conv1 for one of the result
     # The busiest block's lines, of all blocks.
     tiles = math.ceil(block.jobs / gpu.sms) * min(block.jobs, gpu.sms) * block.lines
-    # Weights, scale and shift, once a block; one thread copies lines.
+    # Weights and terms, once a block; one thread copies lines.
     job = 1 / block.lines
-    once, copying = (0.0,) * 4, (job / 4, made / 4, made * depth / 4)
+    once, copying = (0.0,) * 3, (job / 4, made / 4, made * depth / 4)
     if block.projects:
-        once, copying = (0.0,) * 5, (*copying, 0.0, job / 4, 0.25, 0.0)
+        once, copying = (0.0,) * 4, (*copying, 0.0, job / 4, 0.25, 0.0)
     # conv1's job, line and step; conv2's job and line, waits for lines and releases of them by both
     # warpgroups; slices; the same waits and releases behind the last line.
     reducing = (job, made, made * depth)
@@ -292,10 +292,10 @@ def _bottleneck_sm90(call: Call, gpu: Gpu) -> tuple[Work, str]:
         dram_bytes=int(2 * (positions * (block.channels + block.out_channels) + weights)),
         l2_bytes=int(2 * positions * (block.channels * read + block.out_channels)),
         multiply_adds=positions * weights,
-        shared_bytes=224640 if block.projects else 229024,
         persistent=True,
         bulk_bytes=int(8192 * (made * depth + block.projects) / (made * depth + 1 + slices)),
         in_flight=2,
+        resident_bytes=2 * weights,
     )
     return work, rf"bottleneck_sm90_kernelITLb{int(block.projects)}E"
 

@@ -42,6 +42,7 @@ class Work:
     several tiles; the loops beyond `trips` and what is in no loop are then other warps' or run
     once. bulk_bytes: that a step's bulk copies write to shared memory, those of other blocks
     included. in_flight: tiles of a block that its warpgroups work at, each at one of its own.
+    resident_bytes: that a persistent block copies from L2 before its first tile.
     meetings: times that the blocks of a cluster wait for each other and read each
     other's memory. dram_bytes, l2_bytes: of the whole launch; the former once each, the latter as
     blocks ask. multiply_adds: useful ones.
@@ -67,6 +68,7 @@ class Work:
     persistent: bool = False
     bulk_bytes: int = 0
     in_flight: int = 1
+    resident_bytes: int = 0
     meetings: int = 0
 
 
@@ -196,6 +198,7 @@ def predict(work: Work, gpu: Gpu, r: Rates) -> Prediction:
         chains["cluster"] = turns * work.meetings * (r.synchronisation + r.l2_latency)
     if work.persistent:  # the first tile's operands; those of the others are there
         chains["latency"] = chains.get("latency", 0.0) + r.latency
+        chains["l2"] = chains.get("l2", 0.0) + work.resident_bytes / l2
     busy["chain"] = sum(chains.values())
     bound = max(busy, key=busy.__getitem__)
     on_chip = busy[bound] / r.clock / 1e3

@@ -164,7 +164,8 @@ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
 // An operand of rows of 16 elements, K-major.
 template <typename T>
 void read_operand(std::uint64_t descriptor, int rows, Access agent, float* to) {
-  const Matrix matrix = decode(descriptor);
+  Matrix matrix = decode(descriptor);
+  matrix.base += static_cast<std::uint32_t>(planted().base_offset);
   for (int row = 0; row < rows; ++row) {
     for (int chunk = 0; chunk < 2; ++chunk) {
       const Address at = own(chunk_address(matrix, row, chunk));

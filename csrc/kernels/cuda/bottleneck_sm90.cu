@@ -65,15 +65,16 @@ template <int kChannels>
 struct Terms {
   static constexpr std::uint32_t kBytes = kChannels * 12;
 
+  // Of `channel`, which is even, and the next.
   __device__ __forceinline__ static void store(std::uint32_t to, int channel,
-                                               const ScaleShift& of) {
-    const std::uint32_t place = to + channel / 2 * 16 + channel % 2 * 4;
-    ptx::store_shared(place, of.mean);
-    ptx::store_shared(place + 8, of.scale);
-    ptx::store_shared(to + kChannels * 8 + channel * 4, of.shift);
+                                               const ScaleShift (&of)[2]) {
+    const Pack<float, 4> both{{of[0].mean, of[1].mean, of[0].scale, of[1].scale}};
+    ptx::store_shared(to + channel * 8, both);
+    const Pack<float, 2> shift{{of[0].shift, of[1].shift}};
+    ptx::store_shared(to + kChannels * 8 + channel * 4, shift);
   }
 
-  // Of `channel`, which is even, and the next; their shifts may come from elsewhere.
+  // Of the same; their shifts may come from elsewhere.
   __device__ __forceinline__ explicit Terms(std::uint32_t from, int channel)
       : Terms(from, channel, ptx::load_shared<Pack<float, 2>>(from + kChannels * 8 + channel * 4)) {
   }
@@ -187,24 +188,30 @@ template <bool kProjection>
 __device__ __forceinline__ void load_terms(const Arguments& a) {
   using Shared = Layout<kProjection>;
   const Bottleneck& b = a.block;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < kSlice * a.slices; i += kThreads) {
-    const int channel = channel_of(i);
-    ScaleShift third{}, projected{};
-    if (channel < b.out_channels) third = scale_shift_of(b.conv3.bn, channel);
-    if (kProjection && channel < b.out_channels) {
-      projected = scale_shift_of(b.projection.bn, channel);
-      third.shift += projected.shift;
+  const auto pair_of = [](const BatchNorm& bn, int channel, int count, ScaleShift(&of)[2]) {
+    if (channel >= count) return;
+    for (int e = 0; e < 2; ++e) of[e] = scale_shift_of(bn, channel + e);
+  };
+  int i = 2 * threadIdx.x;
+  if (i < kSlice * a.slices) {
+    ScaleShift third[2], projected[2];
+    pair_of(b.conv3.bn, channel_of(i), b.out_channels, third);
+    if constexpr (kProjection) {
+      pair_of(b.projection.bn, channel_of(i), b.out_channels, projected);
+      for (int e = 0; e < 2; ++e) third[e].shift += projected[e].shift;
+      Terms<kSlices * kSlice>::store(Shared::kProjectedTerms, i, projected);
     }
     Terms<kSlices * kSlice>::store(Shared::kTerms3, i, third);
-    if (kProjection) Terms<kSlices * kSlice>::store(Shared::kProjectedTerms, i, projected);
   }
-  if (threadIdx.x < 64) {
-    const int i = threadIdx.x;
-    const bool inside = i < b.inner;
-    Terms<64>::store(Shared::kTerms1, i, inside ? scale_shift_of(b.conv1.bn, i) : ScaleShift{});
-    Terms<64>::store(Shared::kTerms2, i, inside ? scale_shift_of(b.conv2.bn, i) : ScaleShift{});
+  i -= kThreads;  // for warps that had none of those
+  if (i >= 0 && i < 64) {
+    ScaleShift first[2], second[2];
+    pair_of(b.conv1.bn, i, b.inner, first);
+    pair_of(b.conv2.bn, i, b.inner, second);
+    Terms<64>::store(Shared::kTerms1, i, first);
+    Terms<64>::store(Shared::kTerms2, i, second);
   }
+  static_assert(kSlice * kSlices <= kThreads && kThreads + 64 <= 2 * kThreads);
 }
 
 template <typename T, bool kProjection>
@@ -666,8 +673,8 @@ bool bottleneck_sm90_can_implement(const Bottleneck& arguments, int device) {
 }
 
 bool bottleneck_sm90_is_profitable(const Bottleneck& arguments, int device) {
-  // Beside which two more of conv1, and the weights of the block, take little.
-  constexpr std::int64_t kLinesPerBlock = 16;
+  // With fewer, the weights that each block copies are more than the lines that it reads.
+  constexpr std::int64_t kLinesPerBlock = 4;
   const Bottleneck& a = arguments;
   int num_sms = 0;
   return bottleneck_sm90_can_implement(a, device) && get_num_sms(device, &num_sms) == cudaSuccess &&
