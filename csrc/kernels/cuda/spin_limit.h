@@ -41,12 +41,9 @@ struct SpinLimit {
 
 inline std::string to_string(const StuckBarrier& stuck) {
   static constexpr const char* kPipelineNames[][2] = {
-      {"conv_bn_sm90", "operands"},
-      {"conv_bn_sm90", "scale and shift"},
-      {"conv_bn_sm90", "result"},
-      {"conv_bn_sm90_split", "operands"},
-      {"bottleneck_sm90", "pixels"},
-      {"bottleneck_sm90", "shortcut"},
+      {"conv_bn_sm90", "operands"},  {"conv_bn_sm90", "scale and shift"},
+      {"conv_bn_sm90", "result"},    {"conv_bn_sm90_split", "operands"},
+      {"bottleneck_sm90", "pixels"}, {"bottleneck_sm90", "shortcut"},
       {"bottleneck_sm90", "lines"},
   };
   if (stuck.barrier == 0) return "";
