@@ -168,8 +168,8 @@ BUDGETS: dict[str, tuple[int, int]] = {
 
 # What is known to be slow, and why it stands:
 # - dgrad with a ReLU below waits for each product;
-# - a warpgroup of bottleneck_sm90.cu waits for its products, and for its part of x, while the others
-#   multiply;
+# - a warpgroup of bottleneck_sm90.cu waits for its products, and for its part of x, while the
+#   others multiply;
 # - the Triton stems read 3 channels one by one, which its training kernels do too; stem.cu copies
 #   pixels and weights so as well;
 # - the pool and its gradient are unrolled over windows;
