@@ -1,4 +1,4 @@
-"""What every network costs, beside the paper's Table 1 and its comparison with VGG-19.
+"""What every network costs, beside the paper's Table 1 and its comparisons with VGG.
 
     python benchmarks/complexity.py --json benchmarks/results/complexity.json
 
@@ -49,7 +49,7 @@ def networks() -> dict[str, Callable[[], nn.Module]]:
             found[f"{name} {option}"] = partial(ARCHITECTURES[name], shortcut=option)
     for name in ("resnet50", "resnet101", "resnet152"):
         found[f"{name} 1x1"] = partial(ARCHITECTURES[name], stride_in="1x1")
-    return {**found, "vgg19": torchvision.models.vgg19}
+    return {**found, "vgg16": torchvision.models.vgg16, "vgg19": torchvision.models.vgg19}
 
 
 def rows(names: Sequence[str], batch: int, element_size: int) -> list[dict[str, Any]]:
@@ -81,7 +81,7 @@ def _paper(value: float | None) -> str:
     return "" if value is None else f"{value:g}"
 
 
-def table(found: Sequence[dict[str, Any]], batch: int) -> str:
+def table(found: Sequence[dict[str, Any]]) -> str:
     """A Markdown table for people."""
     head = [
         *("network", "layers", "parameters, M", "paper", "multiply-adds, G", "paper"),
@@ -101,13 +101,7 @@ def table(found: Sequence[dict[str, Any]], batch: int) -> str:
                 *(f"{row[f'bytes, {level}'] / 1e6:.3g}" for level in complexity.FUSION),
             ]
         )
-    return "\n".join(
-        [
-            results.markdown(lines),
-            "",
-            *(f"{key}: {what}." for key, what in complexity.FUSION.items()),
-        ]
-    )
+    return results.markdown(lines)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -126,7 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"One image; bytes of {options.element_size} a number, weights shared by a batch of ",
         end="",
     )
-    print(f"{options.batch}.\n\n{table(found, options.batch)}")
+    print(f"{options.batch}.\n\n{table(found)}\n")
+    for level, what in complexity.FUSION.items():
+        print(f"{level}: {what}.")
     record = {
         **results.facts(None, "torch", "torchvision"),
         "options": {"batch": options.batch, "element_size": options.element_size},

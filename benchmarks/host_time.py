@@ -1,11 +1,14 @@
-"""Host time and Python calls of a forward, with kernels that are called for and do not run.
+"""Host time and Python calls of a forward and of a training step, whose kernels do not run.
 
-    python benchmarks/host_time.py --json benchmarks/results/host_time.json
+    TRITON_INTERPRET=1 python benchmarks/host_time.py --json benchmarks/results/host_time.json
 
 What a forward costs before any kernel has worked: the ordinary path, layer by layer, beside the
 plan that is recorded from it. `cpu` are the CPU's kernels, `cuda_sim` the bindings of the CUDA
 kernels over tensors in main memory, where stream and device need no look-up. Of the calls, Python's
 and those of C functions from Python are counted (`sys.setprofile`), as they are on every machine.
+
+And what a training step costs, forward and backward, launch by launch and by recorded programs: of
+the CPU's kernels and of Triton's, whose launches then end where Triton's own code would begin.
 """
 
 from __future__ import annotations
@@ -14,8 +17,9 @@ import argparse
 import contextlib
 import statistics
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -24,9 +28,11 @@ from harness import results
 from torch import Tensor, nn
 
 import resnet_fused
-from resnet_fused import _extension, plan, use_backend
+from resnet_fused import _extension, backends, plan, use_backend
+from resnet_fused.ops import training_programs
 
 _MODULES = {"cpu": "_C", "cuda_sim": "_C_sim"}
+_TRAINED = ("cpu", "triton")
 _DTYPES = {"cpu": torch.float32, "cuda_sim": torch.float16}
 # The first forwards choose, pack and record.
 _WARM_UP = 4
@@ -42,23 +48,52 @@ def stubbed(extension: ModuleType) -> Iterator[None]:
         extension.stub_kernels(False)
 
 
-def count_calls(model: nn.Module, x: Tensor) -> int:
-    """Calls of Python and C functions in one forward."""
+@contextlib.contextmanager
+def stubbed_triton() -> Iterator[None]:
+    """Triton's launches do nothing, and are recorded as on a GPU."""
+    from resnet_fused.backends.triton import launching
+    from resnet_fused.backends.triton.training import TritonReplays
+
+    def stub(*arguments: Any) -> None:
+        return None
+
+    training: Any = backends.get("triton").training
+    changed: list[tuple[Any, str, Any]] = [
+        (launching.Launch, "_start", stub),
+        (launching.Launch, "replay", stub),
+        (launching, "machine", lambda _: launching.Machine(132, 227 * 1024)),
+        (training, "replays", TritonReplays(_extension.load())),
+        (training_programs, "same_bits", lambda a, b: True),  # of memory that nobody wrote
+    ]
+    before = [(place, name, getattr(place, name)) for place, name, _ in changed]
+    try:
+        for place, name, value in changed:
+            setattr(place, name, value)
+        yield
+    finally:
+        for place, name, value in before:
+            setattr(place, name, value)
+
+
+def count_calls(model: Callable[[Tensor], object], x: Tensor) -> int:
+    """Calls of Python and C functions in one forward, or in a training step."""
     calls = 0
 
     def see(frame: Any, event: str, argument: Any) -> None:
         nonlocal calls
         calls += event in ("call", "c_call")
 
+    threading.setprofile(see)  # autograd's threads too
     sys.setprofile(see)
     try:
         model(x)
     finally:
         sys.setprofile(None)
+        threading.setprofile(None)
     return calls - 1  # setprofile itself
 
 
-def measure(model: nn.Module, x: Tensor, rounds: int) -> dict[str, Any]:
+def measure(model: Callable[[Tensor], object], x: Tensor, rounds: int) -> dict[str, Any]:
     """Calls, and the median and quartiles of host time in milliseconds."""
     for _ in range(_WARM_UP):
         model(x)
@@ -106,11 +141,55 @@ def rows(
     return found
 
 
+@contextlib.contextmanager
+def without_programs() -> Iterator[None]:
+    """Training ops launch kernel by kernel."""
+    run = training_programs.run
+    training_programs.run = lambda *arguments: None
+    try:
+        yield
+    finally:
+        training_programs.run = run
+
+
+def training_rows(
+    networks: Sequence[str], backend_names: Sequence[str], size: int, rounds: int
+) -> list[dict[str, Any]]:
+    """One row a network and backend that runs here, for a batch of 2."""
+    found = []
+    for name in networks:
+        for backend in backend_names:
+            if backends.unavailable(backend):
+                continue
+            # With few classes, as PyTorch's own kernels run: the head's.
+            model = getattr(resnet_fused, name)(num_classes=10).train()
+            model = model.to(memory_format=torch.channels_last)
+            x = torch.randn(2, 3, size, size).contiguous(memory_format=torch.channels_last)
+
+            def step(x: Tensor, model: nn.Module = model) -> None:
+                model.zero_grad()
+                model(x).sum().backward()
+
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(use_backend(backend))
+                if backend == "triton":
+                    stack.enter_context(stubbed_triton())
+                step(x)  # records, from kernels that run where there are any
+                if backend != "triton":
+                    stack.enter_context(stubbed(_extension.load(_MODULES[backend])))
+                planned = measure(step, x, rounds)
+                with without_programs():
+                    ordinary = measure(step, x, rounds)
+            row = {"network": name, "backend": backend, "dtype": "float32", "training": True}
+            found.append({**row, "ordinary": ordinary, "planned": planned})
+    return found
+
+
 def table(found: Sequence[dict[str, Any]]) -> str:
     head = ("network", "backend", "calls", "calls, planned", "host ms", "host ms, planned")
     lines = [
         (
-            row["network"],
+            row["network"] + (", training" if row.get("training") else ""),
             row["backend"],
             *(str(row[path]["calls"]) for path in ("ordinary", "planned")),
             *(f"{row[path]['ms']:.3f}" for path in ("ordinary", "planned")),
@@ -124,6 +203,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = results.parser(__doc__, "json")
     parser.add_argument("--network", nargs="+", default=["resnet18", "resnet50"])
     parser.add_argument("--backend", nargs="+", choices=_MODULES, default=list(_MODULES))
+    parser.add_argument(
+        "--training", nargs="*", choices=_TRAINED, default=list(_TRAINED), metavar="BACKEND"
+    )
     parser.add_argument("--size", type=results.positive, default=224)
     parser.add_argument("--rounds", type=results.positive, default=200)
     return parser.parse_args(arguments)
@@ -132,6 +214,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     found = rows(options.network, options.backend, options.size, options.rounds)
+    found += training_rows(options.network, options.training, 64, options.rounds)
     print(table(found))
     record = {
         **results.facts(torch.device("cpu"), "torch"),

@@ -6,9 +6,10 @@
 
 Launches are those that the heuristics pick, on a network that is not run: of our CUDA kernels in
 inference (the extension must hold code for sm_90a), of the Triton kernels, compiled here, in a
-training step. `benchmarks/time_model/` explains the model. The file holds `images_per_second`
-("low", "expected", "high"), the rates assumed, what each of them changes, and `layers`: every
-launch, equal ones once, with what its compiled code holds and which resource binds it.
+training step and of an int8 network. `benchmarks/time_model/` explains the model. The file holds
+`images_per_second` ("low", "expected", "high"), the rates assumed, what each of them changes, and
+`layers`: every launch, equal ones once, with what its compiled code holds and which resource binds
+it.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ NOTE = (
 def works(options: argparse.Namespace) -> list[Work]:
     """The network's launches. Raises RuntimeError where the extension holds no code for Hopper."""
     gpu, dtype = GPUS[options.gpu], getattr(torch, options.dtype)
+    if dtype == torch.int8:
+        return network.quantized(options.arch, options.batch, gpu)
     if options.training:
         return network.training(options.arch, options.batch, dtype, gpu)
     if reason := _extension.available():
@@ -115,7 +118,9 @@ def record(options: argparse.Namespace) -> dict[str, Any]:
         "training": options.training,
         "versions": {
             **facts["versions"],
-            "nvcc": None if options.training else _extension.load().build_info()["cuda_note"],
+            "nvcc": None
+            if options.training or options.dtype == "int8"
+            else _extension.load().build_info()["cuda_note"],
         },
         "images_per_second": {
             "low": round(batch / (expected + slower), 1),
@@ -164,7 +169,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = results.parser(__doc__, "json", "plot")
     parser.add_argument("--arch", default="resnet50")
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "int8"), default="bfloat16")
     parser.add_argument("--gpu", choices=tuple(GPUS), default="h100")
     parser.add_argument("--training", action="store_true", help="a step, not a forward")
     parser.add_argument(

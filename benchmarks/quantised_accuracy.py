@@ -53,7 +53,7 @@ def tuned(
     """Test accuracies before and after fine-tuning, with that calibration."""
     network = prepare_qat(model, calibration, dtype, progress=False)
     before = score(convert(network), images, labels)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.002, momentum=0.9)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0002, momentum=0.9)
     rng = torch.Generator().manual_seed(0)
     for _ in tqdm(range(TUNED), desc="fine-tuning", mininterval=5):
         chosen = torch.randint(TEST, len(labels), (32,), generator=rng)

@@ -26,6 +26,8 @@ from resnet_fused.parameters import Convolution
 class _Counted:
     """Training pieces that add up their floors, by name, while they run."""
 
+    replays = None
+
     def __init__(self, pieces: Any, peaks: Peaks) -> None:
         self.floors: dict[str, float] = {}
         self._pieces, self._peaks = pieces, peaks

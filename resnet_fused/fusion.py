@@ -323,28 +323,34 @@ def track_statistics(norms: Sequence[nn.Module], scale_shifts: Sequence[Tensor])
     scale_shifts: the layers' (6, K) `scale_shift` from the op.
     """
     by_weight: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    counters: list[Tensor] = []
     for bn, scale_shift in zip(norms, scale_shifts, strict=True):
         if not isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)) or not bn.training:
             continue
         if not bn.track_running_stats:
             continue
-        if bn.num_batches_tracked is not None:
-            bn.num_batches_tracked.add_(1)
-        if bn.running_mean is None or bn.running_var is None:
+        buffers = bn._buffers  # a module's attributes are slow
+        count = buffers["num_batches_tracked"]
+        if count is not None:
+            counters.append(count)
+        old_mean, old_var = buffers["running_mean"], buffers["running_var"]
+        if old_mean is None or old_var is None:
             continue
         mean, var = batch_statistics(scale_shift)
-        pairs = ((bn.running_mean, mean), (bn.running_var, var))
-        if bn.momentum is None and bn.num_batches_tracked is not None:
+        pairs = ((old_mean, mean), (old_var, var))
+        if bn.momentum is None and count is not None:
             # The average of all batches; their count stays on the device.
             for running, new in pairs:
-                running.lerp_(new.to(running.dtype), bn.num_batches_tracked.to(running.dtype) ** -1)
+                running.lerp_(new.to(running.dtype), (count.to(running.dtype) + 1) ** -1)
             continue
         # Nothing to average by: PyTorch then lets the statistics stand.
         weight = 0.0 if bn.momentum is None else bn.momentum
         olds, news = by_weight.setdefault(weight, ([], []))
         for running, new in pairs:
             olds.append(running)
-            news.append(new.to(running.dtype))
+            news.append(new if new.dtype == running.dtype else new.to(running.dtype))
+    if counters:
+        torch._foreach_add_(counters, 1)
     for weight, (olds, news) in by_weight.items():
         torch._foreach_lerp_(olds, news, weight)
 

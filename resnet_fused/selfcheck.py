@@ -40,7 +40,7 @@ from .backends import Backend
 from .backends.autotune import families
 from .backends.cuda import CudaBackend
 from .backends.reference import ReferenceBackend
-from .testing.selfcheck_cases import CONVOLUTION, FAMILIES, TRAINING, cases, check_case
+from .testing.selfcheck_cases import CONVOLUTION, FAMILIES, QUANTIZED, TRAINING, cases, check_case
 
 SIMULATED_SMS = 4
 _REPEATS_ON_GPU = 20
@@ -123,7 +123,10 @@ def checks(backend: str) -> list[Check]:
     for family in FAMILIES:
         if family == TRAINING and implementation.training is None:
             continue
-        lists_kernels = type(implementation).conv_bn is not ReferenceBackend.conv_bn
+        listed = "quantized_conv" if family == QUANTIZED else "conv_bn"
+        lists_kernels = getattr(type(implementation), listed) is not getattr(
+            ReferenceBackend, listed
+        )
         if family != TRAINING and not lists_kernels:
             continue
         kernels: dict[str, str | None] = {f"{backend} {family}": None}

@@ -174,16 +174,12 @@ def dgrad(
     grad: Tensor,
     isa: str,
     add: Tensor | None = None,
-    positive: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    shape = weight.transpose(0, 1).to("meta")
-    packed = torch.empty(_C.conv_packed_bytes(tensor_arg(shape)), dtype=torch.uint8)
-    _C.dgrad_pack(tensor_arg(weight), tensor_arg(packed))
     if out is None:
         out = poisoned((case.batch, case.channels, *case.size), grad.dtype, NHWC)
-    extra = (optional_tensor_arg(add), optional_tensor_arg(positive))
-    _C.conv_dgrad(tensor_arg(out), tensor_arg(grad), tensor_arg(packed), case.window, *extra, isa)
+    tensors = (tensor_arg(out), tensor_arg(grad), tensor_arg(weight), case.window)
+    _C.train_dgrad(*tensors, optional_tensor_arg(add), isa)
     return out
 
 
@@ -278,19 +274,17 @@ def test_gradients_give_the_same_bits_with_any_number_of_threads(name, threads, 
 
 
 @pytest.mark.parametrize("name", ["3x3", "3x3 strided", "pointwise strided"])
-def test_input_gradient_adds_and_masks(name, kernel):
+def test_input_gradient_adds(name, kernel):
     torch.manual_seed(5)
     case, (dtype, isa) = CASES[name], kernel
     _, weight, grad = operands(case, dtype, integers=True)
     plain = dgrad(case, weight, grad, isa)
     add = torch.randint_like(plain, -9, 10).to(dtype)
-    positive = torch.randint_like(plain, -1, 2).to(dtype)
-    positive[0, 0, 0, 0] = float("nan")
     by_x = case.gradients(plain.double(), weight.double(), grad.double())[0]
-    expected = torch.where(positive <= 0, 0.0, by_x + add.double()).to(dtype)
-    assert torch.equal(dgrad(case, weight, grad, isa, add, positive), expected)
+    expected = (by_x + add.double()).to(dtype)
+    assert torch.equal(dgrad(case, weight, grad, isa, add), expected)
     out = add.clone(memory_format=torch.preserve_format)
-    assert torch.equal(dgrad(case, weight, grad, isa, out, positive, out), expected)
+    assert torch.equal(dgrad(case, weight, grad, isa, out, out), expected)
 
 
 @pytest.mark.parametrize("name", ["3x3 tails", "3x3 strided", "7x7 stem", "pointwise strided"])
@@ -339,10 +333,10 @@ def test_what_does_not_fit_is_refused():
     strided = torch.empty(*case.weight_shape[:3], 6)[..., ::2]
     with pytest.raises(ValueError, match="contiguous or channels_last"):
         _C.conv_wgrad(tensor_arg(strided), tensor_arg(x), tensor_arg(grad), case.window)
-    with pytest.raises(ValueError, match="packed must be of size"):
+    with pytest.raises(ValueError, match="weight must be of size"):
         dgrad(case, weight[:, :, :2], grad, "")
-    with pytest.raises(ValueError, match="positive must be of size"):
-        dgrad(case, weight, grad, "", positive=grad)
+    with pytest.raises(ValueError, match="residual must have 1 to 16 channels, found 32"):
+        dgrad(case, weight, grad, "", add=grad[:1])
     shared = torch.zeros(weight.numel())
     grad = shared[: grad.numel()].view(2, 8, 8, 32).permute(0, 3, 1, 2)
     with pytest.raises(ValueError, match="out overlaps grad"):

@@ -820,12 +820,12 @@ def test_contents_see_an_edit_that_moves_no_version_counter():
     recorder.start()
     _C.head(tensor_arg(out), tensor_arg(x), tensor_arg(weight), None)
     recorder.stop()
-    program = recorder.program(0, 1, tensor_arg(x), tensor_arg(out), [tensor_arg(weight)], 64)
+    program = recorder.program(0, 1, [tensor_arg(x)], [tensor_arg(out)], [tensor_arg(weight)], 64)
     expected = out.clone()
     out.fill_(torch.nan)
-    assert contents.run(program, x.data_ptr(), out.data_ptr(), 0)
+    assert contents.run(program, [x.data_ptr(), out.data_ptr()], 0)
     assert torch.equal(out, expected)
     weights[1].data[3] += 1
-    assert not contents.run(program, x.data_ptr(), out.data_ptr(), 0)
+    assert not contents.run(program, [x.data_ptr(), out.data_ptr()], 0)
     with pytest.raises(ValueError, match="one fingerprint"):
         _C.Contents([tensor_arg(weights[0])], [])

@@ -318,7 +318,7 @@ def chain(residuals: dict[int, int]) -> tuple[Any, list[Any], list[Tensor]]:
         )
         recorder.stop()
     constants = [*packed, scale, *(tensor for layer in layers for tensor in layer[1:])]
-    ends = tensor_arg(values[0]), tensor_arg(values[-1])
+    ends = [tensor_arg(values[0])], [tensor_arg(values[-1])]
     program = recorder.program(0, 5, *ends, list(map(tensor_arg, constants)), 64)
     return program, layers, [scale, *constants]
 
@@ -347,7 +347,7 @@ def test_a_result_takes_the_memory_of_its_residual(residuals: dict[int, int], ke
             )
         )
     out, arena = torch.empty_like(x), torch.empty(program.arena_bytes, dtype=torch.uint8)
-    program.run(x.data_ptr(), out.data_ptr(), arena.data_ptr())
+    program.run([x.data_ptr(), out.data_ptr()], arena.data_ptr())
     assert torch.equal(out, expected[-1])
     assert torch.equal(x, before)
     size = -(-x.nbytes // 64) * 64

@@ -26,6 +26,7 @@ pytest.importorskip("sklearn", reason="the default scenes are of scikit-learn's 
 pytest.importorskip("pycocotools", reason="COCO is read and measured by it")
 
 import detection
+from common.claims import parsed
 from common.errors import DataError, ExperimentError
 from common.launch import Launch
 from common.training import Result
@@ -336,7 +337,51 @@ def test_dilation_keeps_maps_large(dilate: tuple[bool, bool]) -> None:
     detector([torch.rand(3, 64, 64)])
 
 
-@pytest.fixture(params=["c4", "fpn"])
+@torch.no_grad()
+@pytest.mark.parametrize("arrangement", ["c4+context", "fpn+context"])
+def test_context_is_the_feature_of_the_whole_image(arrangement: str) -> None:
+    """One region at a time, on two images of different sizes."""
+    detector = small(arrangement).eval()
+    images = [torch.rand(3, 64, 80), torch.rand(3, 64, 64)]
+    batch, _ = detector.transform(images)
+    maps = detector.backbone(batch.tensors)
+    regions = [torch.tensor([[3.0, 4, 20, 30], [0, 0, 60, 50]]), torch.tensor([[10.0, 2, 40, 60]])]
+    features = detector.roi_heads.box_roi_pool
+    joined = features(maps, regions, batch.image_sizes)
+    width = joined.shape[1] // 2
+    place = 0
+    for i, own in enumerate(regions):
+        height, length = batch.image_sizes[i]
+        image_maps = {name: map_[i : i + 1] for name, map_ in maps.items()}
+        whole = torch.tensor([[0.0, 0, length, height]])
+        for region in own:
+            for half, box in (
+                (joined[place, :width], region[None]),
+                (joined[place, width:], whole),
+            ):
+                pooled = features.pool(image_maps, [box], [batch.image_sizes[i]])
+                torch.testing.assert_close(half, features.head(pooled)[0], rtol=1e-4, atol=1e-5)
+            place += 1
+    assert place == len(joined)
+    assert detector.roi_heads.box_predictor.cls_score.in_features == 2 * width
+    none = features(maps, [torch.empty(0, 4), regions[1]], batch.image_sizes)
+    torch.testing.assert_close(none, joined[2:])
+
+
+@pytest.mark.parametrize("side", [64, 600])
+def test_a_pyramids_anchors_go_with_its_strides(side: int) -> None:
+    """Eight times a level's stride, and regions of 224 pixels from stride 16, on small images too:
+    anchors in proportion to the image would look for small objects on coarse levels."""
+    detector = small("fpn", side=side).eval()
+    sizes = [sizes[0] for sizes in detector.rpn.anchor_generator.sizes]
+    assert sizes == [8 * stride for stride in (4, 8, 16, 32, 64)]
+    pool = detector.roi_heads.box_roi_pool
+    assert (pool.canonical_scale, pool.canonical_level) == (224, 4)
+    c4 = small("c4", side=side).rpn.anchor_generator.sizes
+    assert c4 == (tuple(round(anchor * side / 600) for anchor in (64, 128, 256, 512)),)
+
+
+@pytest.fixture(params=["c4", "c4+context", "fpn"])
 def detector(request: pytest.FixtureRequest) -> Any:
     """Untrained, its scores spread out so that many boxes pass the threshold."""
     made = small(request.param).eval()
@@ -511,7 +556,7 @@ def test_mirrored_views_keep_their_boxes(tmp_path: Path) -> None:
     seen = set()
     plain = training.read(scenes.train[0])
     for epoch in range(8):
-        image, target = training._Views(scenes, 0)[epoch, 0]
+        image, target = training.MirroredViews(scenes, 0)[epoch, 0]
         mirrored = not torch.equal(image, plain)
         seen.add(mirrored)
         assert torch.equal(image.flip(-1) if mirrored else image, plain)
@@ -534,6 +579,39 @@ def test_quick_run(tmp_path: Path, write: Callable[[Path], Path] | None) -> None
     assert ("VOC AP50" in rows(out)[0]) == (write is not write_coco)
     for file in ("report.md", "history.csv", "curves.png", "examples.png"):
         assert (out / file).stat().st_size > 0
+
+
+def table(rises: dict[str, tuple[float, float]], data: str = "digits") -> list[dict[str, Any]]:
+    """Two seeds: at a single scale an AP of 50 and an AP50 of 80, and what rises from there."""
+    rows: list[dict[str, Any]] = []
+    for seed in (0, 1):
+        for arrangement in ("c4", "c4+context", "fpn"):
+            for test in ("single scale", "box refinement", "multi-scale"):
+                key = arrangement if arrangement != "c4" and test == "single scale" else test
+                rise = rises.get(key, (0.0, 0.0))[seed] if arrangement != "fpn" else 0.0
+                facts = {"data": data, "arrangement": arrangement, "seed": seed, "test": test}
+                rows.append({**facts, "AP": 50 + rise, "AP50": 80 + rise})
+    return rows
+
+
+def verdicts(rows: list[dict[str, Any]]) -> list[str]:
+    return [claim.judge(parsed(rows)).verdict for claim in detection.CLAIMS]
+
+
+def test_claims_follow_from_their_rows() -> None:
+    held, fails, unseen = "holds", "does not hold", "not shown"
+    rises = {"box refinement": (2.0, 3.0), "multi-scale": (4.0, 4.5), "c4+context": (1.0, 1.2)}
+    assert verdicts(table(rises)) == [held, held, unseen, held]  # independent digits: no context
+    assert verdicts(table(rises, "coco")) == [held, held, held, held]
+    assert verdicts(table({"multi-scale": (-1.0, 6.0)})) == [held, fails, unseen, fails]
+    low = [{**row, "AP50": 74.0} if row["arrangement"] == "fpn" else row for row in table(rises)]
+    assert verdicts(low)[0] == fails
+    found = detection.CLAIMS[1].judge(parsed(table(rises)))
+    assert (found.margin, found.spread) == (pytest.approx(2.5 - 0.5**0.5), pytest.approx(0.5**0.5))
+    flat = {"box refinement": (0.4, 0.4), "multi-scale": (0.6, 0.6)}
+    assert verdicts(table(flat)) == [held, fails, unseen, held]  # half a point at least
+    few = [row for row in table(rises) if row["arrangement"] == "fpn" and row["seed"] == 0]
+    assert verdicts(few) == [held, unseen, unseen, unseen]
 
 
 @pytest.mark.parametrize(

@@ -192,3 +192,7 @@ def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
     results = (tmp_path / "results/index.html").read_text()
     (plot,) = set(re.findall(r'src="([^"]*throughput_cpu\.png)"', results))
     assert (tmp_path / "results" / plot).resolve().is_file()
+    paper = (tmp_path / "paper/index.html").read_text()
+    figures = set(re.findall(r'src="([^"]*experiments/reports/[^"]*\.png)"', paper))
+    assert len(figures) >= len(list((ROOT / "experiments/reports").glob("*/report.md")))
+    assert all((tmp_path / "paper" / figure).resolve().is_file() for figure in figures)

@@ -31,12 +31,24 @@ EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 
 # experiment -> (names of its runs, iterations of each, a label of its plot's legend)
 QUICK = {
-    "degradation": (["plain8", "plain14", "residual8", "residual14"], 12),
+    "degradation": (
+        [f"{kind}{d}-seed{s}" for kind in ("plain", "residual") for d in (8, 14) for s in (0, 1)],
+        12,
+    ),
     "shortcuts": ([f"{o}-8-seed{s}" for s in (0, 1) for o in ("plain", "A", "B", "C")], 10),
     "cifar": ([f"resnet{d}-seed{s}" for d in (8, 14) for s in (0, 1)], 12),
     "over_1000_layers": (["resnet8", "resnet50"], 6),
     "progressive_deepening": (
-        ["resnet8-first-half", "resnet8", "resnet14", "resnet8-to-14", "resnet8-to-14-frozen"],
+        [
+            f"{name}-seed0"
+            for name in (
+                "resnet8-first-half",
+                "resnet8",
+                "resnet14",
+                "resnet8-to-14",
+                "resnet8-to-14-frozen",
+            )
+        ],
         None,
     ),
     "imagenet": (["resnet18-paper", "resnet18-modern"], 8),
@@ -98,7 +110,8 @@ def test_history_and_report_of_a_quick_run(name: str, finished: dict[str, Path])
     assert report.startswith("# ")
     for fact in ("digits", f"torch {torch.__version__.split('+')[0]}", "cores", "commit: "):
         assert fact in report
-    for row in table(folder / "results.csv"):
+    summary = folder / "summary.csv"  # where results.csv has a row for each seed
+    for row in table(summary if summary.exists() else folder / "results.csv"):
         errors = [v for key, v in row.items() if key.endswith("error (%)") and "±" not in v]
         for value in errors:
             assert f"{float(value):.2f}" in report
@@ -129,15 +142,26 @@ def test_plot_shows_as_many_curves_as_there_are(name: str, finished: dict[str, P
 def test_results_are_those_of_the_history(finished: dict[str, Path]) -> None:
     history = runs(finished["degradation"])
     for row in table(finished["degradation"] / "results.csv"):
-        rows = history[f"{row['network']}{row['layers']}"]
+        rows = history[f"{row['network']}{row['layers']}-seed{row['seed']}"]
         assert float(row["test error (%)"]) == float(rows[-1]["test_error"])
         late = [float(r["training_error"]) for r in rows if int(r["iteration"]) > 0.9 * 12]
         assert float(row["training error (%)"]) == pytest.approx(statistics.mean(late))
-    rows = table(finished["cifar"] / "results.csv")
+    for experiment, key in (("degradation", "layers"), ("shortcuts", "shortcuts")):
+        raw = table(finished[experiment] / "results.csv")
+        for row in table(finished[experiment] / "summary.csv"):
+            same = [r for r in raw if (r[key], r.get("network")) == (row[key], row.get("network"))]
+            assert [int(r["seed"]) for r in same] == [0, 1]
+            errors = [float(r["training error (%)"]) for r in same]
+            assert row["training error (%)"] == (
+                f"{statistics.mean(errors):.2f} ± {statistics.stdev(errors):.2f}"
+            )
     history = runs(finished["cifar"])
-    for row in rows:
+    results = table(finished["cifar"] / "results.csv")
+    for row in table(finished["cifar"] / "summary.csv"):
         depth = row["network"].removeprefix("ResNet-")
         errors = [float(history[f"resnet{depth}-seed{s}"][-1]["test_error"]) for s in (0, 1)]
+        own = [float(r["test error (%)"]) for r in results if r["network"] == row["network"]]
+        assert own == errors
         assert row["test error (%)"] == (
             f"{statistics.mean(errors):.2f} ± {statistics.stdev(errors):.2f}"
         )
@@ -288,7 +312,7 @@ def test_deepening_changes_no_result_and_freezing_no_weight() -> None:
 def test_frozen_layers_stay_frozen_while_training(finished: dict[str, Path]) -> None:
     folder = finished["progressive_deepening"] / "checkpoints"
     base, frozen, free = (
-        torch.load(folder / f"{name}.pt", weights_only=True)["model"]
+        torch.load(folder / f"{name}-seed0.pt", weights_only=True)["model"]
         for name in ("resnet8-first-half", "resnet8-to-14-frozen", "resnet8-to-14")
     )
     for key, value in base.items():
@@ -300,7 +324,7 @@ def test_frozen_layers_stay_frozen_while_training(finished: dict[str, Path]) -> 
 def test_a_deepened_run_is_the_first_half_and_the_second(finished: dict[str, Path]) -> None:
     history = runs(finished["progressive_deepening"])
     whole, first, second = (
-        int(history[name][-1]["iteration"])
+        int(history[f"{name}-seed0"][-1]["iteration"])
         for name in ("resnet14", "resnet8-first-half", "resnet8-to-14")
     )
     assert whole == first + second
@@ -342,29 +366,36 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("name", "arguments", "message"),
     [
         (
+            "degradation",
             ["--iterations", "13"],
-            r"plain8.pt is of another run: its iterations is 12, here it is 13",
+            r"plain8-seed0.pt is of another run: its iterations is 12, here it is 13",
         ),
-        (["--seed", "1"], r"its seed is 0, here it is 1; delete it to begin anew"),
+        # Its runs' names do not say their seed.
+        (
+            "over_1000_layers",
+            ["--seed", "1"],
+            r"its seed is 0, here it is 1; delete it to begin anew",
+        ),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(
+    name: str,
     arguments: list[str],
     message: str,
     finished: dict[str, Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    main = importlib.import_module("degradation").main
-    given = ["--quick", "--device", "cpu", "--out", str(finished["degradation"])]
+    main = importlib.import_module(name).main
+    given = ["--quick", "--device", "cpu", "--out", str(finished[name])]
     assert main([*given, *arguments]) == 2
     assert re.search(message, capsys.readouterr().err)
 
 
 def test_a_corrupt_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "checkpoints" / "plain8.pt"
+    path = tmp_path / "checkpoints" / "plain8-seed0.pt"
     path.parent.mkdir()
     path.write_bytes(b"PK\x03\x04 cut off")
     main = importlib.import_module("degradation").main
@@ -381,8 +412,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     main = importlib.import_module("degradation").main
     monkeypatch.setattr(cifar, "plain", lambda depth, **_: Bare())
     assert main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 2
-    assert "plain8: the loss at iteration 1 is nan" in capsys.readouterr().err
-    assert not (tmp_path / "checkpoints" / "plain8.pt").exists()
+    assert "plain8-seed0: the loss at iteration 1 is nan" in capsys.readouterr().err
+    assert not (tmp_path / "checkpoints" / "plain8-seed0.pt").exists()
 
 
 class Bare(nn.Module):

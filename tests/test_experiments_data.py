@@ -66,6 +66,15 @@ def write_folders(root: Path, each: int = 12) -> Path:
     return root
 
 
+def write_official(root: Path) -> Path:
+    """The same as torchvision leaves ImageNet's archives once it has unpacked them."""
+    write_folders(root)
+    names = {label: (f"name of {label}",) for label in ("n01440764", "n01443537", "n01484850")}
+    torch.save((names, list(names)), root / "meta.bin")
+    (root / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(b"not read again")
+    return root
+
+
 def last_rows(out: Path) -> dict[str, dict[str, str]]:
     with (out / "history.csv").open(encoding="utf-8") as file:
         return {row["run"]: row for row in csv.DictReader(file)}
@@ -82,15 +91,20 @@ def test_cifar_recipe_on_the_published_format(tmp_path: Path) -> None:
     assert "CIFAR-10's format, 40 to train and 8 to test" in report
 
 
-def test_imagenet_recipe_on_folders_of_photographs(tmp_path: Path) -> None:
-    root, out = write_folders(tmp_path / "data"), tmp_path / "out"
+@pytest.mark.parametrize(
+    ("write", "name"), [(write_folders, "image folders"), (write_official, "ImageNet")]
+)
+def test_imagenet_recipe_on_the_published_formats(
+    write: Callable[[Path], Path], name: str, tmp_path: Path
+) -> None:
+    root, out = write(tmp_path / "data"), tmp_path / "out"
     given = ["--quick", "--device", "cpu", "--epochs", "6", "--batch", "12", "--recipes", "paper"]
     main = importlib.import_module("imagenet").main
     assert main([*given, "--data", str(root), "--out", str(out)]) == 0
     row = last_rows(out)["resnet18-paper"]
     assert float(row["training_error"]) < 40  # chance is 67 %
     report = (out / "report.md").read_text(encoding="utf-8")
-    assert "image folders, 36 to train and 12 to test, 3 classes" in report
+    assert f"{name}, 36 to train and 12 to test, 3 classes" in report
 
 
 def test_cifar_images_and_labels_stay_together(tmp_path: Path) -> None:
@@ -259,6 +273,29 @@ def test_digits_are_split_once_and_for_all() -> None:
     assert counts.min() >= 57  # every class has its share
     again = data.digits(16)
     assert all(torch.equal(images.train[i][0], again.train[i][0]) for i in range(0, 1200, 100))
+
+
+def test_placed_digits_are_the_digits_smaller_and_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    noisy = data.digits(16, copies=2)
+    assert (data.size(noisy.train), data.size(noisy.test)) == (2400, 1194)
+    again = data.digits(16, copies=2)
+    assert all(torch.equal(noisy.test[i][0], again.test[i][0]) for i in range(0, 1194, 100))
+    monkeypatch.setattr(data, "_PLACED_NOISE", 0.0)
+    whole, placed = data.digits(16), data.digits(16, copies=2)
+    columns = torch.arange(16.0)
+    places = []
+    for i in range(0, 1194, 10):
+        (small, label), (image, placed_label) = whole.test[i % 597], placed.test[i]
+        assert placed_label == label
+        # All of the ink is there, on a share of the canvas; noise adds to it.
+        ink = image.float().mean() / small.float().mean()
+        assert 0.9 * 0.6**2 < ink < 1.1 * 0.9**2
+        assert noisy.test[i][0].float().mean() > image.float().mean()
+        places.append(float((image[0].float().sum(0) @ columns) / image[0].float().sum()))
+    assert min(places) < 6
+    assert max(places) > 9  # the middle is 7.5
 
 
 def test_processes_share_each_batch_whenever_they_start() -> None:

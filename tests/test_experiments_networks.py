@@ -103,7 +103,7 @@ def test_gradients_are_the_layers_own() -> None:
 )
 def test_the_verdict_follows_the_ratio(first: float, word: str) -> None:
     rows = [{"iteration": 1.0, "gradient a": first, "gradient b": 1.0}]
-    run = gradient_flow.Run("plain", 56, True, rows, None)
+    run = gradient_flow.Run("plain", 56, True, 0, rows, None)
     assert f"gradients {word}" in gradient_flow.verdict(run)
 
 
@@ -134,6 +134,19 @@ def test_gradient_flow_of_a_quick_run(tmp_path: Path) -> None:
     history = table(tmp_path / "history.csv")
     assert not any(key.startswith(("gradient", "weight")) for key in history[0])
     assert {row["network"] for row in history} == set(names)
+
+    untrained = table(tmp_path / "initialisation.csv")
+    assert len(untrained) == 3 * 2 * 2 * gradient_flow.SEEDS
+    assert len({row["median"] for row in untrained}) == len(untrained)  # none is another
+
+
+def test_circular_padding_sees_no_edge() -> None:
+    model = cifar.plain(8, norm_layer=nn.Identity)
+    flat = torch.ones(1, 3, 8, 8)
+    assert model.features(flat)[-1].std((2, 3)).max() > 1e-3
+    gradient_flow.pad_circularly(model)
+    assert model.features(flat)[-1].std((2, 3)).max() < 1e-6
+    assert model.features(flat)[-1].max() > 1e-2
 
 
 def test_gradient_flow_is_for_small_images(

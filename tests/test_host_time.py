@@ -47,13 +47,16 @@ def test_the_benchmark_writes_what_it_counts(tmp_path: Path, capsys: pytest.Capt
         pytest.skip(reason)
     file = tmp_path / "host_time.json"
     arguments = ["--network", "resnet18", "--backend", "cpu", "--size", "64", "--rounds", "3"]
-    assert host_time.main([*arguments, "--json", str(file)]) == 0
+    arguments += ["--training", "cpu", "--json", str(file)]
+    assert host_time.main(arguments) == 0
     record = json.loads(file.read_text())
-    (row,) = record["rows"]
-    assert row["planned"]["calls"] < row["ordinary"]["calls"]
-    low, high = row["planned"]["ms_quartiles"]
-    assert 0 < low <= row["planned"]["ms"] <= high
-    assert str(row["planned"]["calls"]) in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert [row.get("training", False) for row in record["rows"]] == [False, True]
+    for row in record["rows"]:
+        assert row["planned"]["calls"] < row["ordinary"]["calls"]
+        low, high = row["planned"]["ms_quartiles"]
+        assert 0 < low <= row["planned"]["ms"] <= high
+        assert str(row["planned"]["calls"]) in printed
     assert {"machine", "commit", "versions"} <= set(record)
 
 

@@ -689,7 +689,7 @@ def test_programs_reuse_memory_and_nothing_that_lives():
             extension.bn_add_relu(described[i + 1], described[i], bn, added, True)
         recorder.stop()
         constants = [_extension.tensor_arg(vector) for vector in vectors]
-        return recorder.program(0, 5, described[0], described[5], constants, 64)
+        return recorder.program(0, 5, [described[0]], [described[5]], constants, 64)
 
     size = -(-values[0].nbytes // 64) * 64
     assert passes(None).arena_bytes <= 2 * size
@@ -697,7 +697,7 @@ def test_programs_reuse_memory_and_nothing_that_lives():
     assert 2 * size < longer.arena_bytes <= 3 * size
     x = torch.randn(2, 8, 3, 3).contiguous(memory_format=NHWC)
     out, arena = torch.empty_like(x), torch.empty(longer.arena_bytes, dtype=torch.uint8)
-    longer.run(x.data_ptr(), out.data_ptr(), arena.data_ptr())
+    longer.run([x.data_ptr(), out.data_ptr()], arena.data_ptr())
     assert torch.equal(out, x.relu() * 2)
 
 
@@ -721,7 +721,7 @@ def test_recorders_refuse_what_they_cannot_resolve():
             extension.bn_add_relu(described[target], described[source], bn, added, True)
         recorder.stop()
         known = [_extension.tensor_arg(constant) for constant in constants]
-        return recorder.program(0, len(launches), described["x"], described["out"], known, 64)
+        return recorder.program(0, len(launches), [described["x"]], [described["out"]], known, 64)
 
     whole = [("middle", "x", None), ("out", "middle", None)]
     assert program(whole, [one]) is not None

@@ -133,6 +133,19 @@ def test_backends_equal_the_reference_in_whole_networks(name: str, backend: str)
         assert all(torch.equal(y, expected) for y in found)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_triton_equals_the_reference_in_networks(name: str) -> None:
+    require("triton", "cpu", torch.uint8)
+    x = (images(2) * 60 + 90).clamp(0, 255).byte()
+    network = quantize(make(name), [x], normalization=(MEAN, STD))
+    with use_backend("reference"):
+        expected = network(x)
+    with use_backend("triton"):
+        found = network(x)
+    assert expected.std() > 0
+    assert torch.equal(found, expected)
+
+
 def test_a_forward_is_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
     require("cpu", "cpu", torch.uint8)
     network, x = quantize(make(), [images()]), images(2)
@@ -428,7 +441,8 @@ def test_gradients_are_the_float_layers_but_where_it_clamps(dtype: torch.dtype) 
 def test_fine_tuning_recovers_what_bad_calibration_loses() -> None:
     """The float network's own answers, with scales that clip most activations."""
     model, x = make("basic blocks"), images(32)
-    labels = run(model, x).argmax(1)
+    answers = run(model, x)
+    labels = answers.argmax(1)
     network = prepare_qat(model, [images(8) / 10])
 
     def loss() -> Tensor:
@@ -442,6 +456,7 @@ def test_fine_tuning_recovers_what_bad_calibration_loses() -> None:
         optimizer.step()
     assert float(loss().detach()) < 0.6 * before
     assert torch.equal(convert(network)(x), run(network, x))
+    assert torch.equal(run(model, x), answers)  # it shares no memory with what was trained
     with pytest.raises(TypeError, match="prepare_qat"):
         convert(model)  # type: ignore[arg-type]
 

@@ -169,7 +169,7 @@ def test_a_planted_fault_shows() -> None:
     assert differences(Broken(off_by_one), *compared) == 1
 
 
-@pytest.fixture(params=["reference", "cpu", "cuda_sim"])
+@pytest.fixture(params=["reference", "cpu", "triton", "cuda_sim"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Those that serve quantised tensors here."""
     require(request.param, "cpu", torch.uint8)

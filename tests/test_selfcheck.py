@@ -19,6 +19,7 @@ from resnet_fused.backends import Candidate
 from resnet_fused.backends.cuda_sim import SimulatedBackend
 from resnet_fused.backends.reference import ReferenceBackend
 from resnet_fused.reference import ops as reference
+from resnet_fused.reference import quantized
 from resnet_fused.reference.training import ReferenceTraining
 from resnet_fused.selfcheck import Check, Result, Worker, main, supervise
 from resnet_fused.testing.selfcheck_cases import FAMILIES, cases, check_case
@@ -180,7 +181,7 @@ class OffByOne(ReferenceBackend):
     training = TrainingOffByOne()  # type: ignore[assignment]
 
     def __getattribute__(self, name: str) -> Any:
-        meaning = getattr(reference, name, None)
+        meaning = getattr(reference, name, None) or getattr(quantized, name, None)
         if meaning is None:
             return super().__getattribute__(name)
 

@@ -77,6 +77,18 @@ def test_what_a_loop_does(code):
     assert done.shared_bytes == 512 + (2 * (64 + 128) * 16 + 2 * 128 * 16) // 4
 
 
+def test_int8_products_count_by_a_byte_an_operand():
+    listing = """
+        Function : integers
+        /*0000*/                   IGMMA.64x128x32.S8.S8 R24, R4, gdesc[UR8], R24, gsb0 ;
+        /*0010*/                   IMMA.16832.S8.S8.SAT R4, R8.ROW, R12.COL, R4 ;
+"""
+    (code,) = machine_code.disassembled(listing)
+    done = machine_code.tally(code.instructions)
+    assert done.multiply_adds == {"IGMMA": 64 * 128 * 32 // 4, "IMMA": 16 * 8 * 32}
+    assert done.shared_bytes == 128 * 32 // 4  # A is in registers
+
+
 def test_cycles_by_hand(code):
     """2 tiles a multiprocessor of 10 steps, each of which is issued, then waits for its load."""
     r = rates("h100")._replace(

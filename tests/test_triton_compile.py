@@ -65,6 +65,26 @@ def test_kernels_of_resnets(capability: int, dtype: str) -> None:
             assert "mma.sync" in kernel["instructions"], kernel
 
 
+@pytest.mark.parametrize(
+    "capability", [90, *(pytest.param(c, marks=pytest.mark.thorough) for c in (80, 100, 120))]
+)
+def test_kernels_of_int8_resnets(capability: int) -> None:
+    """As above, and on Hopper integer products of whole warp groups."""
+    kernels = compiled_kernels(__file__, capability, "int8")
+    names = {"border_kernel", "max_pool_kernel", "quantized_conv_kernel"}
+    assert {kernel["kernel"] for kernel in kernels} == names
+    for kernel in kernels:
+        assert kernel["spilled"] == 0, kernel
+        assert kernel["divisions"] == 0, kernel
+        if kernel["kernel"] != "quantized_conv_kernel":
+            continue
+        assert TARGETS[capability].instruction in kernel["instructions"], kernel
+        assert kernel["copies"][-1] == (8 if "stem" in kernel["name"] else 16), kernel
+        if capability == 90:
+            used = kernel["code"]["tensor_instructions"]
+            assert all(name.startswith("IGMMA.64x") for name in used), kernel
+
+
 def _batch_norm(channels: int) -> BatchNorm:
     mean, var, weight, bias = (meta(channels, dtype=torch.float32) for _ in range(4))
     return BatchNorm(mean, var, weight, bias)
@@ -154,10 +174,60 @@ def _resnet(backend: Any, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[]
     )
 
 
+def _quantized_resnet(backend: Any) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every kind of op that an int8 ResNet-50 has, at shapes with different tiles."""
+
+    def conv(
+        c: int, size: int, k: int, kernel: int, stride: int = 1, shortcut: int = 0
+    ) -> Callable[[], object]:
+        """shortcut: its channels; with as many as the result has, it is added as it is."""
+        out = size // stride
+        added = scale = projection = None
+        if shortcut:
+            scale = meta(k, dtype=torch.float32)
+            added = meta(BATCH, shortcut, out, out, dtype=torch.uint8)
+        if shortcut not in (0, k):
+            projection = meta_convolution(k, shortcut, 1, 1, torch.int8)
+        return _first(
+            backend.quantized_conv,
+            meta(BATCH, c, size, size, dtype=torch.uint8),
+            meta_convolution(k, c, kernel, stride, torch.int8),
+            meta(k, dtype=torch.int32),
+            meta(k, dtype=torch.float32),
+            added,
+            scale,
+            projection,
+            None,
+            True,
+        )
+
+    yield (
+        "stem",
+        _first(
+            backend.quantized_stem,
+            meta(BATCH, 3, 224, 224, dtype=torch.uint8),
+            meta_convolution(64, 3, 7, 2, torch.int8),
+            meta(64, dtype=torch.int32),
+            meta(64, dtype=torch.float32),
+            meta(3, dtype=torch.uint8),
+            MaxPool(),
+        ),
+    )
+    yield "stage 1 3x3", conv(64, 56, 64, 3)
+    yield "stage 1 projection", conv(64, 56, 256, 1, shortcut=64)
+    yield "stage 2 3x3 strided", conv(128, 56, 128, 3, 2)
+    yield "stage 2 expand", conv(128, 28, 512, 1, shortcut=512)
+    yield "stage 4 reduce", conv(2048, 7, 512, 1)
+    yield "stage 4 3x3", conv(512, 7, 512, 3)
+
+
 def _worker(capability: int, dtype: str) -> None:
     """Compiles what a ResNet-50 launches."""
     from resnet_fused.backends.triton.backend import TritonBackend
 
+    if dtype == "int8":
+        compile_launches(capability, _quantized_resnet(TritonBackend()))
+        return
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
     compile_launches(capability, _resnet(TritonBackend(), DTYPES[dtype]))
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from resnet_fused.backends.cuda import CudaBackend
 from resnet_fused.backends.cuda.launch import Launcher
 
 from .rates import Gpu
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 STEP_BYTES = 128  # of a row of an operand
 _MOST_PER_ELEMENT = 128  # multiply-adds for which a whole block pays (bottleneck.cu)
@@ -60,7 +63,7 @@ class Block(NamedTuple):
     sms: int
 
     @classmethod
-    def of(cls, x: Any, layers: Sequence[Any], stride: int, sms: int) -> Block:
+    def of(cls, x: Any, layers: Sequence[Any], stride: int, sms: int) -> Self:
         """From the descriptions that the binding takes."""
         batch, channels, *image = x[2]
         inner, out_channels = (layers[i][0][2][0] for i in (0, 2))

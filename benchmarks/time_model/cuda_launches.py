@@ -267,9 +267,10 @@ def _bottleneck_sm90(call: Call, gpu: Gpu) -> tuple[Work, str]:
     tiles = math.ceil(block.jobs / gpu.sms) * min(block.jobs, gpu.sms) * block.lines
     # Weights and terms, once a block; one thread copies lines.
     job = 1 / block.lines
-    once, copying = (0.0,) * 3, (job / 4, made / 4, made * depth / 4)
+    once = [0.0] * (3 + block.projects)
+    copying = [job / 4, made / 4, made * depth / 4]
     if block.projects:
-        once, copying = (0.0,) * 4, (*copying, 0.0, job / 4, 0.25, 0.0)
+        copying += [0.0, job / 4, 0.25, 0.0]
     # conv1's job, line and step; conv2's job and line, waits for lines and releases of them by both
     # warpgroups; slices; the same waits and releases behind the last line.
     reducing = (job, made, made * depth)

@@ -1,7 +1,7 @@
 """What a network launches, in order: its ops run on tensors without memory, launches are recorded.
 
 Our ops run their backend's host code (device `meta`), and every other op of PyTorch that computes
-something counts by its bytes. Inference takes backend `cuda`, training the Triton kernels.
+something counts by its bytes. Inference takes backend `cuda`, training and int8 the Triton kernels.
 """
 
 from __future__ import annotations
@@ -126,6 +126,32 @@ def training(arch: str, batch: int, dtype: torch.dtype, gpu: Gpu) -> list[Work]:
             module.float()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=True)
     labels = torch.empty(batch, dtype=torch.int64, device="meta")
+
+    def step() -> None:  # momentum exists from the second one on
+        nn.functional.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return _triton_works(model, gpu, step)
+
+
+def quantized(arch: str, batch: int, gpu: Gpu) -> list[Work]:
+    """The launches of an int8 network's forward on `batch` images of 224² of bytes."""
+    torch.manual_seed(0)
+    image = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    model = resnet_fused.quantize(
+        getattr(resnet_fused, arch)().eval(),
+        [image],
+        normalization=((0.5,) * 3, (0.25,) * 3),
+        method="range",
+        progress=False,
+    ).to("meta")
+    x = torch.empty(batch, 3, 224, 224, dtype=torch.uint8, device="meta")
+    return _triton_works(model, gpu, lambda: model(x.contiguous(memory_format=torch.channels_last)))
+
+
+def _triton_works(model: nn.Module, gpu: Gpu, run: Callable[[], object]) -> list[Work]:
+    """What the second of two runs launches: the first one makes what lasts."""
     with triton_launches.recorded() as launches:
 
         def drain(name_of: Callable[[Sequence[Tensor]], str]) -> Iterator[Work]:
@@ -135,13 +161,9 @@ def training(arch: str, batch: int, dtype: torch.dtype, gpu: Gpu) -> list[Work]:
 
         recorder = _Recorder(model, drain)
         with use_backend(triton_launches.backend()), recorder:
-            # Momentum exists from the second step on.
-            nn.functional.cross_entropy(model(x), labels).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            run()
             recorder.works.clear()
-            nn.functional.cross_entropy(model(x), labels).backward()
-            optimizer.step()
+            run()
     return recorder.works
 
 

@@ -65,7 +65,7 @@ _COMMON = {
         2048,
         "multiply-adds / cycle / SM",
         "16-bit, dense: 2,048 by the H100 whitepaper (989 TFLOP/s at 1.83 GHz); wgmma reaches "
-        "93 to 97% of it for 128 and more columns (arXiv 2402.13499)",
+        "93 to 97% of it for 128 and more columns (arXiv 2402.13499); twice as many of int8",
     ),
     "mma_sync": Assumption(
         0.55,

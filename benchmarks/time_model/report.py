@@ -28,14 +28,21 @@ def report(root: Path) -> str:
     ]
     for name, record in records.items():
         if record["batch"] == 256:
-            plot = f"![time by layer and by bound]({_FOLDER}/{name}.png)"
-            parts += [f"## {_title(record)}", _launches(record), plot]
+            parts += [f"## {_title(record)}", _launches(record)]
+            if (folder / f"{name}.png").exists():
+                parts.append(f"![time by layer and by bound]({_FOLDER}/{name}.png)")
     return written + MARK + "\n" + "\n\n".join(parts) + "\n"
 
 
+def _what(record: dict[str, Any]) -> str:
+    if record["training"]:
+        return "a training step"
+    return "int8 inference" if record["dtype"] == "int8" else "inference"
+
+
 def _title(record: dict[str, Any]) -> str:
-    what = "a training step" if record["training"] else "inference"
-    return f"{record['arch']}, {what}, batch {record['batch']}, {GPUS[record['gpu']].name}: a model"
+    gpu = GPUS[record["gpu"]].name
+    return f"{record['arch']}, {_what(record)}, batch {record['batch']}, {gpu}: a model"
 
 
 def _summary(records: dict[str, dict[str, Any]]) -> str:
@@ -46,7 +53,7 @@ def _summary(records: dict[str, dict[str, Any]]) -> str:
             [
                 f"[{name}]({_FOLDER}/{name}.json)",
                 GPUS[record["gpu"]].name,
-                "training step" if record["training"] else "inference",
+                _what(record),
                 str(record["batch"]),
                 f"{record['milliseconds']:.2f}",
                 f"{speed['expected']:,.0f}",

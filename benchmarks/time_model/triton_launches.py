@@ -1,4 +1,4 @@
-"""The launches of the Triton training kernels, compiled for Hopper, and their loops' trips."""
+"""Launches of Triton's kernels, for training and int8, compiled for Hopper; their loops' trips."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CAPABILITY = 90
 _MERGED = 32  # parts that a step of a merge takes
 
 
-class _Training(TritonBackend):
+class _Recorded(TritonBackend):
     """The Triton backend for tensors without memory."""
 
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -30,8 +30,8 @@ class _Training(TritonBackend):
 
 
 def backend() -> TritonBackend:
-    """What training ops are to run on while their launches are recorded."""
-    return _Training()
+    """What ops are to run on while their launches are recorded."""
+    return _Recorded()
 
 
 def recorded() -> AbstractContextManager[list[Launch]]:
@@ -85,6 +85,7 @@ def works(
             dram_bytes=moved,
             l2_bytes=grid * geometry.asked + moved if geometry.asked else moved,
             multiply_adds=geometry.multiply_adds,
+            operand_bytes=geometry.operand_bytes,
             code=code,
             registers=used.registers,
             spilled=used.spilled,
@@ -106,6 +107,7 @@ class _Geometry(NamedTuple):
     multiply_adds: int = 0
     bytes: int = 0
     shared_loops: tuple[int, ...] = ()
+    operand_bytes: int = 2
 
 
 def _window(a: Any) -> str:
@@ -133,6 +135,35 @@ def _conv_stats(a: Any) -> _Geometry:
         a.gemm.rows * a.result.c * taps * channels,
         int(_read(a) * _bytes(a.x)) + _bytes(a.weight) + sum(map(_bytes, written)),
     )
+
+
+def _quantized_conv(a: Any) -> _Geometry:
+    taps, channels, projected = a.WINDOW.r * a.WINDOW.s, a.gemm.channels, 0
+    steps = [taps * math.ceil(channels / a.TILE.c)]
+    if a.WINDOW.is_flat:
+        steps = [math.ceil(taps * channels / a.TILE.c)]
+    read = int(_read(a) * _bytes(a.x)) + _bytes(a.weight)
+    added = ""
+    if a.projection is not None:
+        projected = a.shortcut_image.c
+        steps.append(math.ceil(projected / a.TILE.c))
+        pixels = a.PROJECTION_WINDOW.stride_h * a.PROJECTION_WINDOW.stride_w
+        read += _bytes(a.shortcut) // pixels + _bytes(a.projection)
+        added = ", projects"
+    elif a.shortcut is not None:
+        read, added = read + _bytes(a.shortcut), ", adds"
+    return _Geometry(
+        _window(a) + added,
+        tuple(steps[: len(a.loops)]),
+        sum(steps) * (a.TILE.m + a.TILE.n) * a.TILE.c,
+        a.gemm.rows * a.result.c * (taps * channels + projected),
+        read + _bytes(a.out),
+        operand_bytes=1,
+    )
+
+
+def _max_pool(a: Any) -> _Geometry:
+    return _Geometry(f"{a.SIZE}×{a.SIZE}/{a.STRIDE} of {a.image.c} at {a.image.h}×{a.image.w}")
 
 
 def _step_bytes(a: Any) -> int:
@@ -199,6 +230,9 @@ def _sum_parts(a: Any) -> _Geometry:
 
 _DESCRIBE: dict[str, Callable[[Any], _Geometry]] = {
     "conv_stats_kernel": _conv_stats,
+    "quantized_conv_kernel": _quantized_conv,
+    "border_kernel": lambda a: _Geometry(f"{a.image.c} of {a.image.h}×{a.image.w}, with a border"),
+    "max_pool_kernel": _max_pool,
     "dgrad_kernel": _dgrad,
     "wgrad_kernel": _wgrad,
     "bn_add_relu_kernel": _rows,

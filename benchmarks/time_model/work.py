@@ -45,7 +45,7 @@ class Work:
     resident_bytes: that a persistent block copies from L2 before its first tile.
     meetings: times that the blocks of a cluster wait for each other and read each
     other's memory. dram_bytes, l2_bytes: of the whole launch; the former once each, the latter as
-    blocks ask. multiply_adds: useful ones.
+    blocks ask. multiply_adds: useful ones, of numbers of operand_bytes.
     code None: a kernel of PyTorch's or its libraries', of which only bytes and products are known.
     """
 
@@ -60,6 +60,7 @@ class Work:
     dram_bytes: int
     l2_bytes: int
     multiply_adds: int
+    operand_bytes: int = 2
     code: Code | None = None
     registers: int = 0
     spilled: int = 0
@@ -115,7 +116,9 @@ def _cycles(
         for widths in (done.loads, done.stores)
         for width, count in widths.items()
     )
-    tensor = done.multiply_adds["HGMMA"] + done.multiply_adds["HMMA"] / r.mma_sync
+    found = done.multiply_adds
+    # Of int8 the tensor cores compute two in the time of one.
+    tensor = found["HGMMA"] + found["IGMMA"] / 2 + (found["HMMA"] + found["IMMA"] / 2) / r.mma_sync
     return {
         "issue": done.instructions * warps / SCHEDULERS / r.issue,
         "tensor": tensor * warps / r.tensor,
@@ -181,7 +184,7 @@ def _tile(work: Work, r: Rates) -> tuple[_Cycles, _Cycles]:
 def predict(work: Work, gpu: Gpu, r: Rates) -> Prediction:
     """How long `work` takes on `gpu` at the rates `r`."""
     dram = work.dram_bytes / r.dram / 1e6
-    least = work.multiply_adds / (gpu.sms * r.tensor * r.clock * 1e3)
+    least = work.multiply_adds * work.operand_bytes / 2 / (gpu.sms * r.tensor * r.clock * 1e3)
     floor = max(dram, least)
     if work.code is None:
         library = least / r.library

@@ -353,13 +353,13 @@ class Contents {
   }
 
   // The tensors are read between the launches, a part at a time.
-  bool run(const Program& program, std::uintptr_t input, std::uintptr_t output,
+  bool run(const Program& program, const std::vector<std::uintptr_t>& tensors,
            std::uintptr_t arena) const {
     const std::size_t chunks = fingerprints_.chunks();
     std::vector<std::uint64_t> hashes(chunks);
     cpu::with_team([&] {
       std::size_t next = 0;
-      program.run(input, output, arena, 0, [&](std::size_t launch) {
+      program.run(tensors, arena, 0, [&](std::size_t launch) {
         if (kernels_are_stubbed()) return;
         const std::size_t last = chunks * (launch + 1) / program.size();
         fingerprints_.hash(next, last, hashes.data());
@@ -466,9 +466,9 @@ void register_cpu_kernels(py::module_& module) {
                        "Tensors, which it does not keep alive, and fingerprints that they had.")
       .def(py::init<const std::vector<TensorArg>&, std::vector<std::uint64_t>>(),
            py::arg("tensors"), py::arg("fingerprints"))
-      .def("run", &Contents::run, py::arg("program"), py::arg("input"), py::arg("output"),
-           py::arg("arena"), py::call_guard<py::gil_scoped_release>(),
-           "program.run(input, output, arena), for launches of this module's CPU kernels, in one\n"
+      .def("run", &Contents::run, py::arg("program"), py::arg("tensors"), py::arg("arena"),
+           py::call_guard<py::gil_scoped_release>(),
+           "program.run(tensors, arena), for launches of this module's CPU kernels, in one\n"
            "parallel region; whether all tensors still have their fingerprints, else the output\n"
            "means nothing.");
 }

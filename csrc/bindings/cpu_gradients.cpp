@@ -3,12 +3,10 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
-#include <optional>
 #include <string>
 #include <tuple>
 
 #include "cpu_arguments.h"
-#include "kernels/cpu/dgrad.h"
 #include "kernels/cpu/wgrad.h"
 #include "register.h"
 
@@ -60,55 +58,6 @@ void conv_wgrad(const TensorArg& out, const TensorArg& x, const TensorArg& grad,
   launch.run<run_wgrad>();
 }
 
-void dgrad_pack(const TensorArg& weight, const TensorArg& packed) {
-  check_weight(weight);
-  const auto& [out_channels, in_channels, height, width] = weight.sizes;
-  const Pair kernel = {height, width};
-  const std::int64_t bytes =
-      conv_packed_bytes(packed_from(weight.type, in_channels, out_channels, kernel));
-  const auto [from, to] = weights_of(weight, packed, bytes);
-  const cpu::Format format = format_of("weight", weight);
-  const py::gil_scoped_release unlocked;
-  cpu::dgrad_transform_weights(from, weight.strides.data(), to, weight.sizes[1], weight.sizes[0],
-                               kernel.data(), format);
-}
-
-void run_dgrad(WithIsa<cpu::ConvDgrad>& launch, std::uintptr_t) {
-  cpu::conv_dgrad(launch.op, launch.isa);
-}
-
-void conv_dgrad(const TensorArg& out, const TensorArg& grad, const TensorArg& packed,
-                const Window& window, const std::optional<TensorArg>& add,
-                const std::optional<TensorArg>& positive, const std::string& isa) {
-  Launch<WithIsa<cpu::ConvDgrad>> launch;
-  cpu::ConvDgrad& conv = launch.arguments.op;
-  launch.arguments.isa = choose_isa(isa);
-  set_sizes(conv, "out", out, grad, window);
-  check_convolves(conv.format, launch.arguments.isa);
-  if (out.numel() == 0) return;
-  if (conv.out_channels < 1) refuse("grad has no channels");
-  check_packed(packed, conv_packed_bytes(packed_from(out.type, conv.in_channels, conv.out_channels,
-                                                     std::get<0>(window))));
-  check_apart("out", out, "grad", grad);
-  launch.reads(conv.grad, "grad", grad);
-  launch.reads(conv.packed, "packed", packed);
-  const auto set = [&](const void*& slot, const char* name,
-                       const std::optional<TensorArg>& tensor) {
-    slot = nullptr;
-    if (!tensor) return;
-    check_nhwc(name, *tensor);
-    check_type(name, *tensor, out.type);
-    const auto& [batch, channels, height, width] = out.sizes;
-    check_sizes(name, *tensor, {batch, channels, height, width});
-    if (tensor->address != out.address) check_apart("out", out, name, *tensor);
-    launch.reads(slot, name, *tensor);
-  };
-  set(conv.add, "add", add);
-  set(conv.positive, "positive", positive);
-  launch.writes(conv.out, "out", out);
-  launch.run<run_dgrad>();
-}
-
 }  // namespace
 
 void register_cpu_gradients(py::module_& module) {
@@ -120,19 +69,4 @@ void register_cpu_gradients(py::module_& module) {
       "out is float32 or of their type, contiguous or channels_last; window is (kernel, stride,\n"
       "padding, dilation). Sums are float32. isa=\"avx2\" forbids AVX-512. Raises ValueError for\n"
       "what does not fit, and for a processor without the instructions.");
-
-  module.def(
-      "dgrad_pack", &dgrad_pack, py::arg("weight"), py::arg("packed"),
-      "packed = the weight (out_channels, in_channels, height, width), float32 or bfloat16,\n"
-      "of any strides, for conv_dgrad and, with a stride of 1, for conv_bn: as conv_pack\n"
-      "packs it flipped, its first two dimensions exchanged.");
-
-  module.def(
-      "conv_dgrad", &conv_dgrad, py::arg("out"), py::arg("grad"), py::arg("packed"),
-      py::arg("window"), py::arg("add") = py::none(), py::arg("positive") = py::none(),
-      py::arg("isa") = "",
-      "out = the gradient with respect to the input of a convolution with one group and any\n"
-      "stride, of the gradient of its result, plus add, and zero where positive is at most zero;\n"
-      "all of one type, float32 or bfloat16. add and positive are None or of out's size, and may\n"
-      "be out itself. Sums are float32. The rest is as in conv_wgrad.");
 }

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu_arguments.h"
+#include "kernels/cpu/parallel.h"
 #include "kernels/cpu/train_batch_norm.h"
 #include "kernels/cpu/train_conv.h"
 #include "kernels/cpu/train_memory.h"
@@ -206,6 +207,25 @@ void train_pre_bn_gradient(const TensorArg& out, const TensorArg& g, const Optio
   launch.run<run_pre_bn_gradient>();
 }
 
+void run_add_strided(cpu::AddStrided& op, std::uintptr_t) { cpu::add_strided(op); }
+
+void train_add_strided(const TensorArg& out, const TensorArg& add, std::int64_t stride) {
+  Launch<cpu::AddStrided> launch;
+  cpu::AddStrided& op = launch.arguments;
+  op.format = rows_of("out", out).format;
+  if (stride < 1) refuse("stride must be at least 1");
+  if (out.numel() == 0) return;
+  std::tie(op.batch, op.channels, op.height, op.width) = std::tuple_cat(out.sizes);
+  op.stride = stride;
+  check_apart("out", out, "add", add);
+  TensorArg sampled = out;  // the part of it that is added to
+  sampled.sizes[2] = (op.height - 1) / stride + 1;
+  sampled.sizes[3] = (op.width - 1) / stride + 1;
+  set_residual(launch, op.add, add, sampled);
+  launch.writes(op.out, "out", out);
+  launch.run<run_add_strided>();
+}
+
 struct PoolLaunch {
   cpu::Pooling op;
   void* out;
@@ -325,24 +345,29 @@ struct CoefficientsLaunch {
   const float *sums, *total, *scale_shift;
   std::int64_t parts, total_parts, channels;
   bool frozen;
-  float *coefficients, *gradients;
+  float *coefficients, *weight_grad, *bias_grad;
 };
 
 void run_coefficients(CoefficientsLaunch& op, std::uintptr_t) {
   cpu::bn_backward_coefficients(op.sums, op.parts, op.total, op.total_parts, op.scale_shift,
-                                op.channels, op.frozen, op.coefficients, op.gradients);
+                                op.channels, op.frozen, op.coefficients, op.weight_grad,
+                                op.bias_grad);
 }
 
-void train_coefficients(const TensorArg& coefficients, const TensorArg& gradients,
-                        const TensorArg& sums, const TensorArg& total, const TensorArg& scale_shift,
-                        bool frozen) {
+void train_coefficients(const TensorArg& coefficients, const TensorArg& weight_grad,
+                        const TensorArg& bias_grad, const TensorArg& sums, const TensorArg& total,
+                        const TensorArg& scale_shift, bool frozen) {
   check_rank("scale_shift", scale_shift, 2);
   Launch<CoefficientsLaunch> launch;
   CoefficientsLaunch& op = launch.arguments;
   op.channels = scale_shift.sizes[1];
   check_rows("scale_shift", scale_shift, 6, op.channels);
   check_rows("coefficients", coefficients, 4, op.channels);
-  check_rows("gradients", gradients, 2, op.channels);
+  for (const TensorArg& gradient : {weight_grad, bias_grad}) {
+    check_type("gradient", gradient, ScalarType::kFloat32);
+    check_sizes("gradient", gradient, {op.channels});
+    check_contiguous("gradient", gradient, 1);
+  }
   check_parts("sums", sums, 2, op.channels);
   check_parts("total", total, 2, op.channels);
   op.parts = sums.sizes[0];
@@ -352,8 +377,14 @@ void train_coefficients(const TensorArg& coefficients, const TensorArg& gradient
   launch.reads(op.total, "total", total);
   launch.reads(op.scale_shift, "scale_shift", scale_shift);
   launch.writes(op.coefficients, "coefficients", coefficients);
-  launch.writes(op.gradients, "gradients", gradients);
+  launch.writes(op.weight_grad, "weight_grad", weight_grad);
+  launch.writes(op.bias_grad, "bias_grad", bias_grad);
   launch.run<run_coefficients>();
+}
+
+void train_run(const Program& program, const std::vector<std::uintptr_t>& tensors) {
+  const cpu::Memory arena(program.arena_bytes());
+  cpu::with_team([&] { program.run(tensors, reinterpret_cast<std::uintptr_t>(arena.data()), 0); });
 }
 
 }  // namespace
@@ -371,6 +402,11 @@ void register_cpu_training(py::module_& module) {
              "Bytes that were freed and are kept for the next TrainMemory.");
   module.def("train_memory_release", &cpu::release_memory, "Returns them to the system.");
 
+  module.def(
+      "train_run", &train_run, py::arg("program"), py::arg("tensors"),
+      py::call_guard<py::gil_scoped_release>(),
+      "program.run(tensors, arena) of this module's CPU kernels, in one parallel region, with\n"
+      "kept memory as the arena.");
   module.def("train_conv", &train_conv, py::arg("out"), py::arg("x"), py::arg("weight"),
              py::arg("window"), py::arg("isa") = "",
              "out = conv(x) of one group, float32 or bfloat16; weight (out_channels, in_channels,\n"
@@ -396,6 +432,10 @@ void register_cpu_training(py::module_& module) {
              py::arg("x"), py::arg("coefficients"),
              "out = a * g + b * (x - mean) + d of coefficients (4, K), or a * g without x. out\n"
              "may be g.");
+  module.def("train_add_strided", &train_add_strided, py::arg("out"), py::arg("add"),
+             py::arg("stride"),
+             "out (N, K, P, Q) += add at every `stride`-th line and pixel, in the channels that\n"
+             "add has.");
   module.def("train_pool", &train_pool, py::arg("out"), py::arg("argmax"), py::arg("activation"),
              py::arg("pool"),
              "out = max_pool(activation) of (x, scale_shift); pool is (kernel, stride, padding).\n"
@@ -408,8 +448,8 @@ void register_cpu_training(py::module_& module) {
              py::arg("weight"), py::arg("bias"), py::arg("eps"),
              "scale_shift (6, K) of the moments (T, 3, K), merged in their order.");
   module.def("train_coefficients", &train_coefficients, py::arg("coefficients"),
-             py::arg("gradients"), py::arg("sums"), py::arg("total"), py::arg("scale_shift"),
-             py::arg("frozen"),
+             py::arg("weight_grad"), py::arg("bias_grad"), py::arg("sums"), py::arg("total"),
+             py::arg("scale_shift"), py::arg("frozen"),
              "coefficients (4, K) of the sums `total` (T, 2, K) of all ranks, and the gradients\n"
-             "(2, K) of the normalisation's weight and bias of this rank's `sums`.");
+             "(K,) of the normalisation's weight and bias of this rank's `sums`.");
 }

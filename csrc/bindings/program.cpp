@@ -73,6 +73,32 @@ std::size_t replaced_by(const Span& written, const std::vector<Access>& accesses
   return kNone;
 }
 
+// A launch that Python makes; as many addresses follow.
+struct Call {
+  PyObject* function;
+  std::size_t tensors;
+};
+
+void call_python(void* arguments, std::uintptr_t) {
+  const py::gil_scoped_acquire locked;
+  Call call;
+  std::memcpy(&call, arguments, sizeof call);
+  py::tuple addresses(call.tensors);
+  for (std::size_t i = 0; i < call.tensors; ++i) {
+    std::uintptr_t address;
+    std::memcpy(&address, static_cast<std::byte*>(arguments) + sizeof call + i * sizeof address,
+                sizeof address);
+    addresses[i] = address == 0 ? py::object(py::none()) : py::object(py::int_(address));
+  }
+  py::reinterpret_borrow<py::object>(call.function)(*addresses);
+}
+
+Call call_of(const RecordedLaunch& launch) {
+  Call call;
+  std::memcpy(&call, launch.arguments.data(), sizeof call);
+  return call;
+}
+
 }  // namespace
 
 bool kernels_are_stubbed() { return kernels_stubbed; }
@@ -112,39 +138,75 @@ void Recorder::stop() {
   if (active_recorder == this) active_recorder = nullptr;
 }
 
+void Recorder::add_call(const py::object& function,
+                        const std::vector<std::optional<TensorArg>>& tensors) {
+  RecordedLaunch launch{call_python, std::vector<std::byte>(sizeof(Call)), {}};
+  const Call call{function.ptr(), tensors.size()};
+  std::memcpy(launch.arguments.data(), &call, sizeof call);
+  for (const std::optional<TensorArg>& tensor : tensors) {
+    const std::size_t offset = launch.arguments.size();
+    const std::uintptr_t address = tensor ? tensor->address : 0;
+    launch.arguments.resize(offset + sizeof address);
+    std::memcpy(launch.arguments.data() + offset, &address, sizeof address);
+    if (!tensor) continue;
+    launch.accesses.push_back({offset, tensor->span(), false, false, true});
+    keep(tensor->tensor);
+  }
+  keep(function.ptr());
+  add(std::move(launch));
+}
+
 std::unique_ptr<Program> Recorder::program(std::size_t first, std::size_t last,
-                                           const TensorArg& input, const TensorArg& output,
+                                           const std::vector<TensorArg>& inputs,
+                                           const std::vector<TensorArg>& outputs,
                                            const std::vector<TensorArg>& constants,
                                            std::size_t alignment) const {
   if (first >= last || last > launches_.size()) return nullptr;
-  const Span in = input.span(), out = output.span();
-  if (in.overlaps(out)) return nullptr;
-  std::vector<Span> fixed;
-  for (const TensorArg& constant : constants) fixed.push_back(constant.span());
+  std::vector<Span> in, out, fixed;
+  for (const TensorArg& tensor : inputs) in.push_back(tensor.span());
+  for (const TensorArg& tensor : outputs) out.push_back(tensor.span());
+  for (const TensorArg& tensor : constants) fixed.push_back(tensor.span());
+  std::vector<Span> named = in;
+  named.insert(named.end(), out.begin(), out.end());
+  for (std::size_t i = 0; i < named.size(); ++i) {
+    for (std::size_t j = 0; j < i; ++j) {
+      if (named[i].overlaps(named[j])) return nullptr;
+    }
+  }
+  const std::size_t arena = named.size();
+  std::vector<bool> written_out(out.size());
   std::vector<Intermediate> intermediates;
-  bool out_written = false;
   auto program = std::make_unique<Program>();
+  program->tensors_ = named.size();
   std::vector<std::vector<std::size_t>> uses;  // of a step's pointers: the intermediate's number
 
   for (std::size_t i = first; i < last; ++i) {
     const RecordedLaunch& launch = launches_[i];
     Program::Step step{launch.kernel, launch.arguments, launch.accesses, {}};
+    if (launch.kernel == call_python) {
+      program->functions_.push_back(py::reinterpret_borrow<py::object>(call_of(launch).function));
+    }
     std::vector<std::size_t> used;
     for (const bool writing : {false, true}) {
       for (std::size_t number = 0; number < launch.accesses.size(); ++number) {
-        const Span& span = launch.accesses[number].span;
-        const bool written = launch.accesses[number].written;
-        if (written != writing || span.bytes() == 0) continue;
+        const Access& access = launch.accesses[number];
+        const Span& span = access.span;
         const auto within = [&](const Span& whole) { return whole.contains(span); };
-        if (out.contains(span) && (writing || out_written)) {
-          out_written |= span == out;
-          if (!out_written) return nullptr;
-          step.pointers.push_back({number, Program::Base::kOutput, span.first - out.first});
+        const auto input = std::find_if(in.begin(), in.end(), within);
+        const bool written = access.unknown ? input == in.end() : access.written;
+        if (written != writing || span.bytes() == 0) continue;
+        const auto output = std::find_if(out.begin(), out.end(), within);
+        if (output != out.end()) {
+          const std::size_t which = output - out.begin();
+          if (writing && span == *output) written_out[which] = true;
+          if (!written_out[which]) return nullptr;
+          step.pointers.push_back({number, in.size() + which, span.first - output->first});
           used.push_back(kNone);
           continue;
         }
-        if (!writing && in.contains(span)) {
-          step.pointers.push_back({number, Program::Base::kInput, span.first - in.first});
+        if (!writing && input != in.end()) {
+          step.pointers.push_back(
+              {number, static_cast<std::size_t>(input - in.begin()), span.first - input->first});
           used.push_back(kNone);
           continue;
         }
@@ -156,7 +218,8 @@ std::unique_ptr<Program> Recorder::program(std::size_t first, std::size_t last,
             continue;
           }
           const auto meets = [&](const Span& other) { return span.overlaps(other); };
-          if (meets(in) || meets(out) || std::any_of(fixed.begin(), fixed.end(), meets) ||
+          if (std::any_of(named.begin(), named.end(), meets) ||
+              std::any_of(fixed.begin(), fixed.end(), meets) ||
               std::any_of(intermediates.begin(), intermediates.end(),
                           [&](const Intermediate& one) { return meets(one.span); })) {
             return nullptr;
@@ -165,14 +228,16 @@ std::unique_ptr<Program> Recorder::program(std::size_t first, std::size_t last,
           found = intermediates.insert(intermediates.end(), {span, i, i, replaced});
         }
         found->last = i;
-        step.pointers.push_back({number, Program::Base::kArena, span.first - found->span.first});
+        step.pointers.push_back({number, arena, span.first - found->span.first});
         used.push_back(found - intermediates.begin());
       }
     }
     program->steps_.push_back(std::move(step));
     uses.push_back(std::move(used));
   }
-  if (!out_written) return nullptr;
+  for (std::size_t i = 0; i < out.size(); ++i) {
+    if (!written_out[i] && out[i].bytes() > 0) return nullptr;
+  }
   program->arena_bytes_ = place(intermediates, alignment);
   for (std::size_t i = 0; i < uses.size(); ++i) {
     for (std::size_t j = 0; j < uses[i].size(); ++j) {
@@ -184,9 +249,13 @@ std::unique_ptr<Program> Recorder::program(std::size_t first, std::size_t last,
   return program;
 }
 
-void Program::run(std::uintptr_t input, std::uintptr_t output, std::uintptr_t arena,
-                  std::uintptr_t stream, const std::function<void(std::size_t)>& after) const {
-  const std::uintptr_t bases[] = {input, output, arena};
+void Program::run(std::vector<std::uintptr_t> bases, std::uintptr_t arena, std::uintptr_t stream,
+                  const std::function<void(std::size_t)>& after) const {
+  if (bases.size() != tensors_) {
+    throw std::invalid_argument("the program takes " + std::to_string(tensors_) +
+                                " addresses, found " + std::to_string(bases.size()));
+  }
+  bases.push_back(arena);
   std::vector<std::byte> arguments;
   std::vector<Access> accesses;
   for (std::size_t i = 0; i < steps_.size(); ++i) {
@@ -194,7 +263,7 @@ void Program::run(std::uintptr_t input, std::uintptr_t output, std::uintptr_t ar
     arguments = step.arguments;
     accesses = step.accesses;
     for (const Pointer& pointer : step.pointers) {
-      const std::uintptr_t address = bases[static_cast<int>(pointer.base)] + pointer.distance;
+      const std::uintptr_t address = bases[pointer.base] + pointer.distance;
       Access& access = accesses[pointer.access];
       access.span = {address, address + access.span.bytes()};
       std::memcpy(arguments.data() + access.offset, &address, sizeof address);
@@ -211,14 +280,14 @@ void register_programs(py::module_& module) {
       .def_property_readonly("arena_bytes", &Program::arena_bytes)
       .def(
           "run",
-          [](const Program& program, std::uintptr_t input, std::uintptr_t output,
-             std::uintptr_t arena,
-             std::uintptr_t stream) { program.run(input, output, arena, stream); },
-          py::arg("input"), py::arg("output"), py::arg("arena"), py::arg("stream") = 0,
+          [](const Program& program, std::vector<std::uintptr_t> tensors, std::uintptr_t arena,
+             std::uintptr_t stream) { program.run(std::move(tensors), arena, stream); },
+          py::arg("tensors"), py::arg("arena"), py::arg("stream") = 0,
           py::call_guard<py::gil_scoped_release>(),
-          "Runs every launch, on `stream`. Addresses of an input and an output of the sizes,\n"
-          "strides and type that were recorded, and of arena_bytes bytes, aligned as was asked\n"
-          "for; nothing else may use the output and the arena meanwhile.");
+          "Runs every launch, on `stream`. Addresses of all inputs and then of all outputs, of "
+          "the\n"
+          "sizes, strides and types that were recorded, and of arena_bytes bytes, aligned as was\n"
+          "asked for; nothing else may use the outputs and the arena meanwhile.");
 
   py::class_<Recorder>(module, "Recorder", py::module_local(),
                        "Keeps the launches of the thread that starts it, until it is stopped.")
@@ -226,11 +295,15 @@ void register_programs(py::module_& module) {
       .def("start", &Recorder::start)
       .def("stop", &Recorder::stop)
       .def("__len__", &Recorder::size)
-      .def("program", &Recorder::program, py::arg("first"), py::arg("last"), py::arg("input"),
-           py::arg("output"), py::arg("constants"), py::arg("alignment"),
-           "Launches `first` to before `last` as a Program from `input` to `output`. It keeps no\n"
-           "tensor alive: `constants`, all else that they may read, have to stay where they are.\n"
-           "None where they read anything else or leave part of the output unwritten.");
+      .def("add_call", &Recorder::add_call, py::arg("function"), py::arg("tensors"),
+           "Adds a launch by function(address, ...) of the tensors, None for None. Which of them\n"
+           "it writes is not told: all but a program's inputs count as written.")
+      .def("program", &Recorder::program, py::arg("first"), py::arg("last"), py::arg("inputs"),
+           py::arg("outputs"), py::arg("constants"), py::arg("alignment"),
+           "Launches `first` to before `last` as a Program from inputs to outputs, none of which\n"
+           "overlap. It keeps no tensor alive: `constants`, all else that they may read, have to\n"
+           "stay where they are. None where they read anything else or leave part of an output\n"
+           "unwritten.");
 
   module.def(
       "stub_kernels", [](bool stubbed) { kernels_stubbed = stubbed; }, py::arg("stubbed"),

@@ -22,8 +22,9 @@
 struct Access {
   std::size_t offset;
   Span span;
-  bool written;
+  bool written;              // or, of a call of Python's, what is not an input of the program
   bool replaceable = false;  // see Launch::may_replace
+  bool unknown = false;      // whether only the program can tell if it is written
 };
 
 // Runs a launch on the stream of that handle, which launches on the CPU have no use for.
@@ -66,11 +67,17 @@ class Recorder {
     kept_.push_back(pybind11::reinterpret_borrow<pybind11::object>(tensor));
   }
 
-  // Launches `first` to before `last` as a function from `input` to `output`, which read
+  // Adds a launch that Python makes: function(address, ...) of the tensors, None for an absent one.
+  void add_call(const pybind11::object& function,
+                const std::vector<std::optional<TensorArg>>& tensors);
+
+  // Launches `first` to before `last` as a function from `inputs` to `outputs`, which read
   // `constants` besides; None where they read anything else, write anything but their own
-  // intermediates, or leave part of the output unwritten.
-  std::unique_ptr<Program> program(std::size_t first, std::size_t last, const TensorArg& input,
-                                   const TensorArg& output, const std::vector<TensorArg>& constants,
+  // intermediates, or leave part of an output unwritten, and where inputs and outputs overlap.
+  std::unique_ptr<Program> program(std::size_t first, std::size_t last,
+                                   const std::vector<TensorArg>& inputs,
+                                   const std::vector<TensorArg>& outputs,
+                                   const std::vector<TensorArg>& constants,
                                    std::size_t alignment) const;
 
  private:
@@ -79,14 +86,12 @@ class Recorder {
 };
 
 // Recorded launches whose intermediate tensors share one piece of memory, the arena, by lifetime.
-// It holds no reference: its constants have to live as long.
+// It holds no reference to tensors: its constants have to live as long.
 class Program {
  public:
-  enum class Base { kInput, kOutput, kArena };
-
   struct Pointer {
     std::size_t access;  // its number among the launch's
-    Base base;
+    std::size_t base;    // the number of an input, behind them of an output, last of all the arena
     std::size_t distance;  // bytes from the base
   };
 
@@ -99,14 +104,17 @@ class Program {
 
   std::size_t size() const { return steps_.size(); }
   std::size_t arena_bytes() const { return arena_bytes_; }
-  // Calls `after` behind each launch with its number, if there is one.
-  void run(std::uintptr_t input, std::uintptr_t output, std::uintptr_t arena, std::uintptr_t stream,
+  // `tensors`: the addresses of all inputs, then of all outputs. Calls `after` behind each launch
+  // with its number, if there is one.
+  void run(std::vector<std::uintptr_t> tensors, std::uintptr_t arena, std::uintptr_t stream,
            const std::function<void(std::size_t)>& after = {}) const;
 
  private:
   friend class Recorder;
 
   std::vector<Step> steps_;
+  std::vector<pybind11::object> functions_;  // of Python, which steps call
+  std::size_t tensors_ = 0;
   std::size_t arena_bytes_ = 0;
 };
 

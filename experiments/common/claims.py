@@ -7,9 +7,11 @@ committed report again. Rules are written before the run that they judge.
 from __future__ import annotations
 
 import csv
+import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +113,73 @@ def judged(claim: Claim, rows: Rows) -> str:
             f"- Found: {found.text}",
         )
     )
+
+
+HEADING = "## What the paper claims, and what is found here"
+
+
+def section(paragraphs: Sequence[str]) -> str:
+    """A report's section of verdicts, of what `judged` gives for each claim."""
+    return "\n\n".join([HEADING, *paragraphs])
+
+
+def differences(folder: Path, claims: Sequence[Claim]) -> list[str]:
+    """Where the report in `folder` is not what its CSV files and `claims` say; empty where it is.
+
+    Each claim is judged again, and each table of the report that is a CSV file's is compared with
+    the file.
+    """
+    report = folder / "report.md"
+    if not report.is_file():
+        return [f"{folder.name}: there is no report.md"]
+    text = report.read_text(encoding="utf-8")
+    found = []
+    paragraphs = []
+    for claim in claims:
+        try:
+            paragraph = judged(claim, read(folder / f"{claim.file}.csv"))
+        except (OSError, KeyError, ValueError, ArithmeticError) as error:
+            found.append(f"{folder.name}: {claim.name}: cannot be judged ({error!r})")
+            continue
+        paragraphs.append(paragraph)
+        if f"\n\n{paragraph}\n\n" not in text:
+            found.append(f"{folder.name}: {claim.name}: report.md does not say\n{paragraph}")
+    if not found and claims and f"\n\n{section(paragraphs)}\n\n## " not in text:
+        found.append(
+            f"{folder.name}: report.md's verdicts are on other claims too, or do not end it"
+        )
+    for path in sorted(folder.glob("*.csv")):
+        found += [f"{folder.name}: {wrong}" for wrong in _wrong_cells(text, path)]
+    return found
+
+
+def _wrong_cells(report: str, path: Path) -> list[str]:
+    """Cells of the table of `path` in a report, where it has one, that are not the file's."""
+    with path.open(newline="", encoding="utf-8") as file:
+        columns, *rows = csv.reader(file)
+    lines = iter(report.splitlines())
+    if "| " + " | ".join(columns) + " |" not in lines:  # goes on to the line after it
+        return []
+    next(lines)
+    shown = itertools.takewhile(lambda line: line.startswith("| "), lines)
+    cells = [line[2:-2].split(" | ") for line in shown]
+    if len(cells) != len(rows):
+        return [f"{path.name} has {len(rows)} rows, and report.md {len(cells)}"]
+    return [
+        f"{path.name}: {column} is {value}, and {cell} in report.md"
+        for row, line in zip(rows, cells, strict=True)
+        for column, value, cell in zip(columns, row, line, strict=True)
+        if not _shows(cell, value)
+    ]
+
+
+def _shows(cell: str, value: str) -> bool:
+    """Whether a table's cell is a CSV file's value, rounded to the digits that the cell has."""
+    if cell == value or (cell, value) == ("–", ""):
+        return True
+    try:
+        shown, exact = Decimal(cell.replace(",", "")), Decimal(value)
+        last_digit = Decimal(1).scaleb(int(shown.as_tuple().exponent))
+        return abs(shown - exact) <= last_digit / 2
+    except (InvalidOperation, ValueError):
+        return False

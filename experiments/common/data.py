@@ -1,14 +1,16 @@
 """Data sets: the embedded digits, CIFAR-10 and ImageNet as published.
 
 Without a folder, scikit-learn's handwritten digits: 1,797 grey 8×8 images of ten classes, shipped
-inside its package (a part of UCI's "Optical Recognition of Handwritten Digits"), enlarged and
-given three equal channels. With one, torchvision's readers of CIFAR-10 (Python version) and of
-ImageNet (devkit and archives, or one folder per class in train/ and val/).
+inside its package (a part of UCI's "Optical Recognition of Handwritten Digits"), enlarged, or
+placed on a noisy canvas, where they are harder, and given three equal channels. With one,
+torchvision's readers of CIFAR-10 (Python version) and of ImageNet (devkit and archives, or one
+folder per class in train/ and val/).
 """
 
 from __future__ import annotations
 
 import io
+import math
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +32,8 @@ Pairs = Dataset[tuple[Any, int]]
 _CIFAR_FOLDER = datasets.CIFAR10.base_folder
 _CIFAR_PUBLISHED_ROWS = 10_000  # images in each of its files
 _UNPACK = "unpack cifar-10-python.tar.gz again."
+# Of placed digits: the share of the canvas' side, the largest turn, and the noise's deviation.
+_PLACED_SIZES, _PLACED_DEGREES, _PLACED_NOISE = (0.6, 0.9), 20, 0.15
 # Mean and standard deviation of ImageNet's channels, as torchvision's weights expect them.
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Published with Torch's ResNet training (github.com/facebookarchive/fb.resnet.torch).
@@ -90,16 +94,19 @@ class InMemory(Dataset[tuple[Any, int]]):
         return self.images[index], self.labels[index]
 
 
-def open_images(path: Path | None, side: int, quick: bool = False, train: bool = True) -> Images:
+def open_images(
+    path: Path | None, side: int, quick: bool = False, train: bool = True, copies: int = 0
+) -> Images:
     """The data set in `path`, or the digits enlarged to `side`×`side` where it is None.
 
     quick: only the first images of it, 256 to train and 128 to test.
     train: whether the training images are needed; without, ImageNet's need not be there, and both
         parts are its test images.
+    copies: of the digits, see `digits`.
 
     Raises DataError, naming the file, for anything missing or corrupt.
     """
-    images = _open(path, side, train)
+    images = _open(path, side, train, copies)
     if quick:
         learned, tested = _head(images.train, 256), _head(images.test, 128)
         note = f"; of them the first {size(learned)} and {size(tested)}"
@@ -108,9 +115,9 @@ def open_images(path: Path | None, side: int, quick: bool = False, train: bool =
     return images
 
 
-def _open(path: Path | None, side: int, train: bool) -> Images:
+def _open(path: Path | None, side: int, train: bool, copies: int) -> Images:
     if path is None:
-        return digits(side)
+        return digits(side, copies)
     if not path.is_dir():
         raise DataError(f"--data {path}: there is no such folder.")
     if path.name == _CIFAR_FOLDER:
@@ -129,32 +136,70 @@ def _open(path: Path | None, side: int, train: bool) -> Images:
     )
 
 
-def digits(side: int) -> Images:
-    """Handwritten digits: 1,200 to train and 597 to test, bilinearly enlarged to `side`×`side`."""
+def digits(side: int, copies: int = 0) -> Images:
+    """Handwritten digits: 1,200 to train and 597 to test, bilinearly enlarged to `side`×`side`.
+
+    copies: where not 0, there are this many of each digit, and every one has a size, an angle and
+        a place of its own on a noisy canvas of `side`×`side` (`_placed`). They are the same in
+        every run.
+    """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     found = load_digits()
-    enlarged = F.interpolate(
-        torch.from_numpy(found.images).float()[:, None] / 16,  # values are 0 to 16
-        (side, side),
-        mode="bilinear",
-        align_corners=False,
-    )
-    images = (enlarged * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
-    train, test = train_test_split(
-        range(len(images)), train_size=1200, stratify=found.target, random_state=0
-    )
+    small = torch.from_numpy(found.images).float()[:, None] / 16  # values are 0 to 16
     labels = torch.from_numpy(found.target)
+    parts = train_test_split(
+        range(len(small)), train_size=1200, stratify=found.target, random_state=0
+    )
+
+    def part(index: int) -> InMemory:
+        chosen, own = small[parts[index]], labels[parts[index]]
+        if copies:
+            chosen = _placed(chosen.repeat(copies, 1, 1, 1), side, index)
+        else:
+            chosen = F.interpolate(chosen, (side, side), mode="bilinear", align_corners=False)
+        images = (chosen * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
+        return InMemory(images.contiguous(), own.repeat(max(1, copies)).tolist())
+
+    train, test = part(0), part(1)
+    placed = ""
+    if copies:
+        low, high = _PLACED_SIZES
+        placed = (
+            f" ({copies} of each of {len(parts[0]):,} and {len(parts[1])} digits, {100 * low:.0f} "
+            f"to {100 * high:.0f} % of the side, turned by up to {_PLACED_DEGREES}°, with noise of "
+            f"{_PLACED_NOISE})"
+        )
     return _in_memory(
         "digits",
-        "digits",
-        f"scikit-learn's handwritten digits, {len(train):,} to train and {len(test)} to test, "
-        f"{side}×{side}",
-        InMemory(images[train].contiguous(), labels[train].tolist()),
-        InMemory(images[test].contiguous(), labels[test].tolist()),
+        "placed digits" if copies else "digits",
+        f"scikit-learn's handwritten digits, {len(train):,} to train and {len(test):,} to test, "
+        f"{side}×{side}{placed}",
+        train,
+        test,
         mirrors=False,
     )
+
+
+def _placed(small: Tensor, side: int, seed: int) -> Tensor:
+    """`small` (N, 1, h, w), each at a size, an angle and a place of its own, as (N, 1, side, side)
+    from 0 to 1 with Gaussian noise. A digit turned by 0° is whole."""
+    generator = torch.Generator().manual_seed(seed_of("placed", seed))
+    sizes, turns, across, down = torch.rand(4, len(small), generator=generator)
+    low, high = _PLACED_SIZES
+    share = low + (high - low) * sizes
+    angle = math.radians(_PLACED_DEGREES) * (2 * turns - 1)
+    cos, sin = angle.cos() / share, angle.sin() / share
+    centre_x, centre_y = ((1 - share) * (2 * where - 1) for where in (across, down))
+    # From a place on the canvas, from -1 to 1, to one on the digit.
+    affine = torch.stack(
+        [cos, -sin, sin * centre_y - cos * centre_x, sin, cos, -sin * centre_x - cos * centre_y], 1
+    ).view(-1, 2, 3)
+    grid = F.affine_grid(affine, [len(small), 1, side, side], align_corners=False)
+    canvas = F.grid_sample(small, grid, align_corners=False)
+    noise = torch.randn(canvas.shape, generator=generator)
+    return (canvas + _PLACED_NOISE * noise).clamp(0, 1)
 
 
 def _in_memory(

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from harness import results as files
 
 from .checkpoint import write_whole
-from .claims import Claim, judged, parsed
+from .claims import Claim, judged, parsed, section
 from .launch import Launch
 from .training import Result, Row
 
@@ -54,8 +54,11 @@ class Report:
 
     def claims(self, claims: Sequence[Claim], **tables: Sequence[Mapping[str, Any]]) -> None:
         """The section of verdicts; `tables` are the CSV files' rows, by the files' names."""
-        self._parts.append("## What the paper claims, and what is found here")
-        self._parts += [judged(claim, parsed(tables[claim.file])) for claim in claims]
+        written = {
+            name: parsed([{column: row.get(column) for column in _columns(rows)} for row in rows])
+            for name, rows in tables.items()
+        }
+        self._parts.append(section([judged(claim, written[claim.file]) for claim in claims]))
 
     def csv(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """`name`.csv, with all digits."""
@@ -128,6 +131,24 @@ def mean_and_deviation(values: Sequence[float]) -> str:
     """ "mean ± standard deviation", as in Table 6; the mean alone of a single value."""
     mean = f"{statistics.mean(values):.2f}"
     return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for all `rows` that differ in their "seed" and in floats: of these mean ± deviation."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        same = (v for k, v in row.items() if k != "seed" and not isinstance(v, float))
+        groups.setdefault(tuple(same), []).append(row)
+    return [
+        {
+            key: mean_and_deviation([row[key] for row in group])
+            if isinstance(value, float)
+            else value
+            for key, value in group[0].items()
+            if key != "seed"
+        }
+        for group in groups.values()
+    ]
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:

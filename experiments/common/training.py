@@ -84,9 +84,15 @@ class Result:
     @property
     def training_error(self) -> float:
         """The mean over the last tenth of the iterations: a single row's is of a few batches."""
-        begin = 0.9 * self.last["iteration"]
-        rows = [row["training_error"] for row in self.history if row["iteration"] > begin]
-        return sum(rows) / len(rows)
+        return self.training_error_before(1.0)
+
+    def training_error_before(self, part: float) -> float:
+        """The mean over the tenth of the iterations that ends at `part` of them; where no row
+        falls into it, as in very short runs, the last row's before."""
+        count = self.last["iteration"]
+        before = [row for row in self.history if row["iteration"] <= part * count]
+        rows = [row for row in before if row["iteration"] > (part - 0.1) * count] or before[-1:]
+        return sum(row["training_error"] for row in rows) / len(rows)
 
 
 @dataclass

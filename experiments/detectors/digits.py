@@ -1,4 +1,4 @@
-"""The default scenes: handwritten digits at random places, written in PASCAL VOC's format.
+"""The default scenes: handwritten digits at random places, in PASCAL VOC's or ImageNet's format.
 
 Real digits (scikit-learn's), each enlarged, tinted, and laid on a dim, noisy background. A box
 is exact: the pixels where the digit covers at least a quarter of the background.
@@ -7,14 +7,18 @@ is exact: the pixels where the digit covers at least a quarter of the background
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from common import recipes
 from common.data import Images, InMemory, Pairs, digits
 from common.launch import Launch
+from common.training import Result
+from common.training import train as train_classifier
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.ops import box_iou
@@ -23,10 +27,11 @@ from resnet_fused.blocks import BasicBlock
 from resnet_fused.models.network import ResidualNetwork, StageShape
 from resnet_fused.models.weights import WeightsSource, load_weights
 
-from .scenes import Scenes, voc
+from .scenes import Scenes, imagenet, voc
 
 _SHORT, _LONG = 128, 160  # sides of a scene in pixels
 _SIDES = (32, 80)  # of an enlarged digit
+_SINGLE_SIDES = (64, 120)  # of the only one in an image
 _MOST = 3  # digits in a scene
 _TRIES = 20  # to find room for a digit
 # Of the channels, pixels from 0 to 1: round numbers, near enough.
@@ -41,11 +46,26 @@ def open_or_write(root: Path, train: int, test: int, place: Launch) -> Scenes:
         write_scenes(root, train, test, place.seed)
     if place.world > 1:
         dist.barrier()
+    return _described(voc(root), f"at random places, written in VOC's format: {train:,} images")
+
+
+def open_or_write_single(root: Path, train: int, test: int, place: Launch) -> Scenes:
+    """Scenes of one digit each in `root`, which are written there if they are not yet."""
+    if place.leads and not (root / "ILSVRC" / "ImageSets" / "CLS-LOC" / "val.txt").is_file():
+        write_single(root, train, test, place.seed)
+    if place.world > 1:
+        dist.barrier()
+    return _described(
+        imagenet(root), f"one an image, written in ImageNet's format: {train:,} images"
+    )
+
+
+def _described(scenes: Scenes, how: str) -> Scenes:
+    test, classes = len(scenes.test), len(scenes.classes)
     return replace(
-        voc(root),
+        scenes,
         name=_NAME,
-        description=f"{_NAME} at random places, written in VOC's format: {train:,} images to train "
-        f"and {test:,} to test, 10 classes",
+        description=f"{_NAME} {how} to train and {test:,} to test, {classes} classes",
         mirrors=False,
         mean=_MEAN,
         std=_STD,
@@ -66,15 +86,73 @@ def write_scenes(root: Path, train: int, test: int, seed: int) -> None:
         for _ in range(count):
             number += 1
             names.append(f"{number:06d}")
-            size = (_SHORT, _LONG) if number % 2 else (_LONG, _SHORT)
-            image, boxes, labels = _paint(pairs, size, _SIDES, _MOST, random)
-            picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-            picture.save(folder / "JPEGImages" / f"{names[-1]}.jpg", quality=95)
-            annotation = ET.ElementTree(_annotation(names[-1], size, boxes, labels))
-            annotation.write(folder / "Annotations" / f"{names[-1]}.xml")
+            painted = _paint(pairs, _size(number), _SIDES, _MOST, random)
+            _write(
+                folder / "JPEGImages" / f"{names[-1]}.jpg",
+                folder / "Annotations" / f"{names[-1]}.xml",
+                *painted,
+                counts_from=1,
+            )
         # Last, so that a list never names a file that is not there.
         list_ = folder / "ImageSets" / "Main" / f"{part}.txt"
         list_.write_text("".join(f"{name}\n" for name in names))
+
+
+def write_single(root: Path, train: int, test: int, seed: int) -> None:
+    """Writes `root`/ILSVRC, one large digit an image, as many of each class.
+
+    What trains and what tests shares no digit.
+    """
+    folder = root / "ILSVRC"
+    found = digits(8)
+    random = torch.Generator().manual_seed(seed)
+    for name, pairs, count in (("train_loc", found.train, train), ("val", found.test, test)):
+        assert isinstance(pairs, InMemory)
+        part = name.partition("_")[0]
+        names = []
+        for number in range(1, count + 1):
+            label = number % 10
+            alike = torch.tensor(pairs.labels) == label
+            own_pairs = InMemory(pairs.images[alike], [label] * int(alike.sum()))
+            painted = _paint(own_pairs, _size(number), _SINGLE_SIDES, 1, random)
+            own = f"{label}/{label}_{number}" if part == "train" else f"ILSVRC2012_val_{number:08d}"
+            files = [
+                folder / kind / "CLS-LOC" / part / f"{own}.{suffix}"
+                for kind, suffix in (("Data", "JPEG"), ("Annotations", "xml"))
+            ]
+            for file in files:
+                file.parent.mkdir(parents=True, exist_ok=True)
+            _write(*files, *painted, counts_from=0)
+            names.append(own)
+        list_ = folder / "ImageSets" / "CLS-LOC" / f"{name}.txt"
+        list_.parent.mkdir(parents=True, exist_ok=True)
+        list_.write_text("".join(f"{own} {i}\n" for i, own in enumerate(names, 1)))
+
+
+def _size(number: int) -> tuple[int, int]:
+    """Height and width of a scene: every other one is upright."""
+    return (_SHORT, _LONG) if number % 2 else (_LONG, _SHORT)
+
+
+def _write(
+    file: Path, description: Path, image: Tensor, boxes: Tensor, labels: Tensor, counts_from: int
+) -> None:
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, format="JPEG", quality=95)
+    height, width = image.shape[1:]
+    annotation = _annotation(file.name, (height, width), boxes, labels, counts_from)
+    ET.ElementTree(annotation).write(description)
+
+
+def classifier(place: Launch, network: Callable[..., nn.Module]) -> Result:
+    """A trained classifier of single digits: what ImageNet's is to the paper's detectors.
+
+    network: its constructor.
+    """
+    images = patches(64, *((64, 32) if place.quick else (3000, 500)), seed=place.seed)
+    recipe = recipes.cifar(images, *((4, 16) if place.quick else (300, 48)), learning_rate=0.05)
+    return train_classifier(
+        "classifier", lambda: network(num_classes=images.classes), images, recipe, place
+    )
 
 
 def patches(side: int, train: int, test: int, seed: int) -> Images:
@@ -162,20 +240,26 @@ def _background(size: tuple[int, int], random: torch.Generator) -> Tensor:
     return shades + torch.randn(3, *size, generator=random) * 0.04
 
 
-def _annotation(name: str, size: tuple[int, int], boxes: Tensor, labels: Tensor) -> ET.Element:
-    """VOC's description: pixels count from 1, and both ends belong to the box."""
+def _annotation(
+    name: str, size: tuple[int, int], boxes: Tensor, labels: Tensor, counts_from: int
+) -> ET.Element:
+    """VOC's and ImageNet's description: both ends belong to the box.
+
+    counts_from: the number of the first row and column, 1 for VOC and 0 for ImageNet.
+    """
     root = ET.Element("annotation")
-    ET.SubElement(root, "folder").text = "VOC2007"
-    ET.SubElement(root, "filename").text = f"{name}.jpg"
+    ET.SubElement(root, "filename").text = name
     shape = ET.SubElement(root, "size")
     for key, value in zip(("height", "width", "depth"), (*size, 3), strict=True):
         ET.SubElement(shape, key).text = str(value)
-    for (left, top, right, bottom), label in zip(boxes.tolist(), labels.tolist(), strict=True):
+    for box, label in zip(boxes.tolist(), labels.tolist(), strict=True):
         found = ET.SubElement(root, "object")
         ET.SubElement(found, "name").text = str(label)
         ET.SubElement(found, "difficult").text = "0"
-        box = ET.SubElement(found, "bndbox")
-        edges = {"xmin": left + 1, "ymin": top + 1, "xmax": right, "ymax": bottom}
-        for key, value in edges.items():
-            ET.SubElement(box, key).text = str(int(value))
+        edges = ET.SubElement(found, "bndbox")
+        # The far edges are one past the last row and column.
+        for key, edge, past in zip(
+            ("xmin", "ymin", "xmax", "ymax"), box, (0, 0, 1, 1), strict=True
+        ):
+            ET.SubElement(edges, key).text = str(int(edge) - past + counts_from)
     return root

@@ -1,9 +1,11 @@
-"""Images with boxes: PASCAL VOC and MS COCO as published.
+"""Images with boxes: PASCAL VOC, MS COCO and ImageNet's localization as published.
 
 VOC: VOCdevkit/VOC2007 and VOC2012, each with JPEGImages, Annotations and ImageSets/Main. Where
 2007's test images are there, the trainval images of every year train and they test (the paper's
 "07+12"); else each year's train and val.
 COCO: annotations/instances_train*.json and instances_val*.json, and the folders train* and val*.
+ImageNet: ILSVRC/Data, Annotations and ImageSets, each with a folder CLS-LOC, as
+ILSVRC2017_CLS-LOC.tar.gz unpacks; the images of train_loc.txt train, those of val.txt test.
 """
 
 from __future__ import annotations
@@ -51,9 +53,9 @@ class Scene:
 
 @dataclass(frozen=True)
 class Scenes:
-    """A detection data set.
+    """A set of images with boxes.
 
-    kind: "voc" or "coco": its metric. train: only images that hold an object.
+    kind: "voc", "coco" or "imagenet": its metric. train: only images that hold an object.
     classes: names of labels 1, 2, ... eleven_points: VOC's metric is that of 2007.
     mirrors: whether a mirrored image keeps its meaning.
     mean, std: of the channels, pixels from 0 to 1.
@@ -167,6 +169,47 @@ def _text(element: ET.Element, path: str) -> str:
     if not text:
         raise ValueError(f"an object has no {path}")
     return text
+
+
+def imagenet(root: Path) -> Scenes:
+    """ImageNet's localization in `root`/ILSVRC: in each image, objects of one class.
+
+    Sets of other classes in the same format are taken too. Raises DataError, as `open_scenes` does.
+    """
+    train, test = (_imagenet_files(root, name) for name in ("train_loc", "val"))
+    raw = [(image, *_read_voc(annotation)) for image, annotation in train + test]
+    # torchvision's order of ImageNet's classes too.
+    classes = sorted({name for _, names, _, _ in raw for name in names})
+    numbers = {name: i for i, name in enumerate(classes, 1)}
+    scenes = []
+    for image, names, boxes, _ in raw:
+        if len(set(names)) != 1:
+            raise DataError(f"{image} has boxes of {len(set(names))} classes instead of one.")
+        # ILSVRC's pixels count from 0, where VOC's count from 1.
+        edges = [[edge + 1 for edge in box] for box in boxes]
+        scenes.append(_scene(image, edges, [numbers[name] for name in names], [False] * len(names)))
+    return _scenes(
+        "imagenet",
+        "ImageNet's localization",
+        scenes[: len(train)],
+        scenes[len(train) :],
+        classes,
+        eleven_points=False,
+    )
+
+
+def _imagenet_files(root: Path, name: str) -> list[tuple[Path, Path]]:
+    """(image, annotation) files of a part."""
+    folder, part = root / "ILSVRC", name.partition("_")[0]
+    listed = folder / "ImageSets" / "CLS-LOC" / f"{name}.txt"
+    try:
+        names = [line.split()[0] for line in listed.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{listed} cannot be read ({error}); unpack ILSVRC2017_CLS-LOC.tar.gz into {root}."
+        ) from error
+    images, boxes = (folder / kind / "CLS-LOC" / part for kind in ("Data", "Annotations"))
+    return [(images / f"{name}.JPEG", boxes / f"{name}.xml") for name in names]
 
 
 def coco(root: Path) -> Scenes:

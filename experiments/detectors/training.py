@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ from .metric import coco_precision, voc_precision
 from .scenes import Scene, Scenes
 
 _Target = dict[str, Tensor]
+# Pairs of an image, float (3, H, W) from 0 to 1, and its target, by (epoch, index).
+Views = Dataset[tuple[Tensor, _Target]]
+Measure = Callable[[Any], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class _Progress:
     history: list[Row] = field(default_factory=list)
 
 
-class _Views(Dataset[tuple[Tensor, _Target]]):
+class MirroredViews(Dataset[tuple[Tensor, _Target]]):
     """Images from 0 to 1 and targets by (epoch, index), mirrored at random where that is right."""
 
     def __init__(self, scenes: Scenes, seed: int) -> None:
@@ -85,29 +89,41 @@ def read(scene: Scene) -> Tensor:
 
 def train(
     name: str,
-    build: Callable[[], FasterRCNN],
+    build: Callable[[], nn.Module],
     scenes: Scenes,
     recipe: Recipe,
     launch: Launch,
+    views: Views | None = None,
+    measured: Measure | None = None,
 ) -> Result:
     """Trains what `build` makes, or goes on from its checkpoint `launch.out`/checkpoints/`name`.pt.
+
+    build: makes a network that gives losses for lists of images and targets, as torchvision's
+        detectors do.
+    views: what it sees of `scenes.train`; images and their mirror images without.
+    measured: numbers of the network on the test set; average precision without.
 
     Raises ExperimentError for a checkpoint that is of another run or cannot be read, a batch that
     does not divide among the processes, and a loss that is no longer finite.
     """
-    return _Training(name, build, scenes, recipe, launch).run()
+    views = MirroredViews(scenes, launch.seed) if views is None else views
+    measured = partial(measure, scenes=scenes, launch=launch) if measured is None else measured
+    return _Training(name, build, scenes.description, recipe, launch, views, measured).run()
 
 
 class _Training:
     def __init__(
         self,
         name: str,
-        build: Callable[[], FasterRCNN],
-        scenes: Scenes,
+        build: Callable[[], nn.Module],
+        data: str,
         recipe: Recipe,
         launch: Launch,
+        views: Views,
+        measured: Measure,
     ) -> None:
-        self.name, self.scenes, self.recipe, self.launch = name, scenes, recipe, launch
+        self.name, self.recipe, self.launch = name, recipe, launch
+        self.views, self.measured = views, measured
         torch.manual_seed(seed_of(launch.seed, "weights"))
         self.model = build().to(launch.device, memory_format=torch.channels_last)
         self.parallel: nn.Module = self.model
@@ -132,7 +148,7 @@ class _Training:
             {
                 "name": name,
                 "seed": launch.seed,
-                "data": scenes.description,
+                "data": data,
                 "dtype": str(launch.dtype),
                 "parameters": sum(p.numel() for p in self.model.parameters()),
                 **asdict(recipe),
@@ -161,10 +177,10 @@ class _Training:
 
     def _batches(self) -> Iterator[tuple[list[Tensor], list[_Target]]]:
         launch, device = self.launch, self.launch.device
-        views = _Views(self.scenes, launch.seed)
         recipe, done = self.recipe, self.progress.iteration
         bar = batches(
-            self.name, views, recipe.batch, done, recipe.iterations, launch, launch.seed, _apart
+            *(self.name, self.views, recipe.batch, done, recipe.iterations),
+            *(launch, launch.seed, _apart),
         )
         for images, targets in bar:
             yield (
@@ -212,7 +228,7 @@ class _Training:
         }
         state.losses, state.summed = {}, 0
         if state.iteration % recipe.evaluate_every == 0 or state.iteration == recipe.iterations:
-            row.update(measure(self.model, self.scenes, self.launch))
+            row.update(self.measured(self.model))
             self.model.train()
         state.history.append(row)
 

@@ -7,6 +7,8 @@ each use, and copies in another type or layout, made anew at each use. A plan ha
 from __future__ import annotations
 
 import contextvars
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -31,6 +33,12 @@ class Notes:
 
 
 current: contextvars.ContextVar[Notes | None] = contextvars.ContextVar("notes", default=None)
+# In training, what stands for a weight, by its id, in the launches that are recorded.
+weights: contextvars.ContextVar[Mapping[int, Tensor]] = contextvars.ContextVar(
+    "weights", default=MappingProxyType({})
+)
+# The extension's `Recorder` that is to be told of launches which Python makes, in training.
+recorder: contextvars.ContextVar[Any] = contextvars.ContextVar("recorder", default=None)
 
 
 def copied(source: Tensor, copy: Tensor) -> Tensor:

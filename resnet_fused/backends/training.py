@@ -16,8 +16,9 @@ Vectors of one layer of K channels, float32 (float64 where the activations are f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Hashable, Sequence
+from types import ModuleType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,8 +26,37 @@ from torch import Tensor
 from ..parameters import Activation, Convolution, Layer, MaxPool, PreBnGradient
 
 
+class Replays(Protocol):
+    """How launches of the pieces are recorded and run again."""
+
+    extension: ModuleType  # whose `Recorder` sees the launches
+
+    def state(self) -> Hashable:
+        """All that decides, beside the arguments of the pieces, what they launch."""
+
+    def operands(self, weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """The weights as launches for activations of that type read them, which PyTorch makes at
+        each use (`backends.recording.weights`); themselves where they read any."""
+
+    def allocator(
+        self,
+        device: torch.device,
+        shape: Sequence[int],
+        strides: Sequence[int],
+        dtype: torch.dtype,
+    ) -> Callable[[], Tensor]:
+        """Makes uninitialised tensors without gaps, where results of a step lie."""
+
+    def replay(self, program: Any, device: torch.device, tensors: list[int]) -> None:
+        """Runs recorded launches on the tensors at these addresses (`Program.run`)."""
+
+
 class TrainingKernels(Protocol):
     """The pieces. Activations are channels_last, sums are taken in float32 in a fixed order."""
+
+    @property
+    def replays(self) -> Replays | None:
+        """None where the pieces do not consist of recorded launches."""
 
     def saves_all(self) -> bool:
         """Whether a block saves each layer's pre-BN output, also one that could be computed again

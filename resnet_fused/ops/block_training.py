@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..parameters import Activation, Convolution, Layer, PreBnGradient
+from . import training_programs
 from .checks import check_activation
 from .registry import autocast_dtype, empty_result
 from .training_layers import (
@@ -352,6 +353,8 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     )
 
 
+_PROGRAMMED = training_programs.ProgrammedOp(_forward, _backward, _backward_op)
+
 differentiate("residual_block_training", _save, _differentiate, "residual_block_training_backward")
 
 
@@ -389,5 +392,10 @@ def residual_block_training(
     if projection is not None:
         layers, shortcut = (*layers, projection), "projection"
     x = x.to(autocast_dtype(x)) if isinstance(x, Tensor) and x.is_floating_point() else x
-    y, _, scale_shift = _op(x, *flatten(layers), shortcut, padded_stride or 1, sync_group)
+    arguments = flatten(layers)
+    rest = (shortcut, padded_stride or 1, sync_group)
+    replayed = training_programs.run(_PROGRAMMED, x, arguments, rest)
+    if replayed is not None:
+        return replayed
+    y, _, scale_shift = _op(x, *arguments, *rest)
     return y, scale_shift

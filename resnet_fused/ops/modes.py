@@ -10,12 +10,12 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 
-_PLAIN = (Tensor, nn.Parameter)
+PLAIN = frozenset((Tensor, nn.Parameter))
 
 
 def is_plain(x: object) -> bool:
     """Whether `x` is an ordinary tensor, whose type takes no part in what is done with it."""
-    return type(x) in _PLAIN
+    return type(x) in PLAIN
 
 
 def is_transformed() -> bool:

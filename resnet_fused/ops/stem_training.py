@@ -6,12 +6,15 @@ numbers per channel.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..parameters import Activation, Layer, MaxPool, PreBnGradient
+from . import training_programs
 from .checks import check_activation, pool_shape
 from .registry import autocast_dtype, empty_result
 from .training_layers import (
@@ -171,6 +174,37 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     )
 
 
+def _programmed_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    pooled, pre_bn, argmax, scale_shift = _forward(x, *arguments)
+    return pooled, [pre_bn, argmax], [scale_shift]
+
+
+def _programmed(
+    backward: Callable[..., tuple[Tensor, ...]],
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weights: list[Tensor],
+    saved: list[Tensor],
+    scale_shifts: list[Tensor],
+    windows: list[int],
+    frozen: list[bool],
+    *rest: Any,
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    *pool_and_group, needs_x, needs_weights, _ = rest
+    x_grad, weight, gamma, beta = backward(
+        *(grad, x, *saved, *scale_shifts, *weights, windows, frozen[0], *pool_and_group),
+        *(needs_x, needs_weights[0]),
+    )
+    return x_grad, [weight], [gamma], [beta]
+
+
+_PROGRAMMED = training_programs.ProgrammedOp(
+    _programmed_forward,
+    functools.partial(_programmed, _backward),
+    functools.partial(_programmed, _backward_op),
+)
+
 differentiate("stem_training", _save, _differentiate, "stem_training_backward")
 
 
@@ -190,5 +224,10 @@ def stem_training(
     and the layer's (6, K) `scale_shift`. Of equal values in a window, the first takes the gradient.
     """
     x = x.to(autocast_dtype(x)) if isinstance(x, Tensor) and x.is_floating_point() else x
-    y, _, _, scale_shift = _op(x, *flatten([layer]), *(pool or MaxPool()), sync_group)
+    arguments, rest = flatten([layer]), (*(pool or MaxPool()), sync_group)
+    replayed = training_programs.run(_PROGRAMMED, x, arguments, rest)
+    if replayed is not None:
+        y, (scale_shift,) = replayed
+        return y, scale_shift
+    y, _, _, scale_shift = _op(x, *arguments, *rest)
     return y, scale_shift

@@ -40,21 +40,19 @@ class LayerArguments(NamedTuple):
 
 def flatten(layers: Sequence[Layer]) -> LayerArguments:
     """Schema arguments of layers."""
-    frozen = [layer.frozen for layer in layers if layer.frozen is not None]
-    return LayerArguments(
-        [layer.conv.weight for layer in layers],
-        [layer.weight for layer in layers],
-        [layer.bias for layer in layers],
-        [mean for mean, _ in frozen],
-        [var for _, var in frozen],
-        [
-            int(n)
-            for conv, *_ in layers
-            for n in (*conv.stride, *conv.padding, *conv.dilation, conv.groups)
-        ],
-        [layer.frozen is not None for layer in layers],
-        [layer.eps for layer in layers],
-    )
+    flat = LayerArguments([], [], [], [], [], [], [], [])
+    for conv, weight, bias, eps, frozen in layers:
+        flat.weights.append(conv.weight)
+        flat.bn_weights.append(weight)
+        flat.bn_biases.append(bias)
+        if frozen is not None:
+            flat.frozen_means.append(frozen[0])
+            flat.frozen_vars.append(frozen[1])
+        windows = (*conv.stride, *conv.padding, *conv.dilation, conv.groups)
+        flat.windows.extend(map(int, windows))
+        flat.frozen.append(frozen is not None)
+        flat.eps.append(eps)
+    return flat
 
 
 def convolutions(weights: Sequence[Tensor], windows: Sequence[int]) -> list[Convolution]:

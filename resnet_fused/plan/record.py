@@ -137,10 +137,10 @@ def _replay(segment: Segment, x: Tensor, arenas: Arenas) -> Tensor | None:
         arena = torch.empty(program.arena_bytes, dtype=torch.uint8, device=form.device)
         with torch.cuda.device(form.device):
             stream = torch.cuda.current_stream(form.device).cuda_stream
-            program.run(x.data_ptr(), out.data_ptr(), arena.data_ptr(), stream)
+            program.run([x.data_ptr(), out.data_ptr()], arena.data_ptr(), stream)
         return out
     with arenas.borrow(program.arena_bytes) as arena:
-        memory = x.data_ptr(), out.data_ptr(), arena.data_ptr()
+        memory = [x.data_ptr(), out.data_ptr()], arena.data_ptr()
         if segment.contents is None:
             program.run(*memory)
         elif not segment.contents.run(program, *memory):
@@ -232,8 +232,8 @@ def record(network: Network, x: Tensor, extension: ModuleType) -> tuple[Tensor, 
         return recorder.program(
             ends[first],
             ends[last],
-            tensor_arg(values[first]),
-            tensor_arg(values[last]),
+            [tensor_arg(values[first])],
+            [tensor_arg(values[last])],
             described,
             _ALIGNMENT[x.device.type],
         )

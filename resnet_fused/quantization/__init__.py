@@ -115,9 +115,10 @@ def prepare_qat(
 ) -> FoldedNetwork:
     """A trainable network whose forward is, bit for bit, the quantised one: fake quantisation.
 
-    Fine-tune it for a few epochs with a small learning rate, then `convert` it. Batch norm is
-    folded and its statistics stay; scales are the calibration's and stay too, weights' scales
-    follow the weights. Its backward is the float network's (a straight-through estimator), with no
+    Fine-tune it for a few epochs, then `convert` it. Choose a smaller learning rate than the
+    network was trained with: batch norm is folded, so that nothing rescales what a large step does.
+    Its statistics stay; scales are the calibration's and stay too, weights' scales follow the
+    weights. Its backward is the float network's (a straight-through estimator), with no
     gradient where an activation is clamped. The arguments are those of `quantize`.
     """
     folded, _ = _calibrated(model, calibration, dtype, normalization, method, keep, progress)

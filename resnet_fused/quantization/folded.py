@@ -42,6 +42,11 @@ def _largest(weight: Tensor) -> Tensor:
     return weight.abs().flatten(1).amax(1)
 
 
+def _parameter(value: Tensor) -> nn.Parameter:
+    """`value` in float32, in memory of its own: fine-tuning leaves the float network as it is."""
+    return nn.Parameter(value.detach().to(torch.float32, copy=True))
+
+
 def _straight_through(value: Tensor, real: Tensor) -> Tensor:
     """`value`, with the gradient of `real`."""
     return real + (value - real).detach()
@@ -74,9 +79,9 @@ class FoldedConv(nn.Module):
         super().__init__()
         self.name, self.geometry = name, geometry
         self.higher = self.faking = self.is_first = False
-        self.weight = nn.Parameter(weight.float())
-        self.bias = nn.Parameter(bias.float())
-        self.projection_weight = None if projection is None else nn.Parameter(projection.float())
+        self.weight = _parameter(weight)
+        self.bias = _parameter(bias)
+        self.projection_weight = None if projection is None else _parameter(projection)
         one = torch.ones_like(bias[:1], dtype=torch.float32)
         for buffer in ("in_scale", "shortcut_in_scale", "scale"):
             self.register_buffer(buffer, one.clone())
@@ -247,10 +252,8 @@ class FoldedHead(nn.Module):
         super().__init__()
         self.name, self.dtype = name, dtype
         self.higher = self.faking = False
-        self.weight = nn.Parameter(weight.float())
-        self.bias = nn.Parameter(
-            torch.zeros_like(weight[:, 0]).float() if bias is None else bias.float()
-        )
+        self.weight = _parameter(weight)
+        self.bias = _parameter(torch.zeros_like(weight[:, 0]) if bias is None else bias)
         self.register_buffer("in_scale", torch.ones_like(self.bias[:1]))
         self.register_buffer("mean_in", torch.zeros_like(self.bias[:1]))
 

@@ -46,6 +46,8 @@ _TYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.int32: "i32",
 }
 DTYPES = {
     "float16": torch.float16,
@@ -110,12 +112,10 @@ def compile_launch(launch: Launch, capability: int) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from ..backends.triton.launching import options
-
     return triton.compile(
         ASTSource(launch.plan.kernel, *_describe(launch)),
         target=GPUTarget("cuda", capability, machine_code.LANES),
-        options=options(launch.plan.config),
+        options=launch.plan.options,
     )
 
 

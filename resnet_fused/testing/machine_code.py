@@ -22,7 +22,8 @@ _INSTRUCTION = re.compile(
     r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);", re.ASCII
 )
 LOADS, STORES, COPY = ("LDG", "LD"), ("STG", "ST", "RED", "ATOMG"), "LDGSTS"
-PRODUCTS = ("HGMMA", "HMMA")
+PRODUCTS = ("HGMMA", "IGMMA", "HMMA", "IMMA")
+_WARP_PRODUCTS = {"16832": 4096, "16816": 2048, "1688": 1024, "1684": 512}  # multiply-adds
 _SHARED, _MATRICES = ("LDS", "STS"), ("LDSM", "STSM")
 # Bodies this short only wait: poll an mbarrier, or trap.
 _SHORTEST_LOOP = 6
@@ -58,10 +59,11 @@ class Instruction(NamedTuple):
 class Tally(NamedTuple):
     """What a run of instructions amounts to, for one warp.
 
-    multiply_adds: on tensor cores, by instruction (HGMMA of a warpgroup, a quarter of it; HMMA).
+    multiply_adds: on tensor cores, by instruction: HGMMA, and IGMMA of int8, of a warpgroup, a
+    quarter of it; HMMA and IMMA.
     loads, stores, copies: instructions that go to global memory, by bytes a lane; copies are the
     asynchronous ones into shared memory. shared_bytes: read or written in shared memory, the
-    operands of HGMMA and the copies included.
+    operands of HGMMA and IGMMA and the copies included.
     """
 
     instructions: int
@@ -82,7 +84,8 @@ class Loop(NamedTuple):
 
     @property
     def products_pending(self) -> int | None:
-        """How many groups of HGMMA may be unfinished where the loop waits; None: no wait."""
+        """How many groups of warpgroups' products may be unfinished where the loop waits; None: no
+        wait."""
         return self._pending(r"WARPGROUP\.DEPBAR\.LE", "gsb0")
 
     @property
@@ -247,14 +250,14 @@ def tally(instructions: Iterable[Instruction]) -> Tally:
         elif i.base in _MATRICES:
             number = i.opcode.rsplit(".", 1)[1]  # of 8 × 8 matrices; one where there is none
             shared += 128 * (int(number) if number.isdigit() else 1)
-        elif i.base == "HGMMA":
+        elif i.base in ("HGMMA", "IGMMA"):
             m, n, k = map(int, i.opcode.split(".")[1].split("x"))
-            size = 4 if "TF32" in i.opcode else 2
+            size = 1 if i.base == "IGMMA" else 4 if "TF32" in i.opcode else 2
             from_shared = [n] + [m] * (i.operands.split(", ")[1].startswith("gdesc"))
             shared += sum(from_shared) * k * size // 4
-            products["HGMMA"] += m * n * k // 4
-        elif i.base == "HMMA":
-            products["HMMA"] += {"16816": 2048, "1688": 1024, "1684": 512}[i.opcode.split(".")[1]]
+            products[i.base] += m * n * k // 4
+        elif i.base in ("HMMA", "IMMA"):
+            products[i.base] += _WARP_PRODUCTS[i.opcode.split(".")[1]]
     return Tally(count, products, loads, stores, copies, shared)
 
 

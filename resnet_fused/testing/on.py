@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from .. import ops
@@ -10,7 +12,7 @@ from ..ops import BatchNorm, ConvBn, MaxPool, use_backend
 
 
 class On:
-    """The ops with the signatures of `resnet_fused.reference.ops`, run by a backend.
+    """The ops with the signatures of their references, run by a backend.
 
     backend: a name or an object that implements `resnet_fused.backends.Backend`.
     """
@@ -50,3 +52,11 @@ class On:
     def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         with use_backend(self._backend):
             return ops.head(x, weight, bias)
+
+    def quantized_conv(self, *arguments: Any) -> Tensor:
+        with use_backend(self._backend):
+            return ops.quantized_conv(*arguments)
+
+    def quantized_stem(self, *arguments: Any) -> Tensor:
+        with use_backend(self._backend):
+            return ops.quantized_stem(*arguments)

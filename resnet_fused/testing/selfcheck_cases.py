@@ -3,7 +3,7 @@
 Sizes follow the GPU: at least three tiles for each SM, so that persistent blocks go
 round and rings of buffers wrap; tails in every direction; residuals, projections, strides. Values
 are integers (the head's means whole 64ths), of which every correct kernel gives the same bits as
-float64.
+float64. Quantised ops have a meaning to the bit.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ..backends import Backend, autotune
 from ..backends.autotune.verify import uninitialised_memory_is_nan
 from ..parameters import INVSTD, MEAN, SCALE, Activation, ConvBn, MaxPool, PreBnGradient
 from ..reference import ops as reference
+from ..reference import quantized
 from ..reference.training import ReferenceTraining
 from .cases import (
     BlockCase,
@@ -32,10 +33,12 @@ from .cases import (
     make_residual,
 )
 from .on import On
+from .quantized_cases import make_quantized_conv, make_quantized_stem
 
 CONVOLUTION = "conv_bn"
 TRAINING = "training"
-FAMILIES = (CONVOLUTION, "bn_add_relu", "bottleneck", "stem", "head", TRAINING)
+QUANTIZED = "quantized"
+FAMILIES = (CONVOLUTION, "bn_add_relu", "bottleneck", "stem", "head", TRAINING, QUANTIZED)
 # Of bottlenecks: inner channels, stride, and whether there is a projection.
 _BLOCKS = ((64, 1, False), (64, 1, True), (64, 2, True), (128, 1, False), (128, 2, True))
 
@@ -69,6 +72,10 @@ class _Rounded:
         return self.conv_bn_projection(out, layer3, x, projection)
 
     def __getattr__(self, op: str) -> Callable[..., Tensor]:
+        if op.startswith(QUANTIZED):
+            meaning: Callable[..., Tensor] = getattr(quantized, op)
+            return meaning
+
         def run(x: Tensor, *others: Any) -> Tensor:
             out: Tensor = getattr(reference, op)(*_wide((x, *others)))
             # To the 64ths that there can be: float64 convolutions may be off by 1e-12.
@@ -235,6 +242,33 @@ def _training(dtype: torch.dtype, device: str, num_sms: int) -> Iterator[Case]:
             yield Case(f"{name} {piece}", f"{TRAINING}.{piece}", arguments, exact)
 
 
+def _quantized(dtype: torch.dtype, device: str, num_sms: int) -> Iterator[Case]:
+    """Convolutions of as many positions as `_convolutions` has, of bytes of their whole range."""
+    rng = generator()
+    cases = {
+        "pointwise": (ConvCase(1, 72, 23, 19, 136), "none"),
+        "adds": (ConvCase(1, 64, 23, 19, 136), "identity"),
+        "narrower strided shortcut": (ConvCase(1, 64, 23, 19, 136), "option A"),
+        "projection": (ConvCase(1, 200, 23, 19, 136), "projection"),
+        "3x3": (ConvCase(1, 72, 23, 19, 136, 3, 1, 1), "none"),
+        "3x3 strided": (ConvCase(1, 136, 45, 37, 136, 3, 2, 1), "none"),
+        "grouped": (ConvCase(1, 64, 23, 19, 64, 3, 1, 1, groups=16), "none"),
+    }
+    for name, (case, shortcut) in cases.items():
+        height, width = case.output_size
+        case = case._replace(batch=-(-2 * 128 * num_sms // (height * width)))
+        arguments = make_quantized_conv(case, rng, shortcut, dtype)
+        yield Case(name, "quantized_conv", _to(device, arguments))
+    stem = make_quantized_stem(
+        ConvCase(3 * num_sms, 3, 37, 30, 64, 7, 2, 3), rng, MaxPool(), padding_value=True
+    )
+    yield Case("stem", "quantized_stem", _to(device, stem))
+
+
+def _to(device: str, values: Any) -> Any:
+    return tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, values)
+
+
 def _integers_like(case: ConvCase, x: Tensor, rng: torch.Generator) -> Tensor:
     """Small integers of the shape of the case's result, like `x` otherwise."""
     return make_residual(case, x, rng).round_()
@@ -251,6 +285,8 @@ def cases(family: str, backend: Backend, device: str, num_sms: int) -> Iterator[
     """A family's cases in every dtype that the backend serves; convolutions of float32 with and
     without TF32. Without a GPU, where all takes long, the first dtype has to do."""
     names = ["bfloat16", "float16", "float32", *(["TF32"] if family == CONVOLUTION else [])]
+    if family == QUANTIZED:
+        names = ["uint8"]
     dtypes = {name: getattr(torch, name, torch.float32) for name in names}
     served = {
         name: dtype
@@ -259,8 +295,10 @@ def cases(family: str, backend: Backend, device: str, num_sms: int) -> Iterator[
     }
     for name in served if device == "cuda" else list(served)[:1]:
         torch.backends.cudnn.allow_tf32 = name == "TF32"
-        make = {CONVOLUTION: _convolutions, TRAINING: _training}.get(
-            family, partial(_others, family)
-        )
+        make = {
+            CONVOLUTION: _convolutions,
+            TRAINING: _training,
+            QUANTIZED: _quantized,
+        }.get(family, partial(_others, family))
         for case in make(served[name], device, num_sms):
             yield case._replace(name=f"{name} {case.name}")

@@ -251,16 +251,6 @@ Plan make_plan(const ConvDgrad& conv, int half_rows, std::int64_t threads) {
 
 }  // namespace
 
-void dgrad_transform_weights(const void* weight, const std::int64_t strides[4], void* packed,
-                             std::int64_t in_channels, std::int64_t out_channels,
-                             const std::int64_t kernel[2], Format format) {
-  const std::int64_t size = format == Format::kFloat32 ? 4 : 2;
-  const std::int64_t last = (kernel[0] - 1) * strides[2] + (kernel[1] - 1) * strides[3];
-  const std::int64_t flipped[4] = {strides[1], strides[0], -strides[2], -strides[3]};
-  conv_transform_weights(static_cast<const char*>(weight) + last * size, flipped, packed,
-                         out_channels, in_channels, kernel, format);
-}
-
 void conv_dgrad(const ConvDgrad& conv, Isa isa) {
   if (conv.batch * conv.height * conv.width * conv.in_channels == 0) return;
   const Plan plan = make_plan(conv, half_rows(isa == Isa::kAvx512 ? 16 : 8), max_threads());

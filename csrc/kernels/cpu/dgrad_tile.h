@@ -94,10 +94,6 @@ ISA inline __attribute__((noinline)) void multiply(const Shared& shared, const T
         const std::int64_t i = at + j * kLanes;
         Vec v = sum[half * kRows + r][j];
         if (conv.add != nullptr) v += load(static_cast<const Element*>(conv.add) + i, valid);
-        if (conv.positive != nullptr) {
-          const Vec positive = load(static_cast<const Element*>(conv.positive) + i, valid);
-          v = positive <= 0 ? Vec{} : v;  // NaN lets it pass, as torch's ReLU does
-        }
         store(static_cast<Element*>(conv.out) + i, v, valid);
       }
     }

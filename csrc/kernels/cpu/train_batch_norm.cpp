@@ -38,6 +38,7 @@ namespace resnet_fused::cpu {
 namespace {
 
 struct Tasks {
+  decltype(&baseline::add_strided_task) add_strided;
   decltype(&baseline::moments_task) moments;
   decltype(&baseline::normalise_task) normalise;
   decltype(&baseline::gradient_task) gradient;
@@ -46,10 +47,10 @@ struct Tasks {
   decltype(&baseline::pool_gradient_task) pool_gradient;
 };
 
-#define TASKS(isa)                                                                                \
-  Tasks {                                                                                         \
-    isa::moments_task, isa::normalise_task, isa::gradient_task, isa::pre_bn_task, isa::pool_task, \
-        isa::pool_gradient_task                                                                   \
+#define TASKS(isa)                                                                     \
+  Tasks {                                                                              \
+    isa::add_strided_task, isa::moments_task, isa::normalise_task, isa::gradient_task, \
+        isa::pre_bn_task, isa::pool_task, isa::pool_gradient_task                      \
   }
 
 Tasks tasks_for(Isa isa) {
@@ -185,6 +186,15 @@ void pre_bn_gradient(const PreBnGradient& op) {
   for_rows(op.rows, [&](std::int64_t first, std::int64_t last) { task(op, first, last); });
 }
 
+void add_strided(const AddStrided& op) {
+  const auto task = tasks().add_strided;
+  const std::int64_t lines = op.batch * ceil_div(op.height, op.stride);
+  const std::int64_t step =
+      std::max(kTaskElements / std::max<std::int64_t>(op.width * op.channels, 1), std::int64_t{1});
+  parallel_for(ceil_div(lines, step),
+               [&](std::int64_t i) { task(op, i * step, std::min((i + 1) * step, lines)); });
+}
+
 void pool_activation(const Pooling& op, void* out, std::uint8_t* argmax) {
   const auto task = tasks().pool;
   parallel_for(op.batch * op.out_height, [&](std::int64_t i) {
@@ -233,7 +243,7 @@ void bn_scale_shift(const float* moments, std::int64_t parts, std::int64_t chann
 void bn_backward_coefficients(const float* sums, std::int64_t parts, const float* total,
                               std::int64_t total_parts, const float* scale_shift,
                               std::int64_t channels, bool frozen, float* coefficients,
-                              float* gradients) {
+                              float* weight_grad, float* bias_grad) {
   const auto sum_of = [&](const float* all, std::int64_t count, std::int64_t at) {
     double sum = 0;
     for (std::int64_t i = 0; i < count; ++i) sum += all[2 * channels * i + at];
@@ -248,8 +258,8 @@ void bn_backward_coefficients(const float* sums, std::int64_t parts, const float
     coefficients[channels + c] = frozen ? 0.0f : static_cast<float>(b);
     coefficients[2 * channels + c] = frozen ? 0.0f : static_cast<float>(d);
     coefficients[3 * channels + c] = scale_shift[c];
-    gradients[c] = static_cast<float>(invstd * sum_of(sums, parts, channels + c));
-    gradients[channels + c] = static_cast<float>(sum_of(sums, parts, c));
+    weight_grad[c] = static_cast<float>(invstd * sum_of(sums, parts, channels + c));
+    bias_grad[c] = static_cast<float>(sum_of(sums, parts, c));
   }
 }
 

@@ -58,6 +58,15 @@ struct PreBnGradient {
   void* out;  // may be g itself
 };
 
+// out (batch, height, width, channels) += add at every `stride`-th line and pixel, in the channels
+// that add has.
+struct AddStrided {
+  std::int64_t batch, height, width, channels, stride;
+  Format format;
+  Residual add;
+  void* out;
+};
+
 // Square windows with padding that never wins.
 struct Pooling {
   std::int64_t batch, height, width, channels;
@@ -70,6 +79,7 @@ void moments(const Moments& op);
 void normalise_add_relu(const NormaliseAddRelu& op);
 void relu_gradient(const ReluGradient& op);
 void pre_bn_gradient(const PreBnGradient& op);
+void add_strided(const AddStrided& op);
 
 // out (batch, out_height, out_width, channels) = max_pool(activation), and where in its window each
 // maximum stands, counted along lines: of equal values the first.
@@ -90,11 +100,11 @@ void pool_gradient(const Pooling& op, const PoolGradient& of);
 void bn_scale_shift(const float* moments, std::int64_t parts, std::int64_t channels,
                     const Vector& weight, const Vector& bias, double eps, float* scale_shift);
 
-// coefficients (4, channels) and the gradients of weight and bias (2, channels), from the sums
+// coefficients (4, channels) and the gradients of weight and bias (channels), from the sums
 // (parts, 2, channels) of this rank and of all.
 void bn_backward_coefficients(const float* sums, std::int64_t parts, const float* total,
                               std::int64_t total_parts, const float* scale_shift,
                               std::int64_t channels, bool frozen, float* coefficients,
-                              float* gradients);
+                              float* weight_grad, float* bias_grad);
 
 }  // namespace resnet_fused::cpu

@@ -290,6 +290,29 @@ ISA void pre_bn_task(const PreBnGradient& op, std::int64_t first, std::int64_t l
   }
 }
 
+template <typename Number>
+ISA_INLINE void add_strided_lines(const AddStrided& op, std::int64_t first, std::int64_t last) {
+  const std::int64_t lines = ceil_div(op.height, op.stride), pixels = ceil_div(op.width, op.stride);
+  for (std::int64_t i = first; i < last; ++i) {
+    const std::int64_t line = i / lines * op.height + i % lines * op.stride;
+    for (std::int64_t x = 0; x < pixels; ++x) {
+      const Number* const add = numbers<Number>(op.add.data) + op.add.offset(i * pixels + x);
+      Number* const out =
+          static_cast<Number*>(op.out) + (line * op.width + x * op.stride) * op.channels;
+      for (std::int64_t c = 0; c < op.add.channels; c += kLanes) {
+        const std::int64_t valid = op.add.channels - c;
+        store(out + c, load(out + c, valid) + load(add + c, valid), valid);
+      }
+    }
+  }
+}
+
+// Lines of `add`, counted through the batch.
+ISA void add_strided_task(const AddStrided& op, std::int64_t first, std::int64_t last) {
+  op.format == Format::kFloat32 ? add_strided_lines<float>(op, first, last)
+                                : add_strided_lines<BFloat16>(op, first, last);
+}
+
 // The largest number of a window and where it is: the tap, counted along lines. NaN is larger than
 // all.
 template <typename Number>

@@ -13,6 +13,7 @@ namespace {
 
 constexpr float kOne = 1, kZero = 0;
 constexpr std::int64_t kLeastTiles = 128;
+constexpr std::int64_t kSmall = 3;  // height or width
 
 // Batch norm that changes nothing: (x - 0) * (1 / sqrt(1 + 0)) + 0.
 BatchNorm identity() {
@@ -31,9 +32,11 @@ bool suits_winograd(const Conv& conv) {
     }
   }
   const std::int64_t tiles = conv.batch * ceil_div(conv.height, 2) * ceil_div(conv.width, 2);
+  // The direct kernel computes the taps beyond an image's edge too, which are many of a small one.
+  const bool small = std::min(conv.height, conv.width) <= kSmall && tiles >= 2 * kLeastTiles;
   return conv.format == Format::kFloat32 && conv.in_channels % 16 == 0 &&
          conv.out_channels % 16 == 0 && tiles >= kLeastTiles &&
-         20 * tiles <= 6 * conv.batch * conv.height * conv.width;
+         20 * tiles <= (small ? 9 : 6) * conv.batch * conv.height * conv.width;
 }
 
 // `conv` with the weight, turned or not, packed for the kernel that runs it.

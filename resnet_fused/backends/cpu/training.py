@@ -10,9 +10,11 @@ cost more than what is then done with them.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,20 +25,24 @@ from ...parameters import Activation, Convolution, Layer, MaxPool, PreBnGradient
 from ...reference.convolution import convolve, well_posed
 from ...reference.training import ReferenceTraining
 from ..arguments import nhwc, residual_arg
+from ..training import Replays
 
 _LANES = 16
+_KEPT_BYTES = 64 << 10  # smaller memory comes from pages that are there
 _reference = ReferenceTraining()
 
 
 class CpuTraining:
-    """Implements `resnet_fused.backends.training.TrainingKernels`, for float32 and bfloat16."""
+    """Implements `TrainingKernels` and `Replays` of `resnet_fused.backends.training`, for float32
+    and bfloat16."""
 
     merge_moments = staticmethod(_reference.merge_moments)
     merge_sums = staticmethod(_reference.merge_sums)
 
     def __init__(self, extension: ModuleType, own: Collection[torch.dtype]) -> None:
         """own: dtypes that our kernels convolve."""
-        self._extension = extension
+        self.extension = extension
+        self.replays: Replays = self
         self._own = own
 
     def saves_all(self) -> bool:
@@ -52,7 +58,7 @@ class CpuTraining:
         if self._convolves(x, conv):
             size = conv.output_size(*x.shape[2:])
             pre_bn = self._empty(x, (len(x), len(conv.weight), *size))
-            self._extension.train_conv(
+            self.extension.train_conv(
                 tensor_arg(pre_bn), tensor_arg(x), tensor_arg(conv.weight.detach()), _window(conv)
             )
         else:
@@ -60,12 +66,12 @@ class CpuTraining:
         if not statistics:
             return pre_bn, None
         moments = torch.empty((3, pre_bn.shape[1]))
-        self._extension.train_moments(tensor_arg(moments), tensor_arg(pre_bn))
+        self.extension.train_moments(tensor_arg(moments), tensor_arg(pre_bn))
         return pre_bn, moments[None]
 
     def bn_scale_shift(self, moments: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         scale_shift = torch.empty((6, moments.shape[2]))
-        self._extension.train_scale_shift(
+        self.extension.train_scale_shift(
             tensor_arg(scale_shift),
             tensor_arg(moments.float().contiguous()),
             tensor_arg(weight.detach()),
@@ -78,7 +84,7 @@ class CpuTraining:
         out = self._empty(main.pre_bn, main.pre_bn.shape)
         residual = shortcut if isinstance(shortcut, Tensor) else None
         other = shortcut if isinstance(shortcut, Activation) else None
-        self._extension.train_bn_add_relu(
+        self.extension.train_bn_add_relu(
             tensor_arg(out),
             _activation_arg(main),
             residual_arg(residual),
@@ -96,22 +102,23 @@ class CpuTraining:
         self, sums: Tensor, total: Tensor, scale_shift: Tensor, frozen: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         channels = scale_shift.shape[1]
-        coefficients, gradients = torch.empty((4, channels)), torch.empty((2, channels))
-        self._extension.train_coefficients(
+        coefficients = torch.empty((4, channels))
+        weight_grad, bias_grad = torch.empty(channels), torch.empty(channels)
+        self.extension.train_coefficients(
             tensor_arg(coefficients),
-            tensor_arg(gradients),
+            tensor_arg(weight_grad),
+            tensor_arg(bias_grad),
             tensor_arg(sums),
             tensor_arg(total),
             tensor_arg(scale_shift),
             frozen,
         )
-        weight_grad, bias_grad = (row.clone() for row in gradients)  # results share no memory
         return coefficients, weight_grad, bias_grad
 
     def pre_bn_gradient(self, gradient: PreBnGradient) -> Tensor:
         g = nhwc(gradient.grad)
         out = g if gradient.last_use else self._empty(g, g.shape)
-        self._extension.train_pre_bn_gradient(
+        self.extension.train_pre_bn_gradient(
             tensor_arg(out),
             tensor_arg(g),
             None if gradient.frozen else optional_tensor_arg(gradient.pre_bn),
@@ -137,7 +144,7 @@ class CpuTraining:
             out = self._empty(g, shape)
             if max(conv.stride) > 1 and before is not None:
                 before = nhwc(before)
-            self._extension.train_dgrad(
+            self.extension.train_dgrad(
                 tensor_arg(out),
                 tensor_arg(nhwc(g)),
                 tensor_arg(conv.weight.detach()),
@@ -150,7 +157,10 @@ class CpuTraining:
             if before is not None:
                 out += before
         if after is not None:
-            out[:, :, ::add_stride, ::add_stride] += after[:, : shape[1]]
+            assert add_stride is not None
+            self.extension.train_add_strided(
+                tensor_arg(out), residual_arg(after[:, : shape[1]]), add_stride
+            )
         if below is None:
             return out, None
         (sums,) = self._relu_gradient(out, out, None, [below])
@@ -161,7 +171,7 @@ class CpuTraining:
             x, posed = well_posed(x, conv)
             return nhwc(_convolution_backward(g, x, posed, 1).to(conv.weight.dtype))
         out = self._empty(conv.weight, conv.weight.shape)
-        self._extension.conv_wgrad(
+        self.extension.conv_wgrad(
             tensor_arg(out), tensor_arg(nhwc(x)), tensor_arg(nhwc(g)), _window(conv)
         )
         return out
@@ -169,7 +179,7 @@ class CpuTraining:
     def bn_relu_pool(self, x: Activation, pool: MaxPool) -> tuple[Tensor, Tensor]:
         shape = (*x.pre_bn.shape[:2], *pool.output_size(*x.pre_bn.shape[2:]))
         out, argmax = self._empty(x.pre_bn, shape), self._empty(x.pre_bn, shape, torch.uint8)
-        self._extension.train_pool(
+        self.extension.train_pool(
             tensor_arg(out), tensor_arg(argmax), _activation_arg(x), tuple(pool)
         )
         return out, argmax
@@ -178,7 +188,7 @@ class CpuTraining:
         self, grad: Tensor, x: Activation, argmax: Tensor, pool: MaxPool
     ) -> tuple[Tensor, Tensor]:
         g, sums = self._empty(x.pre_bn, x.pre_bn.shape), torch.empty((2, x.pre_bn.shape[1]))
-        self._extension.train_pool_gradient(
+        self.extension.train_pool_gradient(
             tensor_arg(g),
             tensor_arg(sums),
             tensor_arg(nhwc(grad)),
@@ -192,16 +202,38 @@ class CpuTraining:
         self, like: Tensor, shape: Collection[int], dtype: torch.dtype | None = None
     ) -> Tensor:
         """An uninitialised channels_last tensor, of like's dtype, in memory that is kept."""
-        dtype = dtype or like.dtype
         n, c, h, w = shape
-        elements = math.prod(shape)
-        if not elements:
-            return nhwc(torch.empty(tuple(shape), dtype=dtype))
-        memory = self._extension.TrainMemory(elements * dtype.itemsize)
-        flat = torch.frombuffer(memory, dtype=dtype, count=elements)
         strides = (h * w * c, 1, w * c, c)
+        return self.allocator(like.device, (n, c, h, w), strides, dtype or like.dtype)()
+
+    def operands(self, weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        return weights
+
+    def allocator(
+        self,
+        device: torch.device,
+        shape: Sequence[int],
+        strides: Sequence[int],
+        dtype: torch.dtype,
+    ) -> Callable[[], Tensor]:
+        elements = math.prod(shape)
+        if elements * dtype.itemsize < _KEPT_BYTES:
+            return functools.partial(torch.empty_strided, shape, strides, dtype=dtype)
+        return functools.partial(self._kept, elements, shape, strides, dtype)
+
+    def _kept(
+        self, elements: int, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype
+    ) -> Tensor:
+        memory = self.extension.TrainMemory(elements * dtype.itemsize)
+        flat = torch.frombuffer(memory, dtype=dtype, count=elements)
         # Not as a view of `flat`: autograd would refuse changes of an op's result in place.
-        return flat.new_empty(0).set_(flat.untyped_storage(), 0, (n, c, h, w), strides)
+        return flat.new_empty(0).set_(flat.untyped_storage(), 0, shape, strides)
+
+    def state(self) -> Hashable:
+        return self, self.saves_all()
+
+    def replay(self, program: Any, device: torch.device, tensors: list[int]) -> None:
+        self.extension.train_run(program, tensors)
 
     def _convolves(self, x: Tensor, conv: Convolution) -> bool:
         return conv.groups == 1 and x.dtype in self._own
@@ -210,7 +242,7 @@ class CpuTraining:
         self, g: Tensor, grad: Tensor, y: Tensor | None, branches: list[Activation]
     ) -> list[Tensor]:
         sums = [torch.empty((2, g.shape[1])) for _ in branches]
-        self._extension.train_relu_gradient(
+        self.extension.train_relu_gradient(
             tensor_arg(g),
             tensor_arg(grad),
             optional_tensor_arg(y),

@@ -9,18 +9,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...parameters import BatchNorm, ConvBn, MaxPool
+from ...parameters import BatchNorm, ConvBn, Convolution, MaxPool
 from .. import Candidates
 from ..reference import ReferenceBackend
 from .convolution import list_conv_bn, list_conv_bn_projection
 from .elementwise import list_bn_add_relu
 from .head import list_head
+from .quantized import list_quantized_conv, list_quantized_stem
 from .stem import list_stem
 from .training import TritonTraining
 
 # Decided when the kernels are defined, that is, when this module is imported.
 INTERPRETED = triton.knobs.runtime.interpret
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int8)
 
 
 @triton.jit
@@ -54,7 +55,7 @@ class TritonBackend(ReferenceBackend):
 
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if dtype not in _DTYPES:
-            return f"its kernels take float32, float16 and bfloat16, and the input is {dtype}"
+            return f"its kernels take float32, float16, bfloat16 and 8-bit integers, not {dtype}"
         if INTERPRETED:
             if device.type != "cpu":
                 return f"TRITON_INTERPRET=1 interprets CPU tensors, and the input is on {device}"
@@ -101,3 +102,28 @@ class TritonBackend(ReferenceBackend):
 
     def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Candidates:
         return list_head(x, weight)
+
+    def quantized_conv(
+        self,
+        x: Tensor,
+        conv: Convolution,
+        bias: Tensor,
+        multiplier: Tensor,
+        shortcut: Tensor | None,
+        shortcut_scale: Tensor | None,
+        projection: Convolution | None,
+        padding_value: Tensor | None,
+        relu: bool,
+    ) -> Candidates:
+        return list_quantized_conv(x, conv, shortcut, projection)
+
+    def quantized_stem(
+        self,
+        x: Tensor,
+        conv: Convolution,
+        bias: Tensor,
+        multiplier: Tensor,
+        padding_value: Tensor | None,
+        pool: MaxPool,
+    ) -> Candidates:
+        return list_quantized_stem(x, conv, pool)

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...parameters import ConvBn
+from ...parameters import ConvBn, Convolution
 from .. import Candidates
 from . import launching
 from .launching import (
@@ -286,13 +286,14 @@ _FMA = (
 _MEASURED = 7
 
 
-def _cut(blocks: tuple[int, ...], gemm: Gemm) -> tuple[int, int, int]:
-    """Tile sizes no larger than the problem's columns and channels ask for."""
+def _cut(blocks: tuple[int, ...], gemm: Gemm, itemsize: int) -> tuple[int, int, int]:
+    """Tile sizes no larger than the problem's columns and channels ask for. Tensor cores take at
+    least 32 bytes of the inner dimension."""
     block_m, block_n, block_c = blocks
     return (
         block_m,
         min(block_n, max(16, triton.next_power_of_2(gemm.columns))),
-        min(block_c, max(16, triton.next_power_of_2(gemm.channels))),
+        min(block_c, max(16, 32 // itemsize, triton.next_power_of_2(gemm.channels))),
     )
 
 
@@ -314,17 +315,17 @@ def configurations(
     limits, itemsize = launching.machine(like.device), like.element_size()
     if limits.interpreted:  # its time goes with the number of steps more than with their size
         block_m = min(128, max(16, triton.next_power_of_2(gemm.rows)))
-        return [Config(_cut((block_m, 256, 128), gemm), 4, 1)]
+        return [Config(_cut((block_m, 256, 128), gemm, itemsize), 4, 1)]
     fma = itemsize == 4 and precision == "ieee"
     costs: dict[Config, float] = {}
     for (block_m, block_n, block_c), warps, stages in _FMA if fma else _TENSOR_CORE:
-        if itemsize == 4 and not fma:
-            block_c //= 2
+        if not fma:
+            block_c = 2 * block_c // itemsize
         if accumulators * block_m * block_n > warps * 32 * 128:
             continue
         if block_m * block_n > 128 * 128 and taps * gemm.channels < 512:
             continue
-        block_m, block_n, block_c = _cut((block_m, block_n, block_c), gemm)
+        block_m, block_n, block_c = _cut((block_m, block_n, block_c), gemm, itemsize)
         if stages * (block_m + block_n) * block_c * itemsize > limits.shared_bytes:
             continue
         tiles = triton.cdiv(gemm.rows, block_m) * triton.cdiv(gemm.columns, block_n) * packs
@@ -338,6 +339,14 @@ def _groups_per_pack(groups: int, group_in: int, group_out: int) -> int:
     return max(n for n in range(1, min(most, groups) + 1) if groups % n == 0)
 
 
+def packed_window(conv: Convolution, packed: int, gemm: Gemm) -> Window:
+    """The window of a convolution whose tiles pack so many groups."""
+    window = Window.of(conv)
+    if packed == 1:
+        return window
+    return window._replace(packed_in=conv.weight.shape[1], packed_out=gemm.columns // packed)
+
+
 class _Plan(NamedTuple):
     """A launch, and the shape of what it writes."""
 
@@ -345,14 +354,14 @@ class _Plan(NamedTuple):
     launch: Launch
 
 
-def _result_shape(x: Tensor, layer: ConvBn) -> tuple[int, int, int, int]:
-    return (x.shape[0], len(layer.conv.weight), *layer.conv.output_size(*x.shape[2:]))
+def result_shape(x: Tensor, conv: Convolution) -> tuple[int, int, int, int]:
+    """The sizes (N, K, P, Q) of the convolution's result."""
+    return (x.shape[0], len(conv.weight), *conv.output_size(*x.shape[2:]))
 
 
-def _packing(x: Tensor, layer: ConvBn) -> tuple[int, Gemm]:
+def packing(x: Tensor, conv: Convolution) -> tuple[int, Gemm]:
     """How many groups a tile packs, and the GEMM of a pack."""
-    conv = layer.conv
-    batch, filters, p, q = _result_shape(x, layer)
+    batch, filters, p, q = result_shape(x, conv)
     group_in, group_out = conv.weight.shape[1], filters // conv.groups
     packed = _groups_per_pack(conv.groups, group_in, group_out)
     return packed, Gemm(batch * p * q, packed * group_out, packed * group_in)
@@ -360,7 +369,7 @@ def _packing(x: Tensor, layer: ConvBn) -> tuple[int, Gemm]:
 
 def list_conv_bn(x: Tensor, layer: ConvBn) -> Candidates:
     """Candidates of op `conv_bn`."""
-    packed, gemm = _packing(x, layer)
+    packed, gemm = packing(x, layer.conv)
     r, s = layer.conv.weight.shape[2:]
     precision = convolution_precision(x.dtype)
     configs = configurations(gemm, x, precision, r * s, layer.conv.groups // packed)
@@ -377,12 +386,9 @@ def _plan_conv_bn(
     precision: str,
 ) -> _Plan:
     conv, _ = layer
-    packed, gemm = _packing(x, layer)
-    shape = _result_shape(x, layer)
+    packed, gemm = packing(x, conv)
+    shape = result_shape(x, conv)
     out = x.new_empty(shape, device="meta").contiguous(memory_format=torch.channels_last)
-    window = Window.of(conv)
-    if packed > 1:
-        window = window._replace(packed_in=conv.weight.shape[1], packed_out=gemm.columns // packed)
     block_m, block_n, block_c = config.blocks
     tiles = triton.cdiv(gemm.rows, block_m) * triton.cdiv(gemm.columns, block_n)
     return _Plan(
@@ -398,7 +404,7 @@ def _plan_conv_bn(
             result=Image.of(out),
             gemm=gemm,
             RELU=relu,
-            WINDOW=window,
+            WINDOW=packed_window(conv, packed, gemm),
             EVEN=gemm.channels % block_c == 0,
             TILE=Tile(block_m, block_n, block_c, is_wide(x, conv.weight, out, residual), precision),
         ),
@@ -423,7 +429,7 @@ def list_conv_bn_projection(x: Tensor, layer: ConvBn, projection: ConvBn) -> Can
         return ()
     if tuple(other.weight.shape[2:]) != (1, 1) or tuple(other.padding) != (0, 0):
         return ()
-    _, gemm = _packing(x, layer)
+    _, gemm = packing(x, layer.conv)
     r, s = conv.weight.shape[2:]
     configs = configurations(gemm, x, convolution_precision(x.dtype), r * s, accumulators=2)
     return launching.candidates(conv_bn_projection, configs, _FAMILY)
@@ -438,8 +444,8 @@ def _plan_conv_bn_projection(
     projection: ConvBn,
     precision: str,
 ) -> _Plan:
-    _, gemm = _packing(x, layer)
-    shape = _result_shape(x, layer)
+    _, gemm = packing(x, layer.conv)
+    shape = result_shape(x, layer.conv)
     out = x.new_empty(shape, device="meta")
     block_m, block_n, block_c = config.blocks
     tiles = triton.cdiv(gemm.rows, block_m) * triton.cdiv(gemm.columns, block_n)

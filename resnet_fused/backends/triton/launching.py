@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
+from ..._extension import optional_tensor_arg
 from ...parameters import BatchNorm, ConvBn, Convolution
-from .. import Candidate, tf32_in_convolutions
+from .. import Candidate, recording, tf32_in_convolutions
 
 # Row indices run past the result by at most a tile, which must not overflow 32 bits either.
 _NARROW_ELEMENTS = 2**31 - 2**16
@@ -141,42 +142,49 @@ class Launch:
         grid: tuple[int, ...],
         config: Config,
         device: torch.device,
+        *,
+        fuses: bool = True,
         **settled: Any,
     ) -> None:
-        """`settled`: by name, the parameters of the kernel that follow its tensors."""
+        """`fuses`: whether the compiler may fuse a multiplication and an addition. `settled`: by
+        name, the parameters of the kernel that follow its tensors."""
         names = kernel.arg_names[-len(settled) :]
         if set(names) != settled.keys():
             raise TypeError(f"{kernel.__name__} ends in {names}, and {[*settled]} were settled")
         self.kernel = kernel
         self.grid = grid
+        self.options = {  # spelled out, as the last one's default varies
+            "num_warps": config.warps,
+            "num_stages": config.stages,
+            "enable_fp_fusion": fuses,
+        }
         self.config = config
         self.settled = [settled[name] for name in names]
         self._index = device.index if device.type == "cuda" else None
         self._compiled: Callable[..., None] | None = None
 
     def __call__(self, *tensors: Any) -> None:
+        recorder = recording.recorder.get()
+        if recorder is not None:
+            recorder.add_call(self.replay, list(map(optional_tensor_arg, tensors)))
         if self._index is not None and torch._C._cuda_getDevice() != self._index:
             with torch.cuda.device(self._index):
                 self._start(tensors)
         else:
             self._start(tensors)
 
+    def replay(self, *addresses: Any) -> None:
+        """Starts it anew, on the device that is current, with addresses in place of tensors."""
+        assert self._compiled is not None
+        self._compiled(*addresses, *self.settled)
+
     def _start(self, tensors: tuple[Any, ...]) -> None:
         if self._compiled is not None:
             self._compiled(*tensors, *self.settled)
             return
-        compiled = self.kernel[self.grid](*tensors, *self.settled, **options(self.config))
+        compiled = self.kernel[self.grid](*tensors, *self.settled, **self.options)
         if isinstance(compiled, CompiledKernel):
             self._compiled = compiled[(*self.grid, 1, 1)[:3]]
-
-
-def options(config: Config) -> dict[str, Any]:
-    """Compiler options; fusing multiply-adds is spelled out because its default varies."""
-    return {
-        "num_warps": config.warps,
-        "num_stages": config.stages,
-        "enable_fp_fusion": True,
-    }
 
 
 def planned(make: Callable[_Parameters, _Plan]) -> Callable[_Parameters, _Plan]:
@@ -243,6 +251,7 @@ def dense(bn: BatchNorm) -> BatchNorm:
 def dense_convolution(conv: Convolution, dtype: torch.dtype) -> Convolution:
     """`conv` with a channels_last weight of that dtype."""
     weight, stride, padding, dilation, groups = conv
+    weight = recording.weights.get().get(id(weight), weight)
     return Convolution(nhwc(weight.to(dtype)), stride, padding, dilation, groups)
 
 

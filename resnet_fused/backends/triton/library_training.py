@@ -15,12 +15,11 @@ from torch import Tensor
 
 from ...parameters import Activation, Convolution
 from ...reference.convolution import convolve
-from .launching import Config, Launch, is_wide, nhwc, planned
+from .launching import Launch, is_wide, nhwc, planned
 from .primitives import tile_index
 from .training import TritonTraining
+from .training_batch_norm import pass_tile
 from .training_convolution import tile_moments
-
-_ELEMENTS = 4096  # of a tile
 
 
 @triton.jit
@@ -47,13 +46,13 @@ def _plan_moments(pre_bn: Tensor) -> tuple[int, Launch]:
     """The number of row tiles, and the launch."""
     channels = pre_bn.shape[1]
     rows = pre_bn.numel() // channels
-    block_c = min(triton.next_power_of_2(channels), 128)
-    block_m = _ELEMENTS // block_c
+    config = pass_tile(channels)
+    block_m, block_c = config.blocks
     tiles = triton.cdiv(rows, block_m)
     return tiles, Launch(
         moments_kernel,
         (tiles * triton.cdiv(channels, block_c),),
-        Config((block_m, block_c), 8, 1),
+        config,
         pre_bn.device,
         rows=rows,
         K=channels,
@@ -73,6 +72,9 @@ def moments(pre_bn: Tensor) -> Tensor:
 
 class LibraryTraining(TritonTraining):
     """`TrainingKernels` whose convolutions, forward and backward, are PyTorch's."""
+
+    def __init__(self) -> None:
+        self.replays = None  # nothing records those
 
     def conv_stats(
         self, x: Tensor, conv: Convolution, statistics: bool

@@ -1,8 +1,8 @@
 """Device functions that the Triton kernels share: indices, batch norm, the convolution's main loop.
 
-Activations are NHWC in memory, weights KRSC (both channels_last), accumulators float32. A
-convolution is an implicit GEMM: rows are output positions n·P·Q + p·Q + q, columns output
-channels, and the inner dimension runs over taps (r, s) and input channels.
+Activations are NHWC in memory, weights KRSC (both channels_last), accumulators float32, of
+integers int32. A convolution is an implicit GEMM: rows are output positions n·P·Q + p·Q + q,
+columns output channels, and the inner dimension runs over taps (r, s) and input channels.
 """
 
 from __future__ import annotations
@@ -180,13 +180,18 @@ def convolve(
     EVEN: tl.constexpr,
     WINDOW: tl.constexpr,
     TILE: tl.constexpr,
+    padding_value=None,
 ):
-    """The float32 accumulator (TILE.m, TILE.n) of a convolution's output tile.
+    """The accumulator (TILE.m, TILE.n) of a convolution's output tile.
 
     x: (N, H, W, C), sizes in `image`; weight: (output channels, R, S, channels); result: the
     output's sizes. `row` and `column` must be valid positions (clamp what lies beyond the edge and
     mask the store instead). `first_channel` is the first input channel of `column`'s group. EVEN:
     TILE.c divides `channels`.
+
+    Integers: weights are int8. Triton's products take two operands of one type, so 128 comes off
+    each uint8 input: the caller adds 128 · the sum of a column's weights to the int32 result.
+    padding_value: (C,), what pixels of the padding hold; None for zero.
 
     Where small groups are packed, `weight` is (…, WINDOW.packed_in), the tile's `channels`
     (<= TILE.c) span whole groups, and weights between unlike groups read as 0.
@@ -222,12 +227,16 @@ def convolve(
     # Members of a tuple are no constants to Triton 3.5 where they stand in another one.
     block_m: tl.constexpr = TILE.m
     block_n: tl.constexpr = TILE.n
-    acc = tl.zeros((block_m, block_n), tl.float32)
+    if weight.dtype.element_ty == tl.int8:
+        acc = tl.zeros((block_m, block_n), tl.int32)
+    else:
+        acc = tl.zeros((block_m, block_n), tl.float32)
     r = 0
     s = 0
     c = 0
     steps = tl.cdiv(taps * channels, TILE.c) if WINDOW.is_flat else taps * tl.cdiv(channels, TILE.c)
     for step in range(steps):
+        border = 0.0
         if WINDOW.is_flat:
             index = step * TILE.c + inner
             tap = index // channels
@@ -260,10 +269,13 @@ def convolve(
                     is_inside(h + r * WINDOW.dilation_h, image.h)
                     & is_inside(w + s * WINDOW.dilation_w, image.w)
                 )[:, None]
+                if padding_value is not None:
+                    place = padding_value + first_channel + inner_channel
+                    border = tl.load(place, in_channels, other=0)[None, :]
                 if EVEN:
-                    a = tl.load(a_tile, in_image, other=0.0)
+                    a = tl.load(a_tile, in_image, other=border)
                 else:
-                    a = tl.load(a_tile, in_image & in_channels[None, :], other=0.0)
+                    a = tl.load(a_tile, in_image & in_channels[None, :], other=border)
             elif EVEN:
                 a = tl.load(a_tile)
             else:
@@ -274,6 +286,8 @@ def convolve(
             b = tl.load(b_tile)
         else:
             b = tl.load(b_tile, in_channels[:, None], other=0.0)
+        if x.dtype.element_ty == tl.uint8:
+            a = (a ^ 128).to(tl.int8, bitcast=True)
         acc = tl.dot(a, b, acc, input_precision=TILE.precision)
         if not WINDOW.is_flat:
             r, s, c = next_step(r, s, c, channels, 0, WINDOW.r, WINDOW.s, 1, 1, TILE.c)

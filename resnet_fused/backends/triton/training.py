@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
+from ... import _extension
 from ...parameters import Activation, Convolution
 from ...reference.training import ReferenceTraining
-from .. import Candidate, Candidates, autotune
+from .. import Candidate, Candidates, autotune, tf32_in_convolutions
+from ..training import Replays
 from . import training_batch_norm as batch_norm
 from . import training_pool as pooling
-from .launching import Config, candidates
+from .launching import Config, candidates, nhwc
 from .training_convolution import conv_stats, conv_stats_configs
 from .training_dgrad import dgrad, dgrad_configs
 from .training_wgrad import wgrad, wgrad_configs
@@ -64,8 +69,49 @@ def _choose(
     return chosen.run
 
 
+class TritonReplays:
+    """Implements `resnet_fused.backends.training.Replays`."""
+
+    def __init__(self, extension: ModuleType) -> None:
+        self.extension = extension
+
+    def state(self) -> Hashable:
+        return (
+            autotune.generation(),
+            tf32_in_convolutions(),
+            torch.are_deterministic_algorithms_enabled(),
+        )
+
+    def operands(self, weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        return [nhwc(weight.to(dtype)) for weight in weights]
+
+    def allocator(
+        self,
+        device: torch.device,
+        shape: Sequence[int],
+        strides: Sequence[int],
+        dtype: torch.dtype,
+    ) -> Callable[[], Tensor]:
+        return functools.partial(torch.empty_strided, shape, strides, dtype=dtype, device=device)
+
+    def replay(self, program: Any, device: torch.device, tensors: list[int]) -> None:
+        arena = torch.empty(program.arena_bytes, dtype=torch.uint8, device=device)
+        with torch.cuda.device(device.index if device.type == "cuda" else -1):
+            program.run(tensors, arena.data_ptr())
+
+
+def _replays() -> TritonReplays | None:
+    """None where kernels are interpreted, which takes tensors, and where nothing can record."""
+    if triton.knobs.runtime.interpret or _extension.available() is not None:
+        return None
+    return TritonReplays(_extension.load())
+
+
 class TritonTraining:
     """Implements `resnet_fused.backends.training.TrainingKernels`."""
+
+    def __init__(self) -> None:
+        self.replays: Replays | None = _replays()
 
     saves_all = staticmethod(_reference.saves_all)
     is_profitable = staticmethod(_reference.is_profitable)

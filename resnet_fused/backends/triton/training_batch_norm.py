@@ -300,7 +300,8 @@ def pre_bn_gradient_kernel(
     tl.store(out + offset, formed.to(out.dtype.element_ty), mask)
 
 
-def _tile(channels: int) -> Config:
+def pass_tile(channels: int) -> Config:
+    """Of a pass over activations: (rows × channels)."""
     block_c = min(triton.next_power_of_2(channels), 128)
     return Config((_ELEMENTS // block_c, block_c), 8, 1)
 
@@ -403,7 +404,7 @@ def _plan_bn_add_relu(main: Activation, shortcut: Tensor | None, normalised: boo
     pre_bn = main.pre_bn
     channels = pre_bn.shape[1]
     rows = pre_bn.numel() // channels
-    config = _tile(channels)
+    config = pass_tile(channels)
     block_m, block_c = config.blocks
     return Launch(
         bn_add_relu_kernel,
@@ -438,7 +439,7 @@ def _plan_relu_gradient(
     """The number of row blocks, and the launch."""
     channels = y.shape[1]
     rows = y.numel() // channels
-    config = _tile(channels)
+    config = pass_tile(channels)
     block_m, block_c = config.blocks
     blocks = triton.cdiv(rows, _TILES * block_m)
     return blocks, Launch(
@@ -476,7 +477,7 @@ def relu_gradient(
 def _plan_pre_bn_gradient(grad: Tensor, pre_bn: Tensor | None) -> Launch:
     channels = grad.shape[1]
     rows = grad.numel() // channels
-    config = _tile(channels)
+    config = pass_tile(channels)
     block_m, block_c = config.blocks
     return Launch(
         pre_bn_gradient_kernel,

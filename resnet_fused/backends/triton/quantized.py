@@ -1,0 +1,524 @@
+"""Quantised int8 convolutions: relu?(conv(x) + bias (+ shortcut)), requantised; pooled, the stem.
+
+Algorithm: the implicit GEMM of `convolution.py` with int32 accumulators on int8 tensor cores. A
+projected shortcut is a second accumulator of the same program. The epilogue is that of
+`resnet_fused.reference.quantized`, bit for bit, hence no multiplication is fused with an addition.
+Images of few channels are first written with their border and 4 (8, …) channels a pixel, so that a
+window row is one run of memory and the inner dimension of a step.
+Tiles: those of `convolution.py` with 128 input channels a step.
+Memory traffic: a byte an element of x, of the weights (from L2), of the shortcut and of the result;
+of images also that of their copy, and the stem's result once more, on its way to the pool.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+from triton.language.extra import libdevice
+
+from ...parameters import Convolution, MaxPool
+from .. import Candidates, recording
+from . import launching
+from .convolution import SLICE, configurations, halves, packed_window, packing, result_shape
+from .launching import (
+    Config,
+    Image,
+    Launch,
+    Strides,
+    Tile,
+    Window,
+    is_wide,
+    nhwc,
+    planned,
+    readable,
+    strides_beside,
+)
+from .primitives import convolve, is_inside, split_position, strided_rows, tile_index
+
+_FAMILY = "triton quantized"
+_MOST_RUN = 64  # channels of a window row, if it is to be a step's inner dimension
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_SHIFTER = tl.constexpr(12582912.0)  # 1.5 · 2**23: the sum with a small integer ends in its bits
+
+
+@triton.jit
+def _rounded(value):
+    """The nearest integer, halves to even, of float32 numbers within int32."""
+    if _INTERPRETED:  # which has no functions of libdevice
+        magnitude = tl.abs(value)
+        nearest = (magnitude + 8388608.0) - 8388608.0
+        nearest = tl.where(magnitude < 8388608.0, nearest, magnitude)
+        return tl.where(value < 0, -nearest, nearest).to(tl.int32)
+    else:
+        return libdevice.float2int_rn(value)
+
+
+@triton.jit
+def _finish(
+    acc,
+    bias,
+    multiplier,
+    projected,
+    projected_offset,
+    shortcut_scale,
+    residual,
+    residual_row,
+    residual_channels,
+    out,
+    row,
+    in_rows,
+    first_column,
+    first_channel,
+    out_channels,
+    K,
+    RELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The epilogue, in slices as in `convolution.finish`, whose arguments it has."""
+    if BLOCK_N > SLICE:
+        accs = halves(acc, BLOCK_M, BLOCK_N)
+        others = (None, None)
+        if projected is not None:
+            others = halves(projected, BLOCK_M, BLOCK_N)
+        for half in tl.static_range(2):
+            _finish(
+                accs[half],
+                bias,
+                multiplier,
+                others[half],
+                projected_offset,
+                shortcut_scale,
+                residual,
+                residual_row,
+                residual_channels,
+                out,
+                row,
+                in_rows,
+                first_column + half * (BLOCK_N // 2),
+                first_channel,
+                out_channels,
+                K,
+                RELU,
+                BLOCK_M,
+                BLOCK_N // 2,
+            )
+    else:
+        column = first_column + tl.arange(0, BLOCK_N)
+        channel = first_channel + column
+        valid = column < out_channels
+        offset = row[:, None] * K + channel[None, :]
+        mask = in_rows[:, None] & valid[None, :]
+        total = acc + tl.load(bias + channel, valid, other=0)[None, :]
+        if shortcut_scale is not None:
+            if projected is not None:
+                added = projected + tl.load(projected_offset + channel, valid, other=0)[None, :]
+            else:
+                place = offset
+                present = mask
+                if residual_row is not None:
+                    place = residual_row[:, None] + channel[None, :]
+                    present = mask & (channel < residual_channels)[None, :]
+                added = tl.load(residual + place, present, other=0)
+            scale = tl.load(shortcut_scale + channel, valid, other=0.0)[None, :]
+            total += _rounded(added.to(tl.float32) * scale)
+        value = total.to(tl.float32) * tl.load(multiplier + channel, valid, other=0.0)[None, :]
+        low = 0.0 if RELU else -128.0
+        high = 255.0 if RELU else 127.0
+        value = tl.minimum(tl.maximum(value, low), high) + _SHIFTER
+        tl.store(out + offset, value.to(tl.int32, bitcast=True).to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def quantized_conv_kernel(
+    x,
+    weight,
+    bias,
+    multiplier,
+    padding_value,
+    shortcut,
+    shortcut_scale,
+    projection,
+    projection_offset,
+    out,
+    gemm,
+    image,
+    result,
+    shortcut_image,
+    shortcut_strides,
+    RELU: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PROJECTION_WINDOW: tl.constexpr,
+    EVEN: tl.constexpr,
+    SHORTCUT_EVEN: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Grid: (tiles of rows × columns, packs), as in `convolution.conv_bn_kernel`. bias and
+    projection_offset hold what `convolve` leaves to add. shortcut_image and shortcut_strides are
+    None where there is no shortcut, and where it is laid out like the result."""
+    row, first_column = tile_index(gemm.rows, gemm.columns, TILE.m, TILE.n, TILE.is_wide)
+    pack = tl.program_id(1)
+    column = first_column + tl.arange(0, TILE.n)
+    column = pack * gemm.columns + tl.where(column < gemm.columns, column, 0)
+    safe_row = tl.where(row < gemm.rows, row, 0)
+    acc = convolve(
+        x,
+        weight,
+        safe_row,
+        column,
+        pack * gemm.channels,
+        image,
+        result,
+        gemm.channels,
+        EVEN,
+        WINDOW,
+        TILE,
+        padding_value,
+    )
+    projected = None
+    residual_row = None
+    residual_channels = None
+    if projection is not None:
+        projected = convolve(
+            shortcut,
+            projection,
+            safe_row,
+            column,
+            0,
+            shortcut_image,
+            result,
+            shortcut_image.c,
+            SHORTCUT_EVEN,
+            PROJECTION_WINDOW,
+            TILE,
+        )
+    elif shortcut_strides is not None:
+        residual_row = strided_rows(row, result.h, result.w, shortcut_strides)
+        residual_channels = shortcut_image.c
+    _finish(
+        acc,
+        bias,
+        multiplier,
+        projected,
+        projection_offset,
+        shortcut_scale,
+        shortcut,
+        residual_row,
+        residual_channels,
+        out,
+        row,
+        row < gemm.rows,
+        first_column,
+        pack * gemm.columns,
+        gemm.columns,
+        result.c,
+        RELU,
+        TILE.m,
+        TILE.n,
+    )
+
+
+@triton.jit
+def border_kernel(
+    x,
+    padding_value,
+    out,
+    pixels,
+    image,
+    bordered,
+    strides,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Grid: (blocks of pixels,). out: (N, `bordered`), dense, of CHANNELS: x inside it,
+    padding_value around it."""
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if WIDE:
+        pixel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    n, p, q = split_position(pixel, bordered.h, bordered.w)
+    channel = tl.arange(0, CHANNELS)
+    h = p - PAD_H
+    w = q - PAD_W
+    inside = is_inside(h, image.h) & is_inside(w, image.w)
+    valid = (channel < image.c)[None, :] & (pixel < pixels)[:, None]
+    place = n * strides.n + h * strides.h + w * strides.w
+    border = 0
+    if padding_value is not None:
+        border = tl.load(padding_value + channel, channel < image.c, other=0)[None, :]
+    value = tl.load(
+        x + place[:, None] + channel[None, :] * strides.c, inside[:, None] & valid, other=border
+    )
+    tl.store(out + pixel[:, None] * CHANNELS + channel[None, :], value, (pixel < pixels)[:, None])
+
+
+@triton.jit
+def max_pool_kernel(
+    x,
+    out,
+    positions,
+    image,
+    pooled,
+    SIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Grid: (blocks of positions, blocks of channels). Of a uint8 map, in which no value is below
+    the border's zero."""
+    position = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    if WIDE:
+        position = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    valid = (position < positions)[:, None] & (channel < image.c)[None, :]
+    n, p, q = split_position(position, pooled.h, pooled.w)
+    best = tl.zeros((BLOCK_P, BLOCK_C), tl.uint8)
+    for tap in tl.static_range(SIZE * SIZE):
+        h = p * STRIDE - PADDING + tap // SIZE
+        w = q * STRIDE - PADDING + tap % SIZE
+        inside = (h >= 0) & (h < image.h) & (w >= 0) & (w < image.w)
+        place = ((n * image.h + h) * image.w + w) * image.c
+        value = tl.load(x + place[:, None] + channel[None, :], inside[:, None] & valid, other=0)
+        best = tl.maximum(best, value)
+    tl.store(out + position[:, None] * image.c + channel[None, :], best, valid)
+
+
+_BORDER = Config((512,), 4, 1)
+_POOL = Config((16, 64), 4, 1)
+
+
+class _Prepared(NamedTuple):
+    """A weight as a kernel reads it, dense, and (K,) int32: the bias, and what `convolve` leaves to
+    add. key: of what they were made, frozen tensors, so that their versions tell."""
+
+    key: tuple[Any, ...]
+    weight: Tensor
+    offset: Tensor
+    bias: Tensor | None  # held, so that its id stays its own
+
+
+_PREPARED: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _prepared(
+    conv: Convolution, like: Tensor, bias: Tensor | None = None, pixel: int = 0
+) -> _Prepared:
+    """`conv`'s weight, of window rows where an image has that many channels a pixel, and offsets
+    for inputs of the type of `like`."""
+    weight = conv.weight
+    key: tuple[Any, ...] = (like.dtype, pixel, recording.version(weight))
+    if bias is not None:
+        key += (id(bias), recording.version(bias))
+    found: _Prepared | None = _PREPARED.get(weight)
+    if found is None or found.key != key:
+        offset = weight.sum((1, 2, 3), dtype=torch.int32)
+        offset = offset * 128 if like.dtype == torch.uint8 else torch.zeros_like(offset)
+        if bias is not None:
+            offset = offset + bias
+        dense = nhwc(weight)
+        if pixel:
+            channels, _, s = weight.shape[1:]
+            runs = F.pad(weight.permute(0, 2, 3, 1), (0, pixel - channels, 0, _run(conv) - s))
+            dense = nhwc(runs.flatten(2)[..., None].permute(0, 2, 1, 3))
+        found = _PREPARED[weight] = _Prepared(key, dense, offset, bias)
+    return found
+
+
+def _pixel(conv: Convolution) -> int:
+    """Channels a pixel of the bordered copy of an image of few channels; 0 where there is none."""
+    _, channels, _, s = conv.weight.shape
+    pixel = triton.next_power_of_2(channels)
+    fits = conv.groups == conv.dilation[1] == 1 < s and s * pixel <= _MOST_RUN
+    return pixel if channels < 16 and fits else 0
+
+
+def _run(conv: Convolution) -> int:
+    """Pixels of a window row, with those that fill a step."""
+    pixel = _pixel(conv)
+    return max(32, triton.next_power_of_2(conv.weight.shape[3] * pixel)) // pixel
+
+
+def _bordered(x: Tensor, conv: Convolution, padding_value: Tensor | None) -> Tensor:
+    """The image with its border; its last window reads beyond it."""
+    (pad_h, pad_w), (height, width) = conv.padding, x.shape[2:]
+    beyond = _run(conv) - conv.weight.shape[3]
+    shape = (x.shape[0], _pixel(conv), height + 2 * pad_h, width + 2 * pad_w + beyond)
+    out = _empty(shape, x.dtype, x)
+    _plan_border(x, out, (pad_h, pad_w))(x, padding_value, out)
+    return out
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=torch.channels_last)
+
+
+@planned
+def _plan_border(x: Tensor, out: Tensor, padding: tuple[int, int]) -> Launch:
+    pixels = out.shape[0] * out.shape[2] * out.shape[3]
+    (block,) = _BORDER.blocks
+    return Launch(
+        border_kernel,
+        (triton.cdiv(pixels, block),),
+        _BORDER,
+        x.device,
+        pixels=pixels,
+        image=Image.of(x),
+        bordered=Image.of(out),
+        strides=Strides(*x.stride()),
+        PAD_H=padding[0],
+        PAD_W=padding[1],
+        WIDE=is_wide(x, out),
+        BLOCK=block,
+        CHANNELS=out.shape[1],
+    )
+
+
+def list_quantized_conv(
+    x: Tensor, conv: Convolution, shortcut: Tensor | None, projection: Convolution | None
+) -> Candidates:
+    """Candidates of op `quantized_conv`; none of fp8."""
+    if conv.weight.dtype != torch.int8:
+        return ()
+    if projection is not None and (
+        conv.groups > 1 or projection.groups > 1 or tuple(projection.padding) != (0, 0)
+    ):
+        return ()
+    packed, gemm = packing(x, conv)
+    taps = conv.weight[0, 0].numel()
+    accumulators = 1 if projection is None else 2
+    configs = configurations(gemm, x, "ieee", taps, conv.groups // packed, accumulators)
+    return launching.candidates(quantized_conv, configs, _FAMILY)
+
+
+@planned
+def _plan(
+    config: Config,
+    shape: tuple[int, int, int, int],
+    x: Tensor,
+    conv: Convolution,
+    shortcut: Tensor | None,
+    projection: Convolution | None,
+    relu: bool,
+) -> Launch:
+    """x: bordered where conv, whose weight has window rows for channels, has few of them."""
+    packed, gemm = packing(x, conv)
+    out = x.new_empty(shape, device="meta").contiguous(memory_format=torch.channels_last)
+    window = packed_window(conv, packed, gemm)
+    block_m, block_n, block_c = config.blocks
+    if gemm.channels > x.shape[1]:
+        block_c = gemm.channels
+    gemm = gemm._replace(rows=shape[0] * shape[2] * shape[3])
+    tiles = triton.cdiv(gemm.rows, block_m) * triton.cdiv(gemm.columns, block_n)
+    is_added = shortcut is not None and projection is None
+    return Launch(
+        quantized_conv_kernel,
+        (tiles, conv.groups // packed),
+        config,
+        x.device,
+        fuses=False,
+        gemm=gemm,
+        image=Image.of(x),
+        result=Image.of(out),
+        shortcut_image=None if shortcut is None else Image.of(shortcut),
+        shortcut_strides=strides_beside(shortcut, out) if is_added else None,
+        RELU=relu,
+        WINDOW=window,
+        PROJECTION_WINDOW=None if projection is None else Window.of(projection),
+        EVEN=gemm.channels % block_c == 0,
+        SHORTCUT_EVEN=shortcut is not None and shortcut.shape[1] % block_c == 0,
+        TILE=Tile(block_m, block_n, block_c, is_wide(x, conv.weight, out, shortcut), "ieee"),
+    )
+
+
+def quantized_conv(
+    config: Config,
+    x: Tensor,
+    conv: Convolution,
+    bias: Tensor,
+    multiplier: Tensor,
+    shortcut: Tensor | None,
+    shortcut_scale: Tensor | None,
+    projection: Convolution | None,
+    padding_value: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    """One convolution with what follows it: see `resnet_fused.reference.quantized`."""
+    shape = result_shape(x, conv)
+    pixel = _pixel(conv)
+    own = _prepared(conv, x, bias, pixel)
+    if pixel:
+        x, padding_value = _bordered(x, conv, padding_value), None
+        conv = conv._replace(padding=(0, 0))
+    x, conv = nhwc(x), conv._replace(weight=own.weight)
+    side: tuple[Tensor | None, Tensor | None] = (None, None)
+    if projection is not None:
+        assert shortcut is not None
+        shortcut = nhwc(shortcut)
+        prepared = _prepared(projection, shortcut)
+        side = prepared.weight, prepared.offset
+        projection = projection._replace(weight=prepared.weight)
+    shortcut = readable(shortcut)
+    out = _empty(shape, torch.uint8 if relu else torch.int8, x)
+    plan = _plan(config, shape, x, conv, shortcut, projection, relu)
+    vectors = own.offset, multiplier, padding_value
+    plan(x, conv.weight, *vectors, shortcut, shortcut_scale, *side, out)
+    return out
+
+
+def list_quantized_stem(x: Tensor, conv: Convolution, pool: MaxPool) -> Candidates:
+    """Candidates of op `quantized_stem`; none of fp8."""
+    if conv.weight.dtype != torch.int8:
+        return ()
+    packed, gemm = packing(x, conv)
+    taps = conv.weight[0, 0].numel()
+    configs = configurations(gemm, x, "ieee", taps, conv.groups // packed)
+    return launching.candidates(quantized_stem, configs, _FAMILY)
+
+
+@planned
+def _plan_pool(x: Tensor, pool: MaxPool) -> Launch:
+    image = Image.of(x)
+    pooled = Image(*pool.output_size(image.h, image.w), image.c)
+    positions = x.shape[0] * pooled.h * pooled.w
+    block_p, block_c = _POOL.blocks
+    return Launch(
+        max_pool_kernel,
+        (triton.cdiv(positions, block_p), triton.cdiv(image.c, block_c)),
+        _POOL,
+        x.device,
+        positions=positions,
+        image=image,
+        pooled=pooled,
+        SIZE=pool.kernel,
+        STRIDE=pool.stride,
+        PADDING=pool.padding,
+        WIDE=is_wide(x),
+        BLOCK_P=block_p,
+        BLOCK_C=block_c,
+    )
+
+
+def quantized_stem(
+    config: Config,
+    x: Tensor,
+    conv: Convolution,
+    bias: Tensor,
+    multiplier: Tensor,
+    padding_value: Tensor | None,
+    pool: MaxPool,
+) -> Tensor:
+    """max_pool(relu(conv)): see `resnet_fused.reference.quantized`."""
+    y = quantized_conv(config, x, conv, bias, multiplier, None, None, None, padding_value, True)
+    out = _empty((*y.shape[:2], *pool.output_size(*y.shape[2:])), y.dtype, y)
+    _plan_pool(y, pool)(y, out)
+    return out

@@ -1,0 +1,329 @@
+"""Training ops as programs: what an op launches for a signature, recorded once, then replayed.
+
+A residual block makes a dozen launches forward and two dozen backward; choosing, checking and
+describing each of them anew costs a small network more than what is then computed. Forward and
+backward are functions of tensors that consist of launches alone, so for one kind of tensors they
+are recorded (`Recorder` of the extension) and replayed by one call, on the CPU within one parallel
+region. Intermediate tensors lie in an arena that ends with the call, what backward needs in one
+workspace.
+
+A program is used only where replaying it gave the bits of the ordinary path, and where PyTorch's
+ops took no part in that. Under whatever watches or transforms what is called, and where processes
+wait for one another, the op goes through PyTorch's dispatcher, launch by launch.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .._extension import tensor_arg, types
+from ..backends import Backend, recording
+from ..backends.arguments import nhwc
+from ..backends.training import Replays
+from .dispatch import chosen_backend, use_backend
+from .modes import PLAIN, is_plain, is_transformed
+from .training_layers import LayerArguments, kernels
+
+_ALIGNMENT = 256  # bytes; of tensors in arena and workspace
+_dtype = operator.attrgetter("dtype")
+_PROGRAMS = 4096  # of all ops; then they are recorded anew
+_COMPUTES_NOTHING = ("aten::empty", "aten::new_empty", "aten::set_")
+
+
+class ProgrammedOp(NamedTuple):
+    """An op of layers, in a form that all training ops share.
+
+    forward: (x, *LayerArguments, *rest) -> result, tensors saved for backward, `scale_shift` of
+        each layer.
+    backward: (grad, x, y, weights, saved, scale_shifts, layers' windows, frozen, *rest, needs_x,
+        needs_weights, needs_affine) -> gradients of x, and of each layer's weight, gamma and beta.
+    registered_backward: the same through PyTorch's dispatcher, which has no second derivative.
+    """
+
+    forward: Callable[..., tuple[Tensor, list[Tensor], list[Tensor]]]
+    backward: Callable[..., tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]]
+    registered_backward: Callable[..., tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]]
+
+
+class _Form(NamedTuple):
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class _Program:
+    """Recorded launches from tensors to new ones, the last of which share one workspace."""
+
+    def __init__(
+        self, replays: Replays, launches: Any, results: Sequence[Tensor], own: int
+    ) -> None:
+        self.replays, self._launches = replays, launches
+        forms = [_Form(t.shape, t.stride(), t.dtype) for t in results]
+        self._shared = forms[own:]
+        self._offsets = [0]
+        for tensor in results[own:]:
+            end = self._offsets[-1] + tensor.numel() * tensor.element_size()
+            self._offsets.append(-(-end // _ALIGNMENT) * _ALIGNMENT)
+        workspace = _Form(torch.Size([self._offsets.pop() // 4]), (1,), torch.float32)
+        device = results[0].device
+        self._own = [replays.allocator(device, *form) for form in forms[:own]]
+        self._workspace = replays.allocator(device, *workspace)
+        self._device = device
+        self.backward: dict[Hashable, _Program | None] = {}
+
+    def run(self, addresses: list[int]) -> tuple[list[Tensor], Tensor]:
+        """The results with memory of their own, and the workspace; `addresses` of the inputs."""
+        own = [allocate() for allocate in self._own]
+        addresses += map(Tensor.data_ptr, own)
+        workspace = self._workspace()
+        addresses += self.shared_addresses(workspace)
+        self.replays.replay(self._launches, self._device, addresses)
+        return own, workspace
+
+    def shared_addresses(self, workspace: Tensor) -> list[int]:
+        start = workspace.data_ptr()
+        return [start + offset for offset in self._offsets]
+
+    def shared(self, workspace: Tensor, last: int | None = None) -> list[Tensor]:
+        """The results in the workspace, or the last ones of them."""
+        first = 0 if last is None else len(self._shared) - last
+        found = []
+        for (shape, strides, dtype), offset in zip(
+            self._shared[first:], self._offsets[first:], strict=True
+        ):
+            memory = workspace if dtype == torch.float32 else workspace.view(dtype)
+            found.append(memory.as_strided(shape, strides, offset // dtype.itemsize))
+        return found
+
+
+class _Watch(TorchDispatchMode):
+    """Sees whether PyTorch's ops compute anything, which no launch tells of."""
+
+    sees_fused_ops = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.computed = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.computed |= not (
+            func.is_view
+            or func._schema.name.startswith(_COMPUTES_NOTHING)
+            or (isinstance(result, Tensor) and result.is_meta)  # which checks of shapes make
+        )
+        return result
+
+
+@torch.no_grad()
+def _record(
+    replays: Replays,
+    function: Callable[[], Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    own: int,
+    weights: Sequence[tuple[Tensor, Tensor]],
+) -> _Program | None:
+    """`function()` of `inputs` as a program, or None where it cannot be one.
+
+    own: how many of the results, the first ones, get memory of their own. weights: which the
+    function has, and what is among the inputs in their place.
+    """
+    places = {id(weight): operand for weight, operand in weights}
+    try:
+        function()  # which chooses kernels, measures and compiles
+        recorder, watch = replays.extension.Recorder(), _Watch()
+        recorder.start()
+        token, placed = recording.recorder.set(recorder), recording.weights.set(places)
+        try:
+            with watch:
+                results = function()
+        finally:
+            recording.recorder.reset(token)
+            recording.weights.reset(placed)
+            recorder.stop()
+        if watch.computed or not {t.dtype for t in (*inputs, *results)} <= types().keys():
+            return None
+        described = [list(map(tensor_arg, tensors)) for tensors in (inputs, results)]
+        launches = recorder.program(0, len(recorder), *described, [], _ALIGNMENT)
+        if launches is None:
+            return None
+        program = _Program(replays, launches, results, own)
+        found, workspace = program.run([t.data_ptr() for t in inputs])
+        same = all(map(same_bits, results, [*found, *program.shared(workspace)]))
+    except torch.OutOfMemoryError:  # recording keeps every intermediate tensor
+        return None
+    return program if same else None
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether NaN and signed zeros agree too; both lie alike in memory."""
+    flat = (t.as_strided((t.numel(),), (1,)).view(torch.uint8) for t in (a, b))
+    return torch.equal(*flat)
+
+
+def _described(tensors: Sequence[Tensor]) -> tuple[list[int], list[Hashable]]:
+    """Addresses, and all else that a recorded launch depends on."""
+    # One loop and few calls, because every op comes by here.
+    addresses: list[int] = []
+    forms: list[Hashable] = []
+    for tensor in tensors:
+        address = tensor.data_ptr()
+        addresses.append(address)
+        forms += (tensor.dtype, tensor.shape, tensor.stride(), address % 16, tensor.device)
+    return addresses, forms
+
+
+_programs: dict[Hashable, _Program | None] = {}
+
+
+def _is_capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is, in which results cannot be compared."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _may_replay(x: Tensor) -> bool:
+    return not (
+        torch.compiler.is_compiling()
+        or x.dim() != 4
+        or not x.numel()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+        or is_transformed()
+    )
+
+
+def run(
+    op: ProgrammedOp, x: Tensor, layers: LayerArguments, rest: tuple[Any, ...]
+) -> tuple[Tensor, list[Tensor]] | None:
+    """The op's result and each layer's `scale_shift`, or None where there is no program for it.
+
+    rest: the arguments behind the layers', the last of which is `sync_group`.
+    """
+    if rest[-1] or not is_plain(x) or not _may_replay(x):
+        return None
+    x = nhwc(x)
+    inputs = [x]
+    for tensors in layers[:5]:
+        inputs += tensors
+    if not PLAIN.issuperset(map(type, inputs)):
+        return None
+    replays = kernels(x).replays
+    if replays is None:
+        return None
+    operands = replays.operands(layers.weights, x.dtype)
+    read = [x, *operands, *inputs[1 + len(operands) :]]
+    addresses, forms = _described(read)
+    settings = (*layers.windows, *layers.frozen, *layers.eps)  # as many as there are weights
+    dtypes = map(_dtype, layers.weights)
+    key = (op.forward, replays.state(), settings, rest, *dtypes, *forms)
+    try:
+        program = _programs[key]
+    except KeyError:
+        if _is_capturing(x):
+            return None
+        if len(_programs) >= _PROGRAMS:
+            _programs.clear()
+
+        def forward() -> list[Tensor]:
+            y, saved, scale_shifts = op.forward(x, *layers, *rest)
+            return [y, *saved, *scale_shifts]
+
+        program = _programs[key] = _record(
+            replays, forward, read, 1, list(zip(layers.weights, operands, strict=True))
+        )
+    if program is None:
+        return None
+    scale_shifts: list[Tensor] = []
+    backend = chosen_backend()
+    call = _Call(op, program, backend, layers.windows, layers.frozen, rest)
+    y: Tensor = _Replayed.apply(call, addresses, scale_shifts, *inputs)
+    return y, scale_shifts
+
+
+class _Call(NamedTuple):
+    op: ProgrammedOp
+    program: _Program
+    backend: Backend | None
+    windows: list[int]
+    frozen: list[bool]
+    rest: tuple[Any, ...]
+
+
+class _Replayed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, call: _Call, addresses: list[int], scale_shifts: list[Tensor], *inputs: Tensor
+    ) -> Tensor:
+        """addresses: of the inputs. Appends to `scale_shifts`, which have no gradient."""
+        (y,), workspace = call.program.run(addresses)
+        count = len(call.frozen)
+        scale_shifts += call.program.shared(workspace, count)
+        ctx.call = call
+        ctx.dtypes = [tensor.dtype for tensor in inputs[1 + count : 1 + 3 * count]]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[: 1 + count], y, workspace)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[3:]
+        if grad is None:
+            return (None,) * (3 + len(needs))
+        call: _Call = ctx.call
+        op, program, count = call.op, call.program, len(call.frozen)
+        x, *weights, y, workspace = ctx.saved_tensors
+        first, second, third, fourth = 1, 1 + count, 1 + 2 * count, 1 + 3 * count
+        affine = [a or b for a, b in zip(needs[second:third], needs[third:fourth], strict=True)]
+        wanted = needs[0], list(needs[first:second]), affine
+        statics = (call.windows, call.frozen, *call.rest, *wanted)
+
+        def saved() -> tuple[list[Tensor], list[Tensor]]:
+            found = program.shared(workspace)
+            return found[:-count], found[-count:]
+
+        def ordinary(backward: Callable[..., Any]) -> list[Tensor]:
+            found = backward(grad, x, y, weights, *saved(), *statics)
+            return [found[0], *found[1], *found[2], *found[3]]
+
+        if torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() > 0:
+            with use_backend(call.backend):
+                grads = ordinary(op.registered_backward)
+        else:
+            grad, x, y = map(nhwc, (grad, x, y))
+            operands = program.replays.operands(weights, x.dtype)
+            inputs = [grad, x, y, *operands]
+            addresses, forms = _described(inputs)
+            key = (needs, *forms)
+            try:
+                found = program.backward[key]
+            except KeyError:
+                found = None
+                if not _is_capturing(x):
+                    with use_backend(call.backend):
+                        every = [*inputs, *(t for tensors in saved() for t in tensors)]
+                        found = _record(
+                            program.replays,
+                            lambda: ordinary(op.backward),
+                            every,
+                            1 + 3 * count,
+                            list(zip(weights, operands, strict=True)),
+                        )
+                    program.backward[key] = found
+            if found is None:
+                with use_backend(call.backend), torch.no_grad():
+                    grads = ordinary(op.backward)
+            else:
+                grads, _ = found.run(addresses + program.shared_addresses(workspace))
+        for i, dtype in enumerate(ctx.dtypes, 1 + count):
+            if grads[i].dtype != dtype:
+                grads[i] = grads[i].to(dtype)
+        wanted_grads = [g if n else None for g, n in zip(grads, needs, strict=False)]
+        return (None, None, None, *wanted_grads, *(None,) * (len(needs) - len(grads)))
