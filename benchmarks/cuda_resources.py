@@ -81,7 +81,7 @@ def block_kernel_table(found: dict[BlockKernel, dict[str, int]]) -> str:
         rows.append(
             [
                 kernel.dtype,
-                str(kernel.inner),
+                f"{kernel.inner}" + ", wgmma" * kernel.sm90,
                 shortcut,
                 str(32 * kernel.warps),
                 f"{kernel.shared / 1024:g} KiB",
@@ -232,7 +232,7 @@ def main() -> None:
         "",
         kernel_table({k: v for k, v in found.items() if isinstance(k, Kernel) and k.sm90}),
         "",
-        "The kernel for a whole bottleneck.",
+        "The kernels for a whole bottleneck.",
         "",
         block_kernel_table({k: v for k, v in found.items() if isinstance(k, BlockKernel)}),
         "",

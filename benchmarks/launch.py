@@ -261,8 +261,11 @@ class Launcher:
 
         self._finish(shape, launch, expected)
 
-    def bottleneck(self, images: int, pixels: int, inner: int, stride: int, project: bool) -> None:
+    def bottleneck(
+        self, kernel: str, images: int, pixels: int, inner: int, stride: int, project: bool
+    ) -> None:
         """A whole block; without a projection its input has as many channels as its result."""
+        run = getattr(self._extension, f"cuda_{kernel}")
         channels = out_channels = inner if self._verify else 4 * inner
         layers = [
             Layer(channels, inner),
@@ -277,7 +280,7 @@ class Launcher:
 
         def launch(out: Tensor) -> None:
             put = [(self._put(w), self._batch_norm(len(w))) for w in weights]
-            self._extension.cuda_bottleneck(out, self._put(x), put, stride, device=0, stream=0)
+            run(out, self._put(x), put, stride, device=0, stream=0)
 
         def expected() -> Array:
             result: Array = x
@@ -358,8 +361,10 @@ def small(run: Launcher, tiles: Sequence[str], images: int) -> Iterator[Launch]:
         yield f"{tile} 3x3", partial(conv, 21, Layer(72, 136, 3))
         yield f"{tile} 3x3 strided", partial(conv, 42, Layer(24, 136, 3, 2))
     for inner, stride, project in ((64, 1, False), (64, 1, True), (64, 2, True), (128, 1, False)):
-        name = f"bottleneck {inner}/{stride}{' projection' * project}"
-        yield name, partial(run.bottleneck, images, 15, inner, stride, project)
+        for kernel in ("bottleneck", "bottleneck_sm90"):
+            if kernel == "bottleneck" or (inner, stride) == (64, 1):
+                name = f"{kernel} {inner}/{stride}{' projection' * project}"
+                yield name, partial(run.bottleneck, kernel, images, 15, inner, stride, project)
     yield "stem", partial(run.stem, images, 30)
     yield "head", partial(run.head, min(images, 16), 264, 1000)
     yield "bn_add_relu", partial(run.bn_add_relu, images, 64)
@@ -376,7 +381,8 @@ def large(run: Launcher, images: int) -> Iterator[Launch]:
     )
     yield "3x3 256 on 14", partial(run.convolution, wide, images, 14, deep)
     yield "3x3 256 on 14 mma.sync", partial(run.convolution, "m128n128", images, 14, deep)
-    yield "bottleneck 64 on 56", partial(run.bottleneck, images, 56, 64, 1, False)
+    for kernel in ("bottleneck", "bottleneck_sm90"):
+        yield f"{kernel} 64 on 56", partial(run.bottleneck, kernel, images, 56, 64, 1, False)
     yield "stem", partial(run.stem, images, 224)
 
 

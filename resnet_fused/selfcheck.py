@@ -47,8 +47,13 @@ _REPEATS_ON_GPU = 20
 _SECONDS_TO_DIE = 10.0
 _SPINS = 2**22  # tries of a barrier, each of some hundred nanoseconds or more
 _SECONDS_TO_START = 120.0
-# The candidates that the families of `cuda` are about, where an op has several.
-_KERNELS = {"bottleneck": "cuda fused", "stem": "cuda fused", "head": "cuda linear"}
+# The candidates that the families of `cuda` are about, where an op has several, by what a family of
+# its own adds to the op's name.
+_KERNELS: dict[str, dict[str, str | None]] = {
+    "bottleneck": {"": "cuda fused", " sm90": "cuda fused sm90"},
+    "stem": {"": "cuda fused"},
+    "head": {"": "cuda linear"},
+}
 
 
 class Result(NamedTuple):
@@ -126,7 +131,8 @@ def checks(backend: str) -> list[Check]:
             continue
         kernels: dict[str, str | None] = {f"{backend} {family}": None}
         if isinstance(implementation, CudaBackend):
-            kernels = {f"{backend} {family}": _KERNELS.get(family)}
+            named = _KERNELS.get(family, {"": None})
+            kernels = {f"{backend} {family}{more}": kernel for more, kernel in named.items()}
             if family == CONVOLUTION:
                 tiles = implementation.tiles
                 kernels = {f"{backend} {family} {tile}": f"cuda {tile}" for tile in tiles}

@@ -20,6 +20,7 @@ _TENSOR = {
     "conv_bn_sm90_split_kernel": _HOPPER,
     "conv_bn_kernel": _WARP,
     "bottleneck_kernel": _WARP,
+    "bottleneck_sm90_kernel": _HOPPER,
     "stem_kernel": _WARP,
     "stem_sm90_kernel": _HOPPER,
     "conv_bn_kernel:": _HOPPER,
@@ -105,6 +106,8 @@ BUDGETS: dict[str, tuple[int, int]] = {
     "bottleneck_kernel 128 inner, stride 2 projection": (226, 3629),
     "bottleneck_kernel 128 inner, stride 1": (370, 4958),
     "bottleneck_kernel 128 inner, stride 1 projection": (366, 4919),
+    "bottleneck_sm90_kernel 64 inner, stride 1": (497, 2074),
+    "bottleneck_sm90_kernel 64 inner, stride 1 projection": (497, 2588),
     "linear_kernel 8 4": (413, 329),
     "linear_kernel 8 1": (193, 267),
     "average_pool_kernel 8": (110, 183),
@@ -167,6 +170,8 @@ BUDGETS: dict[str, tuple[int, int]] = {
 
 # What is known to be slow, and why it stands:
 # - dgrad with a ReLU below waits for each product;
+# - a warpgroup of bottleneck_sm90.cu waits for its products, and for its part of x, while the
+#   others multiply;
 # - the Triton stems read 3 channels one by one, which its training kernels do too; stem.cu copies
 #   pixels and weights so as well;
 # - stem_sm90.cu waits for the second of two products, under which the first one's line is pooled;
@@ -175,6 +180,8 @@ BUDGETS: dict[str, tuple[int, int]] = {
 # - 32 rows are too few for a warpgroup's product; ResNeXt's 4 channels of a group are 8 bytes, and
 #   the Triton bn_add_relu loads 8 bytes a lane; its head pools what it multiplies, in registers.
 KNOWN: dict[str, dict[str, Any]] = {
+    "bottleneck_sm90_kernel 64 inner, stride 1": {"load_bytes": {"16": 8}, "products_pending": 0},
+    "bottleneck_sm90_kernel 64 inner, stride 1 projection": {"products_pending": 0},
     "conv_bn_kernel 128×128": {"load_bytes_elsewhere": {"2": 8}},
     "conv_bn_kernel 128×64": {"load_bytes_elsewhere": {"2": 8}},
     "conv_bn_kernel 128×64 projection": {"load_bytes_elsewhere": {"2": 8}},

@@ -817,7 +817,7 @@ def test_every_barrier_and_wait_of_a_bottleneck_is_needed(simulator, stride):
     """Three steps of conv1, nine of conv2, two slices of three and one, the latter of conv3."""
     case = BlockCase(1, 72, 14, 14, 64, 64, stride, projection=True)
     x, *layers = make_bottleneck(case, generator(), torch.bfloat16)
-    run = partial(SimulatedBackend(simulator)._launcher.bottleneck, x, layers)
+    run = partial(SimulatedBackend(simulator)._launcher.bottleneck, "cuda_bottleneck", x, layers)
     run()
     counts = simulator.take_statistics()
     steps = 3 + 9 + 2 * (3 + 1)

@@ -106,10 +106,11 @@ def stem(simulator: ModuleType, capability: int) -> Tensor:
     return On(backend).stem(x, layer, MaxPool())
 
 
-def bottleneck(simulator: ModuleType) -> Tensor:
-    case = BlockCase(1, 72, 14, 14, 64, 64, 1, projection=True)
+def bottleneck(simulator: ModuleType, kernel: str, channels: int, images: int) -> Tensor:
+    case = BlockCase(images, channels, 14, 14, 64, 64, 1, projection=True)
     x, *layers = make_bottleneck(case, generator(), torch.bfloat16)
-    return SimulatedBackend(simulator)._launcher.bottleneck(x, layers)
+    backend = SimulatedBackend(simulator, capability=90)
+    return backend._launcher.bottleneck(kernel, x, layers)
 
 
 def head(simulator: ModuleType) -> Tensor:
@@ -141,7 +142,8 @@ NETWORK: dict[str, Callable[[ModuleType], Tensor]] = {
     "m64n64_sm90_split4": partial(conv, tile="m64n64_sm90_split4", capability=90, projection=False),
     "stem": partial(stem, capability=80),
     "stem sm90": partial(stem, capability=90),
-    "bottleneck": bottleneck,
+    "bottleneck": partial(bottleneck, kernel="cuda_bottleneck", channels=72, images=1),
+    "bottleneck sm90": partial(bottleneck, kernel="cuda_bottleneck_sm90", channels=64, images=5),
     "head": head,
     "bn_add_relu": bn_add_relu,
 }

@@ -37,7 +37,14 @@ def test_every_kernel_gives_what_numpy_gives(simulated: ModuleType, capsys: Any)
     lines = capsys.readouterr().out.splitlines()
     assert all(line.endswith("done, as NumPy has it") for line in lines)
     tiles = [name for name in simulated.ConvTile.__members__ if name != "automatic"]
-    for name in (*tiles, "bottleneck 64/2 projection", "stem", "head", "bn_add_relu"):
+    for name in (
+        *tiles,
+        "bottleneck 64/2 projection",
+        "bottleneck_sm90 64/1",
+        "stem",
+        "head",
+        "bn_add_relu",
+    ):
         assert any(line.startswith(name) for line in lines), name
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import predict as program
 import pytest
 from time_model import beside
-from time_model.cuda_backend import Block
+from time_model.cuda_backend import Block, LineBlock
 from time_model.cuda_launches import choose_tile
 from time_model.rates import GPUS, rates
 from time_model.work import Work, predict, resident_blocks
@@ -147,15 +147,16 @@ def test_a_whole_bottleneck_pays_as_the_extension_says(
     if projects:
         layers.append(layer(out, channels, 1, 1))
     described = (tensor(batch, channels, size, size), layers, stride)
-    theirs = [
-        getattr(simulator, f"cuda_bottleneck_{question}")
-        for question in ("can_implement", "is_profitable")
-    ]
-    ours = Block(batch, (size, size), channels, inner, out, stride, projects, 4)
     simulator.set_capability(90)
-    assert ours == Block.of(*described, 4)
-    assert ours.can_implement() == theirs[0](*described, 0)
-    assert (ours.can_implement() and ours.is_profitable()) == theirs[1](*described, 0)
+    for kind, kernel in ((Block, "cuda_bottleneck"), (LineBlock, "cuda_bottleneck_sm90")):
+        theirs = [
+            getattr(simulator, f"{kernel}_{question}")
+            for question in ("can_implement", "is_profitable")
+        ]
+        ours = kind(batch, (size, size), channels, inner, out, stride, projects, 4)
+        assert ours == kind.of(*described, 4)
+        assert ours.can_implement() == theirs[0](*described, 0)
+        assert (ours.can_implement() and ours.is_profitable()) == theirs[1](*described, 0)
 
 
 @pytest.mark.parametrize("projects", [False, True])

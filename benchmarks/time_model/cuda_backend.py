@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,12 @@ from resnet_fused.backends.cuda.launch import Launcher
 
 from .rates import Gpu
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 STEP_BYTES = 128  # of a row of an operand
 _MOST_PER_ELEMENT = 128  # multiply-adds for which a whole block pays (bottleneck.cu)
+_LINES_PER_BLOCK = 4  # for which one by lines does (bottleneck_sm90.cu)
 
 
 class Product(NamedTuple):
@@ -59,7 +63,7 @@ class Block(NamedTuple):
     sms: int
 
     @classmethod
-    def of(cls, x: Any, layers: Sequence[Any], stride: int, sms: int) -> Block:
+    def of(cls, x: Any, layers: Sequence[Any], stride: int, sms: int) -> Self:
         """From the descriptions that the binding takes."""
         batch, channels, *image = x[2]
         inner, out_channels = (layers[i][0][2][0] for i in (0, 2))
@@ -95,6 +99,37 @@ class Block(NamedTuple):
         return self.tiles >= self.sms and self.products * self.tiles <= _MOST_PER_ELEMENT * moved
 
 
+class LineBlock(Block):
+    """What bottleneck_sm90.cu decides of it."""
+
+    @property
+    def strips(self) -> int:
+        """Across an image: a strip has up to 62 columns."""
+        return math.ceil(self.image[1] / 62)
+
+    @property
+    def lines(self) -> int:
+        """Of a job."""
+        height = self.image[0]
+
+        def made(lines: int) -> int:
+            jobs = self.batch * self.strips * math.ceil(height / lines)
+            return math.ceil(jobs / self.sms) * (lines + 2)
+
+        return min((math.ceil(height / n) for n in range(1, height + 1)), key=made)
+
+    @property
+    def jobs(self) -> int:
+        return self.batch * self.strips * math.ceil(self.image[0] / self.lines)
+
+    def can_implement(self) -> bool:
+        fits = self.channels <= 64 if self.projects else self.channels == self.out_channels
+        return self.inner <= 64 and self.out_channels <= 256 and self.stride == 1 and fits
+
+    def is_profitable(self) -> bool:
+        return self.batch * self.image[0] * self.strips >= _LINES_PER_BLOCK * self.sms
+
+
 @dataclass
 class Call:
     kernel: str
@@ -123,16 +158,21 @@ class RecordingBackend(CudaBackend):
     """The CUDA backend over an extension that only remembers what it was asked for."""
 
     def __init__(self, gpu: Gpu) -> None:
-        def ask(question: Callable[[Block], bool]) -> Callable[..., bool]:
-            return lambda x, layers, stride, _: question(Block.of(x, layers, stride, gpu.sms))
+        def ask(kind: type[Block], question: Callable[[Any], bool]) -> Callable[..., bool]:
+            return lambda x, layers, stride, _: question(kind.of(x, layers, stride, gpu.sms))
 
-        kernels = ("conv_bn", "bn_add_relu", "bottleneck", "stem", "linear", "average_pool")
+        kernels = (
+            *("conv_bn", "bn_add_relu", "bottleneck", "bottleneck_sm90", "stem", "linear"),
+            "average_pool",
+        )
         super().__init__(
             SimpleNamespace(  # type: ignore[arg-type]
                 ConvTile=SimpleNamespace(automatic="automatic"),
                 cuda_conv_bn_tiles=lambda *_: [],
-                cuda_bottleneck_can_implement=ask(Block.can_implement),
-                cuda_bottleneck_is_profitable=ask(Block.is_profitable),
+                cuda_bottleneck_can_implement=ask(Block, Block.can_implement),
+                cuda_bottleneck_is_profitable=ask(Block, Block.is_profitable),
+                cuda_bottleneck_sm90_can_implement=ask(LineBlock, LineBlock.can_implement),
+                cuda_bottleneck_sm90_is_profitable=ask(LineBlock, LineBlock.is_profitable),
                 **{f"cuda_{name}": partial(str, name) for name in kernels},
             )
         )

@@ -37,16 +37,18 @@ class Kernel(NamedTuple):
 
 
 class BlockKernel(NamedTuple):
-    """One instantiation of the kernel for a whole bottleneck; sizes as in bottleneck.cu."""
+    """One instantiation of a kernel for a whole bottleneck; sizes as in bottleneck.cu or, of the
+    one for sm_90a, as in bottleneck_sm90.cu."""
 
     dtype: str
     inner: int
     stride: int
     projection: bool
+    sm90: bool = False
 
     @property
     def warps(self) -> int:
-        return 4 * self.inner // 64
+        return 16 if self.sm90 else 4 * self.inner // 64
 
     @property
     def positions(self) -> int:
@@ -55,7 +57,13 @@ class BlockKernel(NamedTuple):
 
     @property
     def shared(self) -> int:
-        """Bytes of dynamic shared memory: what is kept, the larger of two rings, the terms."""
+        """Bytes of dynamic shared memory: what is kept, the larger of two rings, the terms; on
+        sm_90a panels of weights, stages and lines, the terms and the mbarriers."""
+        if self.sm90:
+            stages, lines = (3, 5) if self.projection else (4, 6)
+            panels = (1 + 9 + 8 if self.projection else 4 + 9 + 4) + stages
+            channels = 2 * self.inner + 256 * (1 + self.projection)
+            return 64 * 128 * panels + 66 * 128 * lines + 12 * channels + 16 * (stages + lines)
         channels = self.inner // 64 * (32 if self.projection else 64)  # of a slice
         kept = (256 + 34) * self.inner * 2
         ring = max(3 * self.inner * 128, 2 * (self.positions + channels) * 64 * self.projection)
@@ -73,6 +81,9 @@ _DTYPES = {
 
 
 def _block_kernel(name: str) -> BlockKernel | None:
+    found = re.search(r"bottleneck_sm90_kernelI(6__half|13__nv_bfloat16)Lb([01])E", name)
+    if found is not None:
+        return BlockKernel(_DTYPES[found[1]], 64, 1, found[2] == "1", sm90=True)
     found = re.search(
         r"bottleneck_kernelI(6__half|13__nv_bfloat16)NS0_4TileILi(\d+)ELi(\d)ELb([01])E", name
     )

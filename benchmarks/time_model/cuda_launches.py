@@ -20,7 +20,7 @@ from torch import Tensor
 from resnet_fused.testing import machine_code
 
 from . import cuda_kernels
-from .cuda_backend import STEP_BYTES, Block, Call, Product
+from .cuda_backend import STEP_BYTES, Block, Call, LineBlock, Product
 from .rates import Gpu
 from .work import Work, resident_blocks
 
@@ -257,6 +257,50 @@ def _bottleneck(call: Call, gpu: Gpu) -> tuple[Work, str]:
     return work, rf"bottleneck_kernelIT\w*TileILi{width}ELi1ELb0E"
 
 
+def _bottleneck_sm90(call: Call, gpu: Gpu) -> tuple[Work, str]:
+    x, layers, stride = call.arguments
+    block = LineBlock.of(x, layers, stride, gpu.sms)
+    height, width = block.image
+    depth, slices = math.ceil(block.channels / 64), math.ceil(block.out_channels / 128)
+    made = (block.lines + 2) / block.lines  # lines of conv1 for one of the result
+    # The busiest block's lines, of all blocks.
+    tiles = math.ceil(block.jobs / gpu.sms) * min(block.jobs, gpu.sms) * block.lines
+    # Weights and terms, once a block; one thread copies lines.
+    job = 1 / block.lines
+    once = [0.0] * (3 + block.projects)
+    copying = [job / 4, made / 4, made * depth / 4]
+    if block.projects:
+        copying += [0.0, job / 4, 0.25, 0.0]
+    # conv1's job, line and step; conv2's job and line, waits for lines and releases of them by both
+    # warpgroups; slices; the same waits and releases behind the last line.
+    reducing = (job, made, made * depth)
+    expanding = (2 * job, 1.0, 2 * made, 2 * made, slices, 0.0, 0.0)
+    positions = block.batch * height * width
+    ends = block.inner + block.projects * block.channels
+    weights = block.channels * block.inner + 9 * block.inner**2 + ends * block.out_channels
+    read = made * (width + 2 * block.strips) / width + 1  # of x: with its halo, as the shortcut
+    work = Work(
+        layer="",
+        kernel="bottleneck_sm90_kernel",
+        config=f"jobs of {block.lines} lines",
+        shape=f"{block.channels}→{block.inner}→{block.out_channels} at {height}×{width}"
+        + ", projection" * block.projects,
+        tiles=tiles,
+        warps=4,
+        blocks_per_sm=1,
+        trips=(*once, *copying, *reducing, *expanding),
+        shared_loops=(len(once) + len(copying) + len(reducing) + 4,),  # x, read before
+        dram_bytes=int(2 * (positions * (block.channels + block.out_channels) + weights)),
+        l2_bytes=int(2 * positions * (block.channels * read + block.out_channels)),
+        multiply_adds=positions * weights,
+        persistent=True,
+        bulk_bytes=int(8192 * (made * depth + block.projects) / (made * depth + 1 + slices)),
+        in_flight=2,
+        resident_bytes=2 * weights,
+    )
+    return work, rf"bottleneck_sm90_kernelITLb{int(block.projects)}E"
+
+
 def _stem(call: Call, gpu: Gpu) -> tuple[Work, str]:
     batch, _, *image = call.read[0].shape
     filters, *pooled = call.out.shape[1:]
@@ -357,6 +401,7 @@ def _linear(call: Call, gpu: Gpu) -> tuple[Work, str]:
 _DESCRIBE: dict[str, Callable[[Call, Gpu], tuple[Work, str]]] = {
     "conv_bn": _conv_bn,
     "bottleneck": _bottleneck,
+    "bottleneck_sm90": _bottleneck_sm90,
     "stem": _stem,
     "average_pool": _average_pool,
     "linear": _linear,

@@ -42,7 +42,9 @@ class Work:
     several tiles; the loops beyond `trips` and what is in no loop are then other warps' or run
     once. beside: loops that other warps run at the same time, which take resources and are no part
     of a tile's chain. bulk_bytes: that a step's bulk copies write to shared memory, those of other
-    blocks included. meetings: times that the blocks of a cluster wait for each other and read each
+    blocks included. in_flight: tiles of a block that its warpgroups work at, each at one of its
+    own. resident_bytes: that a persistent block copies from L2 before its first tile.
+    meetings: times that the blocks of a cluster wait for each other and read each
     other's memory. dram_bytes, l2_bytes: of the whole launch; the former once each, the latter as
     blocks ask. multiply_adds: useful ones, of numbers of operand_bytes.
     code None: a kernel of PyTorch's or its libraries', of which only bytes and products are known.
@@ -68,6 +70,8 @@ class Work:
     persistent: bool = False
     beside: tuple[int, ...] = ()
     bulk_bytes: int = 0
+    in_flight: int = 1
+    resident_bytes: int = 0
     meetings: int = 0
 
 
@@ -197,13 +201,14 @@ def predict(work: Work, gpu: Gpu, r: Rates) -> Prediction:
     l2 = min(r.l2 * max(1.0, gpu.sms / work.tiles), L2_PORT_BYTES)
     total, chain = _tile(work, r._replace(l2=l2))
     tiles = math.ceil(work.tiles / gpu.sms)
-    turns = math.ceil(tiles / work.blocks_per_sm)
+    turns = math.ceil(tiles / (work.blocks_per_sm * work.in_flight))
     busy = {name: tiles * value for name, value in total.items()}
     chains = {name: turns * value for name, value in chain.items()}
     if work.meetings:
         chains["cluster"] = turns * work.meetings * (r.synchronisation + r.l2_latency)
     if work.persistent:  # the first tile's operands; those of the others are there
         chains["latency"] = chains.get("latency", 0.0) + r.latency
+        chains["l2"] = chains.get("l2", 0.0) + work.resident_bytes / l2
     busy["chain"] = sum(chains.values())
     bound = max(busy, key=busy.__getitem__)
     on_chip = busy[bound] / r.clock / 1e3

@@ -14,6 +14,7 @@
 
 #include "kernels/cuda/bn_add_relu.h"
 #include "kernels/cuda/bottleneck.h"
+#include "kernels/cuda/bottleneck_sm90.h"
 #include "kernels/cuda/conv.h"
 #include "kernels/cuda/head.h"
 #include "kernels/cuda/spin_limit.h"
@@ -300,11 +301,24 @@ void set_bottleneck(Launch<BottleneckLaunch>& launch, const TensorArg& x,
   }
 }
 
+// One of the kernels for whole bottlenecks.
+struct OnMmaSync {
+  static constexpr auto kRun = &resnet_fused::bottleneck;
+  static constexpr auto kCanImplement = &resnet_fused::bottleneck_can_implement;
+  static constexpr auto kIsProfitable = &resnet_fused::bottleneck_is_profitable;
+};
+struct OnWgmma {
+  static constexpr auto kRun = &resnet_fused::bottleneck_sm90;
+  static constexpr auto kCanImplement = &resnet_fused::bottleneck_sm90_can_implement;
+  static constexpr auto kIsProfitable = &resnet_fused::bottleneck_sm90_is_profitable;
+};
+
+template <typename Kernel>
 void run_bottleneck(BottleneckLaunch& launch, std::uintptr_t stream) {
-  check_cuda("bottleneck",
-             resnet_fused::bottleneck(launch.out, launch.op, launch.device, stream_of(stream)));
+  check_cuda("bottleneck", Kernel::kRun(launch.out, launch.op, launch.device, stream_of(stream)));
 }
 
+template <typename Kernel>
 void bottleneck(const TensorArg& out, const TensorArg& x, const std::vector<InnerLayerArg>& layers,
                 std::int64_t stride, int device, std::uintptr_t stream) {
   Launch<BottleneckLaunch> launch;
@@ -318,10 +332,10 @@ void bottleneck(const TensorArg& out, const TensorArg& x, const std::vector<Inne
                resnet_fused::strided(op.width, op.stride)});
   check_apart("out", out, "x", x);
   launch.writes(launch.arguments.out, "out", out);
-  if (!resnet_fused::bottleneck_can_implement(op, device)) {
+  if (!Kernel::kCanImplement(op, device)) {
     refuse("there is no kernel for such a bottleneck on this device");
   }
-  launch.run<run_bottleneck>(stream);
+  launch.run<run_bottleneck<Kernel>>(stream);
 }
 
 // Whether `ask` says so of the bottleneck.
@@ -476,22 +490,27 @@ void register_cuda_kernels(py::module_& module) {
              "The tiles by which cuda_conv_bn computes these arguments on `device`, `automatic`\n"
              "not among them; where it stands for one for sm_90a, that one first.");
 
-  module.def(
-      "cuda_bottleneck", &bottleneck, py::arg("out"), py::arg("x"), py::arg("layers"),
-      py::arg("stride"), py::arg("device"), py::arg("stream"),
+  const auto def_bottleneck = [&](const std::string& name, auto kernel, const char* meaning) {
+    using Kernel = decltype(kernel);
+    module.def(name.c_str(), &bottleneck<Kernel>, py::arg("out"), py::arg("x"), py::arg("layers"),
+               py::arg("stride"), py::arg("device"), py::arg("stream"), meaning);
+    const auto ask = [&](const char* question, auto function, const char* asked) {
+      module.def((name + question).c_str(), function, py::arg("x"), py::arg("layers"),
+                 py::arg("stride"), py::arg("device"), asked);
+    };
+    ask("_can_implement", &ask_bottleneck<Kernel::kCanImplement>,
+        "Whether there is such a kernel for this on that device.");
+    ask("_is_profitable", &ask_bottleneck<Kernel::kIsProfitable>,
+        "Whether there is one that is expected to be faster than a kernel for each layer.");
+  };
+  def_bottleneck(
+      "cuda_bottleneck", OnMmaSync{},
       "out = relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut): layers are "
       "(weight,\n"
       "bn) of the three convolutions and, where x is not the shortcut itself, of its projection;\n"
       "conv2 is 3 x 3 with padding 1, the others 1 x 1; conv2 and the projection have the stride.\n"
       "out is no part of x.");
-  const auto ask = [&](const char* name, auto function, const char* meaning) {
-    module.def(name, function, py::arg("x"), py::arg("layers"), py::arg("stride"),
-               py::arg("device"), meaning);
-  };
-  ask("cuda_bottleneck_can_implement", &ask_bottleneck<&resnet_fused::bottleneck_can_implement>,
-      "Whether cuda_bottleneck has a kernel for this on that device.");
-  ask("cuda_bottleneck_is_profitable", &ask_bottleneck<&resnet_fused::bottleneck_is_profitable>,
-      "Whether it has one that is expected to be faster than a kernel for each layer.");
+  def_bottleneck("cuda_bottleneck_sm90", OnWgmma{}, "The same, by the kernel for sm_90a.");
 
   module.def("cuda_stem", &stem, py::arg("out"), py::arg("x"), py::arg("weight"), py::arg("bn"),
              py::arg("device"), py::arg("stream"),

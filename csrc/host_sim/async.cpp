@@ -44,6 +44,13 @@ struct Load {
   std::vector<Chunk> chunks;
 };
 
+// What a lane's four registers of an operand hold while products read them.
+struct Held {
+  int lane;
+  const std::uint32_t* registers;
+  std::array<std::uint32_t, 4> values;
+};
+
 // The results of products under way, for the registers that `d` points to, lane by lane.
 struct Products {
   std::array<float*, kWarpgroup> d;
@@ -51,6 +58,7 @@ struct Products {
   std::vector<float> values;  // (64, n)
   Time group;
   int delivered;  // lanes that have them
+  std::vector<Held> held = {};
 };
 
 struct Warpgroup {
@@ -156,7 +164,8 @@ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
 // An operand of rows of 16 elements, K-major.
 template <typename T>
 void read_operand(std::uint64_t descriptor, int rows, Access agent, float* to) {
-  const Matrix matrix = decode(descriptor);
+  Matrix matrix = decode(descriptor);
+  matrix.base += static_cast<std::uint32_t>(planted().base_offset);
   for (int row = 0; row < rows; ++row) {
     for (int chunk = 0; chunk < 2; ++chunk) {
       const Address at = own(chunk_address(matrix, row, chunk));
@@ -172,6 +181,7 @@ void read_operand(std::uint64_t descriptor, int rows, Access agent, float* to) {
 struct Product {
   float* d;
   int n;
+  const std::uint32_t* registers;  // of a, or null
   std::uint64_t a, b;
   bool accumulate;
 };
@@ -212,13 +222,29 @@ void multiply(void* const* operands) {
   for (int lane = 0; lane < kWarpgroup; ++lane) {
     const Product p = lane_of(lane);
     if (p.d != found->d[lane] || p.n != first.n || p.a != first.a || p.b != first.b ||
-        p.accumulate != first.accumulate) {
+        p.accumulate != first.accumulate || !p.registers != !first.registers) {
       fault("multiplies other matrices than the rest of its warpgroup");
     }
   }
 
   std::vector<float> a(kRows * kDepth), b(first.n * kDepth), column(first.n);
-  read_operand<T>(first.a, kRows, {warpgroup.agent, time}, a.data());
+  if (first.registers == nullptr) {
+    read_operand<T>(first.a, kRows, {warpgroup.agent, time}, a.data());
+  }
+  for (int lane = 0; first.registers != nullptr && lane < kWarpgroup; ++lane) {
+    if (!state.threads[group * kWarpgroup + lane].registers_fenced) {
+      fault("multiplies registers that it has used since the last wgmma.fence");
+    }
+    Held held{lane, lane_of(lane).registers, {}};
+    std::memcpy(held.values.data(), held.registers, sizeof(held.values));
+    found->held.push_back(held);
+    for (int i = 0; i < 8; ++i) {  // two to a register
+      T value;
+      std::memcpy(&value, reinterpret_cast<const T*>(held.values.data()) + i, sizeof(value));
+      const int row = lane / 32 * 16 + lane % 32 / 4 + i / 2 % 2 * 8;
+      a[row * kDepth + lane % 4 * 2 + i % 2 + i / 4 * 8] = to_float(value);
+    }
+  }
   read_operand<T>(first.b, first.n, {warpgroup.agent, time}, b.data());
   if (!first.accumulate) std::fill(found->values.begin(), found->values.end(), 0.0f);
   for (int depth = 0; depth < kDepth; ++depth) {
@@ -435,11 +461,20 @@ void wait_for_stores(int pending_groups) {
 
 template <typename T>
 void multiply_warpgroup(float* d, int n, std::uint64_t a, std::uint64_t b, bool accumulate) {
-  Product product{d, n, a, b, accumulate};
+  Product product{d, n, nullptr, a, b, accumulate};
   collective("wgmma", &multiply<T>, &product, kWarpgroup);
 }
 template void multiply_warpgroup<__half>(float*, int, std::uint64_t, std::uint64_t, bool);
 template void multiply_warpgroup<__nv_bfloat16>(float*, int, std::uint64_t, std::uint64_t, bool);
+
+template <typename T>
+void multiply_warpgroup(float* d, int n, const std::uint32_t* a, std::uint64_t b, bool accumulate) {
+  Product product{d, n, a, 0, b, accumulate};
+  collective("wgmma", &multiply<T>, &product, kWarpgroup);
+}
+template void multiply_warpgroup<__half>(float*, int, const std::uint32_t*, std::uint64_t, bool);
+template void multiply_warpgroup<__nv_bfloat16>(float*, int, const std::uint32_t*, std::uint64_t,
+                                                bool);
 
 void fence_products() { self().registers_fenced = true; }
 void commit_products() { ++self().products_committed; }
@@ -455,6 +490,12 @@ void wait_for_products(int pending_groups) {
   Warpgroup& warpgroup = state.warpgroups[running_thread() / kWarpgroup];
   for (Products& products : warpgroup.products) {
     if (products.group > done || products.d[lane] == nullptr) continue;
+    for (const Held& held : products.held) {
+      if (held.lane == lane &&
+          std::memcmp(held.registers, held.values.data(), sizeof(held.values)) != 0) {
+        fault("has changed registers that a product under way reads");
+      }
+    }
     for (int i = 0; i < products.n / 2; ++i) {
       products.d[lane][i] = products.values[row_of(lane, i) * products.n + column_of(lane, i)];
     }

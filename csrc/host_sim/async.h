@@ -47,6 +47,9 @@ void wait_for_stores(int pending_groups);
 // the product's group.
 template <typename T>
 void multiply_warpgroup(float* d, int n, std::uint64_t a, std::uint64_t b, bool accumulate);
+// The same with a thread's four registers of a, which it may not change until that wait.
+template <typename T>
+void multiply_warpgroup(float* d, int n, const std::uint32_t* a, std::uint64_t b, bool accumulate);
 void fence_products();
 void commit_products();
 void wait_for_products(int pending_groups);

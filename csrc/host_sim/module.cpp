@@ -98,6 +98,7 @@ PYBIND11_MODULE(_C_sim, module) {
             {"skipped_arrival", &plant.skipped_arrival},
             {"skipped_mbarrier_wait", &plant.skipped_mbarrier_wait},
             {"skipped_product_wait", &plant.skipped_product_wait},
+            {"base_offset", &plant.base_offset},
             {"skipped_store_wait", &plant.skipped_store_wait},
             {"skipped_proxy_fence", &plant.skipped_proxy_fence},
             {"skipped_register_release", &plant.skipped_register_release},

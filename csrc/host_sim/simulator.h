@@ -66,6 +66,7 @@ struct Plant {
   int skipped_register_release = -1;  // for setmaxnreg.dec,
   int skipped_cluster_barrier = -1;   // and for barrier.cluster, its arrival and its wait
   int bytes_not_expected = 0;         // that every mbarrier.arrive.expect_tx leaves out
+  int base_offset = 0;                // added to that of every operand of wgmma
 };
 void plant(const Plant& mistakes);
 

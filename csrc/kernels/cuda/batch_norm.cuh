@@ -62,6 +62,12 @@ __device__ __forceinline__ float parameter(const Vector& vector, std::int64_t i,
   }
 }
 
+__device__ __forceinline__ ScaleShift scale_shift_of(const BatchNorm& bn, std::int64_t channel) {
+  return scale_shift_of(parameter(bn.mean, channel, 0.0f), parameter(bn.var, channel, 1.0f),
+                        parameter(bn.weight, channel, 1.0f), parameter(bn.bias, channel, 0.0f),
+                        bn.eps);
+}
+
 constexpr std::uint32_t kScaleShiftBytes = sizeof(ScaleShift);
 
 // Scale and shift of `stored` channels from `first` on go to shared memory at `to`, zeros beyond
@@ -75,11 +81,7 @@ __device__ __forceinline__ void load_scale_shift(std::uint32_t to, const BatchNo
   for (int i = thread; i < stored; i += threads) {
     const std::int64_t channel = first + channel_at(i);
     ScaleShift loaded{};
-    if (channel_at(i) < count) {
-      loaded = scale_shift_of(parameter(bn.mean, channel, 0.0f), parameter(bn.var, channel, 1.0f),
-                              parameter(bn.weight, channel, 1.0f),
-                              parameter(bn.bias, channel, 0.0f), bn.eps);
-    }
+    if (channel_at(i) < count) loaded = scale_shift_of(bn, channel);
     ptx::store_shared(to + i * kScaleShiftBytes, loaded);
   }
 }

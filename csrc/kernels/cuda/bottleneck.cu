@@ -29,6 +29,7 @@
 // is saved: of a ResNet-50's first stage, half of the memory traffic. The weights come from L2 once
 // a block, 0.7 KiB a position there.
 #include "kernels/cuda/bottleneck.h"
+#include "kernels/cuda/bottleneck_sm90.h"
 #include "kernels/cuda/epilogue.cuh"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/mma_sync.cuh"
@@ -472,6 +473,14 @@ Plan make_plan(void* out, const Bottleneck& a, int device) {
 }
 
 }  // namespace
+
+#ifndef RESNET_FUSED_SM90
+bool bottleneck_sm90_can_implement(const Bottleneck&, int) { return false; }
+bool bottleneck_sm90_is_profitable(const Bottleneck&, int) { return false; }
+cudaError_t bottleneck_sm90(void*, const Bottleneck&, int, cudaStream_t) {
+  return cudaErrorInvalidValue;
+}
+#endif
 
 bool bottleneck_can_implement(const Bottleneck& arguments, int device) {
   return make_plan(nullptr, arguments, device).kernel != nullptr;

@@ -58,6 +58,8 @@ class Accumulators {
     return d_[i / 2][4 * j + i % 2 * 2 + e];
   }
 
+  __device__ __forceinline__ float (&product(int p)) [kN / 2] { return d_[p]; }
+
   // The sum of `steps` steps, at least one, of the consumer's positions. A stage holds a step's
   // Tile::kM rows of x and kN of the weight, and is released once it has been multiplied, in all
   // kBlocks blocks that it was copied to.

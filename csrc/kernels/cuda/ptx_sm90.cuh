@@ -239,9 +239,16 @@ __device__ __forceinline__ void pin(float (&d)[kProducts][kValues]) {
 #pragma unroll
   for (int i = 0; i < kProducts; ++i) pin(d[i]);
 }
+template <int kProducts, int kValues>
+__device__ __forceinline__ void pin(std::uint32_t (&a)[kProducts][kValues]) {
+#pragma unroll
+  for (int i = 0; i < kProducts * kValues; ++i) {
+    asm volatile("" : "+r"(a[i / kValues][i % kValues])::"memory");
+  }
+}
 
-// "wgmma.fence": before the first product into these registers, and after any use of them. D is an
-// array of floats, or of such arrays.
+// "wgmma.fence": before the first product into or of these registers, and after any use of them. D
+// is an array of floats, or of such arrays, or one of `a` operands.
 template <typename D>
 __device__ __forceinline__ void wgmma_fence(D& d) {
   pin(d);
@@ -333,6 +340,41 @@ __device__ __forceinline__ void wgmma(float (&d)[kValues], std::uint64_t a, std:
   } else {
     static_assert(std::is_same_v<T, __nv_bfloat16>);
     RF_WGMMA_OF("bf16")
+  }
+}
+
+// The same with `a` in registers, and N = 64 or 128: with g and t as above, warp w holds of a the
+// pairs of columns 2 t and 2 t + 1 of rows 16 w + g and 16 w + g + 8, then of columns 2 t + 8 and
+// 2 t + 9. So packed pairs of d's values are an operand of the next product. They stay as they are
+// until the wait.
+// clang-format off
+#define RF_WGMMA_A(type, N, count, A, next, last, D, P, t)                             \
+  if constexpr (kValues == count) {                                                    \
+    asm volatile(                                                                      \
+        "{\n"                                                                          \
+        ".reg .pred p;\n"                                                              \
+        "setp.ne.b32 p, %" #last ", 0;\n"                                              \
+        "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {%0" D(RF_S)  \
+        P(RF_S, t) "}, {" A "}, %" #next ", p, 1, 1, 0;\n"                             \
+        "}\n"                                                                          \
+        : "+f"(d[0]) D(RF_O) P(RF_O, t)                                                \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                          \
+          "r"(static_cast<int>(accumulate)));                                          \
+  }
+#define RF_WGMMA_A_OF(type) \
+  RF_WGMMA_A(type, 64, 32, "%32, %33, %34, %35", 36, 37, RF_D3, RF_P2, 3) \
+  RF_WGMMA_A(type, 128, 64, "%64, %65, %66, %67", 68, 69, RF_D6, RF_P4, 6)
+// clang-format on
+
+template <typename T, int kValues>
+__device__ __forceinline__ void wgmma(float (&d)[kValues], const std::uint32_t (&a)[4],
+                                      std::uint64_t b, bool accumulate) {
+  static_assert(kValues == 32 || kValues == 64);
+  if constexpr (std::is_same_v<T, __half>) {
+    RF_WGMMA_A_OF("f16")
+  } else {
+    static_assert(std::is_same_v<T, __nv_bfloat16>);
+    RF_WGMMA_A_OF("bf16")
   }
 }
 

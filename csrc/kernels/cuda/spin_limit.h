@@ -20,7 +20,10 @@ enum class PipelineId : std::uint32_t {
   kConvScaleShift,
   kConvResult,
   kConvSplitOperands,
-  kStemPixels
+  kStemPixels,
+  kBottleneckPixels,
+  kBottleneckShortcut,
+  kBottleneckLines
 };
 
 // What a thread waited for when it gave up.
@@ -39,9 +42,10 @@ struct SpinLimit {
 
 inline std::string to_string(const StuckBarrier& stuck) {
   static constexpr const char* kPipelineNames[][2] = {
-      {"conv_bn_sm90", "operands"}, {"conv_bn_sm90", "scale and shift"},
-      {"conv_bn_sm90", "result"},   {"conv_bn_sm90_split", "operands"},
-      {"stem_sm90", "pixels"},
+      {"conv_bn_sm90", "operands"},    {"conv_bn_sm90", "scale and shift"},
+      {"conv_bn_sm90", "result"},      {"conv_bn_sm90_split", "operands"},
+      {"stem_sm90", "pixels"},         {"bottleneck_sm90", "pixels"},
+      {"bottleneck_sm90", "shortcut"}, {"bottleneck_sm90", "lines"},
   };
   if (stuck.barrier == 0) return "";
   const auto& [kernel, pipeline] = kPipelineNames[(stuck.barrier - 1) / 2];

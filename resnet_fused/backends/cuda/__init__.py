@@ -36,6 +36,12 @@ _MOST_IMAGES_OF_LINEAR = 16
 # Inner channels of a bottleneck that its kernel keeps in shared memory.
 _WIDEST_INNER = 128
 
+# The kernels for whole bottlenecks: the candidate's name, the extension's, the family's.
+_BOTTLENECKS = (
+    ("cuda fused sm90", "cuda_bottleneck_sm90", "cuda bottleneck sm90"),
+    ("cuda fused", "cuda_bottleneck", "cuda bottleneck"),
+)
+
 
 class CudaBackend(ReferenceBackend):
     """Implements `resnet_fused.backends.Backend`."""
@@ -152,13 +158,20 @@ class CudaBackend(ReferenceBackend):
         layers = [layer1, layer2, layer3, *([] if projection is None else [projection])]
         if not _resnet_bottleneck(x, [conv for conv, _ in layers]):
             return ()
-        if not self._launcher.can_implement_bottleneck(x, layers):
-            return ()
-        profitable = self._launcher.is_bottleneck_profitable(x, layers)
-        return (Candidate("cuda fused", self._bottleneck, "cuda bottleneck", profitable),)
+        return [
+            Candidate(
+                name,
+                functools.partial(self._bottleneck, kernel),
+                family,
+                self._launcher.is_bottleneck_profitable(kernel, x, layers),
+            )
+            for name, kernel, family in _BOTTLENECKS
+            if self._launcher.can_implement_bottleneck(kernel, x, layers)
+        ]
 
     def _bottleneck(
         self,
+        kernel: str,
         x: Tensor,
         layer1: ConvBn,
         layer2: ConvBn,
@@ -166,7 +179,7 @@ class CudaBackend(ReferenceBackend):
         projection: ConvBn | None,
     ) -> Tensor:
         layers = [layer1, layer2, layer3, *([] if projection is None else [projection])]
-        return self._launcher.bottleneck(x, layers)
+        return self._launcher.bottleneck(kernel, x, layers)
 
     def stem(self, x: Tensor, layer: ConvBn, pool: MaxPool) -> Candidates:
         if not _resnet_stem(x, layer.conv, pool):

@@ -97,21 +97,22 @@ class Launcher:
         weight = tensor_arg(_relaid(conv.weight))
         return tensor_arg(nhwc(x)), weight, conv[1:4], self._vectors(bn)
 
-    def bottleneck(self, x: Tensor, layers: Sequence[ConvBn]) -> Tensor:
+    def bottleneck(self, kernel: str, x: Tensor, layers: Sequence[ConvBn]) -> Tensor:
+        """`kernel`: the extension's name of one that computes whole bottlenecks."""
         image = layers[1].conv.output_size(*x.shape[2:])
         return self.run(
-            self.extension.cuda_bottleneck,
+            getattr(self.extension, kernel),
             empty_nhwc(x, layers[2].conv.weight.shape[0], *image),
             *self._bottleneck_call(x, layers),
         )
 
-    def can_implement_bottleneck(self, x: Tensor, layers: Sequence[ConvBn]) -> bool:
-        ask = self.extension.cuda_bottleneck_can_implement
+    def can_implement_bottleneck(self, kernel: str, x: Tensor, layers: Sequence[ConvBn]) -> bool:
+        ask = getattr(self.extension, f"{kernel}_can_implement")
         return bool(ask(*self._bottleneck_call(x, layers), self.place(x.device)))
 
-    def is_bottleneck_profitable(self, x: Tensor, layers: Sequence[ConvBn]) -> bool:
-        """Whether its kernel is expected to be faster than one for each layer."""
-        ask = self.extension.cuda_bottleneck_is_profitable
+    def is_bottleneck_profitable(self, kernel: str, x: Tensor, layers: Sequence[ConvBn]) -> bool:
+        """Whether that kernel is expected to be faster than one for each layer."""
+        ask = getattr(self.extension, f"{kernel}_is_profitable")
         return bool(ask(*self._bottleneck_call(x, layers), self.place(x.device)))
 
     def _bottleneck_call(self, x: Tensor, layers: Sequence[ConvBn]) -> tuple[Any, ...]:
