@@ -126,6 +126,7 @@ BUDGETS: dict[str, tuple[int, int]] = {
     "conv_bn_kernel: stage 2 shortcut option A (256, 128, 64) 8 warps": (167, 2766),
     "conv_bn_kernel: stage 1 of ResNeXt 3x3 (256, 32, 32) 8 warps": (115, 901),
     "bn_add_relu_kernel: elementwise () 4 warps": (0, 449),
+    "gate_add_relu_kernel: squeeze and excitation () 4 warps": (0, 449),
     "head_kernel: head (16, 64, 32) 4 warps": (1274, 1062),
     "conv_stats_kernel: 256×64×64 8 warps 3 stages 7×7/2": (1187, 1748),
     "merge_moments_kernel: 32 4 warps 1 stages": (105, 543),
