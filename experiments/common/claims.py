@@ -103,7 +103,7 @@ def judged(claim: Claim, rows: Rows) -> str:
     """The claim's paragraph in a report, with its verdict."""
     found = claim.judge(rows)
     margin = "" if found.margin is None else f"; margin {found.margin:.3g}"
-    deviation = "" if found.spread is None else f", spread over seeds {found.spread:.3g}"
+    deviation = "" if found.spread is None else f", spread over seeds {round(found.spread, 9):.3g}"
     return "\n".join(
         (
             f"**{claim.name}** ({claim.source}): **{found.verdict}**{margin}{deviation}.",

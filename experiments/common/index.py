@@ -102,7 +102,7 @@ def margin(found: Finding) -> str:
 
 def spread(found: Finding) -> str:
     """For a table."""
-    return "–" if found.spread is None else f"{found.spread:.3g}"
+    return "–" if found.spread is None else f"{round(found.spread, 9):.3g}"
 
 
 def table(folder: Path) -> str:
