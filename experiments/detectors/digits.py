@@ -116,13 +116,13 @@ def write_single(root: Path, train: int, test: int, seed: int) -> None:
             own_pairs = InMemory(pairs.images[alike], [label] * int(alike.sum()))
             painted = _paint(own_pairs, _size(number), _SINGLE_SIDES, 1, random)
             own = f"{label}/{label}_{number}" if part == "train" else f"ILSVRC2012_val_{number:08d}"
-            files = [
+            picture, description = (
                 folder / kind / "CLS-LOC" / part / f"{own}.{suffix}"
                 for kind, suffix in (("Data", "JPEG"), ("Annotations", "xml"))
-            ]
-            for file in files:
+            )
+            for file in (picture, description):
                 file.parent.mkdir(parents=True, exist_ok=True)
-            _write(*files, *painted, counts_from=0)
+            _write(picture, description, *painted, counts_from=0)
             names.append(own)
         list_ = folder / "ImageSets" / "CLS-LOC" / f"{name}.txt"
         list_.parent.mkdir(parents=True, exist_ok=True)

@@ -53,6 +53,9 @@ class Localizer(nn.Module):
     mean, std: of the channels.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         network: ResidualNetwork,

@@ -125,7 +125,7 @@ class _Training:
         self.name, self.recipe, self.launch = name, recipe, launch
         self.views, self.measured = views, measured
         torch.manual_seed(seed_of(launch.seed, "weights"))
-        self.model = build().to(launch.device, memory_format=torch.channels_last)
+        self.model = build().to(launch.device).to(memory_format=torch.channels_last)
         self.parallel: nn.Module = self.model
         self.optimizer = torch.optim.SGD(
             [p for p in self.model.parameters() if p.requires_grad],
