@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import BasicBlock, Bottleneck, NormLayer, PlainBlock
-from .network import ResidualNetwork, StageShape, build
+from .build import build
+from .network import ResidualNetwork, StageShape
 from .weights import WeightsSource
 
 

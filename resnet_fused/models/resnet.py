@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import BasicBlock, Bottleneck, NormLayer, PlainBlock, conv3x3
-from .network import ResidualNetwork, StageShape, build
+from .build import build
+from .network import ResidualNetwork, StageShape
 from .weights import WeightsSource
 
 
