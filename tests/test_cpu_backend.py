@@ -414,6 +414,19 @@ def test_the_processor_decides_what_onednn_computes(
         assert len(backend.conv_bn_projection(x, layer, x, layer)) == bool(isa)
 
 
+@pytest.mark.parametrize(("dilation", "is_far"), [(1, False), (4, False), (24, True)])
+def test_dilated_windows_that_reach_far_are_onednns(dilation: int, is_far: bool) -> None:
+    """Of an atrous pyramid; a task of ours would copy mostly zeros."""
+    backend = cpu.CpuBackend()
+    if torch.float32 not in backend._own:
+        pytest.skip("all of float32 is left to other backends")
+    case = ConvCase(1, 1024, 20, 20, 16, 3, 1, dilation, dilation)
+    x, layer = make_convolution(case, generator(), torch.float32, "cpu")
+    assert isinstance(backend._pack(x, layer.conv), OneDnnConvolution) == is_far
+    with use_backend(backend):
+        check_op(resnet_fused.ops.conv_bn, reference.conv_bn, [x, layer, None, True])
+
+
 def test_an_absent_or_foreign_extension_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_extension, "available", lambda: "it is left out by the test")
     with pytest.raises(BackendUnavailableError, match=r"left out by the test.*'reference'"):

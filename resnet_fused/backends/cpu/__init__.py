@@ -1,8 +1,9 @@
 """Backend `cpu`: float32 (AVX2 or AVX-512) and bfloat16, with the compiled extension.
 
 Convolutions run as its kernels: direct for one group and for several, Winograd for 3×3 in float32,
-and the stem with its pooling. What those do not serve, bfloat16 on some processors, runs as
-oneDNN's convolution and one pass of ours. Quantised ops have kernels of their own, in int8.
+and the stem with its pooling. What those do not serve, bfloat16 on some processors, or not as fast,
+dilated windows that reach far, runs as oneDNN's convolution and one pass of ours. Quantised ops have
+kernels of their own, in int8.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from .native import PackedConvolution, PooledStem, bn_add_relu, head, squeeze_ex
 from .onednn import OPERATORS, OneDnnConvolution
 from .quantized import QuantizedCpuBackend
 from .training import CpuTraining
+
+_MOST_COPIED = 4 << 20  # bytes: beyond a core's caches, where zeros are most of what is copied
 
 
 class CpuBackend(QuantizedCpuBackend):
@@ -130,7 +133,7 @@ class CpuBackend(QuantizedCpuBackend):
         return packed(x, bn)
 
     def _pack(self, x: Tensor, conv: Convolution) -> PackedConvolution | OneDnnConvolution:
-        own = conv.groups > 1 or conv.weight.dtype in self._own
+        own = conv.groups > 1 or (conv.weight.dtype in self._own and not _reaches_far(x, conv))
         winograd = own and suits_winograd(x, conv)
         form = (own, winograd, *map(tuple, conv[1:4]), conv.groups)
 
@@ -140,6 +143,13 @@ class CpuBackend(QuantizedCpuBackend):
             return OneDnnConvolution(self.extension, conv)
 
         return self._convolutions.get(conv.weight, form, pack)
+
+
+def _reaches_far(x: Tensor, conv: Convolution) -> bool:
+    """Whether a dilated window's lines are more than a task of ours copies for its own use."""
+    rows, columns = ((n - 1) * d for n, d in zip(conv.weight.shape[2:], conv.dilation, strict=True))
+    lines = (rows + 1) * (x.shape[3] + columns) * x.shape[1] * x.element_size()
+    return max(conv.dilation) > 1 and lines > _MOST_COPIED
 
 
 def create() -> Backend:
