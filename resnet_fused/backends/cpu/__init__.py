@@ -1,9 +1,9 @@
 """Backend `cpu`: float32 (AVX2 or AVX-512) and bfloat16, with the compiled extension.
 
 Convolutions run as its kernels: direct for one group and for several, Winograd for 3×3 in float32,
-and the stem with its pooling. What those do not serve, bfloat16 on some processors, or not as fast,
-dilated windows that reach far, runs as oneDNN's convolution and one pass of ours. Quantised ops have
-kernels of their own, in int8.
+and the stem with its pooling. What those do not serve, bfloat16 on some processors, runs as
+oneDNN's convolution and one pass of ours; dilated windows that reach far, as in atrous pyramids,
+are left to PyTorch. Quantised ops have kernels of their own, in int8.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ class CpuBackend(QuantizedCpuBackend):
         return (Candidate("cpu", functools.partial(bn_add_relu, self.extension)),)
 
     def conv_bn(self, x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool) -> Candidates:
-        return (Candidate("cpu", self._conv_bn),) if self._computes(layer) else ()
+        return (Candidate("cpu", self._conv_bn),) if self._computes(x, layer.conv) else ()
 
     def conv_bn_projection(
         self, x: Tensor, layer: ConvBn, shortcut: Tensor, projection: ConvBn
     ) -> Candidates:
-        if not (self._computes(layer) and self._computes(projection)):
+        if not (self._computes(x, layer.conv) and self._computes(shortcut, projection.conv)):
             return ()
         return (Candidate("cpu", self._conv_bn_projection),)
 
@@ -107,9 +107,9 @@ class CpuBackend(QuantizedCpuBackend):
     def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Candidates:
         return (Candidate("cpu", functools.partial(head, self.extension)),)
 
-    def _computes(self, layer: ConvBn) -> bool:
+    def _computes(self, x: Tensor, conv: Convolution) -> bool:
         # Several groups are not oneDNN's: see reference/convolution.py.
-        return layer.conv.groups == 1 or self._groups
+        return (conv.groups == 1 or self._groups) and not _reaches_far(x, conv)
 
     def _conv_bn(self, x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool) -> Tensor:
         return self._pack(x, layer.conv)(x, layer.bn, residual, relu)
@@ -133,7 +133,7 @@ class CpuBackend(QuantizedCpuBackend):
         return packed(x, bn)
 
     def _pack(self, x: Tensor, conv: Convolution) -> PackedConvolution | OneDnnConvolution:
-        own = conv.groups > 1 or (conv.weight.dtype in self._own and not _reaches_far(x, conv))
+        own = conv.groups > 1 or conv.weight.dtype in self._own
         winograd = own and suits_winograd(x, conv)
         form = (own, winograd, *map(tuple, conv[1:4]), conv.groups)
 

@@ -1,8 +1,7 @@
 """oneDNN's convolution through PyTorch's `mkldnn` operators, on weights packed once.
 
 For what our own kernel does not do, or not as fast: one group in bfloat16 where the processor lacks
-its instructions or multiplies matrices in tiles (AMX), and dilated windows that reach far (atrous
-pyramids). Nothing is folded into the weights: in
+its instructions or multiplies matrices in tiles (AMX). Nothing is folded into the weights: in
 bfloat16 a folded weight's rounding is the same at every pixel, which the average pool does not
 shrink as it shrinks the roundings of activations.
 """
