@@ -177,7 +177,7 @@ def _throughput(options: argparse.Namespace, name: str, batch: Sequence[int]) ->
 
 
 def profile(options: argparse.Namespace, gpu: Gpu) -> Step:
-    """Six launches under Nsight Compute, which leaves the clocks alone."""
+    """Seven launches under Nsight Compute, which leaves the clocks alone."""
     command = ["ncu", "--clock-control", "none", "--set", "full", "--page", "raw", "--csv"]
     command += ["--log-file", f"{options.results}/ncu.csv", PYTHON, "benchmarks/launch.py", "large"]
     return Step("profile", 45, 90, [command], needs=("ncu",), hardware=True)

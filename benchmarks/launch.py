@@ -5,7 +5,7 @@
     ncu --clock-control none --set full python benchmarks/launch.py large
 
 `small`: each kernel and each tile of a convolution on integers in float16, three tiles for each
-SM of a large GPU; results have to equal NumPy's, bit for bit. `large`: six layers of a
+SM of a large GPU; results have to equal NumPy's, bit for bit. `large`: seven kernels of a
 ResNet-50 on random values, 256 images, one launch each. The process holds nothing but the extension
 and the driver's library, and all kernels in it are ours. `--simulate` takes the host simulator.
 """
@@ -371,7 +371,7 @@ def small(run: Launcher, tiles: Sequence[str], images: int) -> Iterator[Launch]:
 
 
 def large(run: Launcher, images: int) -> Iterator[Launch]:
-    """Six layers of a ResNet-50, each bound by something else."""
+    """Seven kernels of a ResNet-50, each bound by something else."""
     narrow, wide = "m128n64_sm90", "m128n128_sm90"
     deep = Layer(256, 256, 3)
     yield "3x3 64 on 56", partial(run.convolution, narrow, images, 56, Layer(64, 64, 3))

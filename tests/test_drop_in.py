@@ -1092,7 +1092,9 @@ def test_safe_tensors(tmp_path) -> None:
 
 
 class Counting:
-    """Training pieces that count their calls."""
+    """Training pieces that count their calls, which programs do not make."""
+
+    replays = None
 
     def __init__(self, pieces: Any) -> None:
         self._pieces, self.calls = pieces, []
