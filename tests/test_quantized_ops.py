@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -226,6 +228,17 @@ def test_random_layers_equal_the_reference(backend: str, first: int) -> None:
         arguments = random_quantized_conv(seed)
         found = differences(backend, conv_op, reference.quantized_conv, arguments)
         assert found == 0, f"seed {seed}: {arguments[1][1:]}, x {tuple(arguments[0].shape)}"
+
+
+def test_weights_are_not_kept_alive(backend: str) -> None:
+    """A 1×1 weight is dense as it is: what is kept of it must not be the weight itself."""
+    x, conv, *others = make_quantized_conv(ConvCase(1, 32, 4, 4, 32), generator())
+    with use_backend(backend):
+        conv_op(x, conv, *others)
+    gone = weakref.ref(conv.weight)
+    del conv
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.slow

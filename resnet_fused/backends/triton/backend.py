@@ -127,7 +127,7 @@ class TritonBackend(ReferenceBackend):
         padding_value: Tensor | None,
         relu: bool,
     ) -> Candidates:
-        return list_quantized_conv(x, conv, shortcut, projection)
+        return list_quantized_conv(x, conv, projection)
 
     def quantized_stem(
         self,

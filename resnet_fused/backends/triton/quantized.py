@@ -12,6 +12,7 @@ of images also that of their copy, and the stem's result once more, on its way t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -298,11 +299,12 @@ _POOL = Config((16, 64), 4, 1)
 
 
 class _Prepared(NamedTuple):
-    """A weight as a kernel reads it, dense, and (K,) int32: the bias, and what `convolve` leaves to
-    add. key: of what they were made, frozen tensors, so that their versions tell."""
+    """A weight as a kernel reads it, None where that is the weight itself, which a cache of weak
+    keys must not hold; and (K,) int32: the bias, and what `convolve` leaves to add. key: of what
+    they were made, frozen tensors, so that their versions tell."""
 
     key: tuple[Any, ...]
-    weight: Tensor
+    weight: Tensor | None
     offset: Tensor
     bias: Tensor | None  # held, so that its id stays its own
 
@@ -312,9 +314,9 @@ _PREPARED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def _prepared(
     conv: Convolution, like: Tensor, bias: Tensor | None = None, pixel: int = 0
-) -> _Prepared:
-    """`conv`'s weight, of window rows where an image has that many channels a pixel, and offsets
-    for inputs of the type of `like`."""
+) -> tuple[Tensor, Tensor]:
+    """`conv`'s dense weight, of window rows where an image has that many channels a pixel, and
+    offsets for inputs of the type of `like`."""
     weight = conv.weight
     key: tuple[Any, ...] = (like.dtype, pixel, recording.version(weight))
     if bias is not None:
@@ -330,8 +332,9 @@ def _prepared(
             channels, _, s = weight.shape[1:]
             runs = F.pad(weight.permute(0, 2, 3, 1), (0, pixel - channels, 0, _run(conv) - s))
             dense = nhwc(runs.flatten(2)[..., None].permute(0, 2, 1, 3))
-        found = _PREPARED[weight] = _Prepared(key, dense, offset, bias)
-    return found
+        own = None if dense is weight else dense
+        found = _PREPARED[weight] = _Prepared(key, own, offset, bias)
+    return weight if found.weight is None else found.weight, found.offset
 
 
 def _pixel(conv: Convolution) -> int:
@@ -383,9 +386,7 @@ def _plan_border(x: Tensor, out: Tensor, padding: tuple[int, int]) -> Launch:
     )
 
 
-def list_quantized_conv(
-    x: Tensor, conv: Convolution, shortcut: Tensor | None, projection: Convolution | None
-) -> Candidates:
+def list_quantized_conv(x: Tensor, conv: Convolution, projection: Convolution | None) -> Candidates:
     """Candidates of op `quantized_conv`; none of fp8."""
     if conv.weight.dtype != torch.int8:
         return ()
@@ -393,11 +394,15 @@ def list_quantized_conv(
         conv.groups > 1 or projection.groups > 1 or tuple(projection.padding) != (0, 0)
     ):
         return ()
+    return _listed(quantized_conv, x, conv, 1 if projection is None else 2)
+
+
+def _listed(run: Callable[..., Tensor], x: Tensor, conv: Convolution, sums: int = 1) -> Candidates:
+    """`run` in each configuration for so many accumulators."""
     packed, gemm = packing(x, conv)
     taps = conv.weight[0, 0].numel()
-    accumulators = 1 if projection is None else 2
-    configs = configurations(gemm, x, "ieee", taps, conv.groups // packed, accumulators)
-    return launching.candidates(quantized_conv, configs, _FAMILY)
+    configs = configurations(gemm, x, "ieee", taps, conv.groups // packed, sums)
+    return launching.candidates(run, configs, _FAMILY)
 
 
 @planned
@@ -455,22 +460,21 @@ def quantized_conv(
     """One convolution with what follows it: see `resnet_fused.reference.quantized`."""
     shape = result_shape(x, conv)
     pixel = _pixel(conv)
-    own = _prepared(conv, x, bias, pixel)
+    weight, offset = _prepared(conv, x, bias, pixel)
     if pixel:
         x, padding_value = _bordered(x, conv, padding_value), None
         conv = conv._replace(padding=(0, 0))
-    x, conv = nhwc(x), conv._replace(weight=own.weight)
+    x, conv = nhwc(x), conv._replace(weight=weight)
     side: tuple[Tensor | None, Tensor | None] = (None, None)
     if projection is not None:
         assert shortcut is not None
         shortcut = nhwc(shortcut)
-        prepared = _prepared(projection, shortcut)
-        side = prepared.weight, prepared.offset
-        projection = projection._replace(weight=prepared.weight)
+        side = other, _ = _prepared(projection, shortcut)
+        projection = projection._replace(weight=other)
     shortcut = readable(shortcut)
     out = _empty(shape, torch.uint8 if relu else torch.int8, x)
     plan = _plan(config, shape, x, conv, shortcut, projection, relu)
-    vectors = own.offset, multiplier, padding_value
+    vectors = offset, multiplier, padding_value
     plan(x, conv.weight, *vectors, shortcut, shortcut_scale, *side, out)
     return out
 
@@ -479,10 +483,7 @@ def list_quantized_stem(x: Tensor, conv: Convolution, pool: MaxPool) -> Candidat
     """Candidates of op `quantized_stem`; none of fp8."""
     if conv.weight.dtype != torch.int8:
         return ()
-    packed, gemm = packing(x, conv)
-    taps = conv.weight[0, 0].numel()
-    configs = configurations(gemm, x, "ieee", taps, conv.groups // packed)
-    return launching.candidates(quantized_stem, configs, _FAMILY)
+    return _listed(quantized_stem, x, conv)
 
 
 @planned
