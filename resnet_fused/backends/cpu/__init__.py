@@ -146,10 +146,10 @@ class CpuBackend(QuantizedCpuBackend):
 
 
 def _reaches_far(x: Tensor, conv: Convolution) -> bool:
-    """Whether a dilated window's lines are more than a task of ours copies for its own use."""
+    """Whether a dilated window of one group has more lines than a task of ours should copy."""
     rows, columns = ((n - 1) * d for n, d in zip(conv.weight.shape[2:], conv.dilation, strict=True))
     lines = (rows + 1) * (x.shape[3] + columns) * x.shape[1] * x.element_size()
-    return max(conv.dilation) > 1 and lines > _MOST_COPIED
+    return conv.groups == 1 and max(conv.dilation) > 1 and lines > _MOST_COPIED
 
 
 def create() -> Backend:
