@@ -115,7 +115,8 @@ _BY_HEURISTIC = {"RESNET_FUSED_TUNE": "off"}
 
 
 def selfcheck(options: argparse.Namespace, gpu: Gpu) -> Step:
-    """Every kernel family and every tile, exact on integers, at sizes that fill the GPU."""
+    """Every kernel family and every tile, exact on integers, at sizes that fill the GPU. What has
+    not passed is left out of all later steps, as it is for users."""
     command = [
         PYTHON,
         "-m",
@@ -126,7 +127,7 @@ def selfcheck(options: argparse.Namespace, gpu: Gpu) -> Step:
     if options.rehearse:
         command += ["--backend", "cuda_sim", "--only", "m128n64_sm90", "stem", "head"]
         return Step("selfcheck", 50, 120, [command], {"RESNET_FUSED_HOST_SIM_CAPABILITY": "90"})
-    command += ["--backend", "cuda", "--seconds", "60", "--jobs", "6"]
+    command += ["--record", "--seconds", "60", "--jobs", "12"]
     return Step("selfcheck", 60, 120, [command])
 
 
@@ -228,7 +229,7 @@ def tune(options: argparse.Namespace, gpu: Gpu) -> Step:
     """The cache, which lies among the results, keeps what a stopped run has measured."""
     command = [PYTHON, "-m", "resnet_fused.tune", "--arch", options.arch, "--dtype", options.dtype]
     command += ["--batch", *map(str, options.batch or [256, 1])]
-    return Step("tune", 200, 260, [command], hardware=True)
+    return Step("tune", 180, 240, [command], hardware=True)
 
 
 def peers(options: argparse.Namespace, gpu: Gpu) -> Step:
@@ -279,9 +280,9 @@ CALLS: dict[str, tuple[Maker, ...]] = {
         *(build, environment, selfcheck, layers, throughput),
         *(profile, peaks, prediction, primitives),
     ),
-    "training": (build, environment, training, training_tests, training_tuned),
-    "tuning": (build, environment, tune, peers),
-    "checks": (build, environment, sanitizer, networks, op_tests),
+    "training": (build, environment, selfcheck, training, training_tests, training_tuned),
+    "tuning": (build, environment, selfcheck, tune, peers),
+    "checks": (build, environment, selfcheck, sanitizer, networks, op_tests),
 }
 
 
@@ -325,8 +326,6 @@ class Proof:
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
             "PYTHONUNBUFFERED": "1",
             "RESNET_FUSED_CACHE_DIR": str(self.folder / "tuning"),
-            # Each step is a child process with a limit, and `selfcheck` a step of its own.
-            "RESNET_FUSED_SELFCHECK": "off",
         }
         if options.commit:
             self.environment["RESNET_FUSED_COMMIT"] = options.commit

@@ -131,7 +131,7 @@ def test_sizes_and_peers_can_be_narrowed() -> None:
     assert command[2:8] == ["--arch", "resnet18", "--dtype", "float16", "--batch", "8"]
     assert command[-2:] == ["--peers", "jax"]
     assert [s.name for s in steps("checks", "--skip", "build", "op_tests")] == [
-        *("environment", "sanitizer", "networks"),
+        *("environment", "selfcheck", "sanitizer", "networks"),
     ]
     with pytest.raises(SystemExit):
         options("first", "--steps", "tune")
