@@ -84,8 +84,8 @@ def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 def batch_norm(scale: Tensor, shift: Tensor) -> tuple:
     """x * scale + shift, as the kernels take a batch norm."""
-    zero, one = torch.zeros_like(scale), torch.ones_like(scale)
-    return vectors(BatchNorm(zero, one, scale, shift, 0.0))
+    zero = torch.zeros_like(scale)
+    return vectors(BatchNorm(zero, zero + 0.75, scale, shift, 0.25))
 
 
 class Conv(NamedTuple):
@@ -600,7 +600,7 @@ def test_bfloat16_is_rounded_to_the_nearest_even():
     normal = values[~((values.abs() > 0) & (values.abs() < torch.finfo(torch.float32).tiny))]
     x = torch.ones(1, normal.numel(), 1, 1, dtype=torch.bfloat16)
     zero = torch.zeros(normal.numel())
-    bn = BatchNorm(zero, zero + 1, zero, normal, 0.0)
+    bn = BatchNorm(zero, zero + 0.75, zero, normal, 0.25)
     out = bn_add_relu(_C, x, bn, None, False).flatten()
     expected = normal.bfloat16()
     assert torch.equal(out.isnan(), expected.isnan())

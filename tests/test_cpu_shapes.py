@@ -86,7 +86,7 @@ def draw(rng: random.Random) -> Case:
             continue
         weight = integers(rng, 1, *weight.shape) * (integers(rng, 2, *weight.shape) > 0)
         vectors = [integers(rng, most, groups * out) for most in (2, 0, 1, 3)]
-        bn = BatchNorm(vectors[0], vectors[1] + 1, vectors[2], vectors[3], 0.0)
+        bn = BatchNorm(vectors[0], vectors[1] + 0.75, vectors[2], vectors[3], 0.25)
         residual = None
         if rng.random() < 0.4:
             residual = integers(rng, 9, batch, groups * out, *size)

@@ -368,7 +368,7 @@ def test_sm90_tells_height_from_width(sm90, half):
     x = torch.randint(-3, 4, (2, 16, 11, 14), generator=rng).to(half)
     weight = torch.randint(-2, 3, (24, 16, 2, 3), generator=rng).to(half)
     conv = Convolution(weight, (1, 2), (2, 1), (3, 1))
-    layer = ConvBn(conv, BatchNorm(torch.zeros(24), torch.ones(24), None, None, 0.0))
+    layer = ConvBn(conv, BatchNorm(torch.zeros(24), torch.full((24,), 0.75), None, None, 0.25))
     expected = truth(x, layer, None, False)
     assert torch.equal(sm90.conv_bn(x, layer, None, False).double(), expected)
 
@@ -916,7 +916,7 @@ def test_more_than_two_to_the_31_elements(simulator):
         torch.randint(-1, 2, (8, channels, 1, 1), generator=generator()).bfloat16(),
         (stride, stride),
     )
-    bn = BatchNorm(torch.zeros(8), torch.ones(8), None, None, 0.0)
+    bn = BatchNorm(torch.zeros(8), torch.full((8,), 0.75), None, None, 0.25)
     layer = ConvBn(conv, bn)
     out = On("cuda_sim").conv_bn(x, layer, None, False)
     expected = truth(corners, ConvBn(conv._replace(stride=(1, 1)), bn), None, False)

@@ -164,9 +164,9 @@ def _integers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def _integer_bn(channels: int) -> BatchNorm:
     """Parameters of mixed types, whose normalisation is exact in fp32."""
-    var = torch.tensor([0.25, 1.0, 4.0], device="cuda")[torch.arange(channels) % 3]
+    var = torch.tensor([0.125, 0.875, 3.875], device="cuda")[torch.arange(channels) % 3]
     mean, weight, bias = (_integers(channels, dtype=dtype) for dtype in FLOATS)
-    return BatchNorm(mean, var.to(torch.bfloat16), weight, bias, 0.0)
+    return BatchNorm(mean, var.to(torch.bfloat16), weight, bias, 0.125)
 
 
 def _truth(x: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool) -> Tensor:
@@ -233,7 +233,7 @@ def test_writes_nothing_beyond_out(gpu, dtype):
 def test_nan_passes_and_infinity_stays(gpu, dtype):
     x = torch.tensor([[float("nan"), float("inf"), float("-inf"), -1.0] * 2], device="cuda")
     one = torch.ones(8, device="cuda")
-    out = _launch(gpu, x.to(dtype), BatchNorm(one * 0, one, None, None, 0.0), None, True)
+    out = _launch(gpu, x.to(dtype), BatchNorm(one * 0, one * 0.75, None, None, 0.25), None, True)
     expected = torch.tensor([[float("nan"), float("inf"), 0.0, 0.0] * 2], device="cuda")
     assert torch.equal(out.isnan(), expected.isnan())
     assert torch.equal(
@@ -297,7 +297,7 @@ def test_on_a_device_that_is_not_current(gpu):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     x = _integers(2, 64, 5, 5).to("cuda:1")
-    bn = BatchNorm(*(v.to("cuda:1") for v in _integer_bn(64)[:4] if v is not None), eps=0.0)
+    bn = BatchNorm(*(v.to("cuda:1") for v in _integer_bn(64)[:4] if v is not None), eps=0.125)
     truth = reference.bn_add_relu(x.double(), cast(bn, torch.float64), None, True)
     with torch.cuda.device(0), use_backend("cuda"):
         out = ops.bn_add_relu(x, bn)

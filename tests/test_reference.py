@@ -69,8 +69,8 @@ def convolution(x: Tensor, conv: Convolution) -> Tensor:
 
 
 def identity_layer(conv: Convolution) -> ConvBn:
-    zeros, ones = torch.zeros(conv.weight.shape[0]), torch.ones(conv.weight.shape[0])
-    return ConvBn(conv, BatchNorm(zeros, ones, None, None, 0.0))
+    zeros = torch.zeros(conv.weight.shape[0])
+    return ConvBn(conv, BatchNorm(zeros, zeros + 0.75, None, None, 0.25))
 
 
 def by_reference(x: Tensor, conv: Convolution) -> Tensor:

@@ -158,7 +158,7 @@ def make_integers(
     """Like `make_convolution`, with values whose exact result every dtype can hold.
 
     Activations and weights lie in {-1, 0, 1}, few enough non-zero that sums stay below 2⁷ for
-    these shapes; the normalisation (mean 1, variance 1, eps 0) is exact.
+    these shapes; the normalisation (mean 1, variance + eps = 1) is exact.
     """
     x, (conv, _) = make_convolution(case, rng, dtype, device)
     draw = torch.randint(-1, 2, tuple(x.shape), generator=rng)
@@ -167,7 +167,8 @@ def make_integers(
     ones = torch.ones(case.out_channels, dtype=dtype, device=device)
     sign = torch.where(torch.arange(case.out_channels) % 3 == 0, -1.0, 1.0).to(device, dtype)
     conv = conv._replace(weight=conv.weight.copy_(weight))
-    return x.copy_(draw), ConvBn(conv, BatchNorm(ones, ones.clone(), sign, ones.clone(), 0.0))
+    bn = BatchNorm(ones, 0.75 * ones, sign, ones.clone(), 0.25)
+    return x.copy_(draw), ConvBn(conv, bn)
 
 
 def make_bottleneck(
