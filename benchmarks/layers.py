@@ -213,7 +213,12 @@ def measure(
         else:
             wrong[candidate.name] = fault
     if call := library(layer):
-        calls["library"] = call
+        try:
+            call()
+        except RuntimeError as error:
+            tqdm.write(f"{layer.title()}: the library's own convolution fails: {error}")
+        else:
+            calls["library"] = call
     out = meaning(*layer.arguments)
     timed = {key: _timed(call, device) for key, call in calls.items()}
     seconds = _SECONDS[device.type]
