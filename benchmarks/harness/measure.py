@@ -79,7 +79,11 @@ def in_turn(entries: Sequence[Result], rounds: range) -> Iterator[Result]:
 
 
 def in_cuda_graph(call: Callable[[], Result]) -> Callable[[], Result]:
-    """`call` captured once and replayed; its result is overwritten by each replay."""
+    """`call` captured once and replayed; its result is overwritten by each replay.
+
+    What is returned holds `call` too: the graph holds the addresses of what it reads, not the
+    tensors.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -90,7 +94,7 @@ def in_cuda_graph(call: Callable[[], Result]) -> Callable[[], Result]:
     with torch.cuda.graph(graph):
         result = call()
 
-    def replay() -> Result:
+    def replay(_owner: Callable[[], Result] = call) -> Result:
         graph.replay()
         return result
 

@@ -1,7 +1,8 @@
 """The stem's end, max_pool(relu(bn(pre_bn))), and its gradient.
 
 Algorithm: forward, a program normalises, applies ReLU and pools a tile of pooled positions, and
-notes in a byte where in its window each maximum stands, the first of equal ones, as in PyTorch.
+notes in a byte where in its window each maximum stands, the first of equal ones, as in PyTorch
+(of a window without a positive value its first position, all being zero after the ReLU).
 Backward, a program owns a tile of positions and adds up the gradients of those windows that cover
 one and have their maximum there.
 Tiles: BLOCK_M positions × BLOCK_C channels.
@@ -64,14 +65,14 @@ def bn_relu_pool_kernel(
             value = tl.load(
                 pre_bn + position[:, None] * image.c + channel[None, :], mask, other=0.0
             )
-            value = affine(value, mean, scale, shift)
+            value = relu(affine(value, mean, scale, shift))
             better = (value > best) | (value != value)
             better &= inside[:, None]
             best = tl.where(better, value, best)
             where = tl.where(better, i * kernel + j, where)
     mask = (row < rows)[:, None] & valid[None, :]
     place = row[:, None] * image.c + channel[None, :]
-    tl.store(out + place, relu(best).to(out.dtype.element_ty), mask)
+    tl.store(out + place, best.to(out.dtype.element_ty), mask)
     tl.store(argmax + place, where.to(tl.uint8), mask)
 
 
