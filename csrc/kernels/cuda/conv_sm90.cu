@@ -15,8 +15,9 @@
 // Two warpgroups are consumers of half of the positions each, with fp32 accumulators: a step's
 // wgmma run while the next step is waited for. Their epilogue (epilogue.cuh) adds the residual
 // where it lies in shared memory and writes the result in its place, from where a bulk store takes
-// it while the next tile is multiplied. A block end with projection runs a second K loop over the
-// shortcut into accumulators of its own, for which the tiles of 256 have no registers.
+// it while the next tile is multiplied. A block end with projection begins with the K loop over the
+// shortcut; its sums are multiplied by the ratio of both batch norms' scales, and the other K loop
+// adds to them, so that one scale and shift finish both (sum_of in batch_norm.cuh).
 //
 // Clusters: two blocks may take tiles of the same channels and adjacent positions. Each then copies
 // one half of the weights of a step to both (multicast), so that L2 is asked for them once. A stage
@@ -29,10 +30,9 @@
 // clusters, channels first, so that those in flight share positions.
 //
 // Shared memory: kStages x (positions + channels) rows of 128 bytes; the results, in panels of 64
-// channels; 2 x scale and shift of one batch norm, or of two; mbarriers. Rows of 128 bytes have
-// their 16-byte chunks permuted by the row's number modulo 8 (the 128-byte swizzle), which TMA
-// writes, wgmma reads, and the epilogue's 8 rows x 4 lanes x 4 bytes need to fill all 32 banks
-// once.
+// channels; 2 x scale and shift; mbarriers. Rows of 128 bytes have their 16-byte chunks permuted by
+// the row's number modulo 8 (the 128-byte swizzle), which TMA writes, wgmma reads, and the
+// epilogue's 8 rows x 4 lanes x 4 bytes need to fill all 32 banks once.
 //
 // Pipelines (arrivals that fill / that empty a stage): operands (1 and a stage's bytes / the 8
 // consumer warps of each block), scale and shift (32 lanes / 2 consumer warpgroups), result (1, and
@@ -77,6 +77,7 @@ struct Tile {
   static constexpr int kPanelBytes = kM * kRowBytes;
   static constexpr int kResultBytes = kPanels * kPanelBytes;
   static constexpr int kScaleShiftBytes = kN * static_cast<int>(sizeof(ScaleShift));
+  static constexpr int kEpilogueColumns = 4;  // of 8 channels, that an epilogue works at together
 };
 
 template <int kCluster>
@@ -87,12 +88,11 @@ using Tile128x256 = Tile<128, 256, 3, 1, 1, 2, 40, 232>;
 using Tile256x128 = Tile<256, 128, 3, 1, 1, 2, 40, 232>;
 
 // What lies where in shared memory: the operands' stages from 0 on, and so forth.
-template <typename Tile, bool kProjection>
+template <typename Tile>
 struct Shared {
   static constexpr int kResults = Tile::kStages * Tile::kStageBytes;
   static constexpr int kScaleShift = kResults + Tile::kResults * Tile::kResultBytes;
-  static constexpr int kScaleShiftStage = (kProjection ? 2 : 1) * Tile::kScaleShiftBytes;
-  static constexpr int kMbarriers = kScaleShift + kScaleShiftBuffers * kScaleShiftStage;
+  static constexpr int kMbarriers = kScaleShift + kScaleShiftBuffers * Tile::kScaleShiftBytes;
   using Operands = Pipeline<PipelineId::kConvOperands, kMbarriers, Tile::kStages>;
   using ScaleShifts = Pipeline<PipelineId::kConvScaleShift, Operands::kEnd, kScaleShiftBuffers>;
   using Results = Pipeline<PipelineId::kConvResult, ScaleShifts::kEnd, Tile::kResults>;
@@ -172,29 +172,35 @@ __device__ __forceinline__ void load_product(const Arguments& a, const Product& 
 // The role of one thread: asks for the operands of every tile.
 template <typename Tile, bool kProjection>
 __device__ __forceinline__ void load_operands(const Arguments& a) {
-  typename Shared<Tile, kProjection>::Operands operands(a.spin_limit);
+  typename Shared<Tile>::Operands operands(a.spin_limit);
 #pragma unroll 1
   for (TileScheduler<Tile> at(a); at.valid(); at.advance()) {
-    load_product(a, a.conv, at, operands);
     if constexpr (kProjection) load_product(a, a.projection, at, operands);
+    load_product(a, a.conv, at, operands);
   }
 }
 
 // The role of one warp: computes scale and shift of every tile's channels.
 template <typename Tile, bool kProjection>
 __device__ __forceinline__ void load_scale_shifts(const Arguments& a) {
-  using Shared = Shared<Tile, kProjection>;
+  using Shared = Shared<Tile>;
   const int lane = threadIdx.x % 32;
   typename Shared::ScaleShifts scale_shifts(a.spin_limit);
 #pragma unroll 1
   for (TileScheduler<Tile> at(a); at.valid(); at.advance()) {
     const int first = at.channel(), count = a.out_channels - first;
-    const std::uint32_t to = Shared::kScaleShift + scale_shifts.stage() * Shared::kScaleShiftStage;
+    const std::uint32_t to = Shared::kScaleShift + scale_shifts.stage() * Tile::kScaleShiftBytes;
     scale_shifts.acquire(at.tile());
-    load_scale_shift(to, a.conv.bn, first, count, Tile::kN, lane, 32);
-    if constexpr (kProjection) {
-      load_scale_shift(to + Tile::kScaleShiftBytes, a.projection.bn, first, count, Tile::kN, lane,
-                       32);
+#pragma unroll 1
+    for (int i = lane; i < Tile::kN; i += 32) {
+      ScaleShift loaded{};
+      if (i < count) {
+        loaded = scale_shift_of(a.conv.bn, first + i);
+        if constexpr (kProjection) {
+          loaded = sum_of(loaded, scale_shift_of(a.projection.bn, first + i));
+        }
+      }
+      ptx::store_shared(to + i * kScaleShiftBytes, loaded);
     }
     scale_shifts.commit();
     scale_shifts.advance();
@@ -231,9 +237,9 @@ __device__ __forceinline__ void load_residual(const Arguments& a, const TileSche
 
 // The role of one thread: stores every tile's result, and fills its place again with the residual
 // of a later tile. To acquire a stage is to know that the result of an earlier one lies there.
-template <typename Tile, bool kProjection>
+template <typename Tile>
 __device__ __forceinline__ void move_results(const Arguments& a) {
-  using Shared = Shared<Tile, kProjection>;
+  using Shared = Shared<Tile>;
   typename Shared::Results results(a.spin_limit);
   const auto place = [&] { return Shared::kResults + results.stage() * Tile::kResultBytes; };
   TileScheduler<Tile> stored(a);
@@ -264,41 +270,70 @@ __device__ __forceinline__ void move_results(const Arguments& a) {
   }
 }
 
-// Batch norm, the projection's product with its own (scale and shift lie behind the first ones),
-// the residual that lies in `result`, ReLU, rounding; the values go where the residual was. Columns
-// one after the other, each stored before the next is loaded, so that few registers hold scale and
-// shift.
-template <typename T, typename Tile, bool kProjection, typename Acc>
-__device__ __forceinline__ void store_result(Acc& acc, Acc& projected, std::uint32_t scale_shift,
+// Multiplies the projection's sums so that conv's can be added to them.
+template <typename Acc>
+__device__ __forceinline__ void scale_by_ratio(Acc& acc, std::uint32_t scale_shift) {
+#pragma unroll
+  for (int j = 0; j < Acc::kColumns; ++j) {
+#pragma unroll
+    for (int e = 0; e < Acc::kRun; ++e) {
+      const float ratio =
+          ptx::load_shared<ScaleShift>(scale_shift + (acc.column(j) + e) * kScaleShiftBytes)
+              .scale_low;
+#pragma unroll
+      for (int i = 0; i < Acc::kRows; ++i) acc.at(i, j, e) *= ratio;
+    }
+  }
+}
+
+// Batch norm, the residual that lies in `result`, ReLU, rounding; the values go where the residual
+// was. Columns by kBatch: what a batch needs is loaded before any of it is stored, so that loads
+// wait for each other no more often than the registers ask for.
+template <typename T, typename Tile, typename Acc>
+__device__ __forceinline__ void store_result(Acc& acc, std::uint32_t scale_shift,
                                              std::uint32_t result, int consumer, bool has_residual,
                                              bool relu) {
   using Run = Pack<T, Acc::kRun>;
+  constexpr int kBatch = Tile::kEpilogueColumns;
   const Epilogue<T> epilogue(relu);
   const int row = consumer * Tile::kConsumerM + acc.row(0);  // the others are the same modulo 8
   const std::uint32_t first = result + row * kRowBytes + acc.column(0) * sizeof(T);
+  const auto place = [&](int i, int j) {
+    return first + j / 8 * Tile::kPanelBytes + (j % 8 ^ row % 8) * 16 +
+           (acc.row(i) - acc.row(0)) * kRowBytes;
+  };
 #pragma unroll
-  for (int j = 0; j < Acc::kColumns; ++j) {
-    float y[Acc::kRows][Acc::kRun];
+  for (int begin = 0; begin < Acc::kColumns; begin += kBatch) {
+    Run residual[kBatch][Acc::kRows];
+    if (has_residual) {
 #pragma unroll
-    for (int e = 0; e < Acc::kRun; ++e) {
-      const std::uint32_t place = scale_shift + (acc.column(j) + e) * kScaleShiftBytes;
-      const auto of = ptx::load_shared<ScaleShift>(place);
-#pragma unroll
-      for (int i = 0; i < Acc::kRows; ++i) y[i][e] = epilogue.normalise(acc.at(i, j, e), of);
-      if constexpr (kProjection) {
-        const auto other = ptx::load_shared<ScaleShift>(place + Tile::kScaleShiftBytes);
+      for (int b = 0; b < kBatch; ++b) {
 #pragma unroll
         for (int i = 0; i < Acc::kRows; ++i) {
-          y[i][e] += epilogue.normalise(projected.at(i, j, e), other);
+          residual[b][i] = ptx::load_shared<Run>(place(i, begin + b));
+        }
+      }
+    }
+    float y[kBatch][Acc::kRows][Acc::kRun];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+#pragma unroll
+      for (int e = 0; e < Acc::kRun; ++e) {
+        const auto of = ptx::load_shared<ScaleShift>(
+            scale_shift + (acc.column(begin + b) + e) * kScaleShiftBytes);
+#pragma unroll
+        for (int i = 0; i < Acc::kRows; ++i) {
+          y[b][i][e] = epilogue.normalise(acc.at(i, begin + b, e), of);
         }
       }
     }
 #pragma unroll
-    for (int i = 0; i < Acc::kRows; ++i) {
-      const std::uint32_t to = first + j / 8 * Tile::kPanelBytes + (j % 8 ^ row % 8) * 16 +
-                               (acc.row(i) - acc.row(0)) * kRowBytes;
-      if (has_residual) epilogue.add(y[i], ptx::load_shared<Run>(to));
-      ptx::store_shared(to, epilogue.pack(y[i]));
+    for (int b = 0; b < kBatch; ++b) {
+#pragma unroll
+      for (int i = 0; i < Acc::kRows; ++i) {
+        if (has_residual) epilogue.add(y[b][i], residual[b][i]);
+        ptx::store_shared(place(i, begin + b), epilogue.pack(y[b][i]));
+      }
     }
   }
 }
@@ -306,25 +341,27 @@ __device__ __forceinline__ void store_result(Acc& acc, Acc& projected, std::uint
 // The role of a warpgroup: multiplies and finishes its positions of every tile.
 template <typename T, typename Tile, bool kProjection>
 __device__ __forceinline__ void consume(const Arguments& a, int consumer) {
-  using Shared = Shared<Tile, kProjection>;
+  using Shared = Shared<Tile>;
   typename Shared::Operands operands(a.spin_limit);
   typename Shared::ScaleShifts scale_shifts(a.spin_limit);
   typename Shared::Results results(a.spin_limit);
 #pragma unroll 1
   for (TileScheduler<Tile> at(a); at.valid(); at.advance()) {
     const std::uint32_t scale_shift =
-        Shared::kScaleShift + scale_shifts.stage() * Shared::kScaleShiftStage;
+        Shared::kScaleShift + scale_shifts.stage() * Tile::kScaleShiftBytes;
     const std::uint32_t result = Shared::kResults + results.stage() * Tile::kResultBytes;
-    Accumulators<Tile::kConsumerM, Tile::kN> acc, projected;
-    acc.template multiply<T, Tile, Tile::kCluster>(steps_of(a.conv), consumer, at.tile(), operands);
+    Accumulators<Tile::kConsumerM, Tile::kN> acc;
     if constexpr (kProjection) {
-      projected.template multiply<T, Tile, Tile::kCluster>(steps_of(a.projection), consumer,
-                                                           at.tile(), operands);
+      acc.template multiply<T, Tile, Tile::kCluster>(steps_of(a.projection), consumer, at.tile(),
+                                                     operands);
+      scale_shifts.wait(at.tile());
+      scale_by_ratio(acc, scale_shift);
     }
-    scale_shifts.wait(at.tile());
+    acc.template multiply<T, Tile, Tile::kCluster, kProjection>(steps_of(a.conv), consumer,
+                                                                at.tile(), operands);
+    if constexpr (!kProjection) scale_shifts.wait(at.tile());
     results.wait(at.tile());
-    store_result<T, Tile, kProjection>(acc, projected, scale_shift, result, consumer,
-                                       a.has_residual, a.relu);
+    store_result<T, Tile>(acc, scale_shift, result, consumer, a.has_residual, a.relu);
     ptx::fence_proxy_async();
     ptx::named_barrier(1 + consumer, kWarpgroup);
     if (threadIdx.x % kWarpgroup == 0) {
@@ -350,7 +387,7 @@ __device__ __forceinline__ void meet() {
 template <typename T, typename Tile, bool kProjection>
 __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
     conv_bn_sm90_kernel(const __grid_constant__ Arguments a) {
-  using Shared = Shared<Tile, kProjection>;
+  using Shared = Shared<Tile>;
   ptx::registers_at_launch<Tile::kNumLaunchRegisters>();
   if (threadIdx.x == 0) {
     Shared::Operands::init(1, Tile::kCluster * kNumConsumers * kWarpgroup / 32);
@@ -359,6 +396,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
     ptx::fence_mbarrier_init();
   }
   meet<Tile::kCluster>();
+  ptx::wait_for_earlier_kernels();
 
   const int warpgroup = ptx::uniform(threadIdx.x / kWarpgroup);
   if (warpgroup == 0) {
@@ -369,7 +407,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
     } else if (warp == 1) {
       load_scale_shifts<Tile, kProjection>(a);
     } else if (warp == 2 && lane == 0) {
-      move_results<Tile, kProjection>(a);
+      move_results<Tile>(a);
     }
   } else {
     ptx::increase_registers<Tile::kNumConsumerRegisters>();
@@ -423,15 +461,8 @@ constexpr ConvTile kTiles[] = {
     ConvTile::k64x64Sm90Split2,    ConvTile::k64x64Sm90Split4,    ConvTile::k64x64Sm90Split8,
 };
 
-// Accumulators of two products fit a thread's registers.
-template <typename Tile>
-constexpr bool kCanProject = Tile::kConsumerM * Tile::kN <= kProductM * 128;
-
 bool can_take(const ConvBn& a, ConvTile tile) {
-  if (is_split(tile)) return conv_bn_sm90_split_can_implement(a, tile);
-  bool can = false;
-  with_tile(tile, [&](auto t) { can = a.projection.x == nullptr || kCanProject<decltype(t)>; });
-  return can;
+  return is_split(tile) ? conv_bn_sm90_split_can_implement(a, tile) : with_tile(tile, [](auto) {});
 }
 
 // Cycles that the SM with the most tiles takes, DRAM aside, which is the same for all: a step as
@@ -503,7 +534,7 @@ cudaError_t make_plan(const ConvBn& a, int num_sms, LaunchPlan<Arguments>* plan)
   }
   plan->kernel = &conv_bn_sm90_kernel<T, Tile, kProjection>;
   plan->shape = {dim3(std::min<unsigned>(to.tiles, clusters<Tile>(num_sms)) * Tile::kCluster),
-                 dim3(kThreads), Shared<Tile, kProjection>::kBytes, dim3(Tile::kCluster)};
+                 dim3(kThreads), Shared<Tile>::kBytes, dim3(Tile::kCluster), true};
   return status;
 }
 
@@ -512,11 +543,8 @@ cudaError_t make_plan(const ConvBn& a, ConvTile tile, int num_sms, LaunchPlan<Ar
   cudaError_t status = cudaErrorInvalidValue;
   with_tile(tile, [&](auto t) {
     using Tile = decltype(t);
-    if (a.projection.x == nullptr) {
-      status = make_plan<T, Tile, false>(a, num_sms, plan);
-    } else if constexpr (kCanProject<Tile>) {
-      status = make_plan<T, Tile, true>(a, num_sms, plan);
-    }
+    status = a.projection.x == nullptr ? make_plan<T, Tile, false>(a, num_sms, plan)
+                                       : make_plan<T, Tile, true>(a, num_sms, plan);
   });
   return status;
 }

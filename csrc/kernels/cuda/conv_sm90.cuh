@@ -60,10 +60,10 @@ class Accumulators {
 
   __device__ __forceinline__ float (&product(int p)) [kN / 2] { return d_[p]; }
 
-  // The sum of `steps` steps, at least one, of the consumer's positions. A stage holds a step's
-  // Tile::kM rows of x and kN of the weight, and is released once it has been multiplied, in all
-  // kBlocks blocks that it was copied to.
-  template <typename T, typename Tile, int kBlocks, typename Operands>
+  // The sum of `steps` steps, at least one, of the consumer's positions; kGoesOn: added to what the
+  // accumulators hold. A stage holds a step's Tile::kM rows of x and kN of the weight, and is
+  // released once it has been multiplied, in all kBlocks blocks that it was copied to.
+  template <typename T, typename Tile, int kBlocks, bool kGoesOn = false, typename Operands>
   __device__ __forceinline__ void multiply(int steps, int consumer, int tile, Operands& operands) {
     constexpr unsigned kUnit = ptx::kDescriptorUnit;
     constexpr unsigned kStageUnits = (Tile::kM + kN) * kRowBytes / kUnit;
@@ -82,7 +82,7 @@ class Accumulators {
 #pragma unroll
         for (int p = 0; p < kProducts; ++p) {
           ptx::wgmma<T>(d_[p], x + depth + p * (kProductM * kRowBytes / kUnit), weight + depth,
-                        step > 0 || k > 0);
+                        kGoesOn || step > 0 || k > 0);
         }
       }
       ptx::wgmma_commit();

@@ -213,6 +213,7 @@ __global__ void __launch_bounds__(kThreads)
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
+  ptx::wait_for_earlier_kernels();
   const unsigned tile = blockIdx.x / kSplits;
   const int position = tile / a.tiles_across * Tile::kM;
   const int channel = tile % a.tiles_across * Tile::kN;
@@ -271,7 +272,7 @@ cudaError_t launch(const ConvBn& a, cudaStream_t stream) {
   if (status != cudaSuccess) return status;
   plan.kernel = &conv_bn_sm90_split_kernel<T, kSplits, kProjection>;
   plan.shape = {dim3(grid_size(tiles(a) * kSplits)), dim3(kThreads),
-                Shared<kSplits, kProjection>::kBytes, dim3(kSplits)};
+                Shared<kSplits, kProjection>::kBytes, dim3(kSplits), true};
   return launch(plan, stream);
 }
 
