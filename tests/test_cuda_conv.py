@@ -61,6 +61,7 @@ SM90_TILES = (
     "m128n128_sm90_cluster",
     "m128n256_sm90_cluster",
     "m256n128_sm90_cluster",
+    "m128n128_sm90_pingpong",
 )
 SM90_KERNELS = 2 * 2 * len(SM90_TILES)
 # Tiles whose K loop the blocks of a cluster share, by their number; each has a kernel for each
@@ -138,7 +139,7 @@ def test_sm90_kernels_use_their_instructions(extension, architectures):
     kernels = [f for f in functions if re.match(r"\w*conv_bn_sm90_kernelI", f)]
     assert len(kernels) == SM90_KERNELS
     for body in kernels:
-        tile = re.match(r"\w*?TileI((?:Li\d+E)+)E", body)
+        tile = re.match(r"\w*?TileI((?:L[ib]\d+E)+)E", body)
         assert tile is not None
         _, columns, _, _, _, cluster, *_ = re.findall(r"\d+", tile[1])
         assert (".MULTICAST" in body) == (cluster == "2")

@@ -458,6 +458,7 @@ void register_cuda_kernels(py::module_& module) {
       .value("m128n128_sm90_cluster", ConvTile::k128x128Sm90Cluster)
       .value("m128n256_sm90_cluster", ConvTile::k128x256Sm90Cluster)
       .value("m256n128_sm90_cluster", ConvTile::k256x128Sm90Cluster)
+      .value("m128n128_sm90_pingpong", ConvTile::k128x128Sm90PingPong)
       .value("m64n64_sm90_split2", ConvTile::k64x64Sm90Split2)
       .value("m64n64_sm90_split4", ConvTile::k64x64Sm90Split4)
       .value("m64n64_sm90_split8", ConvTile::k64x64Sm90Split8);

@@ -68,8 +68,8 @@ __device__ __forceinline__ ScaleShift scale_shift_of(const BatchNorm& bn, std::i
                         bn.eps);
 }
 
-// The sum of two batch norms as one, of value + scale_low * other: `of` of the value, `added` of the
-// other, for 16-bit results. Where `of` is nothing beside `added`, its scale is taken for the
+// The sum of two batch norms as one, of value + scale_low * other: `of` of the value, `added` of
+// the other, for 16-bit results. Where `of` is nothing beside `added`, its scale is taken for the
 // smallest that the ratio can be computed from, which 24 bits of the sum would not show.
 __device__ __forceinline__ ScaleShift sum_of(const ScaleShift& of, const ScaleShift& added) {
   constexpr float kMostRatio = 1099511627776.0f;  // 2^40

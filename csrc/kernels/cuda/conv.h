@@ -56,6 +56,7 @@ enum class ConvTile : int {
   k64x64Sm90Split2 = 10,
   k64x64Sm90Split4 = 11,
   k64x64Sm90Split8 = 12,
+  k128x128Sm90PingPong = 13,  // warpgroups take turns at tiles
 };
 
 // Whether `tile` can implement `arguments`, on a device that it is made for.

@@ -60,7 +60,8 @@ constexpr int kScaleShiftBuffers = 2;  // of scale and shift
 constexpr int kMaxM = 256;
 
 template <int kM_, int kN_, int kStages_, int kResults_, int kBlocks_, int kCluster_,
-          int kNumProducerRegisters_, int kNumConsumerRegisters_>
+          int kNumProducerRegisters_, int kNumConsumerRegisters_, int kEpilogueColumns_ = 4,
+          bool kPingPong_ = false>
 struct Tile {
   static constexpr int kM = kM_, kN = kN_, kStages = kStages_, kResults = kResults_;
   static constexpr int kBlocks = kBlocks_, kCluster = kCluster_;
@@ -69,7 +70,10 @@ struct Tile {
   static constexpr int kNumLaunchRegisters = 65536 / (kThreads * kBlocks) / 8 * 8;
   static_assert(kNumProducerRegisters + kNumConsumers * kNumConsumerRegisters <=
                 (1 + kNumConsumers) * kNumLaunchRegisters);
-  static constexpr int kConsumerM = kM / kNumConsumers;
+  // Whether consumers take turns at tiles; else each has its part of every tile.
+  static constexpr bool kPingPong = kPingPong_;
+  static constexpr int kOfTile = kPingPong ? 1 : kNumConsumers;  // consumers
+  static constexpr int kConsumerM = kM / kOfTile;
   static constexpr int kPanels = kN / kPanel;
   static constexpr int kOperandBytes = kM * kRowBytes;  // of x, in a stage
   static constexpr int kWeightRows = kN / kCluster;     // that one block of a cluster copies
@@ -77,13 +81,15 @@ struct Tile {
   static constexpr int kPanelBytes = kM * kRowBytes;
   static constexpr int kResultBytes = kPanels * kPanelBytes;
   static constexpr int kScaleShiftBytes = kN * static_cast<int>(sizeof(ScaleShift));
-  static constexpr int kEpilogueColumns = 4;  // of 8 channels, that an epilogue works at together
+  // Of 8 channels, that an epilogue works at together.
+  static constexpr int kEpilogueColumns = kEpilogueColumns_;
 };
 
 template <int kCluster>
 using Tile128x64 = Tile<128, 64, 3, 2, 2, kCluster, 40, 96>;
 template <int kCluster>
 using Tile128x128 = Tile<128, 128, 4, 2, 1, kCluster, 40, 232>;
+using Tile128x128PingPong = Tile<128, 128, 4, 2, 1, 1, 40, 232, 2, true>;
 using Tile128x256 = Tile<128, 256, 3, 1, 1, 2, 40, 232>;
 using Tile256x128 = Tile<256, 128, 3, 1, 1, 2, 40, 232>;
 
@@ -96,8 +102,9 @@ struct Shared {
   using Operands = Pipeline<PipelineId::kConvOperands, kMbarriers, Tile::kStages>;
   using ScaleShifts = Pipeline<PipelineId::kConvScaleShift, Operands::kEnd, kScaleShiftBuffers>;
   using Results = Pipeline<PipelineId::kConvResult, ScaleShifts::kEnd, Tile::kResults>;
+  using Turns = Pipeline<PipelineId::kConvTurns, Results::kEnd, 1>;
   static constexpr int kBytes = kMbarriers + 256;
-  static_assert(Results::kEnd <= kBytes);
+  static_assert(Turns::kEnd <= kBytes);
 };
 
 struct Arguments {
@@ -291,12 +298,12 @@ __device__ __forceinline__ void scale_by_ratio(Acc& acc, std::uint32_t scale_shi
 // wait for each other no more often than the registers ask for.
 template <typename T, typename Tile, typename Acc>
 __device__ __forceinline__ void store_result(Acc& acc, std::uint32_t scale_shift,
-                                             std::uint32_t result, int consumer, bool has_residual,
+                                             std::uint32_t result, int part, bool has_residual,
                                              bool relu) {
   using Run = Pack<T, Acc::kRun>;
   constexpr int kBatch = Tile::kEpilogueColumns;
   const Epilogue<T> epilogue(relu);
-  const int row = consumer * Tile::kConsumerM + acc.row(0);  // the others are the same modulo 8
+  const int row = part * Tile::kConsumerM + acc.row(0);  // the others are the same modulo 8
   const std::uint32_t first = result + row * kRowBytes + acc.column(0) * sizeof(T);
   const auto place = [&](int i, int j) {
     return first + j / 8 * Tile::kPanelBytes + (j % 8 ^ row % 8) * 16 +
@@ -319,8 +326,8 @@ __device__ __forceinline__ void store_result(Acc& acc, std::uint32_t scale_shift
     for (int b = 0; b < kBatch; ++b) {
 #pragma unroll
       for (int e = 0; e < Acc::kRun; ++e) {
-        const auto of = ptx::load_shared<ScaleShift>(
-            scale_shift + (acc.column(begin + b) + e) * kScaleShiftBytes);
+        const auto of = ptx::load_shared<ScaleShift>(scale_shift + (acc.column(begin + b) + e) *
+                                                                       kScaleShiftBytes);
 #pragma unroll
         for (int i = 0; i < Acc::kRows; ++i) {
           y[b][i][e] = epilogue.normalise(acc.at(i, begin + b, e), of);
@@ -338,30 +345,69 @@ __device__ __forceinline__ void store_result(Acc& acc, std::uint32_t scale_shift
   }
 }
 
-// The role of a warpgroup: multiplies and finishes its positions of every tile.
+// Consumers that take turns multiply one after the other, so that each knows, when its turn comes,
+// that all stages before its own have been filled: it could not tell their phases apart otherwise.
+// The first to go is the pipeline's producer.
+template <typename Turns>
+__device__ __forceinline__ void take_turn(int consumer, int tile, const Turns& turns) {
+  if (consumer == 0) {
+    turns.acquire(tile);
+  } else {
+    turns.wait(tile);
+  }
+}
+
+template <typename Turns>
+__device__ __forceinline__ void pass_turn(int consumer, Turns& turns) {
+  if (threadIdx.x % kWarpgroup == 0) {
+    if (consumer == 0) {
+      turns.commit();
+    } else {
+      turns.release();
+    }
+  }
+  turns.advance();
+}
+
+// The role of a warpgroup: multiplies and finishes its positions of every tile, or every other
+// tile.
 template <typename T, typename Tile, bool kProjection>
 __device__ __forceinline__ void consume(const Arguments& a, int consumer) {
   using Shared = Shared<Tile>;
   typename Shared::Operands operands(a.spin_limit);
   typename Shared::ScaleShifts scale_shifts(a.spin_limit);
   typename Shared::Results results(a.spin_limit);
+  typename Shared::Turns turns(a.spin_limit);
+  const int part = Tile::kPingPong ? 0 : consumer;  // of a tile's positions
+  int turn = 0;
 #pragma unroll 1
   for (TileScheduler<Tile> at(a); at.valid(); at.advance()) {
+    if (Tile::kPingPong && turn++ % kNumConsumers != consumer) {
+      operands.advance(steps_of(a.conv) + (kProjection ? steps_of(a.projection) : 0));
+      scale_shifts.advance();
+      results.advance();
+      continue;
+    }
     const std::uint32_t scale_shift =
         Shared::kScaleShift + scale_shifts.stage() * Tile::kScaleShiftBytes;
     const std::uint32_t result = Shared::kResults + results.stage() * Tile::kResultBytes;
     Accumulators<Tile::kConsumerM, Tile::kN> acc;
+    if constexpr (Tile::kPingPong) take_turn(consumer, at.tile(), turns);
     if constexpr (kProjection) {
-      acc.template multiply<T, Tile, Tile::kCluster>(steps_of(a.projection), consumer, at.tile(),
+      acc.template multiply<T, Tile, Tile::kCluster>(steps_of(a.projection), part, at.tile(),
                                                      operands);
       scale_shifts.wait(at.tile());
       scale_by_ratio(acc, scale_shift);
     }
-    acc.template multiply<T, Tile, Tile::kCluster, kProjection>(steps_of(a.conv), consumer,
-                                                                at.tile(), operands);
+    acc.template multiply<T, Tile, Tile::kCluster, kProjection>(steps_of(a.conv), part, at.tile(),
+                                                                operands, [&] {
+                                                                  if constexpr (Tile::kPingPong) {
+                                                                    pass_turn(consumer, turns);
+                                                                  }
+                                                                });
     if constexpr (!kProjection) scale_shifts.wait(at.tile());
     results.wait(at.tile());
-    store_result<T, Tile>(acc, scale_shift, result, consumer, a.has_residual, a.relu);
+    store_result<T, Tile>(acc, scale_shift, result, part, a.has_residual, a.relu);
     ptx::fence_proxy_async();
     ptx::named_barrier(1 + consumer, kWarpgroup);
     if (threadIdx.x % kWarpgroup == 0) {
@@ -390,9 +436,10 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
   using Shared = Shared<Tile>;
   ptx::registers_at_launch<Tile::kNumLaunchRegisters>();
   if (threadIdx.x == 0) {
-    Shared::Operands::init(1, Tile::kCluster * kNumConsumers * kWarpgroup / 32);
-    Shared::ScaleShifts::init(32, kNumConsumers);
-    Shared::Results::init(1, kNumConsumers);
+    Shared::Operands::init(1, Tile::kCluster * Tile::kOfTile * kWarpgroup / 32);
+    Shared::ScaleShifts::init(32, Tile::kOfTile);
+    Shared::Results::init(1, Tile::kOfTile);
+    Shared::Turns::init(1, 1);
     ptx::fence_mbarrier_init();
   }
   meet<Tile::kCluster>();
@@ -438,6 +485,9 @@ bool with_tile(ConvTile tile, Function&& function) {
     case ConvTile::k128x128Sm90:
       function(Tile128x128<1>());
       return true;
+    case ConvTile::k128x128Sm90PingPong:
+      function(Tile128x128PingPong());
+      return true;
     case ConvTile::k128x64Sm90Cluster:
       function(Tile128x64<2>());
       return true;
@@ -456,9 +506,10 @@ bool with_tile(ConvTile tile, Function&& function) {
 }
 
 constexpr ConvTile kTiles[] = {
-    ConvTile::k128x64Sm90,         ConvTile::k128x128Sm90,        ConvTile::k128x64Sm90Cluster,
-    ConvTile::k128x128Sm90Cluster, ConvTile::k128x256Sm90Cluster, ConvTile::k256x128Sm90Cluster,
-    ConvTile::k64x64Sm90Split2,    ConvTile::k64x64Sm90Split4,    ConvTile::k64x64Sm90Split8,
+    ConvTile::k128x64Sm90,          ConvTile::k128x128Sm90,        ConvTile::k128x64Sm90Cluster,
+    ConvTile::k128x128Sm90Cluster,  ConvTile::k128x256Sm90Cluster, ConvTile::k256x128Sm90Cluster,
+    ConvTile::k64x64Sm90Split2,     ConvTile::k64x64Sm90Split4,    ConvTile::k64x64Sm90Split8,
+    ConvTile::k128x128Sm90PingPong,
 };
 
 bool can_take(const ConvBn& a, ConvTile tile) {

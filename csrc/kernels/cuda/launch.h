@@ -76,8 +76,9 @@ cudaError_t launch(void (*kernel)(Arguments), const LaunchShape& shape, cudaStre
                    Arguments arguments) {
 #ifdef RESNET_FUSED_HOST_SIM
   static_cast<void>(stream);
-  host_sim::launch(shape.grid, shape.block, shape.shared_bytes, [&] { kernel(arguments); },
-                   shape.cluster, shape.overlaps);
+  host_sim::launch(
+      shape.grid, shape.block, shape.shared_bytes, [&] { kernel(arguments); }, shape.cluster,
+      shape.overlaps);
   return cudaSuccess;
 #else
   const void* function = reinterpret_cast<const void*>(kernel);
