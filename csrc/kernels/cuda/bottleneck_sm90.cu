@@ -322,14 +322,13 @@ __device__ __forceinline__ void store_line(Acc& acc, std::uint32_t line, std::ui
   for (int r = 0; r < Acc::kRows; ++r) {
     inside[r] = static_cast<unsigned>(first + acc.row(r)) < static_cast<unsigned>(width);
   }
-  float y[Acc::kColumns][Acc::kRows][Acc::kRun];  // all, so that no load waits for a store
-#pragma unroll
-  for (int j = 0; j < Acc::kColumns; ++j) normalise_run(acc, j, terms, y[j]);
 #pragma unroll
   for (int j = 0; j < Acc::kColumns; ++j) {
+    float y[Acc::kRows][Acc::kRun];
+    normalise_run(acc, j, terms, y);
 #pragma unroll
     for (int r = 0; r < Acc::kRows; ++r) {
-      const Run run = epilogue.pack(y[j][r]);
+      const Run run = epilogue.pack(y[r]);
       ptx::store_shared(to + (acc.row(r) - acc.row(0)) * kRowBytes + (j ^ swizzle) * 16,
                         inside[r] ? run : Run{});
     }
@@ -385,19 +384,18 @@ __device__ __forceinline__ void reduce(const Arguments& a) {
   }
 }
 
-// A line of the result, slice by slice; `h` holds conv2's result, an operand. The pixels of x that
-// are its residual are asked for a slice ahead, those of the first slice before conv2.
+// A line of the result, slice by slice; `h` holds conv2's result, an operand.
 template <typename T, bool kProjection>
 class Expansion {
  public:
+  using Octet = Pack<T, 8>;
+
   // Of the line that begins at this position of the result, with so many columns.
   __device__ __forceinline__ Expansion(const Arguments& a, std::int64_t position, int columns)
-      : a_(a), position_(position), columns_(columns) {
-    load_residual(0);
-  }
+      : a_(a), position_(position), columns_(columns) {}
 
   // `shortcut`: the descriptor of x's pixels for the projection.
-  __device__ __forceinline__ void make(std::uint32_t (&h)[4][4], std::uint64_t shortcut) {
+  __device__ __forceinline__ void make(std::uint32_t (&h)[4][4], std::uint64_t shortcut) const {
 #pragma unroll 1
     for (int slice = 0; slice < a_.slices; ++slice) make_slice(h, shortcut, slice);
   }
@@ -405,35 +403,10 @@ class Expansion {
  private:
   using Shared = Layout<kProjection>;
   using Acc = SliceAcc;
-  using Octet = Pack<T, 8>;
   static constexpr int kGroups = kSlice / 32;
 
-  // A lane's two rows and, of each 32 channels, 8.
-  __device__ __forceinline__ int channel(int slice, int group) const {
-    return slice * kSlice + threadIdx.x % 4 * 8 + 32 * group;
-  }
-  __device__ __forceinline__ bool counts(int slice, int r, int group) const {
-    return Acc::row(r) < columns_ && channel(slice, group) < a_.block.out_channels;
-  }
-  __device__ __forceinline__ std::int64_t at(int slice, int r, int group) const {
-    return (position_ + Acc::row(r)) * a_.block.out_channels + channel(slice, group);
-  }
-
-  __device__ __forceinline__ void load_residual(int slice) {
-    if constexpr (kProjection) return;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-#pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
-        if (!counts(slice, r, group)) continue;
-        const T* const x = static_cast<const T*>(a_.block.x) + at(slice, r, group);
-        residual_[r][group] = ptx::load_global(reinterpret_cast<const Octet*>(x));
-      }
-    }
-  }
-
   __device__ __forceinline__ void make_slice(std::uint32_t (&h)[4][4], std::uint64_t shortcut,
-                                             int slice) {
+                                             int slice) const {
     const Epilogue<T> epilogue(true);
     const unsigned units = slice * (kSliceBytes / ptx::kDescriptorUnit);
     Acc acc, projected;
@@ -450,12 +423,32 @@ class Expansion {
     }
     ptx::wgmma_commit();
 
+    // A lane's two rows and, of each 32 channels, 8.
+    const int channel = slice * kSlice + threadIdx.x % 4 * 8;
+    const auto counts = [&](int r, int group) {
+      return Acc::row(r) < columns_ && channel + 32 * group < a_.block.out_channels;
+    };
+    const auto at = [&](int r, int group) {
+      return (position_ + Acc::row(r)) * a_.block.out_channels + channel + 32 * group;
+    };
+    Octet residual[2][kGroups];
+    if constexpr (!kProjection) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) {
+          if (!counts(r, group)) continue;
+          const T* const x = static_cast<const T*>(a_.block.x) + at(r, group);
+          residual[r][group] = ptx::load_global(reinterpret_cast<const Octet*>(x));
+        }
+      }
+    }
     ptx::wgmma_wait<0>(acc.product(0));
     if constexpr (kProjection) ptx::wgmma_wait<0>(projected.product(0));
 
-    float y[kGroups][2][8];  // all, so that no load waits for a store
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
+      float y[2][8];
 #pragma unroll
       for (int pair = 0; pair < 4; ++pair) {
         using Terms = Terms<kSlices * kSlice>;
@@ -466,30 +459,23 @@ class Expansion {
 #pragma unroll
           for (int n = 0; n < 4; ++n) {
             const int r = n / 2, e = n % 2;
-            y[group][r][2 * pair + e] =
+            y[r][2 * pair + e] =
                 other.normalise(projected.at(r, j, e), e, of.normalise(acc.at(r, j, e), e));
           }
         } else {
 #pragma unroll
           for (int n = 0; n < 4; ++n) {
             const int r = n / 2, e = n % 2;
-            y[group][r][2 * pair + e] = of.normalise(acc.at(r, j, e), e);
+            y[r][2 * pair + e] = of.normalise(acc.at(r, j, e), e);
           }
         }
       }
-      if constexpr (!kProjection) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) epilogue.add(y[group][r], residual_[r][group]);
-      }
-    }
-    if (slice + 1 < a_.slices) load_residual(slice + 1);
-#pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        if (!counts(slice, r, group)) continue;
-        T* const out = static_cast<T*>(a_.out) + at(slice, r, group);
-        ptx::store_global(reinterpret_cast<Octet*>(out), epilogue.pack(y[group][r]));
+        if (!counts(r, group)) continue;
+        if constexpr (!kProjection) epilogue.add(y[r], residual[r][group]);
+        ptx::store_global(reinterpret_cast<Octet*>(static_cast<T*>(a_.out) + at(r, group)),
+                          epilogue.pack(y[r]));
       }
     }
   }
@@ -497,7 +483,6 @@ class Expansion {
   const Arguments& a_;
   const std::int64_t position_;
   const int columns_;
-  Octet residual_[2][kGroups] = {};
 };
 
 // The role of a warpgroup: every other line of the result.
@@ -534,10 +519,6 @@ __device__ __forceinline__ void expand(const Arguments& a, int expander) {
         if constexpr (kProjection) shortcut.advance();
         continue;
       }
-      const std::int64_t position =
-          (std::int64_t{at.image} * b.height + at.line + i) * b.width + at.column;
-      Expansion<T, kProjection> expansion(
-          a, position, at.column + a.columns < b.width ? a.columns : b.width - at.column);
       wait_for(i + 3);
       std::uint32_t h[4][4];
       {
@@ -566,6 +547,10 @@ __device__ __forceinline__ void expand(const Arguments& a, int expander) {
           }
         }
       }
+      const std::int64_t position =
+          (std::int64_t{at.image} * b.height + at.line + i) * b.width + at.column;
+      const Expansion<T, kProjection> expansion(
+          a, position, at.column + a.columns < b.width ? a.columns : b.width - at.column);
       if constexpr (kProjection) {
         shortcut.wait(at.job());
         expansion.make(h, ptx::matrix_descriptor(Shared::kShortcut) + shortcut.stage() * kPanel);

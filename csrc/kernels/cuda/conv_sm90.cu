@@ -130,6 +130,10 @@ class TileScheduler {
     return (tile_ / a_.tiles_across * Tile::kCluster + blockIdx.x % Tile::kCluster) * Tile::kM;
   }
   __device__ __forceinline__ int channel() const { return tile_ % a_.tiles_across * Tile::kN; }
+  // Another number for each neighbour in a row or a column of tiles.
+  __device__ __forceinline__ int diagonal() const {
+    return static_cast<int>(tile_ / a_.tiles_across + tile_ % a_.tiles_across);
+  }
 
  private:
   const Arguments& a_;
@@ -145,13 +149,19 @@ __device__ __forceinline__ void load_product(const Arguments& a, const Product& 
   const int w = pixel.w * product.stride_w - product.padding_w;
   // Of the weights, the part that this block copies.
   const int part = blockIdx.x % Tile::kCluster * Tile::kWeightRows;
+  // Blocks at work share x with those of other channels and the weights with those of other
+  // positions. Each begins with other channels, so that one brings to L2 what the others read
+  // later, and they do not all ask for the same lines at once.
+  const int chunks = (product.channels + kMapChannels - 1) / kMapChannels;
+  const int first = at.diagonal() % chunks;
   int tap = 0;
 #pragma unroll 1
   for (int r = 0; r < product.kernel_h; ++r) {
 #pragma unroll 1
     for (int s = 0; s < product.kernel_w; ++s, ++tap) {
 #pragma unroll 1
-      for (int c = 0; c < product.channels; c += kMapChannels) {
+      for (int chunk = first; chunk < first + chunks; ++chunk) {
+        const int c = (chunk < chunks ? chunk : chunk - chunks) * kMapChannels;
         const std::uint32_t stage = operands.stage() * Tile::kStageBytes;
         operands.acquire(at.tile());
         operands.commit_bytes(Tile::kStageBytes);
