@@ -57,11 +57,9 @@ KERNELS = 2 * (3 + 2 + 2) + EXACT_KERNELS + TF32_KERNELS
 SM90_TILES = (
     "m128n64_sm90",
     "m128n128_sm90",
-    "m128n64_sm90_cluster",
-    "m128n128_sm90_cluster",
+    "m128n128_sm90_pingpong",
     "m128n256_sm90_cluster",
     "m256n128_sm90_cluster",
-    "m128n128_sm90_pingpong",
 )
 SM90_KERNELS = 2 * 2 * len(SM90_TILES)
 # Tiles whose K loop the blocks of a cluster share, by their number; each has a kernel for each

@@ -673,15 +673,6 @@ bool bottleneck_sm90_can_implement(const Bottleneck& arguments, int device) {
   return runs_sm90(device, &sm90) == cudaSuccess && sm90 && can_read(arguments);
 }
 
-bool bottleneck_sm90_is_profitable(const Bottleneck& arguments, int device) {
-  // With fewer, the weights that each block copies are more than the lines that it reads.
-  constexpr std::int64_t kLinesPerBlock = 4;
-  const Bottleneck& a = arguments;
-  int num_sms = 0;
-  return bottleneck_sm90_can_implement(a, device) && get_num_sms(device, &num_sms) == cudaSuccess &&
-         a.batch * a.height * ceil_div(a.width, kColumns) >= kLinesPerBlock * num_sms;
-}
-
 cudaError_t bottleneck_sm90(void* out, const Bottleneck& arguments, int device,
                             cudaStream_t stream) {
   const Bottleneck& a = arguments;

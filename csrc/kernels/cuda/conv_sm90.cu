@@ -19,13 +19,16 @@
 // shortcut; its sums are multiplied by the ratio of both batch norms' scales, and the other K loop
 // adds to them, so that one scale and shift finish both (sum_of in batch_norm.cuh).
 //
+// Turns: of the ping-pong tile each consumer has all positions of every other tile, and its
+// epilogue runs under the other's products.
+//
 // Clusters: two blocks may take tiles of the same channels and adjacent positions. Each then copies
 // one half of the weights of a step to both (multicast), so that L2 is asked for them once. A stage
 // is free once the consumers of both blocks have released it. Where the number of tiles of
 // positions is odd, one of the last pair computes zeros, of which nothing is stored.
 //
-// Tiles (positions x channels x depth, stages, results, blocks per SM), of one block or of two in a
-// cluster: 128 x 64 x 64, 3, 2, 2; 128 x 128 x 64, 4, 2, 1; of two only: 128 x 256 x 64 and
+// Tiles (positions x channels x depth, stages, results, blocks per SM): 128 x 64 x 64, 3, 2, 2;
+// 128 x 128 x 64, 4, 2, 1, with turns or without; of two blocks in a cluster: 128 x 256 x 64 and
 // 256 x 128 x 64, 3, 1, 1. A cluster walks through tiles that are as many apart as there are
 // clusters, channels first, so that those in flight share positions.
 //
@@ -85,10 +88,8 @@ struct Tile {
   static constexpr int kEpilogueColumns = kEpilogueColumns_;
 };
 
-template <int kCluster>
-using Tile128x64 = Tile<128, 64, 3, 2, 2, kCluster, 40, 96>;
-template <int kCluster>
-using Tile128x128 = Tile<128, 128, 4, 2, 1, kCluster, 40, 232>;
+using Tile128x64 = Tile<128, 64, 3, 2, 2, 1, 40, 96>;
+using Tile128x128 = Tile<128, 128, 4, 2, 1, 1, 40, 232>;
 using Tile128x128PingPong = Tile<128, 128, 4, 2, 1, 1, 40, 232, 2, true>;
 using Tile128x256 = Tile<128, 256, 3, 1, 1, 2, 40, 232>;
 using Tile256x128 = Tile<256, 128, 3, 1, 1, 2, 40, 232>;
@@ -490,19 +491,13 @@ template <typename Function>
 bool with_tile(ConvTile tile, Function&& function) {
   switch (tile) {
     case ConvTile::k128x64Sm90:
-      function(Tile128x64<1>());
+      function(Tile128x64());
       return true;
     case ConvTile::k128x128Sm90:
-      function(Tile128x128<1>());
+      function(Tile128x128());
       return true;
     case ConvTile::k128x128Sm90PingPong:
       function(Tile128x128PingPong());
-      return true;
-    case ConvTile::k128x64Sm90Cluster:
-      function(Tile128x64<2>());
-      return true;
-    case ConvTile::k128x128Sm90Cluster:
-      function(Tile128x128<2>());
       return true;
     case ConvTile::k128x256Sm90Cluster:
       function(Tile128x256());
@@ -515,37 +510,39 @@ bool with_tile(ConvTile tile, Function&& function) {
   }
 }
 
+// For the heuristic. 128 x 256 is a little faster in few layers, which measuring finds.
 constexpr ConvTile kTiles[] = {
-    ConvTile::k128x64Sm90,          ConvTile::k128x128Sm90,        ConvTile::k128x64Sm90Cluster,
-    ConvTile::k128x128Sm90Cluster,  ConvTile::k128x256Sm90Cluster, ConvTile::k256x128Sm90Cluster,
-    ConvTile::k64x64Sm90Split2,     ConvTile::k64x64Sm90Split4,    ConvTile::k64x64Sm90Split8,
-    ConvTile::k128x128Sm90PingPong,
+    ConvTile::k128x64Sm90,         ConvTile::k128x128Sm90,     ConvTile::k128x128Sm90PingPong,
+    ConvTile::k256x128Sm90Cluster, ConvTile::k64x64Sm90Split2, ConvTile::k64x64Sm90Split4,
+    ConvTile::k64x64Sm90Split8,
 };
 
 bool can_take(const ConvBn& a, ConvTile tile) {
   return is_split(tile) ? conv_bn_sm90_split_can_implement(a, tile) : with_tile(tile, [](auto) {});
 }
 
-// Cycles that the SM with the most tiles takes, DRAM aside, which is the same for all: a step as
-// long as what it needs most of tensor cores, shared memory (both operands of every product, and
-// the copies) and L2, of which an SM has about 36 bytes a cycle; and the epilogue, which only
-// another block of the SM hides.
+// Cycles that the SM with the most tiles takes: a step as long as its products or what it asks of
+// L2 takes, and the epilogue, which only another block of the SM hides, or the other warpgroup
+// where they take turns, but which one alone takes longer for. The numbers fit an H200's times of
+// ResNet-50's layers at 1, 32 and 256 images, in all tiles; per element of a tile they are 1/1000.
 template <typename Tile>
 std::int64_t cycles(const ConvBn& a, int num_sms) {
-  constexpr int kProducts = Tile::kM / kProductM;
-  constexpr int kTensor = Tile::kM * Tile::kN * kMapChannels / 2048;
-  constexpr int kShared =
-      (kProducts * (kProductM + Tile::kN) * kRowBytes + Tile::kStageBytes) / 128;
-  constexpr int kAsked = (Tile::kM + Tile::kWeightRows) * kRowBytes;
-  constexpr int kEpilogue = Tile::kM * Tile::kN / 9;
-  const std::int64_t blocks = tiles<Tile>(a) * Tile::kCluster;
-  const std::int64_t step = std::max<std::int64_t>(std::max(kTensor, kShared),
-                                                   kAsked / l2_bytes_per_cycle(blocks, num_sms));
-  std::int64_t steps = steps_of(a.conv);
-  if (a.projection.x != nullptr) steps += steps_of(a.projection);
-  const std::int64_t of_sm = ceil_div(blocks, num_sms);
-  return of_sm * steps * step + ceil_div(of_sm, Tile::kBlocks) * kEpilogue;
+  constexpr std::int64_t kTensor = Tile::kM * Tile::kN * kMapChannels / 2048;
+  constexpr std::int64_t kAsked = (Tile::kM + Tile::kWeightRows) * kRowBytes;
+  constexpr int kL2BytesPerCycle = 64;  // of an SM
+  constexpr std::int64_t kStep = std::max(kTensor, kAsked / kL2BytesPerCycle);
+  const bool projects = a.projection.x != nullptr;
+  const int of_element = 46 + (a.residual.channels > 0 ? 88 : 0) + (projects ? 316 : 0);
+  const std::int64_t epilogue = std::int64_t{Tile::kM} * Tile::kN * of_element / 1000;
+  const std::int64_t products = (steps_of(a.conv) + (projects ? steps_of(a.projection) : 0)) * kStep;
+  const std::int64_t of_sm = ceil_div(tiles<Tile>(a) * Tile::kCluster, num_sms);
+  if (Tile::kPingPong) {
+    const std::int64_t alone = epilogue * 5 / 3;
+    return of_sm * std::max(products, products / 2 + alone) + alone;
+  }
+  return of_sm * products + ceil_div(of_sm, Tile::kBlocks) * epilogue;
 }
+
 // A residual whose pixels lie apart is gathered by im2col mode too, under a window of one pixel.
 template <typename Tile>
 cudaError_t encode_residual(CUtensorMap* to, const ConvBn& a) {
@@ -615,7 +612,7 @@ cudaError_t make_plan(const ConvBn& a, ConvTile tile, int num_sms, LaunchPlan<Ar
 bool conv_bn_sm90_can_implement(const ConvBn& a, ConvTile tile) {
   return (tile == ConvTile::kAuto || can_take(a, tile)) && a.dtype != DType::kFloat32 &&
          a.groups == 1 && a.out_channels % 8 == 0 && aligned(a.out) && can_read(a.residual) &&
-         tiles<Tile128x64<1>>(a) + positions(a) + 2 * kMaxM <= kMaxGridX && can_read(a.conv) &&
+         tiles<Tile128x64>(a) + positions(a) + 2 * kMaxM <= kMaxGridX && can_read(a.conv) &&
          (a.projection.x == nullptr || can_read(a.projection));
 }
 

@@ -175,12 +175,6 @@ inline cudaError_t encode(Product* to, const ConvBn& a, const ConvolutionBn& con
                       {1, static_cast<std::uint32_t>(n)});
 }
 
-// Bytes of a cycle that L2 gives an SM of those that have blocks: about 36, and more where they are
-// few, as far as its port goes.
-inline std::int64_t l2_bytes_per_cycle(std::int64_t blocks, int num_sms) {
-  return std::clamp<std::int64_t>(36 * std::int64_t{num_sms} / blocks, 36, 64);
-}
-
 // Steps of the K loop.
 inline std::int64_t steps_of(const ConvolutionBn& conv) {
   return conv.kernel_h * conv.kernel_w * ceil_div(conv.channels, kMapChannels);

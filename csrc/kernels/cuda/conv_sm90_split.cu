@@ -306,13 +306,17 @@ bool conv_bn_sm90_split_can_implement(const ConvBn& a, ConvTile tile) {
 }
 
 std::int64_t conv_bn_sm90_split_cycles(const ConvBn& a, ConvTile tile, int num_sms) {
+  constexpr int kStep = kStageBytes / 122;
+  constexpr int kMeeting = 2700;  // of a cluster's blocks, and what each adds up of a product
   const int splits = splits_of(tile);
   const std::int64_t blocks = tiles(a) * splits;
   std::int64_t steps = ceil_div(steps_of(a.conv), splits);
-  if (a.projection.x != nullptr) steps += ceil_div(steps_of(a.projection), splits);
-  constexpr int kMeeting = 2800;  // of a cluster's blocks, and what each adds up
-  const std::int64_t step = kStageBytes / l2_bytes_per_cycle(blocks, num_sms);
-  return ceil_div(blocks, num_sms) * (steps * step + kMeeting);
+  std::int64_t meeting = kMeeting;
+  if (a.projection.x != nullptr) {
+    steps += ceil_div(steps_of(a.projection), splits);
+    meeting *= 2;
+  }
+  return ceil_div(blocks, num_sms) * (steps * kStep + meeting);
 }
 
 cudaError_t conv_bn_sm90_split(const ConvBn& a, ConvTile tile, cudaStream_t stream) {
