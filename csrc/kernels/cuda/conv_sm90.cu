@@ -154,7 +154,7 @@ __device__ __forceinline__ void load_product(const Arguments& a, const Product& 
   // positions. Each begins with other channels, so that one brings to L2 what the others read
   // later, and they do not all ask for the same lines at once.
   const int chunks = (product.channels + kMapChannels - 1) / kMapChannels;
-  const int first = at.diagonal() % chunks;
+  const int first = 0;
   int tap = 0;
 #pragma unroll 1
   for (int r = 0; r < product.kernel_h; ++r) {
