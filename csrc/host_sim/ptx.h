@@ -80,6 +80,8 @@ std::uint32_t pack_saturated(const std::int32_t (&v)[4]) {
   return all;
 }
 
+inline void wait_for_earlier_kernels() { host_sim::wait_for_earlier_kernels(); }
+
 inline int uniform(int value) { return value; }
 
 void ldmatrix_x4(std::uint32_t (&to)[4], std::uint32_t row);

@@ -19,6 +19,7 @@ enum class PipelineId : std::uint32_t {
   kConvOperands,
   kConvScaleShift,
   kConvResult,
+  kConvTurns,
   kConvSplitOperands,
   kStemPixels,
   kBottleneckPixels,
@@ -45,12 +46,12 @@ struct SpinLimit {
 
 inline std::string to_string(const StuckBarrier& stuck) {
   static constexpr const char* kPipelineNames[][2] = {
-      {"conv_bn_sm90", "operands"},    {"conv_bn_sm90", "scale and shift"},
-      {"conv_bn_sm90", "result"},      {"conv_bn_sm90_split", "operands"},
-      {"stem_sm90", "pixels"},         {"bottleneck_sm90", "pixels"},
-      {"bottleneck_sm90", "shortcut"}, {"bottleneck_sm90", "lines"},
-      {"conv_int8_sm90", "operands"},  {"conv_int8_sm90", "vectors"},
-      {"conv_int8_sm90", "result"},
+      {"conv_bn_sm90", "operands"},       {"conv_bn_sm90", "scale and shift"},
+      {"conv_bn_sm90", "result"},         {"conv_bn_sm90", "turns"},
+      {"conv_bn_sm90_split", "operands"}, {"stem_sm90", "pixels"},
+      {"bottleneck_sm90", "pixels"},      {"bottleneck_sm90", "shortcut"},
+      {"bottleneck_sm90", "lines"},       {"conv_int8_sm90", "operands"},
+      {"conv_int8_sm90", "vectors"},      {"conv_int8_sm90", "result"},
   };
   if (stuck.barrier == 0) return "";
   const auto& [kernel, pipeline] = kPipelineNames[(stuck.barrier - 1) / 2];
