@@ -53,8 +53,8 @@ def violations(name: str, kernel: dict[str, Any]) -> dict[str, Any]:
         fact: {width: count for width, count in kernel[fact].items() if int(width) < 16}
         for fact in ("load_bytes", "copy_bytes", "load_bytes_elsewhere")
     }
-    # Batch norm's vectors may be of any type: beside four loads of 4 bytes stand eight of 2. Those of
-    # int8 layers are of one type.
+    # Batch norm's vectors may be of any type: beside four loads of 4 bytes stand eight of 2. An
+    # int8 layer's are of one type.
     vectors = narrow["load_bytes_elsewhere"].pop("4", 0)
     halves = 0 if product == _INT8 else 2 * vectors
     narrow["load_bytes_elsewhere"]["2"] = narrow["load_bytes_elsewhere"].get("2", 0) - halves
