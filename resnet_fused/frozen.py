@@ -1,4 +1,4 @@
-"""Networks whose weights are promised to stay as they are, so that nothing looks whether they do."""
+"""Networks whose weights are promised to stay, so that no forward looks whether they did."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ class FrozenNetwork(nn.Module):
             changed = zip(self._names, versions, self._versions, strict=True)
             name = next(name for name, now, then in changed if now != then)
             raise FrozenModelError(f"{name} of a frozen network was edited in place; {_AGAIN}")
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        wanted = (isinstance(x, Tensor) and x.requires_grad for x in inputs)
+        if torch.is_grad_enabled() and any(wanted):
             raise FrozenModelError(
                 "a frozen network has no gradients; call it on x.detach(), or call the model that "
                 "it was made from."

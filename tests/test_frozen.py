@@ -1,4 +1,4 @@
-"""Frozen networks: the model's bits without a look at its weights, and no change that goes unsaid."""
+"""Frozen networks: the model's bits without a look at its weights; no change goes unsaid."""
 
 from __future__ import annotations
 
@@ -269,7 +269,7 @@ def test_a_copy_is_frozen_with_weights_of_its_own(copied: Callable[[Any], Any]) 
     other = copied(frozen)
     assert torch.equal(other(x), expected)
     add(other.network.fc.bias)
-    with pytest.raises(FrozenModelError, match="fc.bias"):
+    with pytest.raises(FrozenModelError, match=r"fc\.bias"):
         other(x)
 
 
@@ -290,7 +290,7 @@ def test_made_and_loaded_in_inference_mode() -> None:
 
 def test_it_says_what_it_is() -> None:
     text = repr(freeze(make()))
-    assert text.startswith("FrozenNetwork(\n  frozen: inference only, on weights that are read once")
+    assert text.startswith("FrozenNetwork(\n  frozen: inference only, on weights ")
     assert "(network): ResNet(" in text
 
 

@@ -218,7 +218,9 @@ def record(network: Network, x: Tensor, extension: ModuleType) -> tuple[Tensor, 
     known = {id(tensor) for tensor in snapshot.tensors}
     copies, frozen = notes.copies, notes.frozen
     if recording.frozen.get():  # then copies of parameters are as good as packed weights
-        made = (recording.Packed(source, recording.version(source), copy) for source, copy in copies)
+        made = (
+            recording.Packed(source, recording.version(source), copy) for source, copy in copies
+        )
         copies, frozen = [], [*frozen, *made]
     noted = [*notes.packed, *frozen]
     made_from = [*(note.weight for note in noted), *(source for source, _ in copies)]
