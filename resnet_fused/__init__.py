@@ -20,7 +20,13 @@ except ImportError as _error:  # `python -m resnet_fused.env` has to say so
 else:
     from . import complexity, models, ops, quantization
     from .blocks import BasicBlock, Bottleneck, PaddedIdentity, PlainBlock
-    from .errors import BackendUnavailableError, CheckpointError, ResnetFusedError
+    from .errors import (
+        BackendUnavailableError,
+        CheckpointError,
+        FrozenModelError,
+        ResnetFusedError,
+    )
+    from .frozen import freeze
     from .fuse import fuse, unfuse
     from .models import (
         ResNet,
@@ -49,6 +55,7 @@ __all__ = [
     "BasicBlock",
     "Bottleneck",
     "CheckpointError",
+    "FrozenModelError",
     "PaddedIdentity",
     "PlainBlock",
     "ResNet",
@@ -56,6 +63,7 @@ __all__ = [
     "available_backends",
     "cifar",
     "complexity",
+    "freeze",
     "freeze_batch_norm",
     "fuse",
     "graphed",

@@ -16,3 +16,7 @@ class BackendUnavailableError(ResnetFusedError, RuntimeError):
 
 class CheckpointError(ResnetFusedError, ValueError):
     """A weights file cannot be downloaded, or not be read as a state dict."""
+
+
+class FrozenModelError(ResnetFusedError, RuntimeError):
+    """A network of `resnet_fused.freeze` was to be changed, or was found to be."""

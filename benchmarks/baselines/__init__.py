@@ -111,6 +111,13 @@ def _ours(task: Task, backend: str | None) -> Call:
     return lambda: model(images)
 
 
+def _ours_frozen(task: Task) -> Call:
+    resnet_fused.use_backend("cpu")
+    model = resnet_fused.freeze(task.load(resnet_fused))
+    images = task.images.contiguous(memory_format=torch.channels_last)
+    return lambda: model(images)
+
+
 def _ours_in_graph(task: Task, backend: str | None) -> Call:
     return in_cuda_graph(_ours(task, backend))
 
@@ -288,6 +295,7 @@ _CPU, _GPU = ("cpu",), ("cuda",)
 
 def _all() -> Iterator[Baseline]:
     yield Baseline("cpu", "resnet_fused cpu", partial(_ours, backend="cpu"), _CPU, ours=True)
+    yield Baseline("cpu-frozen", "resnet_fused cpu, frozen", _ours_frozen, _CPU, ours=True)
     for backend in (None, "triton", "cuda"):
         key = backend or "resnet_fused"
         title = f"resnet_fused {backend or ''}".strip()

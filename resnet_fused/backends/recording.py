@@ -33,6 +33,8 @@ class Notes:
 
 
 current: contextvars.ContextVar[Notes | None] = contextvars.ContextVar("notes", default=None)
+# Whether the parameters of what runs are promised to stay as they are (`resnet_fused.freeze`).
+frozen: contextvars.ContextVar[bool] = contextvars.ContextVar("frozen", default=False)
 # In training, what stands for a weight, by its id, in the launches that are recorded.
 weights: contextvars.ContextVar[Mapping[int, Tensor]] = contextvars.ContextVar(
     "weights", default=MappingProxyType({})

@@ -77,6 +77,7 @@ class Plan:
 
     Every part that was not recorded is called as ever, between the programs. Weights that were
     packed are verified while a program runs; where one has changed, its parts are called instead.
+    Frozen weights are known by their version counters, before any program runs.
 
     Attributes:
         outdated: whether weights were found that have changed since they were packed.
@@ -215,8 +216,14 @@ def record(network: Network, x: Tensor, extension: ModuleType) -> tuple[Tensor, 
         packs.append(len(notes.packed))
     out = values[-1]
     known = {id(tensor) for tensor in snapshot.tensors}
-    noted = [*notes.packed, *notes.frozen]
-    made_from = [*(note.weight for note in noted), *(source for source, _ in notes.copies)]
+    copies, frozen = notes.copies, notes.frozen
+    if recording.frozen.get():  # then copies of parameters are as good as packed weights
+        made = (
+            recording.Packed(source, recording.version(source), copy) for source, copy in copies
+        )
+        copies, frozen = [], [*frozen, *made]
+    noted = [*notes.packed, *frozen]
+    made_from = [*(note.weight for note in noted), *(source for source, _ in copies)]
     if (
         not snapshot.is_complete()
         or generation() != before
@@ -267,4 +274,4 @@ def record(network: Network, x: Tensor, extension: ModuleType) -> tuple[Tensor, 
         first = last
     if not any(isinstance(step, Segment) for step in steps):
         return out, None
-    return out, Plan(snapshot, steps, notes.frozen, notes.copies, [constants, notes])
+    return out, Plan(snapshot, steps, frozen, copies, [constants, notes])

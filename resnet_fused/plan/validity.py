@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from ..backends import tf32_in_convolutions
+from ..backends import recording, tf32_in_convolutions
 from ..backends.autotune import generation
 from ..ops.dispatch import chosen_backend
 
@@ -37,6 +37,7 @@ def surroundings(x: Tensor) -> Hashable:
         torch.backends.mkldnn.enabled,
         torch.are_deterministic_algorithms_enabled(),
         torch.get_num_threads(),
+        recording.frozen.get(),
     )
 
 

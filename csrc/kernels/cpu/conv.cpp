@@ -44,6 +44,7 @@ constexpr std::int64_t kStrip = 32;  // columns
 constexpr std::int64_t kMaxTaskHalves = 32;
 constexpr std::int64_t kTaskBytes = 512 << 10;      // of x
 constexpr std::int64_t kTogetherBytes = 256 << 10;  // of weights
+constexpr std::int64_t kStreamedStrips = 2;
 constexpr std::int64_t kWayBytes = 4096;  // lines this far apart share a set of the L1 cache
 
 constexpr std::int64_t kLongTap = 16;  // words
@@ -285,6 +286,11 @@ Plan make_plan(const Conv& conv, int half_rows, std::int64_t threads) {
   const std::int64_t most = std::clamp<std::int64_t>(kTaskBytes / half_bytes, 4, kMaxTaskHalves);
   plan.half_tasks = ceil_div(plan.halves, most);
   plan.strip_tasks = 1;
+  if (plan.half_tasks <= threads) {
+    // A thread reads its weights once, from memory. Those of a round are fetched while the round
+    // before is multiplied, the first ones by nobody: so they are few.
+    plan.strips_together = std::min(plan.strips_together, kStreamedStrips);
+  }
   if (plan.half_tasks >= threads) {
     plan.half_tasks = round_up(plan.half_tasks, threads);
   } else if (plan.half_tasks * plan.strips >= threads) {

@@ -32,6 +32,11 @@ def _dense(tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
+def _identity(weight: Tensor) -> tuple[Any, ...]:
+    address = weight.data_ptr()
+    return weight.dtype, weight.shape, weight.stride(), address, recording.version(weight)
+
+
 class _Slot(Generic[Packed]):
     """What was packed from one weight tensor, which it does not keep alive."""
 
@@ -43,11 +48,17 @@ class _Slot(Generic[Packed]):
 class LiveCache(Generic[Packed]):
     """Packed forms of weights, each verified against the weight it was made from.
 
+    frozen: nobody is to edit the weights, a quantised network's, nor those of a forward in which
+        `recording.frozen` is set. Hashing them would take a good part of a forward of one image, so
+        that only version counters and addresses are compared, and their content is read once. That
+        misses what moves neither, `p.data.mul_()`.
+
     Threads may share it: entries are replaced whole, so a race costs at most a second packing.
     """
 
-    def __init__(self, extension: ModuleType) -> None:
+    def __init__(self, extension: ModuleType, frozen: bool = False) -> None:
         self._extension = extension
+        self._frozen = frozen
         self._slots: dict[int, _Slot[Packed]] = {}
 
     def __len__(self) -> int:
@@ -59,18 +70,17 @@ class LiveCache(Generic[Packed]):
         slot = self._slots.get(id(weight))
         if slot is None or slot.owner() is not weight:
             slot = self._open(weight)
+        frozen = self._frozen or recording.frozen.get()
         # Taken before packing: an edit during it is then seen by the next look-up.
-        content = self._content(weight)
+        content = _identity(weight) if frozen else self._content(weight)
         entry = slot.packed.get(form)
         if entry is None or entry[0] != content:
             entry = slot.packed[form] = (content, pack())
         packed = entry[1]
         if (notes := recording.current.get()) is not None:
-            self._note(notes, recording.Packed(weight, content[-1], packed))
+            noted = notes.frozen if frozen else notes.packed
+            noted.append(recording.Packed(weight, content[-1], packed))
         return packed
-
-    def _note(self, notes: recording.Notes, packed: recording.Packed) -> None:
-        notes.packed.append(packed)
 
     def _content(self, weight: Tensor) -> tuple[Any, ...]:
         dense = _dense(weight)
@@ -88,18 +98,3 @@ class LiveCache(Generic[Packed]):
 
         slots[key] = slot = _Slot[Packed](weakref.ref(weight, drop))
         return slot
-
-
-class FrozenCache(LiveCache[Packed]):
-    """Packed forms of weights that nobody is to edit: a quantised network's.
-
-    Hashing them would take a good part of a forward of one image, so that only version counters and
-    addresses are compared. That misses what moves neither, `p.data.mul_()`.
-    """
-
-    def _content(self, weight: Tensor) -> tuple[Any, ...]:
-        address = weight.data_ptr()
-        return weight.dtype, weight.shape, weight.stride(), address, recording.version(weight)
-
-    def _note(self, notes: recording.Notes, packed: recording.Packed) -> None:
-        notes.frozen.append(packed)

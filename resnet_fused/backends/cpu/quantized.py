@@ -17,7 +17,7 @@ from ...parameters import Convolution, MaxPool
 from .. import Candidate, Candidates
 from ..arguments import empty_nhwc, nhwc, residual_arg
 from ..reference import ReferenceBackend
-from .live_cache import FrozenCache
+from .live_cache import LiveCache
 
 _MOST_CHANNELS = 65536  # of the head
 _MOST_PIXELS = 2**23
@@ -46,7 +46,7 @@ class QuantizedKernels:
         """isa: one of `cpu_quantized_isas()`, or "" for the best."""
         self._extension = extension
         self._isa = isa
-        self._weights: FrozenCache[PackedQuantizedWeight] = FrozenCache(extension)
+        self._weights: LiveCache[PackedQuantizedWeight] = LiveCache(extension, frozen=True)
 
     def conv(
         self,

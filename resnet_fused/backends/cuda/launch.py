@@ -17,7 +17,7 @@ from ..._extension import optional_tensor_arg, tensor_arg
 from ...parameters import BatchNorm, ConvBn, Convolution, MaxPool
 from .. import tf32_in_convolutions
 from ..arguments import BatchNormArg, batch_norm_arg, empty_nhwc, nhwc, residual_arg
-from ..cpu.live_cache import FrozenCache
+from ..cpu.live_cache import LiveCache
 from ..recording import copied
 
 
@@ -41,7 +41,7 @@ class Launcher:
 
     def __init__(self, extension: ModuleType) -> None:
         self.extension = extension
-        self._frozen: FrozenCache[_PackedInt8] = FrozenCache(extension)
+        self._frozen: LiveCache[_PackedInt8] = LiveCache(extension, frozen=True)
 
     def place(self, device: torch.device) -> int:
         """The number that CUDA has for the device."""
