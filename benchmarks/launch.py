@@ -155,23 +155,33 @@ def _normalised(x: Array) -> Array:
     return (x - 1) * _vectors(x.shape[-1])[2] + 1
 
 
-def _convolved(x: Array, weight: Array, layer: Layer) -> Array:
-    """The convolution's batch norm, exact in float32 on integers."""
+def _sums(x: Array, weight: Array, layer: Layer, dtype: Any) -> Array:
+    """The convolution's products, added in `dtype`, which has to hold them."""
     step, pad = layer.stride, layer.padding
-    padded = np.pad(x.astype(np.float32), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    padded = np.pad(x.astype(dtype), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     height, width = layer.size(x.shape[1]), layer.size(x.shape[2])
-    out = np.zeros((len(x), height, width, layer.filters), np.float32)
+    out = np.zeros((len(x), height, width, layer.filters), dtype)
     for r in range(layer.window):
         for s in range(layer.window):
             rows = slice(r, r + step * (height - 1) + 1, step)
             columns = slice(s, s + step * (width - 1) + 1, step)
-            out += padded[:, rows, columns] @ weight[:, r, s].astype(np.float32).T
-    return _normalised(out)
+            out += padded[:, rows, columns] @ weight[:, r, s].astype(dtype).T
+    return out
+
+
+def _convolved(x: Array, weight: Array, layer: Layer) -> Array:
+    """The convolution's batch norm, exact in float32 on integers."""
+    return _normalised(_sums(x, weight, layer, np.float32))
 
 
 # As csrc/bindings/tensor_arg.h has it: address, number of the type, sizes of NCHW, strides, owner.
 Tensor = tuple[int, int, tuple[int, ...], tuple[int, ...], None]
-_TYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1}
+_TYPES = {
+    np.dtype(kind): number
+    for kind, number in (
+        *((np.float32, 0), (np.float16, 1), (np.uint8, 4), (np.int8, 5), (np.int32, 6)),
+    )
+}
 
 
 def _described(address: int, array: Array) -> Tensor:
@@ -197,17 +207,21 @@ class Launcher:
         return (*(self._put(v) for v in _vectors(filters)), 0.0)
 
     def _finish(
-        self, shape: Sequence[int], launch: Callable[[Tensor], None], expected: Callable[[], Array]
+        self,
+        shape: Sequence[int],
+        launch: Callable[[Tensor], None],
+        expected: Callable[[], Array],
+        dtype: Any = np.float16,
     ) -> None:
         """`launch(the result)`; then frees everything."""
-        out = np.full(shape, np.nan, np.float16)
+        out = np.full(shape, np.nan if dtype == np.float16 else 99, dtype)
         described = self._put(out)
         launch(described)
         self._memory.get(described[0], out)
         self._memory.free()
         if not self._verify:
             return
-        right = expected().astype(np.float16)
+        right = expected().astype(dtype)
         if not np.array_equal(out, right):
             wrong = int((out != right).sum())
             raise AssertionError(f"{wrong} of {out.size} elements differ from NumPy's")
@@ -260,6 +274,47 @@ class Launcher:
             return np.maximum(result + (_convolved(*side) if side else 0), 0)
 
         self._finish(shape, launch, expected)
+
+    def int8(self, tile: str, images: int, pixels: int, layer: Layer, signed: bool) -> None:
+        """A quantised convolution of uint8 or int8, with a residual of the other of them."""
+        rng = np.random.default_rng(0)
+        kinds = (np.int8, np.uint8) if signed else (np.uint8, np.int8)
+
+        def draw(kind: Any, *shape: int) -> Array:
+            limits = np.iinfo(kind)
+            made: Array = rng.integers(limits.min, limits.max + 1, shape, kind)
+            return made
+
+        x = draw(kinds[0], images, pixels, pixels, layer.channels)
+        weight = draw(np.int8, layer.filters, layer.window, layer.window, layer.channels)
+        size = layer.size(pixels)
+        shape = (images, size, size, layer.filters)
+        added = draw(kinds[1], *shape)
+        bias = rng.integers(-9999, 9999, layer.filters, np.int32)
+        spread = 9000 * (layer.window**2 * layer.channels) ** 0.5
+        multiplier = np.linspace(50 / spread, 100 / spread, layer.filters, dtype=np.float32)
+        scale = np.linspace(0, spread / 100, layer.filters, dtype=np.float32)
+        # As csrc/kernels/cuda/conv_int8_sm90.h has it: within each 16 output channels.
+        packed = weight.reshape(-1, 4, 2, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+        window = ((layer.stride,) * 2, (layer.padding,) * 2, (1, 1))
+
+        def launch(out: Tensor) -> None:
+            self._extension.cuda_conv_int8(
+                out,
+                (self._put(x), self._put(np.ascontiguousarray(packed)), window),
+                *(self._put(bias), self._put(multiplier), self._put(scale), self._put(added)),
+                projection=None,
+                tile=getattr(self._extension.Int8Tile, tile),
+                device=0,
+                stream=0,
+            )
+
+        def expected() -> Array:
+            acc = _sums(x, weight, layer, np.float64) + bias
+            acc += np.rint(added.astype(np.float32) * scale)
+            return np.clip(np.rint(acc.astype(np.float32) * multiplier), 0, 255)
+
+        self._finish(shape, launch, expected, np.uint8)
 
     def bottleneck(
         self, kernel: str, images: int, pixels: int, inner: int, stride: int, project: bool
@@ -347,7 +402,9 @@ class Launcher:
 Launch = tuple[str, Callable[[], None]]
 
 
-def small(run: Launcher, tiles: Sequence[str], images: int) -> Iterator[Launch]:
+def small(
+    run: Launcher, tiles: Sequence[str], int8_tiles: Sequence[str], images: int
+) -> Iterator[Launch]:
     """Every kernel: 21 × 21 positions an image, so that 80 are three tiles for each of 132 SMs."""
     for tile in tiles:
         conv = partial(run.convolution, tile, images)
@@ -360,6 +417,10 @@ def small(run: Launcher, tiles: Sequence[str], images: int) -> Iterator[Launch]:
             yield f"{tile} projection", partial(conv, 21, pointwise, projection=side)
         yield f"{tile} 3x3", partial(conv, 21, Layer(72, 136, 3))
         yield f"{tile} 3x3 strided", partial(conv, 42, Layer(24, 136, 3, 2))
+    for tile in int8_tiles:
+        conv = partial(run.int8, tile, images)
+        yield f"int8 {tile} pointwise", partial(conv, 21, Layer(80, 144), signed=False)
+        yield f"int8 {tile} 3x3 strided", partial(conv, 42, Layer(48, 144, 3, 2), signed=True)
     for inner, stride, project in ((64, 1, False), (64, 1, True), (64, 2, True), (128, 1, False)):
         for kernel in ("bottleneck", "bottleneck_sm90"):
             if kernel == "bottleneck" or (inner, stride) == (64, 1):
@@ -408,7 +469,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     images = options.images or ((2 if options.simulate else 80) if verify else 256)
     launcher = Launcher(extension, Simulator(extension) if options.simulate else Driver(), verify)
     tiles = [name for name in extension.ConvTile.__members__ if name != "automatic"]
-    launches = small(launcher, tiles, images) if verify else large(launcher, images)
+    int8_tiles = list(extension.Int8Tile.__members__)
+    launches = small(launcher, tiles, int8_tiles, images) if verify else large(launcher, images)
     failed = ran = 0
     for name, launch in launches:
         if options.only and not any(word in name for word in options.only):

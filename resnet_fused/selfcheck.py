@@ -133,8 +133,9 @@ def checks(backend: str) -> list[Check]:
         if isinstance(implementation, CudaBackend):
             named = _KERNELS.get(family, {"": None})
             kernels = {f"{backend} {family}{more}": kernel for more, kernel in named.items()}
-            if family == CONVOLUTION:
-                tiles = implementation.tiles
+            if family in (CONVOLUTION, QUANTIZED):
+                quantized = family == QUANTIZED
+                tiles = implementation.quantized_tiles if quantized else implementation.tiles
                 kernels = {f"{backend} {family} {tile}": f"cuda {tile}" for tile in tiles}
         for name, kernel in kernels.items():
             found.append(Check(name, partial(_run, backend, family, kernel)))

@@ -15,10 +15,11 @@ from typing import Any
 COMPILERS = {"nvcc": "nvcc 13.0.88", "triton": "triton 3.8.0"}
 
 # How products must begin, by kernel; kernels that are not named have none.
-_HOPPER, _WARP = "HGMMA.64x", "HMMA.16816.F32"
+_HOPPER, _INT8, _WARP = "HGMMA.64x", "IGMMA.64x", "HMMA.16816.F32"
 _TENSOR = {
     "conv_bn_sm90_kernel": _HOPPER,
     "conv_bn_sm90_split_kernel": _HOPPER,
+    "conv_int8_sm90_kernel": _INT8,
     "conv_bn_kernel": _WARP,
     "bottleneck_kernel": _WARP,
     "bottleneck_sm90_kernel": _HOPPER,
@@ -53,9 +54,11 @@ def violations(name: str, kernel: dict[str, Any]) -> dict[str, Any]:
         fact: {width: count for width, count in kernel[fact].items() if int(width) < 16}
         for fact in ("load_bytes", "copy_bytes", "load_bytes_elsewhere")
     }
-    # Batch norm's vectors may be of any type: beside four loads of 4 bytes stand eight of 2.
+    # Batch norm's vectors may be of any type: beside four loads of 4 bytes stand eight of 2. An
+    # int8 layer's are of one type.
     vectors = narrow["load_bytes_elsewhere"].pop("4", 0)
-    narrow["load_bytes_elsewhere"]["2"] = narrow["load_bytes_elsewhere"].get("2", 0) - 2 * vectors
+    halves = 0 if product == _INT8 else 2 * vectors
+    narrow["load_bytes_elsewhere"]["2"] = narrow["load_bytes_elsewhere"].get("2", 0) - halves
     if narrow["load_bytes_elsewhere"]["2"] == 0:
         narrow["load_bytes_elsewhere"] = {}
     found = {fact: widths for fact, widths in narrow.items() if widths}
@@ -72,7 +75,7 @@ def violations(name: str, kernel: dict[str, Any]) -> dict[str, Any]:
             found[fact] = kernel[fact]
     if kernel["copy_bytes"] and not kernel["copies_pending"]:
         found["copies_pending"] = kernel["copies_pending"]
-    if product == _HOPPER and not kernel["products_pending"]:
+    if product in (_HOPPER, _INT8) and not kernel["products_pending"]:
         found["products_pending"] = kernel["products_pending"]
     return found
 
@@ -99,6 +102,14 @@ BUDGETS: dict[str, tuple[int, int]] = {
     "conv_bn_sm90_split_kernel 4 1": (66, 1705),
     "conv_bn_sm90_split_kernel 8 0": (62, 1102),
     "conv_bn_sm90_split_kernel 8 1": (66, 1632),
+    "conv_int8_sm90_kernel 128×64": (67, 1249),
+    "conv_int8_sm90_kernel 128×64 projection": (67, 1595),
+    "conv_int8_sm90_kernel 128×128": (66, 1642),
+    "conv_int8_sm90_kernel 128×128 projection": (66, 2089),
+    "conv_int8_sm90_kernel 128×128 cluster": (68, 1699),
+    "conv_int8_sm90_kernel 128×128 cluster projection": (68, 2158),
+    "conv_int8_sm90_kernel 128×256 cluster": (73, 2532),
+    "conv_int8_sm90_kernel 128×256 cluster projection": (73, 3184),
     "bn_add_relu_kernel 8 0": (137, 227),
     "bn_add_relu_kernel 8 1": (223, 231),
     "bottleneck_kernel 64 inner, stride 2 projection": (273, 3808),

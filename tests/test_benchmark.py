@@ -74,11 +74,17 @@ def build_telling_its_cache(task: Task) -> Call:
     raise baselines.UnavailableError(os.environ["RESNET_FUSED_CACHE_DIR"])
 
 
+def build_int8(task: Task) -> Call:
+    return baselines._int8(task)
+
+
 EAGER = next(c for c in baselines.BASELINES if c.key == "eager")
 EXACT = Baseline("exact", "exact", build_exact, ours=True)
 WRONG = Baseline("wrong", "wrong", build_wrong, ours=True)
 OTHERS = (
     Baseline("far-off", "far off", build_wrong),
+    Baseline("int8", "in fewer bits", build_int8, bound=0.2),
+    Baseline("too-few-bits", "in too few bits", build_int8, bound=1e-3),
     Baseline("missing", "missing", build_missing),
     Baseline("broken", "broken", build_broken),
     Baseline("dying", "dying", build_dying),
@@ -135,6 +141,9 @@ def test_who_cannot_run_is_listed_with_the_reason(finished: tuple[int, Path]) ->
     record, (entries,) = read(finished[1] / "out.json")
     found = {key: (e["status"], e["reason"]) for key, e in entries.items() if e["rate"] is None}
     assert found.pop("far-off")[0] == "wrong"
+    status, reason = found.pop("too-few-bits")
+    assert status == "wrong"
+    assert reason.endswith("allowed 1.00e-03")
     assert found == {
         "missing": ("unavailable", "nobody wrote it; pip install it"),
         "broken": ("failed", "RuntimeError: it broke in two lines"),
@@ -146,6 +155,18 @@ def test_who_cannot_run_is_listed_with_the_reason(finished: tuple[int, Path]) ->
     text = table(Comparison(entries=rows, **comparison))
     assert "failed: broken – RuntimeError: it broke in two lines" in text
     assert "1.00×" in text
+    assert "in fewer bits: in fewer bits than float32, error up to 2.0e-01 allowed" in text
+
+
+def test_what_computes_in_fewer_bits_has_its_own_bound_and_no_speedup(
+    finished: tuple[int, Path],
+) -> None:
+    _, (entries,) = read(finished[1] / "out.json")
+    int8 = entries["int8"]
+    assert int8["status"] == "measured"
+    assert 1e-3 < int8["error"] <= int8["bound"] == 0.2
+    assert int8["rate"] > 0
+    assert int8["speedup"] is None
 
 
 def test_chart_is_drawn(finished: tuple[int, Path]) -> None:

@@ -39,7 +39,8 @@ Facts = dict[str, dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def cuda_facts(extension, architectures) -> Facts:
-    """Of the CUDA kernels for bfloat16, whole chunks: sm_90a's, and the convolution for sm_80."""
+    """Of the CUDA kernels for bfloat16, whole chunks: sm_90a's, and the convolution for sm_80; and
+    of the quantised one for uint8."""
     found: Facts = {}
     for architecture in {"80", "90a"} & set(architectures):
         options = (f"-arch=sm_{architecture}",)
@@ -54,6 +55,10 @@ def cuda_facts(extension, architectures) -> Facts:
 
 def cuda_variant(symbol: str) -> str | None:
     """A readable name of a mangled one; None for what has no budget of its own."""
+    if int8 := re.search(r"conv_int8_sm90_kernelIhNS0_4TileI((?:Li\d+E)+)EELb([01])E", symbol):
+        columns, _, _, cluster, *_ = re.findall(r"\d+", int8[1])
+        more = " cluster" * (cluster != "1") + " projection" * int(int8[2])
+        return f"conv_int8_sm90_kernel 128×{columns}{more}"
     if "13__nv_bfloat16" not in symbol:
         return None
     # A name stands behind its length; parts of those before it may look like that too.

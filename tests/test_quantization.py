@@ -117,8 +117,11 @@ _AT_ONCE = ("resnet18", "resnet50", "resnext50_32x4d")
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[] if n in _AT_ONCE else pytest.mark.thorough) for n in ALL]
 )
-def test_backends_equal_the_reference_in_whole_networks(name: str, backend: str) -> None:
+def test_backends_equal_the_reference_in_whole_networks(
+    name: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     require(backend, "cpu", torch.uint8)
+    monkeypatch.setenv("RESNET_FUSED_HOST_SIM_CAPABILITY", "90")
     model = randomise_statistics(ALL[name](num_classes=10)).eval()
     calibration = [(images(2) * 60 + 90).clamp(0, 255).byte()]
     trainable = prepare_qat(model, calibration, normalization=(MEAN, STD))

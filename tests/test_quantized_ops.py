@@ -172,9 +172,10 @@ def test_a_planted_fault_shows() -> None:
 
 
 @pytest.fixture(params=["reference", "cpu", "triton", "cuda_sim"])
-def backend(request: pytest.FixtureRequest) -> str:
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Those that serve quantised tensors here."""
     require(request.param, "cpu", torch.uint8)
+    monkeypatch.setenv("RESNET_FUSED_HOST_SIM_CAPABILITY", "90")  # which has a kernel for them
     return request.param
 
 

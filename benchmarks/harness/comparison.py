@@ -18,6 +18,8 @@ class Entry:
     status: "measured"; "unavailable" or "failed" with the reason; "wrong" where the logits miss
     what is asked of them, with the reason, in which case it is not timed; "pending" until then.
     error: ‖logits - truth‖ / ‖truth‖, the truth computed in float64.
+    bound: the error allowed to what computes in fewer bits than the comparison's dtype; it has no
+        part in speed-ups.
     rounds: the time of every single call, by round.
     cold_start, new_batch: until the first logits, and until those of another batch size.
     speedup: the rate of the best of ours over this one's.
@@ -26,6 +28,7 @@ class Entry:
     key: str
     title: str
     ours: bool
+    bound: float | None = None
     status: str = "pending"
     reason: str | None = None
     error: float | None = None
@@ -75,7 +78,7 @@ class Comparison:
                 entry.floor_share = entry.rate * self.floor / self.batch
         best = self.best_of_ours()
         for entry in timed:
-            if best is not None and best.rate and entry.rate:
+            if best is not None and best.rate and entry.rate and entry.bound is None:
                 entry.speedup = best.rate / entry.rate
 
     def gate_is_red(self) -> bool:
@@ -164,6 +167,12 @@ def table(comparison: Comparison) -> str:
             f"  error: ‖logits − truth‖ / ‖truth‖, truth in float64; {comparison.eager_error:.1e}, "
             "PyTorch's own, is what ours may have"
         )
+    lines.extend(
+        f"  {entry.title}: in fewer bits than {comparison.dtype}, error up to {entry.bound:.1e} "
+        "allowed; no speed-up is stated of it"
+        for entry in ranked(comparison)
+        if entry.bound is not None
+    )
     absent = [entry for entry in comparison.entries if entry.rate is None]
     lines.extend(f"  {entry.status}: {entry.title} – {entry.reason}" for entry in absent)
     if comparison.gate_is_red():

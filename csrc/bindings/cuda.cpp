@@ -16,6 +16,7 @@
 #include "kernels/cuda/bottleneck.h"
 #include "kernels/cuda/bottleneck_sm90.h"
 #include "kernels/cuda/conv.h"
+#include "kernels/cuda/conv_int8_sm90.h"
 #include "kernels/cuda/head.h"
 #include "kernels/cuda/spin_limit.h"
 #include "kernels/cuda/stem.h"
@@ -29,9 +30,11 @@ using resnet_fused::BatchNorm;
 using resnet_fused::BnAddRelu;
 using resnet_fused::Bottleneck;
 using resnet_fused::ConvBn;
+using resnet_fused::ConvInt8;
 using resnet_fused::ConvolutionBn;
 using resnet_fused::ConvTile;
 using resnet_fused::DType;
+using resnet_fused::Int8Tile;
 using resnet_fused::Layer;
 using resnet_fused::Vector;
 
@@ -65,8 +68,12 @@ using OptionalTensor = std::optional<TensorArg>;
 using Pair = std::array<std::int64_t, 2>;
 // Mean, variance, weight, bias, eps.
 using BatchNormArg = std::tuple<TensorArg, TensorArg, OptionalTensor, OptionalTensor, double>;
-// A convolution with its batch norm: x, weight, (stride, padding, dilation), batch norm.
-using LayerArg = std::tuple<TensorArg, TensorArg, std::tuple<Pair, Pair, Pair>, BatchNormArg>;
+// Stride, padding, dilation.
+using WindowArg = std::tuple<Pair, Pair, Pair>;
+// A convolution with its batch norm: x, weight, window, batch norm.
+using LayerArg = std::tuple<TensorArg, TensorArg, WindowArg, BatchNormArg>;
+// A quantised convolution: x, weight, window.
+using Int8LayerArg = std::tuple<TensorArg, TensorArg, WindowArg>;
 // Of a bottleneck: weight, batch norm.
 using InnerLayerArg = std::tuple<TensorArg, BatchNormArg>;
 
@@ -80,6 +87,12 @@ struct OnDevice {
 struct ConvLaunch {
   ConvBn op;
   ConvTile tile;
+  int device;
+};
+
+struct ConvInt8Launch {
+  ConvInt8 op;
+  Int8Tile tile;
   int device;
 };
 
@@ -165,16 +178,25 @@ void bn_add_relu(const TensorArg& out, const TensorArg& x, const BatchNormArg& b
   launch.run<run_bn_add_relu>(stream);
 }
 
-// What one convolution must have in common with the result.
-void set_convolution(Launch<ConvLaunch>& launch, ConvolutionBn& conv, const LayerArg& layer,
-                     const TensorArg& out) {
-  const auto& [x, weight, window, bn] = layer;
+// What the result's batch, channels and size are.
+void set_result(ConvBn& op, const TensorArg& out, std::int64_t groups) {
+  check_nhwc("out", out);
+  op.batch = size("batch", out.sizes[0], 0);
+  op.out_channels = size("out_channels", out.sizes[1], 0);
+  op.out_height = size("out_height", out.sizes[2], 0);
+  op.out_width = size("out_width", out.sizes[3], 0);
+  size("out_height * out_width", out.sizes[2] * out.sizes[3], 0);
+  op.groups = size("groups", groups, 1);
+}
+
+// What one convolution, the batch norm apart, must have in common with the result.
+template <typename Arguments>
+void set_window(Launch<Arguments>& launch, const ConvBn& result, ConvolutionBn& conv,
+                const TensorArg& x, const TensorArg& weight, const WindowArg& window,
+                const TensorArg& out) {
   const auto& [stride, padding, dilation] = window;
   check_nhwc("x", x);
   check_nhwc("weight", weight);
-  check_type("x", x, out.type);
-  check_type("weight", weight, out.type);
-  const ConvBn& result = launch.arguments.op;
   conv.height = size("height", x.sizes[2], 0);
   conv.width = size("width", x.sizes[3], 0);
   conv.channels = size("channels", x.sizes[1], 1);
@@ -204,22 +226,24 @@ void set_convolution(Launch<ConvLaunch>& launch, ConvolutionBn& conv, const Laye
        positions(conv.width, conv.kernel_w, conv.stride_w, conv.padding_w, conv.dilation_w)});
   launch.reads(conv.x, "x", x);
   launch.reads(conv.weight, "weight", weight);
+}
+
+void set_convolution(Launch<ConvLaunch>& launch, ConvolutionBn& conv, const LayerArg& layer,
+                     const TensorArg& out) {
+  const auto& [x, weight, window, bn] = layer;
+  check_type("x", x, out.type);
+  check_type("weight", weight, out.type);
+  set_window(launch, launch.arguments.op, conv, x, weight, window, out);
   set_batch_norm(launch, conv.bn, bn, out.sizes[1]);
 }
 
 void set_conv_bn(Launch<ConvLaunch>& launch, const TensorArg& out, const LayerArg& layer,
                  const std::optional<LayerArg>& projection, const OptionalTensor& residual,
                  std::int64_t groups, bool relu, bool tf32, int device) {
-  check_nhwc("out", out);
   launch.arguments.device = device;
   ConvBn& op = launch.arguments.op;
+  set_result(op, out, groups);
   op.dtype = dtype_of("out", out);
-  op.batch = size("batch", out.sizes[0], 0);
-  op.out_channels = size("out_channels", out.sizes[1], 0);
-  op.out_height = size("out_height", out.sizes[2], 0);
-  op.out_width = size("out_width", out.sizes[3], 0);
-  size("out_height * out_width", out.sizes[2] * out.sizes[3], 0);
-  op.groups = size("groups", groups, 1);
   op.relu = relu;
   op.tf32 = tf32;
   set_convolution(launch, op.conv, layer, out);
@@ -260,6 +284,88 @@ std::vector<ConvTile> conv_bn_tiles(const TensorArg& out, const LayerArg& layer,
   const py::gil_scoped_release unlocked;
   std::vector<ConvTile> tiles;
   check_cuda("conv_bn", resnet_fused::conv_bn_tiles(launch.arguments.op, device, &tiles));
+  return tiles;
+}
+
+DType byte_dtype_of(const char* name, const TensorArg& tensor) {
+  if (tensor.type == ScalarType::kUInt8) return DType::kUInt8;
+  if (tensor.type == ScalarType::kInt8) return DType::kInt8;
+  refuse(std::string(name) + " must be uint8 or int8, found " + name_of(tensor.type));
+}
+
+template <typename T>
+void set_values(Launch<ConvInt8Launch>& launch, const T*& slot, const char* name,
+                const TensorArg& tensor, ScalarType type) {
+  check_type(name, tensor, type);
+  check_sizes(name, tensor, {launch.arguments.op.conv.out_channels});
+  check_contiguous(name, tensor, 1);
+  launch.reads(slot, name, tensor);
+}
+
+void set_conv_int8(Launch<ConvInt8Launch>& launch, const TensorArg& out, const Int8LayerArg& layer,
+                   const TensorArg& bias, const TensorArg& multiplier,
+                   const OptionalTensor& shortcut_scale, const OptionalTensor& residual,
+                   const std::optional<Int8LayerArg>& projection, int device) {
+  if (residual && projection) refuse("residual and projection exclude each other");
+  if (shortcut_scale.has_value() != (residual || projection)) {
+    refuse("shortcut_scale goes with a residual or a projection, and with nothing else");
+  }
+  launch.arguments.device = device;
+  ConvInt8& op = launch.arguments.op;
+  set_result(op.conv, out, 1);
+  op.conv.relu = byte_dtype_of("out", out) == DType::kUInt8;
+  op.conv.dtype = byte_dtype_of("x", std::get<0>(layer));
+  op.conv.projection = {};
+  const auto set = [&](ConvolutionBn& conv, const Int8LayerArg& of) {
+    const auto& [x, weight, window] = of;
+    check_type("x", x, std::get<0>(layer).type);
+    check_type("weight", weight, ScalarType::kInt8);
+    set_window(launch, op.conv, conv, x, weight, window, out);
+  };
+  set(op.conv.conv, layer);
+  if (projection) set(op.conv.projection, *projection);
+  set_values(launch, op.bias, "bias", bias, ScalarType::kInt32);
+  set_values(launch, op.multiplier, "multiplier", multiplier, ScalarType::kFloat32);
+  if (shortcut_scale) {
+    set_values(launch, op.shortcut_scale, "shortcut_scale", *shortcut_scale, ScalarType::kFloat32);
+  }
+  if (residual && out.numel() > 0) {
+    op.residual_dtype = byte_dtype_of("residual", *residual);
+    TensorArg as_out = out;  // set_residual wants one type, and both are single bytes
+    as_out.type = residual->type;
+    set_residual(launch, op.conv.residual, residual, as_out);
+  }
+  launch.writes(op.conv.out, "out", out);
+}
+
+void run_conv_int8(ConvInt8Launch& launch, std::uintptr_t stream) {
+  check_cuda("conv_int8",
+             resnet_fused::conv_int8(launch.op, launch.tile, launch.device, stream_of(stream)));
+}
+
+void conv_int8(const TensorArg& out, const Int8LayerArg& layer, const TensorArg& bias,
+               const TensorArg& multiplier, const OptionalTensor& shortcut_scale,
+               const OptionalTensor& residual, const std::optional<Int8LayerArg>& projection,
+               Int8Tile tile, int device, std::uintptr_t stream) {
+  Launch<ConvInt8Launch> launch;
+  set_conv_int8(launch, out, layer, bias, multiplier, shortcut_scale, residual, projection, device);
+  launch.arguments.tile = tile;
+  if (!resnet_fused::conv_int8_can_implement(launch.arguments.op)) {
+    refuse("there is no kernel for such a quantised convolution");
+  }
+  launch.run<run_conv_int8>(stream);
+}
+
+std::vector<Int8Tile> conv_int8_tiles(const TensorArg& out, const Int8LayerArg& layer,
+                                      const TensorArg& bias, const TensorArg& multiplier,
+                                      const OptionalTensor& shortcut_scale,
+                                      const OptionalTensor& residual,
+                                      const std::optional<Int8LayerArg>& projection, int device) {
+  Launch<ConvInt8Launch> launch;
+  set_conv_int8(launch, out, layer, bias, multiplier, shortcut_scale, residual, projection, device);
+  const py::gil_scoped_release unlocked;
+  std::vector<Int8Tile> tiles;
+  check_cuda("conv_int8", resnet_fused::conv_int8_tiles(launch.arguments.op, device, &tiles));
   return tiles;
 }
 
@@ -488,6 +594,31 @@ void register_cuda_kernels(py::module_& module) {
              py::arg("tf32"), py::arg("device"),
              "The tiles by which cuda_conv_bn computes these arguments on `device`, `automatic`\n"
              "not among them; where it stands for one for sm_90a, that one first.");
+
+  py::enum_<Int8Tile>(module, "Int8Tile", py::module_local(),
+                      "Output positions x channels that a block of sm_90a computes.")
+      .value("m128n64", Int8Tile::k128x64)
+      .value("m128n128", Int8Tile::k128x128)
+      .value("m128n128_cluster", Int8Tile::k128x128Cluster)
+      .value("m128n256_cluster", Int8Tile::k128x256Cluster);
+
+  module.def(
+      "cuda_conv_int8", &conv_int8, py::arg("out"), py::arg("layer"), py::arg("bias"),
+      py::arg("multiplier"), py::arg("shortcut_scale"), py::arg("residual"), py::arg("projection"),
+      py::arg("tile"), py::arg("device"), py::arg("stream"),
+      "out = requantised(conv(x) + bias (+ residual, or projection(x'))), as\n"
+      "resnet_fused/reference/quantized.py says; clamped at zero where out is uint8, else it is\n"
+      "int8. layer and projection are (x, weight, (stride, padding, dilation)): x uint8 or int8,\n"
+      "the same of both, weights int8, packed: of each 16 output channels number 4 t + 2 h + e\n"
+      "(t < 4) at place 8 h + 2 t + e. bias is int32, multiplier and shortcut_scale float32.\n"
+      "residual is as in cuda_conv_bn, uint8 or int8.");
+
+  module.def(
+      "cuda_conv_int8_tiles", &conv_int8_tiles, py::arg("out"), py::arg("layer"), py::arg("bias"),
+      py::arg("multiplier"), py::arg("shortcut_scale"), py::arg("residual"), py::arg("projection"),
+      py::arg("device"),
+      "The tiles by which cuda_conv_int8 computes these arguments on `device`, the expected\n"
+      "fastest first.");
 
   const auto def_bottleneck = [&](const std::string& name, auto kernel, const char* meaning) {
     using Kernel = decltype(kernel);

@@ -22,7 +22,12 @@ namespace {
 
 constexpr std::uint64_t kMbarrierBits = 0x6d62617272696572;  // what an mbarrier's bytes hold
 constexpr std::int64_t kMaxBytes = (1 << 20) - 1;            // that a phase can await
-constexpr int kRows = 64, kDepth = 16;                       // of a warpgroup's operands
+constexpr int kRows = 64;                                    // of a warpgroup's operands
+template <typename T>
+constexpr int kDepth = 32 / sizeof(T);
+// The second operand of products of T.
+template <typename T>
+using Other = std::conditional_t<std::is_integral_v<T>, std::int8_t, T>;
 
 struct Mbarrier {
   std::string place;
@@ -51,11 +56,12 @@ struct Held {
   std::array<std::uint32_t, 4> values;
 };
 
-// The results of products under way, for the registers that `d` points to, lane by lane.
+// The results of products under way, for the registers that `d` points to, lane by lane, by their
+// bits.
 struct Products {
-  std::array<float*, kWarpgroup> d;
+  std::array<std::uint32_t*, kWarpgroup> d;
   int n;
-  std::vector<float> values;  // (64, n)
+  std::vector<std::uint32_t> values;  // (64, n)
   Time group;
   int delivered;  // lanes that have them
   std::vector<Held> held = {};
@@ -158,12 +164,14 @@ void check_global(const Chunk& chunk, std::uint32_t element, bool write) {
   }
 }
 
-float to_float(__half v) { return __half2float(v); }
-float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+float wide(__half v) { return __half2float(v); }
+float wide(__nv_bfloat16 v) { return __bfloat162float(v); }
+std::int32_t wide(std::uint8_t v) { return v; }
+std::int32_t wide(std::int8_t v) { return v; }
 
-// An operand of rows of 16 elements, K-major.
+// An operand of rows of 32 bytes, K-major.
 template <typename T>
-void read_operand(std::uint64_t descriptor, int rows, Access agent, float* to) {
+void read_operand(std::uint64_t descriptor, int rows, Access agent, Sum<T>* to) {
   Matrix matrix = decode(descriptor);
   matrix.base += static_cast<std::uint32_t>(planted().base_offset);
   for (int row = 0; row < rows; ++row) {
@@ -171,27 +179,36 @@ void read_operand(std::uint64_t descriptor, int rows, Access agent, float* to) {
       const Address at = own(chunk_address(matrix, row, chunk));
       const unsigned char* bytes = shared_bytes(at, kChunk, "multiplies");
       agent_reads(at, kChunk, agent);
-      T values[8];
+      T values[kChunk / sizeof(T)];
       std::memcpy(values, bytes, sizeof(values));
-      for (const T value : values) *to++ = to_float(value);
+      for (const T value : values) *to++ = wide(value);
     }
   }
 }
 
 struct Product {
-  float* d;
+  void* d;
   int n;
   const std::uint32_t* registers;  // of a, or null
   std::uint64_t a, b;
   bool accumulate;
 };
 
-// "Register Fragments and Shared Memory Matrix Layouts", D of m64nNk16: its value i of a lane.
+// "Register Fragments and Shared Memory Matrix Layouts", D of m64nNk16 and m64nNk32: its value i of
+// a lane.
 int row_of(int lane, int i) { return lane / 32 * 16 + lane % 32 / 4 + i / 2 % 2 * 8; }
 int column_of(int lane, int i) { return i / 4 * 8 + lane % 4 * 2 + i % 2; }
 
+constexpr std::uint32_t kNanBits = 0x7fc00000;
+
+float add(float a, float b) { return a + b; }
+std::int32_t add(std::int32_t a, std::int32_t b) {
+  return static_cast<std::int32_t>(static_cast<std::uint32_t>(a) + static_cast<std::uint32_t>(b));
+}
+
 template <typename T>
 void multiply(void* const* operands) {
+  using Value = Sum<T>;
   const auto lane_of = [&](int lane) { return *static_cast<const Product*>(operands[lane]); };
   const int group = running_thread() / kWarpgroup;
   Warpgroup& warpgroup = state.warpgroups[group];
@@ -206,15 +223,17 @@ void multiply(void* const* operands) {
   auto found = std::find_if(all.begin(), all.end(),
                             [&](const Products& p) { return p.d[0] == first.d && p.n == first.n; });
   if (found == all.end()) {
-    found = all.insert(all.end(), Products{{}, first.n, std::vector<float>(kRows * first.n), 0, 0});
+    found = all.insert(all.end(),
+                       Products{{}, first.n, std::vector<std::uint32_t>(kRows * first.n), 0, 0});
     for (int lane = 0; lane < kWarpgroup; ++lane) {
       if (!state.threads[group * kWarpgroup + lane].registers_fenced) {
         fault("multiplies into registers that it has used since the last wgmma.fence");
       }
-      float* const d = found->d[lane] = lane_of(lane).d;
+      std::uint32_t* const d = found->d[lane] = static_cast<std::uint32_t*>(lane_of(lane).d);
       for (int i = 0; i < first.n / 2; ++i) {
-        found->values[row_of(lane, i) * first.n + column_of(lane, i)] = d[i];
-        d[i] = std::nanf("");
+        std::uint32_t& value = found->values[row_of(lane, i) * first.n + column_of(lane, i)];
+        std::memcpy(&value, d + i, sizeof(value));
+        std::memcpy(d + i, &kNanBits, sizeof(kNanBits));
       }
     }
   }
@@ -227,7 +246,7 @@ void multiply(void* const* operands) {
     }
   }
 
-  std::vector<float> a(kRows * kDepth), b(first.n * kDepth), column(first.n);
+  std::vector<Value> a(kRows * kDepth<T>), b(first.n * kDepth<T>), column(first.n);
   if (first.registers == nullptr) {
     read_operand<T>(first.a, kRows, {warpgroup.agent, time}, a.data());
   }
@@ -242,19 +261,22 @@ void multiply(void* const* operands) {
       T value;
       std::memcpy(&value, reinterpret_cast<const T*>(held.values.data()) + i, sizeof(value));
       const int row = lane / 32 * 16 + lane % 32 / 4 + i / 2 % 2 * 8;
-      a[row * kDepth + lane % 4 * 2 + i % 2 + i / 4 * 8] = to_float(value);
+      a[row * kDepth<T> + lane % 4 * 2 + i % 2 + i / 4 * 8] = wide(value);
     }
   }
-  read_operand<T>(first.b, first.n, {warpgroup.agent, time}, b.data());
-  if (!first.accumulate) std::fill(found->values.begin(), found->values.end(), 0.0f);
-  for (int depth = 0; depth < kDepth; ++depth) {
-    for (int k = 0; k < first.n; ++k) column[k] = b[k * kDepth + depth];
+  read_operand<Other<T>>(first.b, first.n, {warpgroup.agent, time}, b.data());
+  std::vector<Value> sums(found->values.size());
+  const std::size_t bytes = sums.size() * sizeof(Value);
+  if (first.accumulate) std::memcpy(sums.data(), found->values.data(), bytes);
+  for (int depth = 0; depth < kDepth<T>; ++depth) {
+    for (int k = 0; k < first.n; ++k) column[k] = b[k * kDepth<T> + depth];
     for (int row = 0; row < kRows; ++row) {
-      const float factor = a[row * kDepth + depth];
-      float* const d = found->values.data() + row * first.n;
-      for (int k = 0; k < first.n; ++k) d[k] += factor * column[k];
+      const Value factor = a[row * kDepth<T> + depth];
+      Value* const d = sums.data() + row * first.n;
+      for (int k = 0; k < first.n; ++k) d[k] = add(d[k], factor * column[k]);
     }
   }
+  std::memcpy(found->values.data(), sums.data(), bytes);
   ++statistics().products;
 }
 
@@ -460,12 +482,16 @@ void wait_for_stores(int pending_groups) {
 }
 
 template <typename T>
-void multiply_warpgroup(float* d, int n, std::uint64_t a, std::uint64_t b, bool accumulate) {
+void multiply_warpgroup(Sum<T>* d, int n, std::uint64_t a, std::uint64_t b, bool accumulate) {
   Product product{d, n, nullptr, a, b, accumulate};
   collective("wgmma", &multiply<T>, &product, kWarpgroup);
 }
 template void multiply_warpgroup<__half>(float*, int, std::uint64_t, std::uint64_t, bool);
 template void multiply_warpgroup<__nv_bfloat16>(float*, int, std::uint64_t, std::uint64_t, bool);
+template void multiply_warpgroup<std::uint8_t>(std::int32_t*, int, std::uint64_t, std::uint64_t,
+                                               bool);
+template void multiply_warpgroup<std::int8_t>(std::int32_t*, int, std::uint64_t, std::uint64_t,
+                                              bool);
 
 template <typename T>
 void multiply_warpgroup(float* d, int n, const std::uint32_t* a, std::uint64_t b, bool accumulate) {
@@ -497,7 +523,9 @@ void wait_for_products(int pending_groups) {
       }
     }
     for (int i = 0; i < products.n / 2; ++i) {
-      products.d[lane][i] = products.values[row_of(lane, i) * products.n + column_of(lane, i)];
+      std::memcpy(products.d[lane] + i,
+                  &products.values[row_of(lane, i) * products.n + column_of(lane, i)],
+                  sizeof(std::uint32_t));
     }
     products.d[lane] = nullptr;
     ++products.delivered;

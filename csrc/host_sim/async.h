@@ -5,10 +5,15 @@
 #include <cuda.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "host_sim/simulator.h"
 
 namespace host_sim {
+
+// The type in which products of T are added.
+template <typename T>
+using Sum = std::conditional_t<std::is_integral_v<T>, std::int32_t, float>;
 
 // "mbarrier": 8 bytes of shared memory that count arrivals and bytes, phase by phase. A phase ends
 // when `count` threads have arrived and as many bytes have come as they announced.
@@ -44,9 +49,10 @@ void wait_for_stores(int pending_groups);
 
 // "wgmma": d (64, n) = a (64, 16) * b (n, 16)^T, plus d where `accumulate` says so. A thread hands
 // in its registers of d and both descriptors. The registers hold NaN from then until the wait for
-// the product's group.
+// the product's group. Of bytes, T = std::uint8_t or std::int8_t, the depth is 32, b of
+// std::int8_t, and d of integers, which wrap.
 template <typename T>
-void multiply_warpgroup(float* d, int n, std::uint64_t a, std::uint64_t b, bool accumulate);
+void multiply_warpgroup(Sum<T>* d, int n, std::uint64_t a, std::uint64_t b, bool accumulate);
 // The same with a thread's four registers of a, which it may not change until that wait.
 template <typename T>
 void multiply_warpgroup(float* d, int n, const std::uint32_t* a, std::uint64_t b, bool accumulate);

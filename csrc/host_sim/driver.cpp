@@ -7,13 +7,17 @@
 
 namespace {
 
-bool encodes(cuuint32_t rank, const void* data, const cuuint64_t* size, const cuuint64_t* strides,
-             CUtensorMap* map) {
+cuuint32_t element_bytes(CUtensorMapDataType type) {
+  return type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : 2;
+}
+
+bool encodes(CUtensorMapDataType type, cuuint32_t rank, const void* data, const cuuint64_t* size,
+             const cuuint64_t* strides, CUtensorMap* map) {
   if (reinterpret_cast<std::uintptr_t>(data) % 16 != 0) return false;
   *map = {};
   map->data = static_cast<unsigned char*>(const_cast<void*>(data));
   map->rank = static_cast<int>(rank);
-  map->stride[0] = 2;
+  map->stride[0] = element_bytes(type);
   for (cuuint32_t d = 0; d < rank; ++d) {
     map->size[d] = size[d];
     if (size[d] == 0 || size[d] > cuuint64_t{1} << 32) return false;
@@ -21,26 +25,26 @@ bool encodes(cuuint32_t rank, const void* data, const cuuint64_t* size, const cu
     map->stride[d] = strides[d - 1];
     if (map->stride[d] % 16 != 0 || map->stride[d] >= cuuint64_t{1} << 40) return false;
     // "Each following dimension specified includes previous dimension stride."
-    const cuuint64_t least = d == 1 ? 2 * size[0] : map->stride[d - 1];
+    const cuuint64_t least = d == 1 ? map->stride[0] * size[0] : map->stride[d - 1];
     if (map->stride[d] < least || (d > 1 && map->stride[d] % least != 0)) return false;
   }
   return true;
 }
 
-bool inner_fits(cuuint32_t elements, CUtensorMapSwizzle swizzle) {
-  const cuuint32_t bytes = 2 * elements;
+bool inner_fits(CUtensorMapDataType type, cuuint32_t elements, CUtensorMapSwizzle swizzle) {
+  const cuuint32_t bytes = element_bytes(type) * elements;
   return bytes % 16 == 0 && (swizzle == CU_TENSOR_MAP_SWIZZLE_NONE || bytes <= 16u << swizzle);
 }
 
 }  // namespace
 
-CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* data,
-                                const cuuint64_t* size, const cuuint64_t* strides,
+CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank,
+                                void* data, const cuuint64_t* size, const cuuint64_t* strides,
                                 const cuuint32_t* box, const cuuint32_t* steps,
                                 CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
-  if (rank < 1 || rank > CUtensorMap::kRanks || !encodes(rank, data, size, strides, map) ||
-      !inner_fits(box[0], swizzle)) {
+  if (rank < 1 || rank > CUtensorMap::kRanks || !encodes(type, rank, data, size, strides, map) ||
+      !inner_fits(type, box[0], swizzle)) {
     return CUDA_ERROR_INVALID_VALUE;
   }
   map->swizzle = swizzle;
@@ -52,15 +56,15 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_
   return CUDA_SUCCESS;
 }
 
-CUresult cuTensorMapEncodeIm2col(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* data,
-                                 const cuuint64_t* size, const cuuint64_t* strides,
+CUresult cuTensorMapEncodeIm2col(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank,
+                                 void* data, const cuuint64_t* size, const cuuint64_t* strides,
                                  const int* lower, const int* upper, cuuint32_t channels,
                                  cuuint32_t pixels, const cuuint32_t* steps, CUtensorMapInterleave,
                                  CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
                                  CUtensorMapFloatOOBfill) {
   // Ranks 3 and 5 are possible, and not modelled.
-  if (rank != 4 || !encodes(rank, data, size, strides, map) || !inner_fits(channels, swizzle) ||
-      channels > 256 || pixels < 1 || pixels > 1024) {
+  if (rank != 4 || !encodes(type, rank, data, size, strides, map) ||
+      !inner_fits(type, channels, swizzle) || channels > 256 || pixels < 1 || pixels > 1024) {
     return CUDA_ERROR_INVALID_VALUE;
   }
   map->swizzle = swizzle;

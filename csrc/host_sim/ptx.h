@@ -8,8 +8,11 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "host_sim/simulator.h"
@@ -59,6 +62,23 @@ inline float max_nan(float a, float b) { return a != a || a > b ? a : b; }
 
 template <typename T>
 std::uint32_t max_nan_pair(std::uint32_t a, std::uint32_t b);
+
+inline std::int32_t round_to_int(float value) {
+  constexpr float kMost = 2147483648.0f;
+  const long long nearest = std::llrintf(std::clamp(value, -kMost, kMost));
+  return static_cast<std::int32_t>(std::min(nearest, 2147483647LL));
+}
+
+template <typename T>
+std::uint32_t pack_saturated(const std::int32_t (&v)[4]) {
+  using Limits = std::numeric_limits<T>;
+  std::uint32_t all = 0;
+  for (int i = 0; i < 4; ++i) {
+    const auto byte = std::clamp<std::int32_t>(v[i], Limits::min(), Limits::max()) & 0xff;
+    all |= static_cast<std::uint32_t>(byte) << 8 * i;
+  }
+  return all;
+}
 
 inline void wait_for_earlier_kernels() { host_sim::wait_for_earlier_kernels(); }
 

@@ -110,6 +110,10 @@ template <typename T, int kValues>
 void wgmma(float (&d)[kValues], const std::uint32_t (&a)[4], std::uint64_t b, bool accumulate) {
   host_sim::multiply_warpgroup<T>(d, 2 * kValues, a, b, accumulate);
 }
+template <typename T, int kValues>
+void wgmma(std::int32_t (&d)[kValues], std::uint64_t a, std::uint64_t b, bool accumulate) {
+  host_sim::multiply_warpgroup<T>(d, 2 * kValues, a, b, accumulate);
+}
 inline void wgmma_commit() { host_sim::commit_products(); }
 template <int kPending, typename D>
 void wgmma_wait(D&) {

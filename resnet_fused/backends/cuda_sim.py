@@ -60,8 +60,11 @@ class SimulatedBackend(CudaBackend):
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cpu":
             return f"it simulates a GPU over CPU tensors and the input is on {device}"
-        if dtype not in self._launcher.dtypes:
-            return f"the CUDA kernels do not serve {dtype}; use float32, float16 or bfloat16"
+        if dtype not in (*self._launcher.dtypes, *self._launcher.quantized_dtypes):
+            return (
+                f"the CUDA kernels do not serve {dtype}; use float32, float16, bfloat16, uint8 or "
+                "int8"
+            )
         return None
 
     def _left_to_cudnn(self, x: Tensor, conv: Convolution) -> bool:

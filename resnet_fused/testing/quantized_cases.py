@@ -31,9 +31,10 @@ def make_quantized_conv(
     dtype: torch.dtype = torch.uint8,
     padding_value: bool = False,
     relu: bool = True,
+    side_channels: int = 5,
 ) -> list[Any]:
     """The arguments of `reference.quantized.quantized_conv`, most of whose results are in range,
-    some clamped at either end; dtype: of the input."""
+    some clamped at either end; dtype: of the input; side_channels: of what is projected."""
     weights = FLOAT8 if dtype == FLOAT8 else torch.int8
     channels = case.out_channels
 
@@ -64,10 +65,12 @@ def make_quantized_conv(
         narrow = max(1, channels // 2)
         added = image(case.batch, narrow, 2 * height - 1, 2 * width - 1)[:, :, ::2, ::2]
     elif shortcut == "projection":
-        side = ConvCase(case.batch, 5, 2 * height - 1, 2 * width - 1, channels, stride=2)
+        side = ConvCase(
+            case.batch, side_channels, 2 * height - 1, 2 * width - 1, channels, stride=2
+        )
         added, projection = image(*side[:4]), conv_of(side)
         assert scale is not None
-        scale = scale / 60
+        scale = scale / (12 * side_channels)
     padded = make_integers((case.channels,), dtype, rng) if padding_value else None
     if dtype != FLOAT8:
         bias = bias.int()

@@ -253,22 +253,29 @@ def _training(dtype: torch.dtype, device: str, num_sms: int) -> Iterator[Case]:
 
 
 def _quantized(dtype: torch.dtype, device: str, num_sms: int) -> Iterator[Case]:
-    """Convolutions of as many positions as `_convolutions` has, of bytes of their whole range."""
+    """Convolutions of as many positions as `_convolutions` has, of bytes of their whole range; some
+    of channels in chunks of 16, and some not."""
     rng = generator()
     cases = {
         "pointwise": (ConvCase(1, 72, 23, 19, 136), "none"),
-        "adds": (ConvCase(1, 64, 23, 19, 136), "identity"),
+        "adds": (ConvCase(1, 64, 23, 19, 144), "identity"),
         "narrower strided shortcut": (ConvCase(1, 64, 23, 19, 136), "option A"),
-        "projection": (ConvCase(1, 200, 23, 19, 136), "projection"),
-        "3x3": (ConvCase(1, 72, 23, 19, 136, 3, 1, 1), "none"),
-        "3x3 strided": (ConvCase(1, 136, 45, 37, 136, 3, 2, 1), "none"),
+        "projection": (ConvCase(1, 208, 23, 19, 144), "projection"),
+        "3x3": (ConvCase(1, 80, 23, 19, 144, 3, 1, 1), "none"),
+        "3x3 strided": (ConvCase(1, 144, 45, 37, 144, 3, 2, 1), "none"),
         "grouped": (ConvCase(1, 64, 23, 19, 64, 3, 1, 1, groups=16), "none"),
     }
     for name, (case, shortcut) in cases.items():
         height, width = case.output_size
         case = case._replace(batch=-(-2 * 128 * num_sms // (height * width)))
-        arguments = make_quantized_conv(case, rng, shortcut, dtype)
+        arguments = make_quantized_conv(case, rng, shortcut, dtype, side_channels=48)
         yield Case(name, "quantized_conv", _to(device, arguments))
+    # Of an even number of lines, so that tensor maps can express every second one.
+    case = ConvCase(-(-2 * 128 * num_sms // (23 * 19)), 80, 23, 19, 144)
+    arguments = _to(device, make_quantized_conv(case, rng, "identity", dtype, relu=False))
+    whole = make_quantized_conv(ConvCase(case.batch, 80, 46, 38, 16), rng, "none", torch.int8)[0]
+    arguments[4] = whole.to(device)[:, :, ::2, ::2]
+    yield Case("narrower strided signed shortcut", "quantized_conv", arguments)
     stem = make_quantized_stem(
         ConvCase(3 * num_sms, 3, 37, 30, 64, 7, 2, 3), rng, MaxPool(), padding_value=True
     )

@@ -1,5 +1,6 @@
 #include "kernels/cuda/conv.h"
 
+#include "kernels/cuda/conv_int8_sm90.h"
 #include "kernels/cuda/conv_sm80.h"
 #include "kernels/cuda/conv_sm90.h"
 #include "kernels/cuda/launch.h"
@@ -15,6 +16,11 @@ bool for_sm90(ConvTile tile) { return tile >= ConvTile::k128x64Sm90; }
 bool conv_bn_sm90_can_implement(const ConvBn&, ConvTile) { return false; }
 ConvTile conv_bn_sm90_choose(const ConvBn&, int) { return ConvTile::kAuto; }
 cudaError_t conv_bn_sm90(const ConvBn&, ConvTile, int, cudaStream_t) {
+  return cudaErrorInvalidValue;
+}
+bool conv_int8_can_implement(const ConvInt8&) { return false; }
+cudaError_t conv_int8_tiles(const ConvInt8&, int, std::vector<Int8Tile>*) { return cudaSuccess; }
+cudaError_t conv_int8(const ConvInt8&, Int8Tile, int, cudaStream_t) {
   return cudaErrorInvalidValue;
 }
 #endif

@@ -43,7 +43,7 @@ struct Pixel {
 };
 
 // A warpgroup's part of the tile, kRows / 2 products below one another, in the layout of wgmma's D.
-template <int kM, int kN>
+template <int kM, int kN, typename Value = float>
 class Accumulators {
  public:
   static constexpr int kProducts = kM / kProductM;
@@ -54,11 +54,11 @@ class Accumulators {
            i / 2 * kProductM;
   }
   __device__ __forceinline__ static int column(int j) { return 8 * j + threadIdx.x % 4 * 2; }
-  __device__ __forceinline__ float& at(int i, int j, int e) {
+  __device__ __forceinline__ Value& at(int i, int j, int e) {
     return d_[i / 2][4 * j + i % 2 * 2 + e];
   }
 
-  __device__ __forceinline__ float (&product(int p)) [kN / 2] { return d_[p]; }
+  __device__ __forceinline__ Value (&product(int p)) [kN / 2] { return d_[p]; }
 
   // The sum of `steps` steps, at least one, of the `part`-th kM positions; kGoesOn: added to what
   // the accumulators hold. A stage holds a step's Tile::kM rows of x and kN of the weight, and is
@@ -115,7 +115,7 @@ class Accumulators {
     }
   }
 
-  float d_[kProducts][kN / 2];
+  Value d_[kProducts][kN / 2];
 };
 
 __device__ __forceinline__ int steps_of(const Product& product) {

@@ -110,6 +110,25 @@ __device__ __forceinline__ std::uint32_t max_nan_pair(std::uint32_t a, std::uint
   return larger;
 }
 
+// "cvt", cvt.rni.s32.f32: the nearest integer, ties to even.
+__device__ __forceinline__ std::int32_t round_to_int(float value) { return __float2int_rn(value); }
+
+// "cvt.pack", cvt.pack.sat: integers as bytes of T = std::uint8_t or std::int8_t, each limited to
+// that type's range, the first one lowest.
+template <typename T>
+__device__ __forceinline__ std::uint32_t pack_saturated(const std::int32_t (&v)[4]) {
+  std::uint32_t upper, all;
+  if constexpr (std::is_same_v<T, std::uint8_t>) {
+    asm("cvt.pack.sat.u8.s32.b32 %0, %1, %2, 0;" : "=r"(upper) : "r"(v[3]), "r"(v[2]));
+    asm("cvt.pack.sat.u8.s32.b32 %0, %1, %2, %3;" : "=r"(all) : "r"(v[1]), "r"(v[0]), "r"(upper));
+  } else {
+    static_assert(std::is_same_v<T, std::int8_t>);
+    asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, 0;" : "=r"(upper) : "r"(v[3]), "r"(v[2]));
+    asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;" : "=r"(all) : "r"(v[1]), "r"(v[0]), "r"(upper));
+  }
+  return all;
+}
+
 // "griddepcontrol" of sm_90 and later, for a kernel whose LaunchShape overlaps: lets the stream's
 // next kernel begin where there is room, then waits until all before this one have ended and what
 // they wrote is here. Every thread calls it before its first access to global memory.

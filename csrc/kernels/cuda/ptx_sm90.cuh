@@ -239,8 +239,8 @@ __device__ __forceinline__ void pin(float (&d)[kProducts][kValues]) {
 #pragma unroll
   for (int i = 0; i < kProducts; ++i) pin(d[i]);
 }
-template <int kProducts, int kValues>
-__device__ __forceinline__ void pin(std::uint32_t (&a)[kProducts][kValues]) {
+template <typename Word, int kProducts, int kValues>
+__device__ __forceinline__ void pin(Word (&a)[kProducts][kValues]) {
 #pragma unroll
   for (int i = 0; i < kProducts * kValues; ++i) {
     asm volatile("" : "+r"(a[i / kValues][i % kValues])::"memory");
@@ -329,6 +329,23 @@ __device__ __forceinline__ void wgmma_fence(D& d) {
   RF_WGMMA(type, 240, 120, 121, 122, RF_D12, RF_P0, ) \
   RF_WGMMA(type, 248, 124, 125, 126, RF_D12, RF_P4, 12) \
   RF_WGMMA(type, 256, 128, 129, 130, RF_D12, RF_P8, 12)
+#define RF_I(i) , "+r"(d[i])
+#define RF_WGMMA_S8(type, N, count, next, last, D, P, t)                               \
+  if constexpr (kValues == count) {                                                    \
+    asm volatile(                                                                      \
+        "{\n"                                                                          \
+        ".reg .pred p;\n"                                                              \
+        "setp.ne.b32 p, %" #last ", 0;\n"                                              \
+        "wgmma.mma_async.sync.aligned.m64n" #N "k32.s32." type ".s8 {%0" D(RF_S)        \
+        P(RF_S, t) "}, %" #count ", %" #next ", p;\n"                                  \
+        "}\n"                                                                          \
+        : "+r"(d[0]) D(RF_I) P(RF_I, t)                                                \
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                          \
+  }
+#define RF_WGMMA_S8_OF(type) \
+  RF_WGMMA_S8(type, 64, 32, 33, 34, RF_D3, RF_P2, 3) \
+  RF_WGMMA_S8(type, 128, 64, 65, 66, RF_D6, RF_P4, 6) \
+  RF_WGMMA_S8(type, 256, 128, 129, 130, RF_D12, RF_P8, 12)
 // clang-format on
 
 template <typename T, int kValues>
@@ -340,6 +357,20 @@ __device__ __forceinline__ void wgmma(float (&d)[kValues], std::uint64_t a, std:
   } else {
     static_assert(std::is_same_v<T, __nv_bfloat16>);
     RF_WGMMA_OF("bf16")
+  }
+}
+
+// The same of bytes, m64nNk32 with N = 64, 128 or 256, into integers, modulo 2^32: a of T =
+// std::uint8_t or std::int8_t, b of std::int8_t.
+template <typename T, int kValues>
+__device__ __forceinline__ void wgmma(std::int32_t (&d)[kValues], std::uint64_t a, std::uint64_t b,
+                                      bool accumulate) {
+  static_assert(kValues == 32 || kValues == 64 || kValues == 128);
+  if constexpr (std::is_same_v<T, std::uint8_t>) {
+    RF_WGMMA_S8_OF("u8")
+  } else {
+    static_assert(std::is_same_v<T, std::int8_t>);
+    RF_WGMMA_S8_OF("s8")
   }
 }
 

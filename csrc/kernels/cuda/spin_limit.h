@@ -24,7 +24,10 @@ enum class PipelineId : std::uint32_t {
   kStemPixels,
   kBottleneckPixels,
   kBottleneckShortcut,
-  kBottleneckLines
+  kBottleneckLines,
+  kInt8Operands,
+  kInt8Vectors,
+  kInt8Result
 };
 
 // What a thread waited for when it gave up.
@@ -47,7 +50,8 @@ inline std::string to_string(const StuckBarrier& stuck) {
       {"conv_bn_sm90", "result"},         {"conv_bn_sm90", "turns"},
       {"conv_bn_sm90_split", "operands"}, {"stem_sm90", "pixels"},
       {"bottleneck_sm90", "pixels"},      {"bottleneck_sm90", "shortcut"},
-      {"bottleneck_sm90", "lines"},
+      {"bottleneck_sm90", "lines"},       {"conv_int8_sm90", "operands"},
+      {"conv_int8_sm90", "vectors"},      {"conv_int8_sm90", "result"},
   };
   if (stuck.barrier == 0) return "";
   const auto& [kernel, pipeline] = kPipelineNames[(stuck.barrier - 1) / 2];

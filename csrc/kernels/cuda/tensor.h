@@ -5,9 +5,9 @@
 
 namespace resnet_fused {
 
-enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kUInt8 = 3, kInt8 = 4 };
 
-// One value per channel, of any of the types; null means absent.
+// One value per channel, of any of the floating types; null means absent.
 struct Vector {
   const void* data = nullptr;
   DType dtype = DType::kFloat32;

@@ -9,9 +9,18 @@
 namespace resnet_fused {
 namespace {
 
+bool is_byte(DType dtype) { return dtype == DType::kUInt8 || dtype == DType::kInt8; }
+
 CUtensorMapDataType map_type(DType dtype) {
+  if (is_byte(dtype)) return CU_TENSOR_MAP_DATA_TYPE_UINT8;
   return dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                   : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+}
+
+int element_bytes(DType dtype) { return is_byte(dtype) ? 1 : 2; }
+
+CUtensorMapSwizzle swizzle_of(int row_bytes) {
+  return row_bytes == kMapRowBytes ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
 }
 
 // A function of the driver, found at run time, so that nothing links libcuda; once, as no two of
@@ -43,11 +52,11 @@ cudaError_t status_of(CUresult result) {
 }
 
 // Bytes from each element to the next in all dimensions but the first.
-std::vector<cuuint64_t> bytes_of(Sizes strides, Sizes size) {
+std::vector<cuuint64_t> bytes_of(DType dtype, Sizes strides, Sizes size) {
   std::vector<cuuint64_t> bytes;
-  for (const std::uint64_t stride : strides) bytes.push_back(2 * stride);
+  for (const std::uint64_t stride : strides) bytes.push_back(stride * element_bytes(dtype));
   if (!bytes.empty()) return bytes;
-  cuuint64_t dense = 2;
+  cuuint64_t dense = element_bytes(dtype);
   for (const std::uint64_t s : size) bytes.push_back(dense *= s);
   return bytes;
 }
@@ -55,17 +64,17 @@ std::vector<cuuint64_t> bytes_of(Sizes strides, Sizes size) {
 }  // namespace
 
 cudaError_t encode_tiles(CUtensorMap* map, DType dtype, const void* data, Sizes size,
-                         std::initializer_list<std::uint32_t> box, Sizes strides) {
+                         std::initializer_list<std::uint32_t> box, Sizes strides, int row_bytes) {
   decltype(cuTensorMapEncodeTiled)* encode = nullptr;
   const cudaError_t status = driver_function("cuTensorMapEncodeTiled", &encode);
   if (status != cudaSuccess) return status;
-  const std::vector<cuuint64_t> sizes(size), bytes = bytes_of(strides, size);
-  std::vector<cuuint32_t> boxes{kMapChannels};
+  const std::vector<cuuint64_t> sizes(size), bytes = bytes_of(dtype, strides, size);
+  std::vector<cuuint32_t> boxes{static_cast<cuuint32_t>(row_bytes / element_bytes(dtype))};
   boxes.insert(boxes.end(), box);
   const std::vector<cuuint32_t> steps(sizes.size(), 1);
   return status_of(encode(map, map_type(dtype), static_cast<cuuint32_t>(sizes.size()),
                           const_cast<void*>(data), sizes.data(), bytes.data(), boxes.data(),
-                          steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                          steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle_of(row_bytes),
                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
 }
 
@@ -80,17 +89,17 @@ bool encodable(const PixelBox& box) {
 }
 
 cudaError_t encode_pixels(CUtensorMap* map, DType dtype, const void* data, Sizes size,
-                          const PixelBox& box, std::uint32_t pixels, Sizes strides) {
+                          const PixelBox& box, std::uint32_t pixels, Sizes strides, int row_bytes) {
   decltype(cuTensorMapEncodeIm2col)* encode = nullptr;
   const cudaError_t status = driver_function("cuTensorMapEncodeIm2col", &encode);
   if (status != cudaSuccess) return status;
-  const std::vector<cuuint64_t> sizes(size), bytes = bytes_of(strides, size);
+  const std::vector<cuuint64_t> sizes(size), bytes = bytes_of(dtype, strides, size);
   const cuuint32_t steps[] = {1, box.step[0], box.step[1], 1};
   return status_of(encode(map, map_type(dtype), static_cast<cuuint32_t>(sizes.size()),
                           const_cast<void*>(data), sizes.data(), bytes.data(), box.lower, box.upper,
-                          kMapChannels, pixels, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                          CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
+                          row_bytes / element_bytes(dtype), pixels, steps,
+                          CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle_of(row_bytes),
+                          CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
 }
 
 }  // namespace resnet_fused

@@ -47,7 +47,7 @@ class LiveCache(Generic[Packed]):
     """
 
     def __init__(self, extension: ModuleType) -> None:
-        self._fingerprints = extension.fingerprints
+        self._extension = extension
         self._slots: dict[int, _Slot[Packed]] = {}
 
     def __len__(self) -> int:
@@ -74,7 +74,7 @@ class LiveCache(Generic[Packed]):
 
     def _content(self, weight: Tensor) -> tuple[Any, ...]:
         dense = _dense(weight)
-        (hashed,) = self._fingerprints([tensor_arg(dense)])
+        (hashed,) = self._extension.fingerprints([tensor_arg(dense)])
         return weight.dtype, weight.shape, weight.stride(), hashed
 
     def _open(self, weight: Tensor) -> _Slot[Packed]:

@@ -5,7 +5,8 @@ our normalisation kernel. The heuristic prefers our kernel for every convolution
 chunks on tensor cores (float16 and bfloat16, one group, channels that are multiples of 8), and
 cuDNN for the others (small groups, float32 with or without TF32). The stem's three channels have
 another kernel, with the pooling; a whole bottleneck of few inner channels has one as well. The head
-is our average pool, then our product (preferred for few images) or cuBLAS's.
+is our average pool, then our product (preferred for few images) or cuBLAS's. Quantised int8
+convolutions have a kernel for sm_90a; what it leaves out, other backends compute.
 
 torch's fused `cudnn_convolution_relu` and `cudnn_convolution_add_relu` are no candidates: they add
 a bias and cannot scale, so that batch norm would have to be folded into rounded weights.
@@ -32,6 +33,9 @@ from .launch import Launcher
 
 # For the heuristic: more images are work for tensor cores, which head.cu does without.
 _MOST_IMAGES_OF_LINEAR = 16
+
+# Channels of a quantised convolution come in chunks of 16 bytes.
+_CHUNK = 16
 
 # Inner channels of a bottleneck that its kernel keeps in shared memory.
 _WIDEST_INNER = 128
@@ -64,6 +68,11 @@ class CudaBackend(ReferenceBackend):
         """The tiles of our convolutions, of all GPUs, as candidates and families name them."""
         return list(self.extension.ConvTile.__members__)
 
+    @property
+    def quantized_tiles(self) -> list[str]:
+        """Those of our quantised convolutions."""
+        return list(self.extension.Int8Tile.__members__)
+
     def _check_device(self, index: int) -> str | None:
         with torch.cuda.device(index):
             try:
@@ -75,8 +84,8 @@ class CudaBackend(ReferenceBackend):
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cuda":
             return f"it serves CUDA tensors and the input is on {device}; use backend 'cpu'"
-        if dtype not in self._launcher.dtypes:
-            return f"it has no kernels for {dtype}; use float32, float16 or bfloat16"
+        if dtype not in (*self._launcher.dtypes, *self._launcher.quantized_dtypes):
+            return f"it has no kernels for {dtype}; use float32, float16, bfloat16, uint8 or int8"
         index = torch.cuda.current_device() if device.index is None else device.index
         return self._unloadable(index)
 
@@ -186,6 +195,39 @@ class CudaBackend(ReferenceBackend):
             return ()
         return (Candidate("cuda fused", self._launcher.stem, "cuda stem"),)
 
+    def quantized_conv(
+        self,
+        x: Tensor,
+        conv: Convolution,
+        bias: Tensor,
+        multiplier: Tensor,
+        shortcut: Tensor | None,
+        shortcut_scale: Tensor | None,
+        projection: Convolution | None,
+        padding_value: Tensor | None,
+        relu: bool,
+    ) -> Candidates:
+        arguments = (
+            *(x, conv, bias, multiplier, shortcut),
+            *(shortcut_scale, projection, padding_value, relu),
+        )
+        if (
+            conv.weight.dtype != torch.int8
+            or conv.weight.shape[0] % _CHUNK > 0
+            or padding_value is not None
+            or conv.groups > 1
+            or (projection is not None and not _can_project(x, shortcut, projection))
+        ):
+            return ()
+        return [
+            Candidate(
+                f"cuda {tile}",
+                functools.partial(self._launcher.quantized_conv, tile),
+                f"cuda quantized {tile}",
+            )
+            for tile in self._launcher.quantized_tiles(*arguments)
+        ]
+
     def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Candidates:
         linear = Candidate("cuda linear", self._linear, "cuda head")
         cublas = Candidate("cublas", self._cublas, "cuda head")
@@ -225,6 +267,11 @@ def _resnet_bottleneck(x: Tensor, convolutions: Sequence[Convolution]) -> bool:
             for conv, (kernel, stride, padding) in zip(convolutions, windows, strict=False)
         )
     )
+
+
+def _can_project(x: Tensor, shortcut: Tensor | None, projection: Convolution) -> bool:
+    """Whether the kernel that multiplies x may multiply the shortcut too."""
+    return projection.groups == 1 and shortcut is not None and shortcut.dtype == x.dtype
 
 
 def _convolve(x: Tensor, conv: Convolution) -> Tensor:

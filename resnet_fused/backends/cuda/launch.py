@@ -8,25 +8,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, channels_last
 
 from ..._extension import optional_tensor_arg, tensor_arg
-from ...parameters import BatchNorm, ConvBn, MaxPool
+from ...parameters import BatchNorm, ConvBn, Convolution, MaxPool
 from .. import tf32_in_convolutions
 from ..arguments import BatchNormArg, batch_norm_arg, empty_nhwc, nhwc, residual_arg
+from ..cpu.live_cache import FrozenCache
 from ..recording import copied
+
+
+class _PackedInt8(NamedTuple):
+    """A quantised weight, which nobody edits, as the kernels read it."""
+
+    packed: Tensor
+
+
+def _pack_int8(weight: Tensor) -> _PackedInt8:
+    """Each 16 output channels in the order that csrc/kernels/cuda/conv_int8_sm90.h says."""
+    in_order = weight.unflatten(0, (-1, 4, 2, 2)).transpose(1, 2).flatten(0, 3)
+    return _PackedInt8(nhwc(in_order))
 
 
 class Launcher:
     """Every kernel of the extension as a function of tensors."""
 
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    quantized_dtypes = (torch.uint8, torch.int8)
 
     def __init__(self, extension: ModuleType) -> None:
         self.extension = extension
+        self._frozen: FrozenCache[_PackedInt8] = FrozenCache(extension)
 
     def place(self, device: torch.device) -> int:
         """The number that CUDA has for the device."""
@@ -96,6 +111,50 @@ class Launcher:
         conv, bn = layer
         weight = tensor_arg(_relaid(conv.weight))
         return tensor_arg(nhwc(x)), weight, conv[1:4], self._vectors(bn)
+
+    def quantized_conv(self, tile: str, *arguments: Any) -> Tensor:
+        out, call = self._quantized_conv_call(*arguments)
+        return self.run(
+            self.extension.cuda_conv_int8, out, *call, getattr(self.extension.Int8Tile, tile)
+        )
+
+    def quantized_tiles(self, *arguments: Any) -> list[str]:
+        """Names of the tiles by which `quantized_conv` computes these arguments."""
+        out, call = self._quantized_conv_call(*arguments)
+        found = self.extension.cuda_conv_int8_tiles(tensor_arg(out), *call, self.place(out.device))
+        return [tile.name for tile in found]
+
+    def _quantized_conv_call(
+        self,
+        x: Tensor,
+        conv: Convolution,
+        bias: Tensor,
+        multiplier: Tensor,
+        shortcut: Tensor | None,
+        shortcut_scale: Tensor | None,
+        projection: Convolution | None,
+        padding_value: Tensor | None,
+        relu: bool,
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """The result to be, and the kernel's other arguments; there is no padding_value."""
+        size = conv.output_size(*x.shape[2:])
+        side = None
+        if shortcut is not None and projection is not None:
+            side, shortcut = self._quantized_layer(shortcut, projection), None
+        call = (
+            self._quantized_layer(x, conv),
+            tensor_arg(bias),
+            tensor_arg(multiplier),
+            optional_tensor_arg(shortcut_scale),
+            residual_arg(shortcut),
+            side,
+        )
+        dtype = torch.uint8 if relu else torch.int8
+        return empty_nhwc(x, conv.weight.shape[0], *size, dtype), call
+
+    def _quantized_layer(self, x: Tensor, conv: Convolution) -> tuple[Any, ...]:
+        packed = self._frozen.get(conv.weight, "int8", lambda: _pack_int8(conv.weight)).packed
+        return tensor_arg(nhwc(x)), tensor_arg(packed), tuple(map(tuple, conv[1:4]))
 
     def bottleneck(self, kernel: str, x: Tensor, layers: Sequence[ConvBn]) -> Tensor:
         """`kernel`: the extension's name of one that computes whole bottlenecks."""
