@@ -1,11 +1,20 @@
 # Everyday commands. They use the active environment; `make develop` fills it.
-.PHONY: develop test sanitize lint format bench layers matrix predict gpu-proof env clean
+.PHONY: develop test oldest sanitize lint format bench layers matrix predict gpu-proof env clean
 
 develop:  ## editable install, with the extension and the simulator of CUDA kernels in the tree
 	RESNET_FUSED_HOST_SIM=on pip install -e '.[bench,test]'
 
 test:  ## what CI runs after lint
 	pytest -n 2
+
+TORCH ?= $(shell sed -n 's/.*"torch>=\(.*\)",/\1/p' pyproject.toml)
+VERSIONED = $(patsubst %,tests/test_%.py, op_registration models plans quantization selfcheck layers \
+  training training_choice training_models training_programs training_compile \
+  triton_backend triton_compile triton_launch)
+oldest:  ## what depends on PyTorch and Triton, with the oldest of both; TORCH=2.11 takes another
+	python3 -m venv --clear build/oldest
+	RESNET_FUSED_CUDA=off build/oldest/bin/pip install -q '.[bench,test]' 'torch==$(TORCH).*' 'numpy<2.4'
+	build/oldest/bin/pytest -n 2 $(VERSIONED)
 
 SANITIZED = tests/test_cpu_kernels.py tests/test_cpu_grouped.py tests/test_cpu_shapes.py
 sanitize:  ## the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)

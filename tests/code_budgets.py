@@ -8,6 +8,7 @@ becomes better or worse must be written down here.
 
 from __future__ import annotations
 
+from importlib import metadata
 from typing import Any
 
 # Those that made the code that these numbers describe.
@@ -179,6 +180,35 @@ BUDGETS: dict[str, tuple[int, int]] = {
     "pool_gradient_kernel: 32×64 4 warps 1 stages": (0, 1295),
     "wgrad_kernel: 64×128×64 8 warps 3 stages 7×7/2": (1286, 489),
 }
+
+# Bytes of a thread's registers that a version of Triton keeps in memory, by GPU and kernel; all
+# others, and COMPILERS' version, keep none. 24 bytes are three loads in a step of some 320
+# instructions. On a GPU the tuner measures these tiles beside smaller ones.
+_STRIDED = "conv_bn_kernel: stage 2 3x3 strided (256, 128, 64) 8 warps"
+_OPTION_A = "conv_bn_kernel: stage 2 shortcut option A (256, 128, 64) 8 warps"
+_HEAD = "head_kernel: head (16, 64, 32) 4 warps"
+_TRAINED_STEM = "conv_stats_kernel: stem (256, 64, 64) 8 warps"
+_SPILLED = {
+    "3.5": {
+        "float16 80": {_STRIDED: 8, _OPTION_A: 8},
+        "tf32 90": {_HEAD: 24},
+        "bfloat16 90": {_TRAINED_STEM: 88},
+    },
+    "3.6": {
+        "float16 80": {_STRIDED: 24, _OPTION_A: 24},
+        "tf32 90": {_HEAD: 24},
+        "bfloat16 90": {_TRAINED_STEM: 88},
+    },
+    "3.7": {"float16 80": {_STRIDED: 24}},
+}
+
+
+def most_spilled(kernel: dict[str, Any], capability: int, dtype: str) -> int:
+    """Bytes that the kernel, facts as `compiled_kernels` gives them, may spill as compiled here."""
+    known = _SPILLED.get(".".join(metadata.version("triton").split(".")[:2]), {})
+    name = f"{kernel['kernel']}: {kernel['name']}"
+    return known.get(f"{dtype} {capability}", {}).get(name, 0)
+
 
 # What is known to be slow, and why it stands:
 # - dgrad with a ReLU below waits for each product;

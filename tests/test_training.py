@@ -326,7 +326,7 @@ def test_equal_values_in_a_pooling_window_give_to_the_first(
     weight = torch.eye(16).reshape(16, 16, 1, 1).to(device, dtype)
     sign = torch.where(torch.arange(16) % 2 == 0, 1.0, -1.0).to(device)
     ones, zeros = torch.ones(16, device=device), torch.zeros(16, device=device)
-    layers = [Layer(Convolution(weight), sign, ones, 0.0, (zeros, ones))]
+    layers = [Layer(Convolution(weight), sign, ones, 0.25, (zeros, 0.75 * ones))]
     grad = torch.randint(-4, 5, (2, 16, 5, 5), generator=rng).to(device, dtype)
     ours, eager = (
         _run(function, *_prepare(x, layers, dtype, device), MaxPool(), grad)

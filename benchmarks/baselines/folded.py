@@ -85,6 +85,9 @@ def library_call(
 
     convolutions: inputs, and what they are convolved with. pool: arguments of `F.max_pool2d`, or
     None where there is none.
+
+    oneDNN in PyTorch 2.9 and 2.11 adds nothing to images of 1×1, in any layout or type: there the
+    call raises RuntimeError ("could not create a memory"). That of 2.14 does.
     """
     build = _cudnn if convolutions[0][0].is_cuda else _onednn
     convolve, convolve_relu, convolve_add_relu = build(convolutions)

@@ -53,6 +53,12 @@ def chosen_backend() -> Backend | None:
     return _chosen.get()
 
 
+if torch.__version__ < "2.14":  # compared as versions
+    # Dynamo reads a ContextVar from PyTorch 2.14, and compiles anew where its value changed.
+    # Before, what a compiled function found when it was compiled holds for it.
+    chosen_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def available_backends() -> list[str]:
     """Names of the backends that this machine and build can run, best first."""
     return [name for name in backends.NAMES if backends.unavailable(name) is None]

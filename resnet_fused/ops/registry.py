@@ -142,7 +142,7 @@ class Op:
             elif is_layer:
                 flat += (*argument.conv, *argument.bn)
             elif isinstance(argument, (BatchNorm, Convolution, MaxPool)):
-                flat += argument
+                flat += (*argument,)  # Dynamo of PyTorch 2.11 adds no named tuple to a list
             else:
                 flat.append(argument)
         return flat

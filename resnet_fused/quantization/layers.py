@@ -174,9 +174,9 @@ class HigherPrecisionConv(Frozen):
         return nhwc(quantize(y / self.scale, self.geometry.dtype))
 
     def _norm(self, bias: Tensor | None) -> BatchNorm:
-        """Nothing but a bias."""
+        """Nothing but a bias: variance + eps is 1, and eps positive, as PyTorch 2.11 demands."""
         zero = torch.zeros_like(self.bias)
-        return BatchNorm(zero, zero + 1, None, bias, 0.0)
+        return BatchNorm(zero, zero + 0.75, None, bias, 0.25)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, float32"

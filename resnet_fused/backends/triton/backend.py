@@ -33,7 +33,7 @@ def _counting_kernel(out, n):
 def interpreter_fault() -> str | None:
     """Why Triton's interpreter cannot run loops here, or None where it can.
 
-    That of Triton 3.5 converts arrays to numbers in a way that newer versions of NumPy refuse.
+    That of Triton 3.5 and 3.6 converts arrays to numbers in a way that NumPy refuses from 2.4.
     """
     try:
         _counting_kernel[(1,)](torch.empty(2, dtype=torch.int32), 2)
