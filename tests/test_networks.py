@@ -313,9 +313,10 @@ def test_trains_compiled_in_one_graph() -> None:
         F.cross_entropy(call(x), target).backward()
     for (key, p), q in zip(eager.named_parameters(), compiled.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad), key
-    one_rounding = torch.finfo(torch.float32).eps  # that of lerp where PyTorch 2.9 traces it
+    # Before 2.14 PyTorch traces the running statistics' average with another rounding.
+    rounding = 0.0 if torch.__version__ >= "2.14" else torch.finfo(torch.float32).eps
     for p, q in zip(eager.buffers(), compiled.buffers(), strict=True):
-        torch.testing.assert_close(p, q, rtol=one_rounding, atol=0)
+        torch.testing.assert_close(p, q, rtol=rounding, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:The nodes obtained by tracing")
