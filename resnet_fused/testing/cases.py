@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..parameters import BatchNorm, ConvBn, Convolution
+from ..parameters import BatchNorm, ConvBn, Convolution, GroupNorm
 
 
 class ConvCase(NamedTuple):
@@ -181,6 +181,33 @@ def make_bottleneck(
     """The arguments of `reference.ops.bottleneck`; `make` makes each layer and its input."""
     made = [make(conv, rng, dtype, device) for conv in case.convolutions()]
     return [made[0][0], *(layer for _, layer in made), *(() if case.projection else (None,))]
+
+
+def make_group_norm(
+    shape: tuple[int, int, int, int],
+    groups: int,
+    rng: torch.Generator,
+    residual: bool = False,
+    affine: bool = True,
+    relu: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> list[Any]:
+    """The arguments of `reference.ops.group_norm_add_relu`, groups of unlike mean and deviation."""
+    channels = shape[1]
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=rng)
+
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype)
+
+    x = (draw(*shape) + draw(channels, 1, 1)) * (0.5 + draw(channels, 1, 1).abs())
+    added = draw(*shape).contiguous(memory_format=torch.channels_last) if residual else None
+    weight, bias = (moved(draw(channels)), moved(draw(channels))) if affine else (None, None)
+    norm = GroupNorm(groups, weight, bias)
+    x = moved(x.contiguous(memory_format=torch.channels_last))
+    return [x, norm, None if added is None else moved(added), relu]
 
 
 def make_squeeze_excite(
