@@ -250,7 +250,8 @@ def make_gated_integers(x: Tensor, hidden: int, rng: torch.Generator) -> list[An
 
 
 def randomise_statistics(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Gives every BN of `model` random statistics, negative and tiny weights included.
+    """Gives every BN of `model` random statistics, and every BN and group norm random parameters,
+    negative and tiny weights included.
 
     The scale of each layer is kept near one, so that activations of deep networks stay finite.
     """
@@ -262,12 +263,16 @@ def randomise_statistics(model: torch.nn.Module, seed: int = 0) -> torch.nn.Modu
                 assert module.running_var is not None
                 module.running_mean.copy_(0.1 * torch.randn(channels, generator=rng))
                 module.running_var.copy_(0.5 + torch.rand(channels, generator=rng))
-                weight = 0.5 + torch.rand(channels, generator=rng)
-                weight[::7] *= -1
-                weight[3::11] *= 1e-3
-                if module.affine:
-                    module.weight.copy_(weight)
-                    module.bias.copy_(0.1 * torch.randn(channels, generator=rng))
+            elif isinstance(module, torch.nn.GroupNorm):
+                channels = module.num_channels
+            else:
+                continue
+            weight = 0.5 + torch.rand(channels, generator=rng)
+            weight[::7] *= -1
+            weight[3::11] *= 1e-3
+            if module.affine:
+                module.weight.copy_(weight)
+                module.bias.copy_(0.1 * torch.randn(channels, generator=rng))
     return model
 
 
