@@ -11,8 +11,8 @@ architecture only, which takes seconds where that is done already. A step is a c
 time limit of its own, which is stopped, with all that it started, when it is over; the call ends
 when its seconds do. Results go to benchmarks/results/GPU/, each as soon as it stands, and after
 each step, also when the call is stopped by a signal, they are packed into DIR/CALL.tar.gz, beside
-DIR/CALL.json, which says what became of every step. --arch, --dtype, --batch and --peers narrow or
-move what is measured; --steps takes some steps of a call, --skip leaves some out.
+DIR/call_CALL.json, which says what became of every step. --arch, --dtype, --batch and --peers
+narrow or move what is measured; --steps takes some steps of a call, --skip leaves some out.
 
 Works offline where torch, triton, nvcc, cmake, ninja, pybind11, pytest and pytest-xdist are
 installed. `--rehearse` goes through the same steps without a GPU: on the simulator and small sizes,
@@ -410,14 +410,15 @@ class Proof:
             "rehearsal": self.options.rehearse,
             "steps": [o._asdict() for o in self.outcomes],
         }
-        _replace(self.folder / f"{self.options.call}.json", json.dumps(record, indent=1) + "\n")
+        text = json.dumps(record, indent=1) + "\n"
+        _replace(self.folder / f"call_{self.options.call}.json", text)
         if self.options.out:
             self._pack(self.options.out)
 
     def _pack(self, out: Path) -> None:
         """All results of this GPU, in one file, which is replaced in one step."""
         out.mkdir(parents=True, exist_ok=True)
-        name = f"{self.options.call}.json"
+        name = f"call_{self.options.call}.json"
         _replace(out / name, (self.folder / name).read_text())
         part = out / f"{self.options.call}.part"
         with tarfile.open(part, "w:gz") as archive:

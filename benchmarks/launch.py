@@ -355,7 +355,7 @@ def small(run: Launcher, tiles: Sequence[str], images: int) -> Iterator[Launch]:
         channels = 520 if "split" in tile else 72
         pointwise = Layer(channels, 136)
         yield f"{tile} pointwise residual", partial(conv, 21, pointwise, residual=True)
-        if tile != "m128n128" and "256" not in tile:  # which have no kernel for it
+        if tile != "m128n128":  # which has no kernel for it
             side = Layer(channels, 136, 1, 2)
             yield f"{tile} projection", partial(conv, 21, pointwise, projection=side)
         yield f"{tile} 3x3", partial(conv, 21, Layer(72, 136, 3))
@@ -365,7 +365,7 @@ def small(run: Launcher, tiles: Sequence[str], images: int) -> Iterator[Launch]:
             if kernel == "bottleneck" or (inner, stride) == (64, 1):
                 name = f"{kernel} {inner}/{stride}{' projection' * project}"
                 yield name, partial(run.bottleneck, kernel, images, 15, inner, stride, project)
-    yield "stem", partial(run.stem, images, 30)
+    yield "stem", partial(run.stem, images, 40)
     yield "head", partial(run.head, min(images, 16), 264, 1000)
     yield "bn_add_relu", partial(run.bn_add_relu, images, 64)
 

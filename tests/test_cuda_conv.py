@@ -53,15 +53,15 @@ EXACT_KERNELS = 4
 TF32_KERNELS = 3
 TF32_TILES = TILES[:2]
 KERNELS = 2 * (3 + 2 + 2) + EXACT_KERNELS + TF32_KERNELS
-# For sm_90a: for each 16-bit type 4 tiles with and without projection, and 2 without.
-SM90_PROJECTION_TILES = (
+# For sm_90a: for each 16-bit type every tile with and without projection.
+SM90_TILES = (
     "m128n64_sm90",
     "m128n128_sm90",
-    "m128n64_sm90_cluster",
-    "m128n128_sm90_cluster",
+    "m128n128_sm90_pingpong",
+    "m128n256_sm90_cluster",
+    "m256n128_sm90_cluster",
 )
-SM90_TILES = (*SM90_PROJECTION_TILES, "m128n256_sm90_cluster", "m256n128_sm90_cluster")
-SM90_KERNELS = 2 * (4 * 2 + 2)
+SM90_KERNELS = 2 * 2 * len(SM90_TILES)
 # Tiles whose K loop the blocks of a cluster share, by their number; each has a kernel for each
 # 16-bit type, with and without projection.
 SPLIT_TILES = {f"m64n64_sm90_split{n}": n for n in (2, 4, 8)}
@@ -137,7 +137,7 @@ def test_sm90_kernels_use_their_instructions(extension, architectures):
     kernels = [f for f in functions if re.match(r"\w*conv_bn_sm90_kernelI", f)]
     assert len(kernels) == SM90_KERNELS
     for body in kernels:
-        tile = re.match(r"\w*?TileI((?:Li\d+E)+)E", body)
+        tile = re.match(r"\w*?TileI((?:L[ib]\d+E)+)E", body)
         assert tile is not None
         _, columns, _, _, _, cluster, *_ = re.findall(r"\d+", tile[1])
         assert (".MULTICAST" in body) == (cluster == "2")
@@ -300,13 +300,6 @@ SM90_CASES = {
 }
 
 
-@pytest.fixture(params=SM90_PROJECTION_TILES)
-def sm90_projecting(request: pytest.FixtureRequest, simulator: ModuleType) -> On:
-    """As `sm90`, with the tiles that have accumulators for two products."""
-    tile = getattr(simulator.ConvTile, request.param)
-    return On(SimulatedBackend(simulator, tile, capability=90))
-
-
 @pytest.fixture(params=SM90_TILES)
 def sm90(request: pytest.FixtureRequest, simulator: ModuleType) -> On:
     """The backend on a simulated Hopper GPU, with one of its tiles for every convolution."""
@@ -373,29 +366,50 @@ def test_sm90_tells_height_from_width(sm90, half):
     assert torch.equal(sm90.conv_bn(x, layer, None, False).double(), expected)
 
 
-def test_sm90_projection_is_exact_on_integers(sm90_projecting, half):
+def test_sm90_projection_is_exact_on_integers(sm90, half):
     rng = generator()
     x, layer = make_integers(ConvCase(2, 40, 22, 23, 136), rng, half)
     shortcut, projection = make_integers(ConvCase(2, 72, 44, 45, 136, stride=2), rng, half)
     arguments = [x, layer, shortcut, projection]
     expected = reference.conv_bn_projection(*cast(arguments, torch.float64))
-    assert torch.equal(sm90_projecting.conv_bn_projection(*arguments).double(), expected)
+    assert torch.equal(sm90.conv_bn_projection(*arguments).double(), expected)
 
 
-def test_sm90_projection_keeps_the_contract(sm90_projecting, half):
+def test_sm90_projection_keeps_the_contract(sm90, half):
     rng = generator()
     x, layer = make_convolution(ConvCase(1, 40, 12, 13, 136), rng, half)
     shortcut, projection = make_convolution(ConvCase(1, 72, 24, 25, 136, stride=2), rng, half)
     arguments = [x, layer, shortcut, projection]
-    check_op(sm90_projecting.conv_bn_projection, reference.conv_bn_projection, arguments)
+    check_op(sm90.conv_bn_projection, reference.conv_bn_projection, arguments)
 
 
-@pytest.mark.parametrize("tile", SM90_TILES[len(SM90_PROJECTION_TILES) :])
-def test_sm90_tiles_of_256_have_no_registers_for_a_projection(simulator, tile):
-    x, layer = make_integers(ConvCase(1, 16, 8, 8, 16), generator(), torch.float16)
-    backend = On(SimulatedBackend(simulator, getattr(simulator.ConvTile, tile), capability=90))
-    with pytest.raises(ValueError, match="tile"):
-        backend.conv_bn_projection(x, layer, x, layer)
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+@pytest.mark.parametrize("of_projection", [False, True], ids=["conv", "projection"])
+def test_sm90_projection_of_any_scales(sm90, half, of_projection, mean):
+    """The kernel goes from one batch norm's scale to the other's by their ratio: scales that are
+    zero (as trainings begin), tiny, large and negative, beside ordinary ones."""
+    rng = generator()
+    x, layer = make_convolution(ConvCase(1, 40, 12, 13, 136), rng, half)
+    shortcut, projection = make_convolution(ConvCase(1, 72, 24, 25, 136, stride=2), rng, half)
+    scales = torch.tensor([0.0, 1e-30, -1e-6, 1e-3, 300.0, -1.0, 0.0, 2.0])
+    weight = scales.repeat(17).to(half)
+    if of_projection:
+        projection = projection._replace(bn=projection.bn._replace(weight=weight))
+    else:
+        layer = layer._replace(bn=layer.bn._replace(weight=weight))
+    layer, projection = (
+        each._replace(bn=each.bn._replace(mean=each.bn.mean + mean)) for each in (layer, projection)
+    )
+    arguments = [x, layer, shortcut, projection]
+    check_op(sm90.conv_bn_projection, reference.conv_bn_projection, arguments)
+
+
+def test_sm90_projection_where_both_scales_are_zero(sm90, half):
+    rng = generator()
+    x, layer = make_integers(ConvCase(1, 16, 8, 8, 24), rng, half)
+    zero = layer._replace(bn=layer.bn._replace(weight=torch.zeros(24, dtype=half)))
+    out = sm90.conv_bn_projection(x, zero, x, zero)
+    assert torch.equal(out, torch.full_like(out, 2.0))  # both biases
 
 
 # 9 steps and more: as many for each block, or not; tails of positions and channels; more tiles
@@ -549,7 +563,7 @@ def test_all_candidates_of_a_projection_agree(simulator, half, capability):
     ]
     backend = SimulatedBackend(simulator, capability=capability)
     results = every_result(backend, "conv_bn_projection", *arguments)
-    tiles = [*TILES[:2], *(SM90_PROJECTION_TILES if capability == 90 else ())]
+    tiles = [*TILES[:2], *(SM90_TILES if capability == 90 else ())]
     assert set(results) == set(names(*tiles))
     with autotune.tuner.prefer("separate"):
         results["separate"] = On(backend).conv_bn_projection(*arguments)

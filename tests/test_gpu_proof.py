@@ -58,6 +58,16 @@ def test_each_call_fits_its_seconds(call: str) -> None:
         assert 0 < step.estimate < step.limit <= 300
 
 
+def test_no_step_writes_what_another_one_wrote() -> None:
+    """Nor the call's own record."""
+    for call in CALLS:
+        written = [f"benchmarks/results/{H100.name}/call_{call}.json"]
+        for step in steps(call):
+            for command in step.commands:
+                written += [command[i + 1] for i, word in enumerate(command) if word == "--json"]
+        assert len(written) == len(set(written)) > 1
+
+
 def check_python(command: list[str]) -> None:
     """That the program takes these arguments; a failure where it is not known how to tell."""
     program, given = command[0], command[1:]
@@ -211,7 +221,7 @@ def packed(out: Path, call: str) -> tuple[dict[str, Any], dict[str, bytes]]:
             member.name: archive.extractfile(member).read()  # type: ignore[union-attr]
             for member in archive.getmembers()
         }
-    return json.loads((out / f"{call}.json").read_text()), files
+    return json.loads((out / f"call_{call}.json").read_text()), files
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -231,7 +241,7 @@ def test_a_call_on_a_stub_gpu_is_packed(call: str, tree: Path, tmp_path: Path) -
             continue
         assert outcome["status"] == "passed"
         assert b"output of" in files[f"h200/{name}.log"]
-    assert json.loads(files[f"h200/{call}.json"]) == record
+    assert json.loads(files[f"h200/call_{call}.json"]) == record
     assert ("h200/peaks.json" in files) == (call == "first")
     assert "h200/peaks" not in files  # a program, compiled anew where it is needed
     assert len(list(out.iterdir())) == 2

@@ -844,7 +844,7 @@ def test_every_wait_of_a_convolution_is_needed(simulator, one_block):
 # simulated GPU holds, so that the first blocks meet three of them and use each buffer again; in
 # clusters of two 10 or 5 pairs of them, the last of which is half empty, for 4 or 2.
 @pytest.fixture(
-    params=["m128n64_sm90", "m128n128_sm90", "m128n64_sm90_cluster", "m128n128_sm90_cluster"]
+    params=["m128n64_sm90", "m128n128_sm90", "m128n128_sm90_pingpong", "m256n128_sm90_cluster"]
 )
 def sm90_blocks(request: pytest.FixtureRequest, simulator: ModuleType) -> dict[str, Runner]:
     """Convolutions for which each block of the kernel for sm_90a computes several tiles."""

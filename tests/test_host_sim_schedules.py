@@ -132,13 +132,13 @@ NETWORK: dict[str, Callable[[ModuleType], Tensor]] = {
         f"{tile}{' projection' * projection}": partial(
             conv, tile=tile, capability=90 if "sm90" in tile else 80, projection=projection
         )
-        for tile in ("m64n64", "m128n64_sm90", "m128n128_sm90", "m128n64_sm90_cluster")
+        for tile in (
+            *("m64n64", "m128n64_sm90", "m128n128_sm90", "m128n128_sm90_pingpong"),
+            *("m128n256_sm90_cluster", "m256n128_sm90_cluster"),
+        )
         for projection in (False, True)
     },
-    **{
-        tile: partial(conv, tile=tile, capability=90 if "sm90" in tile else 80, projection=False)
-        for tile in ("m128n128", "m128n256_sm90_cluster", "m256n128_sm90_cluster")
-    },
+    "m128n128": partial(conv, tile="m128n128", capability=80, projection=False),
     "m64n64_sm90_split4": partial(conv, tile="m64n64_sm90_split4", capability=90, projection=False),
     "stem": partial(stem, capability=80),
     "stem sm90": partial(stem, capability=90),

@@ -72,6 +72,20 @@ def test_what_the_simulator_finds_is_no_success(simulated: ModuleType, capsys: A
     assert "FAILED" in capsys.readouterr().out
 
 
+def test_kernels_that_begin_early_wait_before_they_read(simulated: ModuleType, capsys: Any) -> None:
+    """On sm_90 they may begin before the kernel that makes their input has ended."""
+    kernels = ("sm90", "stem", "head")
+    simulated.plant({"skipped_kernel_wait": 0})
+    try:
+        command = ["small", "--simulate", "--images", "1", "--only", *kernels]
+        assert launch.main(command) == 1
+    finally:
+        simulated.plant()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 10
+    assert all("before it has waited for the kernel before this one" in line for line in lines)
+
+
 def test_no_launch_is_no_success(simulated: ModuleType, capsys: Any) -> None:
     assert launch.main(["small", "--simulate", "--only", "nothing"]) == 1
     assert "no such launch" in capsys.readouterr().err

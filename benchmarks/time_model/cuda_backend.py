@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 STEP_BYTES = 128  # of a row of an operand
 _MOST_PER_ELEMENT = 128  # multiply-adds for which a whole block pays (bottleneck.cu)
-_LINES_PER_BLOCK = 4  # for which one by lines does (bottleneck_sm90.cu)
 
 
 class Product(NamedTuple):
@@ -126,8 +125,7 @@ class LineBlock(Block):
         fits = self.channels <= 64 if self.projects else self.channels == self.out_channels
         return self.inner <= 64 and self.out_channels <= 256 and self.stride == 1 and fits
 
-    def is_profitable(self) -> bool:
-        return self.batch * self.image[0] * self.strips >= _LINES_PER_BLOCK * self.sms
+    is_profitable = can_implement
 
 
 @dataclass

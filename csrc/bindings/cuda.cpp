@@ -310,7 +310,7 @@ struct OnMmaSync {
 struct OnWgmma {
   static constexpr auto kRun = &resnet_fused::bottleneck_sm90;
   static constexpr auto kCanImplement = &resnet_fused::bottleneck_sm90_can_implement;
-  static constexpr auto kIsProfitable = &resnet_fused::bottleneck_sm90_is_profitable;
+  static constexpr auto kIsProfitable = kCanImplement;
 };
 
 template <typename Kernel>
@@ -454,8 +454,7 @@ void register_cuda_kernels(py::module_& module) {
       .value("m128n128", ConvTile::k128x128)
       .value("m128n64_sm90", ConvTile::k128x64Sm90)
       .value("m128n128_sm90", ConvTile::k128x128Sm90)
-      .value("m128n64_sm90_cluster", ConvTile::k128x64Sm90Cluster)
-      .value("m128n128_sm90_cluster", ConvTile::k128x128Sm90Cluster)
+      .value("m128n128_sm90_pingpong", ConvTile::k128x128Sm90PingPong)
       .value("m128n256_sm90_cluster", ConvTile::k128x256Sm90Cluster)
       .value("m256n128_sm90_cluster", ConvTile::k256x128Sm90Cluster)
       .value("m64n64_sm90_split2", ConvTile::k64x64Sm90Split2)

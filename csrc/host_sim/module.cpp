@@ -103,6 +103,7 @@ PYBIND11_MODULE(_C_sim, module) {
             {"skipped_proxy_fence", &plant.skipped_proxy_fence},
             {"skipped_register_release", &plant.skipped_register_release},
             {"skipped_cluster_barrier", &plant.skipped_cluster_barrier},
+            {"skipped_kernel_wait", &plant.skipped_kernel_wait},
             {"bytes_not_expected", &plant.bytes_not_expected},
         };
         for (const auto& [name, value] : mistakes) *fields.at(name) = value;

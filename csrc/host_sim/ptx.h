@@ -60,6 +60,8 @@ inline float max_nan(float a, float b) { return a != a || a > b ? a : b; }
 template <typename T>
 std::uint32_t max_nan_pair(std::uint32_t a, std::uint32_t b);
 
+inline void wait_for_earlier_kernels() { host_sim::wait_for_earlier_kernels(); }
+
 inline int uniform(int value) { return value; }
 
 void ldmatrix_x4(std::uint32_t (&to)[4], std::uint32_t row);

@@ -44,6 +44,8 @@ struct Thread {
   const char* waits_at;  // null: can run
   bool exited;
   int barriers, named_barriers, waits;
+  int kernel_waits;
+  bool may_touch_global;
   std::vector<Copy> copies;
   std::vector<std::size_t> groups;
   Time committed;  // groups so far
@@ -74,6 +76,7 @@ struct Machine {
   std::mutex mutex;
   std::vector<Buffer> buffers;
   Plant planted;
+  bool overlaps = false;
   Statistics statistics;
   int capability = 80;
 
@@ -211,7 +214,8 @@ void start_thread(int rank, int i) {
   thread.block = rank;
   thread.context = machine.stacks->start(number, &thread_main);
   thread.exited = false;
-  thread.barriers = thread.named_barriers = thread.waits = 0;
+  thread.barriers = thread.named_barriers = thread.waits = thread.kernel_waits = 0;
+  thread.may_touch_global = !machine.overlaps;
   thread.committed = 0;
   thread.copies.clear();
   thread.groups.clear();
@@ -284,6 +288,9 @@ std::uint32_t check_shared(Address address, std::uint32_t bytes, const char* wha
 
 void check_global(const void* pointer, std::uint32_t bytes, bool write) {
   const char* what = write ? "writes" : "reads";
+  if (!running->may_touch_global) {
+    fault("%s global memory before it has waited for the kernel before this one", what);
+  }
   const auto first = reinterpret_cast<std::uintptr_t>(pointer);
   const Buffer* nearest = nullptr;
   for (auto buffer = machine.buffers.rbegin(); buffer != machine.buffers.rend(); ++buffer) {
@@ -347,8 +354,9 @@ void carry_out(Gathering& gathering, int first, int lanes) {
 }  // namespace
 
 void launch(Dim3 grid, Dim3 block, std::size_t shared_bytes, const std::function<void()>& kernel,
-            Dim3 cluster) {
+            Dim3 cluster, bool overlaps) {
   const std::lock_guard<std::mutex> lock(machine.mutex);
+  machine.overlaps = overlaps;
   const unsigned count = block.x * block.y * block.z;
   if (count == 0 || count > kMaxThreads) {
     throw Fault("a block of " + std::to_string(count) + " threads; 1 to 1024 are possible");
@@ -560,6 +568,12 @@ void copy_async(std::uint32_t to, const void* from, std::uint32_t bytes,
 void commit_copies() {
   running->groups.push_back(running->copies.size());
   ++running->committed;
+}
+
+void wait_for_earlier_kernels() {
+  if (running->kernel_waits++ != machine.planted.skipped_kernel_wait) {
+    running->may_touch_global = true;
+  }
 }
 
 void wait_for_copies(int pending_groups) {

@@ -38,9 +38,10 @@ struct Dim3 {
 // ---- For whoever launches.
 
 // Runs `kernel` once per thread of the grid, whose blocks form clusters. Kernels of several host
-// threads run one by one.
+// threads run one by one. Where it `overlaps` the end of the kernel before it, a thread's access to
+// global memory before it has waited for that is a Fault.
 void launch(Dim3 grid, Dim3 block, std::size_t shared_bytes, const std::function<void()>& kernel,
-            Dim3 cluster = {});
+            Dim3 cluster = {}, bool overlaps = false);
 
 // The order in which threads of later launches run and bulk copies land: the same for the same
 // seed, and for 0 the fixed one.
@@ -64,7 +65,8 @@ struct Plant {
   int skipped_store_wait = -1;        // for cp.async.bulk.wait_group,
   int skipped_proxy_fence = -1;       // for fence.proxy.async,
   int skipped_register_release = -1;  // for setmaxnreg.dec,
-  int skipped_cluster_barrier = -1;   // and for barrier.cluster, its arrival and its wait
+  int skipped_cluster_barrier = -1;   // for barrier.cluster, its arrival and its wait,
+  int skipped_kernel_wait = -1;       // and for griddepcontrol.wait
   int bytes_not_expected = 0;         // that every mbarrier.arrive.expect_tx leaves out
   int base_offset = 0;                // added to that of every operand of wgmma
 };
@@ -122,6 +124,9 @@ void copy_async(std::uint32_t to, const void* from, std::uint32_t bytes,
                 std::uint32_t source_bytes);
 void commit_copies();
 void wait_for_copies(int pending_groups);
+
+// griddepcontrol.wait
+void wait_for_earlier_kernels();
 
 // Throws a Fault with the running thread's and block's place in front.
 [[noreturn]] void fault(const char* format, ...) __attribute__((format(printf, 1, 2)));

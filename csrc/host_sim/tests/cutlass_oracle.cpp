@@ -33,7 +33,7 @@ host_sim::Dim3 thread, block, grid;
 // the other threads would call stays undefined, and stops the program if thread 0 comes to call it.
 namespace host_sim {
 
-void launch(Dim3 blocks, Dim3, std::size_t, const std::function<void()>& kernel, Dim3) {
+void launch(Dim3 blocks, Dim3, std::size_t, const std::function<void()>& kernel, Dim3, bool) {
   grid = blocks;
   thread = Dim3(0, 0, 0);
   for (unsigned i = 0; i < blocks.x; ++i) {

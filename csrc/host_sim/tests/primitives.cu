@@ -261,7 +261,7 @@ __global__ void written_banks(const Arguments) {
 
 template <auto* kKernel, unsigned kThreads, std::size_t kBytes = kSharedBytes>
 cudaError_t launch(const std::uint32_t* in, std::uint32_t* out) {
-  return resnet_fused::launch(kKernel, dim3(1), dim3(kThreads), kBytes, nullptr,
+  return resnet_fused::launch(kKernel, {dim3(1), dim3(kThreads), kBytes}, nullptr,
                               Arguments{in, out});
 }
 

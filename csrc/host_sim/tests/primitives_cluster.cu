@@ -180,8 +180,8 @@ __global__ void pixels(const __grid_constant__ Arguments a) {
 
 template <auto* kKernel, unsigned kBlocks = 2>
 cudaError_t launch(const Arguments& arguments) {
-  return resnet_fused::launch(kKernel, dim3(kBlocks), dim3(kThreads), kSharedBytes, nullptr,
-                              arguments, dim3(2));
+  return resnet_fused::launch(kKernel, {dim3(kBlocks), dim3(kThreads), kSharedBytes, dim3(2)},
+                              nullptr, arguments);
 }
 
 template <auto* kKernel, unsigned kBlocks = 2>

@@ -135,12 +135,12 @@ cudaError_t over_tiles(const std::uint32_t* in, std::uint32_t* out) {
   const cudaError_t status =
       encode_tiles(&a.map, resnet_fused::DType::kFloat16, in, {64, 2 * kTurns * kRows}, {kRows});
   if (status != cudaSuccess) return status;
-  return resnet_fused::launch(kKernel, dim3(1), dim3(kThreads), kSharedBytes, nullptr, a);
+  return resnet_fused::launch(kKernel, {dim3(1), dim3(kThreads), kSharedBytes}, nullptr, a);
 }
 
 template <auto* kKernel, unsigned kThreads>
 cudaError_t plain(const std::uint32_t* in, std::uint32_t* out) {
-  return resnet_fused::launch(kKernel, dim3(1), dim3(kThreads), kSharedBytes, nullptr,
+  return resnet_fused::launch(kKernel, {dim3(1), dim3(kThreads), kSharedBytes}, nullptr,
                               Arguments{in, out, {}});
 }
 

@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(384, 2) registers(const Arguments a) {
 
 template <auto* kKernel, unsigned kThreads>
 cudaError_t launch(const Arguments& arguments) {
-  return resnet_fused::launch(kKernel, dim3(1), dim3(kThreads), kSharedBytes, nullptr, arguments);
+  return resnet_fused::launch(kKernel, {dim3(1), dim3(kThreads), kSharedBytes}, nullptr, arguments);
 }
 
 template <auto* kKernel, unsigned kThreads>

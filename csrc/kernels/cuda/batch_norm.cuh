@@ -68,6 +68,17 @@ __device__ __forceinline__ ScaleShift scale_shift_of(const BatchNorm& bn, std::i
                         bn.eps);
 }
 
+// The sum of two batch norms as one, of value + scale_low * other: `of` of the value, `added` of
+// the other, for 16-bit results. Where `of` is nothing beside `added`, its scale is taken for the
+// smallest that the ratio can be computed from, which 24 bits of the sum would not show.
+__device__ __forceinline__ ScaleShift sum_of(const ScaleShift& of, const ScaleShift& added) {
+  constexpr float kMostRatio = 1099511627776.0f;  // 2^40
+  const bool negligible = fabsf(of.scale) * kMostRatio < fabsf(added.scale);
+  const float scale = negligible ? added.scale / kMostRatio : of.scale;
+  const float ratio = negligible ? kMostRatio : added.scale == 0.0f ? 0.0f : added.scale / scale;
+  return {fmaf(ratio, added.mean, of.mean), scale, ratio, of.shift + added.shift};
+}
+
 constexpr std::uint32_t kScaleShiftBytes = sizeof(ScaleShift);
 
 // Scale and shift of `stored` channels from `first` on go to shared memory at `to`, zeros beyond

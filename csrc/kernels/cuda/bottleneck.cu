@@ -476,7 +476,6 @@ Plan make_plan(void* out, const Bottleneck& a, int device) {
 
 #ifndef RESNET_FUSED_SM90
 bool bottleneck_sm90_can_implement(const Bottleneck&, int) { return false; }
-bool bottleneck_sm90_is_profitable(const Bottleneck&, int) { return false; }
 cudaError_t bottleneck_sm90(void*, const Bottleneck&, int, cudaStream_t) {
   return cudaErrorInvalidValue;
 }

@@ -577,6 +577,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     Shared::Lines::init(1, kExpanders * kWarpgroup / 32);
     ptx::fence_mbarrier_init();
   }
+  ptx::wait_for_earlier_kernels();
   load_weights<T, kProjection>(a);
   load_terms<kProjection>(a);
   // The two rows of a line that conv1 never writes.
@@ -653,7 +654,7 @@ cudaError_t make_plan(void* out, const Bottleneck& a, int num_sms, LaunchPlan<Ar
   const auto size = [](std::int64_t value) { return static_cast<std::uint64_t>(value); };
   plan->kernel = &bottleneck_sm90_kernel<T, kProjection>;
   plan->shape = {dim3(std::min<unsigned>(to.jobs, num_sms)), dim3(kThreads),
-                 Layout<kProjection>::kBytes};
+                 Layout<kProjection>::kBytes, dim3(1), true};
   return encode_tiles(&to.x, a.dtype, a.x,
                       {size(a.channels), size(a.width), size(a.height), size(a.batch)},
                       {kProductM, 1, 1});
@@ -670,15 +671,6 @@ cudaError_t make_plan(void* out, const Bottleneck& a, int num_sms, LaunchPlan<Ar
 bool bottleneck_sm90_can_implement(const Bottleneck& arguments, int device) {
   bool sm90 = false;
   return runs_sm90(device, &sm90) == cudaSuccess && sm90 && can_read(arguments);
-}
-
-bool bottleneck_sm90_is_profitable(const Bottleneck& arguments, int device) {
-  // With fewer, the weights that each block copies are more than the lines that it reads.
-  constexpr std::int64_t kLinesPerBlock = 4;
-  const Bottleneck& a = arguments;
-  int num_sms = 0;
-  return bottleneck_sm90_can_implement(a, device) && get_num_sms(device, &num_sms) == cudaSuccess &&
-         a.batch * a.height * ceil_div(a.width, kColumns) >= kLinesPerBlock * num_sms;
 }
 
 cudaError_t bottleneck_sm90(void* out, const Bottleneck& arguments, int device,

@@ -47,15 +47,14 @@ enum class ConvTile : int {
   k128x128 = 3,
   k128x64Sm90 = 4,
   k128x128Sm90 = 5,
+  k128x128Sm90PingPong = 6,  // warpgroups take turns at tiles
   // Of two blocks of a cluster each, at adjacent positions.
-  k128x64Sm90Cluster = 6,
-  k128x128Sm90Cluster = 7,
-  k128x256Sm90Cluster = 8,
-  k256x128Sm90Cluster = 9,
+  k128x256Sm90Cluster = 7,
+  k256x128Sm90Cluster = 8,
   // Of as many blocks of a cluster each, which share the K loop.
-  k64x64Sm90Split2 = 10,
-  k64x64Sm90Split4 = 11,
-  k64x64Sm90Split8 = 12,
+  k64x64Sm90Split2 = 9,
+  k64x64Sm90Split4 = 10,
+  k64x64Sm90Split8 = 11,
 };
 
 // Whether `tile` can implement `arguments`, on a device that it is made for.

@@ -60,15 +60,18 @@ class Accumulators {
 
   __device__ __forceinline__ float (&product(int p)) [kN / 2] { return d_[p]; }
 
-  // The sum of `steps` steps, at least one, of the consumer's positions. A stage holds a step's
-  // Tile::kM rows of x and kN of the weight, and is released once it has been multiplied, in all
-  // kBlocks blocks that it was copied to.
-  template <typename T, typename Tile, int kBlocks, typename Operands>
-  __device__ __forceinline__ void multiply(int steps, int consumer, int tile, Operands& operands) {
+  // The sum of `steps` steps, at least one, of the `part`-th kM positions; kGoesOn: added to what
+  // the accumulators hold. A stage holds a step's Tile::kM rows of x and kN of the weight, and is
+  // released once it has been multiplied, in all kBlocks blocks that it was copied to. `asked` is
+  // called when the last step's products are under way.
+  template <typename T, typename Tile, int kBlocks, bool kGoesOn = false, typename Operands,
+            typename Asked>
+  __device__ __forceinline__
+      void multiply(int steps, int part, int tile, Operands& operands, Asked asked) {
     constexpr unsigned kUnit = ptx::kDescriptorUnit;
     constexpr unsigned kStageUnits = (Tile::kM + kN) * kRowBytes / kUnit;
-    const std::uint64_t first_x = ptx::matrix_descriptor(consumer * kM * kRowBytes);
-    const unsigned to_weight = (Tile::kM - consumer * kM) * (kRowBytes / kUnit);
+    const std::uint64_t first_x = ptx::matrix_descriptor(part * kM * kRowBytes);
+    const unsigned to_weight = (Tile::kM - part * kM) * (kRowBytes / kUnit);
     int last = 0;
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
@@ -82,7 +85,7 @@ class Accumulators {
 #pragma unroll
         for (int p = 0; p < kProducts; ++p) {
           ptx::wgmma<T>(d_[p], x + depth + p * (kProductM * kRowBytes / kUnit), weight + depth,
-                        step > 0 || k > 0);
+                        kGoesOn || step > 0 || k > 0);
         }
       }
       ptx::wgmma_commit();
@@ -91,8 +94,13 @@ class Accumulators {
       last = operands.stage();
       operands.advance();
     }
+    asked();
     ptx::wgmma_wait<0>(d_);
     release<kBlocks, Operands>(last);
+  }
+  template <typename T, typename Tile, int kBlocks, bool kGoesOn = false, typename Operands>
+  __device__ __forceinline__ void multiply(int steps, int part, int tile, Operands& operands) {
+    multiply<T, Tile, kBlocks, kGoesOn>(steps, part, tile, operands, [] {});
   }
 
  private:
@@ -165,12 +173,6 @@ inline cudaError_t encode(Product* to, const ConvBn& a, const ConvolutionBn& con
                       {size(conv.channels), size(std::int64_t{conv.kernel_h} * conv.kernel_w),
                        size(a.out_channels)},
                       {1, static_cast<std::uint32_t>(n)});
-}
-
-// Bytes of a cycle that L2 gives an SM of those that have blocks: about 36, and more where they are
-// few, as far as its port goes.
-inline std::int64_t l2_bytes_per_cycle(std::int64_t blocks, int num_sms) {
-  return std::clamp<std::int64_t>(36 * std::int64_t{num_sms} / blocks, 36, 64);
 }
 
 // Steps of the K loop.

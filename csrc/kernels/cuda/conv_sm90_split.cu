@@ -213,6 +213,7 @@ __global__ void __launch_bounds__(kThreads)
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
+  ptx::wait_for_earlier_kernels();
   const unsigned tile = blockIdx.x / kSplits;
   const int position = tile / a.tiles_across * Tile::kM;
   const int channel = tile % a.tiles_across * Tile::kN;
@@ -271,7 +272,7 @@ cudaError_t launch(const ConvBn& a, cudaStream_t stream) {
   if (status != cudaSuccess) return status;
   plan.kernel = &conv_bn_sm90_split_kernel<T, kSplits, kProjection>;
   plan.shape = {dim3(grid_size(tiles(a) * kSplits)), dim3(kThreads),
-                Shared<kSplits, kProjection>::kBytes, dim3(kSplits)};
+                Shared<kSplits, kProjection>::kBytes, dim3(kSplits), true};
   return launch(plan, stream);
 }
 
@@ -305,13 +306,17 @@ bool conv_bn_sm90_split_can_implement(const ConvBn& a, ConvTile tile) {
 }
 
 std::int64_t conv_bn_sm90_split_cycles(const ConvBn& a, ConvTile tile, int num_sms) {
+  constexpr int kStep = kStageBytes / 122;
+  constexpr int kMeeting = 2700;  // of a cluster's blocks, and what each adds up of a product
   const int splits = splits_of(tile);
   const std::int64_t blocks = tiles(a) * splits;
   std::int64_t steps = ceil_div(steps_of(a.conv), splits);
-  if (a.projection.x != nullptr) steps += ceil_div(steps_of(a.projection), splits);
-  constexpr int kMeeting = 2800;  // of a cluster's blocks, and what each adds up
-  const std::int64_t step = kStageBytes / l2_bytes_per_cycle(blocks, num_sms);
-  return ceil_div(blocks, num_sms) * (steps * step + kMeeting);
+  std::int64_t meeting = kMeeting;
+  if (a.projection.x != nullptr) {
+    steps += ceil_div(steps_of(a.projection), splits);
+    meeting *= 2;
+  }
+  return ceil_div(blocks, num_sms) * (steps * kStep + meeting);
 }
 
 cudaError_t conv_bn_sm90_split(const ConvBn& a, ConvTile tile, cudaStream_t stream) {

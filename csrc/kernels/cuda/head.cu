@@ -46,6 +46,7 @@ using Quad = Pack<float, std::min(V, 4)>;
 // Grid: images x tiles of channels, the latter first. V channels make a chunk.
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) average_pool_kernel(const AveragePool a) {
+  ptx::wait_for_earlier_kernels();
   constexpr int kChannels = kAcross * V;
   const int tiles = (a.channels + kChannels - 1) / kChannels;
   const std::int64_t image = blockIdx.x / tiles;
@@ -111,6 +112,7 @@ template <typename T, int V, int kImages>
 __global__ void __launch_bounds__(kThreads, 2) linear_kernel(const Linear a) {
   constexpr int kSums = kImages * kClasses;
   static_assert(kSums <= kWarp);
+  ptx::wait_for_earlier_kernels();
   const int first_class = blockIdx.x * kClasses;
   const std::int64_t first_image = std::int64_t(blockIdx.y) * kImages;
   const std::int64_t images = a.batch - first_image;  // to come
@@ -175,18 +177,18 @@ bool whole_chunks(DType dtype, int channels, std::initializer_list<const void*> 
 }
 
 template <typename T>
-LaunchPlan<AveragePool> plan_of(const AveragePool& a) {
+LaunchPlan<AveragePool> plan_of(const AveragePool& a, bool overlaps) {
   constexpr int kLanes = 16 / sizeof(T);
   const bool whole = whole_chunks(a.dtype, a.channels, {a.x});
   const int channels = kAcross * (whole ? kLanes : 1);  // of a block
   return {whole ? &average_pool_kernel<T, kLanes> : &average_pool_kernel<T, 1>,
           {dim3(grid_size(a.batch * ceil_div(a.channels, channels))), dim3(kThreads),
-           kDown * channels * sizeof(float)},
+           kDown * channels * sizeof(float), dim3(1), overlaps},
           a};
 }
 
 template <typename T>
-LaunchPlan<Linear> plan_of(const Linear& a) {
+LaunchPlan<Linear> plan_of(const Linear& a, bool overlaps) {
   constexpr int kLanes = 16 / sizeof(T);
   const bool whole = whole_chunks(a.dtype, a.channels, {a.x, a.weight});
   return {!whole         ? &linear_kernel<T, 1, kMostImages>
@@ -194,21 +196,23 @@ LaunchPlan<Linear> plan_of(const Linear& a) {
                          : &linear_kernel<T, kLanes, kMostImages>,
           {dim3(grid_size(ceil_div(a.classes, kClasses)),
                 grid_size(ceil_div(a.batch, kMostImages), kMaxGridY)),
-           dim3(kThreads), kThreads * sizeof(float)},
+           dim3(kThreads), kThreads * sizeof(float), dim3(1), overlaps},
           a};
 }
 
 template <typename Arguments>
 cudaError_t launch_on(const Arguments& a, int device, cudaStream_t stream) {
-  const cudaError_t status = set_device(device);
+  cudaError_t status = set_device(device);
+  bool overlaps = false;
+  if (status == cudaSuccess) status = runs_sm90(device, &overlaps);
   if (status != cudaSuccess) return status;
   switch (a.dtype) {
     case DType::kFloat16:
-      return launch(plan_of<__half>(a), stream);
+      return launch(plan_of<__half>(a, overlaps), stream);
     case DType::kBFloat16:
-      return launch(plan_of<__nv_bfloat16>(a), stream);
+      return launch(plan_of<__nv_bfloat16>(a, overlaps), stream);
     default:
-      return launch(plan_of<float>(a), stream);
+      return launch(plan_of<float>(a, overlaps), stream);
   }
 }
 

@@ -58,6 +58,7 @@ struct LaunchShape {
   dim3 grid, block;
   std::size_t shared_bytes = 0;
   dim3 cluster = dim3(1);
+  bool overlaps = false;  // may begin, on sm_90, before what it waits for in the kernel has ended
 };
 
 // What host code computes before a launch, and can print and test without one.
@@ -71,36 +72,43 @@ struct LaunchPlan {
 // `cluster` blocks run at once and reach each other's shared memory, of which sm_90 and later have
 // up to 8; the grid is a multiple of it.
 template <typename Arguments>
-cudaError_t launch(void (*kernel)(Arguments), dim3 grid, dim3 block, std::size_t shared_bytes,
-                   cudaStream_t stream, Arguments arguments, dim3 cluster = dim3(1)) {
+cudaError_t launch(void (*kernel)(Arguments), const LaunchShape& shape, cudaStream_t stream,
+                   Arguments arguments) {
 #ifdef RESNET_FUSED_HOST_SIM
   static_cast<void>(stream);
-  host_sim::launch(grid, block, shared_bytes, [&] { kernel(arguments); }, cluster);
+  host_sim::launch(
+      shape.grid, shape.block, shape.shared_bytes, [&] { kernel(arguments); }, shape.cluster,
+      shape.overlaps);
   return cudaSuccess;
 #else
   const void* function = reinterpret_cast<const void*>(kernel);
   constexpr std::size_t kDefaultSharedBytes = 48 * 1024;
-  if (shared_bytes > kDefaultSharedBytes) {
-    const cudaError_t status = cudaFuncSetAttribute(
-        function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (shape.shared_bytes > kDefaultSharedBytes) {
+    const cudaError_t status =
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shape.shared_bytes));
     if (status != cudaSuccess) return take_error(status);
   }
-  void* parameters[] = {&arguments};
-  if (cluster.x * cluster.y * cluster.z == 1) {
-    return take_error(cudaLaunchKernel(function, grid, block, parameters, shared_bytes, stream));
-  }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster.x;
-  attribute.val.clusterDim.y = cluster.y;
-  attribute.val.clusterDim.z = cluster.z;
+  cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared_bytes;
+  config.gridDim = shape.grid;
+  config.blockDim = shape.block;
+  config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  if (shape.cluster.x * shape.cluster.y * shape.cluster.z > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = shape.cluster.x;
+    attribute.val.clusterDim.y = shape.cluster.y;
+    attribute.val.clusterDim.z = shape.cluster.z;
+  }
+  if (shape.overlaps) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  void* parameters[] = {&arguments};
   return take_error(cudaLaunchKernelExC(&config, function, parameters));
 #endif
 }
@@ -110,8 +118,7 @@ cudaError_t launch(const LaunchPlan<Arguments>& plan, cudaStream_t stream) {
   const LaunchShape& shape = plan.shape;
   if (plan.kernel == nullptr) return cudaErrorInvalidValue;
   if (shape.grid.x == 0 || shape.grid.y == 0) return cudaErrorInvalidConfiguration;
-  return launch(plan.kernel, shape.grid, shape.block, shape.shared_bytes, stream, plan.arguments,
-                shape.cluster);
+  return launch(plan.kernel, shape, stream, plan.arguments);
 }
 
 }  // namespace resnet_fused

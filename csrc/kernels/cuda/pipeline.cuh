@@ -54,6 +54,12 @@ class Pipeline {
       parity_ ^= 1;
     }
   }
+  // Past stages that others use.
+  __device__ __forceinline__ void advance(int stages) {
+    stage_ += stages;
+    parity_ ^= stage_ / kStages % 2;
+    stage_ %= kStages;
+  }
 
  private:
   __device__ __forceinline__ void wait(bool is_full, int tile) const {

@@ -110,6 +110,15 @@ __device__ __forceinline__ std::uint32_t max_nan_pair(std::uint32_t a, std::uint
   return larger;
 }
 
+// "griddepcontrol" of sm_90 and later, for a kernel whose LaunchShape overlaps: lets the stream's
+// next kernel begin where there is room, then waits until all before this one have ended and what
+// they wrote is here. Every thread calls it before its first access to global memory.
+__device__ __forceinline__ void wait_for_earlier_kernels() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // A value that all lanes of the warp have, known as such to the compiler.
 __device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 

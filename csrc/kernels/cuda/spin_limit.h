@@ -19,6 +19,7 @@ enum class PipelineId : std::uint32_t {
   kConvOperands,
   kConvScaleShift,
   kConvResult,
+  kConvTurns,
   kConvSplitOperands,
   kStemPixels,
   kBottleneckPixels,
@@ -42,10 +43,11 @@ struct SpinLimit {
 
 inline std::string to_string(const StuckBarrier& stuck) {
   static constexpr const char* kPipelineNames[][2] = {
-      {"conv_bn_sm90", "operands"},    {"conv_bn_sm90", "scale and shift"},
-      {"conv_bn_sm90", "result"},      {"conv_bn_sm90_split", "operands"},
-      {"stem_sm90", "pixels"},         {"bottleneck_sm90", "pixels"},
-      {"bottleneck_sm90", "shortcut"}, {"bottleneck_sm90", "lines"},
+      {"conv_bn_sm90", "operands"},       {"conv_bn_sm90", "scale and shift"},
+      {"conv_bn_sm90", "result"},         {"conv_bn_sm90", "turns"},
+      {"conv_bn_sm90_split", "operands"}, {"stem_sm90", "pixels"},
+      {"bottleneck_sm90", "pixels"},      {"bottleneck_sm90", "shortcut"},
+      {"bottleneck_sm90", "lines"},
   };
   if (stuck.barrier == 0) return "";
   const auto& [kernel, pipeline] = kPipelineNames[(stuck.barrier - 1) / 2];

@@ -424,6 +424,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     Pixels::init(kWarpgroup, kWarpgroup / 32);
     ptx::fence_mbarrier_init();
   }
+  ptx::wait_for_earlier_kernels();
   load_weights<T>(a.stem, first);
   ptx::fence_proxy_async();
   __syncthreads();
@@ -469,7 +470,7 @@ LaunchPlan<Arguments> make_plan(const Stem& stem, int num_sms) {
   a.spin_limit = spin_limit;
   const dim3 grid(grid_size(std::min(a.units, blocks)), grid_size(across, kMaxGridY));
   return {stem.planar ? &stem_sm90_kernel<T, true> : &stem_sm90_kernel<T, false>,
-          {a.units > kMaxGridX ? dim3(0) : grid, dim3(kThreads), kSharedBytes},
+          {a.units > kMaxGridX ? dim3(0) : grid, dim3(kThreads), kSharedBytes, dim3(1), true},
           a};
 }
 
