@@ -481,6 +481,8 @@ def test_timms_group_norms(layer: str) -> None:
     assert list(fuse(ours).left) == ["2"]
     assert fused_ops(ours, images()) == (2, 1)
     close(ours(images()), model(images()))
+    assert fused_ops(ours.train(), images()) == (0, 2)
+    ours.eval()
     ours[1]._fast_norm = True  # which computes in autocast's dtype
     assert fused_ops(ours, images()) == (0, 2)
 
