@@ -60,7 +60,9 @@ def kernel_table(found: dict[Kernel, dict[str, int]]) -> str:
         rows.append(
             [
                 kernel.dtype,
-                f"{kernel.positions} × {kernel.channels}" + ", cluster" * (kernel.cluster > 1),
+                f"{kernel.positions} × {kernel.channels}"
+                + ", cluster" * (kernel.cluster > 1)
+                + ", ping-pong" * kernel.ping_pong,
                 "16 bytes" if kernel.vectorised else "one by one",
                 "yes" if kernel.projection else "",
                 str(32 * kernel.warps),

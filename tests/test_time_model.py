@@ -159,12 +159,10 @@ def test_a_whole_bottleneck_pays_as_the_extension_says(
         assert (ours.can_implement() and ours.is_profitable()) == theirs[1](*described, 0)
 
 
-@pytest.mark.parametrize("projects", [False, True])
+@pytest.mark.parametrize("adds", ["nothing", "residual", "projection"])
 @pytest.mark.parametrize("channels", [(64, 64), (512, 2048), (64, 512)])
 @pytest.mark.parametrize("size", [3, 5, 12, 18, 40, 75, 100])
-def test_a_convolutions_tile_is_the_one_that_the_extension_takes(
-    simulator, size, channels, projects
-):
+def test_a_convolutions_tile_is_the_one_that_the_extension_takes(simulator, size, channels, adds):
     """The simulated GPU has 4 multiprocessors; what it takes stands first among its tiles."""
     inner, filters = channels
     vector = (4096, 0, (filters,), (1,), None)
@@ -178,12 +176,13 @@ def test_a_convolutions_tile_is_the_one_that_the_extension_takes(
         window = ((1, 1), (padding, padding), (1, 1))
         return tensor(1, inner, size, size), tensor(filters, inner, kernel, kernel), window, bn
 
-    projection = layer(1, 0) if projects else None
+    projection = layer(1, 0) if adds == "projection" else None
     simulator.set_capability(90)
     out = tensor(1, filters, size, size)
-    tiles = simulator.cuda_conv_bn_tiles(out, layer(3, 1), projection, None, 1, True, False, 0)
-    steps = [9 * inner // 64, *[inner // 64] * projects]
-    assert tiles[0].name == choose_tile(size * size, filters, steps, 4)
+    added = out if adds == "residual" else None
+    tiles = simulator.cuda_conv_bn_tiles(out, layer(3, 1), projection, added, 1, True, False, 0)
+    steps = [9 * inner // 64, *[inner // 64] * (projection is not None)]
+    assert tiles[0].name == choose_tile(size * size, filters, steps, added is not None, 4)
 
 
 def test_prediction_is_set_beside_what_was_measured() -> None:

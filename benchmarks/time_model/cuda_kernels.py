@@ -20,20 +20,19 @@ class Kernel(NamedTuple):
     projection: bool
     results: int = 0  # places for results, on sm_90a
     cluster: int = 1  # blocks that share copies of weights
-    claimed: tuple[
-        int, ...
-    ] = ()  # registers of copying and of multiplying threads, where they differ
+    claimed: tuple[int, ...] = ()  # registers of copying and of multiplying threads, if different
+    ping_pong: bool = False  # whether warpgroups take turns at tiles
 
     @property
     def shared(self) -> int:
         """Bytes of dynamic shared memory: the stages, and 16 bytes a channel of batch norm; on
-        sm_90a the results and two such sets for each batch norm, and the mbarriers."""
+        sm_90a the results and two such sets, and the mbarriers."""
         stages = self.stages * (self.positions + self.channels) * self.row_bytes
         terms = 16 * self.channels
         if not self.sm90:
             return stages + terms
         results = self.results * 2 * self.positions * self.channels
-        return stages + results + 2 * (1 + self.projection) * terms + 256
+        return stages + results + 2 * terms + 256
 
 
 class BlockKernel(NamedTuple):
@@ -94,7 +93,7 @@ def _block_kernel(name: str) -> BlockKernel | None:
 
 def _kernel(name: str) -> Kernel | None:
     found = re.search(
-        r"conv_bn_(sm90_)?kernelI(f|NS0_4Tf32E|6__half|13__nv_bfloat16)NS0_4TileI((?:Li\d+E)+)EE"
+        r"conv_bn_(sm90_)?kernelI(f|NS0_4Tf32E|6__half|13__nv_bfloat16)NS0_4TileI((?:L[ib]\d+E)+)EE"
         r"(?:Lb([01])E)?Lb([01])E",
         name,
     )
@@ -102,11 +101,13 @@ def _kernel(name: str) -> Kernel | None:
         return None
     sm90, projection = found[1] is not None, found[5] == "1"
     dtype = _DTYPES[found[2]]
-    sizes = list(map(int, re.findall(r"Li(\d+)E", found[3])))
+    sizes = list(map(int, re.findall(r"L[ib](\d+)E", found[3])))
     if sm90:
-        m, n, stages, results, _, cluster, *claimed = sizes
+        m, n, stages, results, _, cluster, copying, multiplying, _, ping_pong = sizes
+        claimed = (copying, multiplying)
         return Kernel(
-            sm90, dtype, m, n, 128, 12, stages, True, projection, results, cluster, tuple(claimed)
+            *(sm90, dtype, m, n, 128, 12, stages, True, projection, results, cluster, claimed),
+            ping_pong=bool(ping_pong),
         )
     m, n, row_bytes, warps_m, warps_n, stages, _ = sizes
     warps = warps_m * warps_n

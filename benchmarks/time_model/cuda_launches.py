@@ -25,19 +25,16 @@ from .rates import Gpu
 from .work import Work, resident_blocks
 
 
-def _l2_rate(blocks: int, sms: int) -> int:
-    """Bytes of a cycle that the host code expects L2 to give an SM that has blocks."""
-    return min(max(36 * sms // blocks, 36), 64)
-
-
 class Tile(NamedTuple):
-    """Of conv_sm90.cu: positions, channels, stages, blocks per SM, blocks of a cluster."""
+    """Of conv_sm90.cu: positions, channels, stages, blocks per SM, blocks of a cluster; whether its
+    warpgroups take turns at tiles."""
 
     m: int
     n: int
     stages: int
     blocks: int
-    cluster: int
+    cluster: int = 1
+    ping_pong: bool = False
 
     @property
     def stage_bytes(self) -> int:
@@ -56,18 +53,21 @@ class Tile(NamedTuple):
 
     def can_take(self, steps: Sequence[int]) -> bool:
         """steps: of each product's K loop."""
-        return len(steps) == 1 or self.m * self.n <= 128 * 128
+        return True
 
-    def cycles(self, rows: int, filters: int, steps: Sequence[int], sms: int) -> int:
+    def cycles(
+        self, rows: int, filters: int, steps: Sequence[int], residual: bool, sms: int
+    ) -> int:
         """By which the host code chooses."""
-        blocks = self.tiles(rows, filters)
-        step = max(
-            self.m * self.n * 64 // 2048,
-            (self.m // 64 * (64 + self.n) + self.m + self.n) * STEP_BYTES // 128,
-            self.asked_bytes // _l2_rate(blocks, sms),
-        )
-        of_sm = math.ceil(blocks / sms)
-        return of_sm * sum(steps) * step + math.ceil(of_sm / self.blocks) * (self.m * self.n // 9)
+        step = max(self.m * self.n * 64 // 2048, self.asked_bytes // 64)
+        of_element = 46 + 88 * residual + 316 * (len(steps) > 1)
+        epilogue = self.m * self.n * of_element // 1000
+        products = sum(steps) * step
+        of_sm = math.ceil(self.tiles(rows, filters) / sms)
+        if self.ping_pong:
+            alone = epilogue * 5 // 3
+            return of_sm * max(products, products // 2 + alone) + alone
+        return of_sm * products + math.ceil(of_sm / self.blocks) * epilogue
 
 
 class Split(NamedTuple):
@@ -88,18 +88,19 @@ class Split(NamedTuple):
         """A block's steps of each product."""
         return [math.ceil(n / self.splits) for n in steps]
 
-    def cycles(self, rows: int, filters: int, steps: Sequence[int], sms: int) -> int:
-        blocks = self.tiles(rows, filters)
-        step = self.stage_bytes // _l2_rate(blocks, sms)
-        return math.ceil(blocks / sms) * (sum(self.shares(steps)) * step + 2800)
+    def cycles(
+        self, rows: int, filters: int, steps: Sequence[int], residual: bool, sms: int
+    ) -> int:
+        step = self.stage_bytes // 122
+        of_block = sum(self.shares(steps)) * step + 2700 * len(steps)
+        return math.ceil(self.tiles(rows, filters) / sms) * of_block
 
 
+# Those that the heuristic knows, in its order.
 SM90_TILES: dict[str, Tile | Split] = {
-    "m128n64_sm90": Tile(128, 64, 3, 2, 1),
-    "m128n128_sm90": Tile(128, 128, 4, 1, 1),
-    "m128n64_sm90_cluster": Tile(128, 64, 3, 2, 2),
-    "m128n128_sm90_cluster": Tile(128, 128, 4, 1, 2),
-    "m128n256_sm90_cluster": Tile(128, 256, 3, 1, 2),
+    "m128n64_sm90": Tile(128, 64, 3, 2),
+    "m128n128_sm90": Tile(128, 128, 4, 1),
+    "m128n128_sm90_pingpong": Tile(128, 128, 4, 1, ping_pong=True),
     "m256n128_sm90_cluster": Tile(256, 128, 3, 1, 2),
     "m64n64_sm90_split2": Split(2),
     "m64n64_sm90_split4": Split(4),
@@ -107,10 +108,10 @@ SM90_TILES: dict[str, Tile | Split] = {
 }
 
 
-def choose_tile(rows: int, filters: int, steps: Sequence[int], sms: int) -> str:
+def choose_tile(rows: int, filters: int, steps: Sequence[int], residual: bool, sms: int) -> str:
     """The name of the tile that the heuristic takes for products of so many steps each."""
     names = [name for name, tile in SM90_TILES.items() if tile.can_take(steps)]
-    return min(names, key=lambda name: SM90_TILES[name].cycles(rows, filters, steps, sms))
+    return min(names, key=lambda name: SM90_TILES[name].cycles(rows, filters, steps, residual, sms))
 
 
 def _bytes(*tensors: Tensor) -> int:
@@ -166,7 +167,7 @@ def _conv_bn(call: Call, gpu: Gpu) -> tuple[Work, str]:
     products = [Product.of(one) for one in (layer, projection) if one is not None]
 
     steps = [p.steps for p in products]
-    tile = SM90_TILES[choose_tile(rows, filters, steps, gpu.sms)]
+    tile = SM90_TILES[choose_tile(rows, filters, steps, residual is not None, gpu.sms)]
     tiles = tile.tiles(rows, filters)
     multiply_adds = sum(rows * filters * p.channels * math.prod(p.window) for p in products)
     added = _bytes(call.out) if residual is not None else 0
@@ -202,11 +203,14 @@ def _conv_bn(call: Call, gpu: Gpu) -> tuple[Work, str]:
     work = Work(
         layer="",
         kernel="conv_bn_sm90_kernel",
-        config=f"{tile.m}×{tile.n}×64, {tile.stages} stages" + ", cluster" * (tile.cluster > 1),
+        config=f"{tile.m}×{tile.n}×64, {tile.stages} stages"
+        + ", cluster" * (tile.cluster > 1)
+        + ", ping-pong" * tile.ping_pong,
         shape=shape,
         tiles=tiles,
-        warps=8,
-        blocks_per_sm=tile.blocks,
+        # Warpgroups that take turns are two blocks on an SM, as far as a tile's time goes.
+        warps=4 if tile.ping_pong else 8,
+        blocks_per_sm=2 if tile.ping_pong else tile.blocks,
         trips=(1, *steps),
         dram_bytes=dram_bytes,
         l2_bytes=tiles * sum(steps) * tile.asked_bytes + added + _bytes(call.out),
@@ -215,7 +219,8 @@ def _conv_bn(call: Call, gpu: Gpu) -> tuple[Work, str]:
         bulk_bytes=tile.stage_bytes,
     )
     sizes = rf"ILi{tile.m}ELi{tile.n}ELi{tile.stages}ELi\dELi{tile.blocks}ELi{tile.cluster}E"
-    return work, rf"conv_bn_sm90_kernelIT\w*Tile{sizes}\w*Lb{int(len(products) > 1)}E"
+    turns = rf"\w*Lb{int(tile.ping_pong)}EEE"
+    return work, rf"conv_bn_sm90_kernelIT\w*Tile{sizes}{turns}Lb{int(len(products) > 1)}E"
 
 
 def _shape(product: Product, filters: int) -> str:

@@ -65,14 +65,16 @@ def bn_relu_pool_kernel(
             value = tl.load(
                 pre_bn + position[:, None] * image.c + channel[None, :], mask, other=0.0
             )
-            value = relu(affine(value, mean, scale, shift))
+            value = affine(value, mean, scale, shift)
             better = (value > best) | (value != value)
             better &= inside[:, None]
             best = tl.where(better, value, best)
             where = tl.where(better, i * kernel + j, where)
+    first = tl.maximum(-h, 0) * kernel + tl.maximum(-w, 0)
+    where = tl.where(best <= 0, first[:, None], where)
     mask = (row < rows)[:, None] & valid[None, :]
     place = row[:, None] * image.c + channel[None, :]
-    tl.store(out + place, best.to(out.dtype.element_ty), mask)
+    tl.store(out + place, relu(best).to(out.dtype.element_ty), mask)
     tl.store(argmax + place, where.to(tl.uint8), mask)
 
 
