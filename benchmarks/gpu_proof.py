@@ -477,7 +477,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--peers", nargs="+", metavar="PEER", help="as the step's program names them"
     )
-    parser.add_argument("--commit", help="of the sources, where the tree is no git checkout")
+    parser.add_argument("--commit", help="of the sources, where the tree's git does not know it")
     parser.add_argument("--seconds", type=int, help="of the whole call (540; 570)")
     parser.add_argument(
         "--tail",

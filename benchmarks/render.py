@@ -121,8 +121,9 @@ def report() -> str:
 
 
 def summary(record: dict[str, Any]) -> str:
-    """One row for each implementation, fastest first, a pair of columns for each comparison."""
-    shown = comparisons(record)
+    """One row for each implementation, fastest first, a pair of columns for each comparison in
+    which one was measured."""
+    shown = [found for found in comparisons(record) if ranked(found)]
     order = dict.fromkeys(entry.key for found in shown for entry in ranked(found))
     batches = len({found.batch for found in shown}) > 1
     headings = [""]

@@ -87,9 +87,11 @@ def _driver() -> str:
 def commit(folder: Path, *apart_from: str) -> dict[str, Any]:
     """The git commit that `folder` stands at and whether tracked files differ from it.
 
-    Changes in the folders `apart_from`, named from the checkout's root, do not count. Where there
-    is no git, `RESNET_FUSED_COMMIT` names the commit.
+    Changes in the folders `apart_from`, named from the checkout's root, do not count. Where
+    `RESNET_FUSED_COMMIT` names the commit, git is not asked: a copy's git may know another one.
     """
+    if named := settings.commit():
+        return {"commit": named, "dirty": None}
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]
@@ -101,7 +103,7 @@ def commit(folder: Path, *apart_from: str) -> dict[str, Any]:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *others)
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.SubprocessError):
-        return {"commit": settings.commit(), "dirty": None}
+        return {"commit": None, "dirty": None}
 
 
 def _versions() -> Iterator[tuple[str, str]]:

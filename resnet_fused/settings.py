@@ -65,7 +65,7 @@ VARIABLES = (
     Variable(
         "RESNET_FUSED_COMMIT",
         "",
-        "run: the commit that result files name where the sources are no git checkout",
+        "run: the commit that result files name, of sources whose git does not know it",
     ),
 )
 

@@ -37,6 +37,7 @@ def test_a_changed_number_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "README.md",
         "docs/results.md",
         "docs/predicted.md",
+        "benchmarks/results/h200/throughput.json",
         "benchmarks/results/throughput_cpu.json",
         "benchmarks/results/matrix.json",
         *(str(path.relative_to(ROOT)) for path in predicted),

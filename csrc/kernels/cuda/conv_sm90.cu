@@ -534,7 +534,8 @@ std::int64_t cycles(const ConvBn& a, int num_sms) {
   const bool projects = a.projection.x != nullptr;
   const int of_element = 46 + (a.residual.channels > 0 ? 88 : 0) + (projects ? 316 : 0);
   const std::int64_t epilogue = std::int64_t{Tile::kM} * Tile::kN * of_element / 1000;
-  const std::int64_t products = (steps_of(a.conv) + (projects ? steps_of(a.projection) : 0)) * kStep;
+  const std::int64_t products =
+      (steps_of(a.conv) + (projects ? steps_of(a.projection) : 0)) * kStep;
   const std::int64_t of_sm = ceil_div(tiles<Tile>(a) * Tile::kCluster, num_sms);
   if (Tile::kPingPong) {
     const std::int64_t alone = epilogue * 5 / 3;
