@@ -12,7 +12,7 @@ from ._extension import TensorArg
 _Pair = tuple[int, int]
 _BatchNorm = tuple[TensorArg, TensorArg, TensorArg | None, TensorArg | None, float]
 _Window = tuple[_Pair, _Pair, _Pair, _Pair]  # see conv_bn
-_Layer = tuple[TensorArg, TensorArg, _Window, _BatchNorm]
+_Layer = tuple[TensorArg, TensorArg, _Window, _BatchNorm | None]
 _QuantizedLayer = tuple[TensorArg, TensorArg, tuple[_Pair, _Pair, _Pair, _Pair, int]]
 
 _Activation = tuple[TensorArg, TensorArg]  # a pre-BN output and its scale_shift
@@ -68,6 +68,16 @@ def squeeze_excite(
     x: TensorArg,
     reduce: tuple[TensorArg, TensorArg | None],
     expand: tuple[TensorArg, TensorArg | None],
+    residual: TensorArg | None,
+    relu: bool,
+) -> None: ...
+def group_norm_add_relu(
+    out: TensorArg,
+    x: TensorArg,
+    groups: int,
+    weight: TensorArg | None,
+    bias: TensorArg | None,
+    eps: float,
     residual: TensorArg | None,
     relu: bool,
 ) -> None: ...

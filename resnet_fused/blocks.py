@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from . import fusion, traced
+from . import fusion, sequence, traced
 from .ops.block_training import residual_block_training
 from .ops.bottleneck import bottleneck
 from .ops.conv_bn import conv_bn
 from .ops.conv_bn_projection import conv_bn_projection
 from .ops.training_choice import run_on, training_backend
-from .parameters import ConvBn
+from .parameters import ConvBn, Convolution, GroupNorm
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -130,7 +130,11 @@ class ResidualBlock(nn.Module):
                 return self._train(x, pairs, plan, identity)
         layers = [fusion.conv_bn(conv, bn) for conv, bn in self.layers()]
         fused = [layer for layer in layers if layer is not None]
-        return self._infer(x, fused) if len(fused) == len(layers) else None
+        if len(fused) == len(layers):
+            return self._infer(x, fused)
+        layers_by_groups = [fusion.conv_group_norm(conv, norm) for conv, norm in self.layers()]
+        by_groups = [layer for layer in layers_by_groups if layer is not None]
+        return self._infer_by_groups(x, by_groups) if len(by_groups) == len(layers) else None
 
     def _infer(self, x: Tensor, layers: list[ConvBn]) -> Tensor:
         """The block as one op, or each layer as one, the last with the shortcut."""
@@ -155,6 +159,16 @@ class ResidualBlock(nn.Module):
         if projection is None:
             return conv_bn(out, last, residual=shortcut, relu=True)
         return conv_bn_projection(out, last, shortcut, projection)
+
+    def _infer_by_groups(self, x: Tensor, layers: list[tuple[Convolution, GroupNorm]]) -> Tensor:
+        """The block where groups of channels are normalised, the last op with the shortcut."""
+        *inner, last = layers
+        out, shortcut = x, None
+        for layer in inner:
+            out = sequence.conv_group_norm(out, layer, None, True)
+        if self.has_shortcut:
+            shortcut = x if self.downsample is None else sequence.run([self.downsample], x)
+        return sequence.conv_group_norm(out, last, shortcut, True)
 
     def _padded_identity(self) -> PaddedIdentity | None:
         module = self.downsample

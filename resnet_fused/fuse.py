@@ -542,12 +542,13 @@ def _why_not(conv: nn.Module, bn: nn.Module | None) -> str | None:
         return "has a bias"
     if fusion.convolution(conv) is None:
         return f"is padded by {conv.padding_mode!r}, {conv.padding!r}"
-    if bn is None or not fusion.is_norm(bn):
-        return f"no batch norm follows but {'nothing' if bn is None else type(bn).__qualname__}"
+    if bn is None or not (fusion.is_norm(bn) or fusion.is_group_norm(bn)):
+        found = "nothing" if bn is None else type(bn).__qualname__
+        return f"no batch or group norm follows but {found}"
     inside = fusion.behind_norm(bn)
     if len(inside) > 1 or not all(map(fusion.is_relu, inside)):
         return f"its normalisation ends with {', '.join(type(m).__qualname__ for m in inside)}"
-    if bn._buffers.get("running_mean") is None:
+    if fusion.is_norm(bn) and bn._buffers.get("running_mean") is None:
         return "its normalisation has no running statistics"
     return None
 
@@ -592,11 +593,11 @@ def fuse(model: nn.Module) -> Report:
     """Lets fused ops compute what they can of `model`, in place, and says what that is.
 
     Residual blocks of torchvision and timm, the stems of their ResNets and of detectors and
-    segmenters built on them, and convolution, batch norm, ReLU and pooling in an `nn.Sequential`
-    run as fused ops: in eval mode or with frozen batch norm, and in training mode wherever the
-    backend trains fused. Nothing else of the model changes, and where a fused op could be told from
-    the modules (`resnet_fused.fusion`), these run. Modules that are fused already stay so; a model
-    of this package is fused by itself.
+    segmenters built on them, and convolution, batch or group norm, ReLU and pooling in an
+    `nn.Sequential` run as fused ops: in eval mode or with frozen batch norm, and in training mode,
+    but for group norm, wherever the backend trains fused. Nothing else of the model changes, and
+    where a fused op could be told from the modules (`resnet_fused.fusion`), these run. Modules that
+    are fused already stay so; a model of this package is fused by itself.
 
     model: any module, of any device, dtype and mode. Fuse it before wrappers that change a
         module's class or compile it (`fully_shard`, `torch.jit.script`).

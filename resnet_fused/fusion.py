@@ -22,13 +22,14 @@ from torch.nn.modules.module import _has_any_global_hook
 from .ops.modes import is_plain, is_recorded, is_transformed
 from .ops.sync_batch_norm import sync_batch_norm
 from .ops.training_layers import batch_statistics
-from .parameters import BatchNorm, ConvBn, Convolution, Layer, MaxPool
+from .parameters import BatchNorm, ConvBn, Convolution, GroupNorm, Layer, MaxPool
 from .training import FrozenBatchNorm2d
 
 FUSED = (
     nn.Conv2d,
     nn.BatchNorm2d,
     nn.SyncBatchNorm,
+    nn.GroupNorm,
     nn.ReLU,
     nn.MaxPool2d,
     nn.AdaptiveAvgPool2d,
@@ -138,9 +139,15 @@ def _is_timms(kind: type[nn.Module]) -> bool:
     return _is_from(kind, "BatchNormAct2d", "timm.layers.norm_act")
 
 
+def _is_timms_group_norm_act(kind: type[nn.Module]) -> bool:
+    return _is_from(kind, "GroupNormAct", "timm.layers.norm_act")
+
+
 def behind_norm(module: nn.Module) -> list[nn.Module]:
-    """What timm's `BatchNormAct2d` applies to its normalisation's result; [] for other modules."""
-    if type(module) in _NORMS or not _is_timms(type(module)):
+    """What timm's `BatchNormAct2d` and `GroupNormAct` apply to their normalisation's result; [] for
+    other modules."""
+    kind = type(module)
+    if kind in _NORMS or not (_is_timms(kind) or _is_timms_group_norm_act(kind)):
         return []
     behind = (module._modules.get("drop"), module._modules.get("act"))
     return [m for m in behind if m is not None and not is_identity(m)]
@@ -217,6 +224,30 @@ def normalisation(module: nn.Module) -> BatchNorm | None:
     return BatchNorm(mean, var, weight, bias, cast("float", module.eps))
 
 
+def is_group_norm(module: nn.Module) -> bool:
+    """Whether `module` is a group norm, PyTorch's or timm's, in some mode."""
+    kind = type(module)
+    if kind is nn.GroupNorm:
+        return True
+    names = ("GroupNorm", "GroupNorm1")
+    known = any(_is_from(kind, name, "timm.layers.norm") for name in names)
+    # timm's fast ones compute in autocast's dtype.
+    return (known or _is_timms_group_norm_act(kind)) and not module._fast_norm
+
+
+def group_norm(module: nn.Module) -> GroupNorm | None:
+    """The argument group of a group norm in eval mode, whatever follows in it, else None.
+
+    In training mode it means the same, but there PyTorch's own modules, which keep what backward
+    needs, are faster than an op that computes it again.
+    """
+    if module.training or not is_group_norm(module) or not untouched(module):
+        return None
+    norm = cast("nn.GroupNorm", module)
+    weight, bias = _parameter(norm, "weight"), _parameter(norm, "bias")
+    return GroupNorm(norm.num_groups, weight, bias, norm.eps)
+
+
 def batch_norm(module: nn.Module) -> BatchNorm | None:
     """The argument group of a module that is a normalisation with frozen statistics and nothing
     else, else None."""
@@ -232,6 +263,15 @@ def conv_bn(conv: nn.Module, bn: nn.Module) -> ConvBn | None:
     if convolution_ is None or batch_norm_ is None:
         return None
     return ConvBn(convolution_, batch_norm_)
+
+
+def conv_group_norm(conv: nn.Module, norm: nn.Module) -> tuple[Convolution, GroupNorm] | None:
+    """The argument groups of a convolution and a group norm that nothing else is in, else None."""
+    convolution_ = convolution(conv)
+    group_norm_ = None if behind_norm(norm) else group_norm(norm)
+    if convolution_ is None or group_norm_ is None:
+        return None
+    return convolution_, group_norm_
 
 
 def projection_modules(module: nn.Module) -> tuple[nn.Module, ...] | None:

@@ -50,6 +50,19 @@ class BatchNorm(NamedTuple):
     eps: float = 1e-5
 
 
+class GroupNorm(NamedTuple):
+    """Normalisation by the statistics of each image's groups of channels (arXiv:1803.08494).
+
+    groups: how many, of as many neighbouring channels each.
+    weight, bias: (channels,) of any floating dtype, read live; None for 1 and 0.
+    """
+
+    groups: int
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float = 1e-5
+
+
 class ConvBn(NamedTuple):
     """A convolution and the normalisation of its result."""
 

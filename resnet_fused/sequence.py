@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from . import fusion
 from .ops.block_training import residual_block_training
+from .ops.conv import conv as convolve
 from .ops.conv_bn import conv_bn
+from .ops.group_norm_add_relu import group_norm_add_relu
 from .ops.stem import stem
 from .ops.stem_training import stem_training
 from .ops.training_choice import run_on, training_backend
-from .parameters import ConvBn, MaxPool
+from .parameters import ConvBn, Convolution, GroupNorm, MaxPool
 
 
 class Group(NamedTuple):
@@ -95,7 +97,7 @@ def fused(
     """
     if relu is not None and not fusion.is_relu(relu):
         return None
-    window = None if pool is None else fusion.max_pool(pool)
+    window = None if pool is None or fusion.is_group_norm(bn) else fusion.max_pool(pool)
     training = fusion.training_plan([(conv, bn)]) if conv.training else None
     if training is not None and (not training.is_frozen() or training.needs_gradients(x)):
         out = None if relu is None else _train(x, bn, training, window)
@@ -108,10 +110,22 @@ def _infer(
     x: Tensor, conv: nn.Module, bn: nn.Module, relu: bool, window: MaxPool | None
 ) -> Tensor | None:
     convolution, normalisation = fusion.convolution(conv), fusion.normalisation(bn)
-    if convolution is None or normalisation is None:
+    if convolution is None:
+        return None
+    if (norm := fusion.group_norm(bn)) is not None:
+        return conv_group_norm(x, (convolution, norm), None, relu)
+    if normalisation is None:
         return None
     layer = ConvBn(convolution, normalisation)
     return conv_bn(x, layer, relu=relu) if window is None else stem(x, layer, window)
+
+
+def conv_group_norm(
+    x: Tensor, layer: tuple[Convolution, GroupNorm], residual: Tensor | None, relu: bool
+) -> Tensor:
+    """relu?(group_norm(conv(x)) (+ residual)), two ops."""
+    conv, norm = layer
+    return group_norm_add_relu(convolve(x, conv), *norm, residual, relu)
 
 
 def _train(

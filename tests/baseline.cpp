@@ -7,6 +7,7 @@
 
 #include "kernels/cpu/batch_norm.h"
 #include "kernels/cpu/bn_add_relu.h"
+#include "kernels/cpu/group_norm_add_relu.h"
 #include "kernels/cpu/head.h"
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/squeeze_excite.h"
@@ -61,6 +62,16 @@ int main() {
                     cpu::Format::kFloat32});
   for (std::size_t i = 0; i < x.size(); ++i) {
     expect("bn_add_relu", i, out[i], std::fmax(2 * (x[i] - 1) + 1 + added[i], 0.0f));
+  }
+
+  // 0 and 2 by turns: a mean of 1 and a variance of 1.
+  std::vector<float> turns(x.size());
+  for (std::int64_t i = 0; i < rows * kChannels; ++i) turns[i] = 2.0f * (i / kChannels % 2);
+  cpu::group_norm_add_relu({turns.data(), added_to_all(added), out.data(), kBatch, kPixels,
+                            kChannels, 3, vector(two), vector(one), 0.0, true,
+                            cpu::Format::kFloat32});
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    expect("group_norm_add_relu", i, out[i], std::fmax(2 * (turns[i] - 1) + 1 + added[i], 0.0f));
   }
 
   std::vector<float> weight(kClasses * kChannels), logits(kBatch * kClasses, NAN);

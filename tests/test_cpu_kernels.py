@@ -16,14 +16,21 @@ from resnet_fused._extension import optional_tensor_arg, tensor_arg
 from resnet_fused.backends.cpu.native import (
     PackedConvolution,
     bn_add_relu,
+    group_norm_add_relu,
     head,
     pack,
     squeeze_excite,
     suits_winograd,
     vectors,
 )
-from resnet_fused.numerics import bn_add_relu_roundings, cast, check_op, relative_error
-from resnet_fused.parameters import BatchNorm, ConvBn, Convolution
+from resnet_fused.numerics import (
+    bn_add_relu_roundings,
+    cast,
+    check_op,
+    relative_error,
+    rounding_floor,
+)
+from resnet_fused.parameters import BatchNorm, ConvBn, Convolution, GroupNorm
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import (
     CONV_CASES,
@@ -31,6 +38,7 @@ from resnet_fused.testing.cases import (
     generator,
     make_batch_norm,
     make_convolution,
+    make_group_norm,
     make_identity,
     make_integers,
     make_residual,
@@ -683,6 +691,88 @@ def test_squeeze_excite_refuses_impossible_arguments(arguments):
     ):
         with pytest.raises(ValueError, match=message):
             _C.squeeze_excite(*wrong, None, True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [
+        ((2, 64, 56, 56), 32),  # several runs of pixels
+        ((1, 256, 30, 13), 1),
+        ((3, 19, 4, 5), 19),
+        ((2, 2048, 7, 7), 32),
+        ((1, 50, 41, 40), 5),
+        ((4, 6, 1, 1), 3),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("mean", "deviation"), [(0, 1), (100, 0.1), (-3, 1e-3)], ids=str)
+def test_group_norm_is_stable_and_rounds_once(shape, groups, dtype, mean, deviation):
+    """Also where the mean is large beside the deviation, and the first pixel lies far off."""
+    x, norm, residual, relu = make_group_norm(shape, groups, generator(), True)
+    x = torch.randn(shape, generator=generator(1)) * deviation + mean
+    x[:, ::3, 0, 0] += 5 * deviation
+    x = x.to(dtype).contiguous(memory_format=NHWC)
+    arguments = [x, norm, residual.to(dtype), relu]
+    out = group_norm_add_relu(_C, *arguments)
+    truth = reference.group_norm_add_relu(*cast(arguments, torch.float64))
+    # Of batch norm, with the residual; and bfloat16's one.
+    roundings = bn_add_relu_roundings(torch.float32, True)
+    bound = rounding_floor(roundings, torch.float32) + (
+        rounding_floor(1, dtype) * 1.05 if dtype == torch.bfloat16 else 0
+    )
+    assert relative_error(out, truth) < bound
+
+
+def test_group_norm_of_constants():
+    """No variance: the bias is left, exactly."""
+    x = torch.full((2, 8, 9, 9), 0.1).contiguous(memory_format=NHWC)
+    bias = torch.randn(8, generator=generator())
+    out = group_norm_add_relu(_C, x, GroupNorm(2, None, bias), None, False)
+    assert torch.equal(out, bias[:, None, None].expand_as(x))
+
+
+def test_group_norm_gives_the_same_bits_with_any_number_of_threads_and_images(threads):
+    x, norm, residual, relu = make_group_norm((5, 40, 35, 41), 8, generator(), True, relu=True)
+    images = zip(x.split(1), residual.split(1), strict=True)
+    expected = torch.cat([group_norm_add_relu(_C, a, norm, b, relu) for a, b in images])
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        assert torch.equal(group_norm_add_relu(_C, x, norm, residual, relu), expected)
+
+
+@pytest.mark.parametrize(("channels", "stride"), [(19, 2), (7, 1), (16, 3)])
+def test_group_norm_reads_a_narrower_strided_residual(channels, stride):
+    case = ConvCase(2, 20, 5, 3, 20)
+    x, norm, _, _ = make_group_norm((2, 20, 5, 3), 4, generator())
+    identity = make_identity(case, channels, stride, x, generator(1))
+    wide = torch.zeros_like(x)
+    wide[:, :channels] = identity
+    expected = group_norm_add_relu(_C, x, norm, wide, True)
+    assert torch.equal(group_norm_add_relu(_C, x, norm, identity, True), expected)
+
+
+def test_group_norm_in_place():
+    x, norm, residual, relu = make_group_norm((2, 24, 30, 50), 6, generator(), True, relu=True)
+    expected = group_norm_add_relu(_C, x, norm, residual, relu)
+    rest = (tensor_arg(norm.weight), tensor_arg(norm.bias), norm.eps)
+    own, added = x.clone(), residual.clone()
+    _C.group_norm_add_relu(tensor_arg(own), tensor_arg(own), 6, *rest, tensor_arg(added), relu)
+    assert torch.equal(own, expected)
+    _C.group_norm_add_relu(tensor_arg(added), tensor_arg(x), 6, *rest, tensor_arg(added), relu)
+    assert torch.equal(added, expected)
+
+
+def test_group_norm_refuses_impossible_arguments(arguments):
+    out, x = arguments["out"], arguments["x"]
+    for wrong, message in (
+        ((out, x, 5, None, None), "groups must divide the 16 channels, found 5"),
+        ((out, x, 0, None, None), "groups must divide the 16 channels, found 0"),
+        ((out, x, 4, tensor_arg(torch.zeros(4)), None), r"weight must be of size \(16\)"),
+        ((changed(x, address=x[0] + 4), x, 4, None, None), "out overlaps x"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _C.group_norm_add_relu(*wrong, 1e-5, None, True)
 
 
 def stem_eager(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

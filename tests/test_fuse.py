@@ -77,7 +77,8 @@ CLASSIFIERS = {
     "timm resnet18 drop path": (timms("resnet18", drop_path_rate=0.5), 20, 20),
     "timm resnetblur18": (timms("resnetblur18"), 20, 20),
     "torchvision resnet50": (torchvisions("resnet50"), 53, 53),
-    "torchvision resnet50 GroupNorm": (torchvisions("resnet50", norm_layer=group_norm), 0, 53),
+    "torchvision resnet50 GroupNorm": (torchvisions("resnet50", norm_layer=group_norm), 53, 53),
+    "timm resnet50_gn": (timms("resnet50_gn"), 53, 53),
     "deeplabv3_resnet50": (segmenter, 60, 63),
 }
 DEFAULT = (
@@ -188,6 +189,8 @@ def test_results_gradients_and_state_are_what_they_were(name: str) -> None:
     [
         "timm resnet18",
         "timm seresnet50",
+        "timm resnet50_gn",
+        pytest.param("torchvision resnet50 GroupNorm", marks=pytest.mark.thorough),
         pytest.param("timm resnet50d", marks=pytest.mark.thorough),
         pytest.param("timm regnety_008", marks=pytest.mark.thorough),
         pytest.param("deeplabv3_resnet50", marks=pytest.mark.thorough),
@@ -394,7 +397,7 @@ def test_what_is_left_has_a_reason() -> None:
         nn.Conv2d(8, 8, 1),
         nn.BatchNorm2d(8),
         nn.Conv2d(8, 8, 1, bias=False),
-        nn.GroupNorm(2, 8),
+        nn.LocalResponseNorm(2),
         nn.Conv2d(8, 8, 1, bias=False, padding=1, padding_mode="reflect"),
         nn.BatchNorm2d(8),
         nn.Conv2d(8, 8, 1, bias=False),
@@ -406,11 +409,11 @@ def test_what_is_left_has_a_reason() -> None:
     report = fuse(model)
     assert list(report.left.items()) == [
         ("3", "has a bias"),
-        ("5", "no batch norm follows but GroupNorm"),
+        ("5", "no batch or group norm follows but LocalResponseNorm"),
         ("7", "is padded by 'reflect', (1, 1)"),
         ("9", "its normalisation has no running statistics"),
         ("11", "has hooks or a method of its own, or its normalisation has"),
-        ("13", "no batch norm follows but nothing"),
+        ("13", "no batch or group norm follows but nothing"),
     ]
     assert "1 of 7 convolutions fused, by\n  1 × Sequential: (the model)\nleft as they are:\n" in (
         f"{report}"
@@ -468,6 +471,34 @@ def test_a_class_made_of_a_fused_one_is_not_undone() -> None:
         unfuse(ours)
 
 
+@pytest.mark.parametrize("layer", ["GroupNorm", "GroupNorm1", "GroupNormAct"])
+def test_timms_group_norms(layer: str) -> None:
+    timms("resnet18")()  # skips without timm
+    kind = getattr(timm.layers, layer)
+    model, ours = pair(
+        lambda: nn.Sequential(nn.Conv2d(3, 64, 3, bias=False), kind(64), nn.Conv2d(64, 8, 1))
+    )
+    assert list(fuse(ours).left) == ["2"]
+    assert fused_ops(ours, images()) == (2, 1)
+    close(ours(images()), model(images()))
+    assert fused_ops(ours.train(), images()) == (0, 2)
+    ours.eval()
+    ours[1]._fast_norm = True  # which computes in autocast's dtype
+    assert fused_ops(ours, images()) == (0, 2)
+
+
+def test_group_norm_trains_by_pytorch() -> None:
+    """In training mode, which changes nothing else of it, and with a hook on it."""
+    model, ours = pair(lambda: torchvision.models.resnet.Bottleneck(64, 16, norm_layer=group_norm))
+    fuse(ours)
+    x = torch.randn(2, 64, 9, 9, generator=generator()).double()
+    assert fused_ops(ours, x) == (6, 0)
+    assert fused_ops(ours.train(), x) == (0, 3)
+    ours.eval().bn3.register_forward_hook(lambda module, inputs, out: out * 2)
+    model.bn3.register_forward_hook(lambda module, inputs, out: out * 2)
+    close(step(ours, x), step(model, x))
+
+
 def test_models_of_ours_stay_what_they_are() -> None:
     model = resnet_fused.resnet18(stem="deep", avg_down=True, num_classes=7)
     kinds = [type(module) for module in model.modules()]
@@ -476,7 +507,15 @@ def test_models_of_ours_stay_what_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    "build", [torchvisions("resnet18"), timms("resnet18"), timms("seresnet18")]
+    "build",
+    [
+        torchvisions("resnet18"),
+        timms("resnet18"),
+        timms("seresnet18"),
+        torchvisions("resnet18", norm_layer=group_norm),
+        timms("resnet18", norm_layer="groupnorm"),
+    ],
+    ids=["torchvision", "timm", "timm SE", "torchvision GroupNorm", "timm GroupNorm"],
 )
 def test_plans_serve_fused_networks(build: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
@@ -490,6 +529,7 @@ def test_plans_serve_fused_networks(build: Callable[[], nn.Module]) -> None:
         if not model._plans:
             pytest.skip("no backend here has kernels to plan")
         model.layer1[0].bn1.bias.add_(1)
+        model.layer2[0].conv1.weight.data.mul_(-1)
         changed = model(x)
         unfuse(model)
         assert relative_error(changed, model(x)) < 1e-5

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from resnet_fused import BackendUnavailableError, ops, use_backend
-from resnet_fused.ops import BatchNorm, ConvBn, Convolution, Layer, MaxPool
+from resnet_fused.ops import BatchNorm, ConvBn, Convolution, GroupNorm, Layer, MaxPool
 from resnet_fused.ops.dispatch import serving
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import (
@@ -23,6 +23,7 @@ from resnet_fused.testing.cases import (
     generator,
     make_bottleneck,
     make_convolution,
+    make_group_norm,
     make_squeeze_excite,
 )
 from resnet_fused.testing.quantized_cases import (
@@ -38,6 +39,10 @@ def _arguments(name: str, dtype: torch.dtype) -> list[Any]:
     residual = torch.randn(2, 8, 6, 6, generator=rng).to(dtype)
     if name == "bn_add_relu":
         return [residual, layer.bn, residual.flip(0), True]
+    if name == "group_norm_add_relu":
+        return make_group_norm((2, 8, 3, 5), 2, rng, True, True, True, dtype)
+    if name == "conv":
+        return [x, layer.conv]
     if name == "conv_bn":
         return [x, layer, residual, True]
     if name == "conv_bn_projection":
@@ -56,7 +61,7 @@ def _arguments(name: str, dtype: torch.dtype) -> list[Any]:
 
 NAMES = [
     *("bn_add_relu", "conv_bn", "conv_bn_projection", "bottleneck", "bottleneck projection"),
-    *("stem", "squeeze_excite", "head"),
+    *("conv", "stem", "squeeze_excite", "group_norm_add_relu", "head"),
 ]
 
 
@@ -64,6 +69,8 @@ def _of(module: Any, name: str) -> Callable[..., Tensor]:
     """The function of `module` that a case of NAMES is about, with the reference's signature."""
     if module is ops and name.startswith("bottleneck"):
         return _bottleneck
+    if module is ops and name == "group_norm_add_relu":
+        return _group_norm_add_relu
     return getattr(module, name.split()[0])
 
 
@@ -71,6 +78,10 @@ def _bottleneck(
     x: Tensor, layer1: ConvBn, layer2: ConvBn, layer3: ConvBn, projection: ConvBn | None
 ) -> Tensor:
     return ops.bottleneck(x, (layer1, layer2, layer3), projection)
+
+
+def _group_norm_add_relu(x: Tensor, norm: GroupNorm, residual: Tensor | None, relu: bool) -> Tensor:
+    return ops.group_norm_add_relu(x, *norm, residual, relu)
 
 
 def test_gradient_of_a_strided_narrower_residual() -> None:
@@ -97,7 +108,7 @@ def _with_grad(arguments: list[Any]) -> tuple[list[Any], list[Tensor]]:
             return ConvBn(*map(prepared, argument))
         if isinstance(argument, Convolution):
             return argument._replace(weight=leaf(argument.weight))
-        if isinstance(argument, BatchNorm):
+        if isinstance(argument, (BatchNorm, GroupNorm)):
             return argument._replace(weight=leaf(argument.weight), bias=leaf(argument.bias))
         return leaf(argument) if isinstance(argument, Tensor) else argument
 
@@ -218,6 +229,19 @@ def test_autocast_lowers_activations_and_keeps_statistics() -> None:
     assert torch.equal(out, ops.conv_bn(x.bfloat16(), low, relu=True))
 
 
+def test_autocast_keeps_the_parameters_of_group_norm() -> None:
+    x, norm, residual, relu = make_group_norm((2, 8, 3, 5), 2, generator(), True, True, True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ops.group_norm_add_relu(x, *norm, residual, relu)
+        convolved = ops.conv(x, Convolution(torch.ones(4, 8, 1, 1)))
+    assert out.dtype == convolved.dtype == torch.bfloat16
+    low = x.bfloat16(), *norm, residual.bfloat16(), relu
+    assert torch.equal(out, ops.group_norm_add_relu(*low))
+    rounded = norm._replace(weight=norm.weight.bfloat16(), bias=norm.bias.bfloat16())
+    low = x.bfloat16(), *rounded, residual.bfloat16(), relu
+    assert not torch.equal(out, ops.group_norm_add_relu(*low))
+
+
 def _x(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(shape, dtype=dtype)
 
@@ -313,6 +337,36 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: ops.bottleneck(_x(1, 3, 8, 8), (LAYER, LAYER, POINTWISE)),
         ValueError,
         r"input has 4 channels, but layer2.weight of shape \(4, 3, 3, 3\)",
+    ),
+    "groups of channels": (
+        lambda: ops.group_norm_add_relu(_x(1, 8, 3, 3), 3),
+        ValueError,
+        r"num_groups=3 must divide the 8 channels of the input",
+    ),
+    "groups of one value": (
+        lambda: ops.group_norm_add_relu(_x(1, 8, 1, 1), 8),
+        ValueError,
+        r"input of shape \(1, 8, 1, 1\) has one value in each of the 8 groups",
+    ),
+    "group norm weight": (
+        lambda: ops.group_norm_add_relu(_x(1, 8, 3, 3), 2, torch.ones(4)),
+        ValueError,
+        r"^weight must have shape \(8,\), found \(4,\)",
+    ),
+    "group norm bias": (
+        lambda: ops.group_norm_add_relu(_x(1, 8, 3, 3), 2, None, torch.ones(8, dtype=torch.int)),
+        TypeError,
+        r"^bias must be floating point",
+    ),
+    "group norm residual": (
+        lambda: ops.group_norm_add_relu(_x(1, 8, 3, 3), 2, residual=_x(1, 8, 3, 2)),
+        ValueError,
+        r"residual must have shape \(1, 8, 3, 3\)",
+    ),
+    "convolution alone": (
+        lambda: ops.conv(_x(1, 4, 8, 8), Convolution(WEIGHT)),
+        ValueError,
+        r"input has 4 channels, but conv.weight .* expects 3",
     ),
     "pool padding": (
         lambda: ops.stem(_x(1, 3, 8, 8), LAYER, MaxPool(2, 2, 2)),

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from resnet_fused import backends, ops
 from resnet_fused.numerics import bn_add_relu_roundings, cast, check_op
-from resnet_fused.ops import BatchNorm, ConvBn, MaxPool
+from resnet_fused.ops import BatchNorm, ConvBn, GroupNorm, MaxPool
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import (
     CONV_CASES,
@@ -21,6 +21,7 @@ from resnet_fused.testing.cases import (
     make_batch_norm,
     make_bottleneck,
     make_convolution,
+    make_group_norm,
     make_identity,
     make_integers,
     make_residual,
@@ -326,6 +327,85 @@ def test_bn_add_relu(shape: tuple[int, ...], add: bool, device: str, dtype: torc
         )
 
 
+def group_norm_add_relu(x: Tensor, norm: GroupNorm, residual: Tensor | None, relu: bool) -> Tensor:
+    return ops.group_norm_add_relu(x, *norm, residual, relu)
+
+
+GROUP_NORMS = [
+    ((2, 64, 7, 7), 32),
+    ((1, 19, 3, 5), 1),
+    ((2, 19, 4, 4), 19),
+    ((3, 40, 20, 17), 5),
+    ((1, 33, 9, 1), 11),
+    ((2, 6, 1, 1), 3),
+    ((1, 80, 1, 1), 1),
+]
+
+
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+@pytest.mark.parametrize("add", [True, False], ids=["residual", "alone"])
+@pytest.mark.parametrize(("shape", "groups"), GROUP_NORMS)
+def test_group_norm_add_relu(
+    shape: tuple[int, int, int, int],
+    groups: int,
+    add: bool,
+    affine: bool,
+    device: str,
+    dtype: torch.dtype,
+) -> None:
+    for relu in (False, True):
+        arguments = make_group_norm(shape, groups, generator(), add, affine, relu, dtype, device)
+        out = check_op(
+            group_norm_add_relu,
+            reference.group_norm_add_relu,
+            arguments,
+            noise=NOISE,
+            roundings=bn_add_relu_roundings(dtype, add),  # those of batch norm
+        )
+        assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_group_norm_of_any_layout_and_of_parameters_of_any_type(
+    device: str, dtype: torch.dtype
+) -> None:
+    x, norm, residual, _ = make_group_norm(
+        (2, 24, 6, 5), 4, generator(), True, True, True, dtype, device
+    )
+    expected = group_norm_add_relu(x, norm, residual, True)
+    wide = torch.zeros(2, 24, 6, 10, dtype=dtype, device=device)
+    wide[..., ::2] = x
+    for view in (x.contiguous(), wide[..., ::2]):
+        torch.testing.assert_close(
+            group_norm_add_relu(view, norm, residual.contiguous(), True), expected
+        )
+    exact = norm._replace(weight=norm.weight.double(), bias=norm.bias.float())
+    out = group_norm_add_relu(x, exact, residual, True)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, expected)
+
+
+def test_group_norm_confines_nan_to_its_group_and_image(device: str, dtype: torch.dtype) -> None:
+    arguments = make_group_norm((3, 24, 5, 7), 6, generator(), True, True, True, dtype, device)
+    expected = group_norm_add_relu(*arguments)
+    for value in (float("nan"), float("inf")):
+        spoilt = arguments[0].clone()
+        spoilt[1, 9, 2, 3] = value  # of channels 8 to 11
+        out = group_norm_add_relu(spoilt, *arguments[1:])
+        assert out[1, 8:12].isnan().all()
+        out[1, 8:12] = expected[1, 8:12]
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("case", [CONV_CASES[name] for name in ("3x3", "7x7 stem", "grouped")])
+def test_conv(case: ConvCase, device: str, dtype: torch.dtype) -> None:
+    x, (conv, _) = make_convolution(case, generator(), dtype, device)
+    out = check_op(ops.conv, reference.conv, [x, conv], noise=NOISE)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    x, (conv, _) = make_integers(case, generator(), dtype, device)
+    truth = reference.conv(*cast([x, conv], torch.float64))
+    assert torch.equal(ops.conv(x, conv).double(), truth)
+
+
 @st.composite
 def conv_cases(draw: st.DrawFn) -> ConvCase:
     """Any convolution that fits, small enough for an interpreter."""
@@ -374,6 +454,8 @@ def test_same_inputs_give_the_same_bits(device: str, dtype: torch.dtype) -> None
 def test_batch_zero_gives_an_empty_result(device: str, dtype: torch.dtype) -> None:
     x, layer = make_convolution(ConvCase(0, 16, 8, 8, 32, 3, 2, 1), generator(), dtype, device)
     assert ops.conv_bn(x, layer).shape == (0, 32, 4, 4)
+    assert ops.conv(x, layer.conv).shape == (0, 32, 4, 4)
+    assert ops.group_norm_add_relu(x, 4).shape == (0, 16, 8, 8)
     assert ops.stem(x, layer).shape == (0, 32, 2, 2)
     weight = torch.zeros(7, 16, dtype=dtype, device=device)
     assert ops.head(x, weight).shape == (0, 7)

@@ -571,7 +571,8 @@ def test_the_sources_compile_for_aarch64_and_its_passes_run(tmp_path):
         assert result.returncode == 0, result.stdout
 
     passes(compiler, *options, *headers, "-fsyntax-only", *checked)
-    linked = ("batch_norm", "bn_add_relu", "head", "parallel", "squeeze_excite")
+    linked = ("batch_norm", "bn_add_relu", "group_norm_add_relu", "head", "parallel")
+    linked += ("squeeze_excite",)
     sources = [ROOT / "tests/baseline.cpp", *(k for k in kernels if k.stem in linked)]
     assert len(sources) == 1 + len(linked)
     program = tmp_path / "baseline"

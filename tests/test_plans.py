@@ -96,6 +96,7 @@ NETWORKS: dict[str, Callable[[], Any]] = {
     "option C": lambda: make(BasicBlock, shortcut="C"),
     "dilated": lambda: make(dilate=True),
     "frozen": lambda: make(norm_layer=resnet_fused.training.FrozenBatchNorm2d),
+    "group norm": lambda: make(norm_layer=lambda channels: nn.GroupNorm(8, channels)),
     "option A": lambda: randomise_statistics(resnet_fused.cifar.resnet20()).eval(),
 }
 

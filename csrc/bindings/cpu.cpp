@@ -16,6 +16,7 @@
 #include "kernels/cpu/bn_add_relu.h"
 #include "kernels/cpu/conv.h"
 #include "kernels/cpu/fingerprint.h"
+#include "kernels/cpu/group_norm_add_relu.h"
 #include "kernels/cpu/grouped.h"
 #include "kernels/cpu/head.h"
 #include "kernels/cpu/isa.h"
@@ -35,8 +36,8 @@ namespace {
 
 // Mean, variance, weight, bias, eps.
 using BatchNorm = std::tuple<TensorArg, TensorArg, OptionalTensor, OptionalTensor, double>;
-// A convolution with its batch norm: x, packed weight, window, batch norm.
-using Layer = std::tuple<TensorArg, TensorArg, Window, BatchNorm>;
+// A convolution with its batch norm, if it has one: x, packed weight, window, batch norm.
+using Layer = std::tuple<TensorArg, TensorArg, Window, std::optional<BatchNorm>>;
 
 struct ConvLaunch {
   cpu::Conv conv, projection;
@@ -45,9 +46,11 @@ struct ConvLaunch {
 };
 
 template <typename Arguments>
-void set_batch_norm(Launch<Arguments>& launch, cpu::BatchNorm& slot, const BatchNorm& bn,
-                    std::int64_t channels) {
-  const auto& [mean, var, weight, bias, eps] = bn;
+void set_batch_norm(Launch<Arguments>& launch, cpu::BatchNorm& slot,
+                    const std::optional<BatchNorm>& bn, std::int64_t channels) {
+  slot = {};
+  if (!bn) return;
+  const auto& [mean, var, weight, bias, eps] = *bn;
   set_vector(launch, slot.mean, "mean", mean, channels);
   set_vector(launch, slot.var, "var", var, channels);
   set_vector(launch, slot.weight, "weight", weight, channels);
@@ -289,6 +292,42 @@ void bn_add_relu(const TensorArg& out, const TensorArg& x, const BatchNorm& bn,
   launch.run<run_bn_add_relu>();
 }
 
+void run_group_norm_add_relu(cpu::GroupNormAddRelu& op, std::uintptr_t) {
+  cpu::group_norm_add_relu(op);
+}
+
+void group_norm_add_relu(const TensorArg& out, const TensorArg& x, std::int64_t groups,
+                         const OptionalTensor& weight, const OptionalTensor& bias, double eps,
+                         const OptionalTensor& residual, bool relu) {
+  check_nhwc("x", x);
+  check_nhwc("out", out);
+  check_type("x", x, out.type);
+  const auto& [batch, channels, height, width] = x.sizes;
+  check_sizes("out", out, {batch, channels, height, width});
+  if (groups < 1 || channels % groups != 0) {
+    refuse("groups must divide the " + std::to_string(channels) + " channels, found " +
+           std::to_string(groups));
+  }
+  Launch<cpu::GroupNormAddRelu> launch;
+  cpu::GroupNormAddRelu& op = launch.arguments;
+  op.format = format_of("x", x);
+  if (out.numel() == 0) return;
+  if (x.address != out.address) check_apart("out", out, "x", x);
+  op.batch = batch;
+  op.pixels = height * width;
+  op.channels = channels;
+  op.groups = groups;
+  op.eps = eps;
+  op.relu = relu;
+  launch.reads(op.x, "x", x);
+  launch.may_replace(op.x);
+  set_vector(launch, op.weight, "weight", weight, channels);
+  set_vector(launch, op.bias, "bias", bias, channels);
+  set_residual(launch, op.residual, residual, out);
+  launch.writes(op.out, "out", out);
+  launch.run<run_group_norm_add_relu>();
+}
+
 void run_head(cpu::Head& head, std::uintptr_t) { cpu::head(head); }
 
 void head(const TensorArg& out, const TensorArg& x, const TensorArg& weight,
@@ -466,11 +505,11 @@ void register_cpu_kernels(py::module_& module) {
       "out = relu?(bn(conv(x)) (+ residual)) with one group, float32 or bfloat16. layer is (x,\n"
       "packed weight, (kernel, stride, padding, dilation), bn), and bn is (mean, var, weight,\n"
       "bias, eps) with vectors of any stride, float32, bfloat16 or float64, weight and bias None\n"
-      "where absent. residual is None or has out's type, size and neighbouring channels, at most\n"
-      "as many; it may be out, and overlaps it in no other way. projection, instead of a\n"
-      "residual, is a layer whose normalised, unrounded result is added. Sums and batch norm are\n"
-      "float32. isa=\"avx2\" forbids AVX-512. Raises ValueError for what does not fit, and for a\n"
-      "processor without the instructions.");
+      "where absent, or is None where nothing normalises. residual is None or has out's type,\n"
+      "size and neighbouring channels, at most as many; it may be out, and overlaps it in no\n"
+      "other way. projection, instead of a residual, is a layer whose normalised, unrounded\n"
+      "result is added. Sums and batch norm are float32. isa=\"avx2\" forbids AVX-512. Raises\n"
+      "ValueError for what does not fit, and for a processor without the instructions.");
 
   module.def("grouped_packed_bytes", &grouped_packed_bytes, py::arg("weight"), py::arg("groups"),
              py::arg("isa") = "", "Bytes of what grouped_pack makes of such a weight.");
@@ -500,6 +539,14 @@ void register_cpu_kernels(py::module_& module) {
              py::arg("residual"), py::arg("relu"),
              "out = relu?(bn(x) (+ residual)), as in conv_bn; out may be x. Runs on every\n"
              "processor.");
+
+  module.def("group_norm_add_relu", &group_norm_add_relu, py::arg("out"), py::arg("x"),
+             py::arg("groups"), py::arg("weight"), py::arg("bias"), py::arg("eps"),
+             py::arg("residual"), py::arg("relu"),
+             "out = relu?(group_norm(x) (+ residual)), float32 or bfloat16; out may be x, and the\n"
+             "residual is as in conv_bn. weight and bias have a value a channel, or are None; of\n"
+             "any stride, float32, bfloat16 or float64. Statistics and result are computed in\n"
+             "float32 or better, rounded once. Runs on every processor.");
 
   module.def("head", &head, py::arg("out"), py::arg("x"), py::arg("weight"), py::arg("bias"),
              "out = linear(mean of x over its pixels): weight (classes, channels) with contiguous\n"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..parameters import BatchNorm, ConvBn, Convolution, MaxPool
+from ..parameters import BatchNorm, ConvBn, Convolution, GroupNorm, MaxPool
 from .training import TrainingKernels
 
 
@@ -54,6 +54,12 @@ class Backend(Protocol):
     def bn_add_relu(
         self, x: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool
     ) -> Candidates: ...
+
+    def group_norm_add_relu(
+        self, x: Tensor, norm: GroupNorm, residual: Tensor | None, relu: bool
+    ) -> Candidates: ...
+
+    def conv(self, x: Tensor, conv: Convolution) -> Candidates: ...
 
     def conv_bn(
         self, x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool

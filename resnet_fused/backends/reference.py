@@ -26,7 +26,8 @@ class ReferenceBackend:
     def _nothing(self, *_: Any) -> Candidates:
         return ()
 
-    bn_add_relu = conv_bn = conv_bn_projection = bottleneck = stem = _nothing
+    bn_add_relu = group_norm_add_relu = _nothing
+    conv = conv_bn = conv_bn_projection = bottleneck = stem = _nothing
     squeeze_excite = head = quantized_conv = quantized_stem = quantized_head = _nothing
 
 

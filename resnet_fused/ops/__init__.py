@@ -1,12 +1,14 @@
 """The fused operators: `torch.ops.resnet_fused.*` and their typed Python functions."""
 
-from ..parameters import BatchNorm, ConvBn, Convolution, Layer, MaxPool
+from ..parameters import BatchNorm, ConvBn, Convolution, GroupNorm, Layer, MaxPool
 from .block_training import residual_block_training
 from .bn_add_relu import bn_add_relu
 from .bottleneck import bottleneck
+from .conv import conv
 from .conv_bn import conv_bn
 from .conv_bn_projection import conv_bn_projection
 from .dispatch import available_backends, use_backend
+from .group_norm_add_relu import group_norm_add_relu
 from .head import head
 from .quantized_conv import quantized_conv
 from .quantized_head import quantized_head
@@ -21,13 +23,16 @@ __all__ = [
     "BatchNorm",
     "ConvBn",
     "Convolution",
+    "GroupNorm",
     "Layer",
     "MaxPool",
     "available_backends",
     "bn_add_relu",
     "bottleneck",
+    "conv",
     "conv_bn",
     "conv_bn_projection",
+    "group_norm_add_relu",
     "head",
     "quantized_conv",
     "quantized_head",

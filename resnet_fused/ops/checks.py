@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..parameters import BatchNorm, ConvBn, Convolution, MaxPool
+from ..parameters import BatchNorm, ConvBn, Convolution, GroupNorm, MaxPool
 
 
 def check_is_tensor(name: str, x: object) -> None:
@@ -68,19 +68,36 @@ def check_residual(
 def check_batch_norm(name: str, bn: BatchNorm, channels: int, x: Tensor) -> None:
     """Every vector of `bn` must be floating, of length `channels`, on the input's device."""
     for field, vector in zip(BatchNorm._fields, bn[:4], strict=False):
-        if vector is None:
-            continue
-        if vector.device != x.device:
-            raise ValueError(
-                f"{name}.{field} is on {vector.device} and the input on {x.device}; "
-                "move one of them."
-            )
-        if not vector.dtype.is_floating_point:
-            raise TypeError(f"{name}.{field} must be floating point, found {vector.dtype}.")
-        if tuple(vector.shape) != (channels,):
-            raise ValueError(
-                f"{name}.{field} must have shape ({channels},), found {tuple(vector.shape)}."
-            )
+        _check_parameter(f"{name}.{field}", vector, channels, x)
+
+
+def check_group_norm(norm: GroupNorm, x: Tensor) -> None:
+    """The groups must divide the input's channels; weight and bias are as in batch norm."""
+    channels = x.shape[1]
+    if norm.groups < 1 or channels % norm.groups:
+        raise ValueError(
+            f"num_groups={norm.groups} must divide the {channels} channels of the input."
+        )
+    if x.numel() == norm.groups:  # which PyTorch refuses too
+        raise ValueError(
+            f"input of shape {tuple(x.shape)} has one value in each of the {norm.groups} groups, "
+            "which has no variance; use fewer groups."
+        )
+    _check_parameter("weight", norm.weight, channels, x)
+    _check_parameter("bias", norm.bias, channels, x)
+
+
+def _check_parameter(name: str, vector: Tensor | None, channels: int, x: Tensor) -> None:
+    if vector is None:
+        return
+    if vector.device != x.device:
+        raise ValueError(
+            f"{name} is on {vector.device} and the input on {x.device}; move one of them."
+        )
+    if not vector.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating point, found {vector.dtype}.")
+    if tuple(vector.shape) != (channels,):
+        raise ValueError(f"{name} must have shape ({channels},), found {tuple(vector.shape)}.")
 
 
 def convolution_shape(

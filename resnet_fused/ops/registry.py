@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, Candidate, Candidates, autotune
-from ..parameters import BatchNorm, ConvBn, Convolution, MaxPool
+from ..parameters import BatchNorm, ConvBn, Convolution, GroupNorm, MaxPool
 from .checks import check_is_tensor
 from .dispatch import serving
 from .modes import is_recorded, is_transformed, refuse_tangents
@@ -46,6 +46,7 @@ _SCHEMA: dict[Any, tuple[str, ...]] = {
         "Tensor? {}_bias",
         "float {}_eps",
     ),
+    GroupNorm: ("int {}_groups", "Tensor? {}_weight", "Tensor? {}_bias", "float {}_eps"),
     MaxPool: ("int {}_kernel", "int {}_stride", "int {}_padding"),
 }
 _SCHEMA[ConvBn] = (
@@ -69,6 +70,7 @@ _GROUPS: dict[Any, type[Any]] = {
     Convolution: Convolution,
     OptionalConvolution: Convolution,
     BatchNorm: BatchNorm,
+    GroupNorm: GroupNorm,
     MaxPool: MaxPool,
 }
 
@@ -141,7 +143,7 @@ class Op:
                 flat += _ABSENT[width]
             elif is_layer:
                 flat += (*argument.conv, *argument.bn)
-            elif isinstance(argument, (BatchNorm, Convolution, MaxPool)):
+            elif isinstance(argument, (BatchNorm, Convolution, GroupNorm, MaxPool)):
                 flat += (*argument,)  # Dynamo of PyTorch 2.11 adds no named tuple to a list
             else:
                 flat.append(argument)
@@ -258,10 +260,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
 
 def _autocast(argument: Any, dtype: torch.dtype) -> Any:
-    """Tensors and weights in autocast's dtype; BN parameters stay as they are, read in float32."""
+    """Tensors and weights in autocast's dtype; parameters of normalisations stay as they are."""
     if isinstance(argument, ConvBn):
-        conv = argument.conv
-        return argument._replace(conv=conv._replace(weight=conv.weight.to(dtype)))
+        return argument._replace(conv=_autocast(argument.conv, dtype))
+    if isinstance(argument, Convolution):
+        return argument._replace(weight=argument.weight.to(dtype))
     if (
         isinstance(argument, Tensor)
         and argument.is_floating_point()

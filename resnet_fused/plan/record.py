@@ -174,6 +174,7 @@ def part(call: Callable[[Tensor], Tensor], modules: list[nn.Module], plannable: 
                 type(module) in _PLANNED
                 or vars(type(module)).get("made_of_ops", False)
                 or fusion.is_sigmoid(module)
+                or fusion.is_group_norm(module)
             )
             and fusion.untouched(module)
             and not shadows(module)

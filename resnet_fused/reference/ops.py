@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..parameters import BatchNorm, ConvBn, MaxPool
+from ..parameters import BatchNorm, ConvBn, Convolution, GroupNorm, MaxPool
 from .convolution import convolve
 
 
@@ -34,9 +34,7 @@ def _normalise(x: Tensor, bn: BatchNorm) -> Tensor:
     return F.batch_norm(x, mean, var, weight, bias, training=False, eps=bn.eps)
 
 
-def bn_add_relu(x: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool) -> Tensor:
-    """relu?(bn(x) (+ residual)); x and residual (N, C, H, W)."""
-    out = _normalise(x, bn)
+def _add_relu(out: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     if residual is not None:
         out = out + residual
     if relu:
@@ -44,11 +42,34 @@ def bn_add_relu(x: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool) -
     return nhwc(out)
 
 
+def bn_add_relu(x: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool) -> Tensor:
+    """relu?(bn(x) (+ residual)); x and residual (N, C, H, W)."""
+    return _add_relu(_normalise(x, bn), residual, relu)
+
+
+def group_norm_add_relu(x: Tensor, norm: GroupNorm, residual: Tensor | None, relu: bool) -> Tensor:
+    """relu?(group_norm(x) (+ residual)); x and residual (N, C, H, W)."""
+    groups, weight, bias, eps = norm
+    present = [v for v in (weight, bias) if v is not None]
+    if all(v.dtype == x.dtype for v in present):
+        out = F.group_norm(x, groups, weight, bias, eps)
+    else:  # which some of PyTorch's kernels refuse
+        dtype = functools.reduce(torch.promote_types, (v.dtype for v in present), x.dtype)
+        weight, bias = (None if v is None else v.to(dtype) for v in (weight, bias))
+        out = F.group_norm(x.to(dtype), groups, weight, bias, eps).to(x.dtype)
+    return _add_relu(out, residual, relu)
+
+
 def pad_channels(x: Tensor, channels: int) -> Tensor:
     """x (N, D, H, W) with zeros in its channels from D on: (N, channels, H, W), channels_last."""
     if x.shape[1] < channels:
         x = F.pad(x, (0, 0, 0, 0, 0, channels - x.shape[1]))
     return nhwc(x)
+
+
+def conv(x: Tensor, conv: Convolution) -> Tensor:
+    """conv(x): x (N, C, H, W) -> (N, K, P, Q)."""
+    return nhwc(convolve(x, conv))
 
 
 def conv_bn(x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool) -> Tensor:
@@ -102,11 +123,7 @@ def squeeze_excite(
     """relu?(x · sigmoid(expand(relu(reduce(global_average_pool(x))))) (+ residual)); x and residual
     (N, C, H, W), reduce (hidden, C), expand (C, hidden)."""
     out = x * excitation(x, reduce, reduce_bias, expand, expand_bias)[:, :, None, None]
-    if residual is not None:
-        out = out + residual
-    if relu:
-        out = F.relu(out)
-    return nhwc(out)
+    return _add_relu(out, residual, relu)
 
 
 def head(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

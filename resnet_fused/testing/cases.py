@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..parameters import BatchNorm, ConvBn, Convolution
+from ..parameters import BatchNorm, ConvBn, Convolution, GroupNorm
 
 
 class ConvCase(NamedTuple):
@@ -183,6 +183,33 @@ def make_bottleneck(
     return [made[0][0], *(layer for _, layer in made), *(() if case.projection else (None,))]
 
 
+def make_group_norm(
+    shape: tuple[int, int, int, int],
+    groups: int,
+    rng: torch.Generator,
+    residual: bool = False,
+    affine: bool = True,
+    relu: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> list[Any]:
+    """The arguments of `reference.ops.group_norm_add_relu`, groups of unlike mean and deviation."""
+    channels = shape[1]
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=rng)
+
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype)
+
+    x = (draw(*shape) + draw(channels, 1, 1)) * (0.5 + draw(channels, 1, 1).abs())
+    added = draw(*shape).contiguous(memory_format=torch.channels_last) if residual else None
+    weight, bias = (moved(draw(channels)), moved(draw(channels))) if affine else (None, None)
+    norm = GroupNorm(groups, weight, bias)
+    x = moved(x.contiguous(memory_format=torch.channels_last))
+    return [x, norm, None if added is None else moved(added), relu]
+
+
 def make_squeeze_excite(
     batch: int,
     channels: int,
@@ -223,7 +250,8 @@ def make_gated_integers(x: Tensor, hidden: int, rng: torch.Generator) -> list[An
 
 
 def randomise_statistics(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Gives every BN of `model` random statistics, negative and tiny weights included.
+    """Gives every BN of `model` random statistics, and every BN and group norm random parameters,
+    negative and tiny weights included.
 
     The scale of each layer is kept near one, so that activations of deep networks stay finite.
     """
@@ -235,12 +263,16 @@ def randomise_statistics(model: torch.nn.Module, seed: int = 0) -> torch.nn.Modu
                 assert module.running_var is not None
                 module.running_mean.copy_(0.1 * torch.randn(channels, generator=rng))
                 module.running_var.copy_(0.5 + torch.rand(channels, generator=rng))
-                weight = 0.5 + torch.rand(channels, generator=rng)
-                weight[::7] *= -1
-                weight[3::11] *= 1e-3
-                if module.affine:
-                    module.weight.copy_(weight)
-                    module.bias.copy_(0.1 * torch.randn(channels, generator=rng))
+            elif isinstance(module, torch.nn.GroupNorm):
+                channels = module.num_channels
+            else:
+                continue
+            weight = 0.5 + torch.rand(channels, generator=rng)
+            weight[::7] *= -1
+            weight[3::11] *= 1e-3
+            if module.affine:
+                module.weight.copy_(weight)
+                module.bias.copy_(0.1 * torch.randn(channels, generator=rng))
     return model
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import ops
 from ..backends import Backend
-from ..ops import BatchNorm, ConvBn, MaxPool, use_backend
+from ..ops import BatchNorm, ConvBn, Convolution, GroupNorm, MaxPool, use_backend
 
 
 class On:
@@ -23,6 +23,16 @@ class On:
     def bn_add_relu(self, x: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool) -> Tensor:
         with use_backend(self._backend):
             return ops.bn_add_relu(x, bn, residual, relu)
+
+    def group_norm_add_relu(
+        self, x: Tensor, norm: GroupNorm, residual: Tensor | None, relu: bool
+    ) -> Tensor:
+        with use_backend(self._backend):
+            return ops.group_norm_add_relu(x, *norm, residual, relu)
+
+    def conv(self, x: Tensor, conv: Convolution) -> Tensor:
+        with use_backend(self._backend):
+            return ops.conv(x, conv)
 
     def conv_bn(self, x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool) -> Tensor:
         with use_backend(self._backend):

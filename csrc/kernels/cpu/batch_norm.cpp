@@ -27,10 +27,8 @@ double element(const Vector& vector, std::int64_t i) {
 Terms::Terms(const BatchNorm& bn, std::int64_t channels, std::int64_t padded_to)
     : padded_(round_up(channels, padded_to)), values_(3 * padded_) {
   for (std::int64_t k = 0; k < channels; ++k) {
-    const double weight = bn.weight.data == nullptr ? 1.0 : element(bn.weight, k);
-    const double bias = bn.bias.data == nullptr ? 0.0 : element(bn.bias, k);
-    const double mean = element(bn.mean, k);
-    const double scale = weight / std::sqrt(element(bn.var, k) + bn.eps);
+    const double mean = element(bn.mean, k, 0), bias = element(bn.bias, k, 0);
+    const double scale = element(bn.weight, k, 1) / std::sqrt(element(bn.var, k, 1) + bn.eps);
     values_[k] = static_cast<float>(mean);
     values_[padded_ + k] = static_cast<float>(scale);
     values_[2 * padded_ + k] = static_cast<float>(bias - (mean - values_[k]) * scale);

@@ -18,9 +18,14 @@ struct Vector {
 // Number `i` of a vector that is present.
 double element(const Vector& vector, std::int64_t i);
 
+inline double element(const Vector& vector, std::int64_t i, double absent) {
+  return vector.data == nullptr ? absent : element(vector, i);
+}
+
+// Vectors that are absent count as 0 (mean, bias) and 1 (var, weight): of a BatchNorm{} nothing
+// changes.
 struct BatchNorm {
-  Vector mean, var;
-  Vector weight, bias;  // may be absent: 1 and 0
+  Vector mean, var, weight, bias;
   double eps;
 };
 

@@ -11,15 +11,8 @@
 namespace resnet_fused::cpu {
 namespace {
 
-constexpr float kOne = 1, kZero = 0;
 constexpr std::int64_t kLeastTiles = 128;
 constexpr std::int64_t kSmall = 3;  // height or width
-
-// Batch norm that changes nothing: (x - 0) * (1 / sqrt(1 + 0)) + 0.
-BatchNorm identity() {
-  const Vector zeros{&kZero, VectorType::kFloat32, 0}, ones{&kOne, VectorType::kFloat32, 0};
-  return {zeros, ones, ones, zeros, 0};
-}
 
 // Whether Winograd's products make up for its larger weights, written and read once a step, and for
 // the tiles that reach beyond the image.
@@ -100,7 +93,6 @@ void train_conv(const TrainConv& of, Isa isa) {
   conv.in_channels = of.in_channels;
   conv.out_channels = of.out_channels;
   conv.window = of.window;
-  conv.bn = identity();
   conv.format = of.format;
   run(conv, of, false, isa);
 }
@@ -121,7 +113,6 @@ void train_dgrad(const TrainConv& of, Isa isa) {
       conv.window.padding[axis] =
           of.window.dilation[axis] * (of.window.kernel[axis] - 1) - of.window.padding[axis];
     }
-    conv.bn = identity();
     conv.format = of.format;
     return run(conv, of, true, isa);
   }

@@ -15,11 +15,19 @@ from torch import Tensor
 
 from ... import _extension
 from ...errors import BackendUnavailableError
-from ...parameters import BatchNorm, ConvBn, Convolution, MaxPool
+from ...parameters import BatchNorm, ConvBn, Convolution, GroupNorm, MaxPool
 from .. import Backend, Candidate, Candidates
 from ..training import TrainingKernels
 from .live_cache import LiveCache
-from .native import PackedConvolution, PooledStem, bn_add_relu, head, squeeze_excite, suits_winograd
+from .native import (
+    PackedConvolution,
+    PooledStem,
+    bn_add_relu,
+    group_norm_add_relu,
+    head,
+    squeeze_excite,
+    suits_winograd,
+)
 from .onednn import OPERATORS, OneDnnConvolution
 from .quantized import QuantizedCpuBackend
 from .training import CpuTraining
@@ -67,6 +75,14 @@ class CpuBackend(QuantizedCpuBackend):
     ) -> Candidates:
         return (Candidate("cpu", functools.partial(bn_add_relu, self.extension)),)
 
+    def group_norm_add_relu(
+        self, x: Tensor, norm: GroupNorm, residual: Tensor | None, relu: bool
+    ) -> Candidates:
+        return (Candidate("cpu", functools.partial(group_norm_add_relu, self.extension)),)
+
+    def conv(self, x: Tensor, conv: Convolution) -> Candidates:
+        return (Candidate("cpu", self._conv),) if self._computes(x, conv) else ()
+
     def conv_bn(self, x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool) -> Candidates:
         return (Candidate("cpu", self._conv_bn),) if self._computes(x, layer.conv) else ()
 
@@ -110,6 +126,9 @@ class CpuBackend(QuantizedCpuBackend):
     def _computes(self, x: Tensor, conv: Convolution) -> bool:
         # Several groups are not oneDNN's: see reference/convolution.py.
         return (conv.groups == 1 or self._groups) and not _reaches_far(x, conv)
+
+    def _conv(self, x: Tensor, conv: Convolution) -> Tensor:
+        return self._pack(x, conv)(x, None, None, False)
 
     def _conv_bn(self, x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool) -> Tensor:
         return self._pack(x, layer.conv)(x, layer.bn, residual, relu)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..._extension import optional_tensor_arg, tensor_arg
-from ...parameters import BatchNorm, Convolution, MaxPool
+from ...parameters import BatchNorm, Convolution, GroupNorm, MaxPool
 from ..arguments import BatchNormArg, batch_norm_arg, empty_nhwc, nhwc, residual_arg
 from ..recording import copied
 
@@ -49,6 +49,29 @@ def bn_add_relu(
     x = nhwc(x)
     out = x if in_place else torch.empty_like(x)
     extension.bn_add_relu(tensor_arg(out), tensor_arg(x), vectors(bn), residual_arg(residual), relu)
+    return out
+
+
+def group_norm_add_relu(
+    extension: ModuleType, x: Tensor, norm: GroupNorm, residual: Tensor | None, relu: bool
+) -> Tensor:
+    """relu?(group_norm(x) (+ residual)); float32 and bfloat16, on every processor."""
+    x = nhwc(x)
+    out = torch.empty_like(x)
+    weight, bias = (
+        v if v is None or v.dtype in _READ_AS_THEY_ARE else copied(v, v.float())
+        for v in (norm.weight, norm.bias)
+    )
+    extension.group_norm_add_relu(
+        tensor_arg(out),
+        tensor_arg(x),
+        norm.groups,
+        optional_tensor_arg(weight),
+        optional_tensor_arg(bias),
+        norm.eps,
+        residual_arg(residual),
+        relu,
+    )
     return out
 
 
@@ -97,7 +120,7 @@ def pack(extension: ModuleType, form: str, weight: Tensor, *options: Any) -> Ten
 
 
 class PackedConvolution:
-    """relu?(bn(conv(x)) (+ residual)) on weights packed for the kernel.
+    """relu?(bn(conv(x)) (+ residual)) on weights packed for the kernel; bn None is none.
 
     The kernel is Winograd's F(2×2, 3×3) where `suits_winograd`, else the direct one, for one group
     or for several.
@@ -121,7 +144,7 @@ class PackedConvolution:
     def __call__(
         self,
         x: Tensor,
-        bn: BatchNorm,
+        bn: BatchNorm | None,
         residual: Tensor | None,
         relu: bool,
         in_place: bool = False,
@@ -148,10 +171,11 @@ class PackedConvolution:
         """relu(bn(conv(x)) + bn(projection(shortcut))), one pass; the sum is rounded once."""
         return self._run(x, bn, None, None, True, projection._layer(shortcut, projection_bn))
 
-    def _layer(self, x: Tensor, bn: BatchNorm) -> tuple[Any, ...]:
-        return tensor_arg(nhwc(x)), tensor_arg(self.packed), self._window, vectors(bn)
+    def _layer(self, x: Tensor, bn: BatchNorm | None) -> tuple[Any, ...]:
+        normalisation = None if bn is None else vectors(bn)
+        return tensor_arg(nhwc(x)), tensor_arg(self.packed), self._window, normalisation
 
-    def _run(self, x: Tensor, bn: BatchNorm, out: Tensor | None, *arguments: Any) -> Tensor:
+    def _run(self, x: Tensor, bn: BatchNorm | None, out: Tensor | None, *arguments: Any) -> Tensor:
         """Calls the kernel."""
         if out is None:
             image = self._conv.output_size(*x.shape[2:])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...parameters import BatchNorm, Convolution
 from ...reference.convolution import well_posed
+from ..arguments import nhwc
 from .native import bn_add_relu
 
 OPERATORS = (
@@ -28,7 +29,10 @@ _SIZES = 256
 
 
 class OneDnnConvolution:
-    """relu?(bn(conv(x)) (+ residual)) of one group: oneDNN's convolution, then a pass in place."""
+    """relu?(bn(conv(x)) (+ residual)) of one group: oneDNN's convolution, then a pass in place.
+
+    bn None: the convolution alone, without a residual or ReLU.
+    """
 
     def __init__(self, extension: ModuleType, conv: Convolution) -> None:
         self._extension = extension
@@ -44,7 +48,7 @@ class OneDnnConvolution:
     def __call__(
         self,
         x: Tensor,
-        bn: BatchNorm,
+        bn: BatchNorm | None,
         residual: Tensor | None,
         relu: bool,
         in_place: bool = False,
@@ -57,6 +61,8 @@ class OneDnnConvolution:
         if packed is None:
             packed = self._by_size[size] = self._pack(x.shape, geometry)
         out = torch.ops.mkldnn._convolution_pointwise(x, packed, None, *geometry, "none", [], "")
+        if bn is None:
+            return nhwc(out)
         owned = out.is_contiguous(memory_format=torch.channels_last)
         return bn_add_relu(self._extension, out, bn, residual, relu, in_place=owned)
 
