@@ -29,8 +29,9 @@ from resnet_fused.backends.triton.convolution import conv_bn, conv_bn_projection
 from resnet_fused.backends.triton.launching import Config, Launch, Machine
 from resnet_fused.backends.triton.stem import stem
 from resnet_fused.errors import BackendUnavailableError
-from resnet_fused.numerics import cast, check_op
+from resnet_fused.numerics import cast, check_op, relative_error
 from resnet_fused.ops import MaxPool
+from resnet_fused.parameters import ConvBn
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import (
     ConvCase,
@@ -370,6 +371,29 @@ def test_tf32_only_where_the_settings_allow_it() -> None:
         assert launching.matmul_precision(torch.float32) != expected
         assert launching.convolution_precision(torch.float16) == "ieee"
         assert launching.matmul_precision(torch.bfloat16) == "ieee"
+
+
+@pytest.mark.usefixtures("_tf32_settings")
+def test_tf32_rounds_operands_to_nearest(device: str, dtype: torch.dtype) -> None:
+    """Tensor cores cut off what TF32 cannot hold; the interpreter, which multiplies in float32,
+    shows what they are given."""
+    if dtype != torch.float32:
+        pytest.skip("TF32 is a format for products of float32")
+    torch.backends.cudnn.allow_tf32 = True
+    x, layer = make_convolution(ConvCase(1, 32, 6, 5, 16, 3, 1, 1), generator(), device=device)
+    layer.conv.weight[0, 0] = torch.tensor([1 + 2**-11, -1 - 2**-11, 2**-10 + 2**-22])
+
+    def rounded(values: torch.Tensor) -> torch.Tensor:
+        bits = values.contiguous().view(torch.int32)
+        return ((bits + 0x1000) & -0x2000).view(torch.float32).reshape(values.shape)
+
+    conv = layer.conv._replace(weight=rounded(layer.conv.weight))
+    wide = cast([rounded(x), ConvBn(conv, layer.bn)], torch.float64)
+    expected = reference.conv_bn(*wide, None, False)
+    found = ops.conv_bn(x, layer, None, False)
+    assert relative_error(found, expected) < 1e-6
+    plain = reference.conv_bn(*cast([x, layer], torch.float64), None, False)
+    assert relative_error(plain, expected) > 1e-5
 
 
 def test_unsupported_tensors_are_named() -> None:

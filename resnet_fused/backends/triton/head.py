@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import Candidates
 from . import launching
 from .launching import Config, Launch, is_wide, matmul_precision, nhwc, planned
-from .primitives import tile_index
+from .primitives import multiply, tile_index
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def head_kernel(
         average = tl.div_rn(total, positions.to(tl.float32))
         b = tl.load(weight_tile + c * weight_c, in_channels[:, None] & valid[None, :], other=0.0)
         a = average.to(b.dtype)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = multiply(a, b, acc, PRECISION)
         if b.dtype != tl.float32:
             rest = (average - a.to(tl.float32)).to(b.dtype)
             acc = tl.dot(rest, b, acc)

@@ -132,6 +132,26 @@ def relu(values):
 
 
 @triton.jit
+def _round_to_tf32(x):
+    """To the nearest number with 10 bits behind the point, ties away from zero, as cvt.rna.tf32 of
+    the PTX ISA does; what is not finite stays as it is."""
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = (bits + 0x1000) & -0x2000
+    is_finite = (bits & 0x7F800000) != 0x7F800000
+    return tl.where(is_finite, rounded, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def multiply(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a · b, in TF32 where PRECISION says so: its products cut off the bits that they do not
+    take, which errs twice as far as rounding does, so operands are rounded first."""
+    if PRECISION == "tf32" and a.dtype == tl.float32:
+        a = _round_to_tf32(a)
+        b = _round_to_tf32(b)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
 def is_inside(index, size):
     """0 <= index < size in one comparison: negative numbers wrap to large unsigned ones."""
     return index.to(tl.uint32, bitcast=True) < size
@@ -288,7 +308,7 @@ def convolve(
             b = tl.load(b_tile, in_channels[:, None], other=0.0)
         if x.dtype.element_ty == tl.uint8:
             a = (a ^ 128).to(tl.int8, bitcast=True)
-        acc = tl.dot(a, b, acc, input_precision=TILE.precision, out_dtype=acc.dtype)
+        acc = multiply(a, b, acc, TILE.precision)
         if not WINDOW.is_flat:
             r, s, c = next_step(r, s, c, channels, 0, WINDOW.r, WINDOW.s, 1, 1, TILE.c)
     return acc

@@ -36,7 +36,7 @@ from .launching import (
     is_wide,
     planned,
 )
-from .primitives import normalise, relu
+from .primitives import multiply, normalise, relu
 
 _FUSED_POOL = MaxPool(3, 2, 1)
 _MOST_INNER = 64  # inputs of one window row that fit a step
@@ -127,7 +127,7 @@ def stem_kernel(
         in_image = in_row & ((h_tap >= 0) & (h_tap < image.h))[:, None]
         a = tl.load(x_image + (x_offset + r * WINDOW.dilation_h * x_strides.h), in_image, other=0.0)
         b = tl.load(weight + (weight_offset + r * weight_strides.h), weight_mask, other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = multiply(a, b, acc, PRECISION)
 
     exact: tl.constexpr = out.dtype.element_ty == tl.float32 and PRECISION == "ieee"
     value = relu(normalise(acc, bn, column, column < filters, exact))

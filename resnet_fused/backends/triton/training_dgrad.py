@@ -41,6 +41,7 @@ from .primitives import (
     for_sums,
     is_inside,
     load_scale_shift,
+    multiply,
     next_step,
     split_position,
     tile_index,
@@ -147,7 +148,7 @@ def dgrad_kernel(
             b = tl.load(b_tile)
         else:
             b = tl.load(b_tile, in_inner[:, None] & in_columns[None, :], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=TILE.precision)
+        acc = multiply(a, b, acc, TILE.precision)
         r, s, k = next_step(
             r, s, k, group_out, first_s, WINDOW.r, WINDOW.s, CLASS_H, CLASS_W, TILE.c
         )

@@ -31,7 +31,7 @@ from .launching import (
     nhwc,
     planned,
 )
-from .primitives import is_inside, split_position
+from .primitives import is_inside, multiply, split_position
 
 _SUM = Config((1024,), 4, 1)
 _TENSOR_CORE = (
@@ -112,7 +112,7 @@ def wgrad_kernel(
             position = (n[:, None] * image.h + h) * image.w + w
         place = x + position * image.c + channel[None, :]
         b = tl.load(place, inside & in_columns[None, :], other=0.0)
-        acc = tl.dot(tl.trans(g), b, acc, input_precision=TILE.precision)
+        acc = multiply(tl.trans(g), b, acc, TILE.precision)
 
     place = (part * result.c + filter_channel)[:, None] * columns + column[None, :]
     tl.store(out + place, acc, in_filters[:, None] & in_columns[None, :])
