@@ -227,8 +227,8 @@ def normalisation(module: nn.Module) -> BatchNorm | None:
 def is_group_norm(module: nn.Module) -> bool:
     """Whether `module` is a group norm, PyTorch's or timm's, in some mode."""
     kind = type(module)
-    if kind is nn.GroupNorm:
-        return True
+    if kind is nn.GroupNorm or kind in _NORMS:
+        return kind is nn.GroupNorm
     names = ("GroupNorm", "GroupNorm1")
     known = any(_is_from(kind, name, "timm.layers.norm") for name in names)
     # timm's fast ones compute in autocast's dtype.

@@ -280,13 +280,17 @@ def test_program_measures_our_cpu_backend(tmp_path: Path) -> None:
     # On so small a net whose rounding errors are smaller is chance; that the gate acts on it isn't.
     green = True
     for comparison, entries in zip(record["comparisons"], comparisons, strict=True):
-        assert list(entries) == ["cpu"]
-        ours = entries["cpu"]
+        assert list(entries) == ["cpu", "cpu-frozen"]
+        ours, frozen = entries["cpu"], entries["cpu-frozen"]
         assert ours["error"] is not None, ours["reason"]
         assert ours["error"] < 2 * comparison["eager_error"]
+        assert frozen["error"] == ours["error"]
         right = ours["error"] <= comparison["eager_error"]
-        assert ours["status"] == ("measured" if right else "wrong")
-        assert ours["speedup"] == (1.0 if right else None)
+        for entry in (ours, frozen):
+            assert entry["status"] == ("measured" if right else "wrong")
+            assert (entry["speedup"] is None) == (not right)
+        if right:
+            assert min(ours["speedup"], frozen["speedup"]) == 1.0
         green = green and right
     assert [comparison["batch"] for comparison in record["comparisons"]] == [1, 2]
     assert done.returncode == (0 if green else 1), done.stderr

@@ -632,10 +632,12 @@ def test_a_planned_forward_asks_the_system_for_no_memory():
     (entry,) = network._plans._entries.values()
     assert entry.plan.steps[0].program.arena_bytes > 32 << 20
     run(network, x)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(3):
+    faults = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         run(network, x)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 1000
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert min(faults) < 300  # now and then other threads of the process have their own
 
 
 def test_arenas_are_as_many_as_programs_at_a_time_and_go_with_the_network():

@@ -49,6 +49,7 @@ int& capability() {
   return value;
 }
 void barrier(const char*) {}
+void wait_for_earlier_kernels() {}
 Address own(std::uint32_t offset) { return offset; }
 void mbarrier_init(std::uint32_t, std::uint32_t) {}
 void fence_mbarrier_init() {}
