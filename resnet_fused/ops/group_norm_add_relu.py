@@ -43,7 +43,8 @@ def group_norm_add_relu(
         x: (N, C, H, W), floating; NHWC memory (channels_last) is used as it is, others converted.
         num_groups: groups of neighbouring channels, a divisor of C; each is normalised by its own
             mean and variance in each image, taken in float32 or better.
-        weight, bias: (C,) of any floating dtype, read live; None for 1 and 0.
+        weight: (C,) of any floating dtype, read live; None for 1.
+        bias: the same; None for 0.
         eps: added to the variance.
         residual: added after the normalisation; like x in shape, dtype and device.
         relu: whether to clamp at zero.
