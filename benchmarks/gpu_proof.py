@@ -367,6 +367,7 @@ class Proof:
                     break
                 if code != 0:
                     status, reason = "failed", f"exit status {code} of {shlex.join(command)}"
+        _forget_places(self.folder / f"{step.name}.log")
         return _outcome(step, status, time.monotonic() - start, reason)
 
     def _command(
@@ -442,6 +443,12 @@ def _outcome(step: Step, status: str, seconds: float, reason: str) -> Outcome:
     return Outcome(
         step.name, status, round(seconds, 1), step.estimate, step.limit, commands, reason
     )
+
+
+def _forget_places(log: Path) -> None:
+    """Leaves out of a log, which is committed, where the tree and Python lie on this machine."""
+    text = log.read_text(errors="replace")
+    log.write_text(text.replace(f"{ROOT}/", "").replace(PYTHON, "python"))
 
 
 def _replace(path: Path, text: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import resnet_fused
 from resnet_fused import Bottleneck, FrozenModelError, ResNet, _extension, freeze, use_backend
-from resnet_fused.backends.cpu import live_cache
+from resnet_fused.backends import live_cache
 from resnet_fused.frozen import FrozenNetwork
 from resnet_fused.testing.cases import randomise_statistics
 

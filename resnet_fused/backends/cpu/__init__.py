@@ -17,8 +17,8 @@ from ... import _extension
 from ...errors import BackendUnavailableError
 from ...parameters import BatchNorm, ConvBn, Convolution, GroupNorm, MaxPool
 from .. import Backend, Candidate, Candidates
+from ..live_cache import LiveCache
 from ..training import TrainingKernels
-from .live_cache import LiveCache
 from .native import (
     PackedConvolution,
     PooledStem,

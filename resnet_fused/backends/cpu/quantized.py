@@ -16,8 +16,8 @@ from ..._extension import optional_tensor_arg, tensor_arg
 from ...parameters import Convolution, MaxPool
 from .. import Candidate, Candidates
 from ..arguments import empty_nhwc, nhwc, residual_arg
+from ..live_cache import LiveCache
 from ..reference import ReferenceBackend
-from .live_cache import LiveCache
 
 _MOST_CHANNELS = 65536  # of the head
 _MOST_PIXELS = 2**23

@@ -17,7 +17,7 @@ from ..._extension import optional_tensor_arg, tensor_arg
 from ...parameters import BatchNorm, ConvBn, Convolution, MaxPool
 from .. import tf32_in_convolutions
 from ..arguments import BatchNormArg, batch_norm_arg, empty_nhwc, nhwc, residual_arg
-from ..cpu.live_cache import LiveCache
+from ..live_cache import LiveCache
 from ..recording import copied
 
 

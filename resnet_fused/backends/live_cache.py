@@ -17,8 +17,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ..._extension import tensor_arg
-from .. import recording
+from .._extension import tensor_arg
+from . import recording
 
 Packed = TypeVar("Packed")
 
