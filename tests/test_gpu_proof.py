@@ -288,6 +288,16 @@ def test_a_step_that_hangs_or_fails_costs_itself_only(tree: Path, tmp_path: Path
     assert not mark.exists()
 
 
+def test_a_log_names_no_place_of_the_machine(tree: Path) -> None:
+    """It is committed with the results."""
+    run, out = proof(tree)
+    assert run.run([shell("says", f"echo {gpu_proof.ROOT}/file {sys.executable}")]) == 0
+    _, files = packed(out, "first")
+    log = files[f"{H100.name}/says.log"]
+    assert log.endswith(b"\nfile python\n")
+    assert str(gpu_proof.ROOT).encode() not in log
+
+
 def test_what_a_step_leaves_running_ends_with_it(tree: Path, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     run, _ = proof(tree)
