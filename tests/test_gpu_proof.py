@@ -291,7 +291,7 @@ def test_a_step_that_hangs_or_fails_costs_itself_only(tree: Path, tmp_path: Path
 def test_a_log_names_no_place_of_the_machine(tree: Path) -> None:
     """It is committed with the results."""
     run, out = proof(tree)
-    assert run.run([shell("says", f"echo {gpu_proof.ROOT}/file {sys.executable}")]) == 0
+    assert run.run([shell("says", f"echo {gpu_proof.ROOT}/file {gpu_proof.PYTHON}")]) == 0
     _, files = packed(out, "first")
     log = files[f"{H100.name}/says.log"]
     assert log.endswith(b"\nfile python\n")
