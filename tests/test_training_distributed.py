@@ -6,6 +6,7 @@ import contextlib
 import copy
 import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,9 +48,18 @@ def _step(model: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def _worker(rank: int, backend: str | None, folder: Path) -> None:
+def _join(rank: int, folder: Path, backend: str = "gloo", **options: Any) -> None:
+    """What a process of its own starts with: these tests' settings, and the other process.
+
+    A spawned process knows nothing of conftest.py, so it would multiply in TF32, PyTorch's default.
+    """
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.backends.cudnn.allow_tf32 = False
+    dist.init_process_group(backend, f"file://{folder}/meet", rank=rank, world_size=2, **options)
+
+
+def _worker(rank: int, backend: str | None, folder: Path) -> None:
+    _join(rank, folder)
     model = nn.SyncBatchNorm.convert_sync_batchnorm(_model())
     x, grad = _data()
     part = slice(None, SPLIT) if rank == 0 else slice(SPLIT, None)
@@ -87,9 +97,8 @@ def freeze_first_layers(model: nn.Module) -> None:
 
 def _uneven_worker(rank: int, difference: str, folder: Path) -> None:
     """The first process fuses everything; something keeps the second one from it."""
-    torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=60)  # of a collective for which the other never comes
-    dist.init_process_group("gloo", f"file://{folder}/meet", timeout, rank=rank, world_size=2)
+    # The time limit is of a collective for which the other process never comes.
+    _join(rank, folder, timeout=datetime.timedelta(seconds=60))
     model = nn.SyncBatchNorm.convert_sync_batchnorm(_model())
     x, grad = _data()
     part = slice(None, SPLIT) if rank == 0 else slice(SPLIT, None)
@@ -136,8 +145,7 @@ def test_ranks_that_fuse_differently_meet_in_the_same_collectives(
 
 
 def _stem_worker(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    _join(rank, folder)
     model = nn.SyncBatchNorm.convert_sync_batchnorm(_network())
     x = torch.randn(4, 3, 32, 32, generator=generator())[rank * 2 : rank * 2 + 2]
     torch.save((model(x).detach(), model.bn1.running_var), folder / f"rank{rank}")
@@ -161,9 +169,7 @@ def test_a_whole_network_synchronises(tmp_path: Path) -> None:
 
 
 def _parallel_worker(rank: int, device: str, folder: Path) -> None:
-    torch.set_num_threads(1)
-    backend = "nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, f"file://{folder}/meet", rank=rank, world_size=2)
+    _join(rank, folder, "nccl" if device == "cuda" else "gloo")
     place = torch.device(device, rank if device == "cuda" else None)
     model = _parallel_model(device).to(place)
     model = nn.parallel.DistributedDataParallel(model)
