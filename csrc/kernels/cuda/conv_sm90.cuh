@@ -118,9 +118,10 @@ class Accumulators {
   Value d_[kProducts][kN / 2];
 };
 
+template <int kStepChannels = kMapChannels>
 __device__ __forceinline__ int steps_of(const Product& product) {
   return product.kernel_h * product.kernel_w *
-         ((product.channels + kMapChannels - 1) / kMapChannels);
+         ((product.channels + kStepChannels - 1) / kStepChannels);
 }
 
 inline std::int64_t positions(const ConvBn& a) { return a.batch * a.out_height * a.out_width; }
@@ -176,8 +177,9 @@ inline cudaError_t encode(Product* to, const ConvBn& a, const ConvolutionBn& con
 }
 
 // Steps of the K loop.
-inline std::int64_t steps_of(const ConvolutionBn& conv) {
-  return conv.kernel_h * conv.kernel_w * ceil_div(conv.channels, kMapChannels);
+template <int kStepChannels = kMapChannels>
+std::int64_t steps_of(const ConvolutionBn& conv) {
+  return conv.kernel_h * conv.kernel_w * ceil_div(conv.channels, kStepChannels);
 }
 
 }  // namespace resnet_fused
