@@ -243,13 +243,15 @@ def _training(dtype: torch.dtype, device: str, num_sms: int) -> Iterator[Case]:
             "pre_bn_gradient": [PreBnGradient(grad, pre_bn, coefficients, False)],
             "relu_gradient": [grad, y, [above]],
             "dgrad": [grad, conv, x.shape, below, add],
+            "dgrad that masks": [grad, conv, x.shape, below, None],
+            "dgrad that adds": [grad, conv, x.shape, None, add],
             "wgrad": [grad, x, conv],
             "bn_relu_pool": [above, MaxPool(3, 2, 1)],
             "pool_gradient": [_integers_like(pooled, x, rng), above, argmax, MaxPool(3, 2, 1)],
         }
         for piece, arguments in pieces.items():
-            exact = 1 if piece == "conv_stats" else 9
-            yield Case(f"{name} {piece}", f"{TRAINING}.{piece}", arguments, exact)
+            exact = 1 if piece in ("conv_stats", "dgrad that adds") else 9
+            yield Case(f"{name} {piece}", f"{TRAINING}.{piece.split()[0]}", arguments, exact)
 
 
 def _quantized(dtype: torch.dtype, device: str, num_sms: int) -> Iterator[Case]:
