@@ -51,6 +51,8 @@ CASES = {
     "3x3 strided": Case(4, 136, 21, 17, 72, 3, 2, 1),
     "3x3 dilated": Case(2, 24, 23, 19, 136, 3, 1, 2, 2),
     "a corner": Case(1, 8, 3, 3, 8, 3, 1, 1),
+    "a stem": Case(3, 3, 21, 26, 72, 7, 2, 3),
+    "few channels": Case(2, 5, 9, 11, 24, 3, 1, 1),
 }
 WITHOUT_STRIDES = [name for name in CASES if name in ("1x1", "3x3", "a corner")]
 
@@ -252,6 +254,18 @@ def test_what_there_is_no_kernel_for_is_left_to_others(backend):
     assert names("dgrad", x[:, :72], same, x.shape, None, x, 2) == set()
     odd = conv._replace(weight=conv.weight[:70])
     assert names("conv_stats", x, odd, True) == set()
+    assert (
+        names(
+            "dgrad",
+            x[:, :72],
+            same._replace(weight=same.weight[:, :3]),
+            (4, 3, 21, 17),
+            None,
+            None,
+            None,
+        )
+        == set()
+    )
     assert names("conv_stats", x.float(), wide(conv), True) == set()
     older = SimulatedBackend(backend.extension, capability=80).training_convolutions
     assert older("conv_stats", (x, conv, True)) == []

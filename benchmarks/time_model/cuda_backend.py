@@ -192,7 +192,7 @@ class RecordingBackend(CudaBackend):
 
         kernels = (
             *("conv_bn", "bn_add_relu", "bottleneck", "bottleneck_sm90", "stem", "linear"),
-            *("average_pool", "conv_stats", "dgrad", "wgrad"),
+            *("average_pool", "conv_stats", "dgrad", "wgrad", "window_rows"),
         )
         super().__init__(
             SimpleNamespace(  # type: ignore[arg-type]

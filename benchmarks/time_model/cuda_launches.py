@@ -417,4 +417,5 @@ _DESCRIBE: dict[str, Callable[[Call, Gpu], tuple[Work, str]]] = {
     "dgrad": cuda_training.dgrad,
     "wgrad": cuda_training.wgrad,
     "sum_parts": cuda_training.sum_parts,
+    "window_rows": cuda_training.window_rows,
 }

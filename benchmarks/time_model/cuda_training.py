@@ -33,14 +33,14 @@ class Tile(NamedTuple):
             math.ceil(rows / (self.cluster * self.m)) * self.cluster * math.ceil(channels / self.n)
         )
 
-    @property
-    def asked_bytes(self) -> int:
-        """Of L2, for a step."""
-        return (self.m + self.n // self.cluster) * STEP_BYTES
+    def asked_bytes(self, inner: int = _PANEL) -> int:
+        """Of L2, for a step; what is beyond the inner channels, if those are few, is asked of
+        nobody."""
+        return (self.m + self.n // self.cluster) * 2 * min(inner, _PANEL)
 
     def cycles(self, rows: int, channels: int, steps: int, sms: int) -> int:
         """By which the host code chooses."""
-        step = max(self.m * self.n * 64 // 2048, self.asked_bytes // 64)
+        step = max(self.m * self.n * 64 // 2048, self.asked_bytes() // 64)
         end, of_sm = self.m * self.n // 8, math.ceil(self.tiles(rows, channels) / sms)
         if self.cluster == 1:
             return of_sm * max(steps * step, (steps * step + end) // 2) + end
@@ -142,7 +142,7 @@ def _convolution(
         blocks_per_sm=2 if ping_pong else 1,
         trips=(1, steps),
         dram_bytes=moved,
-        l2_bytes=tiles * steps * tile.asked_bytes + moved,
+        l2_bytes=tiles * steps * tile.asked_bytes(inner) + moved,
         multiply_adds=rows * channels * inner * taps,
         persistent=True,
         bulk_bytes=(tile.m + tile.n) * STEP_BYTES,
@@ -183,9 +183,9 @@ def wgrad(call: Call, gpu: Gpu) -> tuple[Work, str]:
     count = parts[2][0]
     steps = math.ceil(of.steps / count)
     blocks = of.tiles(width) * count
-    # Panels of x and of grad that are there, of all blocks of a range.
-    panels = of.panels * math.ceil(of.filters / width)
-    panels += math.ceil(of.panels / 4) * math.ceil(of.filters / _PANEL)
+    # What is there of panels of x and of grad, of a step of all blocks of a range.
+    asked = of.panels * math.ceil(of.filters / width) * 2 * min(of.channels, _PANEL)
+    asked += math.ceil(of.panels / 4) * 2 * of.filters
     copying = (1, 4) if width == _PANEL else (1, 4, width // _PANEL)
     moved = int(_bytes(x) * share) + _bytes(grad, parts)
     work = Work(
@@ -200,7 +200,7 @@ def wgrad(call: Call, gpu: Gpu) -> tuple[Work, str]:
         trips=(steps, *(steps * trips / 8 for trips in copying)),
         beside=tuple(range(1, 1 + len(copying))),
         dram_bytes=moved,
-        l2_bytes=panels * of.steps * _PANEL * STEP_BYTES + _bytes(parts),
+        l2_bytes=asked * of.steps * _PANEL + _bytes(parts),
         multiply_adds=of.positions * of.filters * of.channels * math.prod(of.window),
         bulk_bytes=(256 + width) * STEP_BYTES,
         shared_bytes=(5 if width == _PANEL else 4) * (256 + width) * STEP_BYTES,
@@ -228,3 +228,22 @@ def sum_parts(call: Call, gpu: Gpu) -> tuple[Work, str]:
         multiply_adds=0,
     )
     return work, "sum_parts_kernelIfE" if call.out.element_size() == 4 else "sum_parts_kernelIT"
+
+
+def window_rows(call: Call, gpu: Gpu) -> tuple[Work, str]:
+    """The lines of a window of few channels, side by side."""
+    (x, *_), row = call.arguments, call.out.shape[1]
+    moved = _bytes(x, call.out)
+    return Work(
+        layer="",
+        kernel="window_rows_kernel",
+        config="256",
+        shape=f"{x[2][1]}→{row} at {x[2][2]}×{x[2][3]}",
+        tiles=math.ceil(call.out.numel() / 8 / 256),
+        warps=8,
+        blocks_per_sm=0,
+        trips=(),
+        dram_bytes=moved,
+        l2_bytes=moved,
+        multiply_adds=0,
+    ), "window_rows_kernel"

@@ -22,6 +22,7 @@
 #include "kernels/cuda/spin_limit.h"
 #include "kernels/cuda/stem.h"
 #include "kernels/cuda/wgrad_sm90.h"
+#include "kernels/cuda/window_rows.h"
 #include "program.h"
 #include "register.h"
 #include "residual.h"
@@ -571,6 +572,39 @@ int wgrad_parts(const TensorArg& out, const TensorArg& grad, const TensorArg& x,
   return count;
 }
 
+void run_window_rows(OnDevice<resnet_fused::WindowRows>& launch, std::uintptr_t stream) {
+  check_cuda("window_rows", resnet_fused::window_rows(launch.op, launch.device, stream_of(stream)));
+}
+
+void window_rows(const TensorArg& out, const TensorArg& x, std::int64_t kernel, std::int64_t stride,
+                 std::int64_t padding, int device, std::uintptr_t stream) {
+  check_nhwc("x", x);
+  check_nhwc("out", out);
+  check_type("x", x, out.type);
+  const auto& [batch, channels, height, width] = x.sizes;
+  check_sizes("out", out, {batch, out.sizes[1], height, out.sizes[3]});
+  if (dtype_of("x", x) == DType::kFloat32) refuse("x must be float16 or bfloat16");
+  if (out.sizes[1] % 8 != 0 || out.sizes[1] < kernel * channels) {
+    refuse("out must have a multiple of 8 channels, and room for the window's line");
+  }
+  Launch<OnDevice<resnet_fused::WindowRows>> launch;
+  resnet_fused::WindowRows& op = launch.arguments.op;
+  launch.arguments.device = device;
+  op.lines = batch * height;
+  op.width = size("width", width, 0);
+  op.channels = size("channels", channels, 1);
+  size("width * channels", width * channels, 0);
+  op.out_width = size("out_width", out.sizes[3], 0);
+  op.row = size("channels of out", out.sizes[1], 8);
+  op.kernel = size("kernel", kernel, 1);
+  op.stride = size("stride", stride, 1);
+  op.padding = size("padding", padding, 0);
+  size("reach", (out.sizes[3] * stride + kernel) * channels, 0);
+  launch.reads(op.x, "x", x);
+  launch.writes(op.out, "out", out);
+  launch.run<run_window_rows>(stream);
+}
+
 void set_layer(Launch<BottleneckLaunch>& launch, Layer& slot, const InnerLayerArg& layer,
                std::initializer_list<std::int64_t> sizes, ScalarType type) {
   const auto& [weight, bn] = layer;
@@ -873,6 +907,12 @@ void register_cuda_kernels(py::module_& module) {
   module.def("cuda_wgrad_parts", &wgrad_parts, py::arg("out"), py::arg("grad"), py::arg("x"),
              py::arg("window"), py::arg("tile"), py::arg("device"),
              "Into how many ranges of positions that tile's sums fall.");
+
+  module.def(
+      "cuda_window_rows", &window_rows, py::arg("out"), py::arg("x"), py::arg("kernel"),
+      py::arg("stride"), py::arg("padding"), py::arg("device"), py::arg("stream"),
+      "out[n, s * channels + c, h, q] = x[n, c, h, q * stride - padding + s] for s < kernel,\n"
+      "zeros beside x and behind that, in float16 or bfloat16.");
 
   const auto def_bottleneck = [&](const std::string& name, auto kernel, const char* meaning) {
     using Kernel = decltype(kernel);

@@ -28,6 +28,8 @@ from ..live_cache import LiveCache
 from ..recording import copied
 
 _PART_ROWS = 128  # csrc/kernels/cuda/conv_training_sm90.h
+_LANES = 8  # elements of 16 bytes
+_WIDEST_ROW = 64  # elements of a window's line, a step of the kernels
 
 
 class _PackedInt8(NamedTuple):
@@ -142,6 +144,8 @@ class Launcher:
     ) -> tuple[Tensor, Tensor | None, tuple[Any, ...]]:
         """Both results to be, and the kernel's other arguments."""
         x, conv = nhwc(x), dense_convolution(conv, x.dtype)
+        if has_few_channels(conv):
+            x, conv = self._window_rows(x, conv)
         out = empty_nhwc(x, len(conv.weight), *conv.output_size(*x.shape[2:]))
         moments = _parts(out, 3) if statistics else None
         described = (tensor_arg(x), tensor_arg(conv.weight), _window(conv))
@@ -201,6 +205,9 @@ class Launcher:
 
     def wgrad(self, tile: str, g: Tensor, x: Tensor, conv: Convolution) -> Tensor:
         """See `resnet_fused.backends.training.TrainingKernels.wgrad`."""
+        if has_few_channels(conv):
+            x, of_rows = self._window_rows(x, conv)
+            return _from_rows(self.wgrad(tile, g, x, of_rows), conv)
         out, call = self._wgrad_call(g, x, conv)
         named = getattr(self.extension.WgradTile, tile)
         place = self.place(x.device)
@@ -210,6 +217,8 @@ class Launcher:
 
     def wgrad_tiles(self, g: Tensor, x: Tensor, conv: Convolution) -> list[str]:
         """Names of the tiles by which `wgrad` computes these arguments."""
+        if has_few_channels(conv):
+            x, conv = self._window_rows(x, conv)
         out, call = self._wgrad_call(g, x, conv)
         found = self.extension.cuda_wgrad_tiles(tensor_arg(out), *call, self.place(x.device))
         return [tile.name for tile in found]
@@ -220,6 +229,23 @@ class Launcher:
         """The result to be, and the kernel's other arguments but for its workspace."""
         out = torch.empty_like(conv.weight, device=x.device, memory_format=channels_last)
         return out, (tensor_arg(nhwc(g)), tensor_arg(nhwc(x)), _window(conv))
+
+    def _window_rows(self, x: Tensor, conv: Convolution) -> tuple[Tensor, Convolution]:
+        """A convolution of few channels as one of the window's lines: (R, 1) of S · C channels."""
+        x, (filters, channels, height, width) = nhwc(x), conv.weight.shape
+        row = -(-width * channels // _LANES) * _LANES
+        _, out_width = conv.output_size(*x.shape[2:])
+        rows = self.run(
+            self.extension.cuda_window_rows,
+            empty_nhwc(x, row, x.shape[2], out_width),
+            tensor_arg(x),
+            *(width, conv.stride[1], conv.padding[1]),
+        )
+        weight = conv.weight.new_zeros((filters, height, 1, row))
+        lines = conv.weight.permute(0, 2, 3, 1).reshape(filters, height, 1, width * channels)
+        weight[..., : width * channels] = lines
+        window = ((v, w) for v, w in zip((p[0] for p in conv[1:4]), (1, 0, 1), strict=True))
+        return rows, Convolution(weight.permute(0, 3, 1, 2), *window, 1)
 
     def quantized_conv(self, tile: str, *arguments: Any) -> Tensor:
         out, call = self._quantized_conv_call(*arguments)
@@ -325,6 +351,23 @@ class Launcher:
         weight, bias = (None if v is None else dense(v) for v in (bn.weight, bn.bias))
         contiguous = BatchNorm(dense(bn.mean), dense(bn.var), weight, bias, bn.eps)
         return batch_norm_arg(contiguous, self.dtypes)
+
+
+def has_few_channels(conv: Convolution) -> bool:
+    """Whether the window's lines are to be convolved, as channels are no whole 16 bytes."""
+    channels, _, width = conv.weight.shape[1:]
+    return (
+        channels % _LANES > 0
+        and channels * width <= _WIDEST_ROW
+        and conv.groups * conv.dilation[1] == 1
+    )
+
+
+def _from_rows(grad: Tensor, conv: Convolution) -> Tensor:
+    """The gradient of the weight from that of `Launcher._window_rows`."""
+    filters, channels, height, width = conv.weight.shape
+    lines = grad.permute(0, 2, 3, 1)[..., : width * channels]
+    return nhwc(lines.reshape(filters, height, width, channels).permute(0, 3, 1, 2))
 
 
 def _window(conv: Convolution) -> tuple[tuple[int, ...], ...]:
