@@ -15,6 +15,7 @@ from torch import Tensor
 
 from resnet_fused._extension import tensor_arg
 from resnet_fused.backends import autotune
+from resnet_fused.backends.autotune.verify import Check
 from resnet_fused.backends.cuda_sim import SimulatedBackend
 from resnet_fused.numerics import assert_contract
 from resnet_fused.parameters import MEAN, SCALE, Activation, Convolution
@@ -270,6 +271,44 @@ def test_what_there_is_no_kernel_for_is_left_to_others(backend):
     older = SimulatedBackend(backend.extension, capability=80).training_convolutions
     assert older("conv_stats", (x, conv, True)) == []
     assert older("wgrad", (g, x, conv)) == []
+
+
+@pytest.mark.parametrize("name", ["3x3", "a stem"])
+def test_our_candidates_pass_the_check_of_the_choice(backend, monkeypatch, name):
+    """And come first, beside Triton's; a candidate that errs does not pass."""
+    pytest.importorskip("triton")
+    from resnet_fused.backends.cuda.training import CudaTraining
+
+    faults: dict[str, str | None] = {}
+
+    def choose(piece: str, arguments: Any, listed: Any, reference: Any, among: Any) -> Any:
+        assert among == "cuda"
+        check = Check(reference, arguments, per_image=False)
+        found = listed()
+        ours = [c for c in found if c.name.startswith("cuda ")]
+        assert found[: len(ours)] == ours
+        assert any(c.name.startswith("triton ") for c in found)
+        for candidate in ours:
+            faults[f"{piece} {candidate.name}"] = check.fault(candidate.launch)
+
+        def errs(*arguments: Any) -> Any:
+            out = ours[0].launch(*arguments)
+            (out[0] if isinstance(out, tuple) else out).mul_(1.05)
+            return out
+
+        assert check.fault(errs) is not None
+        return ours[0]
+
+    monkeypatch.setattr(autotune, "choose", choose)
+    x, conv = convolution(CASES[name], torch.bfloat16, integers=False)
+    kernels = CudaTraining(backend.training_convolutions)
+    g, _ = kernels.conv_stats(x, conv, True)
+    kernels.wgrad(g, x, conv._replace(weight=conv.weight.float()))
+    if name == "3x3":
+        below = Activation(x, scale_shift(x.shape[1], generator(), False))
+        kernels.dgrad(g, conv, x.shape, below, None)
+    assert set(faults.values()) == {None}
+    assert len(faults) == (3 + 2 if name == "a stem" else 3 + 2 + 3)
 
 
 def test_the_simulated_backend_trains_with_them(backend):
