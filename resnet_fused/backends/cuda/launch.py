@@ -244,8 +244,10 @@ class Launcher:
         weight = conv.weight.new_zeros((filters, height, 1, row))
         lines = conv.weight.permute(0, 2, 3, 1).reshape(filters, height, 1, width * channels)
         weight[..., : width * channels] = lines
-        window = ((v, w) for v, w in zip((p[0] for p in conv[1:4]), (1, 0, 1), strict=True))
-        return rows, Convolution(weight.permute(0, 3, 1, 2), *window, 1)
+        stride, padding, dilation = (pair[0] for pair in conv[1:4])
+        return rows, Convolution(
+            weight.permute(0, 3, 1, 2), (stride, 1), (padding, 0), (dilation, 1), 1
+        )
 
     def quantized_conv(self, tile: str, *arguments: Any) -> Tensor:
         out, call = self._quantized_conv_call(*arguments)
