@@ -52,6 +52,7 @@ predict:  ## a model of time from compiled code, no GPU: result files, plots and
 	  done; \
 	  python ../../predict.py --gpu $$gpu --json $${gpu}_inference_256.json --plot $${gpu}_inference_256.png && \
 	  python ../../predict.py --gpu $$gpu --dtype int8 --json $${gpu}_int8_256.json && \
+	  python ../../predict.py --gpu $$gpu --training --backend triton --json $${gpu}_training_triton_256.json && \
 	  python ../../predict.py --gpu $$gpu --training --json $${gpu}_training_256.json --plot $${gpu}_training_256.png || exit; \
 	done
 	python benchmarks/render.py

@@ -41,7 +41,7 @@ def works(options: argparse.Namespace) -> list[Work]:
     gpu, dtype = GPUS[options.gpu], getattr(torch, options.dtype)
     if dtype == torch.int8:
         return network.quantized(options.arch, options.batch, gpu)
-    if options.training:
+    if options.training and options.backend == "triton":  # needs no extension
         return network.training(options.arch, options.batch, dtype, gpu)
     if reason := _extension.available():
         raise RuntimeError(reason)
@@ -52,6 +52,8 @@ def works(options: argparse.Namespace) -> list[Work]:
             "the extension holds no CUDA code for sm_90a; build it with RESNET_FUSED_CUDA=on"
         )
     file = Path(str(extension.__file__))
+    if options.training:
+        return network.training(options.arch, options.batch, dtype, gpu, file)
     return network.inference(options.arch, options.batch, dtype, gpu, file)
 
 
@@ -107,6 +109,8 @@ def record(options: argparse.Namespace) -> dict[str, Any]:
         for side in ("slow", "fast")
     )
     batch = options.batch
+    # Int8 networks run on Triton's kernels alone.
+    backend = "triton" if options.dtype == "int8" else options.backend
     facts = results.facts(None, "torch", "triton")
     return {
         "note": NOTE,
@@ -116,11 +120,10 @@ def record(options: argparse.Namespace) -> dict[str, Any]:
         "dtype": options.dtype,
         "gpu": options.gpu,
         "training": options.training,
+        "backend": backend,
         "versions": {
             **facts["versions"],
-            "nvcc": None
-            if options.training or options.dtype == "int8"
-            else _extension.load().build_info()["cuda_note"],
+            "nvcc": _extension.load().build_info()["cuda_note"] if backend == "cuda" else None,
         },
         "images_per_second": {
             "low": round(batch / (expected + slower), 1),
@@ -172,6 +175,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "int8"), default="bfloat16")
     parser.add_argument("--gpu", choices=tuple(GPUS), default="h100")
     parser.add_argument("--training", action="store_true", help="a step, not a forward")
+    parser.add_argument(
+        "--backend",
+        choices=("cuda", "triton"),
+        default="cuda",
+        help="of a step: whose convolutions; where ours do not serve, Triton's",
+    )
     parser.add_argument(
         "--measured",
         nargs="+",

@@ -137,6 +137,9 @@ def checks(backend: str) -> list[Check]:
                 quantized = family == QUANTIZED
                 tiles = implementation.quantized_tiles if quantized else implementation.tiles
                 kernels = {f"{backend} {family} {tile}": f"cuda {tile}" for tile in tiles}
+            elif family == TRAINING:  # the pieces as they are chosen, then each tile
+                tiles = implementation.training_tiles
+                kernels |= {f"{backend} {family} {tile}": f"cuda {tile}" for tile in tiles}
         for name, kernel in kernels.items():
             found.append(Check(name, partial(_run, backend, family, kernel)))
     return found

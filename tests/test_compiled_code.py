@@ -61,6 +61,14 @@ def cuda_variant(symbol: str) -> str | None:
         return f"conv_int8_sm90_kernel 128×{columns}{more}"
     if "13__nv_bfloat16" not in symbol:
         return None
+    pattern = (
+        r"((?:conv_training|wgrad)_sm90_kernel)I\w*TileI((?:L[ib]\d+E)+)EE(?:LNS\w+EndingE(\d))?"
+    )
+    if training := re.search(pattern, symbol):
+        sizes = re.findall(r"L[ib](\d+)E", training[2])
+        ending = ("statistics", "masks", "adds")[int(training[3])] if training[3] else ""
+        tile = f"{sizes[0]}×{sizes[1]}" if ending else f"256×{sizes[0]}"
+        return f"{training[1]} {tile} {ending}".strip()
     # A name stands behind its length; parts of those before it may look like that too.
     lengths = re.finditer(r"(?=(\d\d)([a-z]\w*_kernel)I)", symbol)
     *_, base = (found[2] for found in lengths if len(found[2]) == int(found[1]))
@@ -91,9 +99,10 @@ def triton_facts() -> Facts:
 
 @pytest.fixture(scope="module")
 def training_record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The model's file for a training step on an H100."""
+    """The model's file for a training step of Triton's kernels alone on an H100."""
     pytest.importorskip("triton")
-    return run_predict(tmp_path_factory.mktemp("predict"), "--training", root=ROOT)
+    options = ("--training", "--backend", "triton")
+    return run_predict(tmp_path_factory.mktemp("predict"), *options, root=ROOT)
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +207,15 @@ def test_predicted_inference(extension, architectures, tmp_path):
 
 def test_predicted_training(training_record):
     skip_unless_compiled_by(triton=triton_version())
-    check_time(training_record, "h100_training_256")
+    check_time(training_record, "h100_training_triton_256")
+
+
+def test_predicted_training_with_our_convolutions(extension, architectures, tmp_path):
+    pytest.importorskip("triton")
+    if "90a" not in architectures:
+        pytest.skip("built without sm_90a")
+    skip_unless_compiled_by(triton=triton_version(), nvcc=extension.build_info()["cuda_note"])
+    check_time(run_predict(tmp_path, "--training", root=ROOT), "h100_training_256")
 
 
 def check_time(record: dict[str, Any], name: str) -> None:
@@ -380,7 +397,8 @@ def test_a_regression_planted_in_triton_is_found(name, tmp_path):
     text = source.read_text()
     assert text.count(before) == 1
     source.write_text(text.replace(before, after))
-    found = facts_of_rows(run_predict(tmp_path, "--training", root=tmp_path)["layers"])
+    options = ("--training", "--backend", "triton")
+    found = facts_of_rows(run_predict(tmp_path, *options, root=tmp_path)["layers"])
     new = {
         rule
         for kernel, those in found.items()

@@ -26,6 +26,7 @@ INCLUDE = Path("cutlass_library", "source", "include")
 CONFIGURATIONS = {
     "swizzles": 4,
     "descriptors": 8808,
+    "transposed descriptors": 848,
     "boxes in shared memory": 48,
     "convolutions": 11952,
 }

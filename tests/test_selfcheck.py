@@ -159,7 +159,9 @@ def test_every_tile_and_family_of_the_cuda_kernels_has_its_check(simulator: Any)
     assert names == {
         *(f"conv_bn {tile}" for tile in simulator.ConvTile.__members__),
         *(f"quantized {tile}" for tile in simulator.Int8Tile.__members__),
-        *("bn_add_relu", "bottleneck", "bottleneck sm90", "stem", "head"),
+        *(f"training {tile}" for tile in simulator.TrainingTile.__members__),
+        *(f"training {tile}" for tile in simulator.WgradTile.__members__),
+        *("bn_add_relu", "bottleneck", "bottleneck sm90", "stem", "head", "training"),
     }
 
 

@@ -11,6 +11,7 @@ import pytest
 from time_model import beside
 from time_model.cuda_backend import Block, LineBlock
 from time_model.cuda_launches import choose_tile
+from time_model.cuda_training import WIDTHS, Wgrad, tiles_in_order, wgrads_in_order
 from time_model.rates import GPUS, rates
 from time_model.work import Work, predict, resident_blocks
 
@@ -183,6 +184,35 @@ def test_a_convolutions_tile_is_the_one_that_the_extension_takes(simulator, size
     tiles = simulator.cuda_conv_bn_tiles(out, layer(3, 1), projection, added, 1, True, False, 0)
     steps = [9 * inner // 64, *[inner // 64] * (projection is not None)]
     assert tiles[0].name == choose_tile(size * size, filters, steps, added is not None, 4)
+
+
+@pytest.mark.parametrize("filters", [64, 72, 512])
+@pytest.mark.parametrize("channels", [8, 64, 576])
+@pytest.mark.parametrize("size", [3, 9, 23, 60])
+def test_trainings_tiles_and_ranges_are_those_of_the_extension(simulator, size, channels, filters):
+    """The simulated GPU has 4 multiprocessors."""
+    simulator.set_capability(90)
+    window = ((1, 1), (1, 1), (1, 1))
+
+    def tensor(*sizes: int, code: int = 2) -> tuple[Any, ...]:
+        strides = (math.prod(sizes[1:]), 1, sizes[3] * sizes[1], sizes[1])
+        return 4096, code, sizes, strides, None
+
+    x, out = (tensor(2, width, size, size) for width in (channels, filters))
+    weight = tensor(filters, channels, 3, 3)
+    rows = 2 * size * size
+    found = simulator.cuda_conv_stats_tiles(out, x, weight, window, None, 0)
+    steps = 9 * math.ceil(channels / 64)
+    assert [tile.name for tile in found] == tiles_in_order(rows, filters, steps, 4)
+    found = simulator.cuda_dgrad_tiles(x, out, weight, window, None, None, None, None, 0)
+    steps = 9 * math.ceil(filters / 64)
+    assert [tile.name for tile in found] == tiles_in_order(rows, channels, steps, 4)
+    of = Wgrad.of(weight, out, 4)
+    found = simulator.cuda_wgrad_tiles(weight, out, x, window, 0)
+    assert [tile.name for tile in found] == wgrads_in_order(of)
+    for tile in found:
+        count = simulator.cuda_wgrad_parts(weight, out, x, window, tile, 0)
+        assert count == of.plan(WIDTHS[tile.name])[1]
 
 
 def test_prediction_is_set_beside_what_was_measured() -> None:

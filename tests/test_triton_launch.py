@@ -154,7 +154,7 @@ def test_candidates_of_pieces_pass_the_check_of_the_choice(
 
     faults: dict[str, str | None] = {}
 
-    def choose(piece: str, arguments: Any, listed: Any, reference: Any) -> Any:
+    def choose(piece: str, arguments: Any, listed: Any, reference: Any, among: Any) -> Any:
         check = Check(reference, arguments, per_image=False)
         assert check.is_possible()
         first = listed()[0]

@@ -159,14 +159,51 @@ class RecordingBackend(CudaBackend):
         def ask(kind: type[Block], question: Callable[[Any], bool]) -> Callable[..., bool]:
             return lambda x, layers, stride, _: question(kind.of(x, layers, stride, gpu.sms))
 
+        from . import cuda_training as training  # which needs what stands above
+
+        def training_tiles(result: Any, x: Any, weight: Any, *_: Any) -> list[Any]:
+            batch, channels, *image = result[2]
+            steps = math.prod(weight[2][2:]) * math.ceil(x[2][1] / 64)
+            rows = batch * math.prod(image)
+            names = training.tiles_in_order(rows, channels, steps, gpu.sms)
+            return [SimpleNamespace(name=name) for name in names]
+
+        def dgrad_tiles(out: Any, grad: Any, weight: Any, window: Any, *_: Any) -> list[Any]:
+            (stride, padding, dilation), kernel = window, weight[2][2:]
+            turns_round = math.prod((*stride, *dilation)) == 1 and all(
+                p < k for p, k in zip(padding, kernel, strict=True)
+            )
+            aligned = weight[2][0] % 8 == weight[2][1] % 8 == 0
+            return training_tiles(out, grad, weight) if turns_round and aligned else []
+
+        def conv_stats_tiles(out: Any, x: Any, weight: Any, *_: Any) -> list[Any]:
+            aligned = weight[2][0] % 8 == weight[2][1] % 8 == 0
+            return training_tiles(out, x, weight) if aligned else []
+
+        def wgrad_tiles(out: Any, grad: Any, *_: Any) -> list[Any]:
+            if out[2][0] % 8 or out[2][1] % 8:
+                return []
+            names = training.wgrads_in_order(training.Wgrad.of(out, grad, gpu.sms))
+            return [SimpleNamespace(name=name) for name in names]
+
+        def wgrad_parts(out: Any, grad: Any, x: Any, window: Any, tile: str, _: int) -> int:
+            plan = training.Wgrad.of(out, grad, gpu.sms).plan(training.WIDTHS[tile])
+            return plan[1]
+
         kernels = (
             *("conv_bn", "bn_add_relu", "bottleneck", "bottleneck_sm90", "stem", "linear"),
-            "average_pool",
+            *("average_pool", "conv_stats", "dgrad", "wgrad", "window_rows"),
         )
         super().__init__(
             SimpleNamespace(  # type: ignore[arg-type]
                 ConvTile=SimpleNamespace(automatic="automatic"),
                 cuda_conv_bn_tiles=lambda *_: [],
+                TrainingTile=SimpleNamespace(**{name: name for name in training.TILES}),
+                WgradTile=SimpleNamespace(**{name: name for name in training.WIDTHS}),
+                cuda_conv_stats_tiles=conv_stats_tiles,
+                cuda_dgrad_tiles=dgrad_tiles,
+                cuda_wgrad_tiles=wgrad_tiles,
+                cuda_wgrad_parts=wgrad_parts,
                 cuda_bottleneck_can_implement=ask(Block, Block.can_implement),
                 cuda_bottleneck_is_profitable=ask(Block, Block.is_profitable),
                 cuda_bottleneck_sm90_can_implement=ask(LineBlock, LineBlock.can_implement),

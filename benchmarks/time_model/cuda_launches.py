@@ -6,6 +6,7 @@ again here, in the same words.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from resnet_fused.testing import machine_code
 
-from . import cuda_kernels
+from . import cuda_kernels, cuda_training
 from .cuda_backend import STEP_BYTES, Block, Call, LineBlock, Product
 from .rates import Gpu
 from .work import Work, resident_blocks
@@ -149,7 +150,9 @@ def works(
     calls: Sequence[Call], name_of: Callable[[Sequence[Tensor]], str], gpu: Gpu, extension: Path
 ) -> Iterator[Work]:
     """What the recorded calls launch. name_of: the layer that some tensors are parameters of."""
-    for call in calls:
+    # A gradient of a weight is two launches.
+    both = [[c, replace(c, kernel="sum_parts")] if c.kernel == "wgrad" else [c] for c in calls]
+    for call in itertools.chain.from_iterable(both):
         work, symbol = _DESCRIBE[call.kernel](call, gpu)
         letter = {torch.bfloat16: "13__nv_bfloat16", torch.float16: "6__half"}
         dtype = next((t.dtype for t in call.read if t.dim() == 4), call.out.dtype)
@@ -410,4 +413,9 @@ _DESCRIBE: dict[str, Callable[[Call, Gpu], tuple[Work, str]]] = {
     "stem": _stem,
     "average_pool": _average_pool,
     "linear": _linear,
+    "conv_stats": cuda_training.conv_stats,
+    "dgrad": cuda_training.dgrad,
+    "wgrad": cuda_training.wgrad,
+    "sum_parts": cuda_training.sum_parts,
+    "window_rows": cuda_training.window_rows,
 }

@@ -1,7 +1,8 @@
 """What a network launches, in order: its ops run on tensors without memory, launches are recorded.
 
 Our ops run their backend's host code (device `meta`), and every other op of PyTorch that computes
-something counts by its bytes. Inference takes backend `cuda`, training and int8 the Triton kernels.
+something counts by its bytes. Inference takes backend `cuda`, training its
+convolutions and Triton's passes, int8 the Triton kernels.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import resnet_fused
+from resnet_fused.backends import autotune
+from resnet_fused.backends.cuda.training import CudaTraining
 from resnet_fused.ops.dispatch import use_backend
 
 from . import cuda_backend, cuda_launches, triton_launches
@@ -116,8 +119,11 @@ def inference(arch: str, batch: int, dtype: torch.dtype, gpu: Gpu, extension: Pa
     return recorder.works
 
 
-def training(arch: str, batch: int, dtype: torch.dtype, gpu: Gpu) -> list[Work]:
-    """The launches of a step with SGD and momentum: float32 parameters, activations in `dtype`."""
+def training(
+    arch: str, batch: int, dtype: torch.dtype, gpu: Gpu, extension: Path | None = None
+) -> list[Work]:
+    """The launches of a step with SGD and momentum: float32 parameters, activations in `dtype`.
+    Convolutions are our CUDA kernels where `extension` is given, Triton's where there are none."""
     model, x = _network(arch, batch, dtype)
     model.train()
     # As under autocast, which meta tensors do not take part in.
@@ -132,7 +138,7 @@ def training(arch: str, batch: int, dtype: torch.dtype, gpu: Gpu) -> list[Work]:
         optimizer.step()
         optimizer.zero_grad()
 
-    return _triton_works(model, gpu, step)
+    return _triton_works(model, gpu, step, extension)
 
 
 def quantized(arch: str, batch: int, gpu: Gpu) -> list[Work]:
@@ -150,17 +156,27 @@ def quantized(arch: str, batch: int, gpu: Gpu) -> list[Work]:
     return _triton_works(model, gpu, lambda: model(x.contiguous(memory_format=torch.channels_last)))
 
 
-def _triton_works(model: nn.Module, gpu: Gpu, run: Callable[[], object]) -> list[Work]:
+def _triton_works(
+    model: nn.Module, gpu: Gpu, run: Callable[[], object], extension: Path | None = None
+) -> list[Work]:
     """What the second of two runs launches: the first one makes what lasts."""
+    cuda, kernels = cuda_backend.RecordingBackend(gpu), None
+    if extension is not None:
+        autotune.tuner.forget()  # which backend's launches to record
+        kernels = CudaTraining(cuda.training_convolutions)
     with triton_launches.recorded() as launches:
 
         def drain(name_of: Callable[[Sequence[Tensor]], str]) -> Iterator[Work]:
             found = launches[:]
             launches.clear()
             yield from triton_launches.works(found, name_of, gpu)
+            if extension is not None:
+                calls = cuda.calls[:]
+                cuda.calls.clear()
+                yield from cuda_launches.works(calls, name_of, gpu, extension)
 
         recorder = _Recorder(model, drain)
-        with use_backend(triton_launches.backend()), recorder:
+        with use_backend(triton_launches.backend(kernels)), recorder:
             run()
             recorder.works.clear()
             run()

@@ -36,7 +36,7 @@ def report(root: Path) -> str:
 
 def _what(record: dict[str, Any]) -> str:
     if record["training"]:
-        return "a training step"
+        return "a training step" + ", Triton alone" * (record.get("backend") == "triton")
     return "int8 inference" if record["dtype"] == "int8" else "inference"
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from resnet_fused.backends.training import TrainingKernels
 from resnet_fused.backends.triton.backend import TritonBackend
 from resnet_fused.testing import ahead_of_time, machine_code
 from resnet_fused.testing.ahead_of_time import Launch
@@ -25,13 +26,17 @@ _MERGED = 32  # parts that a step of a merge takes
 class _Recorded(TritonBackend):
     """The Triton backend for tensors without memory."""
 
+    def __init__(self, training: TrainingKernels | None) -> None:
+        if training is not None:
+            self.training = training  # type: ignore[assignment]
+
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return None
 
 
-def backend() -> TritonBackend:
-    """What ops are to run on while their launches are recorded."""
-    return _Recorded()
+def backend(training: TrainingKernels | None = None) -> TritonBackend:
+    """What ops are to run on while their launches are recorded; `training` instead of its own."""
+    return _Recorded(training)
 
 
 def recorded() -> AbstractContextManager[list[Launch]]:

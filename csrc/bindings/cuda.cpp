@@ -17,9 +17,12 @@
 #include "kernels/cuda/bottleneck_sm90.h"
 #include "kernels/cuda/conv.h"
 #include "kernels/cuda/conv_int8_sm90.h"
+#include "kernels/cuda/conv_training_sm90.h"
 #include "kernels/cuda/head.h"
 #include "kernels/cuda/spin_limit.h"
 #include "kernels/cuda/stem.h"
+#include "kernels/cuda/wgrad_sm90.h"
+#include "kernels/cuda/window_rows.h"
 #include "program.h"
 #include "register.h"
 #include "residual.h"
@@ -32,11 +35,16 @@ using resnet_fused::Bottleneck;
 using resnet_fused::ConvBn;
 using resnet_fused::ConvInt8;
 using resnet_fused::ConvolutionBn;
+using resnet_fused::ConvStats;
 using resnet_fused::ConvTile;
+using resnet_fused::Dgrad;
 using resnet_fused::DType;
 using resnet_fused::Int8Tile;
 using resnet_fused::Layer;
+using resnet_fused::TrainingTile;
 using resnet_fused::Vector;
+using resnet_fused::Wgrad;
+using resnet_fused::WgradTile;
 
 namespace {
 
@@ -95,6 +103,14 @@ struct ConvInt8Launch {
   Int8Tile tile;
   int device;
 };
+
+template <typename Op, typename Tile = TrainingTile>
+struct TrainingLaunch {
+  Op op;
+  Tile tile;
+  int device;
+};
+using WgradLaunch = TrainingLaunch<Wgrad, WgradTile>;
 
 struct BottleneckLaunch {
   Bottleneck op;
@@ -190,10 +206,8 @@ void set_result(ConvBn& op, const TensorArg& out, std::int64_t groups) {
 }
 
 // What one convolution, the batch norm apart, must have in common with the result.
-template <typename Arguments>
-void set_window(Launch<Arguments>& launch, const ConvBn& result, ConvolutionBn& conv,
-                const TensorArg& x, const TensorArg& weight, const WindowArg& window,
-                const TensorArg& out) {
+void set_sizes(const ConvBn& result, ConvolutionBn& conv, const TensorArg& x,
+               const TensorArg& weight, const WindowArg& window, const TensorArg& out) {
   const auto& [stride, padding, dilation] = window;
   check_nhwc("x", x);
   check_nhwc("weight", weight);
@@ -224,6 +238,13 @@ void set_window(Launch<Arguments>& launch, const ConvBn& result, ConvolutionBn& 
       {x.sizes[0], out.sizes[1],
        positions(conv.height, conv.kernel_h, conv.stride_h, conv.padding_h, conv.dilation_h),
        positions(conv.width, conv.kernel_w, conv.stride_w, conv.padding_w, conv.dilation_w)});
+}
+
+template <typename Arguments>
+void set_window(Launch<Arguments>& launch, const ConvBn& result, ConvolutionBn& conv,
+                const TensorArg& x, const TensorArg& weight, const WindowArg& window,
+                const TensorArg& out) {
+  set_sizes(result, conv, x, weight, window, out);
   launch.reads(conv.x, "x", x);
   launch.reads(conv.weight, "weight", weight);
 }
@@ -367,6 +388,221 @@ std::vector<Int8Tile> conv_int8_tiles(const TensorArg& out, const Int8LayerArg& 
   std::vector<Int8Tile> tiles;
   check_cuda("conv_int8", resnet_fused::conv_int8_tiles(launch.arguments.op, device, &tiles));
   return tiles;
+}
+
+// Of a training convolution: sizes and type, of x and its result.
+void set_training(ConvBn& op, const TensorArg& x, const TensorArg& weight, const WindowArg& window,
+                  const TensorArg& out) {
+  set_result(op, out, 1);
+  op.dtype = dtype_of("out", out);
+  check_type("x", x, out.type);
+  check_type("weight", weight, out.type);
+  set_sizes(op, op.conv, x, weight, window, out);
+}
+
+// The statistics or sums of a result: `rows` of (parts, rows, channels).
+template <typename Arguments>
+void set_parts(Launch<Arguments>& launch, float*& slot, const char* name,
+               const OptionalTensor& parts, std::int64_t rows, const TensorArg& result) {
+  if (!parts) return;
+  const std::int64_t positions = result.sizes[0] * result.sizes[2] * result.sizes[3];
+  const std::int64_t count = (positions + resnet_fused::kPartRows - 1) / resnet_fused::kPartRows;
+  check_type(name, *parts, ScalarType::kFloat32);
+  check_sizes(name, *parts, {count, rows, result.sizes[1]});
+  check_contiguous(name, *parts, 3);
+  launch.writes(slot, name, *parts);
+}
+
+void set_conv_stats(Launch<TrainingLaunch<ConvStats>>& launch, const TensorArg& out,
+                    const TensorArg& x, const TensorArg& weight, const WindowArg& window,
+                    const OptionalTensor& moments, int device) {
+  ConvStats& stats = launch.arguments.op;
+  launch.arguments.device = device;
+  set_training(stats.op, x, weight, window, out);
+  launch.reads(stats.op.conv.x, "x", x);
+  launch.reads(stats.op.conv.weight, "weight", weight);
+  set_parts(launch, stats.moments, "moments", moments, 3, out);
+  launch.writes(stats.op.out, "out", out);
+}
+
+void set_dgrad(Launch<TrainingLaunch<Dgrad>>& launch, const TensorArg& out, const TensorArg& grad,
+               const TensorArg& weight, const WindowArg& window, const OptionalTensor& below,
+               const OptionalTensor& scale_shift, const OptionalTensor& sums,
+               const OptionalTensor& add, int device) {
+  Dgrad& op = launch.arguments.op;
+  launch.arguments.device = device;
+  if (below.has_value() != scale_shift.has_value() || (below && add)) {
+    refuse("below and its scale_shift go together, and without add");
+  }
+  set_training(op.op, out, weight, window, grad);
+  const auto set = [&](const void*& slot, const char* name, const OptionalTensor& tensor) {
+    if (!tensor) return;
+    check_nhwc(name, *tensor);
+    check_type(name, *tensor, out.type);
+    check_sizes(name, *tensor, {out.sizes[0], out.sizes[1], out.sizes[2], out.sizes[3]});
+    launch.reads(slot, name, *tensor);
+  };
+  launch.reads(op.grad, "grad", grad);
+  launch.reads(op.op.conv.weight, "weight", weight);
+  set(op.below, "below", below);
+  set(op.add, "add", add);
+  if (scale_shift) {
+    check_type("scale_shift", *scale_shift, ScalarType::kFloat32);
+    check_sizes("scale_shift", *scale_shift, {6, out.sizes[1]});
+    check_contiguous("scale_shift", *scale_shift, 2);
+    launch.reads(op.below_scale_shift, "scale_shift", *scale_shift);
+  }
+  set_parts(launch, op.sums, "sums", sums, 2, out);
+  launch.writes(op.out, "out", out);
+}
+
+template <typename Op>
+std::vector<TrainingTile> training_tiles_of(const Launch<TrainingLaunch<Op>>& launch) {
+  const py::gil_scoped_release unlocked;
+  std::vector<TrainingTile> tiles;
+  check_cuda("training",
+             resnet_fused::training_tiles(launch.arguments.op, launch.arguments.device, &tiles));
+  return tiles;
+}
+
+void run_conv_stats(TrainingLaunch<ConvStats>& launch, std::uintptr_t stream) {
+  check_cuda("conv_stats",
+             resnet_fused::conv_stats(launch.op, launch.tile, launch.device, stream_of(stream)));
+}
+
+void run_dgrad(TrainingLaunch<Dgrad>& launch, std::uintptr_t stream) {
+  check_cuda("dgrad",
+             resnet_fused::dgrad(launch.op, launch.tile, launch.device, stream_of(stream)));
+}
+
+void conv_stats(const TensorArg& out, const TensorArg& x, const TensorArg& weight,
+                const WindowArg& window, const OptionalTensor& moments, TrainingTile tile,
+                int device, std::uintptr_t stream) {
+  Launch<TrainingLaunch<ConvStats>> launch;
+  set_conv_stats(launch, out, x, weight, window, moments, device);
+  launch.arguments.tile = tile;
+  launch.run<run_conv_stats>(stream);
+}
+
+std::vector<TrainingTile> conv_stats_tiles(const TensorArg& out, const TensorArg& x,
+                                           const TensorArg& weight, const WindowArg& window,
+                                           const OptionalTensor& moments, int device) {
+  Launch<TrainingLaunch<ConvStats>> launch;
+  set_conv_stats(launch, out, x, weight, window, moments, device);
+  return training_tiles_of(launch);
+}
+
+void dgrad(const TensorArg& out, const TensorArg& grad, const TensorArg& weight,
+           const WindowArg& window, const OptionalTensor& below, const OptionalTensor& scale_shift,
+           const OptionalTensor& sums, const OptionalTensor& add, TrainingTile tile, int device,
+           std::uintptr_t stream) {
+  Launch<TrainingLaunch<Dgrad>> launch;
+  set_dgrad(launch, out, grad, weight, window, below, scale_shift, sums, add, device);
+  launch.arguments.tile = tile;
+  launch.run<run_dgrad>(stream);
+}
+
+std::vector<TrainingTile> dgrad_tiles(const TensorArg& out, const TensorArg& grad,
+                                      const TensorArg& weight, const WindowArg& window,
+                                      const OptionalTensor& below,
+                                      const OptionalTensor& scale_shift, const OptionalTensor& sums,
+                                      const OptionalTensor& add, int device) {
+  Launch<TrainingLaunch<Dgrad>> launch;
+  set_dgrad(launch, out, grad, weight, window, below, scale_shift, sums, add, device);
+  return training_tiles_of(launch);
+}
+
+// `parts` is None where it is not known how many there are.
+void set_wgrad(Launch<WgradLaunch>& launch, const TensorArg& out, const TensorArg& grad,
+               const TensorArg& x, const WindowArg& window, const OptionalTensor& parts,
+               int device) {
+  Wgrad& op = launch.arguments.op;
+  launch.arguments.device = device;
+  op.out_dtype = dtype_of("out", out);
+  if (op.out_dtype != DType::kFloat32) check_type("out", out, x.type);
+  set_result(op.op, grad, 1);
+  op.op.dtype = dtype_of("grad", grad);
+  check_type("x", x, grad.type);
+  set_sizes(op.op, op.op.conv, x, out, window, grad);
+  launch.reads(op.grad, "grad", grad);
+  launch.reads(op.op.conv.x, "x", x);
+  if (parts) {
+    op.count = size("parts", parts->sizes[0], 1);
+    check_type("parts", *parts, ScalarType::kFloat32);
+    check_sizes("parts", *parts, {op.count, out.numel()});
+    check_contiguous("parts", *parts, 2);
+    launch.writes(op.parts, "parts", *parts);
+  }
+  launch.writes(op.out, "out", out);
+}
+
+void run_wgrad(WgradLaunch& launch, std::uintptr_t stream) {
+  check_cuda("wgrad",
+             resnet_fused::wgrad(launch.op, launch.tile, launch.device, stream_of(stream)));
+}
+
+void wgrad(const TensorArg& out, const TensorArg& grad, const TensorArg& x, const WindowArg& window,
+           const TensorArg& parts, WgradTile tile, int device, std::uintptr_t stream) {
+  Launch<WgradLaunch> launch;
+  set_wgrad(launch, out, grad, x, window, parts, device);
+  launch.arguments.tile = tile;
+  int count = 0;
+  check_cuda("wgrad", resnet_fused::wgrad_parts(launch.arguments.op, tile, device, &count));
+  if (count != launch.arguments.op.count) {
+    refuse("parts must be " + std::to_string(count) + ", as cuda_wgrad_parts says");
+  }
+  launch.run<run_wgrad>(stream);
+}
+
+std::vector<WgradTile> wgrad_tiles(const TensorArg& out, const TensorArg& grad, const TensorArg& x,
+                                   const WindowArg& window, int device) {
+  Launch<WgradLaunch> launch;
+  set_wgrad(launch, out, grad, x, window, {}, device);
+  std::vector<WgradTile> tiles;
+  check_cuda("wgrad", resnet_fused::wgrad_tiles(launch.arguments.op, device, &tiles));
+  return tiles;
+}
+
+int wgrad_parts(const TensorArg& out, const TensorArg& grad, const TensorArg& x,
+                const WindowArg& window, WgradTile tile, int device) {
+  Launch<WgradLaunch> launch;
+  set_wgrad(launch, out, grad, x, window, {}, device);
+  int count = 0;
+  check_cuda("wgrad", resnet_fused::wgrad_parts(launch.arguments.op, tile, device, &count));
+  return count;
+}
+
+void run_window_rows(OnDevice<resnet_fused::WindowRows>& launch, std::uintptr_t stream) {
+  check_cuda("window_rows", resnet_fused::window_rows(launch.op, launch.device, stream_of(stream)));
+}
+
+void window_rows(const TensorArg& out, const TensorArg& x, std::int64_t kernel, std::int64_t stride,
+                 std::int64_t padding, int device, std::uintptr_t stream) {
+  check_nhwc("x", x);
+  check_nhwc("out", out);
+  check_type("x", x, out.type);
+  const auto& [batch, channels, height, width] = x.sizes;
+  check_sizes("out", out, {batch, out.sizes[1], height, out.sizes[3]});
+  if (dtype_of("x", x) == DType::kFloat32) refuse("x must be float16 or bfloat16");
+  if (out.sizes[1] % 8 != 0 || out.sizes[1] < kernel * channels) {
+    refuse("out must have a multiple of 8 channels, and room for the window's line");
+  }
+  Launch<OnDevice<resnet_fused::WindowRows>> launch;
+  resnet_fused::WindowRows& op = launch.arguments.op;
+  launch.arguments.device = device;
+  op.lines = batch * height;
+  op.width = size("width", width, 0);
+  op.channels = size("channels", channels, 1);
+  size("width * channels", width * channels, 0);
+  op.out_width = size("out_width", out.sizes[3], 0);
+  op.row = size("channels of out", out.sizes[1], 8);
+  op.kernel = size("kernel", kernel, 1);
+  op.stride = size("stride", stride, 1);
+  op.padding = size("padding", padding, 0);
+  size("reach", (out.sizes[3] * stride + kernel) * channels, 0);
+  launch.reads(op.x, "x", x);
+  launch.writes(op.out, "out", out);
+  launch.run<run_window_rows>(stream);
 }
 
 void set_layer(Launch<BottleneckLaunch>& launch, Layer& slot, const InnerLayerArg& layer,
@@ -619,6 +855,64 @@ void register_cuda_kernels(py::module_& module) {
       py::arg("device"),
       "The tiles by which cuda_conv_int8 computes these arguments on `device`, the expected\n"
       "fastest first.");
+
+  py::enum_<TrainingTile>(module, "TrainingTile", py::module_local(),
+                          "Positions x channels of a block of a training convolution's kernel.")
+      .value("m128n64", TrainingTile::k128x64)
+      .value("m128n128", TrainingTile::k128x128)
+      .value("m256n128_cluster", TrainingTile::k256x128Cluster);
+
+  module.def("cuda_conv_stats", &conv_stats, py::arg("out"), py::arg("x"), py::arg("weight"),
+             py::arg("window"), py::arg("moments"), py::arg("tile"), py::arg("device"),
+             py::arg("stream"),
+             "out = conv(x), in float16 or bfloat16, and where moments is not None, (parts, 3, "
+             "channels),\n"
+             "of every 128 positions of out mean, sum of squared deviations and count. window is "
+             "(stride,\n"
+             "padding, dilation).");
+
+  module.def(
+      "cuda_conv_stats_tiles", &conv_stats_tiles, py::arg("out"), py::arg("x"), py::arg("weight"),
+      py::arg("window"), py::arg("moments"), py::arg("device"),
+      "The tiles by which cuda_conv_stats computes these arguments on `device`, the expected\n"
+      "fastest first; none where it does not.");
+
+  module.def("cuda_dgrad", &dgrad, py::arg("out"), py::arg("grad"), py::arg("weight"),
+             py::arg("window"), py::arg("below"), py::arg("scale_shift"), py::arg("sums"),
+             py::arg("add"), py::arg("tile"), py::arg("device"), py::arg("stream"),
+             "out = the gradient of x, where grad is that of conv(x), + add. With below, x being\n"
+             "relu((below - mean) * scale + shift): zero where that is, and sums, (parts, 2, "
+             "channels), of\n"
+             "out and of out * (below - mean) of every 128 positions. scale_shift is (6, "
+             "channels), mean,\n"
+             "scale and shift first.");
+
+  module.def("cuda_dgrad_tiles", &dgrad_tiles, py::arg("out"), py::arg("grad"), py::arg("weight"),
+             py::arg("window"), py::arg("below"), py::arg("scale_shift"), py::arg("sums"),
+             py::arg("add"), py::arg("device"), "As cuda_conv_stats_tiles.");
+
+  py::enum_<WgradTile>(module, "WgradTile", py::module_local(),
+                       "Columns of the weight x output channels of a block of cuda_wgrad.")
+      .value("m256n64", WgradTile::k256x64)
+      .value("m256n128", WgradTile::k256x128);
+
+  module.def("cuda_wgrad", &wgrad, py::arg("out"), py::arg("grad"), py::arg("x"), py::arg("window"),
+             py::arg("parts"), py::arg("tile"), py::arg("device"), py::arg("stream"),
+             "out = the gradient of conv(x)'s weight, of float32 or x's type, grad being that of\n"
+             "conv(x). parts is workspace, (cuda_wgrad_parts, elements of out), float32.");
+
+  module.def("cuda_wgrad_tiles", &wgrad_tiles, py::arg("out"), py::arg("grad"), py::arg("x"),
+             py::arg("window"), py::arg("device"), "As cuda_conv_stats_tiles.");
+
+  module.def("cuda_wgrad_parts", &wgrad_parts, py::arg("out"), py::arg("grad"), py::arg("x"),
+             py::arg("window"), py::arg("tile"), py::arg("device"),
+             "Into how many ranges of positions that tile's sums fall.");
+
+  module.def(
+      "cuda_window_rows", &window_rows, py::arg("out"), py::arg("x"), py::arg("kernel"),
+      py::arg("stride"), py::arg("padding"), py::arg("device"), py::arg("stream"),
+      "out[n, s * channels + c, h, q] = x[n, c, h, q * stride - padding + s] for s < kernel,\n"
+      "zeros beside x and behind that, in float16 or bfloat16.");
 
   const auto def_bottleneck = [&](const std::string& name, auto kernel, const char* meaning) {
     using Kernel = decltype(kernel);

@@ -169,19 +169,25 @@ float wide(__nv_bfloat16 v) { return __bfloat162float(v); }
 std::int32_t wide(std::uint8_t v) { return v; }
 std::int32_t wide(std::int8_t v) { return v; }
 
-// An operand of rows of 32 bytes, K-major.
+// An operand, as rows of kDepth<T> elements: K-major, or transposed.
 template <typename T>
-void read_operand(std::uint64_t descriptor, int rows, Access agent, Sum<T>* to) {
+void read_operand(std::uint64_t descriptor, int rows, bool transposed, Access agent, Sum<T>* to) {
+  constexpr int kElements = kChunk / sizeof(T);
   Matrix matrix = decode(descriptor);
   matrix.base += static_cast<std::uint32_t>(planted().base_offset);
-  for (int row = 0; row < rows; ++row) {
-    for (int chunk = 0; chunk < 2; ++chunk) {
-      const Address at = own(chunk_address(matrix, row, chunk));
+  const int lines = transposed ? kDepth<T> : rows, length = transposed ? rows : kDepth<T>;
+  for (int line = 0; line < lines; ++line) {
+    for (int chunk = 0; chunk < length / kElements; ++chunk) {
+      const Address at = own(transposed ? transposed_chunk_address(matrix, line, chunk)
+                                        : chunk_address(matrix, line, chunk));
       const unsigned char* bytes = shared_bytes(at, kChunk, "multiplies");
       agent_reads(at, kChunk, agent);
-      T values[kChunk / sizeof(T)];
+      T values[kElements];
       std::memcpy(values, bytes, sizeof(values));
-      for (const T value : values) *to++ = wide(value);
+      for (int e = 0; e < kElements; ++e) {
+        const int in_line = chunk * kElements + e;
+        to[transposed ? in_line * kDepth<T> + line : line * length + in_line] = wide(values[e]);
+      }
     }
   }
 }
@@ -192,6 +198,7 @@ struct Product {
   const std::uint32_t* registers;  // of a, or null
   std::uint64_t a, b;
   bool accumulate;
+  Transposed transposed;
 };
 
 // "Register Fragments and Shared Memory Matrix Layouts", D of m64nNk16 and m64nNk32: its value i of
@@ -241,14 +248,15 @@ void multiply(void* const* operands) {
   for (int lane = 0; lane < kWarpgroup; ++lane) {
     const Product p = lane_of(lane);
     if (p.d != found->d[lane] || p.n != first.n || p.a != first.a || p.b != first.b ||
-        p.accumulate != first.accumulate || !p.registers != !first.registers) {
+        p.accumulate != first.accumulate || p.transposed.a != first.transposed.a ||
+        p.transposed.b != first.transposed.b || !p.registers != !first.registers) {
       fault("multiplies other matrices than the rest of its warpgroup");
     }
   }
 
   std::vector<Value> a(kRows * kDepth<T>), b(first.n * kDepth<T>), column(first.n);
   if (first.registers == nullptr) {
-    read_operand<T>(first.a, kRows, {warpgroup.agent, time}, a.data());
+    read_operand<T>(first.a, kRows, first.transposed.a, {warpgroup.agent, time}, a.data());
   }
   for (int lane = 0; first.registers != nullptr && lane < kWarpgroup; ++lane) {
     if (!state.threads[group * kWarpgroup + lane].registers_fenced) {
@@ -264,7 +272,7 @@ void multiply(void* const* operands) {
       a[row * kDepth<T> + lane % 4 * 2 + i % 2 + i / 4 * 8] = wide(value);
     }
   }
-  read_operand<Other<T>>(first.b, first.n, {warpgroup.agent, time}, b.data());
+  read_operand<Other<T>>(first.b, first.n, first.transposed.b, {warpgroup.agent, time}, b.data());
   std::vector<Value> sums(found->values.size());
   const std::size_t bytes = sums.size() * sizeof(Value);
   if (first.accumulate) std::memcpy(sums.data(), found->values.data(), bytes);
@@ -482,20 +490,23 @@ void wait_for_stores(int pending_groups) {
 }
 
 template <typename T>
-void multiply_warpgroup(Sum<T>* d, int n, std::uint64_t a, std::uint64_t b, bool accumulate) {
-  Product product{d, n, nullptr, a, b, accumulate};
+void multiply_warpgroup(Sum<T>* d, int n, std::uint64_t a, std::uint64_t b, bool accumulate,
+                        Transposed transposed) {
+  Product product{d, n, nullptr, a, b, accumulate, transposed};
   collective("wgmma", &multiply<T>, &product, kWarpgroup);
 }
-template void multiply_warpgroup<__half>(float*, int, std::uint64_t, std::uint64_t, bool);
-template void multiply_warpgroup<__nv_bfloat16>(float*, int, std::uint64_t, std::uint64_t, bool);
+template void multiply_warpgroup<__half>(float*, int, std::uint64_t, std::uint64_t, bool,
+                                         Transposed);
+template void multiply_warpgroup<__nv_bfloat16>(float*, int, std::uint64_t, std::uint64_t, bool,
+                                                Transposed);
 template void multiply_warpgroup<std::uint8_t>(std::int32_t*, int, std::uint64_t, std::uint64_t,
-                                               bool);
+                                               bool, Transposed);
 template void multiply_warpgroup<std::int8_t>(std::int32_t*, int, std::uint64_t, std::uint64_t,
-                                              bool);
+                                              bool, Transposed);
 
 template <typename T>
 void multiply_warpgroup(float* d, int n, const std::uint32_t* a, std::uint64_t b, bool accumulate) {
-  Product product{d, n, a, 0, b, accumulate};
+  Product product{d, n, a, 0, b, accumulate, {}};
   collective("wgmma", &multiply<T>, &product, kWarpgroup);
 }
 template void multiply_warpgroup<__half>(float*, int, const std::uint32_t*, std::uint64_t, bool);

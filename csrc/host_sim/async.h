@@ -50,9 +50,13 @@ void wait_for_stores(int pending_groups);
 // "wgmma": d (64, n) = a (64, 16) * b (n, 16)^T, plus d where `accumulate` says so. A thread hands
 // in its registers of d and both descriptors. The registers hold NaN from then until the wait for
 // the product's group. Of bytes, T = std::uint8_t or std::int8_t, the depth is 32, b of
-// std::int8_t, and d of integers, which wrap.
+// std::int8_t, and d of integers, which wrap. Transposed, an operand lies by columns.
+struct Transposed {
+  bool a = false, b = false;
+};
 template <typename T>
-void multiply_warpgroup(Sum<T>* d, int n, std::uint64_t a, std::uint64_t b, bool accumulate);
+void multiply_warpgroup(Sum<T>* d, int n, std::uint64_t a, std::uint64_t b, bool accumulate,
+                        Transposed transposed = {});
 // The same with a thread's four registers of a, which it may not change until that wait.
 template <typename T>
 void multiply_warpgroup(float* d, int n, const std::uint32_t* a, std::uint64_t b, bool accumulate);

@@ -96,4 +96,12 @@ std::uint32_t chunk_address(const Matrix& matrix, int row, int chunk) {
   return swizzled(group + in_group * row_bytes + chunk * kChunk, matrix.bits, matrix.base);
 }
 
+std::uint32_t transposed_chunk_address(const Matrix& matrix, int depth, int chunk) {
+  constexpr int kChunks = 8;  // of a row
+  const std::uint32_t group = matrix.start + depth / kCoreRows * matrix.stride;
+  const std::uint32_t row = group + depth % kCoreRows * (kChunk << matrix.bits);
+  return swizzled(row + chunk / kChunks * matrix.leading + chunk % kChunks * kChunk, matrix.bits,
+                  matrix.base);
+}
+
 }  // namespace host_sim

@@ -42,11 +42,11 @@ std::vector<Chunk> pixel_chunks(const CUtensorMap& map, const std::int32_t* firs
 // Whether the first pixel lies within that box, as it must.
 bool within_box(const CUtensorMap& map, const std::int32_t* first);
 
-// "Matrix descriptor format", of a K-major operand of wgmma.
+// "Matrix descriptor format", of an operand of wgmma.
 struct Matrix {
-  std::uint32_t start;    // address of row 0
-  std::uint32_t leading;  // bytes between a row's chunks, where there is no swizzle
-  std::uint32_t stride;   // bytes between groups of 8 rows
+  std::uint32_t start;    // address of row 0, or of the first depth
+  std::uint32_t leading;  // bytes between a row's chunks, where there is no swizzle; or see below
+  std::uint32_t stride;   // bytes between groups of 8 rows, or of 8 depths
   std::uint32_t base;     // 128-byte row, modulo 8, at which the swizzle's pattern starts
   int bits;               // of the swizzle
 };
@@ -55,5 +55,9 @@ Matrix decode(std::uint64_t descriptor);
 // The address of 8 elements of 2 bytes: chunk 0 or 1 of a row of 16 of them. The ISA does not spell
 // out how the base offset enters; here the pattern starts at a row of that number, modulo 8.
 std::uint32_t chunk_address(const Matrix& matrix, int row, int chunk);
+
+// The same of an MN-major operand with the 128-byte swizzle: elements 8 * chunk to 8 * chunk + 7 of
+// one depth. A row of 128 bytes holds 64 of them, and the next 64 lie `leading` bytes behind.
+std::uint32_t transposed_chunk_address(const Matrix& matrix, int depth, int chunk);
 
 }  // namespace host_sim

@@ -102,9 +102,9 @@ template <typename D>
 void wgmma_fence(D&) {
   host_sim::fence_products();
 }
-template <typename T, int kValues>
+template <typename T, bool kTransposedA = false, bool kTransposedB = false, int kValues>
 void wgmma(float (&d)[kValues], std::uint64_t a, std::uint64_t b, bool accumulate) {
-  host_sim::multiply_warpgroup<T>(d, 2 * kValues, a, b, accumulate);
+  host_sim::multiply_warpgroup<T>(d, 2 * kValues, a, b, accumulate, {kTransposedA, kTransposedB});
 }
 template <typename T, int kValues>
 void wgmma(float (&d)[kValues], const std::uint32_t (&a)[4], std::uint64_t b, bool accumulate) {

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, channels_last
 
 from .._extension import TensorArg, optional_tensor_arg, tensor_arg
-from ..parameters import BatchNorm
+from ..parameters import BatchNorm, Convolution
+from . import recording
 from .recording import copied
 
 BatchNormArg = tuple[TensorArg, TensorArg, TensorArg | None, TensorArg | None, float]
@@ -26,6 +27,13 @@ def empty_nhwc(
     given, type."""
     shape = (x.shape[0], channels, height, width)
     return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=channels_last)
+
+
+def dense_convolution(conv: Convolution, dtype: torch.dtype) -> Convolution:
+    """`conv` with a channels_last weight of that dtype."""
+    weight, stride, padding, dilation, groups = conv
+    weight = recording.weights.get().get(id(weight), weight)
+    return Convolution(nhwc(weight.to(dtype)), stride, padding, dilation, groups)
 
 
 def readable(residual: Tensor | None) -> Tensor | None:

@@ -7,6 +7,7 @@ and never chosen automatically.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -18,9 +19,11 @@ from .. import _extension, settings
 from .._extension import tensor_arg
 from ..errors import BackendUnavailableError
 from ..parameters import Convolution
-from . import Backend
+from ..reference.training import ReferenceTraining
+from . import Backend, Candidate, autotune
 from .cuda import CudaBackend
 from .cuda.launch import Launcher
+from .training import TrainingKernels
 
 _MODULE = "_C_sim"
 
@@ -37,6 +40,32 @@ class _SimulatedLauncher(Launcher):
     def run(self, kernel: Callable[..., None], out: Tensor, *arguments: Any) -> Tensor:
         kernel(tensor_arg(out), *arguments, self.place(out.device), 0)
         return out
+
+
+class _SimulatedTraining(ReferenceTraining):
+    """Training's convolutions simulated where there is a kernel for them, else plain PyTorch."""
+
+    def __init__(self, listed: Callable[[str, tuple[Any, ...]], list[Candidate]]) -> None:
+        self._listed = listed
+
+    def _run(self, piece: str, plain: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        def listed() -> list[Candidate]:
+            return [*self._listed(piece, arguments), Candidate("pytorch", plain)]
+
+        return autotune.choose(piece, arguments, listed, plain, "cuda_sim").launch(*arguments)
+
+    def conv_stats(self, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+        found: tuple[Tensor, Tensor | None] = self._run("conv_stats", super().conv_stats, arguments)
+        return found
+
+    def dgrad(self, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+        all_of_them = (*arguments, None)[:6]  # without an add_stride
+        found: tuple[Tensor, Tensor | None] = self._run("dgrad", super().dgrad, all_of_them)
+        return found
+
+    def wgrad(self, *arguments: Any) -> Tensor:
+        found: Tensor = self._run("wgrad", super().wgrad, arguments)
+        return found
 
 
 class SimulatedBackend(CudaBackend):
@@ -56,6 +85,10 @@ class SimulatedBackend(CudaBackend):
 
     def _make_launcher(self, extension: ModuleType) -> Launcher:
         return _SimulatedLauncher(extension)
+
+    @functools.cached_property
+    def training(self) -> TrainingKernels | None:  # type: ignore[override]  # read-only
+        return _SimulatedTraining(self.training_convolutions)
 
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cpu":

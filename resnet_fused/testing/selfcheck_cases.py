@@ -225,6 +225,7 @@ def _training(dtype: torch.dtype, device: str, num_sms: int) -> Iterator[Case]:
         "1x1": ConvCase(images, 72, 9, 9, 136),
         "3x3": ConvCase(images, 40, 9, 9, 136, 3, 1, 1),
         "3x3 strided": ConvCase(images, 40, 18, 18, 72, 3, 2, 1),
+        "few channels": ConvCase(images, 3, 18, 18, 72, 7, 2, 3),
     }.items():
         x, (conv, _) = make_integers(case, rng, dtype, device)
         grad, pre_bn = (_integers_like(case, x, rng) for _ in range(2))
@@ -243,13 +244,17 @@ def _training(dtype: torch.dtype, device: str, num_sms: int) -> Iterator[Case]:
             "pre_bn_gradient": [PreBnGradient(grad, pre_bn, coefficients, False)],
             "relu_gradient": [grad, y, [above]],
             "dgrad": [grad, conv, x.shape, below, add],
+            "dgrad that masks": [grad, conv, x.shape, below, None],
+            "dgrad that adds": [grad, conv, x.shape, None, add],
             "wgrad": [grad, x, conv],
             "bn_relu_pool": [above, MaxPool(3, 2, 1)],
             "pool_gradient": [_integers_like(pooled, x, rng), above, argmax, MaxPool(3, 2, 1)],
         }
         for piece, arguments in pieces.items():
-            exact = 1 if piece == "conv_stats" else 9
-            yield Case(f"{name} {piece}", f"{TRAINING}.{piece}", arguments, exact)
+            if name == "few channels" and piece not in ("conv_stats", "wgrad"):
+                continue  # the others see as little of x's channels as above
+            exact = 1 if piece in ("conv_stats", "dgrad that adds") else 9
+            yield Case(f"{name} {piece}", f"{TRAINING}.{piece.split()[0]}", arguments, exact)
 
 
 def _quantized(dtype: torch.dtype, device: str, num_sms: int) -> Iterator[Case]:

@@ -158,6 +158,30 @@ bool descriptors() {
   return compare.report();
 }
 
+// Tiles that lie by columns, from every multiple of the swizzle's pattern on, every 16 columns.
+bool transposed_descriptors() {
+  Comparison compare("transposed descriptors");
+  constexpr std::uint32_t kPanel = 64 * 128, kTile = kOperandRows / 64 * kPanel, kStep = 1024;
+  for (std::uint32_t base = 0; base + kTile <= kSharedBytes; base += kStep) {
+    for (int slice = 0; slice < kTileK / 16; ++slice) {
+      compare.configuration();
+      const std::uint64_t theirs = their_transposed_descriptor(base, slice);
+      const std::uint32_t rows = 16 * slice * 128;
+      compare.equal(ptx::transposed_descriptor(base, kPanel) + rows / ptx::kDescriptorUnit, theirs,
+                    "a descriptor");
+      const host_sim::Matrix matrix = host_sim::decode(theirs);
+      for (int depth = 0; depth < 16; ++depth) {
+        for (int chunk = 0; chunk < kOperandRows / 8; ++chunk) {
+          compare.equal(host_sim::transposed_chunk_address(matrix, depth, chunk),
+                        their_transposed_address(base, 8 * chunk, 16 * slice + depth),
+                        "a chunk's address");
+        }
+      }
+    }
+  }
+  return compare.report();
+}
+
 // Boxes at every multiple of 128 bytes within two patterns: where bulk copies put their chunks.
 bool boxes() {
   Comparison compare("boxes in shared memory");
@@ -340,8 +364,8 @@ bool convolutions() {
 }  // namespace oracle
 
 int main() {
-  const bool differ[] = {oracle::swizzles(), oracle::descriptors(), oracle::boxes(),
-                         oracle::convolutions()};
+  const bool differ[] = {oracle::swizzles(), oracle::descriptors(),
+                         oracle::transposed_descriptors(), oracle::boxes(), oracle::convolutions()};
   for (const bool d : differ) {
     if (d) return 1;
   }

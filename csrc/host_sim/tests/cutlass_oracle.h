@@ -59,4 +59,9 @@ std::uint32_t their_address(int bits, std::uint32_t base, int row, int column);
 std::uint64_t their_descriptor(int bits, std::uint32_t base, int row_tile, int slice);
 constexpr int kOperandRows = 128;
 
+// A tile of kOperandRows x 64 16-bit elements that lies by columns, with the 128-byte swizzle:
+// cute::SM90::GMMA::Layout_MN_SW128_Atom. The same of it.
+std::uint32_t their_transposed_address(std::uint32_t base, int row, int column);
+std::uint64_t their_transposed_descriptor(std::uint32_t base, int slice);
+
 }  // namespace oracle

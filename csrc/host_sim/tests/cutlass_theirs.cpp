@@ -90,6 +90,13 @@ std::uint32_t address_of(std::uint32_t base, int row, int column) {
                                     shared);
 }
 
+// Of 64 rows all columns, then the next rows.
+auto transposed_operand(std::uint32_t base) {
+  return make_tensor(make_smem_ptr(reinterpret_cast<Element*>(shared + base)),
+                     tile_to_shape(gmma::Layout_MN_SW128_Atom<Element>{},
+                                   Shape<Int<kOperandRows>, Int<kTileK>>{}, Step<_2, _1>{}));
+}
+
 template <int kBits>
 std::uint64_t descriptor_of(std::uint32_t base, int row_tile, int slice) {
   return gmma::make_gmma_desc<gmma::Major::K>(
@@ -122,6 +129,19 @@ std::uint64_t their_descriptor(int bits, std::uint32_t base, int row_tile, int s
   constexpr decltype(&descriptor_of<0>) kOf[] = {&descriptor_of<0>, &descriptor_of<1>,
                                                  &descriptor_of<2>, &descriptor_of<3>};
   return kOf[bits](base, row_tile, slice);
+}
+
+std::uint32_t their_transposed_address(std::uint32_t base, int row, int column) {
+  auto tensor = transposed_operand(base);
+  return static_cast<std::uint32_t>(reinterpret_cast<unsigned char*>(&tensor(row, column)) -
+                                    shared);
+}
+
+std::uint64_t their_transposed_descriptor(std::uint32_t base, int slice) {
+  return gmma::make_gmma_desc<gmma::Major::MN>(local_tile(transposed_operand(base),
+                                                          Shape<Int<kOperandRows>, _16>{},
+                                                          make_coord(0, slice)))
+      .desc_;
 }
 
 Columns their_columns(const Problem& p) {

@@ -3,7 +3,9 @@
 #include "kernels/cuda/conv_int8_sm90.h"
 #include "kernels/cuda/conv_sm80.h"
 #include "kernels/cuda/conv_sm90.h"
+#include "kernels/cuda/conv_training_sm90.h"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/wgrad_sm90.h"
 
 namespace resnet_fused {
 namespace {
@@ -23,6 +25,17 @@ cudaError_t conv_int8_tiles(const ConvInt8&, int, std::vector<Int8Tile>*) { retu
 cudaError_t conv_int8(const ConvInt8&, Int8Tile, int, cudaStream_t) {
   return cudaErrorInvalidValue;
 }
+cudaError_t training_tiles(const ConvStats&, int, std::vector<TrainingTile>*) {
+  return cudaSuccess;
+}
+cudaError_t training_tiles(const Dgrad&, int, std::vector<TrainingTile>*) { return cudaSuccess; }
+cudaError_t conv_stats(const ConvStats&, TrainingTile, int, cudaStream_t) {
+  return cudaErrorInvalidValue;
+}
+cudaError_t dgrad(const Dgrad&, TrainingTile, int, cudaStream_t) { return cudaErrorInvalidValue; }
+cudaError_t wgrad_tiles(const Wgrad&, int, std::vector<WgradTile>*) { return cudaSuccess; }
+cudaError_t wgrad_parts(const Wgrad&, WgradTile, int, int*) { return cudaErrorInvalidValue; }
+cudaError_t wgrad(const Wgrad&, WgradTile, int, cudaStream_t) { return cudaErrorInvalidValue; }
 #endif
 
 bool conv_bn_can_implement(const ConvBn& arguments, ConvTile tile) {

@@ -29,36 +29,18 @@
 #include <vector>
 
 #include "kernels/cuda/conv_int8_sm90.h"
-#include "kernels/cuda/conv_sm90.cuh"
 #include "kernels/cuda/dtype.cuh"
-#include "kernels/cuda/launch.h"
+#include "kernels/cuda/persistent_conv.cuh"
 
 namespace resnet_fused {
 namespace {
 
-constexpr int kNumConsumers = 2;  // warpgroups, behind the one of producers
-constexpr int kThreads = (1 + kNumConsumers) * kWarpgroup;
-constexpr int kStepChannels = kRowBytes;
 constexpr int kVectorBuffers = 2;  // of bias, multiplier and shortcut's scale
 
-template <int kN_, int kStages_, int kBlocks_, int kCluster_, int kNumProducerRegisters_,
-          int kNumConsumerRegisters_>
-struct Tile {
-  static constexpr int kM = 128, kN = kN_, kStages = kStages_, kResults = 2;
-  static constexpr int kBlocks = kBlocks_, kCluster = kCluster_;
-  static constexpr int kNumProducerRegisters = kNumProducerRegisters_;
-  static constexpr int kNumConsumerRegisters = kNumConsumerRegisters_;
-  static constexpr int kNumLaunchRegisters = 65536 / (kThreads * kBlocks) / 8 * 8;
-  static_assert(kNumProducerRegisters + kNumConsumers * kNumConsumerRegisters <=
-                (1 + kNumConsumers) * kNumLaunchRegisters);
-  static constexpr int kConsumerM = kM / kNumConsumers;
-  static constexpr int kOperandBytes = kM * kRowBytes;  // of x, in a stage
-  static constexpr int kWeightRows = kN / kCluster;     // that one block of a cluster copies
-  static constexpr int kStageBytes = (kM + kN) * kRowBytes;
-  static constexpr int kPanel = std::min(kN, kRowBytes);  // channels of a row of a result
-  static constexpr int kPanels = kN / kPanel;
-  static constexpr int kPanelBytes = kM * kPanel;
-  static constexpr int kResultBytes = kPanels * kPanelBytes;
+template <int kN, int kStages, int kBlocks, int kCluster, int kNumProducerRegisters,
+          int kNumConsumerRegisters>
+struct Tile : PersistentTile<128, kN, kStages, 2, kBlocks, kCluster, kNumProducerRegisters,
+                             kNumConsumerRegisters, false, 1> {
   static constexpr int kVectorBytes = kN * 4;
 };
 
@@ -81,88 +63,12 @@ struct Shared {
   static_assert(Results::kEnd <= kBytes);
 };
 
-struct Arguments {
-  Product conv, projection;
-  CUtensorMap residual, out;
+struct Arguments : PersistentArguments {
   const std::int32_t* bias;
   const float* multiplier;
   const float* shortcut_scale;
-  unsigned out_height, out_width, tiles, tiles_across;
-  int out_channels;
-  bool has_residual, residual_is_signed, residual_in_line, relu;
-  SpinLimit spin_limit;
+  bool residual_is_signed;
 };
-
-// This block's tiles: those of one row of positions behind one another. Blocks of a cluster stay
-// beside each other, at the same channels.
-template <typename Tile>
-class TileScheduler {
- public:
-  __device__ __forceinline__ explicit TileScheduler(const Arguments& a) : a_(a) {}
-
-  __device__ __forceinline__ bool valid() const { return tile_ < a_.tiles; }
-  __device__ __forceinline__ void advance() { tile_ += gridDim.x / Tile::kCluster; }
-  __device__ __forceinline__ int tile() const { return static_cast<int>(tile_); }
-  __device__ __forceinline__ int position() const {
-    return (tile_ / a_.tiles_across * Tile::kCluster + blockIdx.x % Tile::kCluster) * Tile::kM;
-  }
-  __device__ __forceinline__ int channel() const { return tile_ % a_.tiles_across * Tile::kN; }
-
- private:
-  const Arguments& a_;
-  unsigned tile_ = blockIdx.x / Tile::kCluster;  // the same for the blocks of a cluster
-};
-
-// Asks for all steps of one product of one tile.
-template <typename Tile, typename Operands>
-__device__ __forceinline__ void load_product(const Arguments& a, const Product& product,
-                                             const TileScheduler<Tile>& at, Operands& operands) {
-  const Pixel pixel(at.position(), a.out_height, a.out_width);
-  const int h = pixel.h * product.stride_h - product.padding_h;
-  const int w = pixel.w * product.stride_w - product.padding_w;
-  // Of the weights, the part that this block copies.
-  const int part = blockIdx.x % Tile::kCluster * Tile::kWeightRows;
-  int tap = 0;
-#pragma unroll 1
-  for (int r = 0; r < product.kernel_h; ++r) {
-#pragma unroll 1
-    for (int s = 0; s < product.kernel_w; ++s, ++tap) {
-#pragma unroll 1
-      for (int c = 0; c < product.channels; c += kStepChannels) {
-        const std::uint32_t stage = operands.stage() * Tile::kStageBytes;
-        operands.acquire(at.tile());
-        operands.commit_bytes(Tile::kStageBytes);
-        if (product.matrix) {
-          ptx::load_tile(stage, product.x, operands.full(), {c, at.position()});
-        } else {
-          ptx::load_pixels(stage, product.x, operands.full(), {c, w, h, pixel.image},
-                           {static_cast<std::uint16_t>(s * product.dilation_w),
-                            static_cast<std::uint16_t>(r * product.dilation_h)});
-        }
-        const std::uint32_t weights = stage + Tile::kOperandBytes + part * kRowBytes;
-        if constexpr (Tile::kCluster == 1) {
-          ptx::load_tile(weights, product.weight, operands.full(), {c, tap, at.channel()});
-        } else {
-          constexpr std::uint16_t kAll = (1 << Tile::kCluster) - 1;
-          ptx::load_tile_multicast(weights, product.weight, operands.full(),
-                                   {c, tap, at.channel() + part}, kAll);
-        }
-        operands.advance();
-      }
-    }
-  }
-}
-
-// The role of one thread: asks for the operands of every tile.
-template <typename Tile, bool kProjection>
-__device__ __forceinline__ void load_operands(const Arguments& a) {
-  typename Shared<Tile>::Operands operands(a.spin_limit);
-#pragma unroll 1
-  for (TileScheduler<Tile> at(a); at.valid(); at.advance()) {
-    if constexpr (kProjection) load_product(a, a.projection, at, operands);
-    load_product(a, a.conv, at, operands);
-  }
-}
 
 // The role of one warp: copies bias, multiplier and shortcut's scale of every tile's channels,
 // zeros beyond the last one.
@@ -186,69 +92,6 @@ __device__ __forceinline__ void load_vectors(const Arguments& a) {
     }
     vectors.commit();
     vectors.advance();
-  }
-}
-
-// Stores the result of a tile, and waits until it has been read.
-template <typename Tile>
-__device__ __forceinline__ void store(const Arguments& a, const TileScheduler<Tile>& at,
-                                      std::uint32_t result) {
-  for (int panel = 0; panel < Tile::kPanels; ++panel) {
-    ptx::store_tile(a.out, result + panel * Tile::kPanelBytes,
-                    {at.channel() + panel * Tile::kPanel, at.position()});
-  }
-  ptx::bulk_commit();
-  ptx::bulk_wait_read<0>();
-}
-
-// Copies the residual of a tile to where its result will lie.
-template <typename Tile>
-__device__ __forceinline__ void load_residual(const Arguments& a, const TileScheduler<Tile>& at,
-                                              std::uint32_t result, std::uint32_t mbarrier) {
-  const Pixel pixel(at.position(), a.out_height, a.out_width);
-  for (int panel = 0; panel < Tile::kPanels; ++panel) {
-    const std::uint32_t to = result + panel * Tile::kPanelBytes;
-    const int c = at.channel() + panel * Tile::kPanel;
-    if (a.residual_in_line) {
-      ptx::load_tile(to, a.residual, mbarrier, {c, at.position()});
-    } else {
-      ptx::load_pixels(to, a.residual, mbarrier, {c, pixel.w, pixel.h, pixel.image}, {0, 0});
-    }
-  }
-}
-
-// The role of one thread: stores every tile's result, and fills its place again with the residual
-// of a later tile. To acquire a stage is to know that the result of an earlier one lies there.
-template <typename Tile>
-__device__ __forceinline__ void move_results(const Arguments& a) {
-  using Shared = Shared<Tile>;
-  typename Shared::Results results(a.spin_limit);
-  const auto place = [&] { return Shared::kResults + results.stage() * Tile::kResultBytes; };
-  TileScheduler<Tile> stored(a);
-  int filled = 0;
-#pragma unroll 1
-  for (TileScheduler<Tile> at(a); at.valid(); at.advance()) {
-    results.acquire(at.tile());
-    if (filled == Tile::kResults) {
-      store(a, stored, place());
-      stored.advance();
-    } else {
-      ++filled;
-    }
-    if (a.has_residual) {
-      results.commit_bytes(Tile::kResultBytes);
-      load_residual(a, at, place(), results.full());
-    } else {
-      results.commit();
-    }
-    results.advance();
-  }
-  for (; filled < Tile::kResults; ++filled) results.advance();  // to the oldest result
-#pragma unroll 1
-  for (; stored.valid(); stored.advance()) {
-    results.acquire(stored.tile());
-    store(a, stored, place());
-    results.advance();
   }
 }
 
@@ -353,12 +196,6 @@ __device__ __forceinline__ void store_result(const Arguments& a, Acc& acc, std::
   }
 }
 
-// Steps of 128 channels of a product.
-__device__ __forceinline__ int int8_steps(const Product& product) {
-  return product.kernel_h * product.kernel_w *
-         ((product.channels + kStepChannels - 1) / kStepChannels);
-}
-
 // The role of a warpgroup: multiplies and finishes its positions of every tile.
 template <typename T, typename Tile, bool kProjection>
 __device__ __forceinline__ void consume(const Arguments& a, int consumer) {
@@ -372,13 +209,13 @@ __device__ __forceinline__ void consume(const Arguments& a, int consumer) {
     const std::uint32_t result = Shared::kResults + results.stage() * Tile::kResultBytes;
     Accumulators<Tile::kConsumerM, Tile::kN, std::int32_t> acc;
     if constexpr (kProjection) {
-      acc.template multiply<T, Tile, Tile::kCluster>(int8_steps(a.projection), consumer, at.tile(),
-                                                     operands);
+      acc.template multiply<T, Tile, Tile::kCluster>(steps_of<Tile::kStepChannels>(a.projection),
+                                                     consumer, at.tile(), operands);
       vectors.wait(at.tile());
       rescale<Tile>(acc, of_tile + 2 * Tile::kVectorBytes);
     }
-    acc.template multiply<T, Tile, Tile::kCluster, kProjection>(int8_steps(a.conv), consumer,
-                                                                at.tile(), operands);
+    acc.template multiply<T, Tile, Tile::kCluster, kProjection>(
+        steps_of<Tile::kStepChannels>(a.conv), consumer, at.tile(), operands);
     if constexpr (!kProjection) vectors.wait(at.tile());
     results.wait(at.tile());
     store_result<Tile>(a, acc, of_tile, result, consumer);
@@ -390,17 +227,6 @@ __device__ __forceinline__ void consume(const Arguments& a, int consumer) {
     }
     vectors.advance();
     results.advance();
-  }
-}
-
-// All threads of the block, or of the cluster, have come.
-template <int kCluster>
-__device__ __forceinline__ void meet() {
-  if constexpr (kCluster == 1) {
-    __syncthreads();
-  } else {
-    ptx::cluster_arrive();
-    ptx::cluster_wait();
   }
 }
 
@@ -423,11 +249,11 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
     ptx::decrease_registers<Tile::kNumProducerRegisters>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (warp == 0 && lane == 0) {
-      load_operands<Tile, kProjection>(a);
+      load_operands<Tile, typename Shared::Operands, kProjection>(a);
     } else if (warp == 1) {
       load_vectors<Tile>(a);
     } else if (warp == 2 && lane == 0) {
-      move_results<Tile>(a);
+      move_results<Tile, typename Shared::Results, Shared::kResults>(a);
     }
   } else {
     ptx::increase_registers<Tile::kNumConsumerRegisters>();
@@ -435,17 +261,6 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
   }
   // The other block copies into this one's shared memory, and releases its stages.
   if constexpr (Tile::kCluster > 1) meet<Tile::kCluster>();
-}
-
-// Tiles of a cluster's blocks together.
-template <typename Tile>
-std::int64_t tiles(const ConvBn& a) {
-  return ceil_div(positions(a), Tile::kCluster * Tile::kM) * ceil_div(a.out_channels, Tile::kN);
-}
-
-template <typename Tile>
-int clusters(int num_sms) {
-  return std::max(1, num_sms / Tile::kCluster) * Tile::kBlocks;
 }
 
 constexpr Int8Tile kTiles[] = {Int8Tile::k128x64, Int8Tile::k128x128, Int8Tile::k128x128Cluster,
@@ -466,81 +281,32 @@ auto with_tile(Int8Tile tile, Function&& function) {
   }
 }
 
-std::int64_t int8_steps(const ConvolutionBn& conv) {
-  return conv.kernel_h * conv.kernel_w * ceil_div(conv.channels, kStepChannels);
-}
-
 // Cycles that the SM with the most tiles takes, as conv_sm90.cu has them: a step as long as its
 // products or what it asks of L2 takes, and the epilogue. Its numbers for 16 bits, which are fitted
 // to times; nothing of int8 is.
 template <typename Tile>
 std::int64_t cycles(const ConvBn& a, int num_sms) {
-  constexpr std::int64_t kTensor = Tile::kM * Tile::kN * kStepChannels / 4096;
+  constexpr std::int64_t kTensor = Tile::kM * Tile::kN * Tile::kStepChannels / 4096;
   constexpr std::int64_t kAsked = (Tile::kM + Tile::kWeightRows) * kRowBytes;
   constexpr int kL2BytesPerCycle = 64;  // of an SM
   constexpr std::int64_t kStep = std::max(kTensor, kAsked / kL2BytesPerCycle);
   constexpr std::int64_t kEpilogue = Tile::kM * Tile::kN / 20;
-  std::int64_t steps = int8_steps(a.conv);
-  if (a.projection.x != nullptr) steps += int8_steps(a.projection);
+  std::int64_t steps = steps_of<Tile::kStepChannels>(a.conv);
+  if (a.projection.x != nullptr) steps += steps_of<Tile::kStepChannels>(a.projection);
   const std::int64_t of_sm = ceil_div(tiles<Tile>(a) * Tile::kCluster, num_sms);
   return of_sm * steps * kStep + ceil_div(of_sm, Tile::kBlocks) * kEpilogue;
 }
 
-// A residual whose pixels lie apart is gathered by im2col mode too, under a window of one pixel.
-template <typename Tile>
-cudaError_t encode_residual(CUtensorMap* to, const ConvBn& a) {
-  const Residual& residual = a.residual;
-  const auto size = [](std::int64_t value) { return static_cast<std::uint64_t>(value); };
-  if (residual.in_line()) {
-    return encode_tiles(to, a.dtype, residual.data, {size(residual.channels), size(positions(a))},
-                        {Tile::kM}, {size(residual.pixel)}, Tile::kPanel);
-  }
-  return encode_pixels(
-      to, a.dtype, residual.data,
-      {size(residual.channels), size(residual.width), size(residual.height), size(a.batch)},
-      {{0, 0}, {0, 0}, {1, 1}}, Tile::kM,
-      {size(residual.pixel), size(residual.line), size(residual.image)}, Tile::kPanel);
-}
-
-bool can_read(const Residual& residual) {
-  if (residual.channels == 0) return true;
-  if (!residual.in_chunks(16) || residual.pixel < residual.channels) return false;
-  if (residual.in_line()) return true;
-  return residual.line >= residual.pixel && residual.line % residual.pixel == 0 &&
-         residual.image >= residual.line && residual.image % residual.line == 0 &&
-         residual.image < std::int64_t{1} << 40;
-}
-
 template <typename T, typename Tile, bool kProjection>
 cudaError_t make_plan(const ConvInt8& int8, int num_sms, LaunchPlan<Arguments>* plan) {
-  const ConvBn& a = int8.conv;
   Arguments& to = plan->arguments;
   to.bias = int8.bias;
   to.multiplier = int8.multiplier;
   to.shortcut_scale = int8.shortcut_scale;
-  to.out_height = a.out_height;
-  to.out_width = a.out_width;
-  to.out_channels = a.out_channels;
-  to.tiles = static_cast<unsigned>(tiles<Tile>(a));
-  to.tiles_across = static_cast<unsigned>(ceil_div(a.out_channels, Tile::kN));
-  to.has_residual = a.residual.channels > 0;
   to.residual_is_signed = int8.residual_dtype == DType::kInt8;
-  to.residual_in_line = a.residual.in_line();
-  to.relu = a.relu;
-  to.spin_limit = spin_limit;
-  cudaError_t status = encode(&to.conv, a, a.conv, Tile::kM, Tile::kWeightRows);
-  if (kProjection && status == cudaSuccess) {
-    status = encode(&to.projection, a, a.projection, Tile::kM, Tile::kWeightRows);
-  }
-  if (to.has_residual && status == cudaSuccess) status = encode_residual<Tile>(&to.residual, a);
-  if (status == cudaSuccess) {
-    const auto size = {static_cast<std::uint64_t>(a.out_channels),
-                       static_cast<std::uint64_t>(positions(a))};
-    status = encode_tiles(&to.out, a.dtype, a.out, size, {Tile::kM}, {}, Tile::kPanel);
-  }
+  const cudaError_t status = encode_arguments<Tile>(&to, int8.conv);
   plan->kernel = &conv_int8_sm90_kernel<T, Tile, kProjection>;
-  plan->shape = {dim3(std::min<unsigned>(to.tiles, clusters<Tile>(num_sms)) * Tile::kCluster),
-                 dim3(kThreads), Shared<Tile>::kBytes, dim3(Tile::kCluster), true};
+  plan->shape = persistent_shape<Tile>(to.tiles, num_sms, Shared<Tile>::kBytes);
   return status;
 }
 
@@ -559,7 +325,7 @@ bool can_read_bytes(const ConvolutionBn& conv) { return can_read(conv) && conv.c
 
 bool conv_int8_can_implement(const ConvInt8& int8) {
   const ConvBn& a = int8.conv;
-  return a.groups == 1 && a.out_channels % 16 == 0 && aligned(a.out) && can_read(a.residual) &&
+  return a.groups == 1 && a.out_channels % 16 == 0 && aligned(a.out) && can_read(a.residual, 1) &&
          tiles<Tile128x64>(a) + positions(a) + 4 * Tile128x64::kM <= kMaxGridX &&
          can_read_bytes(a.conv) && (a.projection.x == nullptr || can_read_bytes(a.projection));
 }

@@ -47,42 +47,21 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "kernels/cuda/conv_sm90.cuh"
 #include "kernels/cuda/conv_sm90.h"
 #include "kernels/cuda/conv_sm90_split.h"
 #include "kernels/cuda/epilogue.cuh"
-#include "kernels/cuda/launch.h"
+#include "kernels/cuda/persistent_conv.cuh"
 
 namespace resnet_fused {
 namespace {
 
-constexpr int kNumConsumers = 2;  // warpgroups, behind the one of producers
-constexpr int kThreads = (1 + kNumConsumers) * kWarpgroup;
-constexpr int kPanel = kMapChannels;   // channels of a row of a result
 constexpr int kScaleShiftBuffers = 2;  // of scale and shift
-constexpr int kMaxM = 256;
 
-template <int kM_, int kN_, int kStages_, int kResults_, int kBlocks_, int kCluster_,
-          int kNumProducerRegisters_, int kNumConsumerRegisters_, int kEpilogueColumns_ = 4,
-          bool kPingPong_ = false>
-struct Tile {
-  static constexpr int kM = kM_, kN = kN_, kStages = kStages_, kResults = kResults_;
-  static constexpr int kBlocks = kBlocks_, kCluster = kCluster_;
-  static constexpr int kNumProducerRegisters = kNumProducerRegisters_;
-  static constexpr int kNumConsumerRegisters = kNumConsumerRegisters_;
-  static constexpr int kNumLaunchRegisters = 65536 / (kThreads * kBlocks) / 8 * 8;
-  static_assert(kNumProducerRegisters + kNumConsumers * kNumConsumerRegisters <=
-                (1 + kNumConsumers) * kNumLaunchRegisters);
-  // Whether consumers take turns at tiles; else each has its part of every tile.
-  static constexpr bool kPingPong = kPingPong_;
-  static constexpr int kOfTile = kPingPong ? 1 : kNumConsumers;  // consumers
-  static constexpr int kConsumerM = kM / kOfTile;
-  static constexpr int kPanels = kN / kPanel;
-  static constexpr int kOperandBytes = kM * kRowBytes;  // of x, in a stage
-  static constexpr int kWeightRows = kN / kCluster;     // that one block of a cluster copies
-  static constexpr int kStageBytes = (kM + kN) * kRowBytes;
-  static constexpr int kPanelBytes = kM * kRowBytes;
-  static constexpr int kResultBytes = kPanels * kPanelBytes;
+template <int kM, int kN, int kStages, int kResults, int kBlocks, int kCluster,
+          int kNumProducerRegisters, int kNumConsumerRegisters, int kEpilogueColumns_ = 4,
+          bool kPingPong = false>
+struct Tile : PersistentTile<kM, kN, kStages, kResults, kBlocks, kCluster, kNumProducerRegisters,
+                             kNumConsumerRegisters, kPingPong> {
   static constexpr int kScaleShiftBytes = kN * static_cast<int>(sizeof(ScaleShift));
   // Of 8 channels, that an epilogue works at together.
   static constexpr int kEpilogueColumns = kEpilogueColumns_;
@@ -108,99 +87,9 @@ struct Shared {
   static_assert(Turns::kEnd <= kBytes);
 };
 
-struct Arguments {
-  Product conv, projection;
-  CUtensorMap residual, out;
-  unsigned out_height, out_width, tiles, tiles_across;
-  int out_channels;
-  bool has_residual, residual_in_line, relu;
-  SpinLimit spin_limit;
-};
-
-// This block's tiles: those of one row of positions behind one another. Blocks of a cluster stay
-// beside each other, at the same channels.
-template <typename Tile>
-class TileScheduler {
- public:
-  __device__ __forceinline__ explicit TileScheduler(const Arguments& a) : a_(a) {}
-
-  __device__ __forceinline__ bool valid() const { return tile_ < a_.tiles; }
-  __device__ __forceinline__ void advance() { tile_ += gridDim.x / Tile::kCluster; }
-  __device__ __forceinline__ int tile() const { return static_cast<int>(tile_); }
-  __device__ __forceinline__ int position() const {
-    return (tile_ / a_.tiles_across * Tile::kCluster + blockIdx.x % Tile::kCluster) * Tile::kM;
-  }
-  __device__ __forceinline__ int channel() const { return tile_ % a_.tiles_across * Tile::kN; }
-  // Another number for each neighbour in a row or a column of tiles.
-  __device__ __forceinline__ int diagonal() const {
-    return static_cast<int>(tile_ / a_.tiles_across + tile_ % a_.tiles_across);
-  }
-
- private:
-  const Arguments& a_;
-  unsigned tile_ = blockIdx.x / Tile::kCluster;  // the same for the blocks of a cluster
-};
-
-// Asks for all steps of one product of one tile.
-template <typename Tile, typename Operands>
-__device__ __forceinline__ void load_product(const Arguments& a, const Product& product,
-                                             const TileScheduler<Tile>& at, Operands& operands) {
-  const Pixel pixel(at.position(), a.out_height, a.out_width);
-  const int h = pixel.h * product.stride_h - product.padding_h;
-  const int w = pixel.w * product.stride_w - product.padding_w;
-  // Of the weights, the part that this block copies.
-  const int part = blockIdx.x % Tile::kCluster * Tile::kWeightRows;
-  // Blocks at work share x with those of other channels and the weights with those of other
-  // positions. Each begins with other channels, so that one brings to L2 what the others read
-  // later, and they do not all ask for the same lines at once.
-  const int chunks = (product.channels + kMapChannels - 1) / kMapChannels;
-  const int first = 0;
-  int tap = 0;
-#pragma unroll 1
-  for (int r = 0; r < product.kernel_h; ++r) {
-#pragma unroll 1
-    for (int s = 0; s < product.kernel_w; ++s, ++tap) {
-#pragma unroll 1
-      for (int chunk = first; chunk < first + chunks; ++chunk) {
-        const int c = (chunk < chunks ? chunk : chunk - chunks) * kMapChannels;
-        const std::uint32_t stage = operands.stage() * Tile::kStageBytes;
-        operands.acquire(at.tile());
-        operands.commit_bytes(Tile::kStageBytes);
-        if (product.matrix) {
-          ptx::load_tile(stage, product.x, operands.full(), {c, at.position()});
-        } else {
-          ptx::load_pixels(stage, product.x, operands.full(), {c, w, h, pixel.image},
-                           {static_cast<std::uint16_t>(s * product.dilation_w),
-                            static_cast<std::uint16_t>(r * product.dilation_h)});
-        }
-        const std::uint32_t weights = stage + Tile::kOperandBytes + part * kRowBytes;
-        if constexpr (Tile::kCluster == 1) {
-          ptx::load_tile(weights, product.weight, operands.full(), {c, tap, at.channel()});
-        } else {
-          constexpr std::uint16_t kAll = (1 << Tile::kCluster) - 1;
-          ptx::load_tile_multicast(weights, product.weight, operands.full(),
-                                   {c, tap, at.channel() + part}, kAll);
-        }
-        operands.advance();
-      }
-    }
-  }
-}
-
-// The role of one thread: asks for the operands of every tile.
-template <typename Tile, bool kProjection>
-__device__ __forceinline__ void load_operands(const Arguments& a) {
-  typename Shared<Tile>::Operands operands(a.spin_limit);
-#pragma unroll 1
-  for (TileScheduler<Tile> at(a); at.valid(); at.advance()) {
-    if constexpr (kProjection) load_product(a, a.projection, at, operands);
-    load_product(a, a.conv, at, operands);
-  }
-}
-
 // The role of one warp: computes scale and shift of every tile's channels.
 template <typename Tile, bool kProjection>
-__device__ __forceinline__ void load_scale_shifts(const Arguments& a) {
+__device__ __forceinline__ void load_scale_shifts(const PersistentArguments& a) {
   using Shared = Shared<Tile>;
   const int lane = threadIdx.x % 32;
   typename Shared::ScaleShifts scale_shifts(a.spin_limit);
@@ -222,69 +111,6 @@ __device__ __forceinline__ void load_scale_shifts(const Arguments& a) {
     }
     scale_shifts.commit();
     scale_shifts.advance();
-  }
-}
-
-// Stores the result of a tile, and waits until it has been read.
-template <typename Tile>
-__device__ __forceinline__ void store(const Arguments& a, const TileScheduler<Tile>& at,
-                                      std::uint32_t result) {
-  for (int panel = 0; panel < Tile::kPanels; ++panel) {
-    ptx::store_tile(a.out, result + panel * Tile::kPanelBytes,
-                    {at.channel() + panel * kPanel, at.position()});
-  }
-  ptx::bulk_commit();
-  ptx::bulk_wait_read<0>();
-}
-
-// Copies the residual of a tile to where its result will lie.
-template <typename Tile>
-__device__ __forceinline__ void load_residual(const Arguments& a, const TileScheduler<Tile>& at,
-                                              std::uint32_t result, std::uint32_t mbarrier) {
-  const Pixel pixel(at.position(), a.out_height, a.out_width);
-  for (int panel = 0; panel < Tile::kPanels; ++panel) {
-    const std::uint32_t to = result + panel * Tile::kPanelBytes;
-    const int c = at.channel() + panel * kPanel;
-    if (a.residual_in_line) {
-      ptx::load_tile(to, a.residual, mbarrier, {c, at.position()});
-    } else {
-      ptx::load_pixels(to, a.residual, mbarrier, {c, pixel.w, pixel.h, pixel.image}, {0, 0});
-    }
-  }
-}
-
-// The role of one thread: stores every tile's result, and fills its place again with the residual
-// of a later tile. To acquire a stage is to know that the result of an earlier one lies there.
-template <typename Tile>
-__device__ __forceinline__ void move_results(const Arguments& a) {
-  using Shared = Shared<Tile>;
-  typename Shared::Results results(a.spin_limit);
-  const auto place = [&] { return Shared::kResults + results.stage() * Tile::kResultBytes; };
-  TileScheduler<Tile> stored(a);
-  int filled = 0;
-#pragma unroll 1
-  for (TileScheduler<Tile> at(a); at.valid(); at.advance()) {
-    results.acquire(at.tile());
-    if (filled == Tile::kResults) {
-      store(a, stored, place());
-      stored.advance();
-    } else {
-      ++filled;
-    }
-    if (a.has_residual) {
-      results.commit_bytes(Tile::kResultBytes);
-      load_residual(a, at, place(), results.full());
-    } else {
-      results.commit();
-    }
-    results.advance();
-  }
-  for (; filled < Tile::kResults; ++filled) results.advance();  // to the oldest result
-#pragma unroll 1
-  for (; stored.valid(); stored.advance()) {
-    results.acquire(stored.tile());
-    store(a, stored, place());
-    results.advance();
   }
 }
 
@@ -356,34 +182,10 @@ __device__ __forceinline__ void store_result(Acc& acc, std::uint32_t scale_shift
   }
 }
 
-// Consumers that take turns multiply one after the other, so that each knows, when its turn comes,
-// that all stages before its own have been filled: it could not tell their phases apart otherwise.
-// The first to go is the pipeline's producer.
-template <typename Turns>
-__device__ __forceinline__ void take_turn(int consumer, int tile, const Turns& turns) {
-  if (consumer == 0) {
-    turns.acquire(tile);
-  } else {
-    turns.wait(tile);
-  }
-}
-
-template <typename Turns>
-__device__ __forceinline__ void pass_turn(int consumer, Turns& turns) {
-  if (threadIdx.x % kWarpgroup == 0) {
-    if (consumer == 0) {
-      turns.commit();
-    } else {
-      turns.release();
-    }
-  }
-  turns.advance();
-}
-
 // The role of a warpgroup: multiplies and finishes its positions of every tile, or every other
 // tile.
 template <typename T, typename Tile, bool kProjection>
-__device__ __forceinline__ void consume(const Arguments& a, int consumer) {
+__device__ __forceinline__ void consume(const PersistentArguments& a, int consumer) {
   using Shared = Shared<Tile>;
   typename Shared::Operands operands(a.spin_limit);
   typename Shared::ScaleShifts scale_shifts(a.spin_limit);
@@ -430,20 +232,9 @@ __device__ __forceinline__ void consume(const Arguments& a, int consumer) {
   }
 }
 
-// All threads of the block, or of the cluster, have come.
-template <int kCluster>
-__device__ __forceinline__ void meet() {
-  if constexpr (kCluster == 1) {
-    __syncthreads();
-  } else {
-    ptx::cluster_arrive();
-    ptx::cluster_wait();
-  }
-}
-
 template <typename T, typename Tile, bool kProjection>
 __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
-    conv_bn_sm90_kernel(const __grid_constant__ Arguments a) {
+    conv_bn_sm90_kernel(const __grid_constant__ PersistentArguments a) {
   using Shared = Shared<Tile>;
   ptx::registers_at_launch<Tile::kNumLaunchRegisters>();
   if (threadIdx.x == 0) {
@@ -461,11 +252,11 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
     ptx::decrease_registers<Tile::kNumProducerRegisters>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (warp == 0 && lane == 0) {
-      load_operands<Tile, kProjection>(a);
+      load_operands<Tile, typename Shared::Operands, kProjection>(a);
     } else if (warp == 1) {
       load_scale_shifts<Tile, kProjection>(a);
     } else if (warp == 2 && lane == 0) {
-      move_results<Tile>(a);
+      move_results<Tile, typename Shared::Results, Shared::kResults>(a);
     }
   } else {
     ptx::increase_registers<Tile::kNumConsumerRegisters>();
@@ -473,17 +264,6 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
   }
   // The other block copies into this one's shared memory, and releases its stages.
   if constexpr (Tile::kCluster > 1) meet<Tile::kCluster>();
-}
-
-// Tiles of a cluster's blocks together.
-template <typename Tile>
-std::int64_t tiles(const ConvBn& a) {
-  return ceil_div(positions(a), Tile::kCluster * Tile::kM) * ceil_div(a.out_channels, Tile::kN);
-}
-
-template <typename Tile>
-int clusters(int num_sms) {
-  return std::max(1, num_sms / Tile::kCluster) * Tile::kBlocks;
 }
 
 // Calls function(Tile()) of the type that `tile` names; false if it names none.
@@ -544,61 +324,17 @@ std::int64_t cycles(const ConvBn& a, int num_sms) {
   return of_sm * products + ceil_div(of_sm, Tile::kBlocks) * epilogue;
 }
 
-// A residual whose pixels lie apart is gathered by im2col mode too, under a window of one pixel.
-template <typename Tile>
-cudaError_t encode_residual(CUtensorMap* to, const ConvBn& a) {
-  const Residual& residual = a.residual;
-  const auto size = [](std::int64_t value) { return static_cast<std::uint64_t>(value); };
-  if (residual.in_line()) {
-    return encode_tiles(to, a.dtype, residual.data, {size(residual.channels), size(positions(a))},
-                        {Tile::kM}, {size(residual.pixel)});
-  }
-  return encode_pixels(
-      to, a.dtype, residual.data,
-      {size(residual.channels), size(residual.width), size(residual.height), size(a.batch)},
-      {{0, 0}, {0, 0}, {1, 1}}, Tile::kM,
-      {size(residual.pixel), size(residual.line), size(residual.image)});
-}
-
-bool can_read(const Residual& residual) {
-  if (residual.channels == 0) return true;
-  if (!residual.in_chunks(8) || residual.pixel < residual.channels) return false;
-  if (residual.in_line()) return true;
-  return residual.line >= residual.pixel && residual.line % residual.pixel == 0 &&
-         residual.image >= residual.line && residual.image % residual.line == 0 &&
-         2 * residual.image < std::int64_t{1} << 40;
-}
-
 template <typename T, typename Tile, bool kProjection>
-cudaError_t make_plan(const ConvBn& a, int num_sms, LaunchPlan<Arguments>* plan) {
-  Arguments& to = plan->arguments;
-  to.out_height = a.out_height;
-  to.out_width = a.out_width;
-  to.out_channels = a.out_channels;
-  to.tiles = static_cast<unsigned>(tiles<Tile>(a));
-  to.tiles_across = static_cast<unsigned>(ceil_div(a.out_channels, Tile::kN));
-  to.has_residual = a.residual.channels > 0;
-  to.residual_in_line = a.residual.in_line();
-  to.relu = a.relu;
-  to.spin_limit = spin_limit;
-  cudaError_t status = encode(&to.conv, a, a.conv, Tile::kM, Tile::kWeightRows);
-  if (kProjection && status == cudaSuccess) {
-    status = encode(&to.projection, a, a.projection, Tile::kM, Tile::kWeightRows);
-  }
-  if (to.has_residual && status == cudaSuccess) status = encode_residual<Tile>(&to.residual, a);
-  if (status == cudaSuccess) {
-    const auto size = {static_cast<std::uint64_t>(a.out_channels),
-                       static_cast<std::uint64_t>(positions(a))};
-    status = encode_tiles(&to.out, a.dtype, a.out, size, {Tile::kM});
-  }
+cudaError_t make_plan(const ConvBn& a, int num_sms, LaunchPlan<PersistentArguments>* plan) {
+  const cudaError_t status = encode_arguments<Tile>(&plan->arguments, a);
   plan->kernel = &conv_bn_sm90_kernel<T, Tile, kProjection>;
-  plan->shape = {dim3(std::min<unsigned>(to.tiles, clusters<Tile>(num_sms)) * Tile::kCluster),
-                 dim3(kThreads), Shared<Tile>::kBytes, dim3(Tile::kCluster), true};
+  plan->shape = persistent_shape<Tile>(plan->arguments.tiles, num_sms, Shared<Tile>::kBytes);
   return status;
 }
 
 template <typename T>
-cudaError_t make_plan(const ConvBn& a, ConvTile tile, int num_sms, LaunchPlan<Arguments>* plan) {
+cudaError_t make_plan(const ConvBn& a, ConvTile tile, int num_sms,
+                      LaunchPlan<PersistentArguments>* plan) {
   cudaError_t status = cudaErrorInvalidValue;
   with_tile(tile, [&](auto t) {
     using Tile = decltype(t);
@@ -612,7 +348,7 @@ cudaError_t make_plan(const ConvBn& a, ConvTile tile, int num_sms, LaunchPlan<Ar
 
 bool conv_bn_sm90_can_implement(const ConvBn& a, ConvTile tile) {
   return (tile == ConvTile::kAuto || can_take(a, tile)) && a.dtype != DType::kFloat32 &&
-         a.groups == 1 && a.out_channels % 8 == 0 && aligned(a.out) && can_read(a.residual) &&
+         a.groups == 1 && a.out_channels % 8 == 0 && aligned(a.out) && can_read(a.residual, 2) &&
          tiles<Tile128x64>(a) + positions(a) + 2 * kMaxM <= kMaxGridX && can_read(a.conv) &&
          (a.projection.x == nullptr || can_read(a.projection));
 }
@@ -636,7 +372,7 @@ cudaError_t conv_bn_sm90(const ConvBn& a, ConvTile tile, int num_sms, cudaStream
   if (!conv_bn_sm90_can_implement(a, tile)) return cudaErrorInvalidValue;
   if (tile == ConvTile::kAuto) tile = conv_bn_sm90_choose(a, num_sms);
   if (is_split(tile)) return conv_bn_sm90_split(a, tile, stream);
-  LaunchPlan<Arguments> plan;
+  LaunchPlan<PersistentArguments> plan;
   const cudaError_t status = a.dtype == DType::kFloat16
                                  ? make_plan<__half>(a, tile, num_sms, &plan)
                                  : make_plan<__nv_bfloat16>(a, tile, num_sms, &plan);

@@ -42,6 +42,9 @@ struct Pixel {
   }
 };
 
+// Which operands of a step lie by columns.
+enum class Columns : int { kNone, kWeight, kBoth };
+
 // A warpgroup's part of the tile, kRows / 2 products below one another, in the layout of wgmma's D.
 template <int kM, int kN, typename Value = float>
 class Accumulators {
@@ -61,31 +64,46 @@ class Accumulators {
   __device__ __forceinline__ Value (&product(int p)) [kN / 2] { return d_[p]; }
 
   // The sum of `steps` steps, at least one, of the `part`-th kM positions; kGoesOn: added to what
-  // the accumulators hold. A stage holds a step's Tile::kM rows of x and kN of the weight, and is
-  // released once it has been multiplied, in all kBlocks blocks that it was copied to. `asked` is
-  // called when the last step's products are under way.
-  template <typename T, typename Tile, int kBlocks, bool kGoesOn = false, typename Operands,
-            typename Asked>
+  // the accumulators hold. A stage holds a step's Tile::kM rows of x and kN of the weight; where
+  // one lies by columns, 64 rows of depth for every 64 of them. It is released once it has been
+  // multiplied, in all kBlocks blocks that it was copied to. `asked` is called when the last step's
+  // products are under way.
+  template <typename T, typename Tile, int kBlocks, bool kGoesOn = false,
+            Columns kColumnsOf = Columns::kNone, typename Operands, typename Asked>
   __device__ __forceinline__
       void multiply(int steps, int part, int tile, Operands& operands, Asked asked) {
     constexpr unsigned kUnit = ptx::kDescriptorUnit;
     constexpr unsigned kStageUnits = (Tile::kM + kN) * kRowBytes / kUnit;
-    const std::uint64_t first_x = ptx::matrix_descriptor(part * kM * kRowBytes);
-    const unsigned to_weight = (Tile::kM - part * kM) * (kRowBytes / kUnit);
+    constexpr std::uint32_t kPanelBytes = kMapChannels * kRowBytes;
+    constexpr bool kTransposedX = kColumnsOf == Columns::kBoth;
+    constexpr bool kTransposedWeight = kColumnsOf != Columns::kNone;
+    const std::uint32_t x_at = part * kM * kRowBytes, weight_at = Tile::kM * kRowBytes;
+    const std::uint64_t first_x =
+        kTransposedX ? ptx::transposed_descriptor(x_at, kPanelBytes) : ptx::matrix_descriptor(x_at);
+    const std::uint64_t first_weight = kTransposedWeight
+                                           ? ptx::transposed_descriptor(weight_at, kPanelBytes)
+                                           : first_x + (weight_at - x_at) / kUnit;
     int last = 0;
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       const unsigned stage = operands.stage() * kStageUnits;
-      const std::uint64_t x = first_x + stage, weight = x + to_weight;
+      const std::uint64_t x = first_x + stage, weight = first_weight + stage;
       operands.wait(tile);
       ptx::wgmma_fence(d_);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {  // 16 channels, 32 bytes
-        const unsigned depth = k * (32 / kUnit);
+        constexpr unsigned kRow = 32 / kUnit, kColumn = 16 * kRowBytes / kUnit;
+        const unsigned x_depth = k * (kTransposedX ? kColumn : kRow);
+        const unsigned weight_depth = k * (kTransposedWeight ? kColumn : kRow);
 #pragma unroll
         for (int p = 0; p < kProducts; ++p) {
-          ptx::wgmma<T>(d_[p], x + depth + p * (kProductM * kRowBytes / kUnit), weight + depth,
-                        kGoesOn || step > 0 || k > 0);
+          const std::uint64_t rows = x + x_depth + p * (kProductM * kRowBytes / kUnit);
+          const bool goes_on = kGoesOn || step > 0 || k > 0;
+          if constexpr (kTransposedWeight) {
+            ptx::wgmma<T, kTransposedX, true>(d_[p], rows, weight + weight_depth, goes_on);
+          } else {
+            ptx::wgmma<T>(d_[p], rows, weight + weight_depth, goes_on);
+          }
         }
       }
       ptx::wgmma_commit();
@@ -118,9 +136,10 @@ class Accumulators {
   Value d_[kProducts][kN / 2];
 };
 
+template <int kStepChannels = kMapChannels>
 __device__ __forceinline__ int steps_of(const Product& product) {
   return product.kernel_h * product.kernel_w *
-         ((product.channels + kMapChannels - 1) / kMapChannels);
+         ((product.channels + kStepChannels - 1) / kStepChannels);
 }
 
 inline std::int64_t positions(const ConvBn& a) { return a.batch * a.out_height * a.out_width; }
@@ -147,8 +166,8 @@ inline bool can_read(const ConvolutionBn& conv) {
          encodable(pixel_box(conv)) && 2 * std::max(window, image) < std::int64_t{1} << 40;
 }
 
-// Maps for a step of `m` positions, and of `n` output channels.
-inline cudaError_t encode(Product* to, const ConvBn& a, const ConvolutionBn& conv, int m, int n) {
+// A map of x for a step of `m` positions, and the window.
+inline cudaError_t encode_x(Product* to, const ConvBn& a, const ConvolutionBn& conv, int m) {
   to->channels = conv.channels;
   to->kernel_h = conv.kernel_h;
   to->kernel_w = conv.kernel_w;
@@ -161,13 +180,19 @@ inline cudaError_t encode(Product* to, const ConvBn& a, const ConvolutionBn& con
   to->matrix = is_matrix(conv);
   to->bn = conv.bn;
   const auto size = [](std::int64_t value) { return static_cast<std::uint64_t>(value); };
-  const cudaError_t status =
-      to->matrix
-          ? encode_tiles(&to->x, a.dtype, conv.x, {size(conv.channels), size(positions(a))},
-                         {static_cast<std::uint32_t>(m)})
-          : encode_pixels(&to->x, a.dtype, conv.x,
-                          {size(conv.channels), size(conv.width), size(conv.height), size(a.batch)},
-                          pixel_box(conv), static_cast<std::uint32_t>(m));
+  return to->matrix
+             ? encode_tiles(&to->x, a.dtype, conv.x, {size(conv.channels), size(positions(a))},
+                            {static_cast<std::uint32_t>(m)})
+             : encode_pixels(
+                   &to->x, a.dtype, conv.x,
+                   {size(conv.channels), size(conv.width), size(conv.height), size(a.batch)},
+                   pixel_box(conv), static_cast<std::uint32_t>(m));
+}
+
+// Maps for a step of `m` positions, and of `n` output channels.
+inline cudaError_t encode(Product* to, const ConvBn& a, const ConvolutionBn& conv, int m, int n) {
+  const auto size = [](std::int64_t value) { return static_cast<std::uint64_t>(value); };
+  const cudaError_t status = encode_x(to, a, conv, m);
   if (status != cudaSuccess) return status;
   return encode_tiles(&to->weight, a.dtype, conv.weight,
                       {size(conv.channels), size(std::int64_t{conv.kernel_h} * conv.kernel_w),
@@ -176,8 +201,9 @@ inline cudaError_t encode(Product* to, const ConvBn& a, const ConvolutionBn& con
 }
 
 // Steps of the K loop.
-inline std::int64_t steps_of(const ConvolutionBn& conv) {
-  return conv.kernel_h * conv.kernel_w * ceil_div(conv.channels, kMapChannels);
+template <int kStepChannels = kMapChannels>
+std::int64_t steps_of(const ConvolutionBn& conv) {
+  return conv.kernel_h * conv.kernel_w * ceil_div(conv.channels, kStepChannels);
 }
 
 }  // namespace resnet_fused

@@ -261,7 +261,10 @@ __device__ __forceinline__ void wgmma_fence(D& d) {
 // the same of row 16 w + g + 8. T = __half or __nv_bfloat16.
 // clang-format off
 // One instruction string for every N: RF_Dt lists values 1 to 10 t - 1 of d, RF_Pk then 10 t to
-// 10 t + k - 1, in which RF_S writes a value's number and RF_O binds it to its register.
+// 10 t + k - 1, in which RF_S writes a value's number and RF_O binds it to its register. `type` is
+// that of the operands and which of them are transposed.
+#define RF_TYPE(type, transposed) type
+#define RF_TRANSPOSED(type, transposed) transposed
 #define RF_S(i) ", %" #i
 #define RF_O(i) , "+f"(d[i])
 #define RF_P0(F, t)
@@ -290,8 +293,9 @@ __device__ __forceinline__ void wgmma_fence(D& d) {
         "{\n"                                                                         \
         ".reg .pred p;\n"                                                             \
         "setp.ne.b32 p, %" #last ", 0;\n"                                             \
-        "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {%0" D(RF_S) \
-        P(RF_S, t) "}, %" #count ", %" #next ", p, 1, 1, 0, 0;\n"                      \
+        "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." RF_TYPE type "."            \
+        RF_TYPE type " {%0" D(RF_S) P(RF_S, t) "}, %" #count ", %" #next               \
+        ", p, 1, 1, " RF_TRANSPOSED type ";\n"                                        \
         "}\n"                                                                         \
         : "+f"(d[0]) D(RF_O) P(RF_O, t)                                               \
         : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                         \
@@ -348,15 +352,27 @@ __device__ __forceinline__ void wgmma_fence(D& d) {
   RF_WGMMA_S8(type, 256, 128, 129, 130, RF_D12, RF_P8, 12)
 // clang-format on
 
-template <typename T, int kValues>
+// A transposed operand lies by columns: of a (16, 64), of b (16, N), as transposed_descriptor says.
+template <typename T, bool kTransposedA = false, bool kTransposedB = false, int kValues>
 __device__ __forceinline__ void wgmma(float (&d)[kValues], std::uint64_t a, std::uint64_t b,
                                       bool accumulate) {
   static_assert(kValues % 4 == 0 && kValues >= 4 && kValues <= 128);
+  static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
+  static_assert(kTransposedB || !kTransposedA);
   if constexpr (std::is_same_v<T, __half>) {
-    RF_WGMMA_OF("f16")
+    if constexpr (kTransposedA) {
+      RF_WGMMA_OF(("f16", "1, 1"))
+    } else if constexpr (kTransposedB) {
+      RF_WGMMA_OF(("f16", "0, 1"))
+    } else {
+      RF_WGMMA_OF(("f16", "0, 0"))
+    }
+  } else if constexpr (kTransposedA) {
+    RF_WGMMA_OF(("bf16", "1, 1"))
+  } else if constexpr (kTransposedB) {
+    RF_WGMMA_OF(("bf16", "0, 1"))
   } else {
-    static_assert(std::is_same_v<T, __nv_bfloat16>);
-    RF_WGMMA_OF("bf16")
+    RF_WGMMA_OF(("bf16", "0, 0"))
   }
 }
 
@@ -445,6 +461,15 @@ __device__ __forceinline__ std::uint64_t matrix_descriptor(std::uint32_t offset,
   constexpr std::uint64_t kLeading = 1;                     // unused with a swizzle
   return kSwizzle << 62 | std::uint64_t{base_offset} << 49 | kEightRows << 32 | kLeading << 16 |
          shared_address(offset) >> 4;
+}
+
+// The same of a transposed operand of 16-bit elements ("Leading/Stride Dimension Byte Offset" of
+// MN-major): a row of 128 bytes holds 64 elements of one depth, permuted as above, the next one
+// those of the next depth; the next 64 elements lie `panels_apart` bytes behind. `offset` names the
+// row of the first depth.
+__device__ __forceinline__ std::uint64_t transposed_descriptor(std::uint32_t offset,
+                                                               std::uint32_t panels_apart) {
+  return matrix_descriptor(offset) + (std::uint64_t{panels_apart >> 4} - 1 << 16);
 }
 
 // The same without a swizzle: 8 rows of one 16-byte chunk lie one behind the other, the next 8 rows

@@ -27,7 +27,11 @@ enum class PipelineId : std::uint32_t {
   kBottleneckLines,
   kInt8Operands,
   kInt8Vectors,
-  kInt8Result
+  kInt8Result,
+  kTrainingOperands,
+  kTrainingResult,
+  kTrainingTurns,
+  kWgradOperands
 };
 
 // What a thread waited for when it gave up.
@@ -52,6 +56,8 @@ inline std::string to_string(const StuckBarrier& stuck) {
       {"bottleneck_sm90", "pixels"},      {"bottleneck_sm90", "shortcut"},
       {"bottleneck_sm90", "lines"},       {"conv_int8_sm90", "operands"},
       {"conv_int8_sm90", "vectors"},      {"conv_int8_sm90", "result"},
+      {"conv_training_sm90", "operands"}, {"conv_training_sm90", "result"},
+      {"conv_training_sm90", "turns"},    {"wgrad_sm90", "operands"},
   };
   if (stuck.barrier == 0) return "";
   const auto& [kernel, pipeline] = kPipelineNames[(stuck.barrier - 1) / 2];

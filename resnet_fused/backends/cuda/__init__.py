@@ -6,7 +6,8 @@ chunks on tensor cores (float16 and bfloat16, one group, channels that are multi
 cuDNN for the others (small groups, float32 with or without TF32). The stem's three channels have
 another kernel, with the pooling; a whole bottleneck of few inner channels has one as well. The head
 is our average pool, then our product (preferred for few images) or cuBLAS's. Quantised int8
-convolutions have a kernel for sm_90a; what it leaves out, other backends compute.
+convolutions have a kernel for sm_90a; what it leaves out, other backends compute. Training's
+convolutions have one beside Triton's.
 
 torch's fused `cudnn_convolution_relu` and `cudnn_convolution_add_relu` are no candidates: they add
 a bias and cannot scale, so that batch norm would have to be folded into rounded weights.
@@ -27,8 +28,9 @@ from ... import _extension
 from ...errors import BackendUnavailableError
 from ...parameters import BatchNorm, ConvBn, Convolution, MaxPool
 from ...reference.ops import pad_channels
-from .. import Backend, Candidate, Candidates
+from .. import Backend, Candidate, Candidates, unavailable
 from ..reference import ReferenceBackend
+from ..training import TrainingKernels
 from .launch import Launcher
 
 # For the heuristic: more images are work for tensor cores, which head.cu does without.
@@ -51,7 +53,6 @@ class CudaBackend(ReferenceBackend):
     """Implements `resnet_fused.backends.Backend`."""
 
     name = "cuda"
-    training = None
 
     def __init__(self, extension: ModuleType, tile: Any = None) -> None:
         """`tile`: the ConvTile that every convolution takes; by default each has its own."""
@@ -62,6 +63,47 @@ class CudaBackend(ReferenceBackend):
 
     def _make_launcher(self, extension: ModuleType) -> Launcher:
         return Launcher(extension)
+
+    @functools.cached_property
+    def training(self) -> TrainingKernels | None:  # type: ignore[override]  # read-only
+        """Where the build and the GPU have our convolutions, and Triton the passes between them."""
+        architectures = self.extension.build_info()["cuda_architectures"].split()
+        if "90a" not in architectures or torch.cuda.get_device_capability() != (9, 0):
+            return None
+        if unavailable("triton"):
+            return None
+        from .training import CudaTraining
+
+        return CudaTraining(self.training_convolutions)
+
+    def training_convolutions(self, piece: str, arguments: tuple[Any, ...]) -> list[Candidate]:
+        """Our kernels for a piece of training, in each tile that computes it, the expected fastest
+        first. Pieces and arguments are those of `resnet_fused.backends.training.TrainingKernels`.
+        """
+        launcher, tensor = self._launcher, arguments[0]
+        conv = next(argument for argument in arguments if isinstance(argument, Convolution))
+        if tensor.dtype not in (torch.float16, torch.bfloat16) or conv.groups > 1:
+            return []
+        tiles: list[str] = []
+        run: Callable[..., Any] = getattr(launcher, piece)
+        if piece == "conv_stats":
+            tiles = launcher.conv_stats_tiles(tensor, conv)
+        elif piece == "wgrad" and conv.weight.dtype in (torch.float32, tensor.dtype):
+            tiles = launcher.wgrad_tiles(*arguments)
+        elif piece == "dgrad":
+            below, add, add_stride = arguments[3:]
+            if add_stride is None and (below is None or add is None):
+                tiles = launcher.dgrad_tiles(*arguments[:5])
+        return [
+            Candidate(f"cuda {tile}", functools.partial(run, tile), f"cuda training {tile}")
+            for tile in tiles
+        ]
+
+    @property
+    def training_tiles(self) -> list[str]:
+        """The tiles of training's convolutions, as candidates and families name them."""
+        extension = self.extension
+        return [*extension.TrainingTile.__members__, *extension.WgradTile.__members__]
 
     @property
     def tiles(self) -> list[str]:

@@ -14,11 +14,22 @@ import torch
 from torch import Tensor, channels_last
 
 from ..._extension import optional_tensor_arg, tensor_arg
-from ...parameters import BatchNorm, ConvBn, Convolution, MaxPool
+from ...parameters import Activation, BatchNorm, ConvBn, Convolution, MaxPool
 from .. import tf32_in_convolutions
-from ..arguments import BatchNormArg, batch_norm_arg, empty_nhwc, nhwc, residual_arg
+from ..arguments import (
+    BatchNormArg,
+    batch_norm_arg,
+    dense_convolution,
+    empty_nhwc,
+    nhwc,
+    residual_arg,
+)
 from ..live_cache import LiveCache
 from ..recording import copied
+
+_PART_ROWS = 128  # csrc/kernels/cuda/conv_training_sm90.h
+_LANES = 8  # elements of 16 bytes
+_WIDEST_ROW = 64  # elements of a window's line, a step of the kernels
 
 
 class _PackedInt8(NamedTuple):
@@ -111,6 +122,132 @@ class Launcher:
         conv, bn = layer
         weight = tensor_arg(_relaid(conv.weight))
         return tensor_arg(nhwc(x)), weight, conv[1:4], self._vectors(bn)
+
+    def conv_stats(
+        self, tile: str, x: Tensor, conv: Convolution, statistics: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `resnet_fused.backends.training.TrainingKernels.conv_stats`."""
+        out, moments, call = self._conv_stats_call(x, conv, statistics)
+        self.run(
+            self.extension.cuda_conv_stats, out, *call, getattr(self.extension.TrainingTile, tile)
+        )
+        return out, moments
+
+    def conv_stats_tiles(self, x: Tensor, conv: Convolution) -> list[str]:
+        """Names of the tiles by which `conv_stats` computes these arguments."""
+        out, _, call = self._conv_stats_call(x, conv, False)
+        found = self.extension.cuda_conv_stats_tiles(tensor_arg(out), *call, self.place(x.device))
+        return [tile.name for tile in found]
+
+    def _conv_stats_call(
+        self, x: Tensor, conv: Convolution, statistics: bool
+    ) -> tuple[Tensor, Tensor | None, tuple[Any, ...]]:
+        """Both results to be, and the kernel's other arguments."""
+        x, conv = nhwc(x), dense_convolution(conv, x.dtype)
+        if has_few_channels(conv):
+            x, conv = self._window_rows(x, conv)
+        out = empty_nhwc(x, len(conv.weight), *conv.output_size(*x.shape[2:]))
+        moments = _parts(out, 3) if statistics else None
+        described = (tensor_arg(x), tensor_arg(conv.weight), _window(conv))
+        return out, moments, (*described, optional_tensor_arg(moments))
+
+    def dgrad(
+        self,
+        tile: str,
+        g: Tensor,
+        conv: Convolution,
+        shape: torch.Size,
+        below: Activation | None,
+        add: Tensor | None,
+        add_stride: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `resnet_fused.backends.training.TrainingKernels.dgrad`; there is no add_stride."""
+        out, sums, call = self._dgrad_call(g, conv, shape, below, add)
+        self.run(self.extension.cuda_dgrad, out, *call, getattr(self.extension.TrainingTile, tile))
+        return out, sums
+
+    def dgrad_tiles(
+        self,
+        g: Tensor,
+        conv: Convolution,
+        shape: torch.Size,
+        below: Activation | None,
+        add: Tensor | None,
+    ) -> list[str]:
+        """Names of the tiles by which `dgrad` computes these arguments."""
+        out, _, call = self._dgrad_call(g, conv, shape, below, add)
+        found = self.extension.cuda_dgrad_tiles(tensor_arg(out), *call, self.place(g.device))
+        return [tile.name for tile in found]
+
+    def _dgrad_call(
+        self,
+        g: Tensor,
+        conv: Convolution,
+        shape: torch.Size,
+        below: Activation | None,
+        add: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, tuple[Any, ...]]:
+        """Both results to be, and the kernel's other arguments."""
+        g, conv = nhwc(g), dense_convolution(conv, g.dtype)
+        out = empty_nhwc(g, *shape[1:])
+        sums = None if below is None else _parts(out, 2)
+        pre_bn, scale_shift = (None, None) if below is None else below
+        call = (
+            tensor_arg(g),
+            tensor_arg(conv.weight),
+            _window(conv),
+            None if pre_bn is None else tensor_arg(nhwc(pre_bn)),
+            optional_tensor_arg(scale_shift),
+            optional_tensor_arg(sums),
+            None if add is None else tensor_arg(nhwc(add)),
+        )
+        return out, sums, call
+
+    def wgrad(self, tile: str, g: Tensor, x: Tensor, conv: Convolution) -> Tensor:
+        """See `resnet_fused.backends.training.TrainingKernels.wgrad`."""
+        if has_few_channels(conv):
+            x, of_rows = self._window_rows(x, conv)
+            return _from_rows(self.wgrad(tile, g, x, of_rows), conv)
+        out, call = self._wgrad_call(g, x, conv)
+        named = getattr(self.extension.WgradTile, tile)
+        place = self.place(x.device)
+        count = self.extension.cuda_wgrad_parts(tensor_arg(out), *call, named, place)
+        parts = x.new_empty((count, out.numel()), dtype=torch.float32)
+        return self.run(self.extension.cuda_wgrad, out, *call, tensor_arg(parts), named)
+
+    def wgrad_tiles(self, g: Tensor, x: Tensor, conv: Convolution) -> list[str]:
+        """Names of the tiles by which `wgrad` computes these arguments."""
+        if has_few_channels(conv):
+            x, conv = self._window_rows(x, conv)
+        out, call = self._wgrad_call(g, x, conv)
+        found = self.extension.cuda_wgrad_tiles(tensor_arg(out), *call, self.place(x.device))
+        return [tile.name for tile in found]
+
+    def _wgrad_call(
+        self, g: Tensor, x: Tensor, conv: Convolution
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """The result to be, and the kernel's other arguments but for its workspace."""
+        out = torch.empty_like(conv.weight, device=x.device, memory_format=channels_last)
+        return out, (tensor_arg(nhwc(g)), tensor_arg(nhwc(x)), _window(conv))
+
+    def _window_rows(self, x: Tensor, conv: Convolution) -> tuple[Tensor, Convolution]:
+        """A convolution of few channels as one of the window's lines: (R, 1) of S · C channels."""
+        x, (filters, channels, height, width) = nhwc(x), conv.weight.shape
+        row = -(-width * channels // _LANES) * _LANES
+        _, out_width = conv.output_size(*x.shape[2:])
+        rows = self.run(
+            self.extension.cuda_window_rows,
+            empty_nhwc(x, row, x.shape[2], out_width),
+            tensor_arg(x),
+            *(width, conv.stride[1], conv.padding[1]),
+        )
+        weight = conv.weight.new_zeros((filters, height, 1, row))
+        lines = conv.weight.permute(0, 2, 3, 1).reshape(filters, height, 1, width * channels)
+        weight[..., : width * channels] = lines
+        stride, padding, dilation = (pair[0] for pair in conv[1:4])
+        return rows, Convolution(
+            weight.permute(0, 3, 1, 2), (stride, 1), (padding, 0), (dilation, 1), 1
+        )
 
     def quantized_conv(self, tile: str, *arguments: Any) -> Tensor:
         out, call = self._quantized_conv_call(*arguments)
@@ -216,6 +353,35 @@ class Launcher:
         weight, bias = (None if v is None else dense(v) for v in (bn.weight, bn.bias))
         contiguous = BatchNorm(dense(bn.mean), dense(bn.var), weight, bias, bn.eps)
         return batch_norm_arg(contiguous, self.dtypes)
+
+
+def has_few_channels(conv: Convolution) -> bool:
+    """Whether the window's lines are to be convolved, as channels are no whole 16 bytes."""
+    channels, _, width = conv.weight.shape[1:]
+    return (
+        channels % _LANES > 0
+        and channels * width <= _WIDEST_ROW
+        and conv.groups * conv.dilation[1] == 1
+    )
+
+
+def _from_rows(grad: Tensor, conv: Convolution) -> Tensor:
+    """The gradient of the weight from that of `Launcher._window_rows`."""
+    filters, channels, height, width = conv.weight.shape
+    lines = grad.permute(0, 2, 3, 1)[..., : width * channels]
+    return nhwc(lines.reshape(filters, height, width, channels).permute(0, 3, 1, 2))
+
+
+def _window(conv: Convolution) -> tuple[tuple[int, ...], ...]:
+    """Stride, padding and dilation, as bindings take them."""
+    return tuple(tuple(pair) for pair in conv[1:4])
+
+
+def _parts(result: Tensor, rows: int) -> Tensor:
+    """Statistics or sums of a result, for each channel, of every so many positions."""
+    positions = result.numel() // result.shape[1]
+    shape = (-(-positions // _PART_ROWS), rows, result.shape[1])
+    return result.new_empty(shape, dtype=torch.float32)
 
 
 def _relaid(weight: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from triton.compiler import CompiledKernel
 from ..._extension import optional_tensor_arg
 from ...parameters import BatchNorm, ConvBn, Convolution
 from .. import Candidate, recording, tf32_in_convolutions
+from ..arguments import dense_convolution
 
 # Row indices run past the result by at most a tile, which must not overflow 32 bits either.
 _NARROW_ELEMENTS = 2**31 - 2**16
@@ -246,13 +247,6 @@ def dense(bn: BatchNorm) -> BatchNorm:
         None if bias is None else bias.contiguous(),
         eps,
     )
-
-
-def dense_convolution(conv: Convolution, dtype: torch.dtype) -> Convolution:
-    """`conv` with a channels_last weight of that dtype."""
-    weight, stride, padding, dilation, groups = conv
-    weight = recording.weights.get().get(id(weight), weight)
-    return Convolution(nhwc(weight.to(dtype)), stride, padding, dilation, groups)
 
 
 def dense_layer(layer: ConvBn) -> ConvBn:

@@ -50,25 +50,6 @@ _PLAIN = {
 }
 
 
-def _choose(
-    piece: str,
-    arguments: tuple[Any, ...],
-    run: Callable[..., Any],
-    configs: Callable[[], Sequence[Config]],
-) -> Callable[..., Any]:
-    """What is to compute the piece: `run` in one of the configurations, or the reference."""
-    plain = _PLAIN[piece]
-
-    def listed() -> Candidates:
-        found = candidates(run, configs(), "triton training")
-        found = [c._replace(launch=_Piece(c.launch, plain.merge)) for c in found]
-        return [*found, Candidate("pytorch", plain)]
-
-    chosen = autotune.choose(piece, arguments, listed, plain).launch
-    assert isinstance(chosen, _Piece)  # all that are listed
-    return chosen.run
-
-
 class TritonReplays:
     """Implements `resnet_fused.backends.training.Replays`."""
 
@@ -97,7 +78,8 @@ class TritonReplays:
     def replay(self, program: Any, device: torch.device, tensors: list[int]) -> None:
         arena = torch.empty(program.arena_bytes, dtype=torch.uint8, device=device)
         with torch.cuda.device(device.index if device.type == "cuda" else -1):
-            program.run(tensors, arena.data_ptr())
+            stream = torch.cuda.current_stream().cuda_stream if device.type == "cuda" else 0
+            program.run(tensors, arena.data_ptr(), stream)
 
 
 def _replays() -> TritonReplays | None:
@@ -112,6 +94,35 @@ class TritonTraining:
 
     def __init__(self) -> None:
         self.replays: Replays | None = _replays()
+
+    # Tells the choices of a subclass, which lists more, from those made here.
+    among: Hashable = None
+
+    def more(self, piece: str, arguments: tuple[Any, ...]) -> list[Candidate]:
+        """What computes a piece beside the kernels here, the expected fastest first."""
+        return []
+
+    def _choose(
+        self,
+        piece: str,
+        arguments: tuple[Any, ...],
+        run: Callable[..., Any],
+        configs: Callable[[], Sequence[Config]],
+    ) -> Callable[..., Any]:
+        """What is to compute the piece: `run` in one of the configurations, or the reference."""
+        plain = _PLAIN[piece]
+
+        def listed() -> Candidates:
+            found = [
+                *self.more(piece, arguments),
+                *candidates(run, configs(), "triton training"),
+            ]
+            found = [c._replace(launch=_Piece(c.launch, plain.merge)) for c in found]
+            return [*found, Candidate("pytorch", plain)]
+
+        chosen = autotune.choose(piece, arguments, listed, plain, self.among).launch
+        assert isinstance(chosen, _Piece)  # all that are listed
+        return chosen.run
 
     saves_all = staticmethod(_reference.saves_all)
     is_profitable = staticmethod(_reference.is_profitable)
@@ -128,7 +139,7 @@ class TritonTraining:
     def conv_stats(
         self, x: Tensor, conv: Convolution, statistics: bool
     ) -> tuple[Tensor, Tensor | None]:
-        run = _choose(
+        run = self._choose(
             "conv_stats",
             (x, conv, True),  # in any case: backward repeats the forward's bits without statistics
             conv_stats,
@@ -147,13 +158,13 @@ class TritonTraining:
         add_stride: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         arguments = (g, conv, shape, below, add, add_stride)
-        run = _choose(
+        run = self._choose(
             "dgrad", arguments, dgrad, lambda: dgrad_configs(g, conv, shape, below is not None)
         )
         found: tuple[Tensor, Tensor | None] = run(*arguments)
         return found
 
     def wgrad(self, g: Tensor, x: Tensor, conv: Convolution) -> Tensor:
-        run = _choose("wgrad", (g, x, conv), wgrad, lambda: wgrad_configs(g, conv))
+        run = self._choose("wgrad", (g, x, conv), wgrad, lambda: wgrad_configs(g, conv))
         found: Tensor = run(g, x, conv)
         return found

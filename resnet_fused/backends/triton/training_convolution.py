@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...parameters import Convolution
+from ..arguments import dense_convolution
 from .convolution import Gemm, configurations
 from .launching import (
     Config,
@@ -27,7 +28,6 @@ from .launching import (
     Tile,
     Window,
     convolution_precision,
-    dense_convolution,
     empty_nhwc,
     is_wide,
     nhwc,

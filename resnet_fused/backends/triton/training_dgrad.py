@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...parameters import Activation, Convolution
+from ..arguments import dense_convolution
 from .convolution import Gemm, configurations
 from .launching import (
     Config,
@@ -30,7 +31,6 @@ from .launching import (
     Tile,
     Window,
     convolution_precision,
-    dense_convolution,
     empty_nhwc,
     is_wide,
     nhwc,

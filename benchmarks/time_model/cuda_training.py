@@ -1,0 +1,249 @@
+"""Training's convolutions on Hopper: tiles and ranges that their host code takes, and their loops.
+
+What csrc/kernels/cuda/conv_training_sm90.cu and wgrad_sm90.cu decide from sizes is said again here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .cuda_backend import STEP_BYTES, Call
+from .rates import Gpu
+from .work import Work
+
+_PANEL = 64  # channels
+
+
+class Tile(NamedTuple):
+    """Of conv_training_sm90.cu: positions, channels, stages, blocks of a cluster; tiles of single
+    blocks are taken in turns by their warpgroups."""
+
+    m: int
+    n: int
+    stages: int
+    cluster: int = 1
+
+    def tiles(self, rows: int, channels: int) -> int:
+        """Of all blocks."""
+        return (
+            math.ceil(rows / (self.cluster * self.m)) * self.cluster * math.ceil(channels / self.n)
+        )
+
+    def asked_bytes(self, inner: int = _PANEL) -> int:
+        """Of L2, for a step; what is beyond the inner channels, if those are few, is asked of
+        nobody."""
+        return (self.m + self.n // self.cluster) * 2 * min(inner, _PANEL)
+
+    def cycles(self, rows: int, channels: int, steps: int, sms: int) -> int:
+        """By which the host code chooses."""
+        step = max(self.m * self.n * 64 // 2048, self.asked_bytes() // 64)
+        end, of_sm = self.m * self.n // 8, math.ceil(self.tiles(rows, channels) / sms)
+        if self.cluster == 1:
+            return of_sm * max(steps * step, (steps * step + end) // 2) + end
+        return of_sm * (steps * step + end)
+
+
+TILES = {
+    "m128n64": Tile(128, 64, 6),
+    "m128n128": Tile(128, 128, 4),
+    "m256n128_cluster": Tile(256, 128, 3, 2),
+}
+
+
+def tiles_in_order(rows: int, channels: int, steps: int, sms: int) -> list[str]:
+    """The tiles, the one that the heuristic takes first."""
+    return sorted(TILES, key=lambda name: TILES[name].cycles(rows, channels, steps, sms))
+
+
+class Wgrad(NamedTuple):
+    """What wgrad_sm90.cu is told of a weight's gradient."""
+
+    positions: int
+    channels: int
+    filters: int
+    window: tuple[int, int]
+    sms: int
+
+    @classmethod
+    def of(cls, out: Any, grad: Any, sms: int) -> Wgrad:
+        """From the descriptions that the binding takes."""
+        filters, channels, *window = out[2]
+        batch, _, *image = grad[2]
+        return cls(batch * math.prod(image), channels, filters, tuple(window), sms)
+
+    @property
+    def panels(self) -> int:
+        return math.prod(self.window) * math.ceil(self.channels / _PANEL)
+
+    @property
+    def steps(self) -> int:
+        return math.ceil(self.positions / 64)
+
+    def tiles(self, width: int) -> int:
+        """Of `width` output channels."""
+        return math.ceil(self.panels / 4) * math.ceil(self.filters / width)
+
+    def plan(self, width: int) -> tuple[int, int]:
+        """Cycles, and the number of ranges of positions with which they are the fewest."""
+        elements = self.filters * self.channels * math.prod(self.window)
+        step = max(256 * width * 64 // 2048, (256 + width) * STEP_BYTES // 48)
+        plans = []
+        for count in range(1, min(64, self.steps) + 1):
+            of_part = math.ceil(self.steps / count)
+            if math.ceil(self.steps / of_part) == count:
+                waves = math.ceil(self.tiles(width) * count / self.sms)
+                moved = 8 * elements * count // (14 * self.sms)
+                plans.append((waves * (of_part * step + 1500) + moved, count))
+        return min(plans)
+
+
+WIDTHS = {"m256n64": 64, "m256n128": 128}
+
+
+def wgrads_in_order(of: Wgrad) -> list[str]:
+    """The tiles, the one that the heuristic takes first."""
+    return sorted(WIDTHS, key=lambda name: of.plan(WIDTHS[name])[0])
+
+
+def _bytes(*tensors: Any) -> int:
+    """Of tensors, or of their descriptions."""
+    found = [t if isinstance(t, Tensor) else t[-1] for t in tensors if t is not None]
+    return sum(t.numel() * t.element_size() for t in found)
+
+
+def _window(x: Any, weight: Any, window: Sequence[Any], filters: int) -> tuple[str, float]:
+    """For people, and the share of x that the windows touch."""
+    (_, channels, *image), (*_, r, s), (stride, *_) = x[2], weight[2], window
+    of_stride = f"/{stride[0]}" if stride[0] > 1 else ""
+    shape = f"{r}×{s}{of_stride} {channels}→{filters} at {image[0]}×{image[1]}"
+    return shape, min(1.0, r * s / math.prod(stride))
+
+
+def _convolution(
+    name: str, shape: str, rows: int, channels: int, inner: int, taps: int, ending: int, moved: int
+) -> tuple[Work, str]:
+    tile = TILES[name]
+    steps = taps * math.ceil(inner / _PANEL)
+    tiles = tile.tiles(rows, channels)
+    ping_pong = tile.cluster == 1
+    work = Work(
+        layer="",
+        kernel="conv_training_sm90_kernel",
+        config=f"{tile.m}×{tile.n}×64, {tile.stages} stages"
+        + (", ping-pong" if ping_pong else ", cluster"),
+        shape=shape,
+        tiles=tiles,
+        # Warpgroups that take turns are two blocks on an SM, as far as a tile's time goes.
+        warps=4 if ping_pong else 8,
+        blocks_per_sm=2 if ping_pong else 1,
+        trips=(1, steps),
+        dram_bytes=moved,
+        l2_bytes=tiles * steps * tile.asked_bytes(inner) + moved,
+        multiply_adds=rows * channels * inner * taps,
+        persistent=True,
+        bulk_bytes=(tile.m + tile.n) * STEP_BYTES,
+    )
+    sizes = rf"ILi{tile.m}ELi{tile.n}ELi{tile.stages}E"
+    return work, rf"conv_training_sm90_kernelIT\w*Tile{sizes}\w*EndingE{ending}E"
+
+
+def conv_stats(call: Call, gpu: Gpu) -> tuple[Work, str]:
+    """Forward, with statistics unless they are of no use."""
+    x, weight, window, moments, tile = call.arguments
+    batch, filters, *image = call.out.shape
+    shape, share = _window(x, weight, window, filters)
+    moved = int(_bytes(x) * share) + _bytes(weight, moments, call.out)
+    rows, (_, inner, *kernel) = batch * math.prod(image), weight[2]
+    return _convolution(tile, shape, rows, filters, inner, math.prod(kernel), 0, moved)
+
+
+def dgrad(call: Call, gpu: Gpu) -> tuple[Work, str]:
+    """The gradient of a convolution's input."""
+    grad, weight, window, below, scale_shift, sums, add, tile = call.arguments
+    batch, channels, *image = call.out.shape
+    described = (0, 0, tuple(call.out.shape))
+    filters, _, *kernel = weight[2]
+    shape, _ = _window(described, weight, window, filters)
+    shape += ", masks" * (below is not None) + ", adds" * (add is not None)
+    moved = _bytes(grad, weight, below, scale_shift, sums, add, call.out)
+    rows, ending = batch * math.prod(image), 1 if below is not None else 2
+    return _convolution(tile, shape, rows, channels, filters, math.prod(kernel), ending, moved)
+
+
+def wgrad(call: Call, gpu: Gpu) -> tuple[Work, str]:
+    """The sums of all ranges of positions; `sum_parts` has the rest."""
+    grad, x, window, parts, tile = call.arguments
+    described = (0, 0, tuple(call.out.shape))
+    of, width = Wgrad.of(described, grad, gpu.sms), WIDTHS[tile]
+    shape, share = _window(x, described, window, of.filters)
+    count = parts[2][0]
+    steps = math.ceil(of.steps / count)
+    blocks = of.tiles(width) * count
+    # What is there of panels of x and of grad, of a step of all blocks of a range.
+    asked = of.panels * math.ceil(of.filters / width) * 2 * min(of.channels, _PANEL)
+    asked += math.ceil(of.panels / 4) * 2 * of.filters
+    copying = (1, 4) if width == _PANEL else (1, 4, width // _PANEL)
+    moved = int(_bytes(x) * share) + _bytes(grad, parts)
+    work = Work(
+        layer="",
+        kernel="wgrad_sm90_kernel",
+        config=f"256×{width}×64×{count}",
+        shape=shape,
+        tiles=blocks,
+        warps=8,
+        blocks_per_sm=1,
+        # The products; one thread of another warp copies.
+        trips=(steps, *(steps * trips / 8 for trips in copying)),
+        beside=tuple(range(1, 1 + len(copying))),
+        dram_bytes=moved,
+        l2_bytes=asked * of.steps * _PANEL + _bytes(parts),
+        multiply_adds=of.positions * of.filters * of.channels * math.prod(of.window),
+        bulk_bytes=(256 + width) * STEP_BYTES,
+        shared_bytes=(5 if width == _PANEL else 4) * (256 + width) * STEP_BYTES,
+    )
+    return work, rf"wgrad_sm90_kernelIT\w*TileILi{width}E"
+
+
+def sum_parts(call: Call, gpu: Gpu) -> tuple[Work, str]:
+    """What adds the ranges of `wgrad`, as a launch of its own."""
+    parts = call.arguments[3]
+    count, elements = parts[2]
+    unrolled, rest = divmod(count - 1, 4)
+    moved = _bytes(parts, call.out)
+    work = Work(
+        layer="",
+        kernel="sum_parts_kernel",
+        config="1024",
+        shape=f"{count} parts of {elements}",
+        tiles=math.ceil(elements / 1024),
+        warps=8,
+        blocks_per_sm=0,
+        trips=(unrolled, rest),
+        dram_bytes=moved,
+        l2_bytes=moved,
+        multiply_adds=0,
+    )
+    return work, "sum_parts_kernelIfE" if call.out.element_size() == 4 else "sum_parts_kernelIT"
+
+
+def window_rows(call: Call, gpu: Gpu) -> tuple[Work, str]:
+    """The lines of a window of few channels, side by side."""
+    (x, *_), row = call.arguments, call.out.shape[1]
+    moved = _bytes(x, call.out)
+    return Work(
+        layer="",
+        kernel="window_rows_kernel",
+        config="256",
+        shape=f"{x[2][1]}→{row} at {x[2][2]}×{x[2][3]}",
+        tiles=math.ceil(call.out.numel() / 8 / 256),
+        warps=8,
+        blocks_per_sm=0,
+        trips=(),
+        dram_bytes=moved,
+        l2_bytes=moved,
+        multiply_adds=0,
+    ), "window_rows_kernel"

@@ -1,0 +1,46 @@
+// Convolutions of a training step on sm_90a: forward with the statistics of the result, and the
+// gradient of the input. For conv_training_sm90.cu's meaning of their arguments see
+// resnet_fused/backends/training.py.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels/cuda/conv.h"
+
+namespace resnet_fused {
+
+// Positions x channels of a block's tile.
+enum class TrainingTile : int { k128x64 = 0, k128x128 = 1, k256x128Cluster = 2 };
+
+// Rows of a result that one part of its statistics or sums is about.
+constexpr int kPartRows = 128;
+
+struct ConvStats {
+  ConvBn op;       // without batch norm, residual, projection and ReLU
+  float* moments;  // (parts, 3, out_channels), or null
+};
+
+// Without dilated or strided windows. `op` is the convolution whose x has the gradient `out`.
+struct Dgrad {
+  void* out;                    // (batch, height, width, channels) of `dtype`, op.conv's sizes
+  const void* grad;             // (batch, out_height, out_width, out_channels), op's sizes
+  ConvBn op;                    // of which x and out are null
+  const void* below = nullptr;  // pre-BN output, laid out like `out`
+  const float* below_scale_shift = nullptr;  // (6, channels)
+  float* sums = nullptr;                     // (parts, 2, channels), with `below`
+  const void* add = nullptr;                 // laid out like `out`, without `below`
+};
+
+// Appends the tiles that can compute `arguments` on `device`, the expected fastest first; none
+// where there is no kernel for them.
+cudaError_t training_tiles(const ConvStats& arguments, int device,
+                           std::vector<TrainingTile>* tiles);
+cudaError_t training_tiles(const Dgrad& arguments, int device, std::vector<TrainingTile>* tiles);
+
+// As conv_bn.
+cudaError_t conv_stats(const ConvStats& arguments, TrainingTile tile, int device,
+                       cudaStream_t stream);
+cudaError_t dgrad(const Dgrad& arguments, TrainingTile tile, int device, cudaStream_t stream);
+
+}  // namespace resnet_fused

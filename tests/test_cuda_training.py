@@ -1,0 +1,431 @@
+"""Training's convolutions on Hopper, simulated: results, statistics, sums, synchronisation."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from machine_code import cuobjdump
+from torch import Tensor
+
+from resnet_fused._extension import tensor_arg
+from resnet_fused.backends import autotune
+from resnet_fused.backends.autotune.verify import Check
+from resnet_fused.backends.cuda_sim import SimulatedBackend
+from resnet_fused.numerics import assert_contract
+from resnet_fused.parameters import MEAN, SCALE, Activation, Convolution
+from resnet_fused.reference.training import ReferenceTraining
+from resnet_fused.testing.cases import generator
+
+TILES = ("m128n64", "m128n128", "m256n128_cluster")
+WGRAD_TILES = ("m256n64", "m256n128")
+ENDINGS = 3  # statistics, mask, add
+PLAIN = ReferenceTraining()
+NHWC = torch.channels_last
+
+
+class Case(NamedTuple):
+    """A convolution of x (batch, channels, height, width)."""
+
+    batch: int
+    channels: int
+    height: int
+    width: int
+    filters: int
+    kernel: int = 1
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+
+
+# Of the simulated GPU's few SMs every block has several tiles, in which rings of stages wrap; tails
+# of positions and of channels, less than a tile and less than a panel.
+CASES = {
+    "1x1": Case(6, 72, 23, 19, 200),
+    "1x1 strided": Case(5, 64, 30, 30, 64, 1, 2),
+    "3x3": Case(20, 40, 9, 9, 136, 3, 1, 1),
+    "3x3 strided": Case(4, 136, 21, 17, 72, 3, 2, 1),
+    "3x3 dilated": Case(2, 24, 23, 19, 136, 3, 1, 2, 2),
+    "a corner": Case(1, 8, 3, 3, 8, 3, 1, 1),
+    "a stem": Case(3, 3, 21, 26, 72, 7, 2, 3),
+    "few channels": Case(2, 5, 9, 11, 24, 3, 1, 1),
+}
+WITHOUT_STRIDES = [name for name in CASES if name in ("1x1", "3x3", "a corner")]
+
+
+@pytest.fixture
+def backend(simulator: ModuleType) -> SimulatedBackend:
+    return SimulatedBackend(simulator, capability=90)
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float16], ids=str)
+def half(request: pytest.FixtureRequest) -> torch.dtype:
+    dtype: torch.dtype = request.param
+    return dtype
+
+
+def values(
+    shape: tuple[int, ...], dtype: torch.dtype, rng: torch.Generator, integers: bool
+) -> Tensor:
+    found = torch.randn(shape, generator=rng)
+    found = found.round().clamp(-3, 3) if integers else found
+    return found.to(dtype).contiguous(memory_format=NHWC)
+
+
+def convolution(case: Case, dtype: torch.dtype, integers: bool) -> tuple[Tensor, Convolution]:
+    rng = generator()
+    x = values((case.batch, case.channels, case.height, case.width), dtype, rng, integers)
+    shape = (case.filters, case.channels, case.kernel, case.kernel)
+    window = [(v, v) for v in (case.stride, case.padding, case.dilation)]
+    return x, Convolution(values(shape, dtype, rng, integers), *window, 1)
+
+
+def wide(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double()
+    if isinstance(value, Convolution):
+        return value._replace(weight=value.weight.double())
+    return None if value is None else Activation(*(v.double() for v in value))
+
+
+def scale_shift(channels: int, rng: torch.Generator, integers: bool) -> Tensor:
+    found = torch.ones(6, channels)
+    if not integers:
+        found += torch.randn(found.shape, generator=rng)
+    found[SCALE, ::3] *= -1
+    return found
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("name", CASES)
+def test_forward_is_exact_on_integers_and_its_moments_are_those_of_the_result(
+    simulator, backend, half, name, tile
+):
+    x, conv = convolution(CASES[name], half, integers=True)
+    out, moments = backend._launcher.conv_stats(tile, x, conv, True)
+    counts = simulator.take_statistics()
+    expected, _ = PLAIN.conv_stats(wide(x), wide(conv), False)
+    assert torch.equal(out, expected.to(half))
+    assert counts["bank_conflicts"] == counts["shared_conflicts"] == 0
+    assert_moments(moments, out)
+    again, nothing = backend._launcher.conv_stats(tile, x, conv, False)
+    assert torch.equal(again, out)
+    assert nothing is None
+
+
+def assert_moments(moments: Tensor, out: Tensor) -> None:
+    """Of each 128 positions: mean, squared deviations and count, to a few units of float32."""
+    rows = out.permute(0, 2, 3, 1).flatten(0, 2).double()
+    assert len(moments) == -(-len(rows) // 128)
+    for part, found in zip(rows.split(128), moments.double(), strict=True):
+        mean = part.mean(0)
+        squares = (part - mean).square().sum(0)
+        assert torch.equal(found[2], torch.full_like(mean, len(part)))
+        size = part.abs().amax(0) + squares.div(len(part)).sqrt() + 1e-30
+        assert ((found[0] - mean).abs() <= 4e-7 * size).all()
+        assert ((found[1] - squares).abs() <= 4e-6 * squares + 1e-12 * size.square()).all()
+
+
+def test_moments_keep_the_digits_of_a_small_deviation_from_a_large_mean(backend):
+    """Mean 100, deviation 0.1, of which float16 keeps a few steps; also in the last, short part."""
+    rng = generator()
+    x = torch.full((3, 64, 10, 11), 100.0) + 0.1 * torch.randn((3, 64, 10, 11), generator=rng)
+    x = x.half().contiguous(memory_format=NHWC)
+    eye = torch.eye(64).reshape(64, 64, 1, 1).half().contiguous(memory_format=NHWC)
+    conv = Convolution(eye, (1, 1), (0, 0), (1, 1), 1)
+    for tile in TILES:
+        out, moments = backend._launcher.conv_stats(tile, x, conv, True)
+        assert torch.equal(out, x)
+        assert_moments(moments, out)
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("name", WITHOUT_STRIDES)
+@pytest.mark.parametrize("ending", ["", "masks", "adds"])
+def test_dgrad_is_exact_on_integers(simulator, backend, half, name, tile, ending):
+    x, conv = convolution(CASES[name], half, integers=True)
+    rng = generator(1)
+    g = values((len(x), len(conv.weight), *x.shape[2:]), half, rng, True)
+    below = add = None
+    if ending == "masks":
+        pre_bn = values(tuple(x.shape), half, rng, True)
+        below = Activation(pre_bn, scale_shift(x.shape[1], rng, True))
+    if ending == "adds":
+        add = values(tuple(x.shape), half, rng, True)
+    out, sums = backend._launcher.dgrad(tile, g, conv, x.shape, below, add)
+    counts = simulator.take_statistics()
+    expected, _ = PLAIN.dgrad(wide(g), wide(conv), x.shape, wide(below), wide(add))
+    assert torch.equal(out, expected.to(half))
+    assert counts["bank_conflicts"] == counts["shared_conflicts"] == 0
+    if below is None:
+        assert sums is None
+        return
+    deviation = below.pre_bn.double() - below.scale_shift[MEAN, :, None, None].double()
+    parts = [
+        value.permute(0, 2, 3, 1).flatten(0, 2).split(128)
+        for value in (out.double(), out.double() * deviation)
+    ]
+    exact = torch.stack([torch.stack([p.sum(0) for p in of]) for of in parts], 1)
+    assert torch.equal(sums.double(), exact)
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_dgrad_keeps_the_contract(backend, half, tile):
+    x, conv = convolution(CASES["3x3"], half, integers=False)
+    rng = generator(2)
+    g = values((len(x), len(conv.weight), *x.shape[2:]), half, rng, False)
+    below = Activation(
+        values(tuple(x.shape), half, rng, False), scale_shift(x.shape[1], rng, False)
+    )
+    ours, sums = backend._launcher.dgrad(tile, g, conv, x.shape, below, None)
+    eager = PLAIN.dgrad(g, conv, x.shape, below, None)
+    truth = PLAIN.dgrad(wide(g), wide(conv), x.shape, wide(below), None)
+    # Both round the same float32 sums once: by chance one or the other is nearer.
+    assert_contract(ours, eager[0], truth[0], noise=1.01)
+    assert_contract(PLAIN.merge_sums(sums), PLAIN.merge_sums(eager[1]), truth[1], noise=1.01)
+
+
+@pytest.mark.parametrize("tile", WGRAD_TILES)
+@pytest.mark.parametrize("name", CASES)
+def test_wgrad_is_exact_on_integers(simulator, backend, half, name, tile):
+    x, conv = convolution(CASES[name], half, integers=True)
+    size = conv.output_size(*x.shape[2:])
+    g = values((len(x), len(conv.weight), *size), half, generator(1), True)
+    for dtype in (torch.float32, half):
+        typed = conv._replace(weight=conv.weight.to(dtype))
+        out = backend._launcher.wgrad(tile, g, x, typed)
+        counts = simulator.take_statistics()
+        expected = PLAIN.wgrad(wide(g), wide(x), wide(conv))
+        assert out.dtype == dtype
+        assert torch.equal(out, expected.to(dtype))
+        assert out.is_contiguous(memory_format=NHWC)
+        assert counts["bank_conflicts"] == counts["shared_conflicts"] == 0
+
+
+def test_wgrad_adds_ranges_of_positions_and_has_one_where_that_is_less(simulator, backend):
+    x, conv = convolution(CASES["1x1"], torch.bfloat16, integers=True)
+    g = values((len(x), len(conv.weight), *x.shape[2:]), torch.bfloat16, generator(1), True)
+
+    def parts(tile: str, g: Tensor, x: Tensor) -> int:
+        launcher = backend._launcher
+        out, call = launcher._wgrad_call(g, x, conv)
+        named = getattr(simulator.WgradTile, tile)
+        place = launcher.place(x.device)
+        found: int = simulator.cuda_wgrad_parts(tensor_arg(out), *call, named, place)
+        return found
+
+    assert parts("m256n128", g, x) > 1
+    assert parts("m256n128", g[:1, :, :2, :2], x[:1, :, :2, :2]) == 1
+
+
+@pytest.mark.parametrize("tile", WGRAD_TILES)
+def test_wgrad_keeps_the_contract(backend, half, tile):
+    x, conv = convolution(CASES["3x3 strided"], half, integers=False)
+    conv = conv._replace(weight=conv.weight.float())
+    g = values(
+        (len(x), len(conv.weight), *conv.output_size(*x.shape[2:])), half, generator(3), False
+    )
+    ours = backend._launcher.wgrad(tile, g, x, conv)
+    truth = PLAIN.wgrad(wide(g), wide(x), wide(conv))
+    assert_contract(ours, PLAIN.wgrad(g, x, conv), truth)
+
+
+def test_what_there_is_no_kernel_for_is_left_to_others(backend):
+    x, conv = convolution(CASES["3x3 strided"], torch.bfloat16, integers=True)
+    g, _ = PLAIN.conv_stats(x, conv, False)
+    below = Activation(x, scale_shift(x.shape[1], generator(), True))
+    listed = backend.training_convolutions
+
+    def names(piece: str, *arguments: Any) -> set[str]:
+        return {candidate.name for candidate in listed(piece, arguments)}
+
+    ours, wgrads = ({f"cuda {tile}" for tile in of} for of in (TILES, WGRAD_TILES))
+    assert names("conv_stats", x, conv, True) == ours
+    assert names("wgrad", g, x, conv) == wgrads
+    assert names("dgrad", g, conv, x.shape, below, None, None) == set()  # strided
+    same = conv._replace(stride=(1, 1))
+    assert names("dgrad", x[:, :72], same, x.shape, below, None, None) == ours
+    assert names("dgrad", x[:, :72], same, x.shape, None, x, None) == ours
+    assert names("dgrad", x[:, :72], same, x.shape, below, x, None) == set()
+    assert names("dgrad", x[:, :72], same, x.shape, None, x, 2) == set()
+    odd = conv._replace(weight=conv.weight[:70])
+    assert names("conv_stats", x, odd, True) == set()
+    assert (
+        names(
+            "dgrad",
+            x[:, :72],
+            same._replace(weight=same.weight[:, :3]),
+            (4, 3, 21, 17),
+            None,
+            None,
+            None,
+        )
+        == set()
+    )
+    assert names("conv_stats", x.float(), wide(conv), True) == set()
+    older = SimulatedBackend(backend.extension, capability=80).training_convolutions
+    assert older("conv_stats", (x, conv, True)) == []
+    assert older("wgrad", (g, x, conv)) == []
+
+
+@pytest.mark.parametrize("name", ["3x3", "a stem"])
+def test_our_candidates_pass_the_check_of_the_choice(backend, monkeypatch, name):
+    """And come first, beside Triton's; a candidate that errs does not pass."""
+    pytest.importorskip("triton")
+    from resnet_fused.backends.cuda.training import CudaTraining
+
+    faults: dict[str, str | None] = {}
+
+    def choose(piece: str, arguments: Any, listed: Any, reference: Any, among: Any) -> Any:
+        assert among == "cuda"
+        check = Check(reference, arguments, per_image=False)
+        found = listed()
+        ours = [c for c in found if c.name.startswith("cuda ")]
+        assert found[: len(ours)] == ours
+        assert any(c.name.startswith("triton ") for c in found)
+        for candidate in ours:
+            faults[f"{piece} {candidate.name}"] = check.fault(candidate.launch)
+
+        def errs(*arguments: Any) -> Any:
+            out = ours[0].launch(*arguments)
+            (out[0] if isinstance(out, tuple) else out).mul_(1.05)
+            return out
+
+        assert check.fault(errs) is not None
+        return ours[0]
+
+    monkeypatch.setattr(autotune, "choose", choose)
+    x, conv = convolution(CASES[name], torch.bfloat16, integers=False)
+    kernels = CudaTraining(backend.training_convolutions)
+    g, _ = kernels.conv_stats(x, conv, True)
+    kernels.wgrad(g, x, conv._replace(weight=conv.weight.float()))
+    if name == "3x3":
+        below = Activation(x, scale_shift(x.shape[1], generator(), False))
+        kernels.dgrad(g, conv, x.shape, below, None)
+    assert set(faults.values()) == {None}
+    assert len(faults) == (3 + 2 if name == "a stem" else 3 + 2 + 3)
+
+
+def test_the_simulated_backend_trains_with_them(backend):
+    """Forward and backward of a piece each, as the training ops would choose them."""
+    x, conv = convolution(CASES["3x3"], torch.bfloat16, integers=True)
+    training = backend.training
+    assert training is not None
+    with autotune.tuner.watch() as decisions:
+        out, _ = training.conv_stats(x, conv, True)
+        training.dgrad(out, conv, x.shape, None, None)
+        training.wgrad(out, x, conv)
+    assert all(decision.candidate.name.startswith("cuda m") for decision in decisions)
+    assert len(decisions) == 3
+
+
+# Blocks of the four simulated SMs take several tiles, of two steps or more, of both consumers, so
+# that every ring wraps.
+Runner = Callable[[], "list[Tensor | None]"]
+
+
+def runner(backend: SimulatedBackend, piece: str, tile: str) -> Runner:
+    x, conv = convolution(Case(1, 72, 12, 128, 72), torch.bfloat16, integers=True)
+    below = Activation(x, scale_shift(x.shape[1], generator(), True))
+    g = x.flip(0).contiguous(memory_format=NHWC)
+    launcher = backend._launcher
+    runs: dict[str, Runner] = {
+        "statistics": lambda: list(launcher.conv_stats(tile, x, conv, True)),
+        "masks": lambda: list(launcher.dgrad(tile, g, conv, x.shape, below, None)),
+        "adds": lambda: list(launcher.dgrad(tile, g, conv, x.shape, None, x)),
+        "wgrad": lambda: [launcher.wgrad(tile, g, x, conv)],
+    }
+    return runs[piece]
+
+
+RUNS = [
+    *((ending, tile) for ending in ("statistics", "masks", "adds") for tile in TILES),
+    *(("wgrad", tile) for tile in WGRAD_TILES),
+]
+
+
+@pytest.mark.parametrize(("piece", "tile"), RUNS)
+def test_every_wait_and_fence_is_needed(simulator, backend, piece, tile):
+    """Each that is left out gives a fault or another result, but for those that wait for what is
+    there anyway, which would change nothing."""
+    run = runner(backend, piece, tile)
+    expected = run()
+    counts = simulator.take_statistics()
+
+    def needless(mistake: str, numbers: Iterable[int]) -> int:
+        found = 0
+        for number in numbers:
+            simulator.plant({mistake: number})
+            with contextlib.suppress(simulator.Fault):
+                found += same(run(), expected)
+        simulator.plant()
+        return found
+
+    waits, barriers, stores = (
+        counts[name] for name in ("mbarrier_waits", "named_barriers", "store_waits")
+    )
+    # A consumer's first result has a place from the start, unless something is copied there.
+    free = piece == "statistics" and tile != "m128n64"
+    assert waits > 4
+    assert needless("skipped_mbarrier_wait", range(waits)) == free
+    # The one before the first tile's sums, which are the first ones there.
+    assert needless("skipped_named_barrier", range(barriers)) == (piece == "statistics")
+    assert needless("skipped_proxy_fence", range(counts["proxy_fences"])) == 0
+    # Of the last two stores one behind the other the second one's wait is enough.
+    assert needless("skipped_store_wait", range(stores)) == (stores > 2)
+    assert needless("skipped_cluster_barrier", range(counts["cluster_barriers"])) == 0
+    assert needless("skipped_register_release", [0]) == 0
+    # The wait behind a tile's last product; those before it matter where a stage is filled again.
+    steps = counts["product_waits"] - 1 if piece == "wgrad" else 2
+    last = range(steps, counts["product_waits"], steps + 1)
+    assert len(last) >= 1 + (piece != "wgrad")
+    assert needless("skipped_product_wait", last) == 0
+
+
+def same(found: list[Tensor | None], expected: list[Tensor | None]) -> bool:
+    return all(
+        a is b or (a is not None and b is not None and torch.equal(a, b))
+        for a, b in zip(found, expected, strict=True)
+    )
+
+
+def test_what_overwrites_a_stage_too_early_is_found(simulator, backend):
+    """A wait for products before their stage is released, in the depth of a wgrad."""
+    run = runner(backend, "wgrad", "m256n128")
+    run()
+    waits = simulator.take_statistics()["product_waits"]
+    faults = 0
+    for number in range(waits):
+        simulator.plant({"skipped_product_wait": number})
+        try:
+            run()
+        except simulator.Fault:
+            faults += 1
+    assert faults > 1
+
+
+@pytest.mark.parametrize(("piece", "tile"), RUNS)
+def test_results_are_the_same_in_every_order(simulator, backend, piece, tile):
+    run = runner(backend, piece, tile)
+    expected = run()
+    for seed in range(1, 5):
+        simulator.set_schedule(seed)
+        assert same(run(), expected)
+
+
+def test_training_kernels_of_sm90_spill_nothing_and_use_their_instructions(
+    extension, architectures
+):
+    if "90a" not in architectures:
+        pytest.skip("built without sm_90a")
+    usage = cuobjdump(extension, "--dump-resource-usage", "-arch=sm_90a")
+    found = re.findall(
+        r"(conv_training|wgrad)_sm90_kernel\w*:\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage
+    )
+    assert len(found) == 2 * (ENDINGS * len(TILES) + len(WGRAD_TILES))
+    assert {tuple(numbers) for _, *numbers in found} == {("168", "0", "0")}
