@@ -23,8 +23,8 @@ enum class PipelineId : std::uint32_t {
   kConvSplitOperands,
   kStemPixels,
   kBottleneckPixels,
-  kBottleneckShortcut,
   kBottleneckLines,
+  kBottleneckOperand,
   kInt8Operands,
   kInt8Vectors,
   kInt8Result
@@ -49,8 +49,8 @@ inline std::string to_string(const StuckBarrier& stuck) {
       {"conv_bn_sm90", "operands"},       {"conv_bn_sm90", "scale and shift"},
       {"conv_bn_sm90", "result"},         {"conv_bn_sm90", "turns"},
       {"conv_bn_sm90_split", "operands"}, {"stem_sm90", "pixels"},
-      {"bottleneck_sm90", "pixels"},      {"bottleneck_sm90", "shortcut"},
-      {"bottleneck_sm90", "lines"},       {"conv_int8_sm90", "operands"},
+      {"bottleneck_sm90", "pixels"},      {"bottleneck_sm90", "lines"},
+      {"bottleneck_sm90", "operand"},     {"conv_int8_sm90", "operands"},
       {"conv_int8_sm90", "vectors"},      {"conv_int8_sm90", "result"},
   };
   if (stuck.barrier == 0) return "";
