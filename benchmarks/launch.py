@@ -354,7 +354,7 @@ class Launcher:
 
         def launch(out: Tensor) -> None:
             weights, bn = self._put(weight), self._batch_norm(64)
-            self._extension.cuda_stem(out, self._put(x), weights, bn, device=0, stream=0)
+            self._extension.cuda_stem(out, self._put(x), weights, bn, None, device=0, stream=0)
 
         def expected() -> Array:
             padded = np.pad(

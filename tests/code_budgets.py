@@ -124,7 +124,9 @@ BUDGETS: dict[str, tuple[int, int]] = {
     "linear_kernel 8 1": (193, 269),
     "average_pool_kernel 8": (110, 185),
     "stem_kernel": (56, 1294),
+    "stem_kernel bytes": (56, 1301),
     "stem_sm90_kernel 0": (844, 1293),
+    "stem_sm90_kernel bytes 0": (845, 1512),
     "stem_kernel: stem (16, 16, 64) 8 warps": (371, 1666),
     "conv_bn_projection_kernel: stage 1 projection (128, 128, 64) 8 warps": (80, 2252),
     "conv_bn_kernel: stage 1 3x3 (256, 64, 64) 8 warps": (163, 1589),
@@ -215,7 +217,8 @@ def most_spilled(kernel: dict[str, Any], capability: int, dtype: str) -> int:
 # - a warpgroup of bottleneck_sm90.cu waits for its line's products while the others multiply;
 # - the Triton stems read 3 channels one by one, which its training kernels do too; stem.cu copies
 #   pixels and weights so as well;
-# - stem_sm90.cu waits for the second of two products, under which the first one's line is pooled;
+# - stem_sm90.cu waits for the second of two products, under which the first one's line is pooled,
+#   and 8 pixels of bytes are 24;
 # - the pool and its gradient are unrolled over windows;
 # - conv_sm80.cu adds a residual one by one where rows are no whole chunks, in a loop of its own;
 # - 32 rows are too few for a warpgroup's product; ResNeXt's 4 channels of a group are 8 bytes, and
@@ -229,7 +232,9 @@ KNOWN: dict[str, dict[str, Any]] = {
     "conv_bn_kernel 64×64": {"load_bytes_elsewhere": {"2": 8}},
     "conv_bn_kernel 64×64 projection": {"load_bytes_elsewhere": {"2": 8}},
     "stem_kernel": {"load_bytes_elsewhere": {"2": 6}},
+    "stem_kernel bytes": {"load_bytes_elsewhere": {"1": 3, "2": 3}},
     "stem_sm90_kernel 0": {"products_pending": 0},
+    "stem_sm90_kernel bytes 0": {"load_bytes_elsewhere": {"8": 3}, "products_pending": 0},
     "stem_kernel: stem (16, 16, 64) 8 warps": {"load_bytes": {"2": 38}, "products_pending": 0},
     "head_kernel: head (16, 64, 32) 4 warps": {"load_bytes": {"16": 2}},
     "conv_bn_kernel: stage 1 of ResNeXt 3x3 (256, 32, 32) 8 warps": {"copy_bytes": {"8": 1}},

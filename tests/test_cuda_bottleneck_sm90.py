@@ -148,7 +148,7 @@ def test_heuristic_takes_it_for_stage_1(simulator, half):
     arguments = make_bottleneck(case, generator(), half, make=make_integers)
     out = On(SimulatedBackend(simulator, capability=90)).bottleneck(*arguments)
     assert torch.equal(out.double(), rounded_truth(arguments))
-    # Each of four blocks: nine lines of conv1 at most, so six lines loaded twice; results by panels.
+    # Each of four blocks: nine lines of conv1 at most, so that six are loaded twice; panels stored.
     assert simulator.take_statistics()["bulk_copies"] == 28 + 6 + 4 * 28
 
 

@@ -159,7 +159,7 @@ def test_every_tile_and_family_of_the_cuda_kernels_has_its_check(simulator: Any)
     assert names == {
         *(f"conv_bn {tile}" for tile in simulator.ConvTile.__members__),
         *(f"quantized {tile}" for tile in simulator.Int8Tile.__members__),
-        *("bn_add_relu", "bottleneck", "bottleneck sm90", "stem", "head"),
+        *("bn_add_relu", "bottleneck", "bottleneck sm90", "stem", "image_stem", "head"),
     }
 
 

@@ -152,7 +152,9 @@ def works(
     for call in calls:
         work, symbol = _DESCRIBE[call.kernel](call, gpu)
         letter = {torch.bfloat16: "13__nv_bfloat16", torch.float16: "6__half"}
-        dtype = next((t.dtype for t in call.read if t.dim() == 4), call.out.dtype)
+        dtype = next(
+            (t.dtype for t in call.read if t.dim() == 4 and t.dtype in letter), call.out.dtype
+        )
         work = compiled(work, symbol.replace("T", letter[dtype], 1), extension)
         blocks = work.blocks_per_sm or resident_blocks(
             gpu.limits, work.registers, work.shared_bytes, work.warps
@@ -324,7 +326,8 @@ def _stem(call: Call, gpu: Gpu) -> tuple[Work, str]:
     units = strips * math.ceil(pooled[0] / lines)
     blocks = min(units, blocks)
     steps = lines + (lines < pooled[0])
-    x = 2 * batch * math.prod(image) * 3
+    images = call.read[0]
+    x, x_type = _bytes(images), "h" if images.dtype == torch.uint8 else "S2_"
     weights = blocks * 2 * 64 * 147
     work = Work(
         layer="",
@@ -350,7 +353,7 @@ def _stem(call: Call, gpu: Gpu) -> tuple[Work, str]:
         persistent=True,
         beside=(4,),
     )
-    return work, r"stem_sm90_kernelITLb0E"
+    return work, rf"stem_sm90_kernelIT{x_type}Lb0E"
 
 
 def _strip_lines(lines: int, pooled: int) -> int:

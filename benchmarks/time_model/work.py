@@ -43,8 +43,9 @@ class Work:
     once. beside: loops that other warps run at the same time, which take resources and are no part
     of a tile's chain. bulk_bytes: that a step's bulk copies write to shared memory, those of other
     blocks included. resident_bytes: that a persistent block copies from L2 before its first tile.
-    meetings: times that the blocks of a cluster wait for each other and read each other's memory. dram_bytes, l2_bytes: of the whole launch; the former once each, the latter as
-    blocks ask. multiply_adds: useful ones, of numbers of operand_bytes.
+    meetings: times that the blocks of a cluster wait for each other and read each other's memory.
+    dram_bytes, l2_bytes: of the whole launch; the former once each, the latter as blocks ask.
+    multiply_adds: useful ones, of numbers of operand_bytes.
     code None: a kernel of PyTorch's or its libraries', of which only bytes and products are known.
     """
 
