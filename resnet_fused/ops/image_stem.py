@@ -9,7 +9,7 @@ from ..backends import Candidate
 from ..parameters import ConvBn, MaxPool, Normalization
 from ..reference import ops as reference
 from .checks import check_batch_norm, pool_shape, window_shape
-from .registry import Op
+from .registry import Op, autocast_dtype
 from .stem import op as stem_op
 
 
@@ -74,7 +74,7 @@ def image_stem(
     arguments = (images, layer, MaxPool() if pool is None else pool, normalization)
     parameters = (layer.conv.weight, layer.bn.weight, layer.bn.bias)
     trained = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters)
-    if trained or torch.is_autocast_enabled(images.device.type):
+    if trained or autocast_dtype(images) != images.dtype:
         _output_shape(*arguments)
         x = reference.normalise(images, normalization, layer.conv.weight.dtype)
         return stem_op(x, *arguments[1:3])
