@@ -21,9 +21,9 @@
 // conv1 to conv3.
 //
 // Shared memory, from 0 on: 6 lines of x, of up to 4 panels of 64 channels; 2 lines of conv2's
-// result; with a projection, 2 lines of the block's result and the projection's weights; the ring of
-// conv1's lines, of a column more at both ends; scale and shift of conv3; mbarriers. 222.5 KiB with
-// x as shortcut (5 lines in the ring), 201.7 KiB with a projection (6).
+// result; with a projection, 2 lines of the block's result and the projection's weights; the ring
+// of conv1's lines, of a column more at both ends; scale and shift of conv3; mbarriers. 222.5 KiB
+// with x as shortcut (5 lines in the ring), 201.7 KiB with a projection (6).
 //
 // Of a line with x as shortcut, 256 channels, 261 KiB cross shared memory: 119 that products read,
 // 28 that copies write, 14 from convolution to convolution, 84 of shortcut and result, 16 of scale
