@@ -223,8 +223,7 @@ def most_spilled(kernel: dict[str, Any], capability: int, dtype: str) -> int:
 # - a warpgroup of bottleneck_sm90.cu waits for its line's products while the others multiply;
 # - the Triton stems read 3 channels one by one, which its training kernels do too; stem.cu copies
 #   pixels and weights so as well;
-# - stem_sm90.cu waits for the second of two products, under which the first one's line is pooled,
-#   and 8 pixels of bytes are 24;
+# - stem_sm90.cu waits for the second of two products, under which the first one's line is pooled;
 # - the pool and its gradient are unrolled over windows;
 # - conv_sm80.cu adds a residual one by one where rows are no whole chunks, in a loop of its own;
 # - 32 rows are too few for a warpgroup's product; ResNeXt's 4 channels of a group are 8 bytes, and
@@ -240,7 +239,7 @@ KNOWN: dict[str, dict[str, Any]] = {
     "stem_kernel": {"load_bytes_elsewhere": {"2": 6}},
     "stem_kernel bytes": {"load_bytes_elsewhere": {"1": 3, "2": 3}},
     "stem_sm90_kernel 0": {"products_pending": 0},
-    "stem_sm90_kernel bytes 0": {"load_bytes_elsewhere": {"8": 3}, "products_pending": 0},
+    "stem_sm90_kernel bytes 0": {"products_pending": 0},
     "stem_kernel: stem (16, 16, 64) 8 warps": {"load_bytes": {"2": 38}, "products_pending": 0},
     "head_kernel: head (16, 64, 32) 4 warps": {"load_bytes": {"16": 2}},
     "conv_bn_kernel: stage 1 of ResNeXt 3x3 (256, 32, 32) 8 warps": {"copy_bytes": {"8": 1}},
