@@ -346,7 +346,7 @@ class Launcher:
 
         self._finish((images, size, size, out_channels), launch, expected)
 
-    def stem(self, images: int, pixels: int) -> None:
+    def stem(self, images: int, pixels: int, of_bytes: bool = False) -> None:
         layer = Layer(3, 64, 7, 2)
         x = self._values.activation(images, pixels, pixels, 3)
         weight = self._values.weight(64, 7, 3)
@@ -354,7 +354,9 @@ class Launcher:
 
         def launch(out: Tensor) -> None:
             weights, bn = self._put(weight), self._batch_norm(64)
-            self._extension.cuda_stem(out, self._put(x), weights, bn, device=0, stream=0)
+            read = self._put((x + 8).astype(np.uint8) if of_bytes else x)
+            scale_shift = ([1.0] * 3, [-8.0] * 3) if of_bytes else None
+            self._extension.cuda_stem(out, read, weights, bn, scale_shift, device=0, stream=0)
 
         def expected() -> Array:
             padded = np.pad(
@@ -427,6 +429,7 @@ def small(
                 name = f"{kernel} {inner}/{stride}{' projection' * project}"
                 yield name, partial(run.bottleneck, kernel, images, 15, inner, stride, project)
     yield "stem", partial(run.stem, images, 40)
+    yield "stem bytes", partial(run.stem, images, 40, of_bytes=True)
     yield "head", partial(run.head, min(images, 16), 264, 1000)
     yield "bn_add_relu", partial(run.bn_add_relu, images, 64)
 

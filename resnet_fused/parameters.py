@@ -5,6 +5,7 @@ The fields stand in the order of the op schemas.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -119,6 +120,16 @@ class MaxPool(NamedTuple):
             _windows(height, self.kernel, self.stride, self.padding),
             _windows(width, self.kernel, self.stride, self.padding),
         )
+
+
+class Normalization(NamedTuple):
+    """How an image of bytes becomes numbers: (x / 255 - mean) / std, channel by channel.
+
+    mean, std: as many as there are channels, std positive.
+    """
+
+    mean: Sequence[float]
+    std: Sequence[float]
 
 
 def _windows(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> int:

@@ -52,6 +52,7 @@ _SECONDS_TO_START = 120.0
 _KERNELS: dict[str, dict[str, str | None]] = {
     "bottleneck": {"": "cuda fused", " sm90": "cuda fused sm90"},
     "stem": {"": "cuda fused"},
+    "image_stem": {"": "cuda fused"},
     "head": {"": "cuda linear"},
 }
 
@@ -123,7 +124,11 @@ def checks(backend: str) -> list[Check]:
     for family in FAMILIES:
         if family == TRAINING and implementation.training is None:
             continue
-        listed = {QUANTIZED: "quantized_conv", "squeeze_excite": family}.get(family, "conv_bn")
+        listed = {
+            QUANTIZED: "quantized_conv",
+            "squeeze_excite": family,
+            "image_stem": family,
+        }.get(family, "conv_bn")
         lists_kernels = getattr(type(implementation), listed) is not getattr(
             ReferenceBackend, listed
         )

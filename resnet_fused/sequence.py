@@ -12,10 +12,11 @@ from .ops.block_training import residual_block_training
 from .ops.conv import conv as convolve
 from .ops.conv_bn import conv_bn
 from .ops.group_norm_add_relu import group_norm_add_relu
+from .ops.image_stem import image_stem
 from .ops.stem import stem
 from .ops.stem_training import stem_training
 from .ops.training_choice import run_on, training_backend
-from .parameters import ConvBn, Convolution, GroupNorm, MaxPool
+from .parameters import ConvBn, Convolution, GroupNorm, MaxPool, Normalization
 
 
 class Group(NamedTuple):
@@ -118,6 +119,24 @@ def _infer(
         return None
     layer = ConvBn(convolution, normalisation)
     return conv_bn(x, layer, relu=relu) if window is None else stem(x, layer, window)
+
+
+def stem_of_images(
+    images: Tensor,
+    normalization: Normalization,
+    conv: nn.Module,
+    bn: nn.Module,
+    relu: nn.Module,
+    pool: nn.Module | None,
+) -> Tensor | None:
+    """pool(relu(bn(conv(images, normalised)))) of images of bytes by one op, or None."""
+    if conv.training or pool is None or not fusion.is_relu(relu) or fusion.is_group_norm(bn):
+        return None
+    window, convolution = fusion.max_pool(pool), fusion.convolution(conv)
+    statistics = fusion.normalisation(bn)
+    if window is None or convolution is None or statistics is None:
+        return None
+    return image_stem(images, ConvBn(convolution, statistics), normalization, window)
 
 
 def conv_group_norm(

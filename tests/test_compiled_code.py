@@ -80,10 +80,11 @@ def cuda_variant(symbol: str) -> str | None:
         tile = f"{kernel.positions}×{kernel.channels}" + " cluster" * (kernel.cluster > 1)
         tile += " ping-pong" * kernel.ping_pong + " projection" * kernel.projection
         return f"{base} {tile}" if kernel.vectorised else None
-    sizes = re.search(r"13__nv_bfloat16((?:L[ib]\d+E)*)E", symbol)
+    sizes = re.search(r"13__nv_bfloat16(?:S2_|(h))?((?:L[ib]\d+E)*)E", symbol)
     assert sizes is not None, symbol
-    numbers = re.findall(r"L[ib](\d+)E", sizes[1])
-    return None if numbers[:1] == ["1"] else " ".join([base, *numbers])
+    numbers = re.findall(r"L[ib](\d+)E", sizes[2])
+    read = ["bytes"] * (sizes[1] is not None)
+    return None if numbers[:1] == ["1"] else " ".join([base, *read, *numbers])
 
 
 @pytest.fixture(scope="module")

@@ -55,6 +55,17 @@ def test_ldmatrix_hands_row_elements_to_lanes(simulator):
             assert out[4 * lane + matrix] == memory[row // 4 + lane % 4]
 
 
+@pytest.mark.parametrize(("name", "count"), [("two", 2), ("four", 4)])
+def test_matrices_are_transposed_on_their_way(simulator, name, count):
+    """PTX ISA, ldmatrix and stmatrix, .trans: lane l holds elements l / 4 of rows 2 (l % 4) and the
+    next, matrix after matrix; what is stored so lies as it lay before."""
+    elements = torch.arange(32 * 8, dtype=torch.int16).view(4, 8, 8)
+    out = simulator.run_primitive(f"{name} transposed matrices", words(elements), 64 * count)
+    stored, held = out[: 32 * count], out[32 * count :]
+    assert stored == words(elements[:count])
+    assert held == words(elements[:count].transpose(1, 2).contiguous())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_max_of_pairs_passes_nan_and_shuffles(simulator, dtype):
     values = torch.randn(2, 64, generator=generator()).to(dtype)
@@ -501,6 +512,8 @@ CONFORMANCE_SM90 = {
     "tile": (lambda: [8, signed(-3), 0, 0, *random_words(120)], 8 * 32),
     "pixels": (lambda: [8, 3, 1, 0, 1, 2, 0, 0, *random_words(3 * 6 * 7 * 8)], 40 * 32),
     "store": (lambda: [signed(-8), 2, 0, 0, *random_words(256)], 6 * 12),
+    "two transposed matrices": (lambda: random_words(128), 128),
+    "four transposed matrices": (lambda: random_words(128), 256),
     "wgmma f16 n64": (lambda: wgmma_input("wgmma f16 n64"), 128 * 32),
     "wgmma f16 n128": (lambda: wgmma_input("wgmma f16 n128"), 128 * 64),
     "wgmma bf16 n64": (lambda: wgmma_input("wgmma bf16 n64"), 128 * 32),

@@ -20,6 +20,7 @@ from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import (
     BlockCase,
     ConvCase,
+    as_images,
     generator,
     make_bottleneck,
     make_convolution,
@@ -150,6 +151,8 @@ def _calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         normalised, _ = ops.sync_batch_norm(x, None, None, 1e-5, "")
         (pooled.sum() + block.sum() + normalised.sum()).backward()
         case = ConvCase(2, 6, 6, 6, 8, 3, 1, 1)
+        images, normalization = as_images(torch.ones(2, 6, 6, 6))
+        ops.image_stem(images, make_convolution(case, generator())[1], normalization)
         ops.quantized_conv(*make_quantized_conv(case, generator(), "projection"))
         ops.quantized_stem(*make_quantized_stem(case, generator(), MaxPool()))
         ops.quantized_head(*make_quantized_head(2, 8, 3, 4, generator()))

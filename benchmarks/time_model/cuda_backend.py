@@ -103,8 +103,8 @@ class LineBlock(Block):
 
     @property
     def strips(self) -> int:
-        """Across an image: a strip has up to 62 columns."""
-        return math.ceil(self.image[1] / 62)
+        """Across an image: one has up to 56 columns, of several each has up to 54."""
+        return 1 if self.image[1] <= 56 else math.ceil(self.image[1] / 54)
 
     @property
     def lines(self) -> int:

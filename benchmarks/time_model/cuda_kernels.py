@@ -57,12 +57,14 @@ class BlockKernel(NamedTuple):
     @property
     def shared(self) -> int:
         """Bytes of dynamic shared memory: what is kept, the larger of two rings, the terms; on
-        sm_90a panels of weights, stages and lines, the terms and the mbarriers."""
+        sm_90a lines of x and of conv2, results and weights of a projection, the ring, the terms and
+        the mbarriers."""
         if self.sm90:
-            stages, lines = (3, 5) if self.projection else (4, 6)
-            panels = (1 + 9 + 8 if self.projection else 4 + 9 + 4) + stages
-            channels = 2 * self.inner + 256 * (1 + self.projection)
-            return 64 * 128 * panels + 66 * 128 * lines + 12 * channels + 16 * (stages + lines)
+            panel, stages, operands = 56 * 128, 6, 2
+            pixels, lines = (64 * 128, 6) if self.projection else (4 * panel, 5)
+            projected = self.projection * (2 * 4 * panel + 256 * 128)
+            kept = stages * pixels + operands * panel + projected + lines * 58 * 128
+            return kept + 256 * 16 * (1 + self.projection) + 16 * (stages + lines + operands)
         channels = self.inner // 64 * (32 if self.projection else 64)  # of a slice
         kept = (256 + 34) * self.inner * 2
         ring = max(3 * self.inner * 128, 2 * (self.positions + channels) * 64 * self.projection)

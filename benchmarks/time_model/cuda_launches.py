@@ -155,7 +155,9 @@ def works(
     for call in itertools.chain.from_iterable(both):
         work, symbol = _DESCRIBE[call.kernel](call, gpu)
         letter = {torch.bfloat16: "13__nv_bfloat16", torch.float16: "6__half"}
-        dtype = next((t.dtype for t in call.read if t.dim() == 4), call.out.dtype)
+        dtype = next(
+            (t.dtype for t in call.read if t.dim() == 4 and t.dtype in letter), call.out.dtype
+        )
         work = compiled(work, symbol.replace("T", letter[dtype], 1), extension)
         blocks = work.blocks_per_sm or resident_blocks(
             gpu.limits, work.registers, work.shared_bytes, work.warps
@@ -214,7 +216,8 @@ def _conv_bn(call: Call, gpu: Gpu) -> tuple[Work, str]:
         # Warpgroups that take turns are two blocks on an SM, as far as a tile's time goes.
         warps=4 if tile.ping_pong else 8,
         blocks_per_sm=2 if tile.ping_pong else tile.blocks,
-        trips=(1, *steps),
+        # A tile; who takes turns has a loop that waits; the products.
+        trips=(1, *[0.0] * tile.ping_pong, *steps),
         dram_bytes=dram_bytes,
         l2_bytes=tiles * sum(steps) * tile.asked_bytes + added + _bytes(call.out),
         multiply_adds=multiply_adds,
@@ -269,24 +272,22 @@ def _bottleneck_sm90(call: Call, gpu: Gpu) -> tuple[Work, str]:
     x, layers, stride = call.arguments
     block = LineBlock.of(x, layers, stride, gpu.sms)
     height, width = block.image
-    depth, slices = math.ceil(block.channels / 64), math.ceil(block.out_channels / 128)
+    depth, results = 1 if block.projects else 4, math.ceil(block.out_channels / 64)
     made = (block.lines + 2) / block.lines  # lines of conv1 for one of the result
     # The busiest block's lines, of all blocks.
     tiles = math.ceil(block.jobs / gpu.sms) * min(block.jobs, gpu.sms) * block.lines
-    # Weights and terms, once a block; one thread copies lines.
+    # A projection's weights, once a block; one thread copies lines, and one stores panels.
     job = 1 / block.lines
-    once = [0.0] * (3 + block.projects)
-    copying = [job / 4, made / 4, made * depth / 4]
-    if block.projects:
-        copying += [0.0, job / 4, 0.25, 0.0]
-    # conv1's job, line and step; conv2's job and line, waits for lines and releases of them by both
-    # warpgroups; slices; the same waits and releases behind the last line.
-    reducing = (job, made, made * depth)
-    expanding = (2 * job, 1.0, 2 * made, 2 * made, slices, 0.0, 0.0)
+    copying = [*[0.0] * block.projects, job / 4, made / 4, *[made] * (not block.projects)]
+    conv3, conv2, conv1 = (job, 1.0, results / 4), (job, 1.0), (job, made)
+    trips = (*copying, *conv3, *conv2, *conv1)
+    slowest = len(copying) + len(conv3)  # conv2's job, and its line
+    panel = 56 * 128
     positions = block.batch * height * width
     ends = block.inner + block.projects * block.channels
     weights = block.channels * block.inner + 9 * block.inner**2 + ends * block.out_channels
-    read = made * (width + 2 * block.strips) / width + 1  # of x: with its halo, as the shortcut
+    halo = 2 * block.strips * (block.strips > 1)
+    read = made * (width + halo) / width  # of x
     work = Work(
         layer="",
         kernel="bottleneck_sm90_kernel",
@@ -296,14 +297,13 @@ def _bottleneck_sm90(call: Call, gpu: Gpu) -> tuple[Work, str]:
         tiles=tiles,
         warps=4,
         blocks_per_sm=1,
-        trips=(*once, *copying, *reducing, *expanding),
-        shared_loops=(len(once) + len(copying) + len(reducing) + 4,),  # x, read before
+        trips=trips,
+        beside=tuple(n for n in range(len(trips)) if n not in (slowest, slowest + 1)),
         dram_bytes=int(2 * (positions * (block.channels + block.out_channels) + weights)),
         l2_bytes=int(2 * positions * (block.channels * read + block.out_channels)),
         multiply_adds=positions * weights,
         persistent=True,
-        bulk_bytes=int(8192 * (made * depth + block.projects) / (made * depth + 1 + slices)),
-        in_flight=2,
+        bulk_bytes=int(panel * (made * depth + results) / (made + 2)),  # of the steps of products
         resident_bytes=2 * weights,
     )
     return work, rf"bottleneck_sm90_kernelITLb{int(block.projects)}E"
@@ -329,7 +329,8 @@ def _stem(call: Call, gpu: Gpu) -> tuple[Work, str]:
     units = strips * math.ceil(pooled[0] / lines)
     blocks = min(units, blocks)
     steps = lines + (lines < pooled[0])
-    x = 2 * batch * math.prod(image) * 3
+    images = call.read[0]
+    x, x_type = _bytes(images), "h" if images.dtype == torch.uint8 else "S2_"
     weights = blocks * 2 * 64 * 147
     work = Work(
         layer="",
@@ -355,7 +356,7 @@ def _stem(call: Call, gpu: Gpu) -> tuple[Work, str]:
         persistent=True,
         beside=(4,),
     )
-    return work, r"stem_sm90_kernelITLb0E"
+    return work, rf"stem_sm90_kernelIT{x_type}Lb0E"
 
 
 def _strip_lines(lines: int, pooled: int) -> int:

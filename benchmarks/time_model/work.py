@@ -42,11 +42,10 @@ class Work:
     several tiles; the loops beyond `trips` and what is in no loop are then other warps' or run
     once. beside: loops that other warps run at the same time, which take resources and are no part
     of a tile's chain. bulk_bytes: that a step's bulk copies write to shared memory, those of other
-    blocks included. in_flight: tiles of a block that its warpgroups work at, each at one of its
-    own. resident_bytes: that a persistent block copies from L2 before its first tile.
-    meetings: times that the blocks of a cluster wait for each other and read each
-    other's memory. dram_bytes, l2_bytes: of the whole launch; the former once each, the latter as
-    blocks ask. multiply_adds: useful ones, of numbers of operand_bytes.
+    blocks included. resident_bytes: that a persistent block copies from L2 before its first tile.
+    meetings: times that the blocks of a cluster wait for each other and read each other's memory.
+    dram_bytes, l2_bytes: of the whole launch; the former once each, the latter as blocks ask.
+    multiply_adds: useful ones, of numbers of operand_bytes.
     code None: a kernel of PyTorch's or its libraries', of which only bytes and products are known.
     """
 
@@ -70,7 +69,6 @@ class Work:
     persistent: bool = False
     beside: tuple[int, ...] = ()
     bulk_bytes: int = 0
-    in_flight: int = 1
     resident_bytes: int = 0
     meetings: int = 0
 
@@ -201,7 +199,7 @@ def predict(work: Work, gpu: Gpu, r: Rates) -> Prediction:
     l2 = min(r.l2 * max(1.0, gpu.sms / work.tiles), L2_PORT_BYTES)
     total, chain = _tile(work, r._replace(l2=l2))
     tiles = math.ceil(work.tiles / gpu.sms)
-    turns = math.ceil(tiles / (work.blocks_per_sm * work.in_flight))
+    turns = math.ceil(tiles / work.blocks_per_sm)
     busy = {name: tiles * value for name, value in total.items()}
     chains = {name: turns * value for name, value in chain.items()}
     if work.meetings:

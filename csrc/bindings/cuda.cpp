@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <initializer_list>
@@ -693,20 +694,28 @@ void run_stem(OnDevice<resnet_fused::Stem>& launch, std::uintptr_t stream) {
   check_cuda("stem", resnet_fused::stem(launch.op, launch.device, stream_of(stream)));
 }
 
+// Scale and shift of an image's channels.
+using PixelScale = std::array<std::array<float, 3>, 2>;
+
 void stem(const TensorArg& out, const TensorArg& x, const TensorArg& weight, const BatchNormArg& bn,
-          int device, std::uintptr_t stream) {
+          const std::optional<PixelScale>& bytes, int device, std::uintptr_t stream) {
   check_nhwc("out", out);
   check_rank("x", x, 4);
   const bool planar = x.dense({0, 1, 2, 3});
   if (!planar) check_nhwc("x", x);
   check_nhwc("weight", weight);
-  check_type("x", x, out.type);
+  check_type("x", x, bytes ? ScalarType::kUInt8 : out.type);
   check_type("weight", weight, out.type);
   const std::int64_t out_channels = out.sizes[1];
   Launch<OnDevice<resnet_fused::Stem>> launch;
   resnet_fused::Stem& op = launch.arguments.op;
   launch.arguments.device = device;
-  op.dtype = dtype_of("x", x);
+  op.dtype = dtype_of("out", out);
+  op.x_dtype = bytes ? DType::kUInt8 : op.dtype;
+  if (bytes) {
+    std::copy((*bytes)[0].begin(), (*bytes)[0].end(), op.scale);
+    std::copy((*bytes)[1].begin(), (*bytes)[1].end(), op.shift);
+  }
   op.batch = size("batch", x.sizes[0], 0);
   op.planar = planar;
   op.height = size("height", x.sizes[2], 0);
@@ -937,10 +946,11 @@ void register_cuda_kernels(py::module_& module) {
   def_bottleneck("cuda_bottleneck_sm90", OnWgmma{}, "The same, by the kernel for sm_90a.");
 
   module.def("cuda_stem", &stem, py::arg("out"), py::arg("x"), py::arg("weight"), py::arg("bn"),
-             py::arg("device"), py::arg("stream"),
+             py::arg("bytes"), py::arg("device"), py::arg("stream"),
              "out = max_pool(relu(bn(conv(x))), 3, stride 2, padding 1), conv being 7 x 7 of 3\n"
              "channels with stride 2 and padding 3, in float16 or bfloat16. x may also be\n"
-             "contiguous, as NCHW.");
+             "contiguous, as NCHW, and uint8: bytes are then scale and shift of its channels, by\n"
+             "which pixels are multiplied and moved, in float32, and rounded.");
 
   module.def("cuda_average_pool", &average_pool, py::arg("out"), py::arg("x"), py::arg("device"),
              py::arg("stream"), "out[n, c] = the mean of x[n, c], in x's type or float32.");

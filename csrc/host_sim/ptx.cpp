@@ -39,6 +39,42 @@ void load_matrices(void* const* lanes) {
   }
 }
 
+// ldmatrix and stmatrix with .trans.
+struct TransposedMatrices {
+  std::uint32_t* registers;
+  int count;
+  std::uint32_t row;
+};
+
+template <bool kStore>
+void move_transposed(void* const* lanes) {
+  const auto of = [&](int lane) -> const TransposedMatrices& {
+    return *static_cast<const TransposedMatrices*>(lanes[lane]);
+  };
+  host_sim::Statistics& statistics = host_sim::statistics();
+  for (int matrix = 0; matrix < of(0).count; ++matrix) {
+    unsigned banks = 0;
+    for (int row = 0; row < 8; ++row) {
+      const int lane = 8 * matrix + row;
+      const std::uint32_t offset = of(lane).row;
+      std::uint16_t elements[8];
+      const auto held = [&](int i) {
+        return reinterpret_cast<std::uint16_t*>(of(4 * i + row / 2).registers + matrix) + row % 2;
+      };
+      if constexpr (kStore) {
+        for (int i = 0; i < 8; ++i) std::memcpy(&elements[i], held(i), 2);
+        std::memcpy(host_sim::shared_to_write(offset, 16, lane), elements, 16);
+      } else {
+        std::memcpy(elements, host_sim::shared_to_read(offset, 16, lane), 16);
+        for (int i = 0; i < 8; ++i) std::memcpy(held(i), &elements[i], 2);
+      }
+      banks |= 1u << offset / 16 % 8;
+    }
+    ++statistics.matrix_loads;
+    statistics.bank_conflicts += 8 - __builtin_popcount(banks);
+  }
+}
+
 struct Product {
   float* d;
   const std::uint32_t* a;
@@ -148,6 +184,12 @@ template std::uint32_t max_nan_pair<__nv_bfloat16>(std::uint32_t, std::uint32_t)
 void ldmatrix_x4(std::uint32_t (&to)[4], std::uint32_t row) {
   MatrixLoad operands{to, row};
   host_sim::collective("ldmatrix", &load_matrices, &operands);
+}
+
+void move_matrices_trans(std::uint32_t* registers, int matrices, std::uint32_t row, bool store) {
+  TransposedMatrices operands{registers, matrices, row};
+  store ? host_sim::collective("stmatrix", &move_transposed<true>, &operands)
+        : host_sim::collective("ldmatrix", &move_transposed<false>, &operands);
 }
 
 template <>

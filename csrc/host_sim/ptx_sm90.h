@@ -48,7 +48,8 @@ inline void load_pixels_multicast(std::uint32_t to, const CUtensorMap& map, std:
                                   std::uint16_t ranks) {
   host_sim::load_tensor(to, map, mbarrier, at, offset, ranks);
 }
-inline void store_tile(const CUtensorMap& map, std::uint32_t from, const std::int32_t (&at)[2]) {
+template <int kDimensions>
+void store_tile(const CUtensorMap& map, std::uint32_t from, const std::int32_t (&at)[kDimensions]) {
   host_sim::store_tensor(map, from, at);
 }
 inline void bulk_commit() { host_sim::commit_stores(); }
@@ -85,6 +86,17 @@ inline void mbarrier_wait_cluster(std::uint32_t at, std::uint32_t parity) {
 }
 
 inline void named_barrier(int number, int threads) { host_sim::named_barrier(number, threads); }
+// The matrices of ptx.h's ldmatrix_x4, as columns.
+void move_matrices_trans(std::uint32_t* registers, int matrices, std::uint32_t row, bool store);
+template <int kMatrices>
+void ldmatrix_trans(std::uint32_t (&to)[kMatrices], std::uint32_t row) {
+  move_matrices_trans(to, kMatrices, row, false);
+}
+template <int kMatrices>
+void stmatrix_trans(std::uint32_t row, const std::uint32_t (&from)[kMatrices]) {
+  move_matrices_trans(const_cast<std::uint32_t*>(from), kMatrices, row, true);
+}
+
 template <int kRegisters>
 void registers_at_launch() {
   host_sim::registers_at_launch(kRegisters);

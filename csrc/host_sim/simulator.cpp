@@ -517,10 +517,18 @@ const void* shared_to_read(std::uint32_t offset, std::uint32_t bytes, int lane) 
   return machine.shared.data() + place_of(address);
 }
 
-void* shared_to_write(std::uint32_t offset, std::uint32_t bytes) {
-  machine.banks.access(running->warp, running->lane, __builtin_return_address(0), offset, bytes);
-  if (one_in(kSwitchesOneIn)) may_switch();
-  return address_to_write(own(offset), bytes);
+void* shared_to_write(std::uint32_t offset, std::uint32_t bytes, int lane) {
+  const Address address = own(offset);
+  if (lane < 0) {
+    machine.banks.access(running->warp, running->lane, __builtin_return_address(0), offset, bytes);
+    if (one_in(kSwitchesOneIn)) may_switch();
+    return address_to_write(address, bytes);
+  }
+  const std::uint32_t word = check_shared(address, bytes, "writes");
+  for (std::uint32_t k = word; k < word + words_of(bytes); ++k) {
+    report(machine.races.write(k, running->warp * kWarp + lane), k, "writes");
+  }
+  return machine.shared.data() + place_of(address);
 }
 
 const void* address_to_read(Address address, std::uint32_t bytes) {

@@ -76,7 +76,7 @@ void plant(const Plant& mistakes);
 struct Statistics {
   std::int64_t barriers = 0;          // of a thread, by thread 0 of each block
   std::int64_t waits = 0;             // cp.async.wait_group, likewise
-  std::int64_t matrix_loads = 0;      // 8x8 matrices that ldmatrix has read
+  std::int64_t matrix_loads = 0;      // 8x8 matrices that ldmatrix has read or stmatrix written
   std::int64_t bank_conflicts = 0;    // rows of them that met another row in a bank
   std::int64_t shared_requests = 0;   // ordinary accesses of a warp to shared memory (banks.h),
   std::int64_t shared_conflicts = 0;  // and the turns beyond the first that they take
@@ -112,9 +112,9 @@ using Instruction = void (*)(void* const* operands);
 void collective(const char* name, Instruction instruction, void* operands, int lanes = kWarp);
 
 // Checked pointers. The block's own shared memory is addressed by byte offsets; `lane` is the lane
-// of the running thread's warp on whose behalf it is read, -1 for the thread itself.
+// of the running thread's warp on whose behalf the access is, -1 for the thread itself.
 const void* shared_to_read(std::uint32_t offset, std::uint32_t bytes, int lane = -1);
-void* shared_to_write(std::uint32_t offset, std::uint32_t bytes);
+void* shared_to_write(std::uint32_t offset, std::uint32_t bytes, int lane = -1);
 const void* global_to_read(const void* from, std::uint32_t bytes);
 void* global_to_write(void* to, std::uint32_t bytes);
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..parameters import BatchNorm, ConvBn, Convolution, GroupNorm, MaxPool
+from ..parameters import BatchNorm, ConvBn, Convolution, GroupNorm, MaxPool, Normalization
 from .training import TrainingKernels
 
 
@@ -79,6 +79,10 @@ class Backend(Protocol):
     ) -> Candidates: ...
 
     def stem(self, x: Tensor, layer: ConvBn, pool: MaxPool) -> Candidates: ...
+
+    def image_stem(
+        self, images: Tensor, layer: ConvBn, pool: MaxPool, normalization: Normalization
+    ) -> Candidates: ...
 
     def squeeze_excite(
         self,

@@ -27,7 +27,7 @@ class ReferenceBackend:
         return ()
 
     bn_add_relu = group_norm_add_relu = _nothing
-    conv = conv_bn = conv_bn_projection = bottleneck = stem = _nothing
+    conv = conv_bn = conv_bn_projection = bottleneck = stem = image_stem = _nothing
     squeeze_excite = head = quantized_conv = quantized_stem = quantized_head = _nothing
 
 

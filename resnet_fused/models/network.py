@@ -24,6 +24,8 @@ from ..blocks import (
 )
 from ..ops.checks import check_is_tensor
 from ..ops.head import head
+from ..parameters import Normalization
+from ..reference import ops as reference
 
 
 class StageShape(NamedTuple):
@@ -103,7 +105,7 @@ def _untracked(blocks: Sequence[nn.Module]) -> Iterator[None]:
 
 
 # The methods that a network's forward consists of.
-_PIECES = ("_forward", "_stem", "_stem_unfused", "_head", "stages")
+_PIECES = ("_forward", "_stem", "_image_stem", "_stem_unfused", "_head", "stages")
 
 
 class ResidualNetwork(nn.Module):
@@ -113,12 +115,17 @@ class ResidualNetwork(nn.Module):
         stem: `conv1`, a convolution or several in an `nn.Sequential` that ends with one.
         pool: `maxpool` behind it, or None.
         stages: what each stage is made of.
+
+    Attributes, beside torchvision's:
+        normalization: what `forward` does with images of bytes, a `resnet_fused.ops.Normalization`
+            (mean and standard deviation of each channel); None, at first: they are refused.
     """
 
     # In a slot, not among the attributes: plans are of one object and do not travel with a copy.
     __slots__ = ("_plans",)
     if TYPE_CHECKING:  # TorchScript reads a class's annotations
         _plans: plan.Plans
+        normalization: Normalization | None
         conv1: nn.Module
         bn1: nn.Module
         relu: nn.Module
@@ -129,6 +136,8 @@ class ResidualNetwork(nn.Module):
         layer4: nn.Module
         avgpool: nn.Module
         fc: nn.Module
+    else:
+        normalization = None
 
     def __init__(
         self,
@@ -256,7 +265,9 @@ class ResidualNetwork(nn.Module):
 
     @traced.annotated
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (N, num_classes) of images x (N, 3, H, W) of the weights' dtype and device.
+        """Logits (N, num_classes) of images x (N, 3, H, W) of the weights' dtype and device, or of
+        uint8 where `normalization` says how they become numbers: those of (x / 255 - mean) / std,
+        without that tensor in memory where a kernel of the stem reads bytes.
 
         Any memory layout and any H, W that leave at least one pixel per stage. In eval mode the
         layers run as fused ops, in training mode the stem and each block, where the backend trains
@@ -390,6 +401,8 @@ class ResidualNetwork(nn.Module):
             traced.fuse(x.tracer.graph)
         else:
             check_is_tensor("input", x)
+        if self.normalization is not None and isinstance(x, Tensor) and x.dtype == torch.uint8:
+            return self._image_stem(x, self.normalization)
         if fusion.must_call_modules(x):
             return fusion.run_unfused(self._stem_unfused, self, x)
         if isinstance(self.conv1, nn.Sequential):
@@ -400,6 +413,16 @@ class ResidualNetwork(nn.Module):
             # As the fused ops leave it, and faster than what PyTorch makes of NCHW.
             x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
             out = fusion.run_unfused(self._stem_unfused, self, x)
+        return out
+
+    def _image_stem(self, images: Tensor, normalization: Normalization) -> Tensor:
+        out = None
+        if not fusion.must_call_modules(images):
+            layers = self.conv1, self.bn1, self.relu, self.maxpool
+            out = sequence.stem_of_images(images, normalization, *layers)
+        if out is None:
+            dtype = next(self.conv1.parameters()).dtype
+            out = self._stem(reference.normalise(images, normalization, dtype))
         return out
 
     def _stem_unfused(self, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The fused operators: `torch.ops.resnet_fused.*` and their typed Python functions."""
 
-from ..parameters import BatchNorm, ConvBn, Convolution, GroupNorm, Layer, MaxPool
+from ..parameters import BatchNorm, ConvBn, Convolution, GroupNorm, Layer, MaxPool, Normalization
 from .block_training import residual_block_training
 from .bn_add_relu import bn_add_relu
 from .bottleneck import bottleneck
@@ -10,6 +10,7 @@ from .conv_bn_projection import conv_bn_projection
 from .dispatch import available_backends, use_backend
 from .group_norm_add_relu import group_norm_add_relu
 from .head import head
+from .image_stem import image_stem
 from .quantized_conv import quantized_conv
 from .quantized_head import quantized_head
 from .quantized_stem import quantized_stem
@@ -26,6 +27,7 @@ __all__ = [
     "GroupNorm",
     "Layer",
     "MaxPool",
+    "Normalization",
     "available_backends",
     "bn_add_relu",
     "bottleneck",
@@ -34,6 +36,7 @@ __all__ = [
     "conv_bn_projection",
     "group_norm_add_relu",
     "head",
+    "image_stem",
     "quantized_conv",
     "quantized_head",
     "quantized_stem",

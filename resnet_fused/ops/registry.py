@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, Candidate, Candidates, autotune
-from ..parameters import BatchNorm, ConvBn, Convolution, GroupNorm, MaxPool
+from ..parameters import BatchNorm, ConvBn, Convolution, GroupNorm, MaxPool, Normalization
 from .checks import check_is_tensor
 from .dispatch import serving
 from .modes import is_recorded, is_transformed, refuse_tangents
@@ -48,6 +48,7 @@ _SCHEMA: dict[Any, tuple[str, ...]] = {
     ),
     GroupNorm: ("int {}_groups", "Tensor? {}_weight", "Tensor? {}_bias", "float {}_eps"),
     MaxPool: ("int {}_kernel", "int {}_stride", "int {}_padding"),
+    Normalization: ("float[] {}_mean", "float[] {}_std"),
 }
 _SCHEMA[ConvBn] = (
     *_SCHEMA[Convolution],
@@ -72,6 +73,7 @@ _GROUPS: dict[Any, type[Any]] = {
     BatchNorm: BatchNorm,
     GroupNorm: GroupNorm,
     MaxPool: MaxPool,
+    Normalization: Normalization,
 }
 
 
@@ -143,7 +145,7 @@ class Op:
                 flat += _ABSENT[width]
             elif is_layer:
                 flat += (*argument.conv, *argument.bn)
-            elif isinstance(argument, (BatchNorm, Convolution, GroupNorm, MaxPool)):
+            elif isinstance(argument, (BatchNorm, Convolution, GroupNorm, MaxPool, Normalization)):
                 flat += (*argument,)  # Dynamo of PyTorch 2.11 adds no named tuple to a list
             else:
                 flat.append(argument)

@@ -21,7 +21,7 @@ def _separate(x: Tensor, layer: ConvBn, pool: MaxPool) -> Tensor:
     return reference.nhwc(F.max_pool2d(conv_bn.compute(x, layer, None, True), *pool))
 
 
-_op = Op(
+op = Op(
     "stem",
     {"x": Tensor, "layer": ConvBn, "pool": MaxPool},
     _output_shape,
@@ -44,4 +44,4 @@ def stem(x: Tensor, layer: ConvBn, pool: MaxPool | None = None) -> Tensor:
     Returns the pooled (N, K, P, Q), channels_last, of x's dtype. Raises ValueError for shapes and
     devices that disagree and TypeError for dtypes that do.
     """
-    return _op(x, layer, MaxPool() if pool is None else pool)
+    return op(x, layer, MaxPool() if pool is None else pool)

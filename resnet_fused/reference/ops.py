@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..parameters import BatchNorm, ConvBn, Convolution, GroupNorm, MaxPool
+from ..parameters import BatchNorm, ConvBn, Convolution, GroupNorm, MaxPool, Normalization
 from .convolution import convolve
 
 
@@ -97,6 +97,23 @@ def bottleneck(
 def stem(x: Tensor, layer: ConvBn, pool: MaxPool) -> Tensor:
     """max_pool(relu(bn(conv(x)))): the network's first layers (paper, Table 1: conv1, pool)."""
     return nhwc(F.max_pool2d(conv_bn(x, layer, None, True), *pool))
+
+
+def normalise(images: Tensor, normalization: Normalization, dtype: torch.dtype) -> Tensor:
+    """(images / 255 - mean) / std of bytes (N, C, H, W), in float32 or more, then `dtype`."""
+    wide = torch.promote_types(dtype, torch.float32)
+    mean, std = (
+        torch.tensor(list(values), dtype=wide, device=images.device)[:, None, None]
+        for values in normalization
+    )
+    return ((images.to(wide) / 255 - mean) / std).to(dtype)
+
+
+def image_stem(
+    images: Tensor, layer: ConvBn, pool: MaxPool, normalization: Normalization
+) -> Tensor:
+    """`stem` of images of bytes, normalised."""
+    return stem(normalise(images, normalization, layer.conv.weight.dtype), layer, pool)
 
 
 def excitation(

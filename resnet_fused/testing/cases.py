@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..parameters import BatchNorm, ConvBn, Convolution, GroupNorm
+from ..parameters import BatchNorm, ConvBn, Convolution, GroupNorm, Normalization
 
 
 class ConvCase(NamedTuple):
@@ -147,6 +147,12 @@ def make_identity(
     block_input = torch.randint(-9, 10, (case.batch, channels, height, width), generator=rng)
     block_input = block_input.to(x.device, x.dtype).contiguous(memory_format=torch.channels_last)
     return block_input[:, :, ::stride, ::stride]
+
+
+def as_images(x: Tensor) -> tuple[Tensor, Normalization]:
+    """Small integers as bytes, and the normalisation that makes them what they were."""
+    channels = x.shape[1]
+    return (x + 8).to(torch.uint8), Normalization([8 / 255] * channels, [1 / 255] * channels)
 
 
 def make_integers(

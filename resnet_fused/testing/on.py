@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import ops
 from ..backends import Backend
-from ..ops import BatchNorm, ConvBn, Convolution, GroupNorm, MaxPool, use_backend
+from ..ops import BatchNorm, ConvBn, Convolution, GroupNorm, MaxPool, Normalization, use_backend
 
 
 class On:
@@ -58,6 +58,12 @@ class On:
     def stem(self, x: Tensor, layer: ConvBn, pool: MaxPool) -> Tensor:
         with use_backend(self._backend):
             return ops.stem(x, layer, pool)
+
+    def image_stem(
+        self, images: Tensor, layer: ConvBn, pool: MaxPool, normalization: Normalization
+    ) -> Tensor:
+        with use_backend(self._backend):
+            return ops.image_stem(images, layer, normalization, pool)
 
     def squeeze_excite(self, x: Tensor, *arguments: Any) -> Tensor:
         with use_backend(self._backend):

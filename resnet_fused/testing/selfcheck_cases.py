@@ -19,13 +19,23 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..backends import Backend, autotune
 from ..backends.autotune.verify import uninitialised_memory_is_nan
-from ..parameters import INVSTD, MEAN, SCALE, Activation, ConvBn, MaxPool, PreBnGradient
+from ..parameters import (
+    INVSTD,
+    MEAN,
+    SCALE,
+    Activation,
+    ConvBn,
+    MaxPool,
+    Normalization,
+    PreBnGradient,
+)
 from ..reference import ops as reference
 from ..reference import quantized
 from ..reference.training import ReferenceTraining
 from .cases import (
     BlockCase,
     ConvCase,
+    as_images,
     generator,
     make_bottleneck,
     make_gated_integers,
@@ -40,7 +50,7 @@ CONVOLUTION = "conv_bn"
 TRAINING = "training"
 QUANTIZED = "quantized"
 FAMILIES = (
-    *(CONVOLUTION, "bn_add_relu", "bottleneck", "stem", "squeeze_excite", "head"),
+    *(CONVOLUTION, "bn_add_relu", "bottleneck", "stem", "image_stem", "squeeze_excite", "head"),
     *(TRAINING, QUANTIZED),
 )
 # Of bottlenecks: inner channels, stride, and whether there is a projection.
@@ -74,6 +84,12 @@ class _Rounded:
         if projection is None:
             return self.conv_bn(out, layer3, x, True)
         return self.conv_bn_projection(out, layer3, x, projection)
+
+    def image_stem(
+        self, images: Tensor, layer: ConvBn, pool: MaxPool, normalization: Normalization
+    ) -> Tensor:
+        x = reference.normalise(images, normalization, layer.conv.weight.dtype)
+        return self.stem(x, layer, pool)
 
     def __getattr__(self, op: str) -> Callable[..., Tensor]:
         if op.startswith(QUANTIZED):
@@ -196,11 +212,15 @@ def _others(family: str, dtype: torch.dtype, device: str, num_sms: int) -> Itera
                 family,
                 make_bottleneck(block, rng, dtype, device, make_integers),
             )
-    elif family == "stem":
-        for channels, height, width in ((64, 37, 30), (24, 9, 50)):
+    elif family in ("stem", "image_stem"):
+        for channels, height, width in ((64, 37, 30), (24, 9, 50), (64, 36, 40)):
             case = ConvCase(images, 3, height, width, channels, 7, 2, 3)
-            arguments = [*make_integers(case, rng, dtype, device), MaxPool(3, 2, 1)]
-            yield Case(f"{channels} channels", family, arguments)
+            x, layer = make_integers(case, rng, dtype, device)
+            arguments = [x, layer, MaxPool(3, 2, 1)]
+            if family == "image_stem":
+                x, normalization = as_images(x)
+                arguments = [x, *arguments[1:], normalization]
+            yield Case(f"{channels} channels, {height}×{width}", family, arguments)
     elif family == "squeeze_excite":  # means of 64 and of 16 values
         for channels, hidden, side in ((512, 32, 8), (72, 5, 4)):
             shape = ConvCase(images, channels, side, side, channels)

@@ -129,6 +129,22 @@ __global__ void store(const __grid_constant__ Arguments a) {
   ptx::store_shared(0, 0u);
 }
 
+// in: 32 rows of 16 bytes. out: the first 8 x kMatrices of them, read and written by .trans, then
+// the registers in between.
+template <int kMatrices>
+__global__ void transpose(const Arguments a) {
+  for (int i = threadIdx.x; i < 128; i += 32) ptx::store_shared(4 * i, ptx::load_global(a.in + i));
+  __syncthreads();
+  std::uint32_t registers[kMatrices];
+  ptx::ldmatrix_trans(registers, 16 * threadIdx.x);
+  ptx::stmatrix_trans(512 + 16 * threadIdx.x, registers);
+  __syncthreads();
+  for (int i = threadIdx.x; i < 32 * kMatrices; i += 32) {
+    ptx::store_global(a.out + i, ptx::load_shared<std::uint32_t>(512 + 4 * i));
+    ptx::store_global(a.out + 32 * kMatrices + i, registers[i / 32]);
+  }
+}
+
 // d = a (64, 64) * b (n, 64)^T, plus the number of each value in its thread where kAdds says so.
 template <typename T, int kN, bool kAdds, Mistake kMistake>
 __global__ void wgmma(const __grid_constant__ Arguments a) {
@@ -350,6 +366,8 @@ const Tests& sm90_tests() {
        &plain<&registers<kLaunchRegisters, 88, 96, 128>, 384>},
       {"registers claimed that are there", &plain<&registers<kLaunchRegisters, 56, 72, 128>, 384>},
       {"registers of an unknown number", &plain<&registers<0, 56, 96, 128>, 384>},
+      {"two transposed matrices", &plain<&transpose<2>, 32>},
+      {"four transposed matrices", &plain<&transpose<4>, 32>},
       {"named barriers", &plain<&named_barriers<64>, 128>},
       {"named barriers for too many", &plain<&named_barriers<96>, 128>},
   };

@@ -1,36 +1,39 @@
-// A whole bottleneck block in one kernel for sm_90a: wgmma, the image taken line by line.
+// A whole bottleneck block in one kernel for sm_90a: wgmma, the image taken line by line, weights
+// in registers.
 //
 // Algorithm: persistent blocks take jobs: lines of an image, or of a strip of it where it is wider
-// than 62 columns. Three warpgroups work at different lines at once. The first multiplies the 64
-// pixels of a line that begin one column early by conv1's weights, and leaves the result, after
-// batch norm and ReLU and as 16-bit values, in a ring of lines in shared memory; zeros where a
-// pixel lies outside the image, since it is conv1's result that conv2 pads. The other two take
-// turns at lines of the result. A tap of conv2 is a product whose operand is one of the three lines
-// around it, from row 0, 1 or 2 on: the window moves by whole rows of 128 bytes, while the swizzle
-// goes by addresses, so that the descriptors' base offset stays 0. conv2's result never leaves the
-// registers: its accumulators, rounded in pairs, are the operand of conv3, which makes the output
-// channels 64 at a time, with x itself added, or with a projection's product of x's pixels in
-// accumulators of its own. Every line of conv1 is computed once a job: the halo is two lines.
+// than 56 columns. Products are weights times pixels, so that their rows are 64 channels and their
+// columns the 56 pixels of a line, which is the width of an image of stage 1 at 224 pixels. A
+// warpgroup holds the weights of its convolution as operand A in registers for good, and a lane the
+// batch norm of its two channels; shared memory is read for pixels alone, once a convolution. Three
+// warpgroups work at different lines at once. The first makes conv1's lines, after batch norm and
+// ReLU and as 16-bit values, in a ring of lines in shared memory, with zeros where a pixel lies
+// outside the image, since it is conv1's result that conv2 pads. The second makes conv2's: a tap's
+// operand is one of the three lines around it, from row 0, 1 or 2 on: the window moves by whole
+// rows of 128 bytes, while the swizzle goes by addresses, so that the descriptors' base offset
+// stays 0. The third makes conv3's lines, 64 channels at a time, the next 64's products under way
+// while it adds x to the last ones, or a projection's product of x in accumulators of its own.
+// Results pass through shared memory as rows of pixels, transposed on the way (stmatrix), and leave
+// by bulk stores; where x is the shortcut, they take x's place there. Every line of conv1 is
+// computed once a job: the halo is two lines.
 //
-// Roles: warp 0 copies x's lines for conv1 (bulk copies, zeros outside the image), warp 1 those for
-// the projection; warpgroup 1 is conv1; warpgroups 2 and 3 are conv2 and what follows.
+// Roles: warp 0 copies x's lines (bulk copies, zeros outside the image); warpgroups 1 to 3 are
+// conv1 to conv3.
 //
-// Weights stay in shared memory, where all threads copy them once, and so do scale and shift of
-// the batch norms. conv3's and the projection's rows are permuted (channel_of), so that a lane's
-// accumulators are 8 neighbouring channels, which it moves by 16 bytes: from x, to the result.
+// Shared memory, from 0 on: 6 lines of x, of up to 4 panels of 64 channels; 2 lines of conv2's
+// result; with a projection, 2 lines of the block's result and the projection's weights; the ring
+// of conv1's lines, of a column more at both ends; scale and shift of conv3; mbarriers. 222.5 KiB
+// with x as shortcut (5 lines in the ring), 201.7 KiB with a projection (6).
 //
-// Shared memory, from 0 on: the weights of conv1, conv2 (by tap), conv3 and the projection, in
-// panels of 64 rows of 64 channels; stages of 64 pixels of 64 channels for conv1, and for the
-// projection; the ring of lines, of 66 rows each, as the last tap reaches two beyond 64; scale and
-// shift; mbarriers. 224 KiB with x as shortcut of 256 channels (4 stages, 6 lines), 220 with a
-// projection of 64 (1 and 2 stages, 5 lines).
+// Of a line with x as shortcut, 256 channels, 261 KiB cross shared memory: 119 that products read,
+// 28 that copies write, 14 from convolution to convolution, 84 of shortcut and result, 16 of scale
+// and shift; 2,090 cycles, beside 1,904 of products.
 //
-// Pipelines (arrivals that fill / that empty a stage): pixels (1 and their bytes / the 4 warps of
-// conv1), shortcut (the same / the 4 warps of one warpgroup), lines (1 / the 8 warps of both
-// warpgroups, each behind its last product of the line).
+// Pipelines (arrivals that fill / that empty a stage): pixels (1 and their bytes / 1: lines of the
+// halo are done with conv1, the others with the result), lines (1 / the 4 warps of conv2, each
+// behind its last product of the line), operand of conv3 (1 / the 4 warps of conv3).
 //
-// Memory: x once, as far as L2 still holds what is read again as shortcut two lines later, and the
-// result once; both intermediates stay on chip, and the weights come from L2 once a block.
+// Memory: x and the result once, the floor, and the weights from L2 once a block.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -44,89 +47,60 @@ namespace resnet_fused {
 namespace {
 
 constexpr int kThreads = 4 * kWarpgroup;
-constexpr int kExpanders = 2;            // warpgroups that take turns at lines of the result
-constexpr int kColumns = kProductM - 2;  // of a line of the result that count
-constexpr int kPitch = kProductM + 2;    // rows of a line of the ring
-constexpr int kLineBytes = kPitch * kRowBytes;
-constexpr int kPanelBytes = 64 * kRowBytes;  // of 64 rows of weights or pixels
-constexpr int kSlice = 128;                  // output channels that are made at a time
-constexpr int kSliceBytes = kSlice * kRowBytes;
-constexpr int kSlices = 2;  // of 128 output channels, at most
+constexpr int kN = 56;         // pixels of a line: columns of a product
+constexpr int kRuns = kN / 8;  // of 8 pixels, of which a lane holds two
+constexpr int kTiles = 4;      // of 64 output channels, at most
 constexpr int kTaps = 9;
-// Registers of a thread: at launch, of the warps that copy, of conv1, of what follows.
-constexpr int kLaunchRegisters = 128, kCopyRegisters = 24, kReduceRegisters = 88;
-constexpr int kExpandRegisters = 200;
-static_assert(kCopyRegisters + kReduceRegisters + kExpanders * kExpandRegisters <=
-              4 * kLaunchRegisters);
+constexpr int kDepths = 4;                   // products of depth 16 in a panel
+constexpr int kPanelBytes = kN * kRowBytes;  // of 64 channels of a line
+constexpr int kPitch = kN + 2;               // rows of a line of the ring
+constexpr int kLineBytes = kPitch * kRowBytes;
 
-// Batch norms in shared memory, from an offset on: means and scales of two channels, 16 bytes,
-// behind one another; then their shifts, 8 bytes. A lane reads those of its run of a row.
-template <int kChannels>
-struct Terms {
-  static constexpr std::uint32_t kBytes = kChannels * 12;
-
-  // Of `channel`, which is even, and the next.
-  __device__ __forceinline__ static void store(std::uint32_t to, int channel,
-                                               const ScaleShift (&of)[2]) {
-    const Pack<float, 4> both{{of[0].mean, of[1].mean, of[0].scale, of[1].scale}};
-    ptx::store_shared(to + channel * 8, both);
-    const Pack<float, 2> shift{{of[0].shift, of[1].shift}};
-    ptx::store_shared(to + kChannels * 8 + channel * 4, shift);
-  }
-
-  // Of the same; their shifts may come from elsewhere.
-  __device__ __forceinline__ explicit Terms(std::uint32_t from, int channel)
-      : Terms(from, channel, ptx::load_shared<Pack<float, 2>>(from + kChannels * 8 + channel * 4)) {
-  }
-  __device__ __forceinline__ Terms(std::uint32_t from, int channel, const Pack<float, 2>& shift)
-      : both_(ptx::load_shared<Pack<float, 4>>(from + channel * 8)), shift_(shift) {}
-
-  __device__ __forceinline__ float normalise(float value, int e) const {
-    return normalise(value, e, shift_.value[e]);
-  }
-  __device__ __forceinline__ float normalise(float value, int e, float shift) const {
-    return resnet_fused::normalise<false>(value, {both_.value[e], both_.value[2 + e], 0.0f, shift});
-  }
-
- private:
-  const Pack<float, 4> both_;
-  const Pack<float, 2> shift_;
+// Registers of a thread: at launch, of the warps that copy, of each convolution.
+constexpr int kLaunchRegisters = 128, kCopyRegisters = 24;
+template <bool kProjection>
+struct Registers {
+  static constexpr int kConv1 = kProjection ? 80 : 120;
+  static constexpr int kConv2 = 200;
+  static constexpr int kConv3 = kProjection ? 208 : 168;
+  static_assert(kCopyRegisters + kConv1 + kConv2 + kConv3 <= 4 * kLaunchRegisters);
 };
 
 // What lies where in shared memory.
 template <bool kProjection>
 struct Layout {
-  static constexpr int kDepth =
-      kProjection ? 1 : kSlices * kSlice / 64;  // panels of x's channels, at most
-  static constexpr int kPixelStages = kProjection ? 1 : 4;
-  static constexpr int kShortcutStages = kProjection ? 2 : 0;
-  static constexpr int kLines = kProjection ? 5 : 6;
-  static constexpr std::uint32_t kWeight1 = 0;
-  static constexpr std::uint32_t kWeight2 = kWeight1 + kDepth * kPanelBytes;
-  static constexpr std::uint32_t kWeight3 = kWeight2 + kTaps * kPanelBytes;
-  static constexpr std::uint32_t kProjected = kWeight3 + kSlices * kSliceBytes;
-  static constexpr std::uint32_t kPixels = kProjected + (kProjection ? kSlices : 0) * kSliceBytes;
-  static constexpr std::uint32_t kShortcut = kPixels + kPixelStages * kPanelBytes;
-  static constexpr std::uint32_t kRing = kShortcut + kShortcutStages * kPanelBytes;
-  static constexpr std::uint32_t kTerms1 = kRing + kLines * kLineBytes;
-  static constexpr std::uint32_t kTerms2 = kTerms1 + Terms<64>::kBytes;
-  static constexpr std::uint32_t kTerms3 = kTerms2 + Terms<64>::kBytes;
-  static constexpr std::uint32_t kProjectedTerms = kTerms3 + Terms<kSlices * kSlice>::kBytes;
+  static constexpr int kDepth = kProjection ? 1 : kTiles;  // panels of x's channels
+  static constexpr int kPixelStages = 6, kOperandStages = 2;
+  static constexpr int kLines = kProjection ? 6 : 5;
+  // With a projection, its product reads a row behind the line's where strips have a halo.
+  static constexpr std::uint32_t kPixelBytes =
+      kProjection ? kPanelBytes + 8 * kRowBytes : kTiles * kPanelBytes;
+  static constexpr std::uint32_t kResultBytes = kProjection ? kTiles * kPanelBytes : 0;
+  static constexpr std::uint32_t kProjectedBytes = kProjection ? kTiles * 64 * kRowBytes : 0;
+  static constexpr std::uint32_t kPixels = 0;
+  static constexpr std::uint32_t kOperand = kPixels + kPixelStages * kPixelBytes;
+  static constexpr std::uint32_t kResult = kOperand + kOperandStages * kPanelBytes;
+  static constexpr std::uint32_t kProjected = kResult + 2 * kResultBytes;
+  static constexpr std::uint32_t kRing = kProjected + kProjectedBytes;
+  static constexpr std::uint32_t kScaleShift = kRing + kLines * kLineBytes;
+  static constexpr std::uint32_t kProjectedScaleShift =
+      kScaleShift + 64 * kTiles * kScaleShiftBytes;
   static constexpr std::uint32_t kMbarriers =
-      kProjectedTerms + (kProjection ? Terms<kSlices * kSlice>::kBytes : 0);
+      kProjectedScaleShift + (kProjection ? 64 * kTiles * kScaleShiftBytes : 0);
   using Pixels = Pipeline<PipelineId::kBottleneckPixels, kMbarriers, kPixelStages>;
-  using Shortcut = Pipeline<PipelineId::kBottleneckShortcut, Pixels::kEnd, kShortcutStages>;
-  using Lines = Pipeline<PipelineId::kBottleneckLines, Shortcut::kEnd, kLines>;
-  static constexpr int kBytes = static_cast<int>(Lines::kEnd);
+  using Lines = Pipeline<PipelineId::kBottleneckLines, Pixels::kEnd, kLines>;
+  using Operand = Pipeline<PipelineId::kBottleneckOperand, Lines::kEnd, kOperandStages>;
+  static constexpr int kBytes = static_cast<int>(Operand::kEnd);
+  static_assert(kProjected % 1024 == 0 && kResult % 1024 == 0 && kBytes <= 227 * 1024);
 };
 
 struct Arguments {
   Bottleneck block;
-  CUtensorMap x;
-  void* out;
+  CUtensorMap x, out;
   int columns, strips;  // of the result: of a strip, across
+  int halo;  // columns that conv1 makes beside a strip's at each end: 1, or 0 for one strip
   int lines, segments;  // of a job, down
-  int depth, slices;    // panels of x's channels, of output channels
+  int tiles;            // of 64 output channels
   unsigned jobs;
   SpinLimit spin_limit;
 };
@@ -142,6 +116,10 @@ class JobScheduler {
     locate();
   }
   __device__ __forceinline__ int job() const { return static_cast<int>(job_); }
+  // Whether x has the line that many lines below the job's first one.
+  __device__ __forceinline__ bool has(int i) const {
+    return static_cast<unsigned>(line + i) < static_cast<unsigned>(a_.block.height);
+  }
 
   int image, line, lines, column;
 
@@ -158,450 +136,477 @@ class JobScheduler {
   unsigned job_ = blockIdx.x;
 };
 
-// The output channel whose weights are a row of conv3's operand, and whose result a column of the
-// product: lane % 4 = t holds columns 8 j + 2 t and the next, which in four j are the channels 8 t
-// to 8 t + 7.
-__device__ __forceinline__ int channel_of(int row) {
-  return row / 32 * 32 + row % 8 / 2 * 8 + row % 32 / 8 * 2 + row % 2;
+// Of a warpgroup's 64 channels a lane holds row(0) and row(1), in every product.
+__device__ __forceinline__ int row(int half) {
+  return threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4 + 8 * half;
 }
 
-// Copies panels of a weight to shared memory, for wgmma: row n of panel p takes 64 elements from
-// `at(p, n)` on, as far as `left(p, n)` goes; zeros behind it. All threads call it.
-template <typename T, typename At, typename Left>
-__device__ __forceinline__ void load_panels(std::uint32_t to, const void* weight, int panels, At at,
-                                            Left left) {
-#pragma unroll 1
-  for (int i = threadIdx.x; i < panels * 64 * 8; i += kThreads) {
-    const int panel = i / 512, row = i / 8 % 64, chunk = i % 8;
-    const bool inside = chunk * 8 < left(panel, row);
-    const T* const from = static_cast<const T*>(weight);
-    ptx::cp_async_16(to + panel * kPanelBytes + row * kRowBytes + (chunk ^ row % 8) * 16,
-                     inside ? from + at(panel, row) + chunk * 8 : from, inside);
-  }
-}
-
-constexpr int kSlicePanels = kSlice / 64;
-
-// Terms of all batch norms, of the channels in the order of the products' columns. The sum of both
-// shifts stands for conv3's where there is a projection.
-template <bool kProjection>
-__device__ __forceinline__ void load_terms(const Arguments& a) {
-  using Shared = Layout<kProjection>;
-  const Bottleneck& b = a.block;
-  const auto pair_of = [](const BatchNorm& bn, int channel, int count, ScaleShift(&of)[2]) {
-    if (channel >= count) return;
-    for (int e = 0; e < 2; ++e) of[e] = scale_shift_of(bn, channel + e);
-  };
-  int i = 2 * threadIdx.x;
-  if (i < kSlice * a.slices) {
-    ScaleShift third[2], projected[2];
-    pair_of(b.conv3.bn, channel_of(i), b.out_channels, third);
-    if constexpr (kProjection) {
-      pair_of(b.projection.bn, channel_of(i), b.out_channels, projected);
-      for (int e = 0; e < 2; ++e) third[e].shift += projected[e].shift;
-      Terms<kSlices * kSlice>::store(Shared::kProjectedTerms, i, projected);
+// A lane's part of 64 x 16 weights, wgmma's operand A: `from` is that of channel 0, their rows lie
+// `stride` elements apart, and `rows` and `depth` of them are there; zeros beyond.
+template <typename T>
+__device__ __forceinline__ void load_weights(std::uint32_t (&to)[4], const void* from,
+                                             std::int64_t stride, int rows, int depth) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int k = threadIdx.x % 4 * 2 + i / 2 * 8;
+    to[i] = 0;
+    if (row(i % 2) < rows && k < depth) {
+      to[i] = ptx::load_global(reinterpret_cast<const std::uint32_t*>(static_cast<const T*>(from) +
+                                                                      row(i % 2) * stride + k));
     }
-    Terms<kSlices * kSlice>::store(Shared::kTerms3, i, third);
   }
-  i -= kThreads;  // for warps that had none of those
-  if (i >= 0 && i < 64) {
-    ScaleShift first[2], second[2];
-    pair_of(b.conv1.bn, i, b.inner, first);
-    pair_of(b.conv2.bn, i, b.inner, second);
-    Terms<64>::store(Shared::kTerms1, i, first);
-    Terms<64>::store(Shared::kTerms2, i, second);
-  }
-  static_assert(kSlice * kSlices <= kThreads && kThreads + 64 <= 2 * kThreads);
 }
 
-template <typename T, bool kProjection>
-__device__ __forceinline__ void load_weights(const Arguments& a) {
-  using Shared = Layout<kProjection>;
-  const Bottleneck& b = a.block;
-  load_panels<T>(
-      Shared::kWeight1, b.conv1.weight, a.depth,
-      [&](int p, int n) { return std::int64_t{n} * b.channels + 64 * p; },
-      [&](int p, int n) { return n < b.inner ? b.channels - 64 * p : 0; });
-  load_panels<T>(
-      Shared::kWeight2, b.conv2.weight, kTaps,
-      [&](int p, int n) { return (std::int64_t{n} * kTaps + p) * b.inner; },
-      [&](int, int n) { return n < b.inner ? b.inner : 0; });
-  const auto channel = [](int p, int n) { return 64 * p + channel_of(n); };
-  load_panels<T>(
-      Shared::kWeight3, b.conv3.weight, a.slices * kSlicePanels,
-      [&](int p, int n) { return std::int64_t{channel(p, n)} * b.inner; },
-      [&](int p, int n) { return channel(p, n) < b.out_channels ? b.inner : 0; });
-  if constexpr (kProjection) {
-    load_panels<T>(
-        Shared::kProjected, b.projection.weight, a.slices * kSlicePanels,
-        [&](int p, int n) { return std::int64_t{channel(p, n)} * b.channels; },
-        [&](int p, int n) { return channel(p, n) < b.out_channels ? b.channels : 0; });
+// Those of 64 x 64.
+template <typename T>
+__device__ __forceinline__ void load_weights(std::uint32_t (&to)[kDepths][4], const void* from,
+                                             std::int64_t stride, int rows, int depth) {
+#pragma unroll
+  for (int k = 0; k < kDepths; ++k) {
+    load_weights<T>(to[k], static_cast<const T*>(from) + 16 * k, stride, rows, depth - 16 * k);
   }
-  ptx::cp_async_commit();
-  ptx::cp_async_wait<0>();
 }
 
-// The role of one thread: copies the lines of x that conv1 reads.
+// A lane's two channels, from `first` on; nothing of those that there are not.
+struct Channels {
+  ScaleShift of[2];
+  bool exist[2];
+};
+
+__device__ __forceinline__ Channels channels_of(const BatchNorm& bn, int first, int count) {
+  Channels channels;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int channel = first + row(half);
+    channels.exist[half] = channel < count;
+    if (channels.exist[half]) channels.of[half] = scale_shift_of(bn, channel);
+  }
+  return channels;
+}
+
+// 16-bit values of a lane's channels, of two neighbouring pixels in each run of 8.
+using Pairs = std::uint32_t[kRuns][2];
+
+// Where the lane's row of the first matrices lies, for ldmatrix and stmatrix, of a panel that
+// begins at `line`: a warp's 16 channels of 8 pixels, twice.
+__device__ __forceinline__ std::uint32_t matrix_row(std::uint32_t line) {
+  const int lane = threadIdx.x % 32;
+  const std::uint32_t pixel = line + (lane / 16 * 8 + lane % 8) * kRowBytes;
+  const unsigned chunk = threadIdx.x % kWarpgroup / 32 * 2 + lane / 8 % 2;
+  return pixel + (chunk ^ pixel / kRowBytes % 8) * 16;
+}
+
+// Stores a line's pixels of a warp's 16 channels as rows of a panel: `pair(j, half)` is what the
+// lane has of run j.
+template <typename Pair>
+__device__ __forceinline__ void store_line(std::uint32_t line, Pair pair) {
+  const std::uint32_t to = matrix_row(line);
+#pragma unroll
+  for (int j = 0; j + 1 < kRuns; j += 2) {
+    ptx::stmatrix_trans<4>(to + j * 8 * kRowBytes,
+                           {pair(j, 0), pair(j, 1), pair(j + 1, 0), pair(j + 1, 1)});
+  }
+  static_assert(kRuns % 2 == 1);
+  ptx::stmatrix_trans<2>(to + (kRuns - 1) * 8 * kRowBytes,
+                         {pair(kRuns - 1, 0), pair(kRuns - 1, 1)});
+}
+
+// The pixels of a panel from row `halo` on; behind the last one comes the last one again.
+__device__ __forceinline__ void load_pairs(Pairs& pairs, std::uint32_t line, int halo) {
+  const std::uint32_t from = matrix_row(line + halo * kRowBytes);
+#pragma unroll
+  for (int j = 0; j + 1 < kRuns; j += 2) {
+    std::uint32_t loaded[4];
+    ptx::ldmatrix_trans(loaded, from + j * 8 * kRowBytes);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) pairs[j + k / 2][k % 2] = loaded[k];
+  }
+  const bool beyond = threadIdx.x % 8 + halo == 8;
+  ptx::ldmatrix_trans(pairs[kRuns - 1], beyond ? matrix_row(line) + (kRuns - 1) * 8 * kRowBytes
+                                               : from + (kRuns - 1) * 8 * kRowBytes);
+}
+
+template <typename T>
+__device__ __forceinline__ std::uint32_t bits_of(const Pack<T, 2>& pair) {
+  std::uint32_t bits;
+  memcpy(&bits, &pair, sizeof(bits));
+  return bits;
+}
+
+using Acc = float[kN / 2];
+
+// Batch norm, ReLU and rounding of two pixels in conv1's or conv2's line; zeros of channels that
+// there are not, which would otherwise be NaN where x is not finite.
+template <typename T>
+__device__ __forceinline__ std::uint32_t finish(const Acc& acc, int j, int half,
+                                                const Channels& channels) {
+  float y[2];
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    y[e] = Epilogue<T>::normalise(acc[4 * j + 2 * half + e], channels.of[half]);
+  }
+  return channels.exist[half] ? bits_of(Epilogue<T>(true).pack(y)) : 0;
+}
+
+// The role of one thread: copies the lines of x.
 template <bool kProjection>
 __device__ __forceinline__ void load_pixels(const Arguments& a) {
   using Shared = Layout<kProjection>;
   typename Shared::Pixels pixels(a.spin_limit);
 #pragma unroll 1
   for (JobScheduler at(a); at.valid(); at.advance()) {
-    const int end = at.line + at.lines;
 #pragma unroll 1
-    for (int h = at.line - 1; h <= end; ++h) {
-      if (h < 0 || h >= a.block.height) continue;
+    for (int i = -1; i <= at.lines; ++i) {
+      if (!at.has(i)) continue;
+      pixels.acquire(at.job());
+      pixels.commit_bytes(Shared::kDepth * kPanelBytes);
 #pragma unroll 1
-      for (int p = 0; p < a.depth; ++p) {
-        pixels.acquire(at.job());
-        pixels.commit_bytes(kPanelBytes);
-        ptx::load_tile(Shared::kPixels + pixels.stage() * kPanelBytes, a.x, pixels.full(),
-                       {p * kMapChannels, at.column - 1, h, at.image});
-        pixels.advance();
+      for (int p = 0; p < Shared::kDepth; ++p) {
+        ptx::load_tile(Shared::kPixels + pixels.stage() * Shared::kPixelBytes + p * kPanelBytes,
+                       a.x, pixels.full(),
+                       {p * kMapChannels, at.column - a.halo, at.line + i, at.image});
       }
-    }
-  }
-}
-
-// The role of one thread: copies the lines of x that the projection reads.
-__device__ __forceinline__ void load_shortcut(const Arguments& a) {
-  using Shared = Layout<true>;
-  Shared::Shortcut shortcut(a.spin_limit);
-#pragma unroll 1
-  for (JobScheduler at(a); at.valid(); at.advance()) {
-#pragma unroll 1
-    for (int i = 0; i < at.lines; ++i) {
-      shortcut.acquire(at.job());
-      shortcut.commit_bytes(kPanelBytes);
-      ptx::load_tile(Shared::kShortcut + shortcut.stage() * kPanelBytes, a.x, shortcut.full(),
-                     {0, at.column, at.line + i, at.image});
-      shortcut.advance();
-    }
-  }
-}
-
-using Acc = Accumulators<kProductM, 64>;
-using SliceAcc = Accumulators<kProductM, kSlice>;
-
-// d = the product of 64 rows from `a` on, or of that plus d, and as many weights as d has columns
-// at `b`: 64 channels deep.
-template <typename T, typename Acc>
-__device__ __forceinline__ void multiply(Acc& acc, std::uint64_t a, std::uint64_t b,
-                                         bool accumulate) {
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    const unsigned depth = k * (32 / ptx::kDescriptorUnit);
-    ptx::wgmma<T>(acc.product(0), a + depth, b + depth, accumulate || k > 0);
-  }
-}
-
-// Batch norm of a run of both rows of a lane.
-__device__ __forceinline__ void normalise_run(Acc& acc, int j, std::uint32_t terms,
-                                              float (&y)[Acc::kRows][Acc::kRun]) {
-  const Terms<64> of(terms, acc.column(j));
-#pragma unroll
-  for (int r = 0; r < Acc::kRows; ++r) {
-#pragma unroll
-    for (int e = 0; e < Acc::kRun; ++e) y[r][e] = of.normalise(acc.at(r, j, e), e);
-  }
-}
-
-// Stores a line of conv1's result, after batch norm and ReLU, for wgmma: pixels from column `first`
-// on, zeros outside the image.
-template <typename T>
-__device__ __forceinline__ void store_line(Acc& acc, std::uint32_t line, std::uint32_t terms,
-                                           int first, int width) {
-  using Run = Pack<T, Acc::kRun>;
-  const Epilogue<T> epilogue(true);
-  const std::uint32_t row = line + acc.row(0) * kRowBytes;  // the other is the same modulo 8
-  const unsigned swizzle = row / kRowBytes % 8;
-  const std::uint32_t to = row + acc.column(0) * static_cast<int>(sizeof(T));
-  bool inside[Acc::kRows];
-#pragma unroll
-  for (int r = 0; r < Acc::kRows; ++r) {
-    inside[r] = static_cast<unsigned>(first + acc.row(r)) < static_cast<unsigned>(width);
-  }
-#pragma unroll
-  for (int j = 0; j < Acc::kColumns; ++j) {
-    float y[Acc::kRows][Acc::kRun];
-    normalise_run(acc, j, terms, y);
-#pragma unroll
-    for (int r = 0; r < Acc::kRows; ++r) {
-      const Run run = epilogue.pack(y[r]);
-      ptx::store_shared(to + (acc.row(r) - acc.row(0)) * kRowBytes + (j ^ swizzle) * 16,
-                        inside[r] ? run : Run{});
+      pixels.advance();
     }
   }
 }
 
 // The role of a warpgroup: conv1's lines, zeros outside the image.
 template <typename T, bool kProjection>
-__device__ __forceinline__ void reduce(const Arguments& a) {
+__device__ __forceinline__ void make_conv1(const Arguments& a) {
   using Shared = Layout<kProjection>;
-  constexpr unsigned kPanel = kPanelBytes / ptx::kDescriptorUnit;
+  constexpr unsigned kUnit = ptx::kDescriptorUnit;
   const Bottleneck& b = a.block;
+  std::uint32_t weights[Shared::kDepth][kDepths][4];
+#pragma unroll
+  for (int p = 0; p < Shared::kDepth; ++p) {
+    load_weights<T>(weights[p], static_cast<const T*>(b.conv1.weight) + 64 * p, b.channels, b.inner,
+                    b.channels - 64 * p);
+  }
+  const Channels channels = channels_of(b.conv1.bn, 0, b.inner);
+  const std::uint64_t stages = ptx::matrix_descriptor(Shared::kPixels);
   typename Shared::Pixels pixels(a.spin_limit);
   typename Shared::Lines lines(a.spin_limit);
-  const std::uint64_t stages = ptx::matrix_descriptor(Shared::kPixels);
-  const std::uint64_t weights = ptx::matrix_descriptor(Shared::kWeight1);
 #pragma unroll 1
   for (JobScheduler at(a); at.valid(); at.advance()) {
 #pragma unroll 1
     for (int i = -1; i <= at.lines; ++i) {
-      if (at.line + i < 0 || at.line + i >= b.height) {
+      const bool inside = at.has(i);
+      const auto to = [&] {
         lines.acquire(at.job());
-        const std::uint32_t line = Shared::kRing + lines.stage() * kLineBytes;
-#pragma unroll
-        for (int n = 0; n < kProductM * kRowBytes / 16; n += kWarpgroup) {
-          ptx::store_shared(line + (n + threadIdx.x % kWarpgroup) * 16, Pack<T, 8>{});
-        }
-      } else {
+        return Shared::kRing + lines.stage() * kLineBytes + (1 - a.halo) * kRowBytes;
+      };
+      if (inside) {
         Acc acc;
-        int last = 0;
-#pragma unroll 1
-        for (int p = 0; p < a.depth; ++p) {
-          pixels.wait(at.job());
-          ptx::wgmma_fence(acc.product(0));
-          multiply<T>(acc, stages + pixels.stage() * kPanel, weights + p * kPanel, p > 0);
-          ptx::wgmma_commit();
-          ptx::wgmma_wait<1>(acc.product(0));
-          if (p > 0 && threadIdx.x % 32 == 0) Shared::Pixels::release(last);
-          last = pixels.stage();
-          pixels.advance();
+        const std::uint64_t stage = stages + pixels.stage() * (Shared::kPixelBytes / kUnit);
+        pixels.wait(at.job());
+        ptx::wgmma_fence(acc);
+#pragma unroll
+        for (int p = 0; p < Shared::kDepth; ++p) {
+#pragma unroll
+          for (int k = 0; k < kDepths; ++k) {
+            ptx::wgmma<T>(acc, weights[p][k], stage + p * (kPanelBytes / kUnit) + k * (32 / kUnit),
+                          p + k > 0);
+          }
         }
-        ptx::wgmma_wait<0>(acc.product(0));
-        if (threadIdx.x % 32 == 0) Shared::Pixels::release(last);
-        lines.acquire(at.job());
-        store_line<T>(acc, Shared::kRing + lines.stage() * kLineBytes, Shared::kTerms1,
-                      at.column - 1, b.width);
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<0>(acc);
+        const int first = at.column - a.halo + threadIdx.x % 4 * 2;
+        store_line(to(), [&](int j, int half) {
+          const auto mask = [&](int e) {
+            const unsigned column = first + 8 * j + e, width = b.width;
+            return column < width ? 0xffffu << 16 * e : 0u;
+          };
+          return finish<T>(acc, j, half, channels) & (mask(0) | mask(1));
+        });
+      } else {
+        store_line(to(), [](int, int) { return 0u; });
       }
       ptx::fence_proxy_async();
       ptx::named_barrier(1, kWarpgroup);
-      if (threadIdx.x % kWarpgroup == 0) lines.commit();
+      if (threadIdx.x % kWarpgroup == 0) {
+        lines.commit();
+        if (inside && (i < 0 || i == at.lines)) pixels.release();
+      }
       lines.advance();
+      if (inside) pixels.advance();
     }
   }
 }
 
-// A line of the result, slice by slice; `h` holds conv2's result, an operand.
+// The role of a warpgroup: conv2's lines.
 template <typename T, bool kProjection>
-class Expansion {
- public:
-  using Octet = Pack<T, 8>;
-
-  // Of the line that begins at this position of the result, with so many columns.
-  __device__ __forceinline__ Expansion(const Arguments& a, std::int64_t position, int columns)
-      : a_(a), position_(position), columns_(columns) {}
-
-  // `shortcut`: the descriptor of x's pixels for the projection.
-  __device__ __forceinline__ void make(std::uint32_t (&h)[4][4], std::uint64_t shortcut) const {
+__device__ __forceinline__ void make_conv2(const Arguments& a) {
+  using Shared = Layout<kProjection>;
+  constexpr unsigned kUnit = ptx::kDescriptorUnit;
+  const Bottleneck& b = a.block;
+  std::uint32_t weights[kTaps][kDepths][4];
+#pragma unroll
+  for (int tap = 0; tap < kTaps; ++tap) {
+    load_weights<T>(weights[tap], static_cast<const T*>(b.conv2.weight) + tap * b.inner,
+                    std::int64_t{kTaps} * b.inner, b.inner, b.inner);
+  }
+  const Channels channels = channels_of(b.conv2.bn, 0, b.inner);
+  const std::uint64_t ring = ptx::matrix_descriptor(Shared::kRing);
+  typename Shared::Lines lines(a.spin_limit);
+  typename Shared::Operand operand(a.spin_limit);
+  const auto release = [&](int stage) {
+    if (threadIdx.x % 32 == 0) Shared::Lines::release(stage);
+  };
 #pragma unroll 1
-    for (int slice = 0; slice < a_.slices; ++slice) make_slice(h, shortcut, slice);
+  for (JobScheduler at(a); at.valid(); at.advance()) {
+    int stages[3];  // of the lines around the one that is made
+    const auto next = [&] {
+      const int stage = lines.stage();
+      lines.wait(at.job());
+      lines.advance();
+      return stage;
+    };
+    stages[0] = next();
+    stages[1] = next();
+#pragma unroll 1
+    for (int i = 0; i < at.lines; ++i) {
+      stages[2] = next();
+      Acc acc;
+      ptx::wgmma_fence(acc);
+#pragma unroll
+      for (int tap = 0; tap < kTaps; ++tap) {
+        const std::uint64_t pixels =
+            ring + stages[tap / 3] * (kLineBytes / kUnit) + tap % 3 * (kRowBytes / kUnit);
+#pragma unroll
+        for (int k = 0; k < kDepths; ++k) {
+          ptx::wgmma<T>(acc, weights[tap][k], pixels + k * (32 / kUnit), tap + k > 0);
+        }
+      }
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<0>(acc);
+      release(stages[0]);
+      stages[0] = stages[1];
+      stages[1] = stages[2];
+      operand.acquire(at.job());
+      store_line(Shared::kOperand + operand.stage() * kPanelBytes,
+                 [&](int j, int half) { return finish<T>(acc, j, half, channels); });
+      ptx::fence_proxy_async();
+      ptx::named_barrier(2, kWarpgroup);
+      if (threadIdx.x % kWarpgroup == 0) operand.commit();
+      operand.advance();
+    }
+    release(stages[0]);
+    release(stages[1]);
+  }
+}
+
+// The role of a warpgroup: lines of the result.
+template <typename T, bool kProjection>
+class Conv3 {
+ public:
+  __device__ __forceinline__ explicit Conv3(const Arguments& a) : a_(a) {
+    const Bottleneck& b = a.block;
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+      const int left = b.out_channels - 64 * m;
+      load_weights<T>(weights_[m],
+                      static_cast<const T*>(b.conv3.weight) + std::int64_t{64} * m * b.inner,
+                      b.inner, left, b.inner);
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    typename Shared::Pixels pixels(a_.spin_limit);
+    typename Shared::Operand operand(a_.spin_limit);
+    const bool leads = threadIdx.x % kWarpgroup == 0;
+    int last = -1;  // stage of x whose place the last result has taken, not known to be stored
+    int result = 0;
+#pragma unroll 1
+    for (JobScheduler at(a_); at.valid(); at.advance()) {
+      if (at.has(-1)) pixels.advance();
+#pragma unroll 1
+      for (int i = 0; i < at.lines; ++i) {
+        pixels.wait(at.job());
+        operand.wait(at.job());
+        const std::uint32_t x = Shared::kPixels + pixels.stage() * Shared::kPixelBytes;
+        const std::uint32_t out = kProjection ? Shared::kResult + result * Shared::kResultBytes : x;
+        make_line(x, Shared::kOperand + operand.stage() * kPanelBytes, out);
+        if (threadIdx.x % 32 == 0) operand.release();
+        operand.advance();
+        if (leads) {
+          ptx::bulk_wait_read<0>();
+          if (!kProjection && last >= 0) Shared::Pixels::release(last);
+        }
+        ptx::fence_proxy_async();
+        ptx::named_barrier(3, kWarpgroup);
+        if (leads) {
+#pragma unroll 1
+          for (int m = 0; m < a_.tiles; ++m) {
+            ptx::store_tile(a_.out, out + m * kPanelBytes,
+                            {m * kMapChannels, at.column, at.line + i, at.image});
+          }
+          ptx::bulk_commit();
+          if constexpr (kProjection) pixels.release();
+        }
+        last = pixels.stage();
+        result ^= 1;
+        pixels.advance();
+      }
+      if (at.has(at.lines)) pixels.advance();
+    }
+    if (leads) ptx::bulk_wait_read<0>();
   }
 
  private:
   using Shared = Layout<kProjection>;
-  using Acc = SliceAcc;
-  static constexpr int kGroups = kSlice / 32;
+  static constexpr unsigned kUnit = ptx::kDescriptorUnit;
 
-  __device__ __forceinline__ void make_slice(std::uint32_t (&h)[4][4], std::uint64_t shortcut,
-                                             int slice) const {
-    const Epilogue<T> epilogue(true);
-    const unsigned units = slice * (kSliceBytes / ptx::kDescriptorUnit);
-    Acc acc, projected;
-    ptx::wgmma_fence(h);
-    ptx::wgmma_fence(acc.product(0));
-    if constexpr (kProjection) {
-      ptx::wgmma_fence(projected.product(0));
-      multiply<T>(projected, shortcut, ptx::matrix_descriptor(Shared::kProjected) + units, false);
-    }
-    const std::uint64_t weights = ptx::matrix_descriptor(Shared::kWeight3) + units;
+  // The products of 64 channels, on their way.
+  __device__ __forceinline__ void multiply(Acc& acc, Acc& projected, int m, std::uint32_t x,
+                                           std::uint32_t operand) const {
+    ptx::wgmma_fence(acc);
+    if constexpr (kProjection) ptx::wgmma_fence(projected);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      ptx::wgmma<T>(acc.product(0), h[k], weights + k * (32 / ptx::kDescriptorUnit), k > 0);
+    for (int k = 0; k < kDepths; ++k) {
+      const unsigned depth = k * (32 / kUnit);
+      ptx::wgmma<T>(acc, weights_[m][k], ptx::matrix_descriptor(operand) + depth, k > 0);
+      if constexpr (kProjection) {
+        ptx::wgmma<T>(projected,
+                      ptx::matrix_descriptor(Shared::kProjected + m * 64 * kRowBytes) + depth,
+                      ptx::matrix_descriptor(x + a_.halo * kRowBytes) + depth, k > 0);
+      }
     }
     ptx::wgmma_commit();
+  }
 
-    // A lane's two rows and, of each 32 channels, 8.
-    const int channel = slice * kSlice + threadIdx.x % 4 * 8;
-    const auto counts = [&](int r, int group) {
-      return Acc::row(r) < columns_ && channel + 32 * group < a_.block.out_channels;
-    };
-    const auto at = [&](int r, int group) {
-      return (position_ + Acc::row(r)) * a_.block.out_channels + channel + 32 * group;
-    };
-    Octet residual[2][kGroups];
-    if constexpr (!kProjection) {
+  __device__ __forceinline__ void make_line(std::uint32_t x, std::uint32_t operand,
+                                            std::uint32_t out) const {
+    const Epilogue<T> epilogue(true);
+    Acc acc[2], projected[kProjection ? 2 : 1];
+    multiply(acc[0], projected[0], 0, x, operand);
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-#pragma unroll
-        for (int group = 0; group < kGroups; ++group) {
-          if (!counts(r, group)) continue;
-          const T* const x = static_cast<const T*>(a_.block.x) + at(r, group);
-          residual[r][group] = ptx::load_global(reinterpret_cast<const Octet*>(x));
-        }
+    for (int m = 0; m < kTiles; ++m) {
+      Acc& now = acc[m % 2];
+      Acc& beside = projected[kProjection ? m % 2 : 0];
+      Pairs shortcut;
+      if constexpr (!kProjection) {
+        load_pairs(shortcut, x + m * kPanelBytes, a_.halo);
+        // The result's rows are others then, which lanes have read for each other.
+        if (a_.halo > 0) ptx::named_barrier(4 + threadIdx.x % kWarpgroup / 32, 32);
       }
-    }
-    ptx::wgmma_wait<0>(acc.product(0));
-    if constexpr (kProjection) ptx::wgmma_wait<0>(projected.product(0));
-
+      ScaleShift of[2], added[2];
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      float y[2][8];
-#pragma unroll
-      for (int pair = 0; pair < 4; ++pair) {
-        using Terms = Terms<kSlices * kSlice>;
-        const int j = 4 * group + pair, column = slice * kSlice + Acc::column(j);
-        const Terms of(Shared::kTerms3, column);
+      for (int half = 0; half < 2; ++half) {
+        const std::uint32_t terms = (64 * m + row(half)) * kScaleShiftBytes;
+        of[half] = ptx::load_shared<ScaleShift>(Shared::kScaleShift + terms);
         if constexpr (kProjection) {
-          const Terms other(Shared::kProjectedTerms, column, {});
-#pragma unroll
-          for (int n = 0; n < 4; ++n) {
-            const int r = n / 2, e = n % 2;
-            y[r][2 * pair + e] =
-                other.normalise(projected.at(r, j, e), e, of.normalise(acc.at(r, j, e), e));
-          }
-        } else {
-#pragma unroll
-          for (int n = 0; n < 4; ++n) {
-            const int r = n / 2, e = n % 2;
-            y[r][2 * pair + e] = of.normalise(acc.at(r, j, e), e);
-          }
+          added[half] = ptx::load_shared<ScaleShift>(Shared::kProjectedScaleShift + terms);
         }
       }
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        if (!counts(r, group)) continue;
-        if constexpr (!kProjection) epilogue.add(y[r], residual[r][group]);
-        ptx::store_global(reinterpret_cast<Octet*>(static_cast<T*>(a_.out) + at(r, group)),
-                          epilogue.pack(y[r]));
+      if (m + 1 < kTiles) {
+        multiply(acc[(m + 1) % 2], projected[kProjection ? (m + 1) % 2 : 0], m + 1, x, operand);
+        ptx::wgmma_wait<1>(now);
+      } else {
+        ptx::wgmma_wait<0>(now);
       }
+      if constexpr (kProjection) {
+        if (m + 1 < kTiles) {
+          ptx::wgmma_wait<1>(beside);
+        } else {
+          ptx::wgmma_wait<0>(beside);
+        }
+      }
+      store_line(out + m * kPanelBytes, [&](int j, int half) {
+        float y[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int n = 4 * j + 2 * half + e;
+          y[e] = Epilogue<T>::normalise(now[n], of[half]);
+          if constexpr (kProjection) {
+            y[e] = Epilogue<T>::normalise(beside[n],
+                                          {added[half].mean, added[half].scale, 0.0f, y[e]});
+          }
+        }
+        if constexpr (!kProjection) {
+          Pack<T, 2> residual;
+          memcpy(&residual, &shortcut[j][half], sizeof(residual));
+          epilogue.add(y, residual);
+        }
+        return bits_of(epilogue.pack(y));
+      });
     }
   }
 
   const Arguments& a_;
-  const std::int64_t position_;
-  const int columns_;
+  std::uint32_t weights_[kTiles][kDepths][4];
 };
 
-// The role of a warpgroup: every other line of the result.
-template <typename T, bool kProjection>
-__device__ __forceinline__ void expand(const Arguments& a, int expander) {
-  using Shared = Layout<kProjection>;
-  constexpr unsigned kUnit = ptx::kDescriptorUnit, kPanel = kPanelBytes / kUnit;
-  const Bottleneck& b = a.block;
-  const Epilogue<T> epilogue(true);
-  typename Shared::Lines lines(a.spin_limit);
-  typename Shared::Shortcut shortcut(a.spin_limit);
-  const std::uint64_t ring = ptx::matrix_descriptor(Shared::kRing);
-  const std::uint64_t weights = ptx::matrix_descriptor(Shared::kWeight2);
-  int turn = 0;   // whose the next line is
-  int first = 0;  // stage of the job's first line
+// The projection's weights, as panels for wgmma. By all threads.
+template <typename T>
+__device__ __forceinline__ void load_projection(const Bottleneck& b) {
 #pragma unroll 1
-  for (JobScheduler at(a); at.valid(); at.advance()) {
-    const int count = at.lines;
-    int known = 0, released = 0;  // of the job's count + 2 lines of conv1
-    const auto wait_for = [&](int end) {
-      for (; known < end; ++known) {
-        lines.wait(at.job());
-        lines.advance();
-      }
-    };
-    const auto release = [&](int end) {
-      for (; released < end; ++released) {
-        if (threadIdx.x % 32 == 0) Shared::Lines::release((first + released) % Shared::kLines);
-      }
-    };
-#pragma unroll 1
-    for (int i = 0; i < count; ++i, turn ^= 1) {
-      if (turn != expander) {
-        if constexpr (kProjection) shortcut.advance();
-        continue;
-      }
-      wait_for(i + 3);
-      std::uint32_t h[4][4];
-      {
-        Acc acc;
-        ptx::wgmma_fence(acc.product(0));
-#pragma unroll
-        for (int r = 0; r < 3; ++r) {
-          const std::uint64_t line = ring + (first + i + r) % Shared::kLines * (kLineBytes / kUnit);
-#pragma unroll
-          for (int s = 0; s < 3; ++s) {
-            multiply<T>(acc, line + s * (kRowBytes / kUnit), weights + (3 * r + s) * kPanel,
-                        r + s > 0);
-          }
-        }
-        ptx::wgmma_commit();
-        ptx::wgmma_wait<0>(acc.product(0));
-        release(i + 2);
-#pragma unroll
-        for (int j = 0; j < Acc::kColumns; ++j) {
-          float y[Acc::kRows][Acc::kRun];
-          normalise_run(acc, j, Shared::kTerms2, y);
-#pragma unroll
-          for (int r = 0; r < Acc::kRows; ++r) {
-            const auto pair = epilogue.pack(y[r]);
-            memcpy(&h[j / 2][j % 2 * 2 + r], &pair, sizeof(pair));
-          }
-        }
-      }
-      const std::int64_t position =
-          (std::int64_t{at.image} * b.height + at.line + i) * b.width + at.column;
-      const Expansion<T, kProjection> expansion(
-          a, position, at.column + a.columns < b.width ? a.columns : b.width - at.column);
-      if constexpr (kProjection) {
-        shortcut.wait(at.job());
-        expansion.make(h, ptx::matrix_descriptor(Shared::kShortcut) + shortcut.stage() * kPanel);
-        if (threadIdx.x % 32 == 0) shortcut.release();
-        shortcut.advance();
-      } else {
-        expansion.make(h, 0);
-      }
-    }
-    wait_for(count + 2);
-    release(count + 2);
-    first = (first + count + 2) % Shared::kLines;
+  for (int i = threadIdx.x; i < kTiles * 64 * 8; i += kThreads) {
+    const int n = i / 8, chunk = i % 8;
+    const bool inside = n < b.out_channels && chunk * 8 < b.channels;
+    const T* const from = static_cast<const T*>(b.projection.weight);
+    ptx::cp_async_16(Layout<true>::kProjected + n * kRowBytes + (chunk ^ n % 8) * 16,
+                     inside ? from + std::int64_t{n} * b.channels + chunk * 8 : from, inside);
   }
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<0>();
+}
+
+// Scale and shift of conv3's channels; with a projection, of both, and their shifts' sum as
+// conv3's.
+template <bool kProjection>
+__device__ __forceinline__ void load_scale_shifts(const Bottleneck& b) {
+  using Shared = Layout<kProjection>;
+  const int channel = threadIdx.x;
+  static_assert(64 * kTiles <= kThreads);
+  if (channel >= 64 * kTiles) return;
+  ScaleShift of{}, added{};
+  if (channel < b.out_channels) of = scale_shift_of(b.conv3.bn, channel);
+  if constexpr (kProjection) {
+    if (channel < b.out_channels) added = scale_shift_of(b.projection.bn, channel);
+    of.shift += added.shift;
+    ptx::store_shared(Shared::kProjectedScaleShift + channel * kScaleShiftBytes, added);
+  }
+  ptx::store_shared(Shared::kScaleShift + channel * kScaleShiftBytes, of);
 }
 
 template <typename T, bool kProjection>
 __global__ void __launch_bounds__(kThreads, 1)
     bottleneck_sm90_kernel(const __grid_constant__ Arguments a) {
   using Shared = Layout<kProjection>;
+  using Registers = Registers<kProjection>;
   ptx::registers_at_launch<kLaunchRegisters>();
   if (threadIdx.x == 0) {
-    Shared::Pixels::init(1, kWarpgroup / 32);
-    Shared::Shortcut::init(1, kWarpgroup / 32);
-    Shared::Lines::init(1, kExpanders * kWarpgroup / 32);
+    Shared::Pixels::init(1, 1);
+    Shared::Lines::init(1, kWarpgroup / 32);
+    Shared::Operand::init(1, kWarpgroup / 32);
     ptx::fence_mbarrier_init();
   }
   ptx::wait_for_earlier_kernels();
-  load_weights<T, kProjection>(a);
-  load_terms<kProjection>(a);
-  // The two rows of a line that conv1 never writes.
-  if (threadIdx.x < Shared::kLines * 16) {
-    const std::uint32_t line = Shared::kRing + threadIdx.x / 16 * kLineBytes;
-    ptx::store_shared(line + kProductM * kRowBytes + threadIdx.x % 16 * 16, Pack<T, 8>{});
+  if constexpr (kProjection) load_projection<T>(a.block);
+  load_scale_shifts<kProjection>(a.block);
+  // The rows of a line of the ring that conv1 never writes, with a halo or without.
+  if (threadIdx.x < Shared::kLines * 3 * 8) {
+    const int line = threadIdx.x / 24, n = threadIdx.x / 8 % 3, row = n == 0 ? 0 : kN - 1 + n;
+    ptx::store_shared(Shared::kRing + line * kLineBytes + row * kRowBytes + threadIdx.x % 8 * 16,
+                      Pack<T, 8>{});
   }
   ptx::fence_proxy_async();
   __syncthreads();
 
   const int warpgroup = ptx::uniform(threadIdx.x / kWarpgroup);
-  if (warpgroup > 1) {
-    ptx::increase_registers<kExpandRegisters>();
-    expand<T, kProjection>(a, warpgroup - 2);
-  } else if (warpgroup > 0) {
-    ptx::decrease_registers<kReduceRegisters>();
-    reduce<T, kProjection>(a);
+  if (warpgroup == 1) {
+    ptx::decrease_registers<Registers::kConv1>();
+    make_conv1<T, kProjection>(a);
+  } else if (warpgroup == 2) {
+    ptx::increase_registers<Registers::kConv2>();
+    make_conv2<T, kProjection>(a);
+  } else if (warpgroup == 3) {
+    ptx::increase_registers<Registers::kConv3>();
+    Conv3<T, kProjection>(a).run();
   } else {
     ptx::decrease_registers<kCopyRegisters>();
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (warp == 0 && lane == 0) load_pixels<kProjection>(a);
-    if constexpr (kProjection) {
-      if (warp == 1 && lane == 0) load_shortcut(a);
-    }
+    if (threadIdx.x == 0) load_pixels<kProjection>(a);
   }
 }
 
@@ -612,7 +617,7 @@ bool can_read(const Bottleneck& a) {
     if (!aligned(pointer)) return false;
   }
   return a.dtype != DType::kFloat32 && a.stride == 1 && a.inner <= 64 && a.inner % 8 == 0 &&
-         a.channels % 8 == 0 && a.out_channels % 8 == 0 && a.out_channels <= kSlice * kSlices &&
+         a.channels % 8 == 0 && a.out_channels % 8 == 0 && a.out_channels <= 64 * kTiles &&
          (projection ? a.channels <= 64 : a.channels == a.out_channels) &&
          std::int64_t{a.height} * a.width * a.channels < std::int64_t{1} << 39;
 }
@@ -636,28 +641,31 @@ int choose_lines(const Bottleneck& a, std::int64_t strips, int num_sms) {
 
 template <typename T, bool kProjection>
 cudaError_t make_plan(void* out, const Bottleneck& a, int num_sms, LaunchPlan<Arguments>* plan) {
-  const std::int64_t strips = ceil_div(a.width, kColumns);
+  const std::int64_t strips = a.width <= kN ? 1 : ceil_div(a.width, kN - 2);
   Arguments& to = plan->arguments;
   to.block = a;
-  to.out = out;
   to.columns = static_cast<int>(ceil_div(a.width, strips));
   to.strips = static_cast<unsigned>(strips);
+  to.halo = strips > 1;
   to.lines = choose_lines(a, strips, num_sms);
   to.segments = static_cast<unsigned>(ceil_div(a.height, to.lines));
-  to.depth = static_cast<int>(ceil_div(a.channels, 64));
-  to.slices = static_cast<int>(ceil_div(a.out_channels, kSlice));
+  to.tiles = static_cast<int>(ceil_div(a.out_channels, kMapChannels));
   const std::int64_t jobs = a.batch * strips * to.segments;
   // A job's number must not overflow where a block advances.
   if (jobs > kMaxGridX - num_sms) return cudaErrorInvalidConfiguration;
   to.jobs = static_cast<unsigned>(jobs);
   to.spin_limit = spin_limit;
-  const auto size = [](std::int64_t value) { return static_cast<std::uint64_t>(value); };
   plan->kernel = &bottleneck_sm90_kernel<T, kProjection>;
   plan->shape = {dim3(std::min<unsigned>(to.jobs, num_sms)), dim3(kThreads),
                  Layout<kProjection>::kBytes, dim3(1), true};
-  return encode_tiles(&to.x, a.dtype, a.x,
-                      {size(a.channels), size(a.width), size(a.height), size(a.batch)},
-                      {kProductM, 1, 1});
+  const auto encode = [&](CUtensorMap* map, const void* data, int channels, int columns) {
+    const auto size = [](std::int64_t value) { return static_cast<std::uint64_t>(value); };
+    return encode_tiles(map, a.dtype, data,
+                        {size(channels), size(a.width), size(a.height), size(a.batch)},
+                        {static_cast<std::uint32_t>(columns), 1, 1});
+  };
+  const cudaError_t status = encode(&to.x, a.x, a.channels, kN);
+  return status == cudaSuccess ? encode(&to.out, out, a.out_channels, to.columns) : status;
 }
 
 template <typename T>

@@ -119,8 +119,10 @@ __device__ __forceinline__ void load_pixels_multicast(std::uint32_t to, const CU
       : "memory");
 }
 
+// The other way: elements outside the tensor are left out.
+template <int kDimensions>
 __device__ __forceinline__ void store_tile(const CUtensorMap& map, std::uint32_t from,
-                                           const std::int32_t (&at)[2]) {
+                                           const std::int32_t (&at)[kDimensions]) {
   cu::cp_async_bulk_tensor(cu::space_global, cu::space_shared, &map, at, shared_memory() + from);
 }
 
@@ -210,6 +212,41 @@ __device__ __forceinline__ void mbarrier_wait_cluster(std::uint32_t at, std::uin
 // "barrier", bar.sync: waits until `threads` threads, whole warps, have come to barrier `number`.
 __device__ __forceinline__ void named_barrier(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
+// "ldmatrix" and "stmatrix", .trans: two or four 8x8 matrices of 16-bit elements. Lane l names row
+// l % 8 of matrix l / 8, 16 bytes, and holds, of each matrix, elements l / 4 of rows 2 * (l % 4)
+// and the next: the rows in shared memory are the columns of what lanes hold as wgmma's D.
+template <int kMatrices>
+__device__ __forceinline__ void ldmatrix_trans(std::uint32_t (&to)[kMatrices], std::uint32_t row) {
+  static_assert(kMatrices == 2 || kMatrices == 4);
+  if constexpr (kMatrices == 4) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(to[0]), "=r"(to[1])
+                 : "r"(shared_address(row))
+                 : "memory");
+  }
+}
+template <int kMatrices>
+__device__ __forceinline__ void stmatrix_trans(std::uint32_t row,
+                                               const std::uint32_t (&from)[kMatrices]) {
+  static_assert(kMatrices == 2 || kMatrices == 4);
+  if constexpr (kMatrices == 4) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                     shared_address(row)),
+                 "r"(from[0]), "r"(from[1]), "r"(from[2]), "r"(from[3])
+                 : "memory");
+  } else {
+    asm volatile(
+        "stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(shared_address(row)),
+        "r"(from[0]), "r"(from[1])
+        : "memory");
+  }
 }
 
 // How many registers a thread has at launch: as many as __launch_bounds__ leaves, which the
@@ -390,10 +427,10 @@ __device__ __forceinline__ void wgmma(std::int32_t (&d)[kValues], std::uint64_t 
   }
 }
 
-// The same with `a` in registers, and N = 64 or 128: with g and t as above, warp w holds of a the
-// pairs of columns 2 t and 2 t + 1 of rows 16 w + g and 16 w + g + 8, then of columns 2 t + 8 and
-// 2 t + 9. So packed pairs of d's values are an operand of the next product. They stay as they are
-// until the wait.
+// The same with `a` in registers, and N = 56, 64 or 128: with g and t as above, warp w holds of a
+// the pairs of columns 2 t and 2 t + 1 of rows 16 w + g and 16 w + g + 8, then of columns 2 t + 8
+// and 2 t + 9. So packed pairs of d's values are an operand of the next product. They stay as they
+// are until the wait.
 // clang-format off
 #define RF_WGMMA_A(type, N, count, A, next, last, D, P, t)                             \
   if constexpr (kValues == count) {                                                    \
@@ -409,6 +446,7 @@ __device__ __forceinline__ void wgmma(std::int32_t (&d)[kValues], std::uint64_t 
           "r"(static_cast<int>(accumulate)));                                          \
   }
 #define RF_WGMMA_A_OF(type) \
+  RF_WGMMA_A(type, 56, 28, "%28, %29, %30, %31", 32, 33, RF_D2, RF_P8, 2) \
   RF_WGMMA_A(type, 64, 32, "%32, %33, %34, %35", 36, 37, RF_D3, RF_P2, 3) \
   RF_WGMMA_A(type, 128, 64, "%64, %65, %66, %67", 68, 69, RF_D6, RF_P4, 6)
 // clang-format on
@@ -416,7 +454,7 @@ __device__ __forceinline__ void wgmma(std::int32_t (&d)[kValues], std::uint64_t 
 template <typename T, int kValues>
 __device__ __forceinline__ void wgmma(float (&d)[kValues], const std::uint32_t (&a)[4],
                                       std::uint64_t b, bool accumulate) {
-  static_assert(kValues == 32 || kValues == 64);
+  static_assert(kValues == 28 || kValues == 32 || kValues == 64);
   if constexpr (std::is_same_v<T, __half>) {
     RF_WGMMA_A_OF("f16")
   } else {

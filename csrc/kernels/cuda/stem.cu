@@ -63,21 +63,26 @@ __device__ __forceinline__ Pack<T, 4> load_pixel(const T* from, bool inside) {
   return pixel;
 }
 
-template <typename T>
+template <typename T, typename X>
 __device__ __forceinline__ void copy_pixels(const Stem& a, std::int64_t image, int y, int x) {
   const std::int64_t plane = std::int64_t{a.height} * a.width;
   const std::int64_t channel_apart = a.planar ? plane : 1, pixel_apart = a.planar ? 1 : kChannels;
-  const T* const from = static_cast<const T*>(a.x) + image * plane * kChannels;
+  const X* const from = static_cast<const X*>(a.x) + image * plane * kChannels;
 #pragma unroll 1
   for (int i = threadIdx.x; i < kPixelsH * kPixelsW; i += kThreads) {
     const int row = i / kPixelsW, h = y + row, w = x + i % kPixelsW;
     Pack<T, 4> pixel{};
     if (static_cast<unsigned>(h) < static_cast<unsigned>(a.height) &&
         static_cast<unsigned>(w) < static_cast<unsigned>(a.width)) {
-      const T* const at = from + (std::int64_t{h} * a.width + w) * pixel_apart;
+      const X* const at = from + (std::int64_t{h} * a.width + w) * pixel_apart;
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) {
-        pixel.value[c] = ptx::load_global(at + c * channel_apart);
+        const X value = ptx::load_global(at + c * channel_apart);
+        if constexpr (std::is_same_v<X, T>) {
+          pixel.value[c] = value;
+        } else {
+          pixel.value[c] = from_float<T>(fmaf(value, a.scale[c], a.shift[c]));
+        }
       }
     }
     ptx::store_shared(i * kPixelBytes, pixel);
@@ -203,7 +208,7 @@ __device__ __forceinline__ void pool(const Arguments& a, std::int64_t image, int
 }
 
 // Grid: (images x tiles down x tiles across; tiles of channels).
-template <typename T>
+template <typename T, typename X>
 __global__ void __launch_bounds__(kThreads, 2) stem_kernel(const __grid_constant__ Arguments a) {
   const std::int64_t image = blockIdx.x / (a.tiles_h * a.tiles_w);
   const int tile = blockIdx.x % (a.tiles_h * a.tiles_w);
@@ -211,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, 2) stem_kernel(const __grid_constant
   const int first = blockIdx.y * kN;
   const int h = 2 * p - 1, w = 2 * q - 1;  // of the convolution's result
 
-  copy_pixels<T>(a.stem, image, 2 * h - 3, 2 * w - 3);
+  copy_pixels<T, X>(a.stem, image, 2 * h - 3, 2 * w - 3);
   copy_weights<T>(a.stem, first);
   load_scale_shift(kScaleShift, a.stem.bn, first, a.stem.out_channels - first, kN, threadIdx.x,
                    kThreads);
@@ -237,7 +242,9 @@ LaunchPlan<Arguments> make_plan(const Stem& stem) {
   const std::int64_t tiles = std::int64_t{a.tiles_h} * a.tiles_w;
   const dim3 grid(grid_size(tiles > kMaxGridX ? tiles : stem.batch * tiles),
                   grid_size(ceil_div(stem.out_channels, kN), kMaxGridY));
-  return {&stem_kernel<T>, {grid, dim3(kThreads), kSharedBytes}, a};
+  return {stem.x_dtype == DType::kUInt8 ? &stem_kernel<T, std::uint8_t> : &stem_kernel<T, T>,
+          {grid, dim3(kThreads), kSharedBytes},
+          a};
 }
 
 }  // namespace

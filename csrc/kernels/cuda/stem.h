@@ -14,8 +14,11 @@ struct Stem {
   void* out;           // (batch, pooled height, pooled width, out_channels), 16-byte aligned
   const void* x;       // (batch, height, width, 3), or (batch, 3, height, width) where `planar`
   const void* weight;  // (out_channels, 7, 7, 3)
-  DType dtype;         // float16 or bfloat16
-  bool planar;         // how x lies
+  DType dtype;         // of out and weight: float16 or bfloat16
+  DType x_dtype;       // the same, or uint8
+  // Pixels that are bytes count as x * scale + shift of their channel, rounded to dtype.
+  float scale[3], shift[3];
+  bool planar;  // how x lies
   std::int64_t batch;
   int height, width;
   int out_channels;  // a multiple of 8

@@ -20,8 +20,9 @@
 // lines before it are computed once more; likewise two columns, where an image is wider.
 //
 // Roles: the first warpgroup reads pixels, 8 of a thread, 16 bytes at a time, of images whose
-// channels lie together or apart, one group of 4 lines ahead of the group that it stores; the
-// second multiplies and pools. Two blocks share an SM, so that one's products run while the other
+// channels lie together or apart, one group of 4 lines ahead of the group that it stores; bytes are
+// normalised in fp32 on the way, zeros standing beside the image as ever. The second multiplies and
+// pools. Two blocks share an SM, so that one's products run while the other
 // pools.
 //
 // Shared memory: 4 groups of 4 lines of 240 pixels, twice, lines 16 bytes apart modulo 128 so that
@@ -120,13 +121,13 @@ class Strips {
 
 // 8 pixels of 3 channels as they lie in memory: 3 x 8 values behind one another, or 8 of each
 // channel. A group of 4 lines is x's lines 4 g - 2 to 4 g + 1.
-template <typename T>
+template <typename X>
 struct Octet {
-  Pack<T, 8> part[kChannels] = {};
+  Pack<X, 8> part[kChannels] = {};
 };
 
 // Goes through the groups of lines of all of a block's strips: two more than it has pooled lines.
-template <typename T, bool kPlanar>
+template <typename T, typename X, bool kPlanar>
 class Producer {
  public:
   __device__ __forceinline__ explicit Producer(const Arguments& a)
@@ -142,6 +143,7 @@ class Producer {
 
   __device__ __forceinline__ void load() {
     octet_ = {};
+    inside_ = false;
     const int first = (4 * strips_.column() - 4) & ~7;  // column of x
     const int h = 4 * group_ - 2 + line(), w = first + 8 * octet();
     if (!active() || static_cast<unsigned>(h) >= static_cast<unsigned>(a_.height) ||
@@ -151,11 +153,12 @@ class Producer {
     const std::int64_t image = strips_.image();
     const std::int64_t plane = std::int64_t{a_.height} * a_.width;
     const std::int64_t at = std::int64_t{h} * a_.width + w;
-    const T* const x = static_cast<const T*>(a_.x) + image * plane * kChannels;
+    const X* const x = static_cast<const X*>(a_.x) + image * plane * kChannels;
+    inside_ = true;
 #pragma unroll
     for (int k = 0; k < kChannels; ++k) {
-      const T* const from = kPlanar ? x + k * plane + at : x + at * kChannels + 8 * k;
-      octet_.part[k] = ptx::load_global(reinterpret_cast<const Pack<T, 8>*>(from));
+      const X* const from = kPlanar ? x + k * plane + at : x + at * kChannels + 8 * k;
+      octet_.part[k] = ptx::load_global(reinterpret_cast<const Pack<X, 8>*>(from));
     }
   }
 
@@ -181,31 +184,42 @@ class Producer {
 
   // Pixels 2 k and 2 k + 1, of 4 channels, the last one zero.
   __device__ __forceinline__ Pack<T, 8> pair(int k) const {
-    Pack<T, 8> both;
+    const auto value = [&](int e) {
+      const int pixel = 2 * k + e / 4, channel = e % 4, n = pixel * kChannels + channel;
+      return kPlanar ? octet_.part[channel].value[pixel] : octet_.part[n / 8].value[n % 8];
+    };
+    if constexpr (std::is_same_v<X, T>) {
+      Pack<T, 8> both;
 #pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      const int pixel = 2 * k + e / 4, channel = e % 4;
-      if (channel == kChannels) {
-        both.value[e] = from_float<T>(0.0f);
-        continue;
+      for (int e = 0; e < 8; ++e) {
+        both.value[e] = e % 4 == kChannels ? from_float<T>(0.0f) : value(e);
       }
-      const int n = pixel * kChannels + channel;
-      both.value[e] = kPlanar ? octet_.part[channel].value[pixel] : octet_.part[n / 8].value[n % 8];
+      return both;
+    } else {
+      float both[8];
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        both[e] = 0.0f;
+        if (e % 4 < kChannels && inside_) {
+          both[e] = fmaf(value(e), a_.scale[e % 4], a_.shift[e % 4]);
+        }
+      }
+      return pack_floats<T>(both);
     }
-    return both;
   }
 
   const Stem& a_;
   Strips strips_;
   int group_;
-  Octet<T> octet_;
+  Octet<X> octet_;
+  bool inside_;  // the image
 };
 
 // The role of the first warpgroup.
-template <typename T, bool kPlanar>
+template <typename T, typename X, bool kPlanar>
 __device__ __forceinline__ void load_pixels(const Arguments& a) {
   Pixels pixels(a.spin_limit);
-  Producer<T, kPlanar> producer(a);
+  Producer<T, X, kPlanar> producer(a);
   if (!producer.valid()) return;
   producer.load();
 #pragma unroll 1
@@ -415,7 +429,7 @@ __device__ __forceinline__ void consume(const Arguments& a, int first) {
 }
 
 // Grid: (blocks that share the strips; tiles of channels).
-template <typename T, bool kPlanar>
+template <typename T, typename X, bool kPlanar>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     stem_sm90_kernel(const __grid_constant__ Arguments a) {
   const int first = blockIdx.y * kN;
@@ -431,7 +445,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
   if (ptx::uniform(threadIdx.x / kWarpgroup) == 0) {
     ptx::decrease_registers<kNumProducerRegisters>();
-    load_pixels<T, kPlanar>(a);
+    load_pixels<T, X, kPlanar>(a);
   } else {
     ptx::increase_registers<kNumConsumerRegisters>();
     consume<T>(a, first);
@@ -454,7 +468,7 @@ int lines_of_strip(std::int64_t strips, int pooled_h, std::int64_t blocks) {
   return best;
 }
 
-template <typename T>
+template <typename T, typename X>
 LaunchPlan<Arguments> make_plan(const Stem& stem, int num_sms) {
   Arguments a{};
   a.stem = stem;
@@ -469,9 +483,15 @@ LaunchPlan<Arguments> make_plan(const Stem& stem, int num_sms) {
   a.units = strips * a.segments;
   a.spin_limit = spin_limit;
   const dim3 grid(grid_size(std::min(a.units, blocks)), grid_size(across, kMaxGridY));
-  return {stem.planar ? &stem_sm90_kernel<T, true> : &stem_sm90_kernel<T, false>,
+  return {stem.planar ? &stem_sm90_kernel<T, X, true> : &stem_sm90_kernel<T, X, false>,
           {a.units > kMaxGridX ? dim3(0) : grid, dim3(kThreads), kSharedBytes, dim3(1), true},
           a};
+}
+
+template <typename T>
+LaunchPlan<Arguments> make_plan(const Stem& stem, int num_sms) {
+  return stem.x_dtype == DType::kUInt8 ? make_plan<T, std::uint8_t>(stem, num_sms)
+                                       : make_plan<T, T>(stem, num_sms);
 }
 
 }  // namespace

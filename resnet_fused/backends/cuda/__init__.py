@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ... import _extension
 from ...errors import BackendUnavailableError
-from ...parameters import BatchNorm, ConvBn, Convolution, MaxPool
+from ...parameters import BatchNorm, ConvBn, Convolution, MaxPool, Normalization
 from ...reference.ops import pad_channels
 from .. import Backend, Candidate, Candidates, unavailable
 from ..reference import ReferenceBackend
@@ -236,9 +236,16 @@ class CudaBackend(ReferenceBackend):
         return self._launcher.bottleneck(kernel, x, layers)
 
     def stem(self, x: Tensor, layer: ConvBn, pool: MaxPool) -> Candidates:
-        if not _resnet_stem(x, layer.conv, pool):
+        if not _resnet_stem(layer.conv, pool):
             return ()
         return (Candidate("cuda fused", self._launcher.stem, "cuda stem"),)
+
+    def image_stem(
+        self, images: Tensor, layer: ConvBn, pool: MaxPool, normalization: Normalization
+    ) -> Candidates:
+        if not _resnet_stem(layer.conv, pool):
+            return ()
+        return (Candidate("cuda fused", self._launcher.image_stem, "cuda image_stem"),)
 
     def quantized_conv(
         self,
@@ -286,10 +293,10 @@ class CudaBackend(ReferenceBackend):
         return F.linear(self._launcher.average_pool(x, x.dtype), weight, bias)
 
 
-def _resnet_stem(x: Tensor, conv: Convolution, pool: MaxPool) -> bool:
+def _resnet_stem(conv: Convolution, pool: MaxPool) -> bool:
     """Whether our stem's kernel computes this one."""
     return (
-        x.dtype != torch.float32
+        conv.weight.dtype in (torch.float16, torch.bfloat16)
         and conv.weight.shape[1:] == (3, 7, 7)
         and conv.weight.shape[0] % 8 == 0
         and tuple(map(tuple, conv[1:4])) == ((2, 2), (3, 3), (1, 1))

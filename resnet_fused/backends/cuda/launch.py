@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, channels_last
 
 from ..._extension import optional_tensor_arg, tensor_arg
-from ...parameters import Activation, BatchNorm, ConvBn, Convolution, MaxPool
+from ...parameters import Activation, BatchNorm, ConvBn, Convolution, MaxPool, Normalization
 from .. import tf32_in_convolutions
 from ..arguments import (
     BatchNormArg,
@@ -316,14 +316,32 @@ class Launcher:
         return tensor_arg(nhwc(x)), described, layers[1].conv.stride[0]
 
     def stem(self, x: Tensor, layer: ConvBn, pool: MaxPool) -> Tensor:
+        return self._stem(x, layer, pool, None)
+
+    def image_stem(
+        self, images: Tensor, layer: ConvBn, pool: MaxPool, normalization: Normalization
+    ) -> Tensor:
+        scale = [1 / (255 * std) for std in normalization.std]
+        shift = [-mean / std for mean, std in zip(*normalization, strict=True)]
+        return self._stem(images, layer, pool, (scale, shift))
+
+    def _stem(
+        self,
+        x: Tensor,
+        layer: ConvBn,
+        pool: MaxPool,
+        bytes_: tuple[list[float], list[float]] | None,
+    ) -> Tensor:
         conv, bn = layer
         height, width = (-(-size // 2) for size in x.shape[2:])
+        image = pool.output_size(height, width)
         return self.run(
             self.extension.cuda_stem,
-            empty_nhwc(x, conv.weight.shape[0], *pool.output_size(height, width)),
+            empty_nhwc(x, conv.weight.shape[0], *image, conv.weight.dtype),
             tensor_arg(x if x.is_contiguous() else nhwc(x)),  # reads images in either layout
             tensor_arg(_relaid(conv.weight)),
             self._vectors(bn),
+            bytes_,
         )
 
     def linear(self, means: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
