@@ -13,7 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from ..parameters import MEAN, SCALE, SHIFT, Activation, Convolution, Layer, MaxPool, PreBnGradient
+from ..parameters import (
+    MEAN,
+    SCALE,
+    SHIFT,
+    Activation,
+    Convolution,
+    Folded,
+    Layer,
+    MaxPool,
+    OperandTerm,
+    PreBnGradient,
+)
 from .convolution import convolve
 from .ops import nhwc, pad_channels
 
@@ -31,9 +42,22 @@ def _like_channels(vector: Tensor) -> Tensor:
     return vector[:, None, None]
 
 
-def _normalised(x: Activation) -> Tensor:
+def _normalised(x: Activation | Folded) -> Tensor:
     mean, scale, shift = (_like_channels(x.scale_shift[i]) for i in (MEAN, SCALE, SHIFT))
+    if isinstance(x, Folded):
+        weight = _wide(x.conv.weight.to(x.x.dtype))
+        return (convolve(_wide(x.x), x.conv._replace(weight=weight)) - mean) * scale + shift
     return (_wide(x.pre_bn) - mean) * scale + shift
+
+
+def _matrix(conv: Convolution, dtype: torch.dtype) -> Tensor:
+    """The weight (K, C) of a 1×1 convolution in float64, as it multiplies inputs of that dtype."""
+    return conv.weight.to(dtype).flatten(1).double()
+
+
+def _operand(x: Tensor, conv: Convolution) -> Tensor:
+    """The positions of x that a 1×1 convolution without padding reads."""
+    return x[:, :, :: conv.stride[0], :: conv.stride[1]]
 
 
 def moments(pre_bn: Tensor) -> Tensor:
@@ -78,8 +102,23 @@ class ReferenceTraining:
     def saves_all(self) -> bool:
         return False
 
+    def folds_ends(self, dtype: torch.dtype) -> bool:
+        return False
+
     def is_profitable(self, layers: Sequence[Layer]) -> bool:
         return False
+
+    def operand_moments(self, x: Tensor, conv: Convolution) -> tuple[Tensor, Tensor]:
+        rows, weight = _rows(_operand(x, conv)), _matrix(conv, x.dtype)
+        mean = rows.mean(0)
+        products = weight @ ((rows - mean).T @ (rows - mean))
+        squares = (products * weight).sum(1).clamp(min=0)
+        moments = torch.stack([weight @ mean, squares, torch.full_like(squares, len(rows))])[None]
+        dtype = _wide(x).dtype
+        return moments.to(dtype), torch.cat([products, mean[None]]).to(dtype)
+
+    def folded_end(self, main: Folded, shortcut: Tensor | Folded | None) -> Tensor:
+        return self._end(main, shortcut).to(main.x.dtype)
 
     def conv_stats(
         self, x: Tensor, conv: Convolution, statistics: bool
@@ -106,18 +145,61 @@ class ReferenceTraining:
         return torch.stack(scale_shift).to(moments.dtype)
 
     def bn_add_relu(self, main: Activation, shortcut: Tensor | Activation | None) -> Tensor:
+        return self._end(main, shortcut).to(main.pre_bn.dtype)
+
+    def _end(
+        self, main: Activation | Folded, shortcut: Tensor | Activation | Folded | None
+    ) -> Tensor:
         out = _normalised(main)
-        if shortcut is not None:
-            if isinstance(shortcut, Tensor):
-                shortcut = pad_channels(shortcut, out.shape[1])
-            out = out + (shortcut if isinstance(shortcut, Tensor) else _normalised(shortcut))
-        return F.relu(out).to(main.pre_bn.dtype)
+        if isinstance(shortcut, Tensor):
+            out = out + pad_channels(shortcut, out.shape[1])
+        elif shortcut is not None:
+            out = out + _normalised(shortcut)
+        return nhwc(F.relu(out))
 
     def relu_gradient(
         self, grad: Tensor, y: Tensor, branches: list[Activation]
     ) -> tuple[Tensor, list[Tensor]]:
         g = torch.where(y > 0, grad, 0).contiguous(memory_format=torch.channels_last)
         return g, [sums(g, branch) for branch in branches]
+
+    def relu_gradient_sum(self, grad: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        g, _ = self.relu_gradient(grad, y, [])
+        total = _rows(g).sum(0)
+        return g, torch.stack([total, total])[None].to(_wide(g).dtype)
+
+    def folded_sums(self, sums: Tensor, gradient: Tensor, end: Folded) -> Tensor:
+        total, weight = sums[:, 0].double().sum(0), _matrix(end.conv, end.x.dtype)
+        centred = (weight * gradient.double().flatten(1)).sum(1) - end.scale_shift[MEAN] * total
+        return torch.stack([total, centred])[None].to(sums.dtype)
+
+    def folded_gradients(
+        self,
+        gradient: Tensor | None,
+        products: Tensor | None,
+        coefficients: Tensor,
+        end: Folded,
+        frozen: bool,
+    ) -> tuple[Tensor | None, Convolution, OperandTerm | None]:
+        (x, conv, _), (a, b, d, mean) = end, coefficients.double()[:, :, None]
+        weight = _matrix(conv, x.dtype)
+        scaled = conv._replace(weight=nhwc((a * weight).to(x.dtype).view(conv.weight.shape)))
+        total = None if gradient is None else a * gradient.double().flatten(1)
+        term = None
+        if not frozen:
+            assert total is not None
+            assert products is not None
+            own = products[-1].double()
+            rest = b * ((weight @ own)[:, None] - mean) + d
+            positions = _operand(x, conv)[:, 0].numel()
+            total = total + b * products[:-1].double() + rest * own * positions
+            matrix = (weight.T @ (b * weight)).to(x.dtype)
+            # With the matrix as it was rounded, which then multiplies deviations alone.
+            offset = (weight * rest).sum(0) - matrix.double() @ own
+            term = OperandTerm(x, matrix, offset.to(coefficients.dtype))
+        if total is None:
+            return None, scaled, term
+        return nhwc(total.to(conv.weight.dtype).view(conv.weight.shape)), scaled, term
 
     def merge_sums(self, sums: Tensor) -> Tensor:
         return sums.double().sum(0, keepdim=True).to(sums.dtype)
@@ -150,8 +232,13 @@ class ReferenceTraining:
         below: Activation | None,
         add: Tensor | None,
         add_stride: int | None = None,
+        term: OperandTerm | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         out = conv2d_input(shape, conv.weight.to(g.dtype), g, *conv[1:])
+        if term is not None:
+            operand = _operand(term.x, conv)
+            product = convolve(operand, Convolution(term.matrix[:, :, None, None]))
+            _operand(out, conv).add_(product + _like_channels(term.offset))
         if add is not None and add_stride is None:
             out = out + add
         elif add is not None:
