@@ -267,8 +267,8 @@ def networks(options: argparse.Namespace, gpu: Gpu) -> Step:
 def op_tests(options: argparse.Namespace, gpu: Gpu) -> Step:
     """Every op on every backend; Triton's kernels compile once, into a cache on disk."""
     elsewhere = {"tests/test_host_sim.py", *_NETWORK_TESTS}
-    files = {str(file.relative_to(ROOT)) for file in (ROOT / "tests").glob("test_*.py")}
-    files = sorted(f for f in files - elsewhere if not f.startswith("tests/test_training"))
+    every = {str(file.relative_to(ROOT)) for file in (ROOT / "tests").glob("test_*.py")}
+    files = sorted(f for f in every - elsewhere if not f.startswith("tests/test_training"))
     command = [PYTHON, "-m", "pytest", "-q", "-m", "gpu", *_WORKERS, *files]
     return Step("op_tests", 150, 220, [command], _BY_HEURISTIC, hardware=True)
 

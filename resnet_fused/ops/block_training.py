@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.training import TrainingKernels
+from ..backends.training import FoldedEnds, TrainingKernels
 from ..parameters import Activation, Convolution, Folded, Layer, OperandTerm, PreBnGradient
 from . import training_programs
 from .checks import check_activation
@@ -59,14 +59,15 @@ def _is_saved(convs: Sequence[Convolution], shortcut: str, all_of_them: bool) ->
     ]
 
 
-def _folds(pieces: TrainingKernels, x: Tensor, convs: Sequence[Convolution], shortcut: str) -> bool:
-    """Whether the convolutions at the block's end, whose results are summed, are folded into it."""
-    ends = convs[_main_layers(convs, shortcut) - 1 :]
-    return pieces.folds_ends(x.dtype) and all(
-        (*conv.weight.shape[2:], *conv.padding, *conv.dilation, conv.groups)
-        == (1, 1, 0, 0, 1, 1, 1)
-        for conv in ends
-    )
+def _folded(
+    pieces: TrainingKernels, x: Tensor, convs: Sequence[Convolution], shortcut: str
+) -> FoldedEnds | None:
+    """What folds the convolutions at the block's end, whose results are summed, into it."""
+    for conv in convs[_main_layers(convs, shortcut) - 1 :]:
+        window = (*conv.weight.shape[2:], *conv.padding, *conv.dilation, conv.groups)
+        if window != (1, 1, 0, 0, 1, 1, 1):
+            return None
+    return pieces.folded_ends(x.dtype)
 
 
 def _identity(x: Tensor, shortcut: str, stride: int) -> Tensor:
@@ -110,36 +111,37 @@ def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor], list[Ten
     pieces = kernels(x)
     convs = convolutions(layers.weights, layers.windows)
     count = _main_layers(convs, shortcut)
-    folds = _folds(pieces, x, convs, shortcut)
-    keeps = _is_saved(convs, shortcut, pieces.saves_all() and not folds)
-    activations: list[Activation] = []
-    ends: list[Activation | Folded] = []
+    folded = _folded(pieces, x, convs, shortcut)
+    keeps = _is_saved(convs, shortcut, pieces.saves_all() and folded is None)
     saved: list[Tensor] = []
     scale_shifts: list[Tensor] = []
-    for i, conv in enumerate(convs):
-        operand = x if i in (0, count) else pieces.bn_add_relu(activations[i - 1], None)
-        moments = None
-        if folds and i >= count - 1:
-            if not layers.frozen[i]:
-                moments, products = pieces.operand_moments(operand, conv)
-                saved.append(products)
-            scale_shifts.append(layer_scale_shift(pieces, layers, i, moments, sync_group))
-            ends.append(Folded(operand, conv, scale_shifts[i]))
-            continue
-        pre_bn, moments = pieces.conv_stats(operand, conv, not layers.frozen[i])
+
+    def normalised(i: int) -> Activation:
+        pre_bn, moments = pieces.conv_stats(operand, convs[i], not layers.frozen[i])
         scale_shifts.append(layer_scale_shift(pieces, layers, i, moments, sync_group))
-        activations.append(Activation(pre_bn, scale_shifts[i]))
         if keeps[i]:
             saved.append(pre_bn)
-        if i >= count - 1:
-            ends.append(activations[i])
-    other: Tensor | Activation | Folded | None = None
-    if shortcut == "projection":
-        other = ends[1]
-    elif shortcut != "none":
-        other = _identity(x, shortcut, stride)
-    end = pieces.folded_end if folds else pieces.bn_add_relu
-    return end(ends[0], other), saved, scale_shifts
+        return Activation(pre_bn, scale_shifts[i])
+
+    operand = x
+    for i in range(count - 1):
+        operand = pieces.bn_add_relu(normalised(i), None)
+    identity = None if shortcut in ("none", "projection") else _identity(x, shortcut, stride)
+    if folded is None:
+        main = normalised(count - 1)
+        operand = x
+        other = normalised(count) if shortcut == "projection" else identity
+        return pieces.bn_add_relu(main, other), saved, scale_shifts
+    ends: list[Folded] = []
+    for i, end_operand in zip(range(count - 1, len(convs)), (operand, x), strict=False):
+        moments = None
+        if not layers.frozen[i]:
+            moments, products = folded.operand_moments(end_operand, convs[i])
+            saved.append(products)
+        scale_shifts.append(layer_scale_shift(pieces, layers, i, moments, sync_group))
+        ends.append(Folded(end_operand, convs[i], scale_shifts[i]))
+    y = folded.folded_end(ends[0], ends[1] if shortcut == "projection" else identity)
+    return y, saved, scale_shifts
 
 
 def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -149,12 +151,12 @@ def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor], lis
     convs = convolutions(layers.weights, layers.windows)
     wide = torch.promote_types(x.dtype, torch.float32)
     pieces, count = kernels(x), _main_layers(convs, shortcut)
-    folds = _folds(pieces, x, convs, shortcut)
+    folded = _folded(pieces, x, convs, shortcut)
     saved = []
-    for i, keep in enumerate(_is_saved(convs, shortcut, pieces.saves_all() and not folds)):
+    for i, keep in enumerate(_is_saved(convs, shortcut, pieces.saves_all() and folded is None)):
         if keep:
             saved.append(empty_result(x, shapes[i]))
-        elif folds and i >= count - 1 and not layers.frozen[i]:
+        elif folded is not None and i >= count - 1 and not layers.frozen[i]:
             saved.append(x.new_empty((shapes[i][1] + 1, layers.weights[i].shape[1]), dtype=wide))
     return (
         empty_result(x, shapes[count - 1]),
@@ -213,7 +215,7 @@ def _backward(
     convs = convolutions(weights, windows)
     count = _main_layers(convs, shortcut)
     needs = _Needs(needs_x, needs_weights, needs_affine, count)
-    folds = _folds(pieces, x, convs, shortcut)
+    folded = _folded(pieces, x, convs, shortcut)
     kept = iter(saved)
     activations: list[Activation | None] = []
     operands: dict[int, Tensor] = {}
@@ -228,8 +230,10 @@ def _backward(
         return operands[i]
 
     products: dict[int, Tensor] = {}  # of operands, where layers are folded
-    for i, keep in enumerate(_is_saved(convs, shortcut, not folds and len(saved) == len(convs))):
-        if folds and i >= count - 1:
+    for i, keep in enumerate(
+        _is_saved(convs, shortcut, folded is None and len(saved) == len(convs))
+    ):
+        if folded is not None and i >= count - 1:
             if not frozen[i]:
                 products[i] = next(kept)
             activations.append(None)
@@ -262,8 +266,8 @@ def _backward(
     ends = [i for i in range(count - 1, len(convs)) if needs.layer(i)]
     branches = {i: activation for i in ends if (activation := activations[i]) is not None}
     sums: dict[int, Tensor] = {}
-    if folds:
-        g, g_sums = pieces.relu_gradient_sum(grad, y)
+    if folded is not None:
+        g, g_sums = folded.relu_gradient_sum(grad, y)
     else:
         g, found = pieces.relu_gradient(grad, y, list(branches.values()))
         sums = dict(zip(branches, found, strict=True))
@@ -271,7 +275,7 @@ def _backward(
     def to_convolve(i: int, g: Tensor, sums: Tensor | None) -> _Gradient | None:
         """What layer i's dgrad convolves; its other gradients are done. None where nothing below
         needs it."""
-        if not folds or i < count - 1:
+        if folded is None or i < count - 1:
             gradient = pre_bn_gradient(i, g, sums)
             if gradient is not None and needs_weights[i]:
                 weight_grads[i] = pieces.wgrad(gradient, operand(i), convs[i])
@@ -282,25 +286,37 @@ def _backward(
         if needs_weights[i] or needs.affine[i] or not frozen[i]:
             like = torch.empty_like(convs[i].weight, dtype=scale_shifts[i].dtype)
             own = pieces.wgrad(g, end.x, convs[i]._replace(weight=like))
-            total = pieces.folded_sums(g_sums, own, end)
+            total = folded.folded_sums(g_sums, own, end)
         coefficients, gammas[i], betas[i] = layer_backward_coefficients(
             pieces, total, scale_shifts[i], frozen[i], sync_group, needs.pre_bn(i)
         )
         if not needs.pre_bn(i):
             return None
-        weight_grad, scaled, term = pieces.folded_gradients(
-            own, products.get(i), coefficients, end, frozen[i]
+        weight_grad, scaled, term = folded.folded_gradients(
+            own, products.get(i), total, coefficients, end, frozen[i]
         )
         if weight_grad is not None and needs_weights[i]:
             weight_grads[i] = weight_grad
         return _Gradient(g, scaled, term)
+
+    def dgrad(
+        gradient: _Gradient,
+        shape: torch.Size,
+        below: Activation | None,
+        add: Tensor | None,
+        add_stride: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        above, conv, term = gradient
+        if folded is None or term is None:
+            return pieces.dgrad(above, conv, shape, below, add, add_stride)
+        return folded.dgrad(above, conv, shape, below, add, add_stride, term)
 
     shortcut_grad = g if shortcut in ("identity", "padded") else None
     # The projection first, as autograd goes through modules: ranks that run those gather alike.
     if count in ends:
         projected = to_convolve(count, g, sums.get(count))
         if projected is not None and needs_x:
-            shortcut_grad, _ = pieces.dgrad(*projected[:2], x.shape, None, None, None, projected[2])
+            shortcut_grad, _ = dgrad(projected, x.shape, None, None)
         del projected
     x_grad, layer_sums = x.new_empty(0), sums.get(count - 1)
     for i in reversed(range(count)):
@@ -310,12 +326,11 @@ def _backward(
         if gradient is None or not needs.below(i):
             break
         below = None if i == 0 else activations[i - 1]
-        above, conv, term = gradient
         if below is None:
             add_stride = stride if shortcut == "padded" else None
-            x_grad, _ = pieces.dgrad(above, conv, x.shape, None, shortcut_grad, add_stride, term)
+            x_grad, _ = dgrad(gradient, x.shape, None, shortcut_grad, add_stride)
         else:
-            g, layer_sums = pieces.dgrad(above, conv, below.pre_bn.shape, below, None, None, term)
+            g, layer_sums = dgrad(gradient, below.pre_bn.shape, below, None)
     return x_grad, weight_grads, gammas, betas
 
 

@@ -7,6 +7,7 @@ norm on the CPU, where `nn.SyncBatchNorm` itself refuses to run.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,9 @@ from ..parameters import (
 )
 from .convolution import convolve
 from .ops import nhwc, pad_channels
+
+if TYPE_CHECKING:
+    from ..backends.training import FoldedEnds
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -95,15 +99,15 @@ def pre_bn_gradient(gradient: PreBnGradient) -> Tensor:
 
 
 class ReferenceTraining:
-    """Implements `resnet_fused.backends.training.TrainingKernels`."""
+    """Implements `TrainingKernels` and `FoldedEnds` of `resnet_fused.backends.training`."""
 
     replays = None
 
     def saves_all(self) -> bool:
         return False
 
-    def folds_ends(self, dtype: torch.dtype) -> bool:
-        return False
+    def folded_ends(self, dtype: torch.dtype) -> FoldedEnds | None:
+        return None
 
     def is_profitable(self, layers: Sequence[Layer]) -> bool:
         return False
@@ -177,6 +181,7 @@ class ReferenceTraining:
         self,
         gradient: Tensor | None,
         products: Tensor | None,
+        sums: Tensor,
         coefficients: Tensor,
         end: Folded,
         frozen: bool,
@@ -194,8 +199,10 @@ class ReferenceTraining:
             positions = _operand(x, conv)[:, 0].numel()
             total = total + b * products[:-1].double() + rest * own * positions
             matrix = (weight.T @ (b * weight)).to(x.dtype)
-            # With the matrix as it was rounded, which then multiplies deviations alone.
-            offset = (weight * rest).sum(0) - matrix.double() @ own
+            # What rounding did to both matrices then acts on deviations from the mean alone.
+            lost = a * weight - scaled.weight.flatten(1).double()
+            means = sums[0, 0].double()[:, None] / positions
+            offset = (weight * rest + lost * means).sum(0) - matrix.double() @ own
             term = OperandTerm(x, matrix, offset.to(coefficients.dtype))
         if total is None:
             return None, scaled, term
@@ -234,10 +241,13 @@ class ReferenceTraining:
         add_stride: int | None = None,
         term: OperandTerm | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        out = conv2d_input(shape, conv.weight.to(g.dtype), g, *conv[1:])
-        if term is not None:
-            operand = _operand(term.x, conv)
-            product = convolve(operand, Convolution(term.matrix[:, :, None, None]))
+        weight = conv.weight.to(g.dtype)
+        if term is None:
+            out = conv2d_input(shape, weight, g, *conv[1:])
+        else:  # rounded once, behind the sum
+            out = conv2d_input(shape, _wide(weight), _wide(g), *conv[1:])
+            matrix = Convolution(_wide(term.matrix)[:, :, None, None])
+            product = convolve(_wide(_operand(term.x, conv)), matrix)
             _operand(out, conv).add_(product + _like_channels(term.offset))
         if add is not None and add_stride is None:
             out = out + add
@@ -245,7 +255,7 @@ class ReferenceTraining:
             out[:, :, ::add_stride, ::add_stride] += add[:, : shape[1]]
         if below is not None:
             out = torch.where(_normalised(below) > 0, out, 0)
-        out = out.contiguous(memory_format=torch.channels_last)
+        out = nhwc(out.to(g.dtype))
         return out, None if below is None else sums(out, below)
 
     def wgrad(self, g: Tensor, x: Tensor, conv: Convolution) -> Tensor:
