@@ -58,7 +58,7 @@ CASES = {
     ),
     "bottleneck dilated": BlockCase(((1, 16, 1, 1, 1), (3, 16, 1, 2, 1), (1, 24, 1, 1, 1))),
     "dilated and strided": BlockCase(((3, 35, 2, 2, 1),), "none", shape=(2, 5, 13, 12)),
-    "pointwise": BlockCase(((1, 16, 1, 1, 1), (1, 24, 1, 1, 1))),
+    "pointwise": BlockCase(((1, 64, 1, 1, 1), (1, 96, 1, 1, 1)), shape=(4, 96, 6, 7)),
     "basic": BlockCase(((3, 24, 1, 1, 1), (3, 24, 1, 1, 1))),
     "basic projection": BlockCase(((3, 33, 2, 1, 1), (3, 33, 1, 1, 1)), "projection"),
     "basic frozen": BlockCase(((3, 24, 1, 1, 1), (3, 24, 1, 1, 1)), frozen=(True, True)),
