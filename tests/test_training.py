@@ -380,10 +380,22 @@ def test_folded_ends_are_exact_in_float64(name: str, monkeypatch: pytest.MonkeyP
         leaves = _leaves(x, layers)
         return [y, *scale_shifts, *torch.autograd.grad(y, leaves, grad.double())]
 
-    ordinary = found()
+    def alone() -> Iterator[Tensor]:
+        """The gradient of one leaf while no other wants any."""
+        leaves = _leaves(x, layers)
+        for leaf in leaves:
+            for other in leaves:
+                other.requires_grad_(other is leaf)
+            y, _ = _block_op(x, layers, CASES[name].shortcut)
+            yield from torch.autograd.grad(y, [leaf], grad.double())
+        for leaf in leaves:
+            leaf.requires_grad_()
+
+    ordinary = [*found(), *alone()]
     monkeypatch.setattr(block_training, "kernels", lambda x: FoldingReference())
-    for ours, expected in zip(found(), ordinary, strict=True):
-        assert relative_error(ours, expected) < 1e-12
+    for ours, expected in zip([*found(), *alone()], ordinary, strict=True):
+        if expected.norm() > 1e-9:  # batch norm takes out what some biases do
+            assert relative_error(ours, expected) < 1e-12
     case = CASES[name]._replace(shape=(2, 4, 4, 3))
     specs = tuple((k, 4, s, d, 1) for k, _, s, d, _ in case.layers)
     x, layers, _ = _block(case._replace(layers=specs))

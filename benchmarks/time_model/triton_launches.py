@@ -168,6 +168,10 @@ def _gram(a: Any) -> _Geometry:
     )
 
 
+def _merge_gram(a: Any) -> _Geometry:
+    return _Geometry(f"{a.count} parts of {a.C}×{a.C}", (math.ceil(a.count / a.STEP),))
+
+
 def _small_product(a: Any) -> _Geometry:
     """Of matrices that lie in L2; its loops, nested or one behind the other, are as many steps."""
     steps = math.ceil(a.C / a.BLOCK_C) if hasattr(a, "BLOCK_C") else math.ceil(a.K / a.BLOCK_K)
@@ -277,7 +281,7 @@ _DESCRIBE: dict[str, Callable[[Any], _Geometry]] = {
     "conv_bn_kernel": _conv_bn,
     "conv_bn_projection_kernel": _conv_bn,
     "gram_kernel": _gram,
-    "merge_gram_kernel": lambda a: _Geometry(f"{a.count} parts of {a.C}×{a.C}", (a.count,)),
+    "merge_gram_kernel": _merge_gram,
     "end_moments_kernel": _small_product,
     "end_sums_kernel": _small_product,
     "end_gradients_kernel": _small_product,

@@ -80,7 +80,7 @@ class FoldedEnds(Protocol):
         """relu(main + shortcut), rounded once; a shortcut as in `bn_add_relu`."""
 
     def relu_gradient_sum(self, grad: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """g = grad where y > 0, else 0, and sums of which the second row is left undefined."""
+        """g = grad where y > 0, else 0, and sums of which the second row is zero."""
 
     def folded_sums(self, sums: Tensor, gradient: Tensor, end: Folded) -> Tensor:
         """The (1, 2, K) sums of a folded normalisation, from those of g and P, (K, C, 1, 1)."""

@@ -248,10 +248,14 @@ def _backward(
 
     weight_grads, gammas, betas = unneeded(), unneeded(), unneeded()
 
+    def unneeded_sums(i: int) -> Tensor:
+        """Of a frozen layer whose weight and bias want no gradient."""
+        return scale_shifts[i].new_zeros((1, 2, scale_shifts[i].shape[1]))
+
     def pre_bn_gradient(i: int, g: Tensor, sums: Tensor | None) -> Tensor | None:
         """None where nothing needs it."""
-        if sums is None:  # of a frozen layer whose weight and bias want no gradient
-            sums = scale_shifts[i].new_zeros((1, 2, scale_shifts[i].shape[1]))
+        if sums is None:
+            sums = unneeded_sums(i)
         coefficients, gammas[i], betas[i] = layer_backward_coefficients(
             pieces, sums, scale_shifts[i], frozen[i], sync_group, needs.pre_bn(i)
         )
@@ -282,11 +286,12 @@ def _backward(
                 operands.pop(i, None)
             return None if gradient is None else _Gradient(gradient, convs[i])
         end, own = Folded(operand(i), convs[i], scale_shifts[i]), None
-        total = scale_shifts[i].new_zeros((1, 2, scale_shifts[i].shape[1]))
         if needs_weights[i] or needs.affine[i] or not frozen[i]:
             like = torch.empty_like(convs[i].weight, dtype=scale_shifts[i].dtype)
             own = pieces.wgrad(g, end.x, convs[i]._replace(weight=like))
             total = folded.folded_sums(g_sums, own, end)
+        else:
+            total = unneeded_sums(i)
         coefficients, gammas[i], betas[i] = layer_backward_coefficients(
             pieces, total, scale_shifts[i], frozen[i], sync_group, needs.pre_bn(i)
         )

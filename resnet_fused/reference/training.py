@@ -170,7 +170,7 @@ class ReferenceTraining:
     def relu_gradient_sum(self, grad: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         g, _ = self.relu_gradient(grad, y, [])
         total = _rows(g).sum(0)
-        return g, torch.stack([total, total])[None].to(_wide(g).dtype)
+        return g, torch.stack([total, torch.zeros_like(total)])[None].to(_wide(g).dtype)
 
     def folded_sums(self, sums: Tensor, gradient: Tensor, end: Folded) -> Tensor:
         total, weight = sums[:, 0].double().sum(0), _matrix(end.conv, end.x.dtype)

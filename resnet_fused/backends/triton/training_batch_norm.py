@@ -230,7 +230,7 @@ def relu_gradient_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Grid: (blocks of TILES·BLOCK_M rows × K,). sums: (row blocks, 2, K), of which the second row
-    is left as it is where pre_bn is None; other_*: of the projection, or None."""
+    is zero where pre_bn is None; other_*: of the projection, or None."""
     tiles_n = tl.cdiv(K, BLOCK_C)
     block = tl.program_id(0) // tiles_n
     first_row = block * (TILES * BLOCK_M)
@@ -263,8 +263,7 @@ def relu_gradient_kernel(
     sum_g = tl.sum(sum_g, 0)
     place = block * 2 * K + channel
     tl.store(sums + place, sum_g, valid)
-    if pre_bn is not None:
-        tl.store(sums + place + K, tl.sum(centred, 0), valid)
+    tl.store(sums + place + K, tl.sum(centred, 0), valid)
     if other_pre_bn is not None:
         tl.store(other_sums + place, sum_g, valid)
         tl.store(other_sums + place + K, tl.sum(other_centred, 0), valid)

@@ -43,7 +43,7 @@ from .training_batch_norm import few_sums, merged_sums
 _SMALL = Config((64, 64, 64), 4, 3)  # of up to 64 channels
 _LARGE = Config((128, 128, 64), 8, 3)
 _LEAST_POSITIONS = 1024  # of a part
-_MERGE = Config((32,), 4, 1)
+_MERGE = Config((16, 64), 4, 1)  # parts × pairs of channels
 _ROWS = Config((16, 64), 4, 2)  # filters × channels
 _MATRIX = Config((64, 64), 4, 2)
 _VECTOR = Config((32, 64), 4, 1)
@@ -104,27 +104,30 @@ def gram_kernel(
 
 
 @triton.jit
-def merge_gram_kernel(x, parts, sums, gram, mean, count, rows, C, BLOCK: tl.constexpr):
-    """Grid: (blocks of C, blocks of C). gram (C, C): the sum of products of deviations from the
-    mean (C,), float32."""
-    left = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    right = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    in_left = left < C
-    in_right = right < C
-    mask = in_left[:, None] & in_right[None, :]
-    total = tl.zeros((BLOCK, BLOCK), tl.float64)
-    left_sum = tl.zeros((BLOCK,), tl.float64)
-    right_sum = left_sum
-    for part in range(count):
-        place = (part * C + left)[:, None] * C + right[None, :]
-        total += tl.load(parts + place, mask, other=0.0)
-        left_sum += tl.load(sums + part * C + left, in_left, other=0.0)
-        right_sum += tl.load(sums + part * C + right, in_right, other=0.0)
-    total -= left_sum[:, None] * (right_sum / rows)[None, :]
-    tl.store(gram + left[:, None] * C + right[None, :], total, mask)
-    if tl.program_id(1) == 0:
-        origin = tl.load(x + left, in_left, other=0.0).to(tl.float64)
-        tl.store(mean + left, origin + left_sum / rows, in_left)
+def merge_gram_kernel(
+    x, parts, sums, gram, mean, count, rows, C, STEP: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Grid: (blocks of C × C,), STEP parts at a time. gram (C, C): the sum of products of
+    deviations from the mean (C,), float32."""
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    in_pairs = pair < C * C
+    left = pair // C
+    right = pair % C
+    some = tl.arange(0, STEP)[:, None]
+    total = tl.zeros((STEP, BLOCK), tl.float64)
+    left_sum = total
+    right_sum = total
+    for first in range(0, count, STEP):
+        mask = (first + some < count) & in_pairs[None, :]
+        part = first + some
+        total += tl.load(parts + part * C * C + pair[None, :], mask, other=0.0)
+        left_sum += tl.load(sums + part * C + left[None, :], mask, other=0.0)
+        right_sum += tl.load(sums + part * C + right[None, :], mask, other=0.0)
+    left_mean = tl.sum(left_sum, 0) / rows
+    centred = tl.sum(total, 0) - left_mean * tl.sum(right_sum, 0)
+    tl.store(gram + pair, centred, in_pairs)
+    origin = tl.load(x + left, in_pairs, other=0.0).to(tl.float64)
+    tl.store(mean + left, origin + left_mean, in_pairs & (right == 0))
 
 
 @triton.jit
@@ -302,7 +305,8 @@ def end_offset_kernel(
         rounded = tl.load(scaled + place, mask, other=0.0).to(tl.float64)
         a = tl.load(coefficients + k, in_k, other=0.0).to(tl.float64)
         g = tl.load(sums + k, in_k, other=0.0).to(tl.float64) / rows
-        total += w * (tl.load(rest + k, in_k, other=0.0) + a * g)[:, None] - rounded * g[:, None]
+        total += w * tl.load(rest + k, in_k, other=0.0)[:, None]
+        total += (w * a[:, None] - rounded) * g[:, None]
     for first in range(0, C, BLOCK_K):
         c = first + tl.arange(0, BLOCK_K)
         mask = (c < C)[:, None] & valid[None, :]
@@ -331,9 +335,8 @@ def _plan_moments(x: Tensor, conv: Convolution) -> _Moments:
     parts = max(1, min(rows // _LEAST_POSITIONS, 2 * launching.machine(x.device).num_sms // tiles))
     rows_per_part = triton.cdiv(triton.cdiv(rows, parts), block_c) * block_c
     parts = triton.cdiv(rows, rows_per_part)
-    (block,) = _MERGE.blocks
+    step, block = _MERGE.blocks
     block_k, block_c_small = _ROWS.blocks
-    blocks = triton.cdiv(channels, block)
     return _Moments(
         parts,
         Launch(
@@ -350,12 +353,13 @@ def _plan_moments(x: Tensor, conv: Convolution) -> _Moments:
         ),
         Launch(
             merge_gram_kernel,
-            (blocks, blocks),
+            (triton.cdiv(channels * channels, block),),
             _MERGE,
             x.device,
             count=parts,
             rows=rows,
             C=channels,
+            STEP=step,
             BLOCK=block,
         ),
         Launch(
