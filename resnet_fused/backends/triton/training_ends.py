@@ -68,8 +68,8 @@ def gram_kernel(
     right = (tl.program_id(0) % tiles_n) * TILE.n + tl.arange(0, TILE.n)
     in_left = left < image.c
     in_right = right < image.c
-    left_origin = tl.load(x + left, in_left, other=0.0)[None, :]
-    right_origin = tl.load(x + right, in_right, other=0.0)[None, :]
+    left_origin = tl.load(x + left, in_left, other=0.0).to(tl.float32)[None, :]
+    right_origin = tl.load(x + right, in_right, other=0.0).to(tl.float32)[None, :]
     part = tl.program_id(1)
     first_row = part * rows_per_part
     if TILE.is_wide:
@@ -93,8 +93,8 @@ def gram_kernel(
         b_mask = in_rows & in_right[None, :]
         a = tl.load(x + place + left[None, :], a_mask, other=0.0)
         b = tl.load(x + place + right[None, :], b_mask, other=0.0)
-        a = tl.where(a_mask, a - left_origin, 0.0).to(x.dtype.element_ty)
-        b = tl.where(b_mask, b - right_origin, 0.0).to(x.dtype.element_ty)
+        a = tl.where(a_mask, a.to(tl.float32) - left_origin, 0.0).to(x.dtype.element_ty)
+        b = tl.where(b_mask, b.to(tl.float32) - right_origin, 0.0).to(x.dtype.element_ty)
         acc = multiply(tl.trans(a), b, acc, TILE.precision)
         total += a.to(tl.float32)
     place = (part * image.c + left)[:, None] * image.c + right[None, :]
