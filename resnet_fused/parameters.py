@@ -97,6 +97,26 @@ class Activation(NamedTuple):
     scale_shift: Tensor
 
 
+class Folded(NamedTuple):
+    """(conv(x) - mean) · scale + shift of a 1×1 convolution whose result is never stored."""
+
+    x: Tensor
+    conv: Convolution
+    scale_shift: Tensor
+
+
+class OperandTerm(NamedTuple):
+    """What a normalisation by the batch's statistics adds to the gradient of a 1×1 convolution's
+    input x: matrix · x + offset, at the positions that the convolution reads.
+
+    matrix: (C, C), symmetric, of x's dtype; offset: (C,) float32.
+    """
+
+    x: Tensor
+    matrix: Tensor
+    offset: Tensor
+
+
 class PreBnGradient(NamedTuple):
     """The gradient of `pre_bn`, unformed: a·grad + b·(pre_bn - mean) + d, or a·grad if `frozen`."""
 

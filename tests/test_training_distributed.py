@@ -13,11 +13,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import require
+from test_training import FoldingReference
 from torch import Tensor, nn
 
 from resnet_fused import BasicBlock, Bottleneck, freeze_batch_norm, use_backend
 from resnet_fused.models import ResNet
 from resnet_fused.numerics import relative_error
+from resnet_fused.ops import block_training
 from resnet_fused.testing.cases import generator, randomise_statistics
 from resnet_fused.testing.plain import training_ops_in_pytorch
 
@@ -63,7 +65,9 @@ def _worker(rank: int, backend: str | None, folder: Path) -> None:
     model = nn.SyncBatchNorm.convert_sync_batchnorm(_model())
     x, grad = _data()
     part = slice(None, SPLIT) if rank == 0 else slice(SPLIT, None)
-    with use_backend(backend):
+    if backend == "folded":
+        block_training.kernels = lambda x: FoldingReference()
+    with use_backend("reference" if backend == "folded" else backend):
         found = _step(model, x[part], grad[part])
     # Summed as DistributedDataParallel would, which refuses this layer on the CPU.
     for name, _ in model.named_parameters():
@@ -72,9 +76,9 @@ def _worker(rank: int, backend: str | None, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("backend", [None, "triton"])
+@pytest.mark.parametrize("backend", [None, "triton", "folded"])
 def test_two_processes_equal_one_on_the_joined_batch(backend: str | None, tmp_path: Path) -> None:
-    if backend is not None:
+    if backend == "triton":
         require(backend, "cpu", torch.float32)
     expected = _step(copy.deepcopy(_model()), *_data())
     mp.spawn(_worker, (backend, tmp_path), nprocs=2)

@@ -142,6 +142,49 @@ def _conv_stats(a: Any) -> _Geometry:
     )
 
 
+def _conv_bn(a: Any) -> _Geometry:
+    """Of a folded block's end: a 1×1 convolution, and perhaps another one of the shortcut."""
+    steps, projected = [math.ceil(a.gemm.channels / a.TILE.c)], 0
+    read, added = int(_read(a) * _bytes(a.x)) + _bytes(a.weight), ""
+    if hasattr(a, "projection"):
+        projected, added = a.shortcut_image.c, ", projects"
+        steps.append(math.ceil(projected / a.TILE.c))
+        pixels = a.PROJECTION_WINDOW.stride_h * a.PROJECTION_WINDOW.stride_w
+        read += _bytes(a.shortcut) // pixels + _bytes(a.projection)
+    elif a.residual is not None:
+        read, added = read + _bytes(a.residual), ", adds"
+    return _Geometry(
+        _window(a) + added,
+        tuple(steps[: len(a.loops)]),
+        sum(steps) * (a.TILE.m + a.TILE.n) * a.TILE.c * a.x.element_size(),
+        a.gemm.rows * a.result.c * (a.gemm.channels + projected),
+        read + _bytes(a.out),
+    )
+
+
+def _gram(a: Any) -> _Geometry:
+    steps = math.ceil(a.rows_per_part / a.TILE.c)
+    return _Geometry(
+        f"{a.rows} rows of {a.result.c}",
+        (steps,),
+        int(steps * (a.TILE.m + a.TILE.n) * a.TILE.c * a.x.element_size()),
+        a.rows * a.result.c**2,
+        int(_read(a) * _bytes(a.x)) + _bytes(a.parts) + _bytes(a.sums),
+    )
+
+
+def _merge_gram(a: Any) -> _Geometry:
+    return _Geometry(f"{a.count} parts of {a.C}×{a.C}", (math.ceil(a.count / a.STEP),))
+
+
+def _small_product(a: Any) -> _Geometry:
+    """Of matrices that lie in L2; its loops, nested or one behind the other, are as many steps."""
+    steps = math.ceil(a.C / a.BLOCK_C) if hasattr(a, "BLOCK_C") else math.ceil(a.K / a.BLOCK_K)
+    return _Geometry(
+        f"{a.K}×{a.C}", (steps,) * len(a.loops), shared_loops=tuple(range(len(a.loops)))
+    )
+
+
 def _quantized_conv(a: Any) -> _Geometry:
     taps, channels, projected = a.WINDOW.r * a.WINDOW.s, a.gemm.channels, 0
     steps = [taps * math.ceil(channels / a.TILE.c)]
@@ -179,13 +222,18 @@ def _step_bytes(a: Any) -> int:
 def _dgrad(a: Any) -> _Geometry:
     taps = a.WINDOW.r * a.WINDOW.s
     # Of a class, on average.
-    steps = taps / (a.CLASS_H * a.CLASS_W) * math.ceil(a.group_out / a.TILE.c)
+    steps = [taps / (a.CLASS_H * a.CLASS_W) * math.ceil(a.group_out / a.TILE.c)]
     ends = ", masks" * (a.below is not None) + ", adds" * (a.add is not None)
+    channels = a.result.c * taps
+    if a.operand is not None:
+        ends += ", folded"
+        channels += a.image.c
+        steps.append(math.ceil(a.image.c / a.TILE.c) / (a.CLASS_H * a.CLASS_W))
     return _Geometry(
         _window(a) + ends,
-        (steps,),
-        int(steps * _step_bytes(a)),
-        a.batch * a.result.h * a.result.w * a.result.c * taps * a.group_in,
+        tuple(steps[: len(a.loops)]),
+        int(sum(steps) * _step_bytes(a)),
+        a.batch * a.result.h * a.result.w * channels * a.group_in,
         shared_loops=(0,),
     )
 
@@ -235,6 +283,15 @@ def _sum_parts(a: Any) -> _Geometry:
 
 _DESCRIBE: dict[str, Callable[[Any], _Geometry]] = {
     "conv_stats_kernel": _conv_stats,
+    "conv_bn_kernel": _conv_bn,
+    "conv_bn_projection_kernel": _conv_bn,
+    "gram_kernel": _gram,
+    "merge_gram_kernel": _merge_gram,
+    "end_moments_kernel": _small_product,
+    "end_sums_kernel": _small_product,
+    "end_gradients_kernel": _small_product,
+    "end_matrix_kernel": _small_product,
+    "end_offset_kernel": _small_product,
     "quantized_conv_kernel": _quantized_conv,
     "border_kernel": lambda a: _Geometry(f"{a.image.c} of {a.image.h}×{a.image.w}, with a border"),
     "max_pool_kernel": _max_pool,

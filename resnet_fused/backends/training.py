@@ -12,6 +12,15 @@ Vectors of one layer of K channels, float32 (float64 where the activations are f
     sums (T, 2, K): of g and of g · (pre_bn - mean), g the gradient of the normalised result.
     coefficients (4, K): a, b, d, mean; the gradient of the pre-BN output is
         a·g + b·(pre_bn - mean) + d.
+
+The 1×1 convolutions at a block's end have the widest results, four times their operands. Where
+ends are folded, these results h·Wᵀ are never stored. With m and C the mean and the sum of squared
+deviations (a matrix) of the operand h, their mean is W·m and their squared deviations are the
+diagonal of W·C·Wᵀ, so that the forward pass is that of inference. Backward, with P = Σ g·hᵀ:
+    sums: Σ g and the diagonal of W·Pᵀ, less mean · Σ g;
+    the weight's gradient: a·P + b·W·C + v·Σhᵀ with v = b·(W·m - mean) + d;
+    the operand's: (Wᵀ·a)·g + M·h + c with M = Wᵀ·b·W, c = Wᵀ·v - M·m.
+Of h between forward and backward a layer keeps `products` (K + 1, C): W·C, and m.
 """
 
 from __future__ import annotations
@@ -23,7 +32,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..parameters import Activation, Convolution, Layer, MaxPool, PreBnGradient
+from ..parameters import (
+    Activation,
+    Convolution,
+    Folded,
+    Layer,
+    MaxPool,
+    OperandTerm,
+    PreBnGradient,
+)
 
 
 class Replays(Protocol):
@@ -51,6 +68,49 @@ class Replays(Protocol):
         """Runs recorded launches on the tensors at these addresses (`Program.run`)."""
 
 
+class FoldedEnds(Protocol):
+    """The pieces of a block whose end is folded, beside those of `TrainingKernels`."""
+
+    def operand_moments(self, x: Tensor, conv: Convolution) -> tuple[Tensor, Tensor]:
+        """The (1, 3, K) moments of a 1×1 convolution's result, from those of its operand x; and
+        its `products`. Deviations are taken from x's first position before they are multiplied,
+        so that a large mean loses nothing."""
+
+    def folded_end(self, main: Folded, shortcut: Tensor | Folded | None) -> Tensor:
+        """relu(main + shortcut), rounded once; a shortcut as in `bn_add_relu`."""
+
+    def relu_gradient_sum(self, grad: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """g = grad where y > 0, else 0, and sums of which the second row is zero."""
+
+    def folded_sums(self, sums: Tensor, gradient: Tensor, end: Folded) -> Tensor:
+        """The (1, 2, K) sums of a folded normalisation, from those of g and P, (K, C, 1, 1)."""
+
+    def folded_gradients(
+        self,
+        gradient: Tensor | None,
+        products: Tensor | None,
+        sums: Tensor,
+        coefficients: Tensor,
+        end: Folded,
+        frozen: bool,
+    ) -> tuple[Tensor | None, Convolution, OperandTerm | None]:
+        """The gradient of the convolution's weight, of its dtype, from P, unless that is None; and
+        what to take x's gradient by: the convolution that is scaled by a, and, unless frozen, the
+        rest."""
+
+    def dgrad(
+        self,
+        g: Tensor,
+        conv: Convolution,
+        shape: torch.Size,
+        below: Activation | None,
+        add: Tensor | None,
+        add_stride: int | None = None,
+        term: OperandTerm | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """That of `TrainingKernels`, with a further term in the gradient."""
+
+
 class TrainingKernels(Protocol):
     """The pieces. Activations are channels_last, sums are taken in float32 in a fixed order."""
 
@@ -65,6 +125,9 @@ class TrainingKernels(Protocol):
     def is_profitable(self, layers: Sequence[Layer]) -> bool:
         """Whether a block of these layers is expected to train faster by the pieces than module by
         module, where nothing was measured."""
+
+    def folded_ends(self, dtype: torch.dtype) -> FoldedEnds | None:
+        """What folds 1×1 convolutions at the end of a block of that dtype into it, if anything."""
 
     def conv_stats(
         self, x: Tensor, conv: Convolution, statistics: bool
@@ -110,7 +173,7 @@ class TrainingKernels(Protocol):
         add: Tensor | None,
         add_stride: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The gradient (+ add) of a convolution's input of the given shape, g being its result's.
+        """The gradient (+ add) of a convolution's input of that shape, g being its result's.
 
         With `add_stride`, add (N, >= C, P, Q) belongs to every `add_stride`-th row and column, and
         its first C channels count: the gradient of a strided identity that was padded with

@@ -6,6 +6,7 @@ Saved for backward: pre-BN outputs, the block's result, six numbers per channel.
 of 1×1 convolutions at the block's end (the widest of a Bottleneck, and its projection) are not even
 saved: computing one again reads a quarter of what reading it back would. Where arithmetic is what
 takes the time, on the CPU, they are (`TrainingKernels.saves_all`).
+Where the kernels fold a block's end (`TrainingKernels.folds_ends`), these are never stored at all.
 Backward forms activations again and the gradient of each pre-BN output, once for dgrad and wgrad.
 dgrad applies the ReLU below it and takes that normalisation's sums; the first layer's adds the
 shortcut's gradient.
@@ -19,7 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..parameters import Activation, Convolution, Layer, PreBnGradient
+from ..backends.training import FoldedEnds, TrainingKernels
+from ..parameters import Activation, Convolution, Folded, Layer, OperandTerm, PreBnGradient
 from . import training_programs
 from .checks import check_activation
 from .registry import autocast_dtype, empty_result
@@ -55,6 +57,17 @@ def _is_saved(convs: Sequence[Convolution], shortcut: str, all_of_them: bool) ->
         all_of_them or i < last or tuple(conv.weight.shape[2:]) != (1, 1) or conv.groups > 1
         for i, conv in enumerate(convs)
     ]
+
+
+def _folded(
+    pieces: TrainingKernels, x: Tensor, convs: Sequence[Convolution], shortcut: str
+) -> FoldedEnds | None:
+    """What folds the convolutions at the block's end, whose results are summed, into it."""
+    for conv in convs[_main_layers(convs, shortcut) - 1 :]:
+        window = (*conv.weight.shape[2:], *conv.padding, *conv.dilation, conv.groups)
+        if window != (1, 1, 0, 0, 1, 1, 1):
+            return None
+    return pieces.folded_ends(x.dtype)
 
 
 def _identity(x: Tensor, shortcut: str, stride: int) -> Tensor:
@@ -98,24 +111,37 @@ def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor], list[Ten
     pieces = kernels(x)
     convs = convolutions(layers.weights, layers.windows)
     count = _main_layers(convs, shortcut)
-    activations: list[Activation] = []
-    for i, conv in enumerate(convs):
-        operand = x if i in (0, count) else pieces.bn_add_relu(activations[i - 1], None)
-        pre_bn, moments = pieces.conv_stats(operand, conv, not layers.frozen[i])
-        scale_shift = layer_scale_shift(pieces, layers, i, moments, sync_group)
-        activations.append(Activation(pre_bn, scale_shift))
-    other: Tensor | Activation | None = None
-    if shortcut == "projection":
-        other = activations[-1]
-    elif shortcut != "none":
-        other = _identity(x, shortcut, stride)
-    y = pieces.bn_add_relu(activations[count - 1], other)
-    saved = [
-        a.pre_bn
-        for a, keep in zip(activations, _is_saved(convs, shortcut, pieces.saves_all()), strict=True)
-        if keep
-    ]
-    return y, saved, [a.scale_shift for a in activations]
+    folded = _folded(pieces, x, convs, shortcut)
+    keeps = _is_saved(convs, shortcut, pieces.saves_all() and folded is None)
+    saved: list[Tensor] = []
+    scale_shifts: list[Tensor] = []
+
+    def normalised(i: int) -> Activation:
+        pre_bn, moments = pieces.conv_stats(operand, convs[i], not layers.frozen[i])
+        scale_shifts.append(layer_scale_shift(pieces, layers, i, moments, sync_group))
+        if keeps[i]:
+            saved.append(pre_bn)
+        return Activation(pre_bn, scale_shifts[i])
+
+    operand = x
+    for i in range(count - 1):
+        operand = pieces.bn_add_relu(normalised(i), None)
+    identity = None if shortcut in ("none", "projection") else _identity(x, shortcut, stride)
+    if folded is None:
+        main = normalised(count - 1)
+        operand = x
+        other = normalised(count) if shortcut == "projection" else identity
+        return pieces.bn_add_relu(main, other), saved, scale_shifts
+    ends: list[Folded] = []
+    for i, end_operand in zip(range(count - 1, len(convs)), (operand, x), strict=False):
+        moments = None
+        if not layers.frozen[i]:
+            moments, products = folded.operand_moments(end_operand, convs[i])
+            saved.append(products)
+        scale_shifts.append(layer_scale_shift(pieces, layers, i, moments, sync_group))
+        ends.append(Folded(end_operand, convs[i], scale_shifts[i]))
+    y = folded.folded_end(ends[0], ends[1] if shortcut == "projection" else identity)
+    return y, saved, scale_shifts
 
 
 def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -124,12 +150,27 @@ def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor], lis
     shapes = _shapes(x, layers, shortcut, stride, sync_group)
     convs = convolutions(layers.weights, layers.windows)
     wide = torch.promote_types(x.dtype, torch.float32)
-    keeps = _is_saved(convs, shortcut, kernels(x).saves_all())
+    pieces, count = kernels(x), _main_layers(convs, shortcut)
+    folded = _folded(pieces, x, convs, shortcut)
+    saved = []
+    for i, keep in enumerate(_is_saved(convs, shortcut, pieces.saves_all() and folded is None)):
+        if keep:
+            saved.append(empty_result(x, shapes[i]))
+        elif folded is not None and i >= count - 1 and not layers.frozen[i]:
+            saved.append(x.new_empty((shapes[i][1] + 1, layers.weights[i].shape[1]), dtype=wide))
     return (
-        empty_result(x, shapes[_main_layers(convs, shortcut) - 1]),
-        [empty_result(x, shape) for shape, keep in zip(shapes, keeps, strict=True) if keep],
+        empty_result(x, shapes[count - 1]),
+        saved,
         [x.new_empty((6, shape[1]), dtype=wide) for shape in shapes],
     )
+
+
+class _Gradient(NamedTuple):
+    """What a layer's dgrad convolves, by which convolution, and what is added."""
+
+    g: Tensor
+    conv: Convolution
+    term: OperandTerm | None = None
 
 
 class _Needs(NamedTuple):
@@ -174,7 +215,8 @@ def _backward(
     convs = convolutions(weights, windows)
     count = _main_layers(convs, shortcut)
     needs = _Needs(needs_x, needs_weights, needs_affine, count)
-    pre_bns = iter(saved)
+    folded = _folded(pieces, x, convs, shortcut)
+    kept = iter(saved)
     activations: list[Activation | None] = []
     operands: dict[int, Tensor] = {}
 
@@ -187,8 +229,16 @@ def _backward(
             operands[i] = pieces.bn_add_relu(below, None)
         return operands[i]
 
-    for i, keep in enumerate(_is_saved(convs, shortcut, len(saved) == len(convs))):
-        pre_bn = next(pre_bns) if keep else None
+    products: dict[int, Tensor] = {}  # of operands, where layers are folded
+    for i, keep in enumerate(
+        _is_saved(convs, shortcut, folded is None and len(saved) == len(convs))
+    ):
+        if folded is not None and i >= count - 1:
+            if not frozen[i]:
+                products[i] = next(kept)
+            activations.append(None)
+            continue
+        pre_bn = next(kept) if keep else None
         if pre_bn is None and (needs.affine[i] or (needs.pre_bn(i) and not frozen[i])):
             pre_bn, _ = pieces.conv_stats(operand(i), convs[i], False)
         activations.append(None if pre_bn is None else Activation(pre_bn, scale_shifts[i]))
@@ -198,10 +248,14 @@ def _backward(
 
     weight_grads, gammas, betas = unneeded(), unneeded(), unneeded()
 
+    def unneeded_sums(i: int) -> Tensor:
+        """Of a frozen layer whose weight and bias want no gradient."""
+        return scale_shifts[i].new_zeros((1, 2, scale_shifts[i].shape[1]))
+
     def pre_bn_gradient(i: int, g: Tensor, sums: Tensor | None) -> Tensor | None:
         """None where nothing needs it."""
-        if sums is None:  # of a frozen layer whose weight and bias want no gradient
-            sums = scale_shifts[i].new_zeros((1, 2, scale_shifts[i].shape[1]))
+        if sums is None:
+            sums = unneeded_sums(i)
         coefficients, gammas[i], betas[i] = layer_backward_coefficients(
             pieces, sums, scale_shifts[i], frozen[i], sync_group, needs.pre_bn(i)
         )
@@ -215,33 +269,73 @@ def _backward(
 
     ends = [i for i in range(count - 1, len(convs)) if needs.layer(i)]
     branches = {i: activation for i in ends if (activation := activations[i]) is not None}
-    g, found = pieces.relu_gradient(grad, y, list(branches.values()))
-    sums = dict(zip(branches, found, strict=True))
+    sums: dict[int, Tensor] = {}
+    if folded is not None:
+        g, g_sums = folded.relu_gradient_sum(grad, y)
+    else:
+        g, found = pieces.relu_gradient(grad, y, list(branches.values()))
+        sums = dict(zip(branches, found, strict=True))
+
+    def to_convolve(i: int, g: Tensor, sums: Tensor | None) -> _Gradient | None:
+        """What layer i's dgrad convolves; its other gradients are done. None where nothing below
+        needs it."""
+        if folded is None or i < count - 1:
+            gradient = pre_bn_gradient(i, g, sums)
+            if gradient is not None and needs_weights[i]:
+                weight_grads[i] = pieces.wgrad(gradient, operand(i), convs[i])
+                operands.pop(i, None)
+            return None if gradient is None else _Gradient(gradient, convs[i])
+        end, own = Folded(operand(i), convs[i], scale_shifts[i]), None
+        if needs_weights[i] or needs.affine[i] or not frozen[i]:
+            like = torch.empty_like(convs[i].weight, dtype=scale_shifts[i].dtype)
+            own = pieces.wgrad(g, end.x, convs[i]._replace(weight=like))
+            total = folded.folded_sums(g_sums, own, end)
+        else:
+            total = unneeded_sums(i)
+        coefficients, gammas[i], betas[i] = layer_backward_coefficients(
+            pieces, total, scale_shifts[i], frozen[i], sync_group, needs.pre_bn(i)
+        )
+        if not needs.pre_bn(i):
+            return None
+        weight_grad, scaled, term = folded.folded_gradients(
+            own, products.get(i), total, coefficients, end, frozen[i]
+        )
+        if weight_grad is not None and needs_weights[i]:
+            weight_grads[i] = weight_grad
+        return _Gradient(g, scaled, term)
+
+    def dgrad(
+        gradient: _Gradient,
+        shape: torch.Size,
+        below: Activation | None,
+        add: Tensor | None,
+        add_stride: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        above, conv, term = gradient
+        if folded is None or term is None:
+            return pieces.dgrad(above, conv, shape, below, add, add_stride)
+        return folded.dgrad(above, conv, shape, below, add, add_stride, term)
+
     shortcut_grad = g if shortcut in ("identity", "padded") else None
     # The projection first, as autograd goes through modules: ranks that run those gather alike.
     if count in ends:
-        projected = pre_bn_gradient(count, g, sums.get(count))
-        if projected is not None and needs_weights[count]:
-            weight_grads[count] = pieces.wgrad(projected, x, convs[count])
+        projected = to_convolve(count, g, sums.get(count))
         if projected is not None and needs_x:
-            shortcut_grad, _ = pieces.dgrad(projected, convs[count], x.shape, None, None)
+            shortcut_grad, _ = dgrad(projected, x.shape, None, None)
         del projected
     x_grad, layer_sums = x.new_empty(0), sums.get(count - 1)
     for i in reversed(range(count)):
         if not needs.layer(i):
             break
-        gradient = pre_bn_gradient(i, g, layer_sums)
-        if gradient is not None and needs_weights[i]:
-            weight_grads[i] = pieces.wgrad(gradient, operand(i), convs[i])
-            operands.pop(i, None)
+        gradient = to_convolve(i, g, layer_sums)
         if gradient is None or not needs.below(i):
             break
         below = None if i == 0 else activations[i - 1]
         if below is None:
             add_stride = stride if shortcut == "padded" else None
-            x_grad, _ = pieces.dgrad(gradient, convs[0], x.shape, None, shortcut_grad, add_stride)
+            x_grad, _ = dgrad(gradient, x.shape, None, shortcut_grad, add_stride)
         else:
-            g, layer_sums = pieces.dgrad(gradient, convs[i], below.pre_bn.shape, below, None)
+            g, layer_sums = dgrad(gradient, below.pre_bn.shape, below, None)
     return x_grad, weight_grads, gammas, betas
 
 

@@ -7,15 +7,30 @@ norm on the CPU, where `nn.SyncBatchNorm` itself refuses to run.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from ..parameters import MEAN, SCALE, SHIFT, Activation, Convolution, Layer, MaxPool, PreBnGradient
+from ..parameters import (
+    MEAN,
+    SCALE,
+    SHIFT,
+    Activation,
+    Convolution,
+    Folded,
+    Layer,
+    MaxPool,
+    OperandTerm,
+    PreBnGradient,
+)
 from .convolution import convolve
 from .ops import nhwc, pad_channels
+
+if TYPE_CHECKING:
+    from ..backends.training import FoldedEnds
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -31,9 +46,22 @@ def _like_channels(vector: Tensor) -> Tensor:
     return vector[:, None, None]
 
 
-def _normalised(x: Activation) -> Tensor:
+def _normalised(x: Activation | Folded) -> Tensor:
     mean, scale, shift = (_like_channels(x.scale_shift[i]) for i in (MEAN, SCALE, SHIFT))
+    if isinstance(x, Folded):
+        weight = _wide(x.conv.weight.to(x.x.dtype))
+        return (convolve(_wide(x.x), x.conv._replace(weight=weight)) - mean) * scale + shift
     return (_wide(x.pre_bn) - mean) * scale + shift
+
+
+def _matrix(conv: Convolution, dtype: torch.dtype) -> Tensor:
+    """The weight (K, C) of a 1×1 convolution in float64, as it multiplies inputs of that dtype."""
+    return conv.weight.to(dtype).flatten(1).double()
+
+
+def _operand(x: Tensor, conv: Convolution) -> Tensor:
+    """The positions of x that a 1×1 convolution without padding reads."""
+    return x[:, :, :: conv.stride[0], :: conv.stride[1]]
 
 
 def moments(pre_bn: Tensor) -> Tensor:
@@ -71,15 +99,30 @@ def pre_bn_gradient(gradient: PreBnGradient) -> Tensor:
 
 
 class ReferenceTraining:
-    """Implements `resnet_fused.backends.training.TrainingKernels`."""
+    """Implements `TrainingKernels` and `FoldedEnds` of `resnet_fused.backends.training`."""
 
     replays = None
 
     def saves_all(self) -> bool:
         return False
 
+    def folded_ends(self, dtype: torch.dtype) -> FoldedEnds | None:
+        return None
+
     def is_profitable(self, layers: Sequence[Layer]) -> bool:
         return False
+
+    def operand_moments(self, x: Tensor, conv: Convolution) -> tuple[Tensor, Tensor]:
+        rows, weight = _rows(_operand(x, conv)), _matrix(conv, x.dtype)
+        mean = rows.mean(0)
+        products = weight @ ((rows - mean).T @ (rows - mean))
+        squares = (products * weight).sum(1).clamp(min=0)
+        moments = torch.stack([weight @ mean, squares, torch.full_like(squares, len(rows))])[None]
+        dtype = _wide(x).dtype
+        return moments.to(dtype), torch.cat([products, mean[None]]).to(dtype)
+
+    def folded_end(self, main: Folded, shortcut: Tensor | Folded | None) -> Tensor:
+        return self._end(main, shortcut).to(main.x.dtype)
 
     def conv_stats(
         self, x: Tensor, conv: Convolution, statistics: bool
@@ -106,18 +149,64 @@ class ReferenceTraining:
         return torch.stack(scale_shift).to(moments.dtype)
 
     def bn_add_relu(self, main: Activation, shortcut: Tensor | Activation | None) -> Tensor:
+        return self._end(main, shortcut).to(main.pre_bn.dtype)
+
+    def _end(
+        self, main: Activation | Folded, shortcut: Tensor | Activation | Folded | None
+    ) -> Tensor:
         out = _normalised(main)
-        if shortcut is not None:
-            if isinstance(shortcut, Tensor):
-                shortcut = pad_channels(shortcut, out.shape[1])
-            out = out + (shortcut if isinstance(shortcut, Tensor) else _normalised(shortcut))
-        return F.relu(out).to(main.pre_bn.dtype)
+        if isinstance(shortcut, Tensor):
+            out = out + pad_channels(shortcut, out.shape[1])
+        elif shortcut is not None:
+            out = out + _normalised(shortcut)
+        return nhwc(F.relu(out))
 
     def relu_gradient(
         self, grad: Tensor, y: Tensor, branches: list[Activation]
     ) -> tuple[Tensor, list[Tensor]]:
         g = torch.where(y > 0, grad, 0).contiguous(memory_format=torch.channels_last)
         return g, [sums(g, branch) for branch in branches]
+
+    def relu_gradient_sum(self, grad: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        g, _ = self.relu_gradient(grad, y, [])
+        total = _rows(g).sum(0)
+        return g, torch.stack([total, torch.zeros_like(total)])[None].to(_wide(g).dtype)
+
+    def folded_sums(self, sums: Tensor, gradient: Tensor, end: Folded) -> Tensor:
+        total, weight = sums[:, 0].double().sum(0), _matrix(end.conv, end.x.dtype)
+        centred = (weight * gradient.double().flatten(1)).sum(1) - end.scale_shift[MEAN] * total
+        return torch.stack([total, centred])[None].to(sums.dtype)
+
+    def folded_gradients(
+        self,
+        gradient: Tensor | None,
+        products: Tensor | None,
+        sums: Tensor,
+        coefficients: Tensor,
+        end: Folded,
+        frozen: bool,
+    ) -> tuple[Tensor | None, Convolution, OperandTerm | None]:
+        (x, conv, _), (a, b, d, mean) = end, coefficients.double()[:, :, None]
+        weight = _matrix(conv, x.dtype)
+        scaled = conv._replace(weight=nhwc((a * weight).to(x.dtype).view(conv.weight.shape)))
+        total = None if gradient is None else a * gradient.double().flatten(1)
+        term = None
+        if not frozen:
+            assert total is not None
+            assert products is not None
+            own = products[-1].double()
+            rest = b * ((weight @ own)[:, None] - mean) + d
+            positions = _operand(x, conv)[:, 0].numel()
+            total = total + b * products[:-1].double() + rest * own * positions
+            matrix = (weight.T @ (b * weight)).to(x.dtype)
+            # What rounding did to both matrices then acts on deviations from the mean alone.
+            lost = a * weight - scaled.weight.flatten(1).double()
+            means = sums[0, 0].double()[:, None] / positions
+            offset = (weight * rest + lost * means).sum(0) - matrix.double() @ own
+            term = OperandTerm(x, matrix, offset.to(coefficients.dtype))
+        if total is None:
+            return None, scaled, term
+        return nhwc(total.to(conv.weight.dtype).view(conv.weight.shape)), scaled, term
 
     def merge_sums(self, sums: Tensor) -> Tensor:
         return sums.double().sum(0, keepdim=True).to(sums.dtype)
@@ -150,15 +239,23 @@ class ReferenceTraining:
         below: Activation | None,
         add: Tensor | None,
         add_stride: int | None = None,
+        term: OperandTerm | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        out = conv2d_input(shape, conv.weight.to(g.dtype), g, *conv[1:])
+        weight = conv.weight.to(g.dtype)
+        if term is None:
+            out = conv2d_input(shape, weight, g, *conv[1:])
+        else:  # rounded once, behind the sum
+            out = conv2d_input(shape, _wide(weight), _wide(g), *conv[1:])
+            matrix = Convolution(_wide(term.matrix)[:, :, None, None])
+            product = convolve(_wide(_operand(term.x, conv)), matrix)
+            _operand(out, conv).add_(product + _like_channels(term.offset))
         if add is not None and add_stride is None:
             out = out + add
         elif add is not None:
             out[:, :, ::add_stride, ::add_stride] += add[:, : shape[1]]
         if below is not None:
             out = torch.where(_normalised(below) > 0, out, 0)
-        out = out.contiguous(memory_format=torch.channels_last)
+        out = nhwc(out.to(g.dtype))
         return out, None if below is None else sums(out, below)
 
     def wgrad(self, g: Tensor, x: Tensor, conv: Convolution) -> Tensor:

@@ -25,8 +25,11 @@ from ..parameters import (
     SCALE,
     Activation,
     ConvBn,
+    Convolution,
+    Folded,
     MaxPool,
     Normalization,
+    OperandTerm,
     PreBnGradient,
 )
 from ..reference import ops as reference
@@ -48,6 +51,7 @@ from .quantized_cases import make_quantized_conv, make_quantized_stem
 
 CONVOLUTION = "conv_bn"
 TRAINING = "training"
+FOLDED = "training.folded"  # the pieces of a folded end
 QUANTIZED = "quantized"
 FAMILIES = (
     *(CONVOLUTION, "bn_add_relu", "bottleneck", "stem", "image_stem", "squeeze_excite", "head"),
@@ -71,6 +75,7 @@ class _Rounded:
     """The reference in float64, each op's result rounded once, as a chain of kernels rounds it."""
 
     training = ReferenceTraining()
+    training.folded = training  # type: ignore[attr-defined]
 
     def bottleneck(
         self,
@@ -113,7 +118,20 @@ def _wide(values: Any) -> Any:
 
 def _expected(case: Case) -> list[Tensor]:
     arguments = _wide(case.arguments) if case.op.startswith(TRAINING) else case.arguments
-    return tree_leaves(attrgetter(case.op)(_Rounded())(*arguments))[: case.results]
+    return _tensors(attrgetter(case.op)(_Rounded())(*arguments))[: case.results]
+
+
+def _tensors(results: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(results) if isinstance(leaf, Tensor)]
+
+
+def _operation(backend: Backend, case: Case) -> Callable[..., Any]:
+    if not case.op.startswith(FOLDED):
+        return attrgetter(case.op)(backend if case.op.startswith(TRAINING) else On(backend))
+    assert backend.training is not None
+    # Sums, vectors and gradients of weights are wider than the activations.
+    dtype = min(_tensors(case.arguments), key=Tensor.element_size).dtype
+    return getattr(backend.training.folded_ends(dtype), case.op.rsplit(".", 1)[1])
 
 
 def check_case(backend: Backend, case: Case, kernel: str | None = None, repeats: int = 1) -> bool:
@@ -122,7 +140,7 @@ def check_case(backend: Backend, case: Case, kernel: str | None = None, repeats:
     kernel: the candidate to take; None for the one that the backend chooses.
     Raises AssertionError where the result is wrong.
     """
-    op = attrgetter(case.op)(backend if case.op.startswith(TRAINING) else On(backend))
+    op = _operation(backend, case)
     expected = _expected(case)
     for turn in range(repeats):
         tuner = autotune.tuner
@@ -132,7 +150,7 @@ def check_case(backend: Backend, case: Case, kernel: str | None = None, repeats:
             tuner.prefer(kernel or ""),
             uninitialised_memory_is_nan(),
         ):
-            out = tree_leaves(op(*case.arguments))
+            out = _tensors(op(*case.arguments))
         if kernel is not None and all(d.candidate.name != kernel for d in decisions):
             return False
         for ours, right in zip(out, expected, strict=False):
@@ -275,6 +293,45 @@ def _training(dtype: torch.dtype, device: str, num_sms: int) -> Iterator[Case]:
                 continue  # the others see as little of x's channels as above
             exact = 1 if piece in ("conv_stats", "dgrad that adds") else 9
             yield Case(f"{name} {piece}", f"{TRAINING}.{piece.split()[0]}", arguments, exact)
+        if name == "1x1":
+            yield from _folded_ends(x, conv, grad, y, below, above, coefficients, rng)
+
+
+def _folded_ends(
+    x: Tensor,
+    conv: Convolution,
+    grad: Tensor,
+    y: Tensor,
+    below: Activation,
+    above: Activation,
+    coefficients: Tensor,
+    rng: torch.Generator,
+) -> Iterator[Case]:
+    """The pieces of a block whose end is folded; of means that are whole numbers."""
+    filters, channels = conv.weight.shape[:2]
+
+    def integers(*shape: int) -> Tensor:
+        return torch.randint(-3, 4, shape, generator=rng).to(x.device, torch.float32)
+
+    end, sums, product = (
+        Folded(x, conv, above.scale_shift),
+        integers(2, 2, filters),
+        integers(filters, channels, 1, 1),
+    )
+    matrix = integers(channels, channels)
+    term = OperandTerm(x, (matrix + matrix.T).to(x.dtype), integers(channels))
+    kept = integers(filters + 1, channels)
+    pieces: dict[str, list[Any]] = {
+        "operand_moments": [torch.cat([x, -x]), conv],
+        "folded_end": [end, grad],
+        "folded_end of two": [end, end],
+        "relu_gradient_sum": [grad, y],
+        "folded_sums": [sums, product, end],
+        "folded_gradients": [product, kept, sums[:1], coefficients, end, False],
+        "dgrad": [grad, conv, x.shape, below, None, None, term],
+    }
+    for name, arguments in pieces.items():
+        yield Case(f"1x1 {name}, folded", f"{FOLDED}.{name.split()[0]}", arguments)
 
 
 def _quantized(dtype: torch.dtype, device: str, num_sms: int) -> Iterator[Case]:
@@ -343,4 +400,8 @@ def cases(family: str, backend: Backend, device: str, num_sms: int) -> Iterator[
             QUANTIZED: _quantized,
         }.get(family, partial(_others, family))
         for case in make(served[name], device, num_sms):
+            training = backend.training
+            folds = training is not None and training.folded_ends(served[name]) is not None
+            if case.op.startswith(FOLDED) and not folds:
+                continue
             yield case._replace(name=f"{name} {case.name}")

@@ -48,6 +48,9 @@ class CpuTraining:
     def saves_all(self) -> bool:
         return not settings.training_saves_memory()
 
+    def folded_ends(self, dtype: torch.dtype) -> None:
+        """None: arithmetic takes the time here, and folding adds some to save bytes."""
+
     def is_profitable(self, layers: Sequence[Layer]) -> bool:
         return all(self._convolves(layer.conv.weight, layer.conv) for layer in layers)
 

@@ -379,7 +379,7 @@ def list_conv_bn(x: Tensor, layer: ConvBn) -> Candidates:
 
 
 @planned
-def _plan_conv_bn(
+def plan_conv_bn(
     config: Config,
     x: Tensor,
     layer: ConvBn,
@@ -387,6 +387,7 @@ def _plan_conv_bn(
     relu: bool,
     precision: str,
 ) -> _Plan:
+    """Of tensors as the kernel takes them."""
     conv, _ = layer
     packed, gemm = packing(x, conv)
     shape = result_shape(x, conv)
@@ -418,7 +419,7 @@ def conv_bn(
 ) -> Tensor:
     """relu?(bn(conv(x)) (+ residual)): see `resnet_fused.reference.ops.conv_bn`."""
     x, layer, residual = nhwc(x), dense_layer(layer), readable(residual)
-    plan = _plan_conv_bn(config, x, layer, residual, relu, convolution_precision(x.dtype))
+    plan = plan_conv_bn(config, x, layer, residual, relu, convolution_precision(x.dtype))
     out = empty_nhwc(plan.shape, x)
     plan.launch(x, layer.conv.weight, layer.bn, residual, out)
     return out
@@ -438,7 +439,7 @@ def list_conv_bn_projection(x: Tensor, layer: ConvBn, projection: ConvBn) -> Can
 
 
 @planned
-def _plan_conv_bn_projection(
+def plan_conv_bn_projection(
     config: Config,
     x: Tensor,
     layer: ConvBn,
@@ -446,6 +447,7 @@ def _plan_conv_bn_projection(
     projection: ConvBn,
     precision: str,
 ) -> _Plan:
+    """The same with a projection."""
     _, gemm = packing(x, layer.conv)
     shape = result_shape(x, layer.conv)
     out = x.new_empty(shape, device="meta")
@@ -488,7 +490,7 @@ def conv_bn_projection(
         dense_layer(projection),
     )
     precision = convolution_precision(x.dtype)
-    plan = _plan_conv_bn_projection(config, x, layer, shortcut, projection, precision)
+    plan = plan_conv_bn_projection(config, x, layer, shortcut, projection, precision)
     out = empty_nhwc(plan.shape, x)
     plan.launch(
         x,

@@ -76,6 +76,9 @@ class LibraryTraining(TritonTraining):
     def __init__(self) -> None:
         self.replays = None  # nothing records those
 
+    def folded_ends(self, dtype: torch.dtype) -> None:
+        """None: cuDNN rounds the products of gradients and operands, of which sums are taken."""
+
     def conv_stats(
         self, x: Tensor, conv: Convolution, statistics: bool
     ) -> tuple[Tensor, Tensor | None]:

@@ -46,27 +46,32 @@ def strided_rows(row, P, Q, strides):
 def bn_scale_shift(bn, channel, mask):
     """Float32 (mean, scale, what scale's rounding lost, shift) of the given channels.
 
-    bn: a `resnet_fused.parameters.BatchNorm`, live pointers of any dtype.
+    bn: a `resnet_fused.parameters.BatchNorm`, live pointers of any dtype; or, if its variance is
+    None, a `launching.given_scale`.
 
     scale = γ/√(var + ε) comes from the hardware's approximate 1/√ and one Newton step with the
     roundings of its residual added back: threads repeat this for every column they hold, and a
     library root and quotient would take several times as long.
     """
     mean = tl.load(bn.mean + channel, mask, other=0.0).to(tl.float32)
-    var = tl.load(bn.var + channel, mask, other=1.0).to(tl.float32)
-    v = var + bn.eps
-    v_low = bn.eps - (v - var)
-    root = tl.rsqrt(v)
-    vr = v * root
-    residue = tl.fma(-vr, root, 1.0) - (tl.fma(v, root, -vr) + v_low * root) * root
-    step = 0.5 * root * residue
-    if bn.weight is None:
-        scale = root + step
-        scale_low = step - (scale - root)
+    if bn.var is None:
+        scale = tl.load(bn.weight + channel, mask, other=0.0)
+        scale_low = tl.zeros_like(scale)
     else:
-        gamma = tl.load(bn.weight + channel, mask, other=0.0).to(tl.float32)
-        scale = tl.fma(gamma, root, gamma * step)
-        scale_low = tl.fma(gamma, root, -scale) + gamma * step
+        var = tl.load(bn.var + channel, mask, other=1.0).to(tl.float32)
+        v = var + bn.eps
+        v_low = bn.eps - (v - var)
+        root = tl.rsqrt(v)
+        vr = v * root
+        residue = tl.fma(-vr, root, 1.0) - (tl.fma(v, root, -vr) + v_low * root) * root
+        step = 0.5 * root * residue
+        if bn.weight is None:
+            scale = root + step
+            scale_low = step - (scale - root)
+        else:
+            gamma = tl.load(bn.weight + channel, mask, other=0.0).to(tl.float32)
+            scale = tl.fma(gamma, root, gamma * step)
+            scale_low = tl.fma(gamma, root, -scale) + gamma * step
     shift = tl.zeros_like(mean)
     if bn.bias is not None:
         shift = tl.load(bn.bias + channel, mask, other=0.0).to(tl.float32)

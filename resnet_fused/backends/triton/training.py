@@ -12,11 +12,12 @@ import triton
 from torch import Tensor
 
 from ... import _extension
-from ...parameters import Activation, Convolution
+from ...parameters import Activation, Convolution, Folded, OperandTerm
 from ...reference.training import ReferenceTraining
 from .. import Candidate, Candidates, autotune, tf32_in_convolutions
-from ..training import Replays
+from ..training import FoldedEnds, Replays
 from . import training_batch_norm as batch_norm
+from . import training_ends as ends
 from . import training_pool as pooling
 from .launching import Config, candidates, nhwc
 from .training_convolution import conv_stats, conv_stats_configs
@@ -47,6 +48,8 @@ _PLAIN = {
     "conv_stats": _Piece(_reference.conv_stats, _reference.merge_moments),
     "dgrad": _Piece(_reference.dgrad, _reference.merge_sums),
     "wgrad": _Piece(_reference.wgrad),
+    "folded_end": _Piece(_reference.folded_end),
+    "folded_dgrad": _Piece(_reference.dgrad, _reference.merge_sums),
 }
 
 
@@ -102,7 +105,7 @@ class TritonTraining:
         """What computes a piece beside the kernels here, the expected fastest first."""
         return []
 
-    def _choose(
+    def choose(
         self,
         piece: str,
         arguments: tuple[Any, ...],
@@ -136,10 +139,14 @@ class TritonTraining:
     pool_gradient = staticmethod(pooling.pool_gradient)
     pre_bn_gradient = staticmethod(batch_norm.pre_bn_gradient)
 
+    def folded_ends(self, dtype: torch.dtype) -> FoldedEnds | None:
+        # In float32 PyTorch's errors are so small that the cancellation in sums would show.
+        return TritonFoldedEnds(self) if dtype in (torch.float16, torch.bfloat16) else None
+
     def conv_stats(
         self, x: Tensor, conv: Convolution, statistics: bool
     ) -> tuple[Tensor, Tensor | None]:
-        run = self._choose(
+        run = self.choose(
             "conv_stats",
             (x, conv, True),  # in any case: backward repeats the forward's bits without statistics
             conv_stats,
@@ -158,13 +165,55 @@ class TritonTraining:
         add_stride: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         arguments = (g, conv, shape, below, add, add_stride)
-        run = self._choose(
+        run = self.choose(
             "dgrad", arguments, dgrad, lambda: dgrad_configs(g, conv, shape, below is not None)
         )
         found: tuple[Tensor, Tensor | None] = run(*arguments)
         return found
 
     def wgrad(self, g: Tensor, x: Tensor, conv: Convolution) -> Tensor:
-        run = self._choose("wgrad", (g, x, conv), wgrad, lambda: wgrad_configs(g, conv))
+        run = self.choose("wgrad", (g, x, conv), wgrad, lambda: wgrad_configs(g, conv))
         found: Tensor = run(g, x, conv)
+        return found
+
+
+class TritonFoldedEnds:
+    """Implements `resnet_fused.backends.training.FoldedEnds`."""
+
+    def __init__(self, kernels: TritonTraining) -> None:
+        self._choose = kernels.choose
+
+    operand_moments = staticmethod(ends.operand_moments)
+    relu_gradient_sum = staticmethod(batch_norm.relu_gradient_sum)
+    folded_sums = staticmethod(ends.folded_sums)
+    folded_gradients = staticmethod(ends.folded_gradients)
+
+    def folded_end(self, main: Folded, shortcut: Tensor | Folded | None) -> Tensor:
+        run = self._choose(
+            "folded_end",
+            (main, shortcut),
+            ends.folded_end,
+            lambda: ends.folded_end_configs(main, shortcut),
+        )
+        found: Tensor = run(main, shortcut)
+        return found
+
+    def dgrad(
+        self,
+        g: Tensor,
+        conv: Convolution,
+        shape: torch.Size,
+        below: Activation | None,
+        add: Tensor | None,
+        add_stride: int | None = None,
+        term: OperandTerm | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        arguments = (g, conv, shape, below, add, add_stride, term)
+        run = self._choose(
+            "folded_dgrad",
+            arguments,
+            dgrad,
+            lambda: dgrad_configs(g, conv, shape, below is not None),
+        )
+        found: tuple[Tensor, Tensor | None] = run(*arguments)
         return found

@@ -229,8 +229,8 @@ def relu_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Grid: (blocks of TILES·BLOCK_M rows × K,). sums: (row blocks, 2, K); other_*: of the
-    projection, or None."""
+    """Grid: (blocks of TILES·BLOCK_M rows × K,). sums: (row blocks, 2, K), of which the second row
+    is zero where pre_bn is None; other_*: of the projection, or None."""
     tiles_n = tl.cdiv(K, BLOCK_C)
     block = tl.program_id(0) // tiles_n
     first_row = block * (TILES * BLOCK_M)
@@ -238,8 +238,8 @@ def relu_gradient_kernel(
         first_row = block.to(tl.int64) * (TILES * BLOCK_M)
     channel = (tl.program_id(0) % tiles_n) * BLOCK_C + tl.arange(0, BLOCK_C)
     valid = channel < K
-    mean = tl.load(scale_shift + channel, valid, other=0.0)
-    other_mean = mean
+    if pre_bn is not None:
+        mean = tl.load(scale_shift + channel, valid, other=0.0)
     if other_pre_bn is not None:
         other_mean = tl.load(other_scale_shift + channel, valid, other=0.0)
     sum_g = for_sums(tl.zeros((BLOCK_M, BLOCK_C), grad.dtype.element_ty))
@@ -254,8 +254,9 @@ def relu_gradient_kernel(
         tl.store(out + offset, g, mask)
         g = for_sums(g)
         sum_g += g
-        value = tl.load(pre_bn + offset, mask, other=0.0)
-        centred += g * (for_sums(value) - mean[None, :])
+        if pre_bn is not None:
+            value = tl.load(pre_bn + offset, mask, other=0.0)
+            centred += g * (for_sums(value) - mean[None, :])
         if other_pre_bn is not None:
             value = tl.load(other_pre_bn + offset, mask, other=0.0)
             other_centred += g * (for_sums(value) - other_mean[None, :])
@@ -326,6 +327,11 @@ def _merge(parts: Tensor, kernel: Any, chunk: int) -> Tensor:
     out = parts.new_empty((launch.grid[0], *parts.shape[1:]))
     launch(parts, out)
     return out
+
+
+def few_sums(sums: Tensor) -> Tensor:
+    """Parts of sums, few enough to be merged by who reads them."""
+    return _few(sums, merge_sums_kernel)
 
 
 def _few(parts: Tensor, kernel: Any) -> Tensor:
@@ -434,7 +440,7 @@ def bn_add_relu(main: Activation, shortcut: Tensor | Activation | None) -> Tenso
 
 @planned
 def _plan_relu_gradient(
-    grad: Tensor, y: Tensor, branches: Sequence[Activation]
+    grad: Tensor, y: Tensor, branches: Sequence[tuple[Tensor | None, Tensor | None]]
 ) -> tuple[int, Launch]:
     """The number of row blocks, and the launch."""
     channels = y.shape[1]
@@ -460,14 +466,26 @@ def relu_gradient(
     grad: Tensor, y: Tensor, branches: Sequence[Activation]
 ) -> tuple[Tensor, list[Tensor]]:
     """See `TrainingKernels.relu_gradient`; one or two branches."""
+    return _relu_gradient(grad, y, [(nhwc(b.pre_bn), b.scale_shift) for b in branches])
+
+
+def relu_gradient_sum(grad: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """See `FoldedEnds.relu_gradient_sum`."""
+    g, (sums,) = _relu_gradient(grad, y, [(None, None)])
+    return g, sums
+
+
+def _relu_gradient(
+    grad: Tensor, y: Tensor, branches: Sequence[tuple[Tensor | None, Tensor | None]]
+) -> tuple[Tensor, list[Tensor]]:
     grad, y = nhwc(grad), nhwc(y)
     blocks, launch = _plan_relu_gradient(grad, y, branches)
     out = empty_nhwc(y.shape, y)
     sums: list[Tensor] = []
     vectors: list[Tensor | None] = []
-    for pre_bn, scale_shift in branches:
+    for branch in branches:
         sums.append(y.new_empty((blocks, 2, y.shape[1]), dtype=torch.float32))
-        vectors += (nhwc(pre_bn), scale_shift, sums[-1])
+        vectors += (*branch, sums[-1])
     vectors += [None] * (6 - len(vectors))
     launch(grad, y, *vectors, out)
     return out, sums

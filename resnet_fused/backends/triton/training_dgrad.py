@@ -1,7 +1,8 @@
 """The gradient of a convolution's input.
 
 Algorithm: the transposed convolution as an implicit GEMM: rows are input positions, columns input
-channels, and the inner dimension runs over taps and output channels. The epilogue adds another
+channels, and the inner dimension runs over taps and output channels. A folded end adds a product of
+the input itself (`resnet_fused.backends.training`). The epilogue adds another
 branch's gradient (that of a strided identity only where it was read), or masks with the previous
 layer's ReLU (its sign computed again from that layer's pre-BN output) and takes the two sums that
 the previous batch norm's gradient needs.
@@ -21,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...parameters import Activation, Convolution
+from ...parameters import Activation, Convolution, OperandTerm
 from ..arguments import dense_convolution
 from .convolution import Gemm, configurations
 from .launching import (
@@ -53,6 +54,9 @@ def dgrad_kernel(
     grad,
     weight,
     add,
+    operand,
+    operand_matrix,
+    operand_offset,
     below,
     below_scale_shift,
     out,
@@ -70,6 +74,7 @@ def dgrad_kernel(
     ADD_STRIDE: tl.constexpr,
     EVEN: tl.constexpr,
     EVEN_COLUMNS: tl.constexpr,
+    EVEN_OPERAND: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Grid: (tiles_m × tiles of group_in, groups, classes).
@@ -78,6 +83,8 @@ def dgrad_kernel(
     CLASS_H, CLASS_W: the strides, or 1 where positions are not told apart (dilation) and taps that
     fall between outputs read as zero. add or below or both are None. sums: (classes × tiles_m, 2,
     C). EVEN: TILE.c divides group_out; EVEN_COLUMNS: TILE.n divides group_in.
+    operand: the input of a 1×1 convolution, or None; operand_matrix · operand + operand_offset is
+    added at the positions that it reads. EVEN_OPERAND: TILE.c divides C.
     ADD_STRIDE: 0 where `add` is laid out like the result, else `add`, of sizes `add_image`, belongs
     to every ADD_STRIDE-th row and column.
     """
@@ -155,6 +162,19 @@ def dgrad_kernel(
 
     place = position[:, None] * image.c + channel[None, :]
     mask = in_rows[:, None] & in_columns[None, :]
+    if operand is not None and r_taps * s_taps > 0:
+        for c in range(0, image.c, TILE.c):
+            a_tile = operand + position[:, None] * image.c + (c + inner)[None, :]
+            b_tile = operand_matrix + (c + inner)[:, None] * image.c + column[None, :]
+            if EVEN_OPERAND and EVEN_COLUMNS:
+                a = tl.load(a_tile, in_rows[:, None], other=0.0)
+                b = tl.load(b_tile)
+            else:
+                in_inner = c + inner < image.c
+                a = tl.load(a_tile, in_rows[:, None] & in_inner[None, :], other=0.0)
+                b = tl.load(b_tile, in_inner[:, None] & in_columns[None, :], other=0.0)
+            acc = multiply(a, b, acc, TILE.precision)
+        acc += tl.load(operand_offset + column, in_columns, other=0.0)[None, :]
     if add is not None:
         if ADD_STRIDE == 0:
             acc += tl.load(add + place, mask, other=0.0).to(tl.float32)
@@ -232,6 +252,7 @@ def _plan(
     below: Activation | None,
     add: Tensor | None,
     add_stride: int | None,
+    term: OperandTerm | None,
     precision: str,
 ) -> _Plan:
     weight = conv.weight
@@ -260,6 +281,7 @@ def _plan(
             ADD_STRIDE=add_stride or 0,
             EVEN=gemm.channels % block_c == 0,
             EVEN_COLUMNS=gemm.columns % block_n == 0,
+            EVEN_OPERAND=gemm.columns % block_c == 0,
             TILE=Tile(block_m, block_n, block_c, is_wide(g, weight, out, add), precision),
         ),
     )
@@ -273,16 +295,17 @@ def dgrad(
     below: Activation | None,
     add: Tensor | None,
     add_stride: int | None = None,
+    term: OperandTerm | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """See `resnet_fused.backends.training.TrainingKernels.dgrad`."""
+    """See `resnet_fused.backends.training.FoldedEnds.dgrad`."""
     g = nhwc(g)
     conv = dense_convolution(conv, g.dtype)
     below = None if below is None else Activation(nhwc(below.pre_bn), below.scale_shift)
     add = None if add is None else nhwc(add)
     precision = convolution_precision(g.dtype)
-    plan = _plan(config, g, conv, shape, below, add, add_stride, precision)
+    plan = _plan(config, g, conv, shape, below, add, add_stride, term, precision)
     out = empty_nhwc(shape, g)
     sums = None if below is None else g.new_empty(plan.sums, dtype=torch.float32)
     pre_bn, scale_shift = below or (None, None)
-    plan.launch(g, conv.weight, add, pre_bn, scale_shift, out, sums)
+    plan.launch(g, conv.weight, add, *(term or (None,) * 3), pre_bn, scale_shift, out, sums)
     return out, sums
