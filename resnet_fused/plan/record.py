@@ -192,7 +192,8 @@ def record(network: Network, x: Tensor, extension: ModuleType) -> tuple[Tensor, 
     pieces = list(network.plannable_parts())
     watched: list[Any] = [network, *network.stages()]
     watched += [m for piece in pieces if piece.modules is not None for m in piece.modules]
-    snapshot = Snapshot(extension, list(dict.fromkeys(watched)))
+    promised = recording.frozen.get()  # by a FrozenNetwork, which watches its version counters
+    snapshot = Snapshot(extension, list(dict.fromkeys(watched)), promised)
     before = generation()
     recorder, notes = extension.Recorder(), recording.Notes()
     values, ends, complete = [x], [0], []
@@ -218,7 +219,7 @@ def record(network: Network, x: Tensor, extension: ModuleType) -> tuple[Tensor, 
     out = values[-1]
     known = {id(tensor) for tensor in snapshot.tensors}
     copies, frozen = notes.copies, notes.frozen
-    if recording.frozen.get():  # then copies of parameters are as good as packed weights
+    if promised:  # then copies of parameters are as good as packed weights
         made = (
             recording.Packed(source, recording.version(source), copy) for source, copy in copies
         )
@@ -275,4 +276,4 @@ def record(network: Network, x: Tensor, extension: ModuleType) -> tuple[Tensor, 
         first = last
     if not any(isinstance(step, Segment) for step in steps):
         return out, None
-    return out, Plan(snapshot, steps, frozen, copies, [constants, notes])
+    return out, Plan(snapshot, steps, [] if promised else frozen, copies, [constants, notes])

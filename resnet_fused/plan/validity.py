@@ -42,10 +42,17 @@ def surroundings(x: Tensor) -> Hashable:
 
 
 class Snapshot:
-    """Modules, and the tensors that they hold, as they are now."""
+    """Modules, and the tensors that they hold, as they are now.
 
-    def __init__(self, extension: ModuleType, modules: Sequence[nn.Module]) -> None:
+    frozen: nobody is to edit the tensors, so that other memory is all that is looked for in them.
+        (Where they have left the caches, looking takes as long as a layer of one image.)
+    """
+
+    def __init__(
+        self, extension: ModuleType, modules: Sequence[nn.Module], frozen: bool = False
+    ) -> None:
         self._extension = extension
+        self._reads = (_address,) if frozen else (_address, _shape, _strides, _dtype)
         self._modules = extension.snapshot(list(modules))
         self.tensors = list(dict.fromkeys(t for module in modules for t in _tensors(module)))
         self._memory = self._covered()
@@ -59,7 +66,7 @@ class Snapshot:
         return self._extension.unchanged(self._modules) and self._memory == self._covered()
 
     def _covered(self) -> list[list[object]]:
-        return [list(map(read, self.tensors)) for read in (_address, _shape, _strides, _dtype)]
+        return [list(map(read, self.tensors)) for read in self._reads]
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

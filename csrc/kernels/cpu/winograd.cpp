@@ -37,6 +37,10 @@ constexpr std::int64_t kChunk = 16;     // input channels summed in registers
 constexpr std::int64_t kRows = 6;       // tiles per micro-kernel
 constexpr std::int64_t kMaxTiles = 48;  // tiles per task, as far as V and M fit:
 constexpr std::int64_t kScratchBytes = 768 << 10;
+// Floats from a chunk of U to what is fetched meanwhile, a chunk at a time: a core that reads U
+// from memory alone would wait for it.
+constexpr std::int64_t kFetchAhead = 2 * kChunk * kBlock;
+constexpr std::int64_t kLine = 16;  // floats
 constexpr std::int64_t kSkew = 16;  // floats between the 16 planes: not all in one cache set
 
 // The tiles of the whole batch, and how tasks divide them and the output channels.

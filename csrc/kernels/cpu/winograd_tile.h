@@ -53,12 +53,15 @@ ISA_INLINE void transform_tile(const WinogradConv& conv, const TilePlace& at, co
 }
 
 // m[Rows][Vecs vectors] (+)= v[Rows][depth] * u[depth][Vecs vectors]; m's rows are kBlock apart.
+// Fetches a line from `ahead` on with each step.
 template <int Rows, int Vecs>
 ISA inline __attribute__((noinline)) void multiply(const float* v, std::int64_t v_stride,
                                                    const float* u, std::int64_t u_stride, float* m,
-                                                   std::int64_t depth, bool first) {
+                                                   std::int64_t depth, bool first,
+                                                   const float* ahead) {
   Vec sum[Rows][Vecs] = {};
-  for (std::int64_t c = 0; c < depth; ++c, ++v, u += u_stride) {
+  for (std::int64_t c = 0; c < depth; ++c, ++v, u += u_stride, ahead += kLine) {
+    __builtin_prefetch(ahead);
     Vec columns[Vecs];
 #pragma GCC unroll 4
     for (int j = 0; j < Vecs; ++j) columns[j] = load(u + j * kLanes);
@@ -84,20 +87,22 @@ template <int Vecs>
 ISA_INLINE void multiply_rows(std::int64_t rows, const float* v, std::int64_t v_stride,
                               const float* u, std::int64_t u_stride, float* m, std::int64_t depth,
                               bool first) {
+  const float* ahead = u + kFetchAhead;
   for (; rows >= kRows; rows -= kRows, v += kRows * v_stride, m += kRows * kBlock) {
-    multiply<kRows, Vecs>(v, v_stride, u, u_stride, m, depth, first);
+    multiply<kRows, Vecs>(v, v_stride, u, u_stride, m, depth, first, ahead);
+    ahead += depth * kLine;
   }
   switch (rows) {
     case 5:
-      return multiply<5, Vecs>(v, v_stride, u, u_stride, m, depth, first);
+      return multiply<5, Vecs>(v, v_stride, u, u_stride, m, depth, first, ahead);
     case 4:
-      return multiply<4, Vecs>(v, v_stride, u, u_stride, m, depth, first);
+      return multiply<4, Vecs>(v, v_stride, u, u_stride, m, depth, first, ahead);
     case 3:
-      return multiply<3, Vecs>(v, v_stride, u, u_stride, m, depth, first);
+      return multiply<3, Vecs>(v, v_stride, u, u_stride, m, depth, first, ahead);
     case 2:
-      return multiply<2, Vecs>(v, v_stride, u, u_stride, m, depth, first);
+      return multiply<2, Vecs>(v, v_stride, u, u_stride, m, depth, first, ahead);
     case 1:
-      return multiply<1, Vecs>(v, v_stride, u, u_stride, m, depth, first);
+      return multiply<1, Vecs>(v, v_stride, u, u_stride, m, depth, first, ahead);
   }
 }
 
