@@ -1,6 +1,6 @@
 // Blocks by size, of whole huge pages where they are large. A request takes a kept block of its own
-// size: the next step asks for the sizes of this one again. Of several it takes the one that came back
-// last, of which caches still hold the most.
+// size: the next step asks for the sizes of this one again. Of several it takes the one that came
+// back last, of which caches still hold the most.
 #include "train_memory.h"
 
 #include <cstdint>

@@ -4,9 +4,9 @@
 constexpr int kVecs = 2;
 constexpr int kMaxRows = kLanes == 16 ? 14 : 6;
 
-// Pixels that an fp32 sum runs through in registers before it joins the others: PyTorch's run through
-// a line of the image, of 7 in the smallest maps of a ResNet. In bfloat16 PyTorch's error is that of
-// the rounded result, so a sum runs through the whole block.
+// Pixels that an fp32 sum runs through in registers before it joins the others: PyTorch's run
+// through a line of the image, of 7 in the smallest maps of a ResNet. In bfloat16 PyTorch's error
+// is that of the rounded result, so a sum runs through the whole block.
 constexpr bool kInRuns = kFormat == Format::kFloat32;
 constexpr std::int64_t kShortRun = kInRuns ? 12 : std::int64_t{1} << 62;
 
