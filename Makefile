@@ -16,7 +16,7 @@ oldest:  ## what depends on PyTorch and Triton, with the oldest of both; TORCH=2
 	RESNET_FUSED_CUDA=off build/oldest/bin/pip install -q '.[bench,test]' 'torch==$(TORCH).*' 'numpy<2.4'
 	build/oldest/bin/pytest -n 2 $(VERSIONED)
 
-SANITIZED = tests/test_cpu_kernels.py tests/test_cpu_grouped.py tests/test_cpu_shapes.py
+SANITIZED = $(patsubst %,tests/test_cpu_%.py, kernels grouped shapes training gradients)
 sanitize:  ## the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
 	CXXFLAGS="-fsanitize=address,undefined -fno-omit-frame-pointer" RESNET_FUSED_CUDA=off \
 	  python setup.py -q build --build-base build/sanitized --build-lib build/sanitized/lib

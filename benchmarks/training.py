@@ -43,7 +43,6 @@ import resnet_fused
 from resnet_fused import complexity, settings
 from resnet_fused.numerics import relative_error
 from resnet_fused.testing.cases import clear_batch
-from resnet_fused.tune import ARCHITECTURES
 
 GATE_STEPS, GATE_STRIDE, GATE_NUDGES = 20, 4, 7
 
@@ -121,12 +120,9 @@ def gate(name: str, device: torch.device) -> dict[str, Any]:
     weights moved by one unit in the last place: the furthest of them is the yardstick.
     """
     torch.manual_seed(0)
-    eager = (
-        baselines.channels_last(getattr(torchvision.models, name)(num_classes=10))
-        .to(device)
-        .train()
-    )
-    ours = getattr(resnet_fused, name)(num_classes=10).to(device).train()
+    eager = baselines.network(torchvision.models, name, num_classes=10)
+    eager = baselines.channels_last(eager).to(device).train()
+    ours = baselines.network(resnet_fused, name, num_classes=10).to(device).train()
     ours.load_state_dict(eager.state_dict())
     truth = copy.deepcopy(eager).double()
     probes = {"ours": copy.deepcopy(ours), "eager": copy.deepcopy(eager)}
@@ -191,10 +187,10 @@ class Contestant:
         x = torch.randn(row.batch, 3, size, size, device=device)
         if row.name != "eager NCHW":
             x = x.contiguous(memory_format=torch.channels_last)
-        target = torch.randint(0, 1000, (row.batch,), device=device)
+        target = torch.randint(0, 10, (row.batch,), device=device)
         self.row, self._device, self._within = row, device, trained.within
         with self._within():
-            model = getattr(trained.library, row.model)().to(device).train()
+            model = baselines.network(trained.library, row.model).to(device).train()
             with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
                 row.kept_bytes = resnet_fused.kept_activation_bytes(model, x).total
             self._step = training_step(trained.prepare(model), x, target, dtype)
@@ -259,7 +255,7 @@ def step_floor(name: str, batch: int, size: int, peaks: Peaks, itemsize: int) ->
     """Three times the floor of a fused forward: backward has two products for each of
     the forward's, and moves each activation and its gradient."""
     with torch.device("meta"):
-        model = getattr(torchvision.models, name)().eval()
+        model = baselines.network(torchvision.models, name).eval()
     return 3 * floor_seconds(complexity.passes(model, batch, size), peaks, itemsize)
 
 
@@ -320,8 +316,7 @@ def plot(rows: list[Row], path: Path) -> None:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = results.parser(__doc__, "device", "size", "json", "plot")
-    choices = [name for name in ARCHITECTURES if hasattr(torchvision.models, name)]
-    parser.add_argument("--model", nargs="+", default=["resnet50"], choices=choices)
+    parser.add_argument("--model", nargs="+", default=["resnet50"], choices=baselines.MODELS)
     parser.add_argument("--batch", nargs="+", type=results.positive, default=[64])
     parser.add_argument(
         "--dtype",

@@ -10,10 +10,28 @@ from typing import Any, NamedTuple
 
 import torch
 import torchvision
-from torch import nn
+from torch import fx, nn
 
 import resnet_fused
+from resnet_fused.ops.dispatch import serving
 from resnet_fused.testing.plain import training_ops_in_pytorch
+from resnet_fused.tune import ARCHITECTURES
+
+MODELS = [n for n in ARCHITECTURES if n.startswith("cifar.") or hasattr(torchvision.models, n)]
+
+
+def network(library: Any, name: str, **arguments: Any) -> nn.Module:
+    """The library's network. torchvision has none for CIFAR: its modules are ours, called one by
+    one in the order of torch.fx's graph, with nothing of ours in between."""
+    if not name.startswith("cifar."):
+        model: nn.Module = getattr(library, name)(**arguments)
+        return model
+    model = ARCHITECTURES[name](**arguments)
+    if library is resnet_fused:
+        return model
+    graph = fx.symbolic_trace(model).graph
+    graph.set_codegen(fx.graph.CodeGen())  # ours would fuse
+    return fx.GraphModule(model, graph)
 
 
 def eager(model: nn.Module) -> nn.Module:
@@ -29,9 +47,12 @@ def compiled(model: nn.Module, mode: str | None = None) -> nn.Module:
 
 
 def fused(device: torch.device) -> AbstractContextManager[None]:
-    """Within it ours trains by its fused ops: on a GPU Triton's, elsewhere in plain PyTorch."""
-    gpu = device.type == "cuda"
-    return resnet_fused.use_backend("triton") if gpu else training_ops_in_pytorch()
+    """Within it ours trains by its fused ops: on a GPU Triton's, on a CPU those that serve it, in
+    plain PyTorch where none does."""
+    if device.type == "cuda":
+        return resnet_fused.use_backend("triton")
+    served = any(backend.training is not None for backend in serving(torch.empty(0, device=device)))
+    return contextlib.nullcontext() if served else training_ops_in_pytorch()
 
 
 class Trained(NamedTuple):

@@ -376,11 +376,26 @@ inline Windows windows_at(const Pooling& op, std::int64_t position, std::int64_t
           std::min(padded / op.stride + 1, count)};
 }
 
+ISA_INLINE VecBits load_places(const std::uint8_t* p, std::int64_t count) {
+  Places places{};
+  if (count >= kLanes) {
+    std::memcpy(&places, p, kLanes);
+  } else {
+    std::memcpy(&places, p, count);
+  }
+  return __builtin_convertvector(places, VecBits);
+}
+
 // Lines [first, last) of an image: each pixel gathers from the windows that meet it.
 template <typename Number>
 ISA_INLINE void pool_gradient_lines(const Pooling& op, const PoolGradient& of, std::int64_t image,
                                     std::int64_t first, std::int64_t last, double* part) {
   const std::int64_t channels = op.channels, padded = round_up(channels, kPadding);
+  thread_local std::vector<Windows> all_columns;  // dividing for each pixel would take longest
+  all_columns.clear();
+  for (std::int64_t x = 0; x < op.width; ++x) {
+    all_columns.push_back(windows_at(op, x, op.out_width));
+  }
   for (std::int64_t c = 0; c < channels; c += kLanes) {
     const std::int64_t valid = channels - c;
     const Scales at = scales_at(op.activation.scale_shift, channels, c);
@@ -388,33 +403,44 @@ ISA_INLINE void pool_gradient_lines(const Pooling& op, const PoolGradient& of, s
     Halves total{}, dot{};
     for (std::int64_t y = first; y < last; ++y) {
       const Windows rows = windows_at(op, y, op.out_height);
-      for (std::int64_t x = 0; x < op.width; ++x) {
-        const Windows columns = windows_at(op, x, op.out_width);
-        const std::int64_t place = ((image * op.height + y) * op.width + x) * channels + c;
-        Vec sum{};
-        for (std::int64_t p = rows.first; p < rows.end; ++p) {
-          for (std::int64_t q = columns.first; q < columns.end; ++q) {
-            const std::int64_t tap =
-                (y - p * op.stride + op.padding) * op.kernel + x - q * op.stride + op.padding;
-            const std::int64_t window =
-                ((image * op.out_height + p) * op.out_width + q) * channels + c;
-            Places places{};
-            std::memcpy(&places, of.argmax + window, std::min<std::int64_t>(kLanes, valid));
-            const VecBits found = __builtin_convertvector(places, VecBits);
-            sum += found == static_cast<std::uint32_t>(tap)
-                       ? load(numbers<Number>(of.grad) + window, valid)
-                       : Vec{};
+      const std::int64_t line = ((image * op.height + y) * op.width) * channels + c;
+      constexpr std::int64_t kRun = kShortRun<Number>;
+      for (std::int64_t run = 0; run < op.width; run += kRun) {
+        Vec short_total{}, short_dot{};
+        for (std::int64_t x = run; x < std::min(run + kRun, op.width); ++x) {
+          const Windows columns = all_columns[x];
+          Vec sum{};
+          for (std::int64_t p = rows.first; p < rows.end; ++p) {
+            const std::int64_t tap_of_first =
+                (y - p * op.stride + op.padding) * op.kernel + x + op.padding;
+            for (std::int64_t q = columns.first; q < columns.end; ++q) {
+              const std::int64_t window =
+                  ((image * op.out_height + p) * op.out_width + q) * channels + c;
+              const auto tap = static_cast<std::uint32_t>(tap_of_first - q * op.stride);
+              sum += load_places(of.argmax + window, valid) == tap
+                         ? load(numbers<Number>(of.grad) + window, valid)
+                         : Vec{};
+            }
+          }
+          const Number* const from = numbers<Number>(op.activation.x) + line + x * channels;
+          const Vec value = load(from, valid);
+          sum = as_stored(normalised(value, at) > 0.0f ? sum : Vec{}, from);
+          store(static_cast<Number*>(of.g) + line + x * channels, sum, valid);
+          if constexpr (kRun > 1) {
+            short_total += sum;
+            short_dot += sum * (value - at.mean);
+          } else {
+            const Halves wide = widen(sum), centred = widen(value);
+            total.low += wide.low;
+            total.high += wide.high;
+            dot.low += wide.low * (centred.low - mean.low);
+            dot.high += wide.high * (centred.high - mean.high);
           }
         }
-        const Number* const from = numbers<Number>(op.activation.x) + place;
-        const Vec value = load(from, valid);
-        sum = as_stored(normalised(value, at) > 0.0f ? sum : Vec{}, from);
-        store(static_cast<Number*>(of.g) + place, sum, valid);
-        const Halves wide = widen(sum), centred = widen(value);
-        total.low += wide.low;
-        total.high += wide.high;
-        dot.low += wide.low * (centred.low - mean.low);
-        dot.high += wide.high * (centred.high - mean.high);
+        if constexpr (kRun > 1) {
+          add(total, short_total);
+          add(dot, short_dot);
+        }
       }
     }
     store(part + c, total);

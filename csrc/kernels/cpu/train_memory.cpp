@@ -1,8 +1,10 @@
 // Blocks by size, of whole huge pages where they are large. A request takes a kept block of its own
-// size: the next step asks for the sizes of this one again.
+// size: the next step asks for the sizes of this one again. Of several it takes the one that came
+// back last, of which caches still hold the most.
 #include "train_memory.h"
 
 #include <cstdint>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <new>
@@ -54,8 +56,9 @@ void* take_memory(std::size_t bytes) {
   Kept& all = kept();
   {
     const std::lock_guard lock(all.mutex);
-    const auto found = all.blocks.lower_bound(size);
-    if (found != all.blocks.end() && found->first == size) {
+    const auto after = all.blocks.upper_bound(size);
+    if (after != all.blocks.begin() && std::prev(after)->first == size) {
+      const auto found = std::prev(after);
       void* const block = found->second;
       all.bytes -= size;
       all.blocks.erase(found);

@@ -4,16 +4,18 @@
 constexpr int kVecs = 2;
 constexpr int kMaxRows = kLanes == 16 ? 14 : 6;
 
-// Pixels that a sum runs through in registers before it joins the others: PyTorch's run through a
-// line of the image, of 7 in the smallest maps of a ResNet.
-constexpr std::int64_t kShortRun = kFormat == Format::kFloat32 ? 12 : 32;
+// Pixels that an fp32 sum runs through in registers before it joins the others: PyTorch's run
+// through a line of the image, of 7 in the smallest maps of a ResNet. In bfloat16 PyTorch's error
+// is that of the rounded result, so a sum runs through the whole block.
+constexpr bool kInRuns = kFormat == Format::kFloat32;
+constexpr std::int64_t kShortRun = kInRuns ? 12 : std::int64_t{1} << 62;
 
 // sums[kRows][2 vectors] (+)= the sum over the runs' pixels of x[kRows] times grad[kUsed vectors].
 template <int kRows, int kUsed>
 ISA inline __attribute__((noinline)) void multiply(const RunList& runs, const std::uint32_t* x,
                                                    std::int64_t pitch, const std::uint32_t* grad,
                                                    float* sums, bool first, Ahead::Column ahead) {
-  alignas(64) float kept[kRows * kUsed * kLanes];
+  alignas(64) float kept[kInRuns ? kRows * kUsed * kLanes : 1];
   Vec sum[kRows][kUsed] = {};
   std::int64_t left = kShortRun;
   bool any_kept = false;
@@ -21,7 +23,7 @@ ISA inline __attribute__((noinline)) void multiply(const RunList& runs, const st
     const std::uint32_t* a = x + run->x;
     const std::uint32_t* b = grad + run->grad * (kVecs * kLanes);
     for (std::int64_t pixels = run->count; pixels > 0;) {
-      if (left == 0) {
+      if (kInRuns && left == 0) {
 #pragma GCC unroll 14
         for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
@@ -57,7 +59,7 @@ ISA inline __attribute__((noinline)) void multiply(const RunList& runs, const st
     for (int j = 0; j < kUsed; ++j) {
       float* const to = sums + r * (kVecs * kLanes) + j * kLanes;
       Vec v = sum[r][j];
-      if (any_kept) v += load(kept + (r * kUsed + j) * kLanes);
+      if (kInRuns && any_kept) v += load(kept + (r * kUsed + j) * kLanes);
       store(to, first ? v : load(to) + v);
     }
   }
