@@ -75,7 +75,7 @@ def build_telling_its_cache(task: Task) -> Call:
 
 
 def build_int8(task: Task) -> Call:
-    return baselines._int8(task)
+    return baselines.int8(task)
 
 
 EAGER = next(c for c in baselines.BASELINES if c.key == "eager")
