@@ -80,7 +80,7 @@ class Baseline(NamedTuple):
     `build` runs in the worker's process under inference mode; what it raises becomes the reason in
     the table. It must be importable there. `bound` is for what computes in fewer bits than the
     comparison's dtype: the relative error that it may have. It stands in the table beside the
-    others, and no speed-up is stated of it.
+    others; a speed-up is stated of it only where ours has a bound as well.
     """
 
     key: str

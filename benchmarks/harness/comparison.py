@@ -170,7 +170,7 @@ def table(comparison: Comparison) -> str:
         )
     lines.extend(
         f"  {entry.title}: in fewer bits than {comparison.dtype}, error up to {entry.bound:.1e} "
-        "allowed; no speed-up is stated of it"
+        f"allowed{'; no speed-up is stated of it' if entry.speedup is None else ''}"
         for entry in ranked(comparison)
         if entry.bound is not None
     )
