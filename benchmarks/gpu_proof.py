@@ -254,21 +254,21 @@ def sanitizer(options: argparse.Namespace, gpu: Gpu) -> Step:
     return Step("sanitizer", 110, 180, commands, needs=("compute-sanitizer",))
 
 
+_NETWORK_TESTS = [f"tests/test_{name}.py" for name in ("models", "graphed", "gpu")]
+
+
 def networks(options: argparse.Namespace, gpu: Gpu) -> Step:
-    """Full-size images, a thousand runs, two streams, tensors past 2^31 elements: in one process,
-    which then has the memory to itself."""
-    command = [PYTHON, "-m", "pytest", "-q", "-m", "gpu", "--timeout", "120", "tests/test_gpu.py"]
+    """The family's networks and graphs of them, full-size images, a thousand runs, two streams,
+    tensors past 2^31 elements: in one process, which then has the memory to itself."""
+    command = [PYTHON, "-m", "pytest", "-q", "-m", "gpu", "--timeout", "120", *_NETWORK_TESTS]
     return Step("networks", 150, 220, [command], _BY_HEURISTIC, hardware=True)
 
 
 def op_tests(options: argparse.Namespace, gpu: Gpu) -> Step:
     """Every op on every backend; Triton's kernels compile once, into a cache on disk."""
-    others = {"test_host_sim.py", "test_gpu.py"}
-    files = sorted(
-        str(file.relative_to(ROOT))
-        for file in (ROOT / "tests").glob("test_*.py")
-        if file.name not in others and not file.name.startswith("test_training")
-    )
+    elsewhere = {"tests/test_host_sim.py", *_NETWORK_TESTS}
+    files = {str(file.relative_to(ROOT)) for file in (ROOT / "tests").glob("test_*.py")}
+    files = sorted(f for f in files - elsewhere if not f.startswith("tests/test_training"))
     command = [PYTHON, "-m", "pytest", "-q", "-m", "gpu", *_WORKERS, *files]
     return Step("op_tests", 150, 220, [command], _BY_HEURISTIC, hardware=True)
 

@@ -182,7 +182,7 @@ BUDGETS: dict[str, tuple[int, int]] = {
 }
 
 # Bytes of a thread's registers that a version of Triton keeps in memory, by GPU and kernel; all
-# others, and COMPILERS' version, keep none. 24 bytes are three loads in a step of some 320
+# others keep none. 24 bytes are three loads in a step of some 320
 # instructions. On a GPU the tuner measures these tiles beside smaller ones.
 _STRIDED = "conv_bn_kernel: stage 2 3x3 strided (256, 128, 64) 8 warps"
 _OPTION_A = "conv_bn_kernel: stage 2 shortcut option A (256, 128, 64) 8 warps"
@@ -200,6 +200,12 @@ _SPILLED = {
         "bfloat16 90": {_TRAINED_STEM: 88},
     },
     "3.7": {"float16 80": {_STRIDED: 24}},
+    "3.8": {
+        "float32 90": {
+            "wgrad_kernel: stem (64, 64, 16, 64) 4 warps": 8,
+            "dgrad_kernel: stage 2 projection (128, 64, 16) 8 warps": 8,
+        }
+    },
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -22,6 +23,9 @@ if not torch.cuda.is_available():
 
 from resnet_fused import _extension, backends, use_backend
 from resnet_fused.backends import autotune
+
+# A run that is told to end, where its time is limited, still says what has failed.
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -356,3 +356,26 @@ sys.exit(gpu_proof.main(["first", "--rehearse", "--out", {str(out)!r}]))
     process = int(log.read_text().splitlines()[1])
     with pytest.raises(ProcessLookupError):
         os.kill(process, 0)
+
+
+def test_stopped_tests_say_what_failed(tmp_path: Path) -> None:
+    test = tmp_path / "test_two.py"
+    test.write_text(
+        "import time\ndef test_wrong(): assert 1 + 1 == 3\ndef test_long(): time.sleep(60)\n"
+    )
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(test)]
+    with open(tmp_path / "log", "w+") as log:
+        run = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+            stdout=log,
+        )
+        while "F" not in (tmp_path / "log").read_text():
+            assert run.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.2)
+        time.sleep(0.5)
+        run.terminate()
+        run.wait(30)
+    assert "test_two.py::test_wrong - assert (1 + 1) == 3" in (tmp_path / "log").read_text()

@@ -48,8 +48,13 @@ PRODUCTS = {"conv_stats_kernel", "dgrad_kernel", "wgrad_kernel"}
 TELLING = ("stem", "stage 2 projection", "stage 3, frozen")
 
 
-# Float32 as PyTorch computes it by default, products in TF32.
-WHOLE = ((80, "bfloat16"), (90, "bfloat16"), (90, "float32"), (100, "bfloat16"))
+WHOLE = (
+    (80, "bfloat16"),
+    (90, "bfloat16"),
+    (90, "tf32"),  # float32 as PyTorch computes it by default
+    (90, "float32"),
+    (100, "bfloat16"),
+)
 
 
 @pytest.mark.parametrize(
@@ -155,6 +160,7 @@ def _worker(capability: int, dtype: str, *names: str) -> None:
     """Compiles what a training step of ResNet-50 launches, or those of its parts."""
     from resnet_fused.backends.triton.training import TritonTraining
 
+    torch.backends.cudnn.allow_tf32 = dtype == "tf32"
     for ops in map(import_module, OPS):
         ops.kernels = lambda _: TritonTraining()  # type: ignore[attr-defined]
     steps = [step for step in _steps(DTYPES[dtype]) if not names or step[0] in names]

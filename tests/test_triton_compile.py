@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,7 +23,10 @@ from resnet_fused.testing.ahead_of_time import (
     meta_convolution,
 )
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+tl = triton.language
+
+from resnet_fused.backends.triton.primitives import multiply  # noqa: E402
 
 BATCH = 256
 
@@ -85,6 +90,25 @@ def test_kernels_of_int8_resnets(capability: int) -> None:
         if capability == 90:
             used = kernel["code"]["tensor_instructions"]
             assert all(name.startswith("IGMMA.64x") for name in used), kernel
+
+
+@triton.jit
+def _products(a, b, out, steps, precision: tl.constexpr):
+    row, inner = tl.arange(0, 64)[:, None], tl.arange(0, 32)
+    acc = tl.zeros((64, 64), tl.float32)
+    for step in range(steps):
+        left = tl.load(a + row * 32 * steps + step * 32 + inner[None, :])
+        right = tl.load(b + row.T * 32 * steps + step * 32 + inner[:, None])
+        acc = multiply(left, right, acc, precision)
+    tl.store(out + row * 64 + row.T, acc)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_float32_sums_each_step_by_itself(capability: int) -> None:
+    """The error of a single chain of sums would grow with the number of steps. A thread has 32
+    accumulators, so it adds 32 sums beside the products of a step."""
+    (counts,) = compiled_kernels(__file__, capability, "sums")
+    assert counts == {"fma": 32 * 32, "add": 32}
 
 
 def _batch_norm(channels: int) -> BatchNorm:
@@ -238,6 +262,15 @@ def _worker(capability: int, dtype: str) -> None:
     """Compiles what a ResNet-50 launches."""
     from resnet_fused.backends.triton.backend import TritonBackend
 
+    if dtype == "sums":
+        from triton.backends.compiler import GPUTarget
+
+        kinds = dict.fromkeys(("a", "b", "out"), "*fp32") | {"steps": "i32"}
+        source = triton.compiler.ASTSource(_products, kinds, {"precision": "ieee"})
+        ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
+        kinds = {"fma": r"\bfma\.rn\.f32\b", "add": r"\badd(?:\.rn)?\.f32\b"}
+        print(json.dumps({name: len(re.findall(kind, ptx)) for name, kind in kinds.items()}))
+        return
     if dtype == "int8":
         compile_launches(capability, _quantized_resnet(TritonBackend()))
         return

@@ -317,6 +317,8 @@ def configurations(
         block_m = min(128, max(16, triton.next_power_of_2(gemm.rows)))
         return [Config(_cut((block_m, 256, 128), gemm, itemsize), 4, 1)]
     fma = itemsize == 4 and precision == "ieee"
+    if itemsize == 4:  # one step's sums, or TF32 operands that are rounded, take registers too
+        accumulators += 1
     costs: dict[Config, float] = {}
     for (block_m, block_n, block_c), warps, stages in _FMA if fma else _TENSOR_CORE:
         if not fma:

@@ -144,10 +144,19 @@ def _round_to_tf32(x):
 @triton.jit
 def multiply(a, b, acc, PRECISION: tl.constexpr):
     """acc + a · b, in TF32 where PRECISION says so: its products cut off the bits that they do not
-    take, which errs twice as far as rounding does, so operands are rounded first."""
+    take, which errs twice as far as rounding does, so operands are rounded first.
+
+    Exact float32 products of one step are summed by themselves, because the error of one chain of
+    sums grows with its length: as CUDA cores compute it, thousands of terms of a convolution. The
+    limit on imprecise sums, which Triton otherwise reads for float8 alone, keeps its compiler from
+    making one chain of it.
+    """
     if PRECISION == "tf32" and a.dtype == tl.float32:
         a = _round_to_tf32(a)
         b = _round_to_tf32(b)
+    if PRECISION == "ieee" and a.dtype == tl.float32:
+        step = tl.dot(a, b, input_precision="ieee", max_num_imprecise_acc=1, out_dtype=acc.dtype)
+        return acc + step
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
