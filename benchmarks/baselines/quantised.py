@@ -99,39 +99,20 @@ def _openvino(task: Task, model: str) -> Call:
     return call
 
 
-def _inductor(task: Task) -> Call:
-    require("torchao", "torchao")
-    import torch._inductor.config as inductor
-    from torchao.quantization.pt2e import move_exported_model_to_eval, quantize_pt2e
-    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
-
-    inductor.freezing = True
-    model, images = task.nhwc()
-    quantizer = x86.X86InductorQuantizer()
-    quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
-    with torch.no_grad():
-        exported = torch.export.export(model, (images,)).module()
-        prepared = quantize_pt2e.prepare_pt2e(exported, quantizer)
-        prepared(images)
-        converted = quantize_pt2e.convert_pt2e(prepared)
-        move_exported_model_to_eval(converted)
-        compiled = torch.compile(converted)
-    return lambda: compiled(images)
-
-
 def _all() -> Iterator[Baseline]:
-    cpu = {"devices": ("cpu",), "bound": INT8_BOUND}
-    yield Baseline("int8", "resnet_fused int8", int8, ours=True, **cpu)
-    yield Baseline("bfloat16", "resnet_fused bf16, frozen", _ours_in_bfloat16, **cpu)
+    cpu = partial(Baseline, devices=("cpu",), bound=INT8_BOUND)
+    yield cpu("int8", "resnet_fused int8", int8, ours=True)
+    yield cpu("bfloat16", "resnet_fused bf16, frozen", _ours_in_bfloat16)
     for key, title, build in (
         ("openvino", "OpenVINO", _openvino),
         ("onnxruntime", "ONNX Runtime", _onnxruntime),
     ):
-        yield Baseline(key, f"{title} int8", partial(build, model="static"), **cpu)
-        yield Baseline(
-            f"{key}-export", f"{title}, our export", partial(build, model="export"), **cpu
+        yield cpu(key, f"{title} int8", partial(build, model="static"))
+        yield cpu(
+            f"{key}-export",
+            f"{title}, our export",
+            partial(build, model="export"),
         )
-    yield Baseline("inductor", "torch.compile int8 (torchao)", _inductor, slow=True, **cpu)
 
 
 BASELINES = tuple(_all())
