@@ -75,7 +75,7 @@ def build_telling_its_cache(task: Task) -> Call:
 
 
 def build_int8(task: Task) -> Call:
-    return baselines._int8(task)
+    return baselines.int8(task)
 
 
 EAGER = next(c for c in baselines.BASELINES if c.key == "eager")
@@ -167,6 +167,16 @@ def test_what_computes_in_fewer_bits_has_its_own_bound_and_no_speedup(
     assert 1e-3 < int8["error"] <= int8["bound"] == 0.2
     assert int8["rate"] > 0
     assert int8["speedup"] is None
+
+
+@pytest.mark.parametrize(("bound", "speedup"), [(None, None), (0.2, 2.0)])
+def test_speedups_over_fewer_bits_need_ours_to_have_them(
+    bound: float | None, speedup: float | None
+) -> None:
+    ours = Entry("a", "ours", True, bound, "measured", rounds=[[1.0]])
+    peer = Entry("b", "peer", False, 0.2, "measured", rounds=[[2.0]])
+    Comparison("resnet50", "cpu", "float32", 1, 224, [ours, peer]).summarise()
+    assert (ours.speedup, peer.speedup) == (1.0, speedup)
 
 
 def test_chart_is_drawn(finished: tuple[int, Path]) -> None:

@@ -80,7 +80,7 @@ class Baseline(NamedTuple):
     `build` runs in the worker's process under inference mode; what it raises becomes the reason in
     the table. It must be importable there. `bound` is for what computes in fewer bits than the
     comparison's dtype: the relative error that it may have. It stands in the table beside the
-    others, and no speed-up is stated of it.
+    others; a speed-up is stated of it only where ours has a bound as well.
     """
 
     key: str
@@ -92,7 +92,7 @@ class Baseline(NamedTuple):
     bound: float | None = None
 
 
-def _require(module: str, package: str) -> Any:
+def require(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -123,21 +123,25 @@ def _ours_in_graph(task: Task, backend: str | None) -> Call:
 
 
 # Of a random ResNet-50, which damps no noise, 0.14 (224×224, 8 photographs).
-_INT8_BOUND = 0.2
+INT8_BOUND = 0.2
 _CALIBRATION_IMAGES = 8
 
 
-def _int8(task: Task) -> Call:
-    """Our network in int8, calibrated on some of the images themselves; it takes them as floats."""
+def quantised_network(task: Task) -> Any:
+    """Our network in int8, calibrated on some of the images themselves."""
     few = task._replace(images=task.images[:_CALIBRATION_IMAGES].float().cpu())
-    network = resnet_fused.quantize(few.load(resnet_fused), [few.images], progress=False)
-    network = network.to(task.device)
+    return resnet_fused.quantize(few.load(resnet_fused), [few.images], progress=False)
+
+
+def int8(task: Task) -> Call:
+    """Our network in int8; it takes the images as floats."""
+    network = quantised_network(task).to(task.device)
     images = task.images.contiguous(memory_format=torch.channels_last)
     return lambda: network(images)
 
 
 def _int8_in_graph(task: Task) -> Call:
-    return in_cuda_graph(_int8(task))
+    return in_cuda_graph(int8(task))
 
 
 # PyTorch
@@ -173,17 +177,15 @@ def _cudnn_graph(task: Task) -> Call:
 # Other engines
 
 
-def _onnx(task: Task) -> bytes:
-    _require("onnxscript", "onnx onnxscript")
+def onnx_model(task: Task) -> bytes:
+    require("onnxscript", "onnx onnxscript")
     program = torch.onnx.export(task.torchvision(), (task.images,), dynamo=True, verbose=False)
     assert program is not None
     return bytes(program.model_proto.SerializeToString())
 
 
 def _onnxruntime(task: Task) -> Call:
-    ort = _require(
-        "onnxruntime", "onnxruntime-gpu" if task.device.type == "cuda" else "onnxruntime"
-    )
+    ort = require("onnxruntime", "onnxruntime-gpu" if task.device.type == "cuda" else "onnxruntime")
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
@@ -197,7 +199,7 @@ def _onnxruntime(task: Task) -> Call:
         if task.dtype == torch.bfloat16:
             raise UnavailableError("onnxruntime's CPU kernels have no bfloat16 convolution")
         providers = ["CPUExecutionProvider"]
-    session = ort.InferenceSession(_onnx(task), options, providers=providers)
+    session = ort.InferenceSession(onnx_model(task), options, providers=providers)
     images = task.images
     logits = torch.empty(len(images), 1000, dtype=task.dtype, device=task.device)
     binding = session.io_binding()
@@ -221,7 +223,7 @@ def _onnxruntime(task: Task) -> Call:
 
 
 def _openvino(task: Task) -> Call:
-    openvino = _require("openvino", "openvino")
+    openvino = require("openvino", "openvino")
     precision = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[task.dtype]
     # OpenVINO reads float32 and converts by the hint; the values are the task's all the same.
     images = task.images.float()
@@ -243,12 +245,12 @@ def _openvino(task: Task) -> Call:
 
 
 def _tensorrt(task: Task) -> Call:
-    trt = _require("tensorrt", "tensorrt")
+    trt = require("tensorrt", "tensorrt")
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse(_onnx(task)):
+    if not parser.parse(onnx_model(task)):
         raise RuntimeError(f"TensorRT cannot read the model: {parser.get_error(0)}")
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)
@@ -280,7 +282,7 @@ def _tensorrt(task: Task) -> Call:
 def _jax(task: Task) -> Call:
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the others need memory too
     gpu = task.device.type == "cuda"
-    jax = _require("jax", "'jax[cuda13]'" if gpu else "jax")
+    jax = require("jax", "'jax[cuda13]'" if gpu else "jax")
     try:
         devices = jax.devices("gpu" if gpu else "cpu")
     except RuntimeError as error:
@@ -302,8 +304,8 @@ def _all() -> Iterator[Baseline]:
         yield Baseline(key, title, partial(_ours, backend=backend), _GPU, ours=True)
         build = partial(_ours_in_graph, backend=backend)
         yield Baseline(f"{key}-graph", f"{title}, graph", build, _GPU, ours=True)
-    int8 = "resnet_fused int8, graph"
-    yield Baseline("int8-graph", int8, _int8_in_graph, _GPU, bound=_INT8_BOUND)
+    title = "resnet_fused int8, graph"
+    yield Baseline("int8-graph", title, _int8_in_graph, _GPU, bound=INT8_BOUND)
     yield Baseline("eager", "PyTorch eager NCHW", _eager)
     yield Baseline("eager-nhwc", "PyTorch eager channels_last", _eager_nhwc)
     yield Baseline("compile", "torch.compile", _compiled, slow=True)

@@ -18,8 +18,8 @@ class Entry:
     status: "measured"; "unavailable" or "failed" with the reason; "wrong" where the logits miss
     what is asked of them, with the reason, in which case it is not timed; "pending" until then.
     error: ‖logits - truth‖ / ‖truth‖, the truth computed in float64.
-    bound: the error allowed to what computes in fewer bits than the comparison's dtype; it has no
-        part in speed-ups.
+    bound: the error allowed to what computes in fewer bits than the comparison's dtype; it has a
+        part in speed-ups only where ours does so too.
     rounds: the time of every single call, by round.
     cold_start, new_batch: until the first logits, and until those of another batch size.
     speedup: the rate of the best of ours over this one's.
@@ -78,7 +78,8 @@ class Comparison:
                 entry.floor_share = entry.rate * self.floor / self.batch
         best = self.best_of_ours()
         for entry in timed:
-            if best is not None and best.rate and entry.rate and entry.bound is None:
+            comparable = entry.bound is None or (best is not None and best.bound is not None)
+            if best is not None and best.rate and entry.rate and comparable:
                 entry.speedup = best.rate / entry.rate
 
     def gate_is_red(self) -> bool:
@@ -169,7 +170,7 @@ def table(comparison: Comparison) -> str:
         )
     lines.extend(
         f"  {entry.title}: in fewer bits than {comparison.dtype}, error up to {entry.bound:.1e} "
-        "allowed; no speed-up is stated of it"
+        f"allowed{'; no speed-up is stated of it' if entry.speedup is None else ''}"
         for entry in ranked(comparison)
         if entry.bound is not None
     )
