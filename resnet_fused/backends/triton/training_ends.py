@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...parameters import Convolution, Folded, OperandTerm
+from ..arguments import dense_convolution
 from . import launching
 from .convolution import configurations, packing, plan_conv_bn, plan_conv_bn_projection
 from .launching import (
@@ -29,7 +30,6 @@ from .launching import (
     Tile,
     Window,
     convolution_precision,
-    dense_convolution,
     empty_nhwc,
     given_scale,
     is_wide,
