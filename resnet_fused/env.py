@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from . import settings
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 # CPU features that decide which kernels a library picks.
 _TELLING_FLAGS = (
     *("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
-    *("amx_tile", "amx_bf16", "amx_fp16"),
-    *("asimd", "asimdhp", "bf16", "sve", "sve2"),
+    *("amx_tile", "amx_bf16", "amx_fp16", "amx_int8"),
+    *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2"),
 )
 
 
@@ -144,11 +145,24 @@ def _extension() -> Iterator[tuple[str, str]]:
     threads = "with OpenMP" if info["openmp"] else "without OpenMP (single-threaded)"
     yield "extension", f"{info['version']}, built by {info['compiler']}, {threads}"
     yield "", str(_extension.load().__file__)
+    yield "CPU kernels", _instructions(_extension.load())
     if not info["cuda"]:
         yield "CUDA part", f"left out: {info['cuda_note']}"
         return
     names = " ".join(f"sm_{a}" for a in info["cuda_architectures"].split())
     yield "CUDA part", f"{info['cuda_note']}; {names}; PTX {info['cuda_ptx'] or 'none'}"
+
+
+def _instructions(extension: ModuleType) -> str:
+    """The instruction sets that the CPU kernels use here, by dtype."""
+    bfloat16 = extension.cpu_isa() if extension.cpu_convolves_bf16() else ""
+    if extension.cpu_has_amx_bf16():
+        bfloat16 = "amx" if settings.amx_enabled() else "oneDNN's, with AMX"
+    int8 = extension.cpu_quantized_isas()
+    if settings.amx_enabled() and "amx" in int8:
+        int8 = ["amx"]
+    found = {"float32": extension.cpu_isa(), "bfloat16": bfloat16, "int8": "".join(int8[:1])}
+    return ", ".join(f"{dtype}: {isa or 'none'}" for dtype, isa in found.items())
 
 
 def _backends() -> Iterator[tuple[str, str]]:

@@ -58,6 +58,12 @@ VARIABLES = (
         "run: on checks the kernels in a child process before their first use on a machine",
     ),
     Variable(
+        "RESNET_FUSED_CPU_AMX",
+        "off",
+        "run: on convolves in tiles (AMX) by kernels of our own, which so far ran under an "
+        "emulation only; off leaves bfloat16 to oneDNN's and int8 to our vector kernels",
+    ),
+    Variable(
         "RESNET_FUSED_CACHE_DIR",
         "~/.cache/resnet_fused",
         "run: folder of measured times and self-checks ($XDG_CACHE_HOME is honoured)",
@@ -90,6 +96,11 @@ def training_saves_memory() -> bool:
 def selfcheck_enabled() -> bool:
     """Whether kernels have to pass the self-check first (`RESNET_FUSED_SELFCHECK`)."""
     return _choice("RESNET_FUSED_SELFCHECK", "on", ("on", "off")) == "on"
+
+
+def amx_enabled() -> bool:
+    """Whether our own kernels may use AMX (`RESNET_FUSED_CPU_AMX`)."""
+    return _choice("RESNET_FUSED_CPU_AMX", "off", ("on", "off")) == "on"
 
 
 def host_sim_capability() -> int:

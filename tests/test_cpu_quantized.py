@@ -29,7 +29,7 @@ if reason := _extension.available():
     pytest.skip(reason, allow_module_level=True)
 _C = _extension.load()
 
-ISAS = ("avx512vnni", "avxvnni", "avx2")
+ISAS = ("avx512vnni", "avxvnni", "avx2", "amx")
 NHWC = torch.channels_last
 STEM = ConvCase(2, 3, 37, 41, 64, 7, 2, 3)
 

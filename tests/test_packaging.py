@@ -551,8 +551,8 @@ def test_ci_runs_the_commands_of_the_readme():
 
 
 @pytest.mark.thorough
-def test_the_sources_compile_for_aarch64_and_its_passes_run(tmp_path):
-    """There the convolutions refuse, and what any machine can do is right (in an emulator)."""
+def test_the_sources_compile_for_aarch64_and_its_kernels_run(tmp_path):
+    """In an emulator, as a processor with bfloat16 and as one without."""
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
     pybind11 = importlib.util.find_spec("pybind11")
     if compiler is None or emulator is None or pybind11 is None:
@@ -571,13 +571,14 @@ def test_the_sources_compile_for_aarch64_and_its_passes_run(tmp_path):
         assert result.returncode == 0, result.stdout
 
     passes(compiler, *options, *headers, "-fsyntax-only", *checked)
-    linked = ("batch_norm", "bn_add_relu", "group_norm_add_relu", "head", "parallel")
-    linked += ("squeeze_excite",)
-    sources = [ROOT / "tests/baseline.cpp", *(k for k in kernels if k.stem in linked)]
+    linked = ("batch_norm", "bn_add_relu", "conv", "group_norm_add_relu", "head", "parallel")
+    linked += ("squeeze_excite", "stem", "winograd")
+    sources = [ROOT / "tests/aarch64.cpp", *(k for k in kernels if k.stem in linked)]
     assert len(sources) == 1 + len(linked)
-    program = tmp_path / "baseline"
+    program = tmp_path / "aarch64"
     passes(compiler, *options, "-O1", "-static", *sources, "-o", program)
-    passes(emulator, program)
+    passes(emulator, "-cpu", "max", program, "bf16")
+    passes(emulator, "-cpu", "neoverse-n1", program, "plain")
 
 
 def test_installed_extension_links_only_the_system():

@@ -58,18 +58,6 @@ void set_batch_norm(Launch<Arguments>& launch, cpu::BatchNorm& slot,
   slot.eps = eps;
 }
 
-const char* isa_name(cpu::Isa isa) {
-  switch (isa) {
-    case cpu::Isa::kAvx512:
-      return "avx512";
-    case cpu::Isa::kAvx2:
-      return "avx2";
-    case cpu::Isa::kNone:
-      break;
-  }
-  return "";
-}
-
 // Bytes of a packed weight. `weight` is (out_channels, in_channels, height, width).
 using PackedBytes = std::int64_t (*)(const TensorArg& weight);
 
@@ -163,7 +151,7 @@ void conv_bn(const TensorArg& out, const Layer& layer, const OptionalTensor& res
   if (residual && projection) refuse("residual and projection exclude each other");
   Launch<ConvLaunch> launch;
   auto& [conv, projected, has_projection, chosen] = launch.arguments;
-  chosen = choose_isa(isa);
+  chosen = choose_isa(isa, {cpu::Isa::kNeon, cpu::Isa::kAmx});
   check_convolves(format_of("out", out), chosen);
   if (out.numel() == 0) return;
   set_conv(launch, conv, layer, out, conv_packed_bytes);
@@ -222,7 +210,7 @@ void winograd_conv(const TensorArg& out, const Layer& layer, const OptionalTenso
   check_sizes("out", out, {x.sizes[0], out.sizes[1], x.sizes[2], x.sizes[3]});
   Launch<WithIsa<cpu::WinogradConv>> launch;
   cpu::WinogradConv& conv = launch.arguments.op;
-  launch.arguments.isa = choose_isa(isa);
+  launch.arguments.isa = choose_isa(isa, {cpu::Isa::kNeon});
   if (out.numel() == 0) return;
   if (x.numel() == 0) refuse("x has no channels");
   std::tie(conv.batch, conv.in_channels, conv.height, conv.width) = std::tuple_cat(x.sizes);
@@ -254,7 +242,7 @@ void stem_conv_pool(const TensorArg& out, const TensorArg& x, const TensorArg& p
   check_packed(packed, stem_packed_bytes(packed_from(x.type, out.sizes[1], 3, {7, 7})));
   Launch<WithIsa<cpu::Stem>> launch;
   cpu::Stem& stem = launch.arguments.op;
-  launch.arguments.isa = choose_isa(isa);
+  launch.arguments.isa = choose_isa(isa, {cpu::Isa::kNeon});
   stem.format = format_of("x", x);
   check_convolves(stem.format, launch.arguments.isa);
   if (out.numel() == 0) return;
@@ -468,16 +456,20 @@ class Contents {
 void register_cpu_kernels(py::module_& module) {
   module.def(
       "cpu_isa", [] { return isa_name(cpu::best_isa()); },
-      "The vector instructions the CPU kernels use here: \"avx512\", \"avx2\", or \"\" where "
-      "there\n"
-      "are none; then the convolutions raise ValueError, and the rest works.");
+      "The vector instructions the CPU kernels use here: \"avx512\", \"avx2\", \"neon\", or \"\"\n"
+      "where there are none. Kernels that have no code for them raise ValueError: all "
+      "convolutions\n"
+      "for \"\", grouped ones and gradients for \"neon\".");
 
   module.def(
       "cpu_convolves_bf16", [] { return cpu::convolves(cpu::Format::kBFloat16, cpu::best_isa()); },
-      "Whether conv_bn and stem_conv_pool take bfloat16 on this processor (AVX512_BF16).");
+      "Whether conv_bn and stem_conv_pool take bfloat16 on this processor, in vectors\n"
+      "(AVX512_BF16, or FEAT_BF16 of Arm).");
 
   module.def("cpu_has_amx_bf16", &cpu::has_amx_bf16,
-             "Whether this processor multiplies bfloat16 in tiles (AMX), which oneDNN uses.");
+             "Whether this processor multiplies bfloat16 in tiles (AMX) and the system lets this\n"
+             "process use them, which the first call asks for. oneDNN does too, and conv_bn with\n"
+             "isa=\"amx\".");
 
   // Of every kernel: tensors are as tensor_arg.h says, sizes those of NCHW; x and out are dense
   // and channels_last, of one type.
@@ -508,7 +500,8 @@ void register_cpu_kernels(py::module_& module) {
       "where absent, or is None where nothing normalises. residual is None or has out's type,\n"
       "size and neighbouring channels, at most as many; it may be out, and overlaps it in no\n"
       "other way. projection, instead of a residual, is a layer whose normalised, unrounded\n"
-      "result is added. Sums and batch norm are float32. isa=\"avx2\" forbids AVX-512. Raises\n"
+      "result is added. Sums and batch norm are float32. isa=\"avx2\" forbids AVX-512,\n"
+      "isa=\"amx\" multiplies bfloat16 in tiles. Raises\n"
       "ValueError for what does not fit, and for a processor without the instructions.");
 
   module.def("grouped_packed_bytes", &grouped_packed_bytes, py::arg("weight"), py::arg("groups"),

@@ -6,10 +6,12 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "kernels/cpu/batch_norm.h"
 #include "kernels/cpu/conv.h"
@@ -57,26 +59,45 @@ void set_vector(Launch<Arguments>& launch, cpu::Vector& slot, const char* name,
 // Throws where isa cannot convolve in this format.
 inline void check_convolves(cpu::Format format, cpu::Isa isa) {
   if (!cpu::convolves(format, isa)) {
-    refuse("bfloat16 needs AVX512_BF16; ask cpu_convolves_bf16() first");
+    refuse(
+        "bfloat16 needs AVX512_BF16 or Arm's FEAT_BF16, isa=\"amx\" bfloat16 and AMX; ask "
+        "cpu_convolves_bf16() and cpu_has_amx_bf16() first");
   }
 }
 
-// The instruction set called `name`, "" for the best; throws where the processor lacks it.
-inline cpu::Isa choose_isa(const std::string& name) {
+inline const char* isa_name(cpu::Isa isa) {
+  switch (isa) {
+    case cpu::Isa::kAmx:
+      return "amx";
+    case cpu::Isa::kAvx512:
+      return "avx512";
+    case cpu::Isa::kAvx2:
+      return "avx2";
+    case cpu::Isa::kNeon:
+      return "neon";
+    case cpu::Isa::kNone:
+      break;
+  }
+  return "";
+}
+
+// The instruction set called `name`, "" for the best; throws where the processor lacks it, or the
+// kernel, which has those of x86 vectors and `more`.
+inline cpu::Isa choose_isa(const std::string& name, std::initializer_list<cpu::Isa> more = {}) {
+  std::vector<cpu::Isa> written(more);
+  written.insert(written.end(), {cpu::Isa::kAvx2, cpu::Isa::kAvx512});
   const cpu::Isa best = cpu::best_isa();
-  cpu::Isa chosen = best;
-  if (name == "avx512") {
-    chosen = cpu::Isa::kAvx512;
-  } else if (name == "avx2") {
-    chosen = cpu::Isa::kAvx2;
-  } else if (!name.empty()) {
-    refuse("isa must be \"\", \"avx2\" or \"avx512\", found \"" + name + "\"");
+  for (const cpu::Isa isa : written) {
+    if (name.empty() ? isa != best : name != isa_name(isa)) continue;
+    const bool offered = isa == cpu::Isa::kAmx    ? cpu::has_amx_bf16()
+                         : isa == cpu::Isa::kNeon ? best == isa
+                                                  : isa <= best;
+    if (offered) return isa;
   }
-  if (chosen == cpu::Isa::kNone || chosen > best) {
-    refuse("this processor offers neither AVX-512 nor what isa=\"" + name +
-           "\" asks for; cpu_isa() tells what it has");
-  }
-  return chosen;
+  std::string names;
+  for (const cpu::Isa isa : written) names += std::string(", \"") + isa_name(isa) + "\"";
+  refuse("isa must be \"\"" + names + ", and offered by this processor, found \"" + name +
+         "\"; cpu_isa() tells what it has");
 }
 
 inline void check_weight(const TensorArg& weight) {

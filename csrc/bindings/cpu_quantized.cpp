@@ -42,7 +42,8 @@ struct Named {
 
 constexpr Named kIsas[] = {{"avx512vnni", cpu::QuantizedIsa::kAvx512Vnni},
                            {"avxvnni", cpu::QuantizedIsa::kAvxVnni},
-                           {"avx2", cpu::QuantizedIsa::kAvx2}};
+                           {"avx2", cpu::QuantizedIsa::kAvx2},
+                           {"amx", cpu::QuantizedIsa::kAmx}};  // last: used only when named
 
 std::vector<std::string> isas() {
   std::vector<std::string> names;
@@ -312,9 +313,11 @@ void head(const TensorArg& out, const TensorArg& x, const TensorArg& packed, con
 }  // namespace
 
 void register_cpu_quantized_kernels(py::module_& module) {
-  module.def("cpu_quantized_isas", &isas,
-             "The instructions that the quantised kernels can use here, the fastest first; none\n"
-             "where the processor has no AVX2: then they raise ValueError.");
+  module.def(
+      "cpu_quantized_isas", &isas,
+      "The instructions that the quantised kernels can use here, the fastest first, but\n"
+      "for \"amx\", whose convolution no processor has run yet; none where the processor has\n"
+      "no AVX2: then they raise ValueError.");
 
   module.def("quantized_conv_packed_bytes", &conv_packed_bytes, py::arg("weight"),
              py::arg("groups"), "Bytes of what quantized_conv_pack makes of such a weight.");

@@ -10,11 +10,12 @@
 // with the number of terms. Lines of the result, the residual, the next tile and the next weights
 // are prefetched one by one meanwhile.
 // The micro-kernel keeps rows x columns of sums in registers (AVX-512: 14 x 32, 28 of 32 registers;
-// AVX2: 6 x 16, 12 of 16): two vectors of weights are loaded for 14 words broadcast from rows. A
-// tile's rows are two runs of up to 7 neighbouring pixels, so that maps 7, 14, 28 and 56 wide fill
-// it, and taps outside the image, above, below and at the ends of lines, are skipped. In bfloat16 a
-// step is one VDPBF16PS: exact products, fp32 sums. The order of a sum depends on neither tiles nor
-// threads.
+// AVX2: 6 x 16, 12 of 16; NEON: 14 x 8, 28 of 32): two vectors of weights are loaded for 14 words
+// broadcast from rows. A tile's rows are two runs of up to 7 neighbouring pixels, so that maps 7,
+// 14, 28 and 56 wide fill it, and taps outside the image, above, below and at the ends of lines,
+// are skipped. In bfloat16 a step is one VDPBF16PS or BFDOT: exact products, fp32 sums. The order
+// of a sum depends on neither tiles nor threads. With AMX the micro-kernel is conv_amx.h: two runs
+// of up to 16 pixels, 32 columns.
 //
 // A projection is a second pass over the same tile, made first: its normalised sums wait in L1, in
 // fp32, for the block end's epilogue.
@@ -31,10 +32,13 @@
 #include <utility>
 #include <vector>
 
+#include "amx.h"
 #include "parallel.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
+#elif defined(RESNET_FUSED_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace resnet_fused::cpu {
@@ -49,7 +53,7 @@ constexpr std::int64_t kWayBytes = 4096;  // lines this far apart share a set of
 
 constexpr std::int64_t kLongTap = 16;  // words
 
-constexpr int half_rows(int lanes) { return lanes == 16 ? 7 : 3; }
+constexpr int half_rows(int lanes) { return lanes == 8 ? 3 : 7; }  // of 16 registers, else of 32
 
 // How a pixel's window lies in memory: rows of `segments` runs of `words` words.
 struct Source {
@@ -202,6 +206,8 @@ struct Pass {
 
 #define ISA_SOURCE "conv_tile.h"
 #define ISA_WITH_BF16
+#define ISA_WITH_NEON
+#define ISA_WITH_AMX
 #include "for_each_isa.h"
 
 namespace resnet_fused::cpu {
@@ -212,8 +218,14 @@ using Task = void (*)(const Pass* passes, int count, std::int64_t half_task,
 
 Task task_for(Format format, Isa isa) {
 #if defined(__x86_64__) && defined(__GNUC__)
+#ifdef RESNET_FUSED_AMX
+  if (isa == Isa::kAmx) return amx::conv_task;
+#endif
   if (format == Format::kBFloat16) return avx512bf16::conv_task;
   return isa == Isa::kAvx512 ? avx512::conv_task : avx2::conv_task;
+#elif defined(RESNET_FUSED_NEON)
+  (void)isa;
+  return format == Format::kBFloat16 ? neonbf16::conv_task : neon::conv_task;
 #else
   (void)format, (void)isa;
   return nullptr;
@@ -335,7 +347,7 @@ void conv_transform_weights(const void* weight, const std::int64_t strides[4], v
 }
 
 void conv_bn(const Conv& given, Isa isa) {
-  const int rows = half_rows(isa == Isa::kAvx512 ? 16 : 8);
+  const int rows = isa == Isa::kAmx ? kTileRegisterRows : half_rows(isa == Isa::kAvx2 ? 8 : 16);
   std::vector<Pass> passes;
   for (const Conv* conv = &given; conv != nullptr; conv = conv->projection) {
     // Both divide the result alike, so neither may be flattened alone.

@@ -47,7 +47,7 @@ void conv_transform_weights(const void* weight, const std::int64_t strides[4], v
                             std::int64_t in_channels, std::int64_t out_channels,
                             const std::int64_t kernel[2], Format format);
 
-// Requires convolves(conv.format, isa) and isa <= best_isa().
+// Requires convolves(conv.format, isa), and isa <= best_isa() or Isa::kAmx.
 void conv_bn(const Conv& conv, Isa isa);
 
 }  // namespace resnet_fused::cpu

@@ -7,7 +7,13 @@ constexpr int kTileLines = kVecs * kLanes * sizeof(Element) / 64;  // cache line
 constexpr bool kInRuns = kFormat == Format::kFloat32;
 constexpr std::int64_t kRun = 64;
 
-// Up to kLanes == 16 ? 7 : 3 neighbouring pixels of a line: where they are read and written.
+#ifdef ISA_AMX
+constexpr int kHalfRows = kTileRegisterRows;
+#else
+constexpr int kHalfRows = half_rows(kLanes);
+#endif
+
+// Up to kHalfRows neighbouring pixels of a line: where they are read and written.
 struct Half {
   const char* x;               // the window of the first one
   std::int64_t pixel, column;  // of the result: its number in the batch, and along its line
@@ -107,7 +113,7 @@ ISA_INLINE int ends_outside(const Conv& conv, const Tile& tile, std::int64_t tap
 // or of the whole tile; the rest of them multiplies zeros.
 template <int kRows, int kHalves, typename... Arguments>
 ISA_INLINE void accumulate_inside(int outside, Arguments&&... arguments) {
-  if constexpr (kRows == half_rows(kLanes) && kHalves == 2) {
+  if constexpr (kRows == kHalfRows && kHalves == 2) {
     using E = Ends<kRows>;
     constexpr int kBothFirst = E::kFirst[0] | E::kFirst[1], kBothLast = E::kLast[0] | E::kLast[1];
     switch (outside) {
@@ -175,6 +181,12 @@ ISA_INLINE void finish(const Vec (&sum)[kRows * kHalves][kVecs], const Conv& con
     }
   }
 }
+
+#ifdef ISA_AMX
+#include "conv_amx.h"
+#else
+// What of a thread outlives a tile: nothing.
+struct TileState {};
 
 // One tile's sums over the whole window, and the epilogue. `fetch` ends with an endless stretch.
 template <int kRows, int kHalves>
@@ -254,10 +266,15 @@ constexpr std::array<Multiply, sizeof...(Indices)> multiplies(
   return {multiply<Indices + 1, kHalves>...};
 }
 
-constexpr int kHalfRows = half_rows(kLanes);
 constexpr std::array<Multiply, kHalfRows> kMultiply[2] = {
     multiplies<1>(std::make_integer_sequence<int, kHalfRows>{}),
     multiplies<2>(std::make_integer_sequence<int, kHalfRows>{})};
+
+ISA_INLINE void multiply_tile(TileState&, const Conv& conv, const Source& source, const Tile& tile,
+                              const Columns& columns, End end, Stretch* fetch, float* kept) {
+  kMultiply[tile.count - 1][tile.rows - 1](conv, source, tile, columns, end, fetch, kept);
+}
+#endif
 
 // Adds the lines of a tile's pixels in one tensor, `pitch` elements apart, its halves from element
 // `low` and `high` on.
@@ -360,6 +377,7 @@ ISA void conv_task(const Pass* passes, int pass_count, std::int64_t half_task,
   }
   alignas(64) float kept[2 * kHalfRows * kVecs * kLanes];
   Agenda agendas[2] = {Agenda(kept), Agenda(kept)};
+  TileState state;
 
   const std::int64_t first_strip = strip_task * plan.strips / plan.strip_tasks;
   const std::int64_t last_strip = (strip_task + 1) * plan.strips / plan.strip_tasks;
@@ -403,8 +421,7 @@ ISA void conv_task(const Pass* passes, int pass_count, std::int64_t half_task,
           Stretch* const fetch = pass == 1         ? agendas[1].before(&tiles[0][i], k)
                                  : pass_count == 2 ? agendas[0].before(nullptr, 0)
                                                    : agendas[0].before(coming, column);
-          kMultiply[tile.count - 1][tile.rows - 1](at.conv, at.plan.source, tile, columns,
-                                                   end_of_pass, fetch, kept);
+          multiply_tile(state, at.conv, at.plan.source, tile, columns, end_of_pass, fetch, kept);
         }
       }
     }

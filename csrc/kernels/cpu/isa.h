@@ -10,13 +10,20 @@
 #include <cstdint>
 #include <new>
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <cpuid.h>
+#include "amx.h"
+
+#if defined(__aarch64__) && defined(__GNUC__)
+#define RESNET_FUSED_NEON
+#ifdef __linux__
+#include <sys/auxv.h>
+#endif
 #endif
 
 namespace resnet_fused::cpu {
 
-enum class Isa { kNone, kAvx2, kAvx512 };
+// AMX is none of the sets to choose the best of: conv_bn alone knows it, and has to be asked for
+// it.
+enum class Isa { kNone, kNeon, kAvx2, kAvx512, kAmx };
 enum class Format { kFloat32, kBFloat16 };  // of activations and weights in memory
 
 using BFloat16 = std::uint16_t;  // its bits
@@ -28,29 +35,26 @@ inline Isa best_isa() {
     return Isa::kAvx512;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
+#elif defined(RESNET_FUSED_NEON)
+  return Isa::kNeon;  // part of every AArch64
 #endif
   return Isa::kNone;
 }
 
-// Whether a convolution can run in this format: bfloat16 needs AVX512_BF16, fp32 any Isa but kNone.
+// Whether a convolution can run in this format: bfloat16 needs AVX512_BF16 or Arm's FEAT_BF16, fp32
+// any Isa but kNone.
 inline bool convolves(Format format, Isa isa) {
+  if (isa == Isa::kAmx) return format == Format::kBFloat16 && has_amx_bf16();
 #if defined(__x86_64__) && defined(__GNUC__)
   if (format == Format::kBFloat16) {
     return isa == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16");
   }
+#elif defined(RESNET_FUSED_NEON) && defined(__linux__)
+  if (format == Format::kBFloat16) {
+    return isa == Isa::kNeon && (getauxval(AT_HWCAP2) >> 14 & 1) != 0;  // HWCAP2_BF16
+  }
 #endif
   return format == Format::kFloat32 && isa != Isa::kNone;
-}
-
-// Whether the processor multiplies bfloat16 in tiles (CPUID leaf 7, EDX bit 22; Intel SDM), several
-// times faster than in vectors.
-inline bool has_amx_bf16() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 22 & 1) != 0;
-#else
-  return false;
-#endif
 }
 
 // Grow-only, page-aligned memory, one per thread and never returned before the thread ends, so

@@ -11,8 +11,9 @@
 
 namespace resnet_fused::cpu {
 
-// The instructions that multiply: AVX2 widens to 16 bits, the others have VPDPBUSD.
-enum class QuantizedIsa { kNone, kAvx2, kAvxVnni, kAvx512Vnni };
+// The instructions that multiply: AVX2 widens to 16 bits, AMX has tiles for convolutions, and all
+// but AVX2 have VPDPBUSD.
+enum class QuantizedIsa { kNone, kAvx2, kAvxVnni, kAvx512Vnni, kAmx };
 
 // Whether this processor and operating system offer it; kNone is no set of instructions.
 bool supports(QuantizedIsa isa);

@@ -174,6 +174,7 @@ struct Shared {
 
 #define ISA_SOURCE "quantized_conv_tile.h"
 #define ISA_WITH_VNNI
+#define ISA_WITH_AMX
 #include "for_each_isa.h"
 
 namespace resnet_fused::cpu {
@@ -183,6 +184,9 @@ using Task = void (*)(const Shared& shared, std::int64_t pixel_task, std::int64_
 
 Task task_for(QuantizedIsa isa) {
 #if defined(__x86_64__) && defined(__GNUC__)
+#ifdef RESNET_FUSED_AMX
+  if (isa == QuantizedIsa::kAmx) return amx::quantized_conv_task;
+#endif
   if (isa == QuantizedIsa::kAvx512Vnni) return avx512vnni::quantized_conv_task;
   if (isa == QuantizedIsa::kAvxVnni) return avxvnni::quantized_conv_task;
   if (isa == QuantizedIsa::kAvx2) return avx2::quantized_conv_task;
@@ -305,6 +309,8 @@ bool supports(QuantizedIsa isa) {
 #if defined(__x86_64__) && defined(__GNUC__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   switch (isa) {
+    case QuantizedIsa::kAmx:
+      return has_amx_int8() && supports(QuantizedIsa::kAvx512Vnni);
     case QuantizedIsa::kAvx512Vnni:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vnni");

@@ -97,6 +97,12 @@ ISA inline __attribute__((noinline)) void finish_parts(QuantizedResult& result, 
   }
 }
 
+#ifdef ISA_AMX
+#include "quantized_conv_amx.h"
+#else
+// What of a thread outlives a tile: nothing.
+struct TileState {};
+
 // One tile's sums over the window. Meanwhile the tile before it, if there is one, is finished row
 // by row: vector units that multiply have others beside them, which round and narrow.
 template <int kRows, int kVecs>
@@ -159,6 +165,14 @@ struct ConvTile {
 
 using ConvTiles = Tiles<decltype(&ConvTile<1, 1>::run), ConvTile>;
 
+// Of up to kTileRows rows and kTileColumns columns.
+ISA_INLINE void multiply_tile(TileState&, std::int64_t row_count, std::int64_t column_count,
+                              const Pass& pass, const Row* rows, const QuantizedColumns& columns,
+                              std::int32_t* to, QuantizedResult& before, Lines (&ahead)[2]) {
+  ConvTiles::at(row_count, column_count)(pass, rows, columns, to, before, ahead);
+}
+#endif
+
 // A strip's weights into L2.
 ISA_INLINE void fetch(const Pass& pass, std::int64_t strip) {
   const std::int8_t* const weights = pass.weights + pass.layout.offset(strip);
@@ -176,6 +190,7 @@ ISA void quantized_conv_task(const Shared& shared, std::int64_t pixel_task,
   Row* const all_rows[2] = {memory, memory + count};
   shared.fill_rows(begin, end, all_rows);
   TileSums tile;
+  TileState state;
   QuantizedResult result;
   result.op = &shared.op;
   result.tile = &tile;
@@ -213,8 +228,8 @@ ISA void quantized_conv_task(const Shared& shared, std::int64_t pixel_task,
           const std::int64_t wanted = ahead[1].left;
           const QuantizedColumns columns{pass.weights + pass.layout.offset(strip) + j * 4,
                                          width * 4, operand, pass.start + first + j};
-          ConvTiles::at(rows_left, width - j)(pass, rows, columns,
-                                              p == 0 ? tile.sums : tile.projected, result, ahead);
+          multiply_tile(state, rows_left, width - j, pass, rows, columns,
+                        p == 0 ? tile.sums : tile.projected, result, ahead);
           next[p] = {ahead[1].next, next[p].left - (wanted - ahead[1].left)};
         }
         const std::int64_t wide = std::min<std::int64_t>(width - j, kTileColumns);

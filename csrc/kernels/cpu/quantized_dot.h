@@ -6,7 +6,11 @@
 
 typedef std::int32_t Sums __attribute__((vector_size(ISA_LANES * 4)));
 
+#ifdef ISA_AMX
+constexpr int kTileRows = kTileRegisterRows;
+#else
 constexpr int kTileRows = 6;
+#endif
 constexpr int kTileColumns = kLanes == 16 ? 64 : 16;
 
 ISA_INLINE Sums splat(std::int32_t value) { return value - Sums{}; }

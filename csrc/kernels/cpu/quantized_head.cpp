@@ -56,7 +56,7 @@ struct Tasks {
 
 Tasks tasks_for(QuantizedIsa isa) {
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (isa == QuantizedIsa::kAvx512Vnni) return {avx512vnni::pool_task, avx512vnni::multiply_task};
+  if (isa >= QuantizedIsa::kAvx512Vnni) return {avx512vnni::pool_task, avx512vnni::multiply_task};
   if (isa == QuantizedIsa::kAvxVnni) return {avxvnni::pool_task, avxvnni::multiply_task};
   if (isa == QuantizedIsa::kAvx2) return {avx2::pool_task, avx2::multiply_task};
 #endif

@@ -82,7 +82,7 @@ using Task = void (*)(const StemPass&, const Band&);
 
 Task task_for(QuantizedIsa isa) {
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (isa == QuantizedIsa::kAvx512Vnni) return avx512vnni::quantized_stem_task;
+  if (isa >= QuantizedIsa::kAvx512Vnni) return avx512vnni::quantized_stem_task;
   if (isa == QuantizedIsa::kAvxVnni) return avxvnni::quantized_stem_task;
   if (isa == QuantizedIsa::kAvx2) return avx2::quantized_stem_task;
 #endif

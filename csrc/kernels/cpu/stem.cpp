@@ -7,7 +7,8 @@
 //   bfloat16  two neighbouring numbers: 11 taps a row (the 22nd weight is zero), VDPBF16PS each,
 //             products exact, sums fp32. (Infinite x therefore also reaches one more column.)
 // The micro-kernel holds pixels x 32 or 16 channels of sums in registers (AVX-512: 14 x 32, 28 of
-// 32 registers; AVX2: 6 x 16, 12 of 16) through all 7 rows; a strip of weights (18 KB) stays in L1.
+// 32 registers; AVX2: 6 x 16, 12 of 16; NEON: 14 x 8, 28 of 32) through all 7 rows; a strip of
+// weights (18 KB) stays in L1.
 //
 // One task is a band of pooled rows of one image, done by one thread. Its scratch is two rings: 8
 // input rows with their zero borders, and the last 3 rows of relu(bn(conv)), rounded as
@@ -25,6 +26,8 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
+#elif defined(RESNET_FUSED_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace resnet_fused::cpu {
@@ -49,6 +52,7 @@ struct Band {
 
 #define ISA_SOURCE "stem_tile.h"
 #define ISA_WITH_BF16
+#define ISA_WITH_NEON
 #include "for_each_isa.h"
 
 namespace resnet_fused::cpu {
@@ -60,6 +64,9 @@ Task task_for(Format format, Isa isa) {
 #if defined(__x86_64__) && defined(__GNUC__)
   if (format == Format::kBFloat16) return avx512bf16::stem_task;
   return isa == Isa::kAvx512 ? avx512::stem_task : avx2::stem_task;
+#elif defined(RESNET_FUSED_NEON)
+  (void)isa;
+  return format == Format::kBFloat16 ? neonbf16::stem_task : neon::stem_task;
 #else
   (void)format, (void)isa;
   return nullptr;

@@ -3,7 +3,7 @@
 
 constexpr int kTaps = taps_per_row(kFormat);
 constexpr int kStep = 2 * kChannels * sizeof(Element) / 4;  // words between output pixels
-constexpr int kPixels = kLanes == 16 ? 14 : 6;              // of the micro-kernel
+constexpr int kPixels = kLanes == 8 ? 6 : 14;               // of the micro-kernel
 constexpr int kVecs = 2;
 
 // Convolution rows hold numbers with the sign taken off, which a ReLU leaves to NaN and -0 alone.

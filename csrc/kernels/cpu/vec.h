@@ -30,8 +30,11 @@ ISA_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
 // Rounds to the nearest, ties to even; NaN stays NaN.
 ISA_INLINE void store(BFloat16* p, Vec v) {
-#ifdef ISA_BF16
+#if defined(ISA_BF16) && ISA_LANES == 16
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#elif defined(ISA_BF16)
+  const bfloat16x4_t halves = vcvt_bf16_f32((float32x4_t)v);
+  std::memcpy(p, &halves, sizeof halves);
 #else
   const VecBits bits = (VecBits)v;
   const VecBits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
@@ -109,7 +112,7 @@ ISA_INLINE void store_row(Element* p, const Vec (&v)[kCount]) {
   for (int j = 0; j < kCount; ++j) store(p + j * kLanes, v[j]);
 }
 
-#ifdef ISA_BF16
+#if defined(ISA_BF16) && ISA_LANES == 16
 ISA_INLINE void store_row(BFloat16* p, const Vec (&v)[2]) {
   _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)v[1], (__m512)v[0]));
 }
@@ -121,8 +124,13 @@ constexpr Format kFormat = Format::kBFloat16;
 using Element = BFloat16;
 
 ISA_INLINE Vec multiply_add(std::uint32_t pair, Vec pairs, Vec sum) {
+#if ISA_LANES == 16
   const __m512i a = _mm512_set1_epi32(static_cast<int>(pair));
   return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)pairs);
+#else
+  const bfloat16x8_t a = vreinterpretq_bf16_u32(vdupq_n_u32(pair));
+  return (Vec)vbfdotq_f32((float32x4_t)sum, a, vreinterpretq_bf16_f32((float32x4_t)pairs));
+#endif
 }
 #else
 constexpr Format kFormat = Format::kFloat32;

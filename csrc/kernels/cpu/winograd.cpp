@@ -14,9 +14,10 @@
 //   2. for each block of 64 output channels: 16 matrix products into M (16 * tiles * 64 floats),
 //      then Y, batch norm, residual, ReLU straight to the output.
 // The micro-kernel keeps a tile of rows x columns of M in registers (AVX-512: 6 x 64, 24 of 32
-// registers; AVX2: 6 x 16, 12 of 16) over kChunk input channels; the chunk of U (4 KB) stays in L1
-// for all tiles of the task. Memory traffic: x and the residual are read once (plus the tiles'
-// borders), the output is written once, U (16/9 of the weights) is read once per task.
+// registers; AVX2: 6 x 16, 12 of 16; NEON: 6 x 16, 24 of 32) over kChunk input channels; the chunk
+// of U (4 KB) stays in L1 for all tiles of the task. Memory traffic: x and the residual are read
+// once (plus the tiles' borders), the output is written once, U (16/9 of the weights) is read once
+// per task.
 #include "winograd.h"
 
 #include <algorithm>
@@ -55,6 +56,7 @@ struct Plan {
 }  // namespace resnet_fused::cpu
 
 #define ISA_SOURCE "winograd_tile.h"
+#define ISA_WITH_NEON
 #include "for_each_isa.h"
 
 namespace resnet_fused::cpu {
@@ -89,6 +91,9 @@ using Task = void (*)(const WinogradConv&, const Plan&, const Terms&, std::int64
 Task task_for(Isa isa) {
 #if defined(__x86_64__) && defined(__GNUC__)
   return isa == Isa::kAvx512 ? avx512::winograd_task : avx2::winograd_task;
+#elif defined(RESNET_FUSED_NEON)
+  (void)isa;
+  return neon::winograd_task;
 #else
   (void)isa;
   return nullptr;

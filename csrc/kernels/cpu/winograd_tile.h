@@ -129,7 +129,7 @@ ISA_INLINE void multiply_plane(std::int64_t rows, const float* v, std::int64_t v
     }
 #else
     for (std::int64_t k = 0; k < width; k += 16) {
-      multiply_rows<2>(rows, v, v_stride, u + k, width, m + k, depth, c == 0);
+      multiply_rows<16 / kLanes>(rows, v, v_stride, u + k, width, m + k, depth, c == 0);
     }
 #endif
   }

@@ -1,4 +1,4 @@
-"""Backend `cpu`: float32 (AVX2 or AVX-512) and bfloat16, with the compiled extension.
+"""Backend `cpu`: float32 (AVX2, AVX-512, NEON) and bfloat16, with the compiled extension.
 
 Convolutions run as its kernels: direct for one group and for several, Winograd for 3×3 in float32,
 and the stem with its pooling. What those do not serve, bfloat16 on some processors, runs as
@@ -13,7 +13,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ... import _extension
+from ... import _extension, settings
 from ...errors import BackendUnavailableError
 from ...parameters import BatchNorm, ConvBn, Convolution, GroupNorm, MaxPool
 from .. import Backend, Candidate, Candidates
@@ -49,18 +49,23 @@ class CpuBackend(QuantizedCpuBackend):
         self._own = set()  # dtypes that our kernels convolve, and as fast as any
         if extension.cpu_isa():
             self._own.add(torch.float32)
-        if extension.cpu_convolves_bf16() and not extension.cpu_has_amx_bf16():
+        has_tiles = extension.cpu_has_amx_bf16()
+        tiles = has_tiles and settings.amx_enabled()
+        if extension.cpu_convolves_bf16() and (tiles or not has_tiles):
             self._own.add(torch.bfloat16)
-        self._groups = bool(extension.cpu_isa())  # in either dtype
-        self.training: TrainingKernels = CpuTraining(extension, self._own)
+        self._bfloat16_isa = "amx" if tiles else ""
+        # Grouped convolutions, in either dtype, and gradients are written for x86's vectors.
+        self._groups = extension.cpu_isa() in ("avx2", "avx512")
+        trained = self._own - ({torch.bfloat16} if has_tiles else set())
+        self.training: TrainingKernels = CpuTraining(extension, trained if self._groups else set())
         self._bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cpu":
             return f"it serves tensors in main memory, not on {device}"
         if dtype == torch.float32 and dtype not in self._own:
-            return "its float32 kernels need an x86 processor with AVX2 or AVX-512"
-        if dtype == torch.bfloat16 and not self._bfloat16:
+            return "its float32 kernels need AArch64, or an x86 processor with AVX2 or AVX-512"
+        if dtype == torch.bfloat16 and not (self._bfloat16 or dtype in self._own):
             return "oneDNN's bfloat16 needs a processor with AVX-512 or its successors"
         if dtype in (torch.uint8, torch.int8):
             return None if self._quantized else "its int8 kernels need an x86 processor with AVX2"
@@ -158,7 +163,7 @@ class CpuBackend(QuantizedCpuBackend):
 
         def pack() -> PackedConvolution | OneDnnConvolution:
             if own:
-                return PackedConvolution(self.extension, conv, winograd)
+                return PackedConvolution(self.extension, conv, winograd, self._bfloat16_isa)
             return OneDnnConvolution(self.extension, conv)
 
         return self._convolutions.get(conv.weight, form, pack)

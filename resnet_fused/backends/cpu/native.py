@@ -6,6 +6,7 @@ live and applied in float32.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -126,7 +127,11 @@ class PackedConvolution:
     or for several.
     """
 
-    def __init__(self, extension: ModuleType, conv: Convolution, winograd: bool) -> None:
+    def __init__(
+        self, extension: ModuleType, conv: Convolution, winograd: bool, bfloat16_isa: str = ""
+    ) -> None:
+        """bfloat16_isa: the instructions that multiply bfloat16 of one group; "": the best vector
+        instructions."""
         weight = conv.weight
         self._conv = conv._replace(weight=torch.empty_like(weight, device="meta"))
         self._window = (_pair(weight.shape[2:]), *map(_pair, conv[1:4]))
@@ -138,6 +143,8 @@ class PackedConvolution:
             form, self._kernel = "winograd", extension.winograd_conv
         else:
             form, self._kernel = "conv", extension.conv_bn
+            if bfloat16_isa and weight.dtype == torch.bfloat16:
+                self._kernel = functools.partial(self._kernel, isa=bfloat16_isa)
         self._form = form
         self.packed = pack(extension, form, weight, *self._options)
 

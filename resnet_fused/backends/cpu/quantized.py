@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import settings
 from ..._extension import optional_tensor_arg, tensor_arg
 from ...parameters import Convolution, MaxPool
 from .. import Candidate, Candidates
@@ -134,8 +135,10 @@ class QuantizedCpuBackend(ReferenceBackend):
     """The quantised ops of backend `cpu`; int8, where the processor has AVX2."""
 
     def __init__(self, extension: ModuleType) -> None:
-        self._quantized = bool(extension.cpu_quantized_isas())
-        self._kernels = QuantizedKernels(extension)
+        isas = extension.cpu_quantized_isas()
+        self._quantized = bool(isas)
+        tiles = "amx" in isas and settings.amx_enabled()
+        self._kernels = QuantizedKernels(extension, "amx" if tiles else "")
 
     def _serves(self, weight: Tensor) -> bool:
         return self._quantized and weight.dtype == torch.int8
