@@ -174,15 +174,14 @@ def _gram(a: Any) -> _Geometry:
 
 
 def _merge_gram(a: Any) -> _Geometry:
-    return _Geometry(f"{a.count} parts of {a.C}×{a.C}", (math.ceil(a.count / a.STEP),))
+    return _Geometry(f"{a.count} parts of {a.C * a.C}", (math.ceil(a.count / a.STEP),))
 
 
 def _small_product(a: Any) -> _Geometry:
     """Of matrices that lie in L2; its loops, nested or one behind the other, are as many steps."""
     steps = math.ceil(a.C / a.BLOCK_C) if hasattr(a, "BLOCK_C") else math.ceil(a.K / a.BLOCK_K)
-    return _Geometry(
-        f"{a.K}×{a.C}", (steps,) * len(a.loops), shared_loops=tuple(range(len(a.loops)))
-    )
+    loops = len(a.loops)
+    return _Geometry(f"{a.K} rows of {a.C}", (steps,) * loops, shared_loops=tuple(range(loops)))
 
 
 def _quantized_conv(a: Any) -> _Geometry:

@@ -213,7 +213,7 @@ class TritonFoldedEnds:
             "folded_dgrad",
             arguments,
             dgrad,
-            lambda: dgrad_configs(g, conv, shape, below is not None),
+            lambda: dgrad_configs(g, conv, shape, below is not None, folded=True),
         )
         found: tuple[Tensor, Tensor | None] = run(*arguments)
         return found

@@ -219,7 +219,9 @@ def _gemm(conv: Convolution, shape: torch.Size) -> Gemm:
     return Gemm(rows, group_in, filters // conv.groups)
 
 
-def dgrad_configs(g: Tensor, conv: Convolution, shape: torch.Size, masks: bool) -> list[Config]:
+def dgrad_configs(
+    g: Tensor, conv: Convolution, shape: torch.Size, masks: bool, folded: bool = False
+) -> list[Config]:
     """Launch configurations, the heuristic's choice first. masks: whether a ReLU is below."""
     class_h, class_w = _classes(conv)
     r, s = conv.weight.shape[2:]
@@ -232,8 +234,10 @@ def dgrad_configs(g: Tensor, conv: Convolution, shape: torch.Size, masks: bool) 
         # Sums of float32 results are taken in float64: registers for a third accumulator.
         accumulators=3 if masks and g.element_size() == 4 else 2,
     )
-    # Higher tiles leave one program on a multiprocessor, and nothing beside its long epilogue.
-    return [config for config in found if config.blocks[0] <= 128]
+    # Higher tiles leave one program on a multiprocessor, and nothing beside its long epilogue; with
+    # the second product of a folded end one as large as that has too few registers.
+    largest = 128 * 64 if folded and masks else 128 * 128
+    return [c for c in found if c.blocks[0] <= 128 and c.blocks[0] * c.blocks[1] <= largest]
 
 
 class _Plan(NamedTuple):
