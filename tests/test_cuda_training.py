@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
+import test_training as blocks
 import torch
 from machine_code import cuobjdump
 from torch import Tensor
@@ -18,6 +19,7 @@ from resnet_fused.backends import autotune
 from resnet_fused.backends.autotune.verify import Check
 from resnet_fused.backends.cuda_sim import SimulatedBackend
 from resnet_fused.numerics import assert_contract
+from resnet_fused.ops import block_training
 from resnet_fused.parameters import MEAN, SCALE, Activation, Convolution
 from resnet_fused.reference.training import ReferenceTraining
 from resnet_fused.testing.cases import generator
@@ -322,6 +324,39 @@ def test_the_simulated_backend_trains_with_them(backend):
         training.wgrad(out, x, conv)
     assert all(decision.candidate.name.startswith("cuda m") for decision in decisions)
     assert len(decisions) == 3
+
+
+@pytest.mark.parametrize("shortcut", ["identity", "projection"])
+def test_a_whole_block_with_triton_passes(backend, monkeypatch, shortcut):
+    """Convolutions simulated, passes and the folded end interpreted: Hopper has them together."""
+    pytest.importorskip("triton")
+    from resnet_fused.backends.cuda.training import CudaTraining
+
+    channels = 128 if shortcut == "identity" else 64
+    specs = ((1, 64, 1, 1, 1), (3, 64, 1, 1, 1), (1, 128, 1, 1, 1))
+    case = blocks.BlockCase(specs, shortcut, shape=(3, channels, 9, 8))
+    x, layers, grad = blocks._block(case)
+    layers = [layer._replace(bias=blocks._decided(layer.bias)) for layer in layers]
+    truth, eager, ours = (
+        blocks._run(block, *blocks._prepare(x, layers, torch.float16, wide=wide), shortcut, grad)
+        for block, wide in (
+            (blocks._unfused_block, True),
+            (blocks._unfused_block, False),
+            (_trained_by(CudaTraining(backend.training_convolutions), monkeypatch), False),
+        )
+    )
+    blocks._assert_contract(ours, eager, truth)
+
+
+def _trained_by(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
+    def run(*arguments: Any) -> Tensor:
+        monkeypatch.setattr(block_training, "kernels", lambda x: kernels)
+        with autotune.tuner.watch() as decisions:
+            out = blocks._fused_block(*arguments)
+        assert sum(d.candidate.name.startswith("cuda m") for d in decisions) == 2
+        return out
+
+    return run
 
 
 # Blocks of the four simulated SMs take several tiles, of two steps or more, of both consumers, so

@@ -80,6 +80,8 @@ class CudaBackend(ReferenceBackend):
         """Our kernels for a piece of training, in each tile that computes it, the expected fastest
         first. Pieces and arguments are those of `resnet_fused.backends.training.TrainingKernels`.
         """
+        if piece not in ("conv_stats", "dgrad", "wgrad"):
+            return []
         launcher, tensor = self._launcher, arguments[0]
         conv = next(argument for argument in arguments if isinstance(argument, Convolution))
         if tensor.dtype not in (torch.float16, torch.bfloat16) or conv.groups > 1:
