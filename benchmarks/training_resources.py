@@ -27,10 +27,13 @@ FIELDS = ("name", "kernel", "registers", "spilled", "shared")
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
     """Per kernel and target: variants; most registers of a thread, most KiB of shared memory."""
     rows = [["kernel", *found]]
-    for name in sorted(compilation.KERNELS):
+    for name in sorted({kernel["kernel"] for kernels in found.values() for kernel in kernels}):
         rows.append([name.removesuffix("_kernel")])
         for kernels in found.values():
             variants = [kernel for kernel in kernels if kernel["kernel"] == name]
+            if not variants:
+                rows[-1].append("–")
+                continue
             registers = max(kernel["registers"] for kernel in variants)
             shared = max(kernel["shared"] for kernel in variants) / 1024
             rows[-1].append(f"{len(variants)}; {registers}, {shared:.0f}")
