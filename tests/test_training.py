@@ -27,6 +27,7 @@ from resnet_fused.ops import (
     stem_training,
 )
 from resnet_fused.ops.dispatch import chosen_backend
+from resnet_fused.ops.training_layers import flatten
 from resnet_fused.parameters import COUNT, MEAN, UNBIASED_VAR
 from resnet_fused.reference.training import ReferenceTraining
 from resnet_fused.testing.cases import generator
@@ -401,6 +402,20 @@ def test_folded_ends_are_exact_in_float64(name: str, monkeypatch: pytest.MonkeyP
     x, layers, _ = _block(case._replace(layers=specs))
     x, layers = _prepare(x, layers, torch.float64)
     _gradcheck(_fused_block, x, layers, case.shortcut)
+
+
+@pytest.mark.parametrize("name", ["bottleneck projection", "bottleneck partly frozen"])
+def test_the_op_with_a_folded_end_is_well_formed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What compilers take its results for is what they are."""
+    monkeypatch.setattr(block_training, "kernels", lambda x: FoldingReference())
+    x, layers = _prepare(*_block(CASES[name])[:2], torch.float32)
+    torch.library.opcheck(
+        torch.ops.resnet_fused.residual_block_training.default,
+        (x, *flatten(layers), CASES[name].shortcut, 1, ""),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"),
+    )
 
 
 def test_stem_gradients_are_exact_in_float64() -> None:
