@@ -6,7 +6,7 @@ Saved for backward: pre-BN outputs, the block's result, six numbers per channel.
 of 1×1 convolutions at the block's end (the widest of a Bottleneck, and its projection) are not even
 saved: computing one again reads a quarter of what reading it back would. Where arithmetic is what
 takes the time, on the CPU, they are (`TrainingKernels.saves_all`).
-Where the kernels fold a block's end (`TrainingKernels.folds_ends`), these are never stored at all.
+Where the kernels fold a block's end (`TrainingKernels.folded_ends`), these are never stored at all.
 Backward forms activations again and the gradient of each pre-BN output, once for dgrad and wgrad.
 dgrad applies the ReLU below it and takes that normalisation's sums; the first layer's adds the
 shortcut's gradient.
@@ -116,7 +116,7 @@ def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor], list[Ten
     saved: list[Tensor] = []
     scale_shifts: list[Tensor] = []
 
-    def normalised(i: int) -> Activation:
+    def normalised(i: int, operand: Tensor) -> Activation:
         pre_bn, moments = pieces.conv_stats(operand, convs[i], not layers.frozen[i])
         scale_shifts.append(layer_scale_shift(pieces, layers, i, moments, sync_group))
         if keeps[i]:
@@ -125,12 +125,11 @@ def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor], list[Ten
 
     operand = x
     for i in range(count - 1):
-        operand = pieces.bn_add_relu(normalised(i), None)
+        operand = pieces.bn_add_relu(normalised(i, operand), None)
     identity = None if shortcut in ("none", "projection") else _identity(x, shortcut, stride)
     if folded is None:
-        main = normalised(count - 1)
-        operand = x
-        other = normalised(count) if shortcut == "projection" else identity
+        main = normalised(count - 1, operand)
+        other = normalised(count, x) if shortcut == "projection" else identity
         return pieces.bn_add_relu(main, other), saved, scale_shifts
     ends: list[Folded] = []
     for i, end_operand in zip(range(count - 1, len(convs)), (operand, x), strict=False):
@@ -302,6 +301,7 @@ def _backward(
         )
         if weight_grad is not None and needs_weights[i]:
             weight_grads[i] = weight_grad
+        operands.pop(i, None)
         return _Gradient(g, scaled, term)
 
     def dgrad(
