@@ -10,7 +10,7 @@ from typing import Any
 from ._extension import TensorArg
 
 _Pair = tuple[int, int]
-_BatchNorm = tuple[TensorArg, TensorArg, TensorArg | None, TensorArg | None, float]
+_BatchNorm = tuple[TensorArg, TensorArg | None, TensorArg | None, TensorArg | None, float]
 _Window = tuple[_Pair, _Pair, _Pair, _Pair]  # see conv_bn
 _Layer = tuple[TensorArg, TensorArg, _Window, _BatchNorm | None]
 _QuantizedLayer = tuple[TensorArg, TensorArg, tuple[_Pair, _Pair, _Pair, _Pair, int]]

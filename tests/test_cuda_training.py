@@ -20,13 +20,13 @@ from resnet_fused.backends.autotune.verify import Check
 from resnet_fused.backends.cuda_sim import SimulatedBackend
 from resnet_fused.numerics import assert_contract
 from resnet_fused.ops import block_training
-from resnet_fused.parameters import MEAN, SCALE, Activation, Convolution
+from resnet_fused.parameters import MEAN, SCALE, Activation, Convolution, OperandTerm
 from resnet_fused.reference.training import ReferenceTraining
 from resnet_fused.testing.cases import generator
 
 TILES = ("m128n64", "m128n128", "m256n128_cluster")
 WGRAD_TILES = ("m256n64", "m256n128")
-ENDINGS = 3  # statistics, mask, add
+ENDINGS = 4  # statistics, mask, add, folded
 PLAIN = ReferenceTraining()
 NHWC = torch.channels_last
 
@@ -92,6 +92,8 @@ def wide(value: Any) -> Any:
         return value.double()
     if isinstance(value, Convolution):
         return value._replace(weight=value.weight.double())
+    if isinstance(value, OperandTerm):
+        return OperandTerm(*(v.double() for v in value))
     return None if value is None else Activation(*(v.double() for v in value))
 
 
@@ -101,6 +103,16 @@ def scale_shift(channels: int, rng: torch.Generator, integers: bool) -> Tensor:
         found += torch.randn(found.shape, generator=rng)
     found[SCALE, ::3] *= -1
     return found
+
+
+def operand_term(
+    shape: Iterable[int], dtype: torch.dtype, rng: torch.Generator, integers: bool
+) -> OperandTerm:
+    """Of a convolution whose input has that shape."""
+    x = values(tuple(shape), dtype, rng, integers)
+    half = values((x.shape[1], x.shape[1], 1, 1), dtype, rng, integers)[:, :, 0, 0].contiguous()
+    offset = torch.randn(x.shape[1], generator=rng)
+    return OperandTerm(x, half.triu() + half.triu(1).T, offset.round() if integers else offset)
 
 
 @pytest.mark.parametrize("tile", TILES)
@@ -148,20 +160,26 @@ def test_moments_keep_the_digits_of_a_small_deviation_from_a_large_mean(backend)
 
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("name", WITHOUT_STRIDES)
-@pytest.mark.parametrize("ending", ["", "masks", "adds"])
+@pytest.mark.parametrize("ending", ["", "masks", "adds", "folded"])
 def test_dgrad_is_exact_on_integers(simulator, backend, half, name, tile, ending):
+    if ending == "folded" and name != "1x1":
+        pytest.skip("ends that are folded are 1 x 1")
     x, conv = convolution(CASES[name], half, integers=True)
     rng = generator(1)
     g = values((len(x), len(conv.weight), *x.shape[2:]), half, rng, True)
-    below = add = None
-    if ending == "masks":
+    below = add = term = None
+    if ending == "folded":
+        term = operand_term(x.shape, half, rng, True)
+    if ending in ("masks", "folded"):
         pre_bn = values(tuple(x.shape), half, rng, True)
         below = Activation(pre_bn, scale_shift(x.shape[1], rng, True))
     if ending == "adds":
         add = values(tuple(x.shape), half, rng, True)
-    out, sums = backend._launcher.dgrad(tile, g, conv, x.shape, below, add)
+    out, sums = backend._launcher.dgrad(tile, g, conv, x.shape, below, add, None, term)
     counts = simulator.take_statistics()
-    expected, _ = PLAIN.dgrad(wide(g), wide(conv), x.shape, wide(below), wide(add))
+    expected, _ = PLAIN.dgrad(
+        wide(g), wide(conv), x.shape, wide(below), wide(add), None, wide(term)
+    )
     assert torch.equal(out, expected.to(half))
     assert counts["bank_conflicts"] == counts["shared_conflicts"] == 0
     if below is None:
@@ -255,6 +273,11 @@ def test_what_there_is_no_kernel_for_is_left_to_others(backend):
     assert names("dgrad", x[:, :72], same, x.shape, None, x, None) == ours
     assert names("dgrad", x[:, :72], same, x.shape, below, x, None) == set()
     assert names("dgrad", x[:, :72], same, x.shape, None, x, 2) == set()
+    point = same._replace(weight=same.weight[:, :, :1, :1], padding=(0, 0))
+    term = operand_term(x.shape, torch.bfloat16, generator(), True)
+    assert names("folded_dgrad", x[:, :72], point, x.shape, below, None, None, term) == ours
+    assert names("folded_dgrad", x[:, :72], point, x.shape, None, None, None, term) == set()
+    assert names("folded_dgrad", x[:, :72], same, x.shape, below, None, None, term) == set()
     odd = conv._replace(weight=conv.weight[:70])
     assert names("conv_stats", x, odd, True) == set()
     assert (
@@ -328,7 +351,7 @@ def test_the_simulated_backend_trains_with_them(backend):
 
 @pytest.mark.parametrize("shortcut", ["identity", "projection"])
 def test_a_whole_block_with_triton_passes(backend, monkeypatch, shortcut):
-    """Convolutions simulated, passes and the folded end interpreted: Hopper has them together."""
+    """Convolutions and the folded end simulated, passes interpreted: Hopper has them together."""
     pytest.importorskip("triton")
     from resnet_fused.backends.cuda.training import CudaTraining
 
@@ -353,7 +376,8 @@ def _trained_by(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
         monkeypatch.setattr(block_training, "kernels", lambda x: kernels)
         with autotune.tuner.watch() as decisions:
             out = blocks._fused_block(*arguments)
-        assert sum(d.candidate.name.startswith("cuda m") for d in decisions) == 2
+        # Forward: two convolutions, and the end, which is one of inference.
+        assert sum(d.candidate.name.startswith("cuda m") for d in decisions) == 3
         return out
 
     return run
@@ -368,10 +392,12 @@ def runner(backend: SimulatedBackend, piece: str, tile: str) -> Runner:
     x, conv = convolution(Case(1, 72, 12, 128, 72), torch.bfloat16, integers=True)
     below = Activation(x, scale_shift(x.shape[1], generator(), True))
     g = x.flip(0).contiguous(memory_format=NHWC)
+    term = operand_term(x.shape, torch.bfloat16, generator(2), True)
     launcher = backend._launcher
     runs: dict[str, Runner] = {
         "statistics": lambda: list(launcher.conv_stats(tile, x, conv, True)),
         "masks": lambda: list(launcher.dgrad(tile, g, conv, x.shape, below, None)),
+        "folded": lambda: list(launcher.dgrad(tile, g, conv, x.shape, below, None, None, term)),
         "adds": lambda: list(launcher.dgrad(tile, g, conv, x.shape, None, x)),
         "wgrad": lambda: [launcher.wgrad(tile, g, x, conv)],
     }
@@ -379,7 +405,7 @@ def runner(backend: SimulatedBackend, piece: str, tile: str) -> Runner:
 
 
 RUNS = [
-    *((ending, tile) for ending in ("statistics", "masks", "adds") for tile in TILES),
+    *((ending, tile) for ending in ("statistics", "masks", "adds", "folded") for tile in TILES),
     *(("wgrad", tile) for tile in WGRAD_TILES),
 ]
 
@@ -416,7 +442,8 @@ def test_every_wait_and_fence_is_needed(simulator, backend, piece, tile):
     assert needless("skipped_cluster_barrier", range(counts["cluster_barriers"])) == 0
     assert needless("skipped_register_release", [0]) == 0
     # The wait behind a tile's last product; those before it matter where a stage is filled again.
-    steps = counts["product_waits"] - 1 if piece == "wgrad" else 2
+    # Of a folded end's gradient they are two products, of as many steps each.
+    steps = {"wgrad": counts["product_waits"] - 1, "folded": 5}.get(piece, 2)
     last = range(steps, counts["product_waits"], steps + 1)
     assert len(last) >= 1 + (piece != "wgrad")
     assert needless("skipped_product_wait", last) == 0

@@ -161,20 +161,21 @@ class RecordingBackend(CudaBackend):
 
         from . import cuda_training as training  # which needs what stands above
 
-        def training_tiles(result: Any, x: Any, weight: Any, *_: Any) -> list[Any]:
+        def training_tiles(result: Any, x: Any, weight: Any, operand: int = 0) -> list[Any]:
             batch, channels, *image = result[2]
-            steps = math.prod(weight[2][2:]) * math.ceil(x[2][1] / 64)
+            steps = math.prod(weight[2][2:]) * math.ceil(x[2][1] / 64) + math.ceil(operand / 64)
             rows = batch * math.prod(image)
             names = training.tiles_in_order(rows, channels, steps, gpu.sms)
             return [SimpleNamespace(name=name) for name in names]
 
-        def dgrad_tiles(out: Any, grad: Any, weight: Any, window: Any, *_: Any) -> list[Any]:
+        def dgrad_tiles(out: Any, grad: Any, weight: Any, window: Any, *more: Any) -> list[Any]:
             (stride, padding, dilation), kernel = window, weight[2][2:]
             turns_round = math.prod((*stride, *dilation)) == 1 and all(
                 p < k for p, k in zip(padding, kernel, strict=True)
             )
             aligned = weight[2][0] % 8 == weight[2][1] % 8 == 0
-            return training_tiles(out, grad, weight) if turns_round and aligned else []
+            operand = 0 if more[4] is None else out[2][1]
+            return training_tiles(out, grad, weight, operand) if turns_round and aligned else []
 
         def conv_stats_tiles(out: Any, x: Any, weight: Any, *_: Any) -> list[Any]:
             aligned = weight[2][0] % 8 == weight[2][1] % 8 == 0

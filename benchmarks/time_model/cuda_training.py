@@ -124,10 +124,20 @@ def _window(x: Any, weight: Any, window: Sequence[Any], filters: int) -> tuple[s
 
 
 def _convolution(
-    name: str, shape: str, rows: int, channels: int, inner: int, taps: int, ending: int, moved: int
+    name: str,
+    shape: str,
+    rows: int,
+    channels: int,
+    inner: int,
+    taps: int,
+    ending: int,
+    moved: int,
+    operand: int = 0,
 ) -> tuple[Work, str]:
+    """operand: channels of a second product, which is multiplied first."""
     tile = TILES[name]
-    steps = taps * math.ceil(inner / _PANEL)
+    of_products = [math.ceil(operand / _PANEL), taps * math.ceil(inner / _PANEL)]
+    steps = sum(of_products)
     tiles = tile.tiles(rows, channels)
     ping_pong = tile.cluster == 1
     work = Work(
@@ -140,10 +150,10 @@ def _convolution(
         # Warpgroups that take turns are two blocks on an SM, as far as a tile's time goes.
         warps=4 if ping_pong else 8,
         blocks_per_sm=2 if ping_pong else 1,
-        trips=(1, steps),
+        trips=(1, *of_products[operand == 0 :]),
         dram_bytes=moved,
         l2_bytes=tiles * steps * tile.asked_bytes(inner) + moved,
-        multiply_adds=rows * channels * inner * taps,
+        multiply_adds=rows * channels * (inner * taps + operand),
         persistent=True,
         bulk_bytes=(tile.m + tile.n) * STEP_BYTES,
     )
@@ -163,15 +173,20 @@ def conv_stats(call: Call, gpu: Gpu) -> tuple[Work, str]:
 
 def dgrad(call: Call, gpu: Gpu) -> tuple[Work, str]:
     """The gradient of a convolution's input."""
-    grad, weight, window, below, scale_shift, sums, add, tile = call.arguments
+    grad, weight, window, below, scale_shift, sums, add, term, tile = call.arguments
     batch, channels, *image = call.out.shape
     described = (0, 0, tuple(call.out.shape))
     filters, _, *kernel = weight[2]
     shape, _ = _window(described, weight, window, filters)
     shape += ", masks" * (below is not None) + ", adds" * (add is not None)
-    moved = _bytes(grad, weight, below, scale_shift, sums, add, call.out)
+    shape += ", folded" * (term is not None)
+    moved = _bytes(grad, weight, below, scale_shift, sums, add, *(term or ()), call.out)
     rows, ending = batch * math.prod(image), 1 if below is not None else 2
-    return _convolution(tile, shape, rows, channels, filters, math.prod(kernel), ending, moved)
+    operand = 0
+    if term is not None:
+        operand, ending = channels, 3
+    taps = math.prod(kernel)
+    return _convolution(tile, shape, rows, channels, filters, taps, ending, moved, operand)
 
 
 def wgrad(call: Call, gpu: Gpu) -> tuple[Work, str]:

@@ -74,9 +74,11 @@ void check_cuda(const char* what, cudaError_t error) {
 }
 
 using OptionalTensor = std::optional<TensorArg>;
+// Of a folded end's gradient: operand, matrix, offset.
+using OptionalTerm = std::optional<std::tuple<TensorArg, TensorArg, TensorArg>>;
 using Pair = std::array<std::int64_t, 2>;
-// Mean, variance, weight, bias, eps.
-using BatchNormArg = std::tuple<TensorArg, TensorArg, OptionalTensor, OptionalTensor, double>;
+// Mean, variance (None: of 1), weight, bias, eps.
+using BatchNormArg = std::tuple<TensorArg, OptionalTensor, OptionalTensor, OptionalTensor, double>;
 // Stride, padding, dilation.
 using WindowArg = std::tuple<Pair, Pair, Pair>;
 // A convolution with its batch norm: x, weight, window, batch norm.
@@ -429,11 +431,11 @@ void set_conv_stats(Launch<TrainingLaunch<ConvStats>>& launch, const TensorArg& 
 void set_dgrad(Launch<TrainingLaunch<Dgrad>>& launch, const TensorArg& out, const TensorArg& grad,
                const TensorArg& weight, const WindowArg& window, const OptionalTensor& below,
                const OptionalTensor& scale_shift, const OptionalTensor& sums,
-               const OptionalTensor& add, int device) {
+               const OptionalTensor& add, const OptionalTerm& term, int device) {
   Dgrad& op = launch.arguments.op;
   launch.arguments.device = device;
-  if (below.has_value() != scale_shift.has_value() || (below && add)) {
-    refuse("below and its scale_shift go together, and without add");
+  if (below.has_value() != scale_shift.has_value() || (below && add) || (term && !below)) {
+    refuse("below and its scale_shift go together, and without add; a term goes with them");
   }
   set_training(op.op, out, weight, window, grad);
   const auto set = [&](const void*& slot, const char* name, const OptionalTensor& tensor) {
@@ -447,6 +449,19 @@ void set_dgrad(Launch<TrainingLaunch<Dgrad>>& launch, const TensorArg& out, cons
   launch.reads(op.op.conv.weight, "weight", weight);
   set(op.below, "below", below);
   set(op.add, "add", add);
+  if (term) {
+    const auto& [operand, matrix, offset] = *term;
+    const std::int64_t channels = out.sizes[1];
+    set(op.operand, "operand", operand);
+    check_type("matrix", matrix, out.type);
+    check_sizes("matrix", matrix, {channels, channels});
+    check_contiguous("matrix", matrix, 2);
+    launch.reads(op.operand_matrix, "matrix", matrix);
+    check_type("offset", offset, ScalarType::kFloat32);
+    check_sizes("offset", offset, {channels});
+    check_contiguous("offset", offset, 1);
+    launch.reads(op.operand_offset, "offset", offset);
+  }
   if (scale_shift) {
     check_type("scale_shift", *scale_shift, ScalarType::kFloat32);
     check_sizes("scale_shift", *scale_shift, {6, out.sizes[1]});
@@ -495,10 +510,10 @@ std::vector<TrainingTile> conv_stats_tiles(const TensorArg& out, const TensorArg
 
 void dgrad(const TensorArg& out, const TensorArg& grad, const TensorArg& weight,
            const WindowArg& window, const OptionalTensor& below, const OptionalTensor& scale_shift,
-           const OptionalTensor& sums, const OptionalTensor& add, TrainingTile tile, int device,
-           std::uintptr_t stream) {
+           const OptionalTensor& sums, const OptionalTensor& add, const OptionalTerm& term,
+           TrainingTile tile, int device, std::uintptr_t stream) {
   Launch<TrainingLaunch<Dgrad>> launch;
-  set_dgrad(launch, out, grad, weight, window, below, scale_shift, sums, add, device);
+  set_dgrad(launch, out, grad, weight, window, below, scale_shift, sums, add, term, device);
   launch.arguments.tile = tile;
   launch.run<run_dgrad>(stream);
 }
@@ -507,9 +522,10 @@ std::vector<TrainingTile> dgrad_tiles(const TensorArg& out, const TensorArg& gra
                                       const TensorArg& weight, const WindowArg& window,
                                       const OptionalTensor& below,
                                       const OptionalTensor& scale_shift, const OptionalTensor& sums,
-                                      const OptionalTensor& add, int device) {
+                                      const OptionalTensor& add, const OptionalTerm& term,
+                                      int device) {
   Launch<TrainingLaunch<Dgrad>> launch;
-  set_dgrad(launch, out, grad, weight, window, below, scale_shift, sums, add, device);
+  set_dgrad(launch, out, grad, weight, window, below, scale_shift, sums, add, term, device);
   return training_tiles_of(launch);
 }
 
@@ -886,19 +902,22 @@ void register_cuda_kernels(py::module_& module) {
       "The tiles by which cuda_conv_stats computes these arguments on `device`, the expected\n"
       "fastest first; none where it does not.");
 
-  module.def("cuda_dgrad", &dgrad, py::arg("out"), py::arg("grad"), py::arg("weight"),
-             py::arg("window"), py::arg("below"), py::arg("scale_shift"), py::arg("sums"),
-             py::arg("add"), py::arg("tile"), py::arg("device"), py::arg("stream"),
-             "out = the gradient of x, where grad is that of conv(x), + add. With below, x being\n"
-             "relu((below - mean) * scale + shift): zero where that is, and sums, (parts, 2, "
-             "channels), of\n"
-             "out and of out * (below - mean) of every 128 positions. scale_shift is (6, "
-             "channels), mean,\n"
-             "scale and shift first.");
+  module.def(
+      "cuda_dgrad", &dgrad, py::arg("out"), py::arg("grad"), py::arg("weight"), py::arg("window"),
+      py::arg("below"), py::arg("scale_shift"), py::arg("sums"), py::arg("add"), py::arg("term"),
+      py::arg("tile"), py::arg("device"), py::arg("stream"),
+      "out = the gradient of x, where grad is that of conv(x), + add. With below, x being\n"
+      "relu((below - mean) * scale + shift): zero where that is, and sums, (parts, 2, "
+      "channels), of\n"
+      "out and of out * (below - mean) of every 128 positions. scale_shift is (6, "
+      "channels), mean,\n"
+      "scale and shift first. term, of a 1 x 1 convolution with below, is (x, matrix, offset): "
+      "matrix *\n"
+      "x + offset is added before the mask; matrix (channels, channels) is symmetric.");
 
   module.def("cuda_dgrad_tiles", &dgrad_tiles, py::arg("out"), py::arg("grad"), py::arg("weight"),
              py::arg("window"), py::arg("below"), py::arg("scale_shift"), py::arg("sums"),
-             py::arg("add"), py::arg("device"), "As cuda_conv_stats_tiles.");
+             py::arg("add"), py::arg("term"), py::arg("device"), "As cuda_conv_stats_tiles.");
 
   py::enum_<WgradTile>(module, "WgradTile", py::module_local(),
                        "Columns of the weight x output channels of a block of cuda_wgrad.")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, channels_last
 
 from .._extension import TensorArg, optional_tensor_arg, tensor_arg
-from ..parameters import BatchNorm, Convolution
+from ..parameters import MEAN, SCALE, SHIFT, BatchNorm, ConvBn, Convolution
 from . import recording
 from .recording import copied
 
-BatchNormArg = tuple[TensorArg, TensorArg, TensorArg | None, TensorArg | None, float]
+BatchNormArg = tuple[TensorArg, TensorArg | None, TensorArg | None, TensorArg | None, float]
 
 
 def nhwc(x: Tensor) -> Tensor:
@@ -57,11 +58,28 @@ def batch_norm_arg(bn: BatchNorm, types: Collection[torch.dtype]) -> BatchNormAr
         v if v is None or v.dtype in types else copied(v, v.float()) for v in bn[:4]
     )
     assert mean is not None
-    assert var is not None
     return (
         tensor_arg(mean),
-        tensor_arg(var),
+        optional_tensor_arg(var),
         optional_tensor_arg(weight),
         optional_tensor_arg(bias),
         bn.eps,
     )
+
+
+class _GivenScale(NamedTuple):
+    """A normalisation (x - mean) · weight + bias, for kernels beside `BatchNorm`, whose scale
+    depends on a variance too."""
+
+    mean: Tensor
+    var: None
+    weight: Tensor
+    bias: Tensor
+    eps: float = 0.0
+
+
+def given_scale(conv: Convolution, scale_shift: Tensor) -> ConvBn:
+    """`conv` with a normalisation of training's (`resnet_fused.backends.training`), which kernels
+    take as they take a `ConvBn`."""
+    mean, scale, shift = scale_shift[MEAN], scale_shift[SCALE], scale_shift[SHIFT]
+    return ConvBn(conv, _GivenScale(mean, None, scale, shift))  # type: ignore[arg-type]

@@ -11,7 +11,8 @@
 // mean far from zero would take from the squares. Four warps' sums become mean and squared
 // deviations of 128 rows. Mask: the tile of the pre-BN output below lies where the result will; a
 // gradient stays where scale and shift make that positive, and it and its product with that value's
-// deviation from the mean are summed. Add: what lies there is added.
+// deviation from the mean are summed. Add: what lies there is added. Folded: as Mask, and behind a
+// second product, of the gradient's own operand, which the tile's sums begin with, and an offset.
 // Of 8 sums that a thread has of two groups of columns, the 8 lanes that share columns each finish
 // one (reduce): 7 shuffles. No sum depends on which warp comes first.
 //
@@ -37,7 +38,10 @@
 namespace resnet_fused {
 namespace {
 
-enum class Ending : int { kStatistics, kMask, kAdd };
+enum class Ending : int { kStatistics, kMask, kAdd, kFolded };
+
+template <Ending kEnding>
+constexpr bool kMasks = kEnding == Ending::kMask || kEnding == Ending::kFolded;
 
 constexpr int kWarps = kWarpgroup / 32;
 
@@ -69,6 +73,7 @@ struct Shared {
 struct Arguments : PersistentArguments {
   float* parts;                    // of statistics or sums; may be null
   const float* below_scale_shift;  // rows of out_channels: mean, scale, shift
+  const float* offset;             // of out_channels, where there is a second product
   int positions;
 };
 
@@ -143,7 +148,7 @@ __device__ __forceinline__ void finish(Acc& acc, std::uint32_t result, int part,
       const int j = begin + b;
       float pivot[Acc::kRun], before[Acc::kRows][Acc::kRun];
       Run rounded[Acc::kRows];
-      if (kEnding == Ending::kMask || (kEnding == Ending::kAdd && adds)) {
+      if (kMasks<kEnding> || (kEnding == Ending::kAdd && adds)) {
 #pragma unroll
         for (int i = 0; i < Acc::kRows; ++i) {
           const auto run = ptx::load_shared<Run>(place(i, j));
@@ -151,13 +156,14 @@ __device__ __forceinline__ void finish(Acc& acc, std::uint32_t result, int part,
           for (int e = 0; e < Acc::kRun; ++e) before[i][e] = to_float(run.value[e]);
         }
       }
-      if constexpr (kEnding == Ending::kMask) {
+      if constexpr (kMasks<kEnding>) {
 #pragma unroll
         for (int e = 0; e < Acc::kRun; ++e) {
           const auto below = ptx::load_shared<ScaleShift>(
               Shared<Tile>::kBelow + (consumer * Tile::kN + acc.column(j) + e) * kScaleShiftBytes);
 #pragma unroll
           for (int i = 0; i < Acc::kRows; ++i) {
+            if (kEnding == Ending::kFolded) acc.at(i, j, e) += below.scale_low;  // the offset
             if (!(normalise<false>(before[i][e], below) > 0.0f)) acc.at(i, j, e) = 0.0f;
             before[i][e] -= below.mean;
           }
@@ -197,6 +203,8 @@ __device__ __forceinline__ void finish(Acc& acc, std::uint32_t result, int part,
               value = acc.row(i) < rows ? value - pivot[e] : 0.0f;
               factor = value;
             } else {
+              // Beyond the tensor's rows gradients are zero, but for the offset.
+              if (kEnding == Ending::kFolded && acc.row(i) >= rows) value = 0.0f;
               factor = before[i][e];
             }
             sums[2 * b + e] += value;
@@ -223,7 +231,7 @@ __device__ __forceinline__ void write_part(float* to, std::int64_t apart, int co
     sum[warp] = ptx::load_shared<float>(sums_at<Tile>(consumer, warp, 0) + column * 4);
     second[warp] = ptx::load_shared<float>(sums_at<Tile>(consumer, warp, 1) + column * 4);
   }
-  if constexpr (kEnding == Ending::kMask) {
+  if constexpr (kMasks<kEnding>) {
     ptx::store_global(to, (sum[0] + sum[1]) + (sum[2] + sum[3]));
     ptx::store_global(to + apart, (second[0] + second[1]) + (second[2] + second[3]));
   } else {
@@ -260,13 +268,14 @@ __device__ __forceinline__ void consume(const Arguments& a, int consumer) {
   typename Shared::Operands operands(a.spin_limit);
   typename Shared::Results results(a.spin_limit);
   typename Shared::Turns turns(a.spin_limit);
+  constexpr bool kFolded = kEnding == Ending::kFolded;
   const int part = Tile::kPingPong ? 0 : consumer;  // of a tile's positions
   const int thread = threadIdx.x % kWarpgroup;      // has one channel of the tile
   int turn = 0;
 #pragma unroll 1
   for (TileScheduler<Tile> at(a); at.valid(); at.advance()) {
     if (Tile::kPingPong && turn++ % kNumConsumers != consumer) {
-      operands.advance(steps_of(a.conv));
+      operands.advance(steps_of(a.conv) + (kFolded ? steps_of(a.projection) : 0));
       results.advance();
       continue;
     }
@@ -274,20 +283,24 @@ __device__ __forceinline__ void consume(const Arguments& a, int consumer) {
     const int channel = at.channel() + thread;
     const bool has_channel = thread < Tile::kN && channel < a.out_channels;
     ScaleShift below{};
-    if (kEnding == Ending::kMask && has_channel) {
+    if (kMasks<kEnding> && has_channel) {
       below.mean = ptx::load_global(a.below_scale_shift + channel);
       below.scale = ptx::load_global(a.below_scale_shift + a.out_channels + channel);
       below.shift = ptx::load_global(a.below_scale_shift + 2 * a.out_channels + channel);
+      if constexpr (kFolded) below.scale_low = ptx::load_global(a.offset + channel);
     }
     Accumulators<Tile::kConsumerM, Tile::kN> acc;
     if constexpr (Tile::kPingPong) take_turn(consumer, at.tile(), turns);
     constexpr Columns kColumns = kEnding == Ending::kStatistics ? Columns::kNone : Columns::kWeight;
-    acc.template multiply<T, Tile, Tile::kCluster, false, kColumns>(steps_of(a.conv), part,
-                                                                    at.tile(), operands, [&] {
-                                                                      if constexpr (Tile::kPingPong)
-                                                                        pass_turn(consumer, turns);
-                                                                    });
-    if constexpr (kEnding == Ending::kMask) {
+    if constexpr (kFolded) {
+      acc.template multiply<T, Tile, Tile::kCluster, false, kColumns>(steps_of(a.projection), part,
+                                                                      at.tile(), operands, [] {});
+    }
+    acc.template multiply<T, Tile, Tile::kCluster, kFolded, kColumns>(
+        steps_of(a.conv), part, at.tile(), operands, [&] {
+          if constexpr (Tile::kPingPong) pass_turn(consumer, turns);
+        });
+    if constexpr (kMasks<kEnding>) {
       if (thread < Tile::kN) {
         ptx::store_shared(Shared::kBelow + (consumer * Tile::kN + thread) * kScaleShiftBytes,
                           below);
@@ -303,7 +316,7 @@ __device__ __forceinline__ void consume(const Arguments& a, int consumer) {
     ptx::named_barrier(1 + consumer, kWarpgroup);
     if (thread == 0) results.release();
     if (kEnding != Ending::kAdd && a.parts != nullptr && has_channel && rows > 0) {
-      constexpr int kRows = kEnding == Ending::kMask ? 2 : 3;
+      constexpr int kRows = kMasks<kEnding> ? 2 : 3;
       float* const to =
           a.parts + std::int64_t{position / kPartRows} * kRows * a.out_channels + channel;
       write_part<Tile, kEnding>(to, a.out_channels, consumer, thread, rows);
@@ -333,7 +346,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::decrease_registers<Tile::kNumProducerRegisters>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (warp == 0 && lane == 0) {
-      load_operands<Tile, typename Shared::Operands, false, Weights>(a);
+      load_operands<Tile, typename Shared::Operands, kEnding == Ending::kFolded, Weights>(a);
     } else if (warp == 2 && lane == 0) {
       move_results<Tile, typename Shared::Results, Shared::kResults>(a);
     }
@@ -369,13 +382,19 @@ std::int64_t cycles(const ConvBn& a, int num_sms) {
   constexpr std::int64_t kStep = std::max(kTensor, kAsked / kL2BytesPerCycle);
   constexpr std::int64_t kEnd = Tile::kM * Tile::kN / 8;
   const std::int64_t of_sm = ceil_div(tiles<Tile>(a) * Tile::kCluster, num_sms);
-  const std::int64_t products = steps_of(a.conv) * kStep;
+  const bool folded = a.projection.x != nullptr;
+  const std::int64_t products = (steps_of(a.conv) + (folded ? steps_of(a.projection) : 0)) * kStep;
   if (Tile::kPingPong) return of_sm * std::max(products, (products + kEnd) / 2) + kEnd;
   return of_sm * (products + kEnd);
 }
 
+// The weights that lie transposed: of a gradient, and of its second product.
+struct Transposed {
+  CUtensorMap weight, matrix;
+};
+
 template <typename T, Ending kEnding>
-cudaError_t run(const ConvBn& a, const CUtensorMap* transposed, Arguments to, TrainingTile tile,
+cudaError_t run(const ConvBn& a, const Transposed* transposed, Arguments to, TrainingTile tile,
                 int num_sms, cudaStream_t stream) {
   return with_tile(tile, [&](auto t) {
     using Tile = decltype(t);
@@ -383,8 +402,12 @@ cudaError_t run(const ConvBn& a, const CUtensorMap* transposed, Arguments to, Tr
     cudaError_t status = transposed == nullptr ? encode_arguments<Tile>(&to, a)
                                                : encode_x(&to.conv, a, a.conv, Tile::kM);
     if (transposed != nullptr && status == cudaSuccess) {
-      to.conv.weight = *transposed;
+      to.conv.weight = transposed->weight;
       status = encode_result<Tile>(&to, a);
+    }
+    if (kEnding == Ending::kFolded && status == cudaSuccess) {
+      status = encode_x(&to.projection, a, a.projection, Tile::kM);
+      to.projection.weight = transposed->matrix;
     }
     if (status != cudaSuccess) return status;
     return launch(&conv_training_sm90_kernel<T, Tile, kEnding>,
@@ -393,7 +416,7 @@ cudaError_t run(const ConvBn& a, const CUtensorMap* transposed, Arguments to, Tr
 }
 
 template <Ending kEnding>
-cudaError_t run(const ConvBn& a, const CUtensorMap* transposed, const Arguments& to,
+cudaError_t run(const ConvBn& a, const Transposed* transposed, const Arguments& to,
                 TrainingTile tile, int device, cudaStream_t stream) {
   if (positions(a) * a.out_channels == 0) return cudaSuccess;
   cudaError_t status = set_device(device);
@@ -410,8 +433,8 @@ cudaError_t run(const ConvBn& a, const CUtensorMap* transposed, const Arguments&
 
 bool can_take(const ConvBn& a) {
   return a.dtype != DType::kFloat32 && a.groups == 1 && a.out_channels % 8 == 0 && aligned(a.out) &&
-         can_read(a.conv) && can_read(a.residual, 2) &&
-         tiles<Tile128x64>(a) + positions(a) + 2 * kMaxM <= kMaxGridX;
+         can_read(a.conv) && (a.projection.x == nullptr || can_read(a.projection)) &&
+         can_read(a.residual, 2) && tiles<Tile128x64>(a) + positions(a) + 2 * kMaxM <= kMaxGridX;
 }
 
 // The convolution that the gradient is: of the gradient of the result, the window turned round.
@@ -431,6 +454,13 @@ ConvBn as_convolution(const Dgrad& dgrad) {
     a.residual = {before, a.out_channels, a.out_height, a.out_width, line * a.out_height,
                   line,   pixel};
   }
+  if (dgrad.operand != nullptr) {
+    a.projection.x = dgrad.operand;
+    a.projection.weight = dgrad.operand_matrix;
+    a.projection.height = a.out_height;
+    a.projection.width = a.out_width;
+    a.projection.channels = a.out_channels;
+  }
   return a;
 }
 
@@ -440,6 +470,7 @@ bool can_implement(const Dgrad& arguments) {
   const ConvolutionBn& conv = arguments.op.conv;
   return conv.stride_h * conv.stride_w * conv.dilation_h * conv.dilation_w == 1 &&
          conv.padding_h < conv.kernel_h && conv.padding_w < conv.kernel_w &&
+         (arguments.operand == nullptr || (is_matrix(conv) && arguments.below != nullptr)) &&
          can_take(as_convolution(arguments));
 }
 
@@ -484,16 +515,22 @@ cudaError_t dgrad(const Dgrad& arguments, TrainingTile tile, int device, cudaStr
   Arguments to{};
   to.parts = arguments.sums;
   to.below_scale_shift = arguments.below_scale_shift;
-  CUtensorMap weight;
-  const auto size = [](std::int64_t value) { return static_cast<std::uint64_t>(value); };
-  const cudaError_t status =
-      encode_tiles(&weight, a.dtype, a.conv.weight,
-                   {size(a.out_channels), size(std::int64_t{a.conv.kernel_h} * a.conv.kernel_w),
-                    size(a.conv.channels)},
-                   {1, kMapChannels});
+  to.offset = arguments.operand_offset;
+  Transposed transposed;
+  const auto encode_weight = [&](CUtensorMap* map, const ConvolutionBn& conv) {
+    const auto size = [](std::int64_t value) { return static_cast<std::uint64_t>(value); };
+    return encode_tiles(map, a.dtype, conv.weight,
+                        {size(a.out_channels), size(std::int64_t{conv.kernel_h} * conv.kernel_w),
+                         size(conv.channels)},
+                        {1, kMapChannels});
+  };
+  const bool folded = arguments.operand != nullptr;
+  cudaError_t status = encode_weight(&transposed.weight, a.conv);
+  if (folded && status == cudaSuccess) status = encode_weight(&transposed.matrix, a.projection);
   if (status != cudaSuccess) return status;
-  return arguments.below != nullptr ? run<Ending::kMask>(a, &weight, to, tile, device, stream)
-                                    : run<Ending::kAdd>(a, &weight, to, tile, device, stream);
+  if (folded) return run<Ending::kFolded>(a, &transposed, to, tile, device, stream);
+  return arguments.below != nullptr ? run<Ending::kMask>(a, &transposed, to, tile, device, stream)
+                                    : run<Ending::kAdd>(a, &transposed, to, tile, device, stream);
 }
 
 }  // namespace resnet_fused

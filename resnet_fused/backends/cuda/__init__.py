@@ -26,9 +26,10 @@ from torch import Tensor
 
 from ... import _extension
 from ...errors import BackendUnavailableError
-from ...parameters import BatchNorm, ConvBn, Convolution, MaxPool, Normalization
+from ...parameters import BatchNorm, ConvBn, Convolution, Folded, MaxPool, Normalization
 from ...reference.ops import pad_channels
 from .. import Backend, Candidate, Candidates, unavailable
+from ..arguments import dense_convolution, given_scale
 from ..reference import ReferenceBackend
 from ..training import TrainingKernels
 from .launch import Launcher
@@ -80,18 +81,24 @@ class CudaBackend(ReferenceBackend):
         """Our kernels for a piece of training, in each tile that computes it, the expected fastest
         first. Pieces and arguments are those of `resnet_fused.backends.training.TrainingKernels`.
         """
-        if piece not in ("conv_stats", "dgrad", "wgrad"):
+        if piece == "folded_end":
+            return self._tiles(self._folded_end, *_folded_layers(*arguments), True)
+        if piece not in ("conv_stats", "dgrad", "folded_dgrad", "wgrad"):
             return []
         launcher, tensor = self._launcher, arguments[0]
         conv = next(argument for argument in arguments if isinstance(argument, Convolution))
         if tensor.dtype not in (torch.float16, torch.bfloat16) or conv.groups > 1:
             return []
         tiles: list[str] = []
-        run: Callable[..., Any] = getattr(launcher, piece)
+        run: Callable[..., Any] = getattr(launcher, piece.removeprefix("folded_"))
         if piece == "conv_stats":
             tiles = launcher.conv_stats_tiles(tensor, conv)
         elif piece == "wgrad" and conv.weight.dtype in (torch.float32, tensor.dtype):
             tiles = launcher.wgrad_tiles(*arguments)
+        elif piece == "folded_dgrad":
+            *of_dgrad, add_stride, term = arguments
+            if of_dgrad[3] is not None and of_dgrad[4] is add_stride is None:
+                tiles = launcher.dgrad_tiles(*of_dgrad, term)
         elif piece == "dgrad":
             below, add, add_stride = arguments[3:]
             if add_stride is None and (below is None or add is None):
@@ -100,6 +107,9 @@ class CudaBackend(ReferenceBackend):
             Candidate(f"cuda {tile}", functools.partial(run, tile), f"cuda training {tile}")
             for tile in tiles
         ]
+
+    def _folded_end(self, tile: str, main: Folded, shortcut: Tensor | Folded | None) -> Tensor:
+        return self._launcher.conv_bn(tile, *_folded_layers(main, shortcut), True)
 
     @property
     def training_tiles(self) -> list[str]:
@@ -293,6 +303,20 @@ class CudaBackend(ReferenceBackend):
 
     def _cublas(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(self._launcher.average_pool(x, x.dtype), weight, bias)
+
+
+def _folded_layers(
+    main: Folded, shortcut: Tensor | Folded | None
+) -> tuple[tuple[Tensor, ConvBn], tuple[Tensor, ConvBn] | None, Tensor | None]:
+    """A folded end as the convolution of inference takes it: its layer, and the shortcut's layer or
+    what it adds."""
+
+    def layer(end: Folded) -> tuple[Tensor, ConvBn]:
+        return end.x, given_scale(dense_convolution(end.conv, end.x.dtype), end.scale_shift)
+
+    if isinstance(shortcut, Folded):
+        return layer(main), layer(shortcut), None
+    return layer(main), None, shortcut
 
 
 def _resnet_stem(conv: Convolution, pool: MaxPool) -> bool:

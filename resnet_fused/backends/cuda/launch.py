@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, channels_last
 
 from ..._extension import optional_tensor_arg, tensor_arg
-from ...parameters import Activation, BatchNorm, ConvBn, Convolution, MaxPool, Normalization
+from ...parameters import (
+    Activation,
+    BatchNorm,
+    ConvBn,
+    Convolution,
+    MaxPool,
+    Normalization,
+    OperandTerm,
+)
 from .. import tf32_in_convolutions
 from ..arguments import (
     BatchNormArg,
@@ -160,9 +168,10 @@ class Launcher:
         below: Activation | None,
         add: Tensor | None,
         add_stride: int | None = None,
+        term: OperandTerm | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """See `resnet_fused.backends.training.TrainingKernels.dgrad`; there is no add_stride."""
-        out, sums, call = self._dgrad_call(g, conv, shape, below, add)
+        """See `resnet_fused.backends.training.FoldedEnds.dgrad`; there is no add_stride."""
+        out, sums, call = self._dgrad_call(g, conv, shape, below, add, term)
         self.run(self.extension.cuda_dgrad, out, *call, getattr(self.extension.TrainingTile, tile))
         return out, sums
 
@@ -173,9 +182,10 @@ class Launcher:
         shape: torch.Size,
         below: Activation | None,
         add: Tensor | None,
+        term: OperandTerm | None = None,
     ) -> list[str]:
         """Names of the tiles by which `dgrad` computes these arguments."""
-        out, _, call = self._dgrad_call(g, conv, shape, below, add)
+        out, _, call = self._dgrad_call(g, conv, shape, below, add, term)
         found = self.extension.cuda_dgrad_tiles(tensor_arg(out), *call, self.place(g.device))
         return [tile.name for tile in found]
 
@@ -186,6 +196,7 @@ class Launcher:
         shape: torch.Size,
         below: Activation | None,
         add: Tensor | None,
+        term: OperandTerm | None,
     ) -> tuple[Tensor, Tensor | None, tuple[Any, ...]]:
         """Both results to be, and the kernel's other arguments."""
         g, conv = nhwc(g), dense_convolution(conv, g.dtype)
@@ -200,6 +211,7 @@ class Launcher:
             optional_tensor_arg(scale_shift),
             optional_tensor_arg(sums),
             None if add is None else tensor_arg(nhwc(add)),
+            None if term is None else (tensor_arg(nhwc(term.x)), *map(tensor_arg, term[1:])),
         )
         return out, sums, call
 
@@ -365,12 +377,8 @@ class Launcher:
         )
 
     def _vectors(self, bn: BatchNorm) -> BatchNormArg:
-        def dense(vector: Tensor) -> Tensor:
-            return copied(vector, vector.contiguous())
-
-        weight, bias = (None if v is None else dense(v) for v in (bn.weight, bn.bias))
-        contiguous = BatchNorm(dense(bn.mean), dense(bn.var), weight, bias, bn.eps)
-        return batch_norm_arg(contiguous, self.dtypes)
+        vectors: list[Any] = [None if v is None else copied(v, v.contiguous()) for v in bn[:4]]
+        return batch_norm_arg(BatchNorm(*vectors, bn.eps), self.dtypes)
 
 
 def has_few_channels(conv: Convolution) -> bool:

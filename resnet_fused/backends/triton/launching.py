@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from ..._extension import optional_tensor_arg
-from ...parameters import MEAN, SCALE, SHIFT, BatchNorm, ConvBn, Convolution
+from ...parameters import BatchNorm, ConvBn, Convolution
 from .. import Candidate, recording, tf32_in_convolutions
 from ..arguments import dense_convolution
 
@@ -247,24 +247,6 @@ def dense(bn: BatchNorm) -> BatchNorm:
         None if bias is None else bias.contiguous(),
         eps,
     )
-
-
-class _GivenScale(NamedTuple):
-    """A normalisation (x - mean) · weight + bias, for kernels beside `BatchNorm`, whose scale
-    depends on a variance too."""
-
-    mean: Tensor
-    var: None
-    weight: Tensor
-    bias: Tensor
-    eps: float = 0.0
-
-
-def given_scale(conv: Convolution, scale_shift: Tensor) -> ConvBn:
-    """`conv` with a normalisation of training's (`resnet_fused.backends.training`), which kernels
-    take as they take a `ConvBn`."""
-    mean, scale, shift = scale_shift[MEAN], scale_shift[SCALE], scale_shift[SHIFT]
-    return ConvBn(conv, _GivenScale(mean, None, scale, shift))  # type: ignore[arg-type]
 
 
 def dense_layer(layer: ConvBn) -> ConvBn:

@@ -47,7 +47,7 @@ def bn_scale_shift(bn, channel, mask):
     """Float32 (mean, scale, what scale's rounding lost, shift) of the given channels.
 
     bn: a `resnet_fused.parameters.BatchNorm`, live pointers of any dtype; or, if its variance is
-    None, a `launching.given_scale`.
+    None, a `arguments.given_scale`.
 
     scale = γ/√(var + ε) comes from the hardware's approximate 1/√ and one Newton step with the
     roundings of its residual added back: threads repeat this for every column they hold, and a

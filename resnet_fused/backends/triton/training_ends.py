@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...parameters import Convolution, Folded, OperandTerm
-from ..arguments import dense_convolution
+from ..arguments import dense_convolution, given_scale
 from . import launching
 from .convolution import configurations, packing, plan_conv_bn, plan_conv_bn_projection
 from .launching import (
@@ -31,7 +31,6 @@ from .launching import (
     Window,
     convolution_precision,
     empty_nhwc,
-    given_scale,
     is_wide,
     nhwc,
     planned,
@@ -105,10 +104,19 @@ def gram_kernel(
 
 @triton.jit
 def merge_gram_kernel(
-    x, parts, sums, gram, mean, count, rows, C, STEP: tl.constexpr, BLOCK: tl.constexpr
+    first_position,
+    parts,
+    sums,
+    gram,
+    mean,
+    count,
+    rows,
+    C,
+    STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Grid: (blocks of C × C,), STEP parts at a time. gram (C, C): the sum of products of
-    deviations from the mean (C,), float32."""
+    deviations from the mean (C,), float32. first_position (C,): of the operand."""
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     in_pairs = pair < C * C
     left = pair // C
@@ -126,7 +134,7 @@ def merge_gram_kernel(
     left_mean = tl.sum(left_sum, 0) / rows
     centred = tl.sum(total, 0) - left_mean * tl.sum(right_sum, 0)
     tl.store(gram + pair, centred, in_pairs)
-    origin = tl.load(x + left, in_pairs, other=0.0).to(tl.float64)
+    origin = tl.load(first_position + left, in_pairs, other=0.0).to(tl.float64)
     tl.store(mean + left, origin + left_mean, in_pairs & (right == 0))
 
 
@@ -389,7 +397,7 @@ def operand_moments(x: Tensor, conv: Convolution) -> tuple[Tensor, Tensor]:
     gram, products = empty(channels, channels), empty(filters + 1, channels)
     moments = empty(1, 3, filters)
     plan.gram(x, parts, sums)
-    plan.merge(x, parts, sums, gram, products[-1])
+    plan.merge(x[0, :, 0, 0], parts, sums, gram, products[-1])
     plan.moments(conv.weight, gram, products, moments)
     return moments, products
 
