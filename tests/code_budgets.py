@@ -192,7 +192,7 @@ BUDGETS: dict[str, tuple[int, int]] = {
     "wgrad_kernel: 64×128×64 8 warps 3 stages 1×1": (132, 434),
     "wgrad_kernel: 32×32×32 4 warps 3 stages 1×1": (69, 256),
     "dgrad_kernel: 128×64×64 8 warps 3 stages 1×1, adds": (97, 591),
-    "pool_gradient_kernel: 32×64 4 warps 1 stages": (0, 1295),
+    "pool_gradient_kernel: 16×64 4 warps 1 stages": (0, 1062),
     "wgrad_kernel: 64×128×64 8 warps 3 stages 7×7/2": (1286, 489),
     "gram_kernel: 64×64×64 4 warps 3 stages": (408, 645),
     "merge_gram_kernel: 16×64 4 warps 1 stages": (114, 454),
@@ -287,7 +287,7 @@ KNOWN: dict[str, dict[str, Any]] = {
         "tensor_instructions": ["HMMA.16816.F32.BF16"],
         "products_pending": None,
     },
-    "pool_gradient_kernel: 32×64 4 warps 1 stages": {"instructions_elsewhere": 1295},
+    "pool_gradient_kernel: 16×64 4 warps 1 stages": {"instructions_elsewhere": 1062},
     "wgrad_kernel: 64×128×64 8 warps 3 stages 7×7/2": {
         "load_bytes": {"2": 32},
         "products_pending": 0,

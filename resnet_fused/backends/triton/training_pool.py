@@ -3,9 +3,10 @@
 Algorithm: forward, a program normalises, applies ReLU and pools a tile of pooled positions, and
 notes in a byte where in its window each maximum stands, the first of equal ones, as in PyTorch
 (of a window without a positive value its first position, all being zero after the ReLU).
-Backward, a program owns a tile of positions and adds up the gradients of those windows that cover
-one and have their maximum there.
-Tiles: BLOCK_M positions × BLOCK_C channels.
+Backward, a program owns a tile of cells of stride × stride positions, reads the windows that cover
+any of them once, and adds up for each position the gradients of those that have their maximum
+there.
+Tiles: BLOCK_M pooled positions, or cells, × BLOCK_C channels.
 Memory traffic: the pre-BN output once, in either direction (windows overlap in the caches), the
 pooled tensor and its bytes once, in backward the result once.
 """
@@ -89,52 +90,65 @@ def pool_gradient_kernel(
     rows,
     image,
     result,
+    cells,
     POOL: tl.constexpr,
+    WINDOWS: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Grid: (tiles of positions × K,). sums: (row tiles, 2, K)."""
+    """Grid: (tiles of cells × K,). sums: (cell tiles, 2, K). A cell is as many rows and columns as
+    the windows move by; `cells`: how many there are down and across. The windows over one of its
+    positions are those that begin in it or in the WINDOWS - 1 cells before it."""
     row, first_channel = tile_index(rows, image.c, BLOCK_M, BLOCK_C, WIDE)
     channel = first_channel + tl.arange(0, BLOCK_C)
     valid = channel < image.c
     mean, scale, shift = load_scale_shift(scale_shift, image.c, channel, valid)
-    n, h, w = split_position(row, image.h, image.w)
+    n, p, q = split_position(row, cells.h, cells.w)
     in_rows = row < rows
-    here = row[:, None] * image.c + channel[None, :]
-    mask = in_rows[:, None] & valid[None, :]
-    own = tl.load(pre_bn + here, mask, other=0.0)
-    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    # The windows that cover h begin at p · stride - padding, the last at or before h.
-    last_p = (h + POOL.padding) // POOL.stride
-    last_q = (w + POOL.padding) // POOL.stride
-    windows: tl.constexpr = (POOL.kernel - 1) // POOL.stride + 1
-    for back_p in tl.static_range(windows):
-        for back_q in tl.static_range(windows):
-            p = last_p - back_p
-            q = last_q - back_q
-            i = h - (p * POOL.stride - POOL.padding)
-            j = w - (q * POOL.stride - POOL.padding)
-            covers = in_rows & is_inside(p, result.h) & is_inside(q, result.w)
-            covers &= (i < POOL.kernel) & (j < POOL.kernel)
-            covers = covers[:, None] & valid[None, :]
-            window = ((n * result.h + p) * result.w + q)[:, None] * image.c + channel[None, :]
-            where = tl.load(argmax + window, covers, other=0)
-            wins = covers & (where == (i * POOL.kernel + j)[:, None])
-            g = tl.load(grad + window, covers, other=0.0).to(tl.float32)
-            acc += tl.where(wins, g, 0.0)
-    acc = tl.where(mask & (affine(own, mean, scale, shift) > 0), acc, 0.0)
-    rounded = acc.to(out.dtype.element_ty)
-    tl.store(out + here, rounded, mask)
-    g = for_sums(rounded)
+    grads = ()
+    places = ()
+    for back_p in tl.static_range(WINDOWS):
+        for back_q in tl.static_range(WINDOWS):
+            inside = is_inside(p - back_p, result.h) & is_inside(q - back_q, result.w)
+            mask = (in_rows & inside)[:, None] & valid[None, :]
+            window = (n * result.h + p - back_p) * result.w + q - back_q
+            place = window[:, None] * image.c + channel[None, :]
+            grads += (tl.load(grad + place, mask, other=0.0).to(tl.float32),)
+            places += (tl.load(argmax + place, mask, other=255).to(tl.int32),)
+    total = for_sums(tl.zeros((BLOCK_M, BLOCK_C), pre_bn.dtype.element_ty))
+    centred = total
+    stride: tl.constexpr = POOL.stride  # as static_range takes it in Triton 3.5
+    for i in tl.static_range(stride):
+        for j in tl.static_range(stride):
+            h = p * POOL.stride - POOL.padding + i
+            w = q * POOL.stride - POOL.padding + j
+            inside = in_rows & is_inside(h, image.h) & is_inside(w, image.w)
+            mask = inside[:, None] & valid[None, :]
+            here = ((n * image.h + h) * image.w + w)[:, None] * image.c + channel[None, :]
+            own = tl.load(pre_bn + here, mask, other=0.0)
+            acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+            for back_p in tl.static_range(WINDOWS):
+                for back_q in tl.static_range(WINDOWS):
+                    down = i + back_p * POOL.stride  # constants, as their loops are unrolled
+                    across = j + back_q * POOL.stride
+                    if down < POOL.kernel and across < POOL.kernel:
+                        wins = places[back_p * WINDOWS + back_q] == down * POOL.kernel + across
+                        acc += tl.where(wins, grads[back_p * WINDOWS + back_q], 0.0)
+            acc = tl.where(mask & (affine(own, mean, scale, shift) > 0), acc, 0.0)
+            rounded = acc.to(out.dtype.element_ty)
+            tl.store(out + here, rounded, mask)
+            g = for_sums(rounded)
+            total += g
+            centred += g * (for_sums(own) - mean[None, :])
     place = sums + tl.program_id(0) // tl.cdiv(image.c, BLOCK_C) * 2 * image.c + channel
-    tl.store(place, tl.sum(g, 0), valid)
-    tl.store(place + image.c, tl.sum(g * (for_sums(own) - mean[None, :]), 0), valid)
+    tl.store(place, tl.sum(total, 0), valid)
+    tl.store(place + image.c, tl.sum(centred, 0), valid)
 
 
-def _tile(pre_bn: Tensor) -> Config:
+def _tile(pre_bn: Tensor, size: int = _BYTES) -> Config:
     block_c = min(triton.next_power_of_2(pre_bn.shape[1]), 64)
-    return Config((_BYTES // pre_bn.element_size() // block_c, block_c), 4, 1)
+    return Config((size // pre_bn.element_size() // block_c, block_c), 4, 1)
 
 
 @planned
@@ -174,9 +188,10 @@ def bn_relu_pool(x: Activation, pool: MaxPool) -> tuple[Tensor, Tensor]:
 def _plan_pool_gradient(grad: Tensor, x: Activation, pool: MaxPool) -> tuple[int, Launch]:
     """The number of row tiles, and the launch."""
     image = Image.of(x.pre_bn)
-    config = _tile(x.pre_bn)
+    config = _tile(x.pre_bn, _BYTES // 2)  # of cells, each of several positions
     block_m, block_c = config.blocks
-    rows = len(grad) * image.h * image.w
+    down, across = ((size - 1 + pool.padding) // pool.stride + 1 for size in image[:2])
+    rows = len(grad) * down * across
     tiles_m = triton.cdiv(rows, block_m)
     return tiles_m, Launch(
         pool_gradient_kernel,
@@ -186,7 +201,9 @@ def _plan_pool_gradient(grad: Tensor, x: Activation, pool: MaxPool) -> tuple[int
         rows=rows,
         image=image,
         result=Image.of(grad),
+        cells=Image(down, across, image.c),
         POOL=pool,
+        WINDOWS=(pool.kernel - 1) // pool.stride + 1,
         WIDE=is_wide(x.pre_bn),
         BLOCK_M=block_m,
         BLOCK_C=block_c,
