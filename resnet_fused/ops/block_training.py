@@ -185,6 +185,13 @@ class _Gradient(NamedTuple):
     conv: Convolution
     term: OperandTerm | None = None
 
+    def compact(self) -> _Gradient:
+        """Of a strided 1×1 convolution as if there were only the positions that it reads."""
+        term, stride = self.term, self.conv.stride[0]
+        if term is not None:
+            term = term._replace(x=term.x[:, :, ::stride, ::stride])
+        return _Gradient(self.g, self.conv._replace(stride=(1, 1)), term)
+
 
 class _Needs(NamedTuple):
     """Which gradients are wanted, by layer: the main path's, then the projection's."""
@@ -334,11 +341,18 @@ def _backward(
         return folded.dgrad(above, conv, shape, below, add, add_stride, term)
 
     shortcut_grad = g if shortcut in ("identity", "padded") else None
+    add_stride = stride if shortcut == "padded" else None
     # The projection first, as autograd goes through modules: ranks that run those gather alike.
     if count in ends:
         projected = to_convolve(count, g, sums.get(count))
         if projected is not None and needs_x:
-            shortcut_grad, _ = dgrad(projected, x.shape, None, None)
+            shape, apart = x.shape, convs[count].stride
+            if folded is not None and apart == (apart[0],) * 2 and apart[0] > 1:
+                # Of the positions that it reads alone: the others would be zeros, written and read.
+                add_stride = apart[0]
+                projected = projected.compact()
+                shape = torch.Size((*x.shape[:2], *g.shape[2:]))
+            shortcut_grad, _ = dgrad(projected, shape, None, None)
         del projected
     x_grad, layer_sums = x.new_empty(0), sums.get(count - 1)
     for i in reversed(range(count)):
@@ -349,7 +363,6 @@ def _backward(
             break
         below = None if i == 0 else activations[i - 1]
         if below is None:
-            add_stride = stride if shortcut == "padded" else None
             x_grad, _ = dgrad(gradient, x.shape, None, shortcut_grad, add_stride)
         else:
             g, layer_sums = dgrad(gradient, below.pre_bn.shape, below, None)

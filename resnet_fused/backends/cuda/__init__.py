@@ -96,9 +96,10 @@ class CudaBackend(ReferenceBackend):
         elif piece == "wgrad" and conv.weight.dtype in (torch.float32, tensor.dtype):
             tiles = launcher.wgrad_tiles(*arguments)
         elif piece == "folded_dgrad":
-            *of_dgrad, add_stride, term = arguments
-            if of_dgrad[3] is not None and of_dgrad[4] is add_stride is None:
-                tiles = launcher.dgrad_tiles(*of_dgrad, term)
+            below, add, add_stride, term = arguments[3:]
+            if below is not None and add is add_stride is None:
+                of_dgrad = (*arguments[:5], term)
+                tiles = launcher.dgrad_tiles(*of_dgrad)
         elif piece == "dgrad":
             below, add, add_stride = arguments[3:]
             if add_stride is None and (below is None or add is None):

@@ -378,7 +378,8 @@ class Launcher:
 
     def _vectors(self, bn: BatchNorm) -> BatchNormArg:
         vectors: list[Any] = [None if v is None else copied(v, v.contiguous()) for v in bn[:4]]
-        return batch_norm_arg(BatchNorm(*vectors, bn.eps), self.dtypes)
+        mean, var, weight, bias = vectors
+        return batch_norm_arg(BatchNorm(mean, var, weight, bias, bn.eps), self.dtypes)
 
 
 def has_few_channels(conv: Convolution) -> bool:

@@ -36,6 +36,7 @@ from .launching import (
     is_wide,
     nhwc,
     planned,
+    strides_beside,
 )
 from .primitives import (
     affine,
@@ -65,6 +66,7 @@ def dgrad_kernel(
     image,
     result,
     add_image,
+    operand_strides,
     group_in,
     group_out,
     tiles_m,
@@ -84,7 +86,8 @@ def dgrad_kernel(
     fall between outputs read as zero. add or below or both are None. sums: (classes × tiles_m, 2,
     C). EVEN: TILE.c divides group_out; EVEN_COLUMNS: TILE.n divides group_in.
     operand: the input of a 1×1 convolution, or None; operand_matrix · operand + operand_offset is
-    added at the positions that it reads. EVEN_OPERAND: TILE.c divides C.
+    added at the positions that it reads. operand_strides is None where the operand is laid out like
+    the result. EVEN_OPERAND: TILE.c divides C.
     ADD_STRIDE: 0 where `add` is laid out like the result, else `add`, of sizes `add_image`, belongs
     to every ADD_STRIDE-th row and column.
     """
@@ -163,8 +166,11 @@ def dgrad_kernel(
     place = position[:, None] * image.c + channel[None, :]
     mask = in_rows[:, None] & in_columns[None, :]
     if operand is not None and r_taps * s_taps > 0:
+        begin = position * image.c
+        if operand_strides is not None:
+            begin = n * operand_strides.n + h * operand_strides.h + w * operand_strides.w
         for c in range(0, image.c, TILE.c):
-            a_tile = operand + position[:, None] * image.c + (c + inner)[None, :]
+            a_tile = operand + begin[:, None] + (c + inner)[None, :]
             b_tile = operand_matrix + (c + inner)[:, None] * image.c + column[None, :]
             if EVEN_OPERAND and EVEN_COLUMNS:
                 a = tl.load(a_tile, in_rows[:, None], other=0.0)
@@ -262,7 +268,8 @@ def _plan(
     weight = conv.weight
     gemm = _gemm(conv, shape)
     class_h, class_w = _classes(conv)
-    out = g.new_empty(shape, device="meta")
+    out = empty_nhwc(shape, g.new_empty(0, device="meta"))
+    operand = None if term is None else term.x
     block_m, block_n, block_c = config.blocks
     tiles_m = triton.cdiv(gemm.rows, block_m)
     return _Plan(
@@ -276,6 +283,7 @@ def _plan(
             image=Image.of(out),
             result=Image.of(g),
             add_image=None if add is None else Image.of(add),
+            operand_strides=strides_beside(operand, out),
             group_in=gemm.columns,
             group_out=gemm.channels,
             tiles_m=tiles_m,
@@ -286,7 +294,7 @@ def _plan(
             EVEN=gemm.channels % block_c == 0,
             EVEN_COLUMNS=gemm.columns % block_n == 0,
             EVEN_OPERAND=gemm.columns % block_c == 0,
-            TILE=Tile(block_m, block_n, block_c, is_wide(g, weight, out, add), precision),
+            TILE=Tile(block_m, block_n, block_c, is_wide(g, weight, out, add, operand), precision),
         ),
     )
 
@@ -306,6 +314,8 @@ def dgrad(
     conv = dense_convolution(conv, g.dtype)
     below = None if below is None else Activation(nhwc(below.pre_bn), below.scale_shift)
     add = None if add is None else nhwc(add)
+    if term is not None and term.x.stride(1) != 1:
+        term = term._replace(x=nhwc(term.x))
     precision = convolution_precision(g.dtype)
     plan = _plan(config, g, conv, shape, below, add, add_stride, term, precision)
     out = empty_nhwc(shape, g)

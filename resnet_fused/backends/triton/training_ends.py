@@ -5,7 +5,7 @@ weight's gradient is, in parts; deviations are from the first position, so that 
 beside them loses nothing, and are centred in float64 once the parts are merged. What follows are
 products of the small matrices: W·C forward, Wᵀ·b·W backward, and their diagonals.
 Tiles: BLOCK_M × BLOCK_N channels of C, BLOCK_C positions a step; of the small products
-16 × 64 and 64 × 64.
+16 × 64 and 32 × 64.
 Memory traffic: the operand once for each tile of its channels, 4 bytes per part and pair of
 channels; the matrices, of K × C at most, stay in L2.
 """
@@ -44,7 +44,7 @@ _LARGE = Config((128, 128, 64), 8, 3)
 _LEAST_POSITIONS = 1024  # of a part
 _MERGE = Config((16, 64), 4, 1)  # parts × pairs of channels
 _ROWS = Config((16, 64), 4, 2)  # filters × channels
-_MATRIX = Config((64, 64), 4, 2)
+_MATRIX = Config((32, 64), 4, 2)
 _VECTOR = Config((32, 64), 4, 1)
 
 

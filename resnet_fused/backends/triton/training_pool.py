@@ -114,8 +114,8 @@ def pool_gradient_kernel(
             mask = (in_rows & inside)[:, None] & valid[None, :]
             window = (n * result.h + p - back_p) * result.w + q - back_q
             place = window[:, None] * image.c + channel[None, :]
-            grads += (tl.load(grad + place, mask, other=0.0).to(tl.float32),)
-            places += (tl.load(argmax + place, mask, other=255).to(tl.int32),)
+            grads += (tl.load(grad + place, mask, other=0.0).to(tl.float32),)  # type: ignore[assignment]
+            places += (tl.load(argmax + place, mask, other=255).to(tl.int32),)  # type: ignore[assignment]
     total = for_sums(tl.zeros((BLOCK_M, BLOCK_C), pre_bn.dtype.element_ty))
     centred = total
     stride: tl.constexpr = POOL.stride  # as static_range takes it in Triton 3.5
