@@ -117,12 +117,15 @@ BUDGETS: dict[str, tuple[int, int]] = {
     "conv_int8_sm90_kernel 128×256 cluster": (73, 2532),
     "conv_int8_sm90_kernel 128×256 cluster projection": (71, 3203),
     "conv_training_sm90_kernel 128×128 adds": (82, 1529),
+    "conv_training_sm90_kernel 128×128 folded": (81, 3178),
     "conv_training_sm90_kernel 128×128 masks": (82, 2637),
     "conv_training_sm90_kernel 128×128 statistics": (75, 2236),
     "conv_training_sm90_kernel 128×64 adds": (73, 1121),
+    "conv_training_sm90_kernel 128×64 folded": (72, 2155),
     "conv_training_sm90_kernel 128×64 masks": (73, 1753),
     "conv_training_sm90_kernel 128×64 statistics": (80, 1620),
     "conv_training_sm90_kernel 256×128 adds": (81, 1403),
+    "conv_training_sm90_kernel 256×128 folded": (87, 3092),
     "conv_training_sm90_kernel 256×128 masks": (87, 2558),
     "conv_training_sm90_kernel 256×128 statistics": (80, 2134),
     "sum_parts_kernel": (37, 65),
@@ -178,7 +181,7 @@ BUDGETS: dict[str, tuple[int, int]] = {
     "sum_parts_kernel: 1024 4 warps 1 stages": (83, 147),
     "wgrad_kernel: 128×64×64 4 warps 3 stages 3×3": (355, 972),
     "dgrad_kernel: 128×128×64 8 warps 3 stages 3×3, masks": (188, 2130),
-    "dgrad_kernel: 128×128×64 8 warps 3 stages 1×1, adds": (100, 1094),
+    "dgrad_kernel: 128×128×64 8 warps 3 stages 1×1, adds": (100, 1154),
     "wgrad_kernel: 128×128×64 8 warps 3 stages 1×1/2": (308, 889),
     "wgrad_kernel: 128×64×64 4 warps 3 stages 3×3/2": (357, 972),
     "dgrad_kernel: 128×128×64 8 warps 3 stages 3×3/2, masks": (194, 2178),
@@ -203,10 +206,10 @@ BUDGETS: dict[str, tuple[int, int]] = {
     "conv_bn_kernel: 128×256×64 8 warps 3 stages 1×1, adds": (78, 1864),
     "end_sums_kernel: 16×64 4 warps 2 stages": (68, 311),
     "end_gradients_kernel: 16×64 4 warps 2 stages": (120, 157),
-    "end_matrix_kernel: 64×64 4 warps 2 stages": (801, 276),
+    "end_matrix_kernel: 32×64 4 warps 2 stages": (502, 165),
     "end_offset_kernel: 32×64 4 warps 1 stages": (195, 316),
     "dgrad_kernel: 128×64×64 4 warps 4 stages 1×1, masks, folded": (140, 2228),
-    "dgrad_kernel: 128×128×64 8 warps 3 stages 1×1/2, folded": (110, 1253),
+    "dgrad_kernel: 128×128×64 8 warps 3 stages 1×1, folded": (100, 1146),
     "dgrad_kernel: 128×64×64 8 warps 3 stages 1×1, masks, folded": (91, 1338),
     "dgrad_kernel: 128×64×64 8 warps 3 stages 1×1, folded": (97, 629),
 }
@@ -252,12 +255,13 @@ def most_spilled(kernel: dict[str, Any], capability: int, dtype: str) -> int:
 # - the Triton stems read 3 channels one by one, which its training kernels do too; stem.cu copies
 #   pixels and weights so as well;
 # - stem_sm90.cu waits for the second of two products, under which the first one's line is pooled;
-# - the pool and its gradient are unrolled over windows;
+# - the pool and its gradient are unrolled over windows, of whose bytes a lane loads 8;
 # - conv_sm80.cu adds a residual one by one where rows are no whole chunks, in a loop of its own;
 # - 32 rows are too few for a warpgroup's product; ResNeXt's 4 channels of a group are 8 bytes, and
 #   the Triton bn_add_relu loads 8 bytes a lane; its head pools what it multiplies, in registers;
 # - deviations of a folded end's operand are formed in registers before they are multiplied, so each
-#   product is waited for; what follows are vectors and small matrices in L2.
+#   product is waited for; what follows are vectors and small matrices in L2, of tiles too small for
+#   a warpgroup.
 KNOWN: dict[str, dict[str, Any]] = {
     "bottleneck_sm90_kernel 64 inner, stride 1": {"products_pending": 0},
     "bottleneck_sm90_kernel 64 inner, stride 1 projection": {"products_pending": 0},
@@ -287,7 +291,10 @@ KNOWN: dict[str, dict[str, Any]] = {
         "tensor_instructions": ["HMMA.16816.F32.BF16"],
         "products_pending": None,
     },
-    "pool_gradient_kernel: 16×64 4 warps 1 stages": {"instructions_elsewhere": 1062},
+    "pool_gradient_kernel: 16×64 4 warps 1 stages": {
+        "load_bytes": {"8": 4},
+        "instructions_elsewhere": 1062,
+    },
     "wgrad_kernel: 64×128×64 8 warps 3 stages 7×7/2": {
         "load_bytes": {"2": 32},
         "products_pending": 0,
@@ -296,11 +303,12 @@ KNOWN: dict[str, dict[str, Any]] = {
     "gram_kernel: 128×128×64 8 warps 3 stages": {"products_pending": 0},
     "merge_gram_kernel: 16×64 4 warps 1 stages": {"load_bytes": {"4": 8}},
     "end_moments_kernel: 16×64 4 warps 2 stages": {"copies_pending": 0},
-    "end_matrix_kernel: 64×64 4 warps 2 stages": {
+    "end_matrix_kernel: 32×64 4 warps 2 stages": {
         "copy_bytes": {"4": 1},
-        "load_bytes": {"16": 4},
+        "load_bytes": {"16": 2},
+        "tensor_instructions": ["HMMA.1688.F32.TF32"],
         "copies_pending": 0,
-        "products_pending": 0,
+        "products_pending": None,
     },
     "end_offset_kernel: 32×64 4 warps 1 stages": {"load_bytes": {"4": 6}},
     "bn_scale_shift_kernel: 32 4 warps 1 stages": {"load_bytes": {"4": 1}},
