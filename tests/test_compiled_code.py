@@ -66,7 +66,11 @@ def cuda_variant(symbol: str) -> str | None:
     )
     if training := re.search(pattern, symbol):
         sizes = re.findall(r"L[ib](\d+)E", training[2])
-        ending = ("statistics", "masks", "adds", "folded")[int(training[3])] if training[3] else ""
+        ending = (
+            ("statistics", "masks", "adds", "folded", "sums")[int(training[3])]
+            if training[3]
+            else ""
+        )
         tile = f"{sizes[0]}×{sizes[1]}" if ending else f"256×{sizes[0]}"
         return f"{training[1]} {tile} {ending}".strip()
     # A name stands behind its length; parts of those before it may look like that too.

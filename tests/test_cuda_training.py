@@ -26,7 +26,7 @@ from resnet_fused.testing.cases import generator
 
 TILES = ("m128n64", "m128n128", "m256n128_cluster")
 WGRAD_TILES = ("m256n64", "m256n128")
-ENDINGS = 4  # statistics, mask, add, folded
+ENDINGS = 5  # statistics, mask, add, folded, sum
 PLAIN = ReferenceTraining()
 NHWC = torch.channels_last
 
@@ -160,16 +160,19 @@ def test_moments_keep_the_digits_of_a_small_deviation_from_a_large_mean(backend)
 
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("name", WITHOUT_STRIDES)
-@pytest.mark.parametrize("ending", ["", "masks", "adds", "folded"])
+@pytest.mark.parametrize("ending", ["", "masks", "adds", "folded", "sums", "sums apart"])
 def test_dgrad_is_exact_on_integers(simulator, backend, half, name, tile, ending):
-    if ending == "folded" and name != "1x1":
+    if ending in ("folded", "sums", "sums apart") and name != "1x1":
         pytest.skip("ends that are folded are 1 x 1")
     x, conv = convolution(CASES[name], half, integers=True)
     rng = generator(1)
     g = values((len(x), len(conv.weight), *x.shape[2:]), half, rng, True)
     below = add = term = None
-    if ending == "folded":
+    if ending in ("folded", "sums"):
         term = operand_term(x.shape, half, rng, True)
+    if ending == "sums apart":  # at every other position of what it is read from
+        term = operand_term((*x.shape[:2], *(2 * size for size in x.shape[2:])), half, rng, True)
+        term = term._replace(x=term.x[:, :, ::2, ::2])
     if ending in ("masks", "folded"):
         pre_bn = values(tuple(x.shape), half, rng, True)
         below = Activation(pre_bn, scale_shift(x.shape[1], rng, True))
@@ -276,8 +279,13 @@ def test_what_there_is_no_kernel_for_is_left_to_others(backend):
     point = same._replace(weight=same.weight[:, :, :1, :1], padding=(0, 0))
     term = operand_term(x.shape, torch.bfloat16, generator(), True)
     assert names("folded_dgrad", x[:, :72], point, x.shape, below, None, None, term) == ours
-    assert names("folded_dgrad", x[:, :72], point, x.shape, None, None, None, term) == set()
+    assert names("folded_dgrad", x[:, :72], point, x.shape, None, None, None, term) == ours
+    assert names("folded_dgrad", x[:, :72], point, x.shape, None, x, None, term) == set()
+    assert names("folded_dgrad", x[:, :72], point, x.shape, None, x, 2, term) == set()
     assert names("folded_dgrad", x[:, :72], same, x.shape, below, None, None, term) == set()
+    apart = operand_term((*x.shape[:2], 41, 33), torch.bfloat16, generator(), True)
+    apart = apart._replace(x=apart.x[:, :, ::2, ::2])  # whose images lie apart by half a line
+    assert names("folded_dgrad", x[:, :72], point, x.shape, None, None, None, apart) == set()
     odd = conv._replace(weight=conv.weight[:70])
     assert names("conv_stats", x, odd, True) == set()
     assert (
@@ -398,14 +406,16 @@ def runner(backend: SimulatedBackend, piece: str, tile: str) -> Runner:
         "statistics": lambda: list(launcher.conv_stats(tile, x, conv, True)),
         "masks": lambda: list(launcher.dgrad(tile, g, conv, x.shape, below, None)),
         "folded": lambda: list(launcher.dgrad(tile, g, conv, x.shape, below, None, None, term)),
+        "sums": lambda: list(launcher.dgrad(tile, g, conv, x.shape, None, None, None, term)),
         "adds": lambda: list(launcher.dgrad(tile, g, conv, x.shape, None, x)),
         "wgrad": lambda: [launcher.wgrad(tile, g, x, conv)],
     }
     return runs[piece]
 
 
+ENDINGS_RUN = ("statistics", "masks", "adds", "folded", "sums")
 RUNS = [
-    *((ending, tile) for ending in ("statistics", "masks", "adds", "folded") for tile in TILES),
+    *((ending, tile) for ending in ENDINGS_RUN for tile in TILES),
     *(("wgrad", tile) for tile in WGRAD_TILES),
 ]
 
@@ -443,7 +453,7 @@ def test_every_wait_and_fence_is_needed(simulator, backend, piece, tile):
     assert needless("skipped_register_release", [0]) == 0
     # The wait behind a tile's last product; those before it matter where a stage is filled again.
     # Of a folded end's gradient they are two products, of as many steps each.
-    steps = {"wgrad": counts["product_waits"] - 1, "folded": 5}.get(piece, 2)
+    steps = {"wgrad": counts["product_waits"] - 1, "folded": 5, "sums": 5}.get(piece, 2)
     last = range(steps, counts["product_waits"], steps + 1)
     assert len(last) >= 1 + (piece != "wgrad")
     assert needless("skipped_product_wait", last) == 0

@@ -184,7 +184,7 @@ def dgrad(call: Call, gpu: Gpu) -> tuple[Work, str]:
     rows, ending = batch * math.prod(image), 1 if below is not None else 2
     operand = 0
     if term is not None:
-        operand, ending = channels, 3
+        operand, ending = channels, 3 if below is not None else 4
     taps = math.prod(kernel)
     return _convolution(tile, shape, rows, channels, filters, taps, ending, moved, operand)
 

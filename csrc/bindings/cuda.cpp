@@ -434,8 +434,8 @@ void set_dgrad(Launch<TrainingLaunch<Dgrad>>& launch, const TensorArg& out, cons
                const OptionalTensor& add, const OptionalTerm& term, int device) {
   Dgrad& op = launch.arguments.op;
   launch.arguments.device = device;
-  if (below.has_value() != scale_shift.has_value() || (below && add) || (term && !below)) {
-    refuse("below and its scale_shift go together, and without add; a term goes with them");
+  if (below.has_value() != scale_shift.has_value() || (add && (below || term))) {
+    refuse("below and its scale_shift go together, and neither they nor a term with add");
   }
   set_training(op.op, out, weight, window, grad);
   const auto set = [&](const void*& slot, const char* name, const OptionalTensor& tensor) {
@@ -452,7 +452,8 @@ void set_dgrad(Launch<TrainingLaunch<Dgrad>>& launch, const TensorArg& out, cons
   if (term) {
     const auto& [operand, matrix, offset] = *term;
     const std::int64_t channels = out.sizes[1];
-    set(op.operand, "operand", operand);
+    check_sizes("operand", operand, {out.sizes[0], channels, out.sizes[2], out.sizes[3]});
+    if (out.numel() > 0) set_residual(launch, op.operand, operand, out);
     check_type("matrix", matrix, out.type);
     check_sizes("matrix", matrix, {channels, channels});
     check_contiguous("matrix", matrix, 2);

@@ -13,6 +13,7 @@
 // gradient stays where scale and shift make that positive, and it and its product with that value's
 // deviation from the mean are summed. Add: what lies there is added. Folded: as Mask, and behind a
 // second product, of the gradient's own operand, which the tile's sums begin with, and an offset.
+// Sum: that second product and the offset alone.
 // Of 8 sums that a thread has of two groups of columns, the 8 lanes that share columns each finish
 // one (reduce): 7 shuffles. No sum depends on which warp comes first.
 //
@@ -38,10 +39,16 @@
 namespace resnet_fused {
 namespace {
 
-enum class Ending : int { kStatistics, kMask, kAdd, kFolded };
+enum class Ending : int { kStatistics, kMask, kAdd, kFolded, kSum };
 
 template <Ending kEnding>
 constexpr bool kMasks = kEnding == Ending::kMask || kEnding == Ending::kFolded;
+
+template <Ending kEnding>
+constexpr bool kHasParts = kEnding == Ending::kStatistics || kMasks<kEnding>;
+
+template <Ending kEnding>
+constexpr bool kHasOperand = kEnding == Ending::kFolded || kEnding == Ending::kSum;
 
 constexpr int kWarps = kWarpgroup / 32;
 
@@ -156,14 +163,15 @@ __device__ __forceinline__ void finish(Acc& acc, std::uint32_t result, int part,
           for (int e = 0; e < Acc::kRun; ++e) before[i][e] = to_float(run.value[e]);
         }
       }
-      if constexpr (kMasks<kEnding>) {
+      if constexpr (kMasks<kEnding> || kHasOperand<kEnding>) {
 #pragma unroll
         for (int e = 0; e < Acc::kRun; ++e) {
           const auto below = ptx::load_shared<ScaleShift>(
               Shared<Tile>::kBelow + (consumer * Tile::kN + acc.column(j) + e) * kScaleShiftBytes);
 #pragma unroll
           for (int i = 0; i < Acc::kRows; ++i) {
-            if (kEnding == Ending::kFolded) acc.at(i, j, e) += below.scale_low;  // the offset
+            if (kHasOperand<kEnding>) acc.at(i, j, e) += below.scale_low;  // the offset
+            if constexpr (!kMasks<kEnding>) continue;
             if (!(normalise<false>(before[i][e], below) > 0.0f)) acc.at(i, j, e) = 0.0f;
             before[i][e] -= below.mean;
           }
@@ -193,7 +201,7 @@ __device__ __forceinline__ void finish(Acc& acc, std::uint32_t result, int part,
                             Pack<float, 2>{{pivot[0], pivot[1]}});
         }
       }
-      if constexpr (kEnding != Ending::kAdd) {
+      if constexpr (kHasParts<kEnding>) {
 #pragma unroll
         for (int i = 0; i < Acc::kRows; ++i) {
 #pragma unroll
@@ -213,7 +221,7 @@ __device__ __forceinline__ void finish(Acc& acc, std::uint32_t result, int part,
         }
       }
     }
-    if constexpr (kEnding != Ending::kAdd) {
+    if constexpr (kHasParts<kEnding>) {
       const int of = lane / 4, column = acc.column(begin + of % 4 / 2) + of % 2;
       ptx::store_shared(sums_at<Tile>(consumer, warp, of / 4) + column * 4, reduce(sums));
     }
@@ -268,14 +276,14 @@ __device__ __forceinline__ void consume(const Arguments& a, int consumer) {
   typename Shared::Operands operands(a.spin_limit);
   typename Shared::Results results(a.spin_limit);
   typename Shared::Turns turns(a.spin_limit);
-  constexpr bool kFolded = kEnding == Ending::kFolded;
+  constexpr bool kOperand = kHasOperand<kEnding>;
   const int part = Tile::kPingPong ? 0 : consumer;  // of a tile's positions
   const int thread = threadIdx.x % kWarpgroup;      // has one channel of the tile
   int turn = 0;
 #pragma unroll 1
   for (TileScheduler<Tile> at(a); at.valid(); at.advance()) {
     if (Tile::kPingPong && turn++ % kNumConsumers != consumer) {
-      operands.advance(steps_of(a.conv) + (kFolded ? steps_of(a.projection) : 0));
+      operands.advance(steps_of(a.conv) + (kOperand ? steps_of(a.projection) : 0));
       results.advance();
       continue;
     }
@@ -283,24 +291,26 @@ __device__ __forceinline__ void consume(const Arguments& a, int consumer) {
     const int channel = at.channel() + thread;
     const bool has_channel = thread < Tile::kN && channel < a.out_channels;
     ScaleShift below{};
+    if constexpr (kOperand) {
+      if (has_channel) below.scale_low = ptx::load_global(a.offset + channel);
+    }
     if (kMasks<kEnding> && has_channel) {
       below.mean = ptx::load_global(a.below_scale_shift + channel);
       below.scale = ptx::load_global(a.below_scale_shift + a.out_channels + channel);
       below.shift = ptx::load_global(a.below_scale_shift + 2 * a.out_channels + channel);
-      if constexpr (kFolded) below.scale_low = ptx::load_global(a.offset + channel);
     }
     Accumulators<Tile::kConsumerM, Tile::kN> acc;
     if constexpr (Tile::kPingPong) take_turn(consumer, at.tile(), turns);
     constexpr Columns kColumns = kEnding == Ending::kStatistics ? Columns::kNone : Columns::kWeight;
-    if constexpr (kFolded) {
+    if constexpr (kOperand) {
       acc.template multiply<T, Tile, Tile::kCluster, false, kColumns>(steps_of(a.projection), part,
                                                                       at.tile(), operands, [] {});
     }
-    acc.template multiply<T, Tile, Tile::kCluster, kFolded, kColumns>(
+    acc.template multiply<T, Tile, Tile::kCluster, kOperand, kColumns>(
         steps_of(a.conv), part, at.tile(), operands, [&] {
           if constexpr (Tile::kPingPong) pass_turn(consumer, turns);
         });
-    if constexpr (kMasks<kEnding>) {
+    if constexpr (kMasks<kEnding> || kOperand) {
       if (thread < Tile::kN) {
         ptx::store_shared(Shared::kBelow + (consumer * Tile::kN + thread) * kScaleShiftBytes,
                           below);
@@ -315,11 +325,13 @@ __device__ __forceinline__ void consume(const Arguments& a, int consumer) {
     ptx::fence_proxy_async();
     ptx::named_barrier(1 + consumer, kWarpgroup);
     if (thread == 0) results.release();
-    if (kEnding != Ending::kAdd && a.parts != nullptr && has_channel && rows > 0) {
-      constexpr int kRows = kMasks<kEnding> ? 2 : 3;
-      float* const to =
-          a.parts + std::int64_t{position / kPartRows} * kRows * a.out_channels + channel;
-      write_part<Tile, kEnding>(to, a.out_channels, consumer, thread, rows);
+    if constexpr (kHasParts<kEnding>) {
+      if (a.parts != nullptr && has_channel && rows > 0) {
+        constexpr int kRows = kMasks<kEnding> ? 2 : 3;
+        float* const to =
+            a.parts + std::int64_t{position / kPartRows} * kRows * a.out_channels + channel;
+        write_part<Tile, kEnding>(to, a.out_channels, consumer, thread, rows);
+      }
     }
     results.advance();
   }
@@ -346,7 +358,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::decrease_registers<Tile::kNumProducerRegisters>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (warp == 0 && lane == 0) {
-      load_operands<Tile, typename Shared::Operands, kEnding == Ending::kFolded, Weights>(a);
+      load_operands<Tile, typename Shared::Operands, kHasOperand<kEnding>, Weights>(a);
     } else if (warp == 2 && lane == 0) {
       move_results<Tile, typename Shared::Results, Shared::kResults>(a);
     }
@@ -388,10 +400,24 @@ std::int64_t cycles(const ConvBn& a, int num_sms) {
   return of_sm * (products + kEnd);
 }
 
-// The weights that lie transposed: of a gradient, and of its second product.
+// The weights that lie transposed, of a gradient and of its second product, and its operand.
 struct Transposed {
   CUtensorMap weight, matrix;
+  Residual operand;
 };
+
+// A map of the operand of a second product, and its window of one pixel.
+template <typename Tile>
+cudaError_t encode_operand(Product* to, const ConvBn& a, const Residual& operand) {
+  ConvBn beside = a;
+  beside.residual = operand;
+  *to = {};
+  to->channels = a.out_channels;
+  to->kernel_h = to->kernel_w = to->stride_h = to->stride_w = 1;
+  to->matrix = operand.in_line();
+  static_assert(Tile::kPanelRowBytes == kRowBytes);  // so that what a residual asks for is a step
+  return encode_residual<Tile>(&to->x, beside);
+}
 
 template <typename T, Ending kEnding>
 cudaError_t run(const ConvBn& a, const Transposed* transposed, Arguments to, TrainingTile tile,
@@ -405,8 +431,8 @@ cudaError_t run(const ConvBn& a, const Transposed* transposed, Arguments to, Tra
       to.conv.weight = transposed->weight;
       status = encode_result<Tile>(&to, a);
     }
-    if (kEnding == Ending::kFolded && status == cudaSuccess) {
-      status = encode_x(&to.projection, a, a.projection, Tile::kM);
+    if (kHasOperand<kEnding> && status == cudaSuccess) {
+      status = encode_operand<Tile>(&to.projection, a, transposed->operand);
       to.projection.weight = transposed->matrix;
     }
     if (status != cudaSuccess) return status;
@@ -454,8 +480,8 @@ ConvBn as_convolution(const Dgrad& dgrad) {
     a.residual = {before, a.out_channels, a.out_height, a.out_width, line * a.out_height,
                   line,   pixel};
   }
-  if (dgrad.operand != nullptr) {
-    a.projection.x = dgrad.operand;
+  if (dgrad.operand.channels > 0) {
+    a.projection.x = dgrad.operand.data;
     a.projection.weight = dgrad.operand_matrix;
     a.projection.height = a.out_height;
     a.projection.width = a.out_width;
@@ -470,7 +496,8 @@ bool can_implement(const Dgrad& arguments) {
   const ConvolutionBn& conv = arguments.op.conv;
   return conv.stride_h * conv.stride_w * conv.dilation_h * conv.dilation_w == 1 &&
          conv.padding_h < conv.kernel_h && conv.padding_w < conv.kernel_w &&
-         (arguments.operand == nullptr || (is_matrix(conv) && arguments.below != nullptr)) &&
+         (arguments.operand.channels == 0 ||
+          (is_matrix(conv) && arguments.add == nullptr && can_read(arguments.operand, 2))) &&
          can_take(as_convolution(arguments));
 }
 
@@ -516,7 +543,8 @@ cudaError_t dgrad(const Dgrad& arguments, TrainingTile tile, int device, cudaStr
   to.parts = arguments.sums;
   to.below_scale_shift = arguments.below_scale_shift;
   to.offset = arguments.operand_offset;
-  Transposed transposed;
+  Transposed transposed{};
+  transposed.operand = arguments.operand;
   const auto encode_weight = [&](CUtensorMap* map, const ConvolutionBn& conv) {
     const auto size = [](std::int64_t value) { return static_cast<std::uint64_t>(value); };
     return encode_tiles(map, a.dtype, conv.weight,
@@ -524,13 +552,16 @@ cudaError_t dgrad(const Dgrad& arguments, TrainingTile tile, int device, cudaStr
                          size(conv.channels)},
                         {1, kMapChannels});
   };
-  const bool folded = arguments.operand != nullptr;
+  const bool folded = arguments.operand.channels > 0, masks = arguments.below != nullptr;
   cudaError_t status = encode_weight(&transposed.weight, a.conv);
   if (folded && status == cudaSuccess) status = encode_weight(&transposed.matrix, a.projection);
   if (status != cudaSuccess) return status;
-  if (folded) return run<Ending::kFolded>(a, &transposed, to, tile, device, stream);
-  return arguments.below != nullptr ? run<Ending::kMask>(a, &transposed, to, tile, device, stream)
-                                    : run<Ending::kAdd>(a, &transposed, to, tile, device, stream);
+  if (folded) {
+    return masks ? run<Ending::kFolded>(a, &transposed, to, tile, device, stream)
+                 : run<Ending::kSum>(a, &transposed, to, tile, device, stream);
+  }
+  return masks ? run<Ending::kMask>(a, &transposed, to, tile, device, stream)
+               : run<Ending::kAdd>(a, &transposed, to, tile, device, stream);
 }
 
 }  // namespace resnet_fused

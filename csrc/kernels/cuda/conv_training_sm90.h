@@ -30,9 +30,9 @@ struct Dgrad {
   const float* below_scale_shift = nullptr;  // (6, channels)
   float* sums = nullptr;                     // (parts, 2, channels), with `below`
   const void* add = nullptr;                 // laid out like `out`, without `below`
-  // Of a folded end, a 1 x 1 convolution, with `below`: operand_matrix * operand + operand_offset
+  // Of a folded end, a 1 x 1 convolution, without `add`: operand_matrix * operand + operand_offset
   // are added before the mask.
-  const void* operand = nullptr;          // laid out like `out`
+  Residual operand;                       // with all channels of `out`
   const void* operand_matrix = nullptr;   // (channels, channels), symmetric
   const float* operand_offset = nullptr;  // (channels)
 };

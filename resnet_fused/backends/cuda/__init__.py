@@ -96,8 +96,8 @@ class CudaBackend(ReferenceBackend):
         elif piece == "wgrad" and conv.weight.dtype in (torch.float32, tensor.dtype):
             tiles = launcher.wgrad_tiles(*arguments)
         elif piece == "folded_dgrad":
-            below, add, add_stride, term = arguments[3:]
-            if below is not None and add is add_stride is None:
+            add, add_stride, term = arguments[4:]
+            if add is add_stride is None:
                 of_dgrad = (*arguments[:5], term)
                 tiles = launcher.dgrad_tiles(*of_dgrad)
         elif piece == "dgrad":

@@ -211,7 +211,7 @@ class Launcher:
             optional_tensor_arg(scale_shift),
             optional_tensor_arg(sums),
             None if add is None else tensor_arg(nhwc(add)),
-            None if term is None else (tensor_arg(nhwc(term.x)), *map(tensor_arg, term[1:])),
+            None if term is None else (residual_arg(term.x), *map(tensor_arg, term[1:])),
         )
         return out, sums, call
 
