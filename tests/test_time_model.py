@@ -8,6 +8,7 @@ from typing import Any
 
 import predict as program
 import pytest
+import torch
 from time_model import beside
 from time_model.cuda_backend import Block, LineBlock
 from time_model.cuda_launches import choose_tile
@@ -15,6 +16,7 @@ from time_model.cuda_training import WIDTHS, Wgrad, tiles_in_order, wgrads_in_or
 from time_model.rates import GPUS, rates
 from time_model.work import Work, predict, resident_blocks
 
+from resnet_fused._extension import tensor_arg
 from resnet_fused.testing import machine_code
 
 # A tile's loop around a main loop; two waits out of line, one of which returns into a loop; a vote;
@@ -204,8 +206,19 @@ def test_trainings_tiles_and_ranges_are_those_of_the_extension(simulator, size, 
     found = simulator.cuda_conv_stats_tiles(out, x, weight, window, None, 0)
     steps = 9 * math.ceil(channels / 64)
     assert [tile.name for tile in found] == tiles_in_order(rows, filters, steps, 4)
-    found = simulator.cuda_dgrad_tiles(x, out, weight, window, None, None, None, None, 0)
+    found = simulator.cuda_dgrad_tiles(x, out, weight, window, None, None, None, None, None, 0)
     steps = 9 * math.ceil(filters / 64)
+    assert [tile.name for tile in found] == tiles_in_order(rows, channels, steps, 4)
+    point, window_of_one = tensor(filters, channels, 1, 1), ((1, 1), (0, 0), (1, 1))
+    half = next(
+        t for t in (torch.float16, torch.bfloat16) if tensor_arg(torch.empty(1, dtype=t))[1] == 2
+    )
+    square, vector = torch.empty(channels, channels, dtype=half), torch.empty(channels)
+    term = (x, tensor_arg(square), tensor_arg(vector))
+    found = simulator.cuda_dgrad_tiles(
+        x, out, point, window_of_one, None, None, None, None, term, 0
+    )
+    steps = math.ceil(filters / 64) + math.ceil(channels / 64)
     assert [tile.name for tile in found] == tiles_in_order(rows, channels, steps, 4)
     of = Wgrad.of(weight, out, 4)
     found = simulator.cuda_wgrad_tiles(weight, out, x, window, 0)
