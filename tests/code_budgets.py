@@ -19,6 +19,7 @@ _HOPPER, _INT8, _WARP = "HGMMA.64x", "IGMMA.64x", "HMMA.16816.F32"
 _TENSOR = {
     "conv_bn_sm90_kernel": _HOPPER,
     "conv_bn_sm90_split_kernel": _HOPPER,
+    "conv_bn_sm90_lines_kernel": _HOPPER,
     "conv_int8_sm90_kernel": _INT8,
     "conv_training_sm90_kernel": _HOPPER,
     "wgrad_sm90_kernel": _HOPPER,
