@@ -410,6 +410,10 @@ def small(
     """Every kernel: 21 × 21 positions an image, so that 80 are three tiles for each of 132 SMs."""
     for tile in tiles:
         conv = partial(run.convolution, tile, images)
+        if "lines" in tile:  # which is for such windows alone; small images share a tile
+            yield f"{tile} 3x3", partial(conv, 14, Layer(72, 136, 3))
+            yield f"{tile} 3x3 small", partial(conv, 7, Layer(72, 136, 3))
+            continue
         # Where blocks share a K loop, each needs a step of 64 channels.
         channels = 520 if "split" in tile else 72
         pointwise = Layer(channels, 136)
@@ -435,7 +439,7 @@ def small(
 
 
 def large(run: Launcher, images: int) -> Iterator[Launch]:
-    """Seven kernels of a ResNet-50, each bound by something else."""
+    """Kernels of a ResNet-50, each bound by something else."""
     narrow, wide = "m128n64_sm90", "m128n128_sm90"
     deep = Layer(256, 256, 3)
     yield "3x3 64 on 56", partial(run.convolution, narrow, images, 56, Layer(64, 64, 3))
@@ -444,6 +448,7 @@ def large(run: Launcher, images: int) -> Iterator[Launch]:
         partial(run.convolution, wide, images, 56, Layer(64, 256), residual=True),
     )
     yield "3x3 256 on 14", partial(run.convolution, wide, images, 14, deep)
+    yield "3x3 256 on 14 lines", partial(run.convolution, "m200n128_sm90_lines", images, 14, deep)
     yield "3x3 256 on 14 mma.sync", partial(run.convolution, "m128n128", images, 14, deep)
     for kernel in ("bottleneck", "bottleneck_sm90"):
         yield f"{kernel} 64 on 56", partial(run.bottleneck, kernel, images, 56, 64, 1, False)

@@ -5,8 +5,9 @@
 Gate first: 20 steps from one seed in float32 on small images, logits, gradients and losses beside
 eager PyTorch's and a float64 run's (`gate`). Nothing is timed on a red gate. Then for each network
 and batch all implementations are built and warmed, and train on random images in turns, round after
-round, in the same process; times are read from CUDA events, memory from the allocator, kept bytes
-from saved-tensor hooks.
+round. On a GPU they share a process, on a CPU each has its own: how long PyTorch's step takes there
+depends on what the process's heap has been through. Times are read from CUDA events, memory from
+the allocator, kept bytes from saved-tensor hooks.
 
 Each is timed for the first time as soon as it is warm, ours first, what compiles for minutes last,
 and the result file is written after each measurement: a run that is stopped keeps what it has. Of
@@ -33,9 +34,11 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import training_profile
+from baselines import UnavailableError
 from baselines import training as baselines
 from harness import measure, results
 from harness.measure import Peaks, floor_seconds, in_turn
+from harness.workers import FailedError, Worker
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -216,12 +219,54 @@ class Contestant:
         row.images_per_second = row.batch / row.step
 
 
-def contestant(row: Row, *setting: Any) -> Contestant | None:
+class Held:
+    """Lives in a worker: holds a contestant, and answers with its row."""
+
+    @torch.inference_mode(False)
+    def build(self, row: Row, *setting: Any) -> Row:
+        self._held = Contestant(row, *setting)
+        return row
+
+    @torch.inference_mode(False)
+    def time(self) -> Row:
+        self._held.time()
+        return self._held.row
+
+
+class Apart:
+    """A contestant in a process of its own."""
+
+    def __init__(self, row: Row, *setting: Any) -> None:
+        self.row, self._worker = row, Worker(Held, warm=True)
+        try:
+            self._take("build", row, *setting)
+        except BaseException:
+            self.stop()
+            raise
+
+    def time(self) -> None:
+        """Takes a round."""
+        self._take("time")
+
+    def stop(self) -> None:
+        """Ends the process."""
+        self._worker.stop()
+
+    def _take(self, method: str, *arguments: Any) -> None:
+        vars(self.row).update(vars(self._worker.ask(method, *arguments)))
+
+
+def contestant(
+    row: Row, size: int, device: torch.device, *setting: Any
+) -> Contestant | Apart | None:
     """The row's implementation; one that cannot run says why."""
+    kind = Contestant if device.type == "cuda" else Apart
     try:
-        return Contestant(row, *setting)
+        return kind(row, size, device, *setting)
     except Exception as error:
-        row.failure = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        told = isinstance(error, FailedError | UnavailableError)
+        reason = str(error) if told else f"{type(error).__name__}: {error}"
+        row.failure = reason.splitlines()[0][:300]
         return None
 
 
@@ -235,15 +280,20 @@ def race(
     peaks: Peaks,
 ) -> Iterator[Row]:
     """Measures rows of one network and batch; after each measurement, its row."""
-    racing = []
-    for row in rows:
-        found = contestant(row, size, device, dtype, seconds, peaks)
-        if found is not None:
-            racing.append(found)
-        yield row
-    for one in in_turn(racing, range(1, rounds)):
-        one.time()
-        yield one.row
+    racing: list[Contestant | Apart] = []
+    try:
+        for row in rows:
+            found = contestant(row, size, device, dtype, seconds, peaks)
+            if found is not None:
+                racing.append(found)
+            yield row
+        for one in in_turn(racing, range(1, rounds)):
+            one.time()
+            yield one.row
+    finally:
+        for one in racing:
+            if isinstance(one, Apart):
+                one.stop()
     racing.clear()
     torch.compiler.reset()
     gc.collect()

@@ -66,6 +66,8 @@ SM90_KERNELS = 2 * 2 * len(SM90_TILES)
 # 16-bit type, with and without projection.
 SPLIT_TILES = {f"m64n64_sm90_split{n}": n for n in (2, 4, 8)}
 SPLIT_KERNELS = 2 * 2 * len(SPLIT_TILES)
+# Tiles of whole lines, by the widest one that they take.
+LINE_TILES = {"m200n128_sm90_lines": 28, "m224n128_sm90_lines": 16}
 
 NHWC = torch.channels_last
 
@@ -126,6 +128,10 @@ def test_sm90_kernels_spill_nothing(extension, architectures):
     assert len(split) == SPLIT_KERNELS
     assert {(stack, local) for _, stack, local in split} == {("0", "0")}
     assert max(int(registers) for registers, *_ in split) <= 96
+    lines = re.findall(
+        r"conv_bn_sm90_lines_kernel\w*:\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage
+    )
+    assert lines == [("168", "0", "0")] * 2 * len(LINE_TILES)
 
 
 def test_sm90_kernels_use_their_instructions(extension, architectures):
@@ -180,6 +186,25 @@ def test_split_kernels_use_their_instructions(extension, architectures):
         assert not re.search(r"LDL|STL|HMMA|LDGSTS|ATOM|RED\.", body)
         # Every block's part of what a thread adds up, of each product.
         assert len(re.findall(r"\bLD\.E\.128", body)) == 8 * (1 + projection), splits
+
+
+def test_line_kernels_use_their_instructions(extension, architectures):
+    """Wide products, the window's three lines without a copy between; bulk copies and stores."""
+    if "90a" not in architectures:
+        pytest.skip("built without sm_90a")
+    functions = cuobjdump(extension, "--dump-sass", "-arch=sm_90a").split("Function : ")[1:]
+    kernels = [f for f in functions if re.match(r"\w*conv_bn_sm90_lines_kernelI", f)]
+    assert len(kernels) == 2 * len(LINE_TILES)
+    for body in kernels:
+        positions = re.match(r"\w*?lines_kernelI\w*?Li(\d+)E", body)
+        assert positions is not None
+        # Three taps' four depths; that of the last one of a tile is waited for apart.
+        assert len(re.findall(rf"HGMMA\.64x{positions[1]}x16\.F32", body)) == 12
+        for instruction in (r"UTMALDG\.3D", r"UTMASTG\.4D", r"STSM\.16\.MT88\.4"):
+            assert re.search(instruction, body), instruction
+        assert len(re.findall(r"UTMALDG\.4D\.IM2COL", body)) == 1
+        assert not re.search(r"LDL|STL|HMMA|LDGSTS", body)
+        assert "WARPGROUP.DEPBAR.LE gsb0, 0x1" in body
 
 
 # Sources
@@ -482,6 +507,99 @@ def test_split_tiles_need_a_step_for_each_block(simulator, half):
         assert listed & set(SPLIT_TILES) == expected
 
 
+# Whole images and parts of them, the last of fewer lines; several images in a tile, and more than
+# there are; tails of channels; more tiles than the simulated GPU has SMs, so that every ring turns
+# over.
+LINE_CASES = {
+    "whole": ConvCase(2, 72, 14, 14, 136, 3, 1, 1),
+    "parts": ConvCase(2, 72, 29, 16, 200, 3, 1, 1),
+    "several": ConvCase(9, 136, 7, 7, 264, 3, 1, 1),
+    "apart": ConvCase(6, 24, 6, 5, 24, 3, 1, 1),
+    "a column": ConvCase(3, 8, 21, 1, 8, 3, 1, 1),
+}
+
+
+@pytest.fixture(params=LINE_TILES)
+def lines(request: pytest.FixtureRequest, simulator: ModuleType) -> On:
+    """The backend on a simulated Hopper GPU, with one of the tiles of whole lines."""
+    tile = getattr(simulator.ConvTile, request.param)
+    return On(SimulatedBackend(simulator, tile, capability=90))
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("name", LINE_CASES)
+def test_line_tiles_are_exact_on_integers_and_free_of_bank_conflicts(
+    simulator, lines, half, name, relu
+):
+    x, layer = make_integers(LINE_CASES[name], generator(), half)
+    expected = truth(x, layer, None, relu)
+    assert torch.equal(lines.conv_bn(x, layer, None, relu).double(), expected)
+    counts = simulator.take_statistics()
+    assert counts["products"] > 0
+    assert counts["bank_conflicts"] == counts["shared_conflicts"] == 0
+
+
+def test_line_tiles_copy_x_three_times(simulator, half):
+    """Of 14 x 14 pixels a tile is an image: for 64 channels 3 copies of x and 9 of the weight; the
+    result leaves by two stores."""
+    backend = SimulatedBackend(simulator, simulator.ConvTile.m200n128_sm90_lines, capability=90)
+    x, layer = make_integers(ConvCase(2, 128, 14, 14, 128, 3, 1, 1), generator(), half)
+    simulator.take_statistics()
+    On(backend).conv_bn(x, layer, None, True)
+    assert simulator.take_statistics()["bulk_copies"] == 2 * (2 * (3 + 9) + 2)
+
+
+@pytest.mark.parametrize("name", LINE_CASES)
+def test_line_tiles_keep_the_contract(lines, half, name):
+    x, layer = make_convolution(LINE_CASES[name], generator(), half)
+    check_op(lines.conv_bn, reference.conv_bn, [x, layer, None, False])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_line_tiles_spread_what_is_not_finite_no_further_than_pytorch(lines, half, value):
+    """Neither to the image beside it in a tile, nor to the positions that are no result's."""
+    x, layer = make_integers(LINE_CASES["several"], generator(), half)
+    x[1, 3, 6, 6] = x[2, 5, 0, 0] = x[4, 0, 3, 2] = value
+    expected = truth(x, layer, None, True)
+    out = lines.conv_bn(x, layer, None, True).double()
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out.nan_to_num(), expected.to(half).double().nan_to_num())
+
+
+def test_line_tiles_serve_single_steps_without_a_residual(simulator, half):
+    backend = SimulatedBackend(simulator, capability=90)
+    for case, widest in (
+        *((ConvCase(1, 16, 9, width, 16, 3, 1, 1), width) for width in (16, 17, 28, 29)),
+        (ConvCase(1, 16, 9, 9, 16, 3, 2, 1), 99),
+        (ConvCase(1, 16, 9, 9, 16, 3, 1, 2), 99),
+        (ConvCase(1, 16, 9, 9, 16, 3, 1, 2, 2), 99),
+        (ConvCase(1, 16, 9, 9, 16), 99),
+        (ConvCase(1, 16, 9, 9, 16, 5, 1, 1), 99),
+    ):
+        x, layer = make_integers(case, generator(), half)
+        listed = {c.name.removeprefix("cuda ") for c in backend.conv_bn(x, layer, None, True)}
+        assert listed & set(LINE_TILES) == {t for t, most in LINE_TILES.items() if widest <= most}
+        residual = make_residual(case, x, generator())
+        listed = {c.name.removeprefix("cuda ") for c in backend.conv_bn(x, layer, residual, True)}
+        assert not listed & set(LINE_TILES)
+
+
+@pytest.mark.parametrize("mistake", ["taller", "wider"])
+def test_a_line_tile_that_is_told_of_too_large_an_image_is_caught(simulator, half, mistake):
+    """A halo off by one reads beyond the image's memory."""
+    x, layer = make_convolution(ConvCase(1, 16, 8, 8, 16, 3, 1, 1), generator(), half)
+    size = (9, 8) if mistake == "taller" else (8, 9)
+    larger, out = (
+        torch.empty(1, 16, *size, dtype=half).contiguous(memory_format=NHWC) for _ in range(2)
+    )
+    read = [*((t.data_ptr(), t.nbytes, False) for t in (layer.conv.weight, *layer.bn[:4]))]
+    short = (larger.data_ptr(), x.nbytes, False)
+    simulator.set_buffers([*read, short, (out.data_ptr(), out.nbytes, True)])
+    simulator.set_capability(90)
+    with pytest.raises(simulator.Fault, match=r"reads .* out of bounds of global memory"):
+        call(simulator, larger, layer, out, tile=simulator.ConvTile.m200n128_sm90_lines)
+
+
 # What tensor maps cannot express, each by one thing only.
 NOT_FOR_SM90 = {
     "channels": ConvCase(1, 12, 9, 9, 16),
@@ -533,8 +651,10 @@ def names(*tiles: str) -> list[str]:
     return [f"cuda {tile}" for tile in (*automatic, *tiles)]
 
 
-def tiles_of(capability: int) -> list[str]:
-    return [*TILES, *((*SM90_TILES, *SPLIT_TILES) if capability == 90 else ())]
+def tiles_of(capability: int, lines: bool) -> list[str]:
+    """Of a 3 x 3 convolution of some channels; `lines`: of one that adds nothing."""
+    sm90 = (*SM90_TILES, *SPLIT_TILES, *(LINE_TILES if lines else ()))
+    return [*TILES, *(sm90 if capability == 90 else ())]
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -548,7 +668,7 @@ def test_all_candidates_of_a_convolution_agree(simulator, half, add, capability)
         arguments = (x, layer, residual, True)
         backend = SimulatedBackend(simulator, capability=capability)
         results = every_result(backend, "conv_bn", *arguments)
-        assert set(results) == {*names(*tiles_of(capability)), "cudnn"}
+        assert set(results) == {*names(*tiles_of(capability, lines=not add)), "cudnn"}
         expected, eager = truth(*arguments), reference.conv_bn(*arguments)
         for name, result in results.items():
             if make is make_integers:

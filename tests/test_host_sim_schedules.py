@@ -97,6 +97,15 @@ def conv(simulator: ModuleType, tile: str, capability: int, projection: bool) ->
     return backend.conv_bn(x, layer, residual, True)
 
 
+def lines(simulator: ModuleType, tile: str) -> Tensor:
+    rng = generator()
+    x = torch.randn(9, 72, 7, 7, generator=rng).half()
+    conv = Convolution(torch.randn(136, 72, 3, 3, generator=rng).half(), (1, 1), (1, 1))
+    layer = ConvBn(conv, make_batch_norm(136, rng))
+    backend = SimulatedBackend(simulator, getattr(simulator.ConvTile, tile), capability=90)
+    return On(backend).conv_bn(x, layer, None, True)
+
+
 def stem(simulator: ModuleType, capability: int) -> Tensor:
     rng = generator()
     x = torch.randn(1, 3, 28, 32, generator=rng).half()
@@ -140,6 +149,7 @@ NETWORK: dict[str, Callable[[ModuleType], Tensor]] = {
     },
     "m128n128": partial(conv, tile="m128n128", capability=80, projection=False),
     "m64n64_sm90_split4": partial(conv, tile="m64n64_sm90_split4", capability=90, projection=False),
+    **{f"m{n}n128_sm90_lines": partial(lines, tile=f"m{n}n128_sm90_lines") for n in (200, 224)},
     "stem": partial(stem, capability=80),
     "stem sm90": partial(stem, capability=90),
     "bottleneck": partial(bottleneck, kernel="cuda_bottleneck", channels=72, images=1),

@@ -148,7 +148,7 @@ def test_the_command_writes_what_it_found(
     record = json.loads(file.read_text())
     tile, head = record["checks"]
     assert (tile["check"], tile["status"]) == ("cuda_sim conv_bn m128n64_sm90", "passed")
-    assert len(tile["passed"]) == 9
+    assert len(tile["passed"]) == 11
     assert tile["skipped"] == ["bfloat16 grouped"]
     assert (head["check"], head["status"]) == ("cuda_sim head", "passed")
     assert "passed       cuda_sim conv_bn m128n64_sm90" in capsys.readouterr().out

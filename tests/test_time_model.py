@@ -185,7 +185,8 @@ def test_a_convolutions_tile_is_the_one_that_the_extension_takes(simulator, size
     added = out if adds == "residual" else None
     tiles = simulator.cuda_conv_bn_tiles(out, layer(3, 1), projection, added, 1, True, False, 0)
     steps = [9 * inner // 64, *[inner // 64] * (projection is not None)]
-    assert tiles[0].name == choose_tile(size * size, filters, steps, added is not None, 4)
+    images = (1, (size, size)) if adds == "nothing" else None
+    assert tiles[0].name == choose_tile(size * size, filters, steps, added is not None, 4, images)
 
 
 @pytest.mark.parametrize("filters", [64, 72, 512])

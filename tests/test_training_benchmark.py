@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torchvision
 import training
 import training_profile
 from baselines.training import PLAIN
@@ -63,6 +62,7 @@ def test_a_stopped_run_keeps_what_it_measured(
     monkeypatch.setattr(training, "gate", lambda *_: {"green": True})
     monkeypatch.setattr(training.measure, "measure_peaks", lambda *_: Peaks(1, 1))
     measured: list[str] = []
+    stopped: list[str] = []
 
     class Contestant:
         def __init__(self, row: training.Row, *_: object) -> None:
@@ -77,7 +77,10 @@ def test_a_stopped_run_keeps_what_it_measured(
             self.row.rounds.append(self.row.step)
             self.row.images_per_second = self.row.batch / self.row.step
 
-    monkeypatch.setattr(training, "Contestant", Contestant)
+        def stop(self) -> None:
+            stopped.append(self.row.name)
+
+    monkeypatch.setattr(training, "Apart", Contestant)
     result, chart = tmp_path / "out.json", tmp_path / "out.png"
     options = ["--batch", "1", "2", "--only", "resnet_fused", "eager NCHW"]
     code = training.main([*options, "--json", str(result), "--plot", str(chart)])
@@ -86,6 +89,7 @@ def test_a_stopped_run_keeps_what_it_measured(
     assert [row["name"] for row in record["rows"]] == measured == [
         "resnet_fused", "eager NCHW", "resnet_fused",
     ]  # fmt: skip
+    assert stopped == measured
     assert [row["speedup_over"] for row in record["rows"]] == [1.0, 2.0, 1.0]
     assert [len(row["rounds"]) for row in record["rows"]] == [5, 5, 1]
     assert {"commit", "dirty", "machine", "versions", "tuning"} <= set(record)
@@ -94,29 +98,29 @@ def test_a_stopped_run_keeps_what_it_measured(
 
 def test_nothing_is_timed_on_a_red_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "gate", lambda *_: {"green": False})
-    monkeypatch.setattr(training, "Contestant", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(training, "Apart", lambda *_: pytest.fail("timed"))
     assert training.main([]) == 1
 
 
 def test_each_trains_and_says_what_it_kept() -> None:
     kept = {}
     for name in (PLAIN, "eager channels_last"):
-        row = training.Row("resnet18", 2, name)
-        assert training.contestant(row, 32, CPU, torch.bfloat16, 0.01, Peaks(1, 1))
-        assert row.failure is None
+        row = training.Row("cifar.resnet20", 2, name)
+        found = training.contestant(row, 32, CPU, torch.bfloat16, 0.01, Peaks(1, 1))
+        assert isinstance(found, training.Apart), row.failure
+        found.time()
+        found.stop()
         assert row.step
+        assert len(row.rounds) == 2
+        assert row.kept_bytes is not None
         kept[name] = row.kept_bytes
     assert kept[PLAIN] < 0.8 * kept["eager channels_last"]
 
 
-def test_one_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise OSError("no compiler")
-
-    monkeypatch.setattr(torchvision.models, "resnet18", fail)
-    row = training.Row("resnet18", 2, "eager NCHW")
+def test_one_that_cannot_run_says_why() -> None:
+    row = training.Row("resnet0", 2, "eager NCHW")
     assert training.contestant(row, 32, CPU, torch.bfloat16, 0.01, Peaks(1, 1)) is None
-    assert row.failure == "OSError: no compiler"
+    assert row.failure == "AttributeError: module 'torchvision.models' has no attribute 'resnet0'"
 
 
 def test_accuracies_are_compared_by_the_spread_over_seeds() -> None:

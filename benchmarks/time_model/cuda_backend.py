@@ -32,12 +32,14 @@ class Product(NamedTuple):
     channels: int
     window: tuple[int, int]
     stride: tuple[int, int]
+    dilation: tuple[int, int]
 
     @classmethod
     def of(cls, layer: Any) -> Product:
         """From the description that the binding takes."""
-        (_, _, (_, channels, *image), *_), (_, _, (_, _, *window), *_), (stride, *_), _ = layer
-        return cls(tuple(image), channels, tuple(window), stride)
+        (_, _, (_, channels, *image), *_), (_, _, (_, _, *window), *_), moves, _ = layer
+        stride, _, dilation = map(tuple, moves)
+        return cls(tuple(image), channels, tuple(window), stride, dilation)
 
     @property
     def steps(self) -> int:

@@ -61,12 +61,12 @@ class Tile(NamedTuple):
     ) -> int:
         """By which the host code chooses."""
         step = max(self.m * self.n * 64 // 2048, self.asked_bytes // 64)
-        of_element = 46 + 88 * residual + 316 * (len(steps) > 1)
-        epilogue = self.m * self.n * of_element // 1000
+        of_element = 30 + 100 * residual
+        epilogue = self.m * self.n * of_element // 1000 + 30 * self.n * (len(steps) > 1)
         products = sum(steps) * step
         of_sm = math.ceil(self.tiles(rows, filters) / sms)
         if self.ping_pong:
-            alone = epilogue * 5 // 3
+            alone = epilogue * 7 // 5
             return of_sm * max(products, products // 2 + alone) + alone
         return of_sm * products + math.ceil(of_sm / self.blocks) * epilogue
 
@@ -97,6 +97,35 @@ class Split(NamedTuple):
         return math.ceil(self.tiles(rows, filters) / sms) * of_block
 
 
+class Lines(NamedTuple):
+    """Of conv_sm90_lines.cu: positions of a tile of whole lines, 128 channels."""
+
+    positions: int
+    rows: int = 256  # of x, in a stage
+
+    def part(self, image: Sequence[int]) -> tuple[int, int, int]:
+        """Of images of (height, width): tiles of an image, images of a tile, lines of x copied."""
+        height, width = image
+        most = min(self.positions, self.rows - 2 * width) // width
+        segments = math.ceil(height / most)
+        stacks = segments == 1 and (height + 1) * width % 8 == 0
+        images = (most + 1) // (height + 1) if stacks else 1
+        lines = math.ceil(height / segments)
+        return segments, images, images * (height + 1) + 1 if images > 1 else lines + 2
+
+    def tiles(self, batch: int, image: Sequence[int], filters: int) -> int:
+        segments, images, _ = self.part(image)
+        return math.ceil(batch / images) * segments * math.ceil(filters / 128)
+
+    def can_take(self, image: Sequence[int]) -> bool:
+        return 2 * image[1] + self.positions <= self.rows
+
+    def cycles(self, batch: int, image: Sequence[int], filters: int, steps: int, sms: int) -> int:
+        of_sm = math.ceil(self.tiles(batch, image, filters) / sms)
+        step, epilogue = self.positions * 128 * 64 // 2048, self.positions * 128 * 30 // 1000
+        return of_sm * (steps * step + epilogue) * 3 // 4
+
+
 # Those that the heuristic knows, in its order.
 SM90_TILES: dict[str, Tile | Split] = {
     "m128n64_sm90": Tile(128, 64, 3, 2),
@@ -109,10 +138,41 @@ SM90_TILES: dict[str, Tile | Split] = {
 }
 
 
-def choose_tile(rows: int, filters: int, steps: Sequence[int], residual: bool, sms: int) -> str:
-    """The name of the tile that the heuristic takes for products of so many steps each."""
-    names = [name for name, tile in SM90_TILES.items() if tile.can_take(steps)]
-    return min(names, key=lambda name: SM90_TILES[name].cycles(rows, filters, steps, residual, sms))
+LINES = {"m200n128_sm90_lines": Lines(200), "m224n128_sm90_lines": Lines(224)}
+
+
+def choose_tile(
+    rows: int,
+    filters: int,
+    steps: Sequence[int],
+    residual: bool,
+    sms: int,
+    images: tuple[int, tuple[int, int]] | None = None,
+) -> str:
+    """The name of the tile that the heuristic takes for products of so many steps each; images:
+    how many of what size, where tiles of whole lines may take them (`takes_lines`)."""
+    cycles = {
+        name: tile.cycles(rows, filters, steps, residual, sms)
+        for name, tile in SM90_TILES.items()
+        if tile.can_take(steps)
+    }
+    if images is not None:
+        batch, size = images
+        for name, lines in LINES.items():
+            if lines.can_take(size):
+                cycles[name] = lines.cycles(batch, size, filters, steps[0], sms)
+    return min(cycles, key=cycles.__getitem__)
+
+
+def takes_lines(products: Sequence[Product], residual: bool, image: Sequence[int]) -> bool:
+    """Whether lines of a result of that size are those of x, under a 3 × 3 window."""
+    (first, *others) = products
+    return (
+        not others
+        and not residual
+        and (first.window, first.stride, first.dilation) == ((3, 3), (1, 1), (1, 1))
+        and first.image == tuple(image)
+    )
 
 
 def _bytes(*tensors: Tensor) -> int:
@@ -172,14 +232,42 @@ def _conv_bn(call: Call, gpu: Gpu) -> tuple[Work, str]:
     products = [Product.of(one) for one in (layer, projection) if one is not None]
 
     steps = [p.steps for p in products]
-    tile = SM90_TILES[choose_tile(rows, filters, steps, residual is not None, gpu.sms)]
-    tiles = tile.tiles(rows, filters)
+    adds = residual is not None
+    size = (image[0], image[1])
+    images = (batch, size) if takes_lines(products, adds, size) else None
+    name = choose_tile(rows, filters, steps, adds, gpu.sms, images)
     multiply_adds = sum(rows * filters * p.channels * math.prod(p.window) for p in products)
-    added = _bytes(call.out) if residual is not None else 0
+    added = _bytes(call.out) if adds else 0
     x_bytes = sum(batch * math.prod(p.image) * p.channels * 2 * p.read_share for p in products)
     weights = sum(filters * p.channels * math.prod(p.window) * 2 for p in products)
     dram_bytes = int(x_bytes + weights + added + _bytes(call.out))
     shape = " + ".join(_shape(p, filters) for p in products) + ", residual" * bool(added)
+    if name in LINES:
+        lines = LINES[name]
+        tiles, copied = lines.tiles(batch, size, filters), lines.part(size)[2] * size[1]
+        step_bytes = (copied + 3 * 128) * STEP_BYTES  # of x, and of three taps' weights
+        work = Work(
+            layer="",
+            kernel="conv_bn_sm90_lines_kernel",
+            config=f"{lines.positions}×128×64, lines",
+            shape=shape,
+            tiles=tiles,
+            warps=8,
+            blocks_per_sm=1,
+            trips=(1, steps[0] // 3),  # a tile; three taps
+            dram_bytes=dram_bytes,
+            l2_bytes=tiles * steps[0] // 3 * step_bytes + _bytes(call.out),
+            multiply_adds=multiply_adds,
+            shared_bytes=3 * 256 * STEP_BYTES
+            + 4 * 128 * STEP_BYTES
+            + lines.positions * 256
+            + 2 * 8 * 7,
+            persistent=True,
+            bulk_bytes=step_bytes,
+        )
+        return work, rf"conv_bn_sm90_lines_kernelITLi{lines.positions}E"
+    tile = SM90_TILES[name]
+    tiles = tile.tiles(rows, filters)
     if isinstance(tile, Split):
         shares = tile.shares(steps)
         others = tile.partial_bytes * (tile.splits - 1) // tile.splits * len(products)

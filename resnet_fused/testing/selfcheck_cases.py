@@ -209,6 +209,13 @@ def _convolutions(dtype: torch.dtype, device: str, num_sms: int) -> Iterator[Cas
     }.items():
         case, *main = integers(name, window)
         yield Case(name, CONVOLUTION, [*main, added(case, main[0]), True])
+    # Tiles of whole lines add nothing; images of two of them, and several images in one.
+    for name, window in {
+        "3x3 alone": ConvCase(1, 72, 23, 15, 136, 3, 1, 1),
+        "3x3 alone, small images": ConvCase(1, 72, 7, 7, 136, 3, 1, 1),
+    }.items():
+        _, *main = integers(name, window)
+        yield Case(name, CONVOLUTION, [*main, None, True])
 
 
 def _others(family: str, dtype: torch.dtype, device: str, num_sms: int) -> Iterator[Case]:

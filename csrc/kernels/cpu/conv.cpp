@@ -11,11 +11,11 @@
 // are prefetched one by one meanwhile.
 // The micro-kernel keeps rows x columns of sums in registers (AVX-512: 14 x 32, 28 of 32 registers;
 // AVX2: 6 x 16, 12 of 16; NEON: 14 x 8, 28 of 32): two vectors of weights are loaded for 14 words
-// broadcast from rows. A tile's rows are two runs of up to 7 neighbouring pixels, so that maps 7,
-// 14, 28 and 56 wide fill it, and taps outside the image, above, below and at the ends of lines,
-// are skipped. In bfloat16 a step is one VDPBF16PS or BFDOT: exact products, fp32 sums. The order
-// of a sum depends on neither tiles nor threads. With AMX the micro-kernel is conv_amx.h: two runs
-// of up to 16 pixels, 32 columns.
+// broadcast from rows, one vector where no more columns are left. A tile's rows are two runs of up
+// to 7 neighbouring pixels, so that maps 7, 14, 28 and 56 wide fill it, and taps outside the image,
+// above, below and at the ends of lines, are skipped. In bfloat16 a step is one VDPBF16PS or BFDOT:
+// exact products, fp32 sums. The order of a sum depends on neither tiles nor threads. With AMX the
+// micro-kernel is conv_amx.h: two runs of up to 16 pixels, 32 columns.
 //
 // A projection is a second pass over the same tile, made first: its normalised sums wait in L1, in
 // fp32, for the block end's epilogue.

@@ -57,10 +57,10 @@ ISA_INLINE std::uint32_t word_at(const char* p) {
   return word;
 }
 
-// sum += a[rows][count] * b[count][kVecs vectors], moving both and `fetch` on. Rows whose bit is
+// sum += a[rows][count] * b[count][kUsed vectors], moving both and `fetch` on. Rows whose bit is
 // set in kOutside are left out.
-template <int kRows, int kHalves, int kOutside = 0>
-ISA_INLINE void accumulate(Vec (&sum)[kRows * kHalves][kVecs], const char* (&a)[2],
+template <int kRows, int kHalves, int kOutside = 0, int kUsed>
+ISA_INLINE void accumulate(Vec (&sum)[kRows * kHalves][kUsed], const char* (&a)[2],
                            std::int64_t stride, const std::uint32_t*& b, std::int64_t count,
                            Stretch& fetch) {
   const std::int64_t three = 3 * stride, five = 5 * stride;
@@ -72,16 +72,16 @@ ISA_INLINE void accumulate(Vec (&sum)[kRows * kHalves][kVecs], const char* (&a)[
   for (; count > 0; --count, low += 4, high += 4, b += kStrip, first += step, second += step) {
     __builtin_prefetch(first);
     __builtin_prefetch(second);
-    Vec columns[kVecs];
+    Vec columns[kUsed];
 #pragma GCC unroll 2
-    for (int j = 0; j < kVecs; ++j) columns[j] = load_words(b + j * kLanes);
+    for (int j = 0; j < kUsed; ++j) columns[j] = load_words(b + j * kLanes);
 #pragma GCC unroll 14
     for (int r = 0; r < kRows * kHalves; ++r) {
       if (kOutside >> r & 1) continue;
       const std::int64_t offsets[] = {0, stride, 2 * stride, three, 4 * stride, five, 2 * three};
       const std::uint32_t word = word_at((r < kRows ? low : high) + offsets[r % kRows]);
 #pragma GCC unroll 2
-      for (int j = 0; j < kVecs; ++j) sum[r][j] = multiply_add(word, columns[j], sum[r][j]);
+      for (int j = 0; j < kUsed; ++j) sum[r][j] = multiply_add(word, columns[j], sum[r][j]);
     }
   }
   a[0] = low;
@@ -131,15 +131,15 @@ ISA_INLINE void accumulate_inside(int outside, Arguments&&... arguments) {
 }
 
 // bn(sum) and what kEnd says; kWhole: all of the tile's channels are valid, the residual's too.
-template <int kRows, int kHalves, End kEnd, bool kWhole>
-ISA_INLINE void finish(const Vec (&sum)[kRows * kHalves][kVecs], const Conv& conv, const Tile& tile,
+template <int kRows, int kHalves, End kEnd, bool kWhole, int kUsed>
+ISA_INLINE void finish(const Vec (&sum)[kRows * kHalves][kUsed], const Conv& conv, const Tile& tile,
                        const Columns& columns, float* kept) {
   const std::int64_t channels = conv.out_channels, valid = columns.valid;
   const std::int64_t added = conv.residual.channels - columns.first, pitch = conv.residual.pixel;
   const Vec least = least_result(conv.relu);
-  NormTerms terms[kVecs];  // in registers: what follows may write anywhere
+  NormTerms terms[kUsed];  // in registers: what follows may write anywhere
 #pragma GCC unroll 2
-  for (int j = 0; j < kVecs; ++j) terms[j] = NormTerms(columns.terms, j * kLanes);
+  for (int j = 0; j < kUsed; ++j) terms[j] = NormTerms(columns.terms, j * kLanes);
 #pragma GCC unroll 2
   for (int half = 0; half < kHalves; ++half) {
     const std::int64_t first = tile.halves[half].pixel * channels + columns.first;
@@ -148,21 +148,21 @@ ISA_INLINE void finish(const Vec (&sum)[kRows * kHalves][kVecs], const Conv& con
                            tile.halves[half].residual + columns.first;
 #pragma GCC unroll 7
     for (int r = 0; r < kRows; ++r, out += channels, residual += pitch, kept += kVecs * kLanes) {
-      Vec v[kVecs], more[kVecs] = {};
+      Vec v[kUsed], more[kUsed] = {};
       if constexpr (kEnd == End::kResidual) {
         if constexpr (kWhole) {
           load_row(residual, more);
         } else {
-          for (int j = 0; j < kVecs && j * kLanes < added; ++j) {
+          for (int j = 0; j < kUsed && j * kLanes < added; ++j) {
             more[j] = load(residual + j * kLanes, added - j * kLanes);
           }
         }
       } else if constexpr (kEnd == End::kAdd) {
 #pragma GCC unroll 2
-        for (int j = 0; j < kVecs; ++j) more[j] = load(kept + j * kLanes);
+        for (int j = 0; j < kUsed; ++j) more[j] = load(kept + j * kLanes);
       }
 #pragma GCC unroll 2
-      for (int j = 0; j < kVecs; ++j) {
+      for (int j = 0; j < kUsed; ++j) {
         constexpr bool kAdds = kEnd == End::kResidual || kEnd == End::kAdd;
         v[j] = kAdds ? terms[j].normalise(sum[half * kRows + r][j], more[j])
                      : terms[j].normalise(sum[half * kRows + r][j]);
@@ -170,11 +170,11 @@ ISA_INLINE void finish(const Vec (&sum)[kRows * kHalves][kVecs], const Conv& con
       }
       if constexpr (kEnd == End::kKeep) {
 #pragma GCC unroll 2
-        for (int j = 0; j < kVecs; ++j) store(kept + j * kLanes, v[j]);
+        for (int j = 0; j < kUsed; ++j) store(kept + j * kLanes, v[j]);
       } else if constexpr (kWhole) {
         store_row(out, v);
       } else {
-        for (int j = 0; j < kVecs && j * kLanes < valid; ++j) {
+        for (int j = 0; j < kUsed && j * kLanes < valid; ++j) {
           store(out + j * kLanes, v[j], valid - j * kLanes);
         }
       }
@@ -189,16 +189,16 @@ ISA_INLINE void finish(const Vec (&sum)[kRows * kHalves][kVecs], const Conv& con
 struct TileState {};
 
 // One tile's sums over the whole window, and the epilogue. `fetch` ends with an endless stretch.
-template <int kRows, int kHalves>
+template <int kRows, int kHalves, int kUsed>
 ISA inline __attribute__((noinline)) void multiply(const Conv& conv, const Source& source,
                                                    const Tile& tile, const Columns& columns,
                                                    End end, Stretch* fetch, float* kept) {
   const std::int64_t taps = (tile.last_row - tile.first_row) * source.segments;
   std::int64_t position = tile.first_row * source.segments * source.words;  // in the sum
   const std::int64_t stop = position + taps * source.words;
-  alignas(64) float sums[kInRuns ? kRows * kHalves * kVecs * kLanes : 1];
+  alignas(64) float sums[kInRuns ? kRows * kHalves * kUsed * kLanes : 1];
   bool first_run = true;
-  Vec sum[kRows * kHalves][kVecs] = {};
+  Vec sum[kRows * kHalves][kUsed] = {};
   const std::uint32_t* b = columns.weights + position * kStrip;
   std::int64_t line = tile.first_row * source.row_pitch, offset = line, segment = 0;
   for (std::int64_t tap = 0; tap < taps; ++tap) {
@@ -217,7 +217,7 @@ ISA inline __attribute__((noinline)) void multiply(const Conv& conv, const Sourc
 #pragma GCC unroll 14
           for (int r = 0; r < kRows * kHalves; ++r) {
 #pragma GCC unroll 2
-            for (int j = 0; j < kVecs; ++j) sum[r][j] += load(sums + (r * kVecs + j) * kLanes);
+            for (int j = 0; j < kUsed; ++j) sum[r][j] += load(sums + (r * kUsed + j) * kLanes);
           }
         }
         if (position == stop) break;
@@ -225,8 +225,8 @@ ISA inline __attribute__((noinline)) void multiply(const Conv& conv, const Sourc
 #pragma GCC unroll 14
         for (int r = 0; r < kRows * kHalves; ++r) {
 #pragma GCC unroll 2
-          for (int j = 0; j < kVecs; ++j) {
-            store(sums + (r * kVecs + j) * kLanes, sum[r][j]);
+          for (int j = 0; j < kUsed; ++j) {
+            store(sums + (r * kUsed + j) * kLanes, sum[r][j]);
             sum[r][j] = Vec{};
           }
         }
@@ -239,7 +239,7 @@ ISA inline __attribute__((noinline)) void multiply(const Conv& conv, const Sourc
       offset = line;
     }
   }
-  constexpr std::int64_t kWide = kVecs * kLanes;
+  constexpr std::int64_t kWide = kUsed * kLanes;
   const bool whole = columns.valid >= kWide &&
                      (end != End::kResidual || conv.residual.channels - columns.first >= kWide);
   switch (end) {
@@ -260,19 +260,23 @@ ISA inline __attribute__((noinline)) void multiply(const Conv& conv, const Sourc
 using Multiply = void (*)(const Conv&, const Source&, const Tile&, const Columns&, End, Stretch*,
                           float* kept);
 
-template <int kHalves, int... Indices>
+template <int kHalves, int kUsed, int... Indices>
 constexpr std::array<Multiply, sizeof...(Indices)> multiplies(
     std::integer_sequence<int, Indices...>) {
-  return {multiply<Indices + 1, kHalves>...};
+  return {multiply<Indices + 1, kHalves, kUsed>...};
 }
 
-constexpr std::array<Multiply, kHalfRows> kMultiply[2] = {
-    multiplies<1>(std::make_integer_sequence<int, kHalfRows>{}),
-    multiplies<2>(std::make_integer_sequence<int, kHalfRows>{})};
+// By halves, vectors of columns and rows.
+using Rows = std::make_integer_sequence<int, kHalfRows>;
+constexpr std::array<Multiply, kHalfRows> kMultiply[2][kVecs] = {
+    {multiplies<1, 1>(Rows{}), multiplies<1, 2>(Rows{})},
+    {multiplies<2, 1>(Rows{}), multiplies<2, 2>(Rows{})}};
 
 ISA_INLINE void multiply_tile(TileState&, const Conv& conv, const Source& source, const Tile& tile,
                               const Columns& columns, End end, Stretch* fetch, float* kept) {
-  kMultiply[tile.count - 1][tile.rows - 1](conv, source, tile, columns, end, fetch, kept);
+  const int vectors = columns.valid > kLanes ? kVecs : 1;
+  kMultiply[tile.count - 1][vectors - 1][tile.rows - 1](conv, source, tile, columns, end, fetch,
+                                                        kept);
 }
 #endif
 

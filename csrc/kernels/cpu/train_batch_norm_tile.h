@@ -136,25 +136,49 @@ ISA void moments_task(const Moments& op, std::int64_t first, std::int64_t last, 
   }
 }
 
+template <typename Number, bool kOther, int kVecs>
+ISA_INLINE void normalise_strip(const NormaliseAddRelu& op, std::int64_t first, std::int64_t last,
+                                std::int64_t c) {
+  const std::int64_t channels = op.rows.channels;
+  const std::int64_t valid = kVecs > 1 ? kVecs * kLanes : channels - c;
+  const std::int64_t added = kOther ? 0 : op.residual.channels - c;
+  const Vec least = least_result(true);
+  Scales main[kVecs], other[kVecs];
+  for (int j = 0; j < kVecs; ++j) {
+    main[j] = scales_at(op.main.scale_shift, channels, c + j * kLanes);
+    if constexpr (kOther) other[j] = scales_at(op.other.scale_shift, channels, c + j * kLanes);
+  }
+  for (std::int64_t row = first; row < last; ++row) {
+    const std::int64_t at = row * channels + c;
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) {
+      const std::int64_t place = at + j * kLanes, count = valid - j * kLanes;
+      Vec v = normalised(load(numbers<Number>(op.main.x) + place, count), main[j]);
+      if constexpr (kOther) {
+        v += normalised(load(numbers<Number>(op.other.x) + place, count), other[j]);
+      } else if (j * kLanes < added) {
+        const auto* const residual = numbers<Number>(op.residual.data) + op.residual.offset(row);
+        v += load(residual + c + j * kLanes, added - j * kLanes);
+      }
+      store(static_cast<Number*>(op.out) + place, at_least(v, least), count);
+    }
+  }
+}
+
 template <typename Number, bool kOther>
 ISA_INLINE void normalise_rows(const NormaliseAddRelu& op, std::int64_t first, std::int64_t last) {
+  // So few rows at once that memory is read and written in its order, so many that a strip's scales
+  // are loaded once for several vectors.
+  constexpr int kVecs = kOther ? kStripVecs / 2 : kStripVecs;
   const std::int64_t channels = op.rows.channels;
-  const Vec least = least_result(true);
-  for (std::int64_t row = first; row < last; ++row) {
-    const std::int64_t at = row * channels;
-    const Number* const residual = numbers<Number>(op.residual.data) + op.residual.offset(row);
-    for (std::int64_t c = 0; c < channels; c += kLanes) {
-      const std::int64_t valid = channels - c;
-      Vec v = normalised(load(numbers<Number>(op.main.x) + at + c, valid),
-                         scales_at(op.main.scale_shift, channels, c));
-      if constexpr (kOther) {
-        v += normalised(load(numbers<Number>(op.other.x) + at + c, valid),
-                        scales_at(op.other.scale_shift, channels, c));
-      } else if (c < op.residual.channels) {
-        v += load(residual + c, op.residual.channels - c);
-      }
-      store(static_cast<Number*>(op.out) + at + c, at_least(v, least), valid);
+  const std::int64_t step = std::max<std::int64_t>(1024 / channels, 4);
+  for (std::int64_t row = first; row < last; row += step) {
+    const std::int64_t end = std::min(row + step, last);
+    std::int64_t c = 0;
+    for (; c + kVecs * kLanes <= channels; c += kVecs * kLanes) {
+      normalise_strip<Number, kOther, kVecs>(op, row, end, c);
     }
+    for (; c < channels; c += kLanes) normalise_strip<Number, kOther, 1>(op, row, end, c);
   }
 }
 

@@ -2,7 +2,7 @@
 #include "vec.h"
 
 constexpr int kVecs = 2;
-constexpr int kMaxRows = kLanes == 16 ? 14 : 6;
+constexpr int kMaxRows = kLanes == 16 ? 14 : 6;  // of two vectors; twice as many of one
 
 // Pixels that an fp32 sum runs through in registers before it joins the others: PyTorch's run
 // through a line of the image, of 7 in the smallest maps of a ResNet. In bfloat16 PyTorch's error
@@ -24,7 +24,7 @@ ISA inline __attribute__((noinline)) void multiply(const RunList& runs, const st
     const std::uint32_t* b = grad + run->grad * (kVecs * kLanes);
     for (std::int64_t pixels = run->count; pixels > 0;) {
       if (kInRuns && left == 0) {
-#pragma GCC unroll 14
+#pragma GCC unroll 28
         for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
           for (int j = 0; j < kUsed; ++j) {
@@ -45,7 +45,7 @@ ISA inline __attribute__((noinline)) void multiply(const RunList& runs, const st
         Vec columns[kUsed];
 #pragma GCC unroll 2
         for (int j = 0; j < kUsed; ++j) columns[j] = load_words(b + j * kLanes);
-#pragma GCC unroll 14
+#pragma GCC unroll 28
         for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
           for (int j = 0; j < kUsed; ++j) sum[r][j] = multiply_add(a[r], columns[j], sum[r][j]);
@@ -53,7 +53,7 @@ ISA inline __attribute__((noinline)) void multiply(const RunList& runs, const st
       }
     }
   }
-#pragma GCC unroll 14
+#pragma GCC unroll 28
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
     for (int j = 0; j < kUsed; ++j) {
@@ -74,19 +74,19 @@ constexpr std::array<Multiply, sizeof...(Indices)> multiplies(
   return {multiply<Indices + 1, kUsed>...};
 }
 
-constexpr std::array<Multiply, kMaxRows> kMultiply[2] = {
-    multiplies<1>(std::make_integer_sequence<int, kMaxRows>{}),
-    multiplies<2>(std::make_integer_sequence<int, kMaxRows>{})};
+constexpr auto kNarrow = multiplies<1>(std::make_integer_sequence<int, 2 * kMaxRows>{});
+constexpr auto kWide = multiplies<2>(std::make_integer_sequence<int, kMaxRows>{});
 
 // multiply() for `rows` rows, in tiles of equal height.
 ISA_INLINE void multiply_rows(const RunList& runs, const std::uint32_t* x, std::int64_t pitch,
                               const std::uint32_t* grad, float* sums, std::int64_t rows,
                               bool narrow, bool first, Ahead& ahead) {
-  const std::int64_t tiles = ceil_div(rows, kMaxRows);
+  const Multiply* const multiply = narrow ? kNarrow.data() : kWide.data();
+  const std::int64_t tiles = ceil_div(rows, narrow ? 2 * kMaxRows : kMaxRows);
   for (std::int64_t tile = 0; tile < tiles; ++tile) {
     const std::int64_t from = tile * rows / tiles, to = (tile + 1) * rows / tiles;
-    kMultiply[!narrow][to - from - 1](runs, x + from, pitch, grad, sums + from * (kVecs * kLanes),
-                                      first, ahead.next(x));
+    multiply[to - from - 1](runs, x + from, pitch, grad, sums + from * (kVecs * kLanes), first,
+                            ahead.next(x));
   }
 }
 

@@ -39,6 +39,7 @@
 #include <cstring>
 
 #include "kernels/cuda/bottleneck_sm90.h"
+#include "kernels/cuda/channel_rows.cuh"
 #include "kernels/cuda/conv_sm90.cuh"
 #include "kernels/cuda/epilogue.cuh"
 #include "kernels/cuda/launch.h"
@@ -136,11 +137,6 @@ class JobScheduler {
   unsigned job_ = blockIdx.x;
 };
 
-// Of a warpgroup's 64 channels a lane holds row(0) and row(1), in every product.
-__device__ __forceinline__ int row(int half) {
-  return threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4 + 8 * half;
-}
-
 // A lane's part of 64 x 16 weights, wgmma's operand A: `from` is that of channel 0, their rows lie
 // `stride` elements apart, and `rows` and `depth` of them are there; zeros beyond.
 template <typename T>
@@ -167,49 +163,8 @@ __device__ __forceinline__ void load_weights(std::uint32_t (&to)[kDepths][4], co
   }
 }
 
-// A lane's two channels, from `first` on; nothing of those that there are not.
-struct Channels {
-  ScaleShift of[2];
-  bool exist[2];
-};
-
-__device__ __forceinline__ Channels channels_of(const BatchNorm& bn, int first, int count) {
-  Channels channels;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int channel = first + row(half);
-    channels.exist[half] = channel < count;
-    if (channels.exist[half]) channels.of[half] = scale_shift_of(bn, channel);
-  }
-  return channels;
-}
-
 // 16-bit values of a lane's channels, of two neighbouring pixels in each run of 8.
 using Pairs = std::uint32_t[kRuns][2];
-
-// Where the lane's row of the first matrices lies, for ldmatrix and stmatrix, of a panel that
-// begins at `line`: a warp's 16 channels of 8 pixels, twice.
-__device__ __forceinline__ std::uint32_t matrix_row(std::uint32_t line) {
-  const int lane = threadIdx.x % 32;
-  const std::uint32_t pixel = line + (lane / 16 * 8 + lane % 8) * kRowBytes;
-  const unsigned chunk = threadIdx.x % kWarpgroup / 32 * 2 + lane / 8 % 2;
-  return pixel + (chunk ^ pixel / kRowBytes % 8) * 16;
-}
-
-// Stores a line's pixels of a warp's 16 channels as rows of a panel: `pair(j, half)` is what the
-// lane has of run j.
-template <typename Pair>
-__device__ __forceinline__ void store_line(std::uint32_t line, Pair pair) {
-  const std::uint32_t to = matrix_row(line);
-#pragma unroll
-  for (int j = 0; j + 1 < kRuns; j += 2) {
-    ptx::stmatrix_trans<4>(to + j * 8 * kRowBytes,
-                           {pair(j, 0), pair(j, 1), pair(j + 1, 0), pair(j + 1, 1)});
-  }
-  static_assert(kRuns % 2 == 1);
-  ptx::stmatrix_trans<2>(to + (kRuns - 1) * 8 * kRowBytes,
-                         {pair(kRuns - 1, 0), pair(kRuns - 1, 1)});
-}
 
 // The pixels of a panel from row `halo` on; behind the last one comes the last one again.
 __device__ __forceinline__ void load_pairs(Pairs& pairs, std::uint32_t line, int halo) {
@@ -226,27 +181,7 @@ __device__ __forceinline__ void load_pairs(Pairs& pairs, std::uint32_t line, int
                                                : from + (kRuns - 1) * 8 * kRowBytes);
 }
 
-template <typename T>
-__device__ __forceinline__ std::uint32_t bits_of(const Pack<T, 2>& pair) {
-  std::uint32_t bits;
-  memcpy(&bits, &pair, sizeof(bits));
-  return bits;
-}
-
 using Acc = float[kN / 2];
-
-// Batch norm, ReLU and rounding of two pixels in conv1's or conv2's line; zeros of channels that
-// there are not, which would otherwise be NaN where x is not finite.
-template <typename T>
-__device__ __forceinline__ std::uint32_t finish(const Acc& acc, int j, int half,
-                                                const Channels& channels) {
-  float y[2];
-#pragma unroll
-  for (int e = 0; e < 2; ++e) {
-    y[e] = Epilogue<T>::normalise(acc[4 * j + 2 * half + e], channels.of[half]);
-  }
-  return channels.exist[half] ? bits_of(Epilogue<T>(true).pack(y)) : 0;
-}
 
 // The role of one thread: copies the lines of x.
 template <bool kProjection>
@@ -312,7 +247,7 @@ __device__ __forceinline__ void make_conv1(const Arguments& a) {
         ptx::wgmma_commit();
         ptx::wgmma_wait<0>(acc);
         const int first = at.column - a.halo + threadIdx.x % 4 * 2;
-        store_line(to(), [&](int j, int half) {
+        store_line<kRuns>(to(), [&](int j, int half) {
           const auto mask = [&](int e) {
             const unsigned column = first + 8 * j + e, width = b.width;
             return column < width ? 0xffffu << 16 * e : 0u;
@@ -320,7 +255,7 @@ __device__ __forceinline__ void make_conv1(const Arguments& a) {
           return finish<T>(acc, j, half, channels) & (mask(0) | mask(1));
         });
       } else {
-        store_line(to(), [](int, int) { return 0u; });
+        store_line<kRuns>(to(), [](int, int) { return 0u; });
       }
       ptx::fence_proxy_async();
       ptx::named_barrier(1, kWarpgroup);
@@ -384,8 +319,8 @@ __device__ __forceinline__ void make_conv2(const Arguments& a) {
       stages[0] = stages[1];
       stages[1] = stages[2];
       operand.acquire(at.job());
-      store_line(Shared::kOperand + operand.stage() * kPanelBytes,
-                 [&](int j, int half) { return finish<T>(acc, j, half, channels); });
+      store_line<kRuns>(Shared::kOperand + operand.stage() * kPanelBytes,
+                        [&](int j, int half) { return finish<T>(acc, j, half, channels); });
       ptx::fence_proxy_async();
       ptx::named_barrier(2, kWarpgroup);
       if (threadIdx.x % kWarpgroup == 0) operand.commit();
@@ -512,7 +447,7 @@ class Conv3 {
           ptx::wgmma_wait<0>(beside);
         }
       }
-      store_line(out + m * kPanelBytes, [&](int j, int half) {
+      store_line<kRuns>(out + m * kPanelBytes, [&](int j, int half) {
         float y[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {

@@ -55,6 +55,9 @@ enum class ConvTile : int {
   k64x64Sm90Split2 = 9,
   k64x64Sm90Split4 = 10,
   k64x64Sm90Split8 = 11,
+  // Of whole lines, for 3 x 3 windows.
+  k200x128Sm90Lines = 12,
+  k224x128Sm90Lines = 13,
 };
 
 // Whether `tile` can implement `arguments`, on a device that it is made for.

@@ -48,6 +48,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/conv_sm90.h"
+#include "kernels/cuda/conv_sm90_lines.h"
 #include "kernels/cuda/conv_sm90_split.h"
 #include "kernels/cuda/epilogue.cuh"
 #include "kernels/cuda/persistent_conv.cuh"
@@ -87,19 +88,25 @@ struct Shared {
   static_assert(Turns::kEnd <= kBytes);
 };
 
-// The role of one warp: computes scale and shift of every tile's channels.
+// The role of one warp: computes scale and shift of every tile's channels. With SMs by the dozen a
+// block's tiles have the same channels again and again: what a stage holds already stays.
 template <typename Tile, bool kProjection>
 __device__ __forceinline__ void load_scale_shifts(const PersistentArguments& a) {
   using Shared = Shared<Tile>;
   const int lane = threadIdx.x % 32;
   typename Shared::ScaleShifts scale_shifts(a.spin_limit);
+  int held = -1, held_next = -1;  // the first channels of this stage and of the other one
 #pragma unroll 1
   for (TileScheduler<Tile> at(a); at.valid(); at.advance()) {
     const int first = at.channel(), count = a.out_channels - first;
     const std::uint32_t to = Shared::kScaleShift + scale_shifts.stage() * Tile::kScaleShiftBytes;
     scale_shifts.acquire(at.tile());
+    const int begin = first == held ? Tile::kN : lane;
+    static_assert(kScaleShiftBuffers == 2);
+    held = held_next;
+    held_next = first;
 #pragma unroll 1
-    for (int i = lane; i < Tile::kN; i += 32) {
+    for (int i = begin; i < Tile::kN; i += 32) {
       ScaleShift loaded{};
       if (i < count) {
         loaded = scale_shift_of(a.conv.bn, first + i);
@@ -292,19 +299,22 @@ bool with_tile(ConvTile tile, Function&& function) {
 
 // For the heuristic. 128 x 256 is a little faster in few layers, which measuring finds.
 constexpr ConvTile kTiles[] = {
-    ConvTile::k128x64Sm90,         ConvTile::k128x128Sm90,     ConvTile::k128x128Sm90PingPong,
-    ConvTile::k256x128Sm90Cluster, ConvTile::k64x64Sm90Split2, ConvTile::k64x64Sm90Split4,
-    ConvTile::k64x64Sm90Split8,
+    ConvTile::k128x64Sm90,         ConvTile::k128x128Sm90,      ConvTile::k128x128Sm90PingPong,
+    ConvTile::k256x128Sm90Cluster, ConvTile::k64x64Sm90Split2,  ConvTile::k64x64Sm90Split4,
+    ConvTile::k64x64Sm90Split8,    ConvTile::k200x128Sm90Lines, ConvTile::k224x128Sm90Lines,
 };
 
 bool can_take(const ConvBn& a, ConvTile tile) {
-  return is_split(tile) ? conv_bn_sm90_split_can_implement(a, tile) : with_tile(tile, [](auto) {});
+  if (is_split(tile)) return conv_bn_sm90_split_can_implement(a, tile);
+  if (is_lines(tile)) return conv_bn_sm90_lines_can_implement(a, tile);
+  return with_tile(tile, [](auto) {});
 }
 
 // Cycles that the SM with the most tiles takes: a step as long as its products or what it asks of
 // L2 takes, and the epilogue, which only another block of the SM hides, or the other warpgroup
 // where they take turns, but which one alone takes longer for. The numbers fit an H200's times of
 // ResNet-50's layers at 1, 32 and 256 images, in all tiles; per element of a tile they are 1/1000.
+// What a projection adds goes with the tile's channels: both batch norms, which one warp computes.
 template <typename Tile>
 std::int64_t cycles(const ConvBn& a, int num_sms) {
   constexpr std::int64_t kTensor = Tile::kM * Tile::kN * kMapChannels / 2048;
@@ -312,13 +322,14 @@ std::int64_t cycles(const ConvBn& a, int num_sms) {
   constexpr int kL2BytesPerCycle = 64;  // of an SM
   constexpr std::int64_t kStep = std::max(kTensor, kAsked / kL2BytesPerCycle);
   const bool projects = a.projection.x != nullptr;
-  const int of_element = 46 + (a.residual.channels > 0 ? 88 : 0) + (projects ? 316 : 0);
-  const std::int64_t epilogue = std::int64_t{Tile::kM} * Tile::kN * of_element / 1000;
+  const int of_element = 30 + (a.residual.channels > 0 ? 100 : 0);
+  const std::int64_t epilogue =
+      std::int64_t{Tile::kM} * Tile::kN * of_element / 1000 + (projects ? 30 * Tile::kN : 0);
   const std::int64_t products =
       (steps_of(a.conv) + (projects ? steps_of(a.projection) : 0)) * kStep;
   const std::int64_t of_sm = ceil_div(tiles<Tile>(a) * Tile::kCluster, num_sms);
   if (Tile::kPingPong) {
-    const std::int64_t alone = epilogue * 5 / 3;
+    const std::int64_t alone = epilogue * 7 / 5;
     return of_sm * std::max(products, products / 2 + alone) + alone;
   }
   return of_sm * products + ceil_div(of_sm, Tile::kBlocks) * epilogue;
@@ -358,7 +369,9 @@ ConvTile conv_bn_sm90_choose(const ConvBn& a, int num_sms) {
   std::int64_t least = 0;
   for (const ConvTile tile : kTiles) {
     if (!can_take(a, tile)) continue;
-    std::int64_t found = is_split(tile) ? conv_bn_sm90_split_cycles(a, tile, num_sms) : 0;
+    std::int64_t found = is_split(tile)   ? conv_bn_sm90_split_cycles(a, tile, num_sms)
+                         : is_lines(tile) ? conv_bn_sm90_lines_cycles(a, tile, num_sms)
+                                          : 0;
     with_tile(tile, [&](auto t) { found = cycles<decltype(t)>(a, num_sms); });
     if (chosen == ConvTile::kAuto || found < least) {
       chosen = tile;
@@ -372,6 +385,7 @@ cudaError_t conv_bn_sm90(const ConvBn& a, ConvTile tile, int num_sms, cudaStream
   if (!conv_bn_sm90_can_implement(a, tile)) return cudaErrorInvalidValue;
   if (tile == ConvTile::kAuto) tile = conv_bn_sm90_choose(a, num_sms);
   if (is_split(tile)) return conv_bn_sm90_split(a, tile, stream);
+  if (is_lines(tile)) return conv_bn_sm90_lines(a, tile, num_sms, stream);
   LaunchPlan<PersistentArguments> plan;
   const cudaError_t status = a.dtype == DType::kFloat16
                                  ? make_plan<__half>(a, tile, num_sms, &plan)

@@ -21,6 +21,8 @@ enum class PipelineId : std::uint32_t {
   kConvResult,
   kConvTurns,
   kConvSplitOperands,
+  kConvLinesPixels,
+  kConvLinesWeights,
   kStemPixels,
   kBottleneckPixels,
   kBottleneckLines,
@@ -52,7 +54,8 @@ inline std::string to_string(const StuckBarrier& stuck) {
   static constexpr const char* kPipelineNames[][2] = {
       {"conv_bn_sm90", "operands"},       {"conv_bn_sm90", "scale and shift"},
       {"conv_bn_sm90", "result"},         {"conv_bn_sm90", "turns"},
-      {"conv_bn_sm90_split", "operands"}, {"stem_sm90", "pixels"},
+      {"conv_bn_sm90_split", "operands"}, {"conv_bn_sm90_lines", "pixels"},
+      {"conv_bn_sm90_lines", "weights"},  {"stem_sm90", "pixels"},
       {"bottleneck_sm90", "pixels"},      {"bottleneck_sm90", "lines"},
       {"bottleneck_sm90", "operand"},     {"conv_int8_sm90", "operands"},
       {"conv_int8_sm90", "vectors"},      {"conv_int8_sm90", "result"},
