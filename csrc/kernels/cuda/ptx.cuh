@@ -113,6 +113,11 @@ __device__ __forceinline__ std::uint32_t max_nan_pair(std::uint32_t a, std::uint
 // "cvt", cvt.rni.s32.f32: the nearest integer, ties to even.
 __device__ __forceinline__ std::int32_t round_to_int(float value) { return __float2int_rn(value); }
 
+// "prmt": byte number `byte` of `bytes`, added to 2^23.
+__device__ __forceinline__ float float_behind_exponent(std::uint32_t bytes, int byte) {
+  return __uint_as_float(__byte_perm(bytes, 0x4b000000u, 0x7440u + byte));
+}
+
 // "cvt.pack", cvt.pack.sat: integers as bytes of T = std::uint8_t or std::int8_t, each limited to
 // that type's range, the first one lowest.
 template <typename T>
