@@ -5,11 +5,11 @@
     python benchmarks/predict.py --measured throughput.json layers_256.json
 
 Launches are those that the heuristics pick, on a network that is not run: of our CUDA kernels in
-inference (the extension must hold code for sm_90a), and of the Triton kernels, compiled here, around
-our convolutions in a training step and of an int8 network. `benchmarks/time_model/` explains the model. The file holds
-`images_per_second` ("low", "expected", "high"), the rates assumed, what each of them changes, and
-`layers`: every launch, equal ones once, with what its compiled code holds and which resource binds
-it.
+inference (the extension must hold code for sm_90a), and of the Triton kernels, compiled here, that
+stand around our convolutions in a training step and in an int8 network. `benchmarks/time_model/`
+explains the model. The file holds `images_per_second` ("low", "expected", "high"), the rates
+assumed, what each of them changes, and `layers`: every launch, equal ones once, with what its
+compiled code holds and which resource binds it.
 """
 
 from __future__ import annotations

@@ -159,7 +159,8 @@ class RecordingBackend(CudaBackend):
         def ask(kind: type[Block], question: Callable[[Any], bool]) -> Callable[..., bool]:
             return lambda x, layers, stride, _: question(kind.of(x, layers, stride, gpu.sms))
 
-        from . import cuda_int8, cuda_training as training  # which need what stands above
+        from . import cuda_int8  # which need what stands above
+        from . import cuda_training as training
 
         def int8_tiles(out: Any, layer: Any, *others: Any) -> list[Any]:
             (batch, filters, *image), (*_, residual, projection, _) = out[2], others

@@ -132,7 +132,8 @@ def conv_int8(call: Call, gpu: Gpu) -> tuple[Work, str]:
         # Warpgroups that take turns are two blocks on an SM, as far as a tile's time goes.
         warps=4 if tile.ping_pong else 8,
         blocks_per_sm=2 if tile.ping_pong else tile.blocks,
-        trips=(1, *[0.0] * tile.ping_pong, *steps),
+        # A tile; who takes turns and adds a residual has a loop that waits; the products.
+        trips=(1, *[0.0] * (tile.ping_pong and bool(added)), *steps),
         dram_bytes=int(read) + sum(weights) + added + stored,
         l2_bytes=tiles * asked + added + stored,
         multiply_adds=rows * sum(weights),
