@@ -1,5 +1,5 @@
-// The instructions that the kernels use beyond plain C++. All PTX is here and, for what only sm_90a
-// has, in ptx_sm90.cuh.
+// The instructions that the kernels use beyond plain C++. All PTX is here, for products of bytes in
+// ptx_bytes.cuh and, for what only sm_90a has, in ptx_sm90.cuh.
 //
 // Quoted are the sections of NVIDIA's "Parallel Thread Execution ISA", whose numbers change between
 // versions; those on data movement begin "Data Movement and Conversion Instructions". Shared memory

@@ -1,7 +1,7 @@
 // What the quantised convolutions do with the sums of a tile: bias, shortcut, requantisation,
 // bytes.
 //
-// Weights come with each 16 output channels in another order (conv_quantized.h), in which the four
+// Weights come with each 16 output channels in another order (conv_int8.h), in which the four
 // values that a thread holds of a row of them are neighbours, and its part of the row is a word.
 //
 // Shared memory: a tile of the result, in panels of up to 128 channels, rows of as many bytes whose
