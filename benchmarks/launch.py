@@ -294,7 +294,7 @@ class Launcher:
         spread = 9000 * (layer.window**2 * layer.channels) ** 0.5
         multiplier = np.linspace(50 / spread, 100 / spread, layer.filters, dtype=np.float32)
         scale = np.linspace(0, spread / 100, layer.filters, dtype=np.float32)
-        # As csrc/kernels/cuda/conv_int8_sm90.h has it: within each 16 output channels.
+        # As csrc/kernels/cuda/conv_int8.h has it: within each 16 output channels.
         packed = weight.reshape(-1, 4, 2, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
         window = ((layer.stride,) * 2, (layer.padding,) * 2, (1, 1))
 

@@ -5,11 +5,11 @@
     python benchmarks/predict.py --measured throughput.json layers_256.json
 
 Launches are those that the heuristics pick, on a network that is not run: of our CUDA kernels in
-inference (the extension must hold code for sm_90a), of the Triton kernels, compiled here, in a
-training step and of an int8 network. `benchmarks/time_model/` explains the model. The file holds
-`images_per_second` ("low", "expected", "high"), the rates assumed, what each of them changes, and
-`layers`: every launch, equal ones once, with what its compiled code holds and which resource binds
-it.
+inference (the extension must hold code for sm_90a), and of the Triton kernels, compiled here, that
+stand around our convolutions in a training step and in an int8 network. `benchmarks/time_model/`
+explains the model. The file holds `images_per_second` ("low", "expected", "high"), the rates
+assumed, what each of them changes, and `layers`: every launch, equal ones once, with what its
+compiled code holds and which resource binds it.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ NOTE = (
 def works(options: argparse.Namespace) -> list[Work]:
     """The network's launches. Raises RuntimeError where the extension holds no code for Hopper."""
     gpu, dtype = GPUS[options.gpu], getattr(torch, options.dtype)
-    if dtype == torch.int8:
-        return network.quantized(options.arch, options.batch, gpu)
-    if options.training and options.backend == "triton":  # needs no extension
-        return network.training(options.arch, options.batch, dtype, gpu)
+    if options.backend == "triton":  # needs no extension
+        if dtype == torch.int8:
+            return network.quantized(options.arch, options.batch, gpu)
+        if options.training:
+            return network.training(options.arch, options.batch, dtype, gpu)
     if reason := _extension.available():
         raise RuntimeError(reason)
     extension = _extension.load()
@@ -52,6 +53,8 @@ def works(options: argparse.Namespace) -> list[Work]:
             "the extension holds no CUDA code for sm_90a; build it with RESNET_FUSED_CUDA=on"
         )
     file = Path(str(extension.__file__))
+    if dtype == torch.int8:
+        return network.quantized(options.arch, options.batch, gpu, file)
     if options.training:
         return network.training(options.arch, options.batch, dtype, gpu, file)
     return network.inference(options.arch, options.batch, dtype, gpu, file)
@@ -108,9 +111,7 @@ def record(options: argparse.Namespace) -> dict[str, Any]:
         math.hypot(*(effect[side] - expected for effect in effects.values()))
         for side in ("slow", "fast")
     )
-    batch = options.batch
-    # Int8 networks run on Triton's kernels alone.
-    backend = "triton" if options.dtype == "int8" else options.backend
+    batch, backend = options.batch, options.backend
     facts = results.facts(None, "torch", "triton")
     return {
         "note": NOTE,
@@ -179,7 +180,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--backend",
         choices=("cuda", "triton"),
         default="cuda",
-        help="of a step: whose convolutions; where ours do not serve, Triton's",
+        help="of a step or int8: whose convolutions; where ours do not serve, Triton's",
     )
     parser.add_argument(
         "--measured",

@@ -16,10 +16,12 @@ COMPILERS = {"nvcc": "nvcc 13.0.88", "triton": "triton 3.8.0"}
 
 # How products must begin, by kernel; kernels that are not named have none.
 _HOPPER, _INT8, _WARP = "HGMMA.64x", "IGMMA.64x", "HMMA.16816.F32"
+_WARP_INT8 = "IMMA.16832."
 _TENSOR = {
     "conv_bn_sm90_kernel": _HOPPER,
     "conv_bn_sm90_split_kernel": _HOPPER,
     "conv_bn_sm90_lines_kernel": _HOPPER,
+    "conv_int8_kernel": _WARP_INT8,
     "conv_int8_sm90_kernel": _INT8,
     "conv_training_sm90_kernel": _HOPPER,
     "wgrad_sm90_kernel": _HOPPER,
@@ -62,7 +64,7 @@ def violations(name: str, kernel: dict[str, Any]) -> dict[str, Any]:
     # Batch norm's vectors may be of any type: beside four loads of 4 bytes stand eight of 2. An
     # int8 or a training layer's are of one type.
     vectors = narrow["load_bytes_elsewhere"].pop("4", 0)
-    one_type = product == _INT8 or base == "conv_training_sm90_kernel"
+    one_type = product in (_INT8, _WARP_INT8) or base == "conv_training_sm90_kernel"
     halves = 0 if one_type else 2 * vectors
     halves_loaded = narrow["load_bytes_elsewhere"].get("2", 0)
     narrow["load_bytes_elsewhere"]["2"] = max(0, halves_loaded - halves)
@@ -111,14 +113,24 @@ BUDGETS: dict[str, tuple[int, int]] = {
     "conv_bn_sm90_split_kernel 4 1": (66, 1705),
     "conv_bn_sm90_split_kernel 8 0": (62, 1102),
     "conv_bn_sm90_split_kernel 8 1": (66, 1632),
-    "conv_int8_sm90_kernel 128×64": (67, 1249),
-    "conv_int8_sm90_kernel 128×64 projection": (69, 1595),
-    "conv_int8_sm90_kernel 128×128": (66, 1642),
-    "conv_int8_sm90_kernel 128×128 projection": (65, 2108),
-    "conv_int8_sm90_kernel 128×128 cluster": (68, 1699),
-    "conv_int8_sm90_kernel 128×128 cluster projection": (67, 2177),
-    "conv_int8_sm90_kernel 128×256 cluster": (73, 2532),
-    "conv_int8_sm90_kernel 128×256 cluster projection": (71, 3203),
+    "conv_int8_kernel 128×128 projection": (246, 3729),
+    "conv_int8_kernel 128×128 residual": (259, 3762),
+    "conv_int8_kernel 128×128": (258, 2366),
+    "conv_int8_kernel 64×64 projection": (219, 2111),
+    "conv_int8_kernel 64×64 residual": (214, 1651),
+    "conv_int8_kernel 64×64": (214, 1214),
+    "conv_int8_sm90_kernel 128×128 cluster projection": (79, 2199),
+    "conv_int8_sm90_kernel 128×128 cluster residual": (80, 2169),
+    "conv_int8_sm90_kernel 128×128 cluster": (80, 1561),
+    "conv_int8_sm90_kernel 128×128 projection": (76, 2130),
+    "conv_int8_sm90_kernel 128×128 residual": (77, 2110),
+    "conv_int8_sm90_kernel 128×128": (77, 1505),
+    "conv_int8_sm90_kernel 128×256 cluster projection": (67, 2203),
+    "conv_int8_sm90_kernel 128×256 cluster residual": (74, 2136),
+    "conv_int8_sm90_kernel 128×256 cluster": (69, 1530),
+    "conv_int8_sm90_kernel 128×64 projection": (65, 1370),
+    "conv_int8_sm90_kernel 128×64 residual": (67, 1163),
+    "conv_int8_sm90_kernel 128×64": (67, 1004),
     "conv_training_sm90_kernel 128×128 adds": (82, 1529),
     "conv_training_sm90_kernel 128×128 folded": (81, 3178),
     "conv_training_sm90_kernel 128×128 masks": (82, 2637),

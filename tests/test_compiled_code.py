@@ -40,14 +40,15 @@ Facts = dict[str, dict[str, Any]]
 @pytest.fixture(scope="module")
 def cuda_facts(extension, architectures) -> Facts:
     """Of the CUDA kernels for bfloat16, whole chunks: sm_90a's, and the convolution for sm_80; and
-    of the quantised one for uint8."""
+    of the quantised ones for uint8."""
     found: Facts = {}
     for architecture in {"80", "90a"} & set(architectures):
         options = (f"-arch=sm_{architecture}",)
         used = machine_code.resources(cuobjdump(extension, "--dump-resource-usage", *options))
         for code in machine_code.disassembled(cuobjdump(extension, "--dump-sass", *options)):
             name = cuda_variant(code.name)
-            if name is None or (architecture == "80") != name.startswith("conv_bn_kernel"):
+            of_sm80 = name is not None and name.startswith(("conv_bn_kernel", "conv_int8_kernel"))
+            if name is None or (architecture == "80") != of_sm80:
                 continue
             found[name] = facts(code, used[code.name])
     return found
@@ -55,10 +56,13 @@ def cuda_facts(extension, architectures) -> Facts:
 
 def cuda_variant(symbol: str) -> str | None:
     """A readable name of a mangled one; None for what has no budget of its own."""
-    if int8 := re.search(r"conv_int8_sm90_kernelIhNS0_4TileI((?:Li\d+E)+)EELb([01])E", symbol):
-        columns, _, _, cluster, *_ = re.findall(r"\d+", int8[1])
-        more = " cluster" * (cluster != "1") + " projection" * int(int8[2])
-        return f"conv_int8_sm90_kernel 128×{columns}{more}"
+    pattern = r"(conv_int8_(?:sm90_)?kernel)IhNS0_4TileI((?:L[ib]\d+E)+)EELNS_8ShortcutE(\d)E"
+    if int8 := re.search(pattern, symbol):
+        sizes = re.findall(r"L[ib](\d+)E", int8[2])
+        more = ("", " residual", " projection")[int(int8[3])]
+        if "sm90" not in int8[1]:
+            return f"{int8[1]} {sizes[0]}×{sizes[1]}{more}"
+        return f"{int8[1]} 128×{sizes[0]}{' cluster' * (sizes[3] != '1')}{more}"
     if "13__nv_bfloat16" not in symbol:
         return None
     pattern = (
@@ -208,6 +212,14 @@ def test_predicted_inference(extension, architectures, tmp_path):
         pytest.skip("built without sm_90a")
     skip_unless_compiled_by(nvcc=extension.build_info()["cuda_note"])
     check_time(run_predict(tmp_path, root=ROOT), "h100_inference_256")
+
+
+def test_predicted_int8(extension, architectures, tmp_path):
+    pytest.importorskip("triton")
+    if "90a" not in architectures:
+        pytest.skip("built without sm_90a")
+    skip_unless_compiled_by(triton=triton_version(), nvcc=extension.build_info()["cuda_note"])
+    check_time(run_predict(tmp_path, "--dtype", "int8", root=ROOT), "h100_int8_256")
 
 
 def test_predicted_training(training_record):

@@ -1,7 +1,7 @@
-"""The quantised convolution for sm_90a: its machine code, and its results, simulated, bit for bit.
+"""The quantised convolutions: their machine code, and their results, simulated, bit for bit.
 
-test_quantized_ops.py holds every backend to the reference; here are the cases that only this kernel
-has.
+test_quantized_ops.py holds every backend to the reference; here are the cases that only these
+kernels have.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ from resnet_fused.reference import quantized as reference
 from resnet_fused.testing.cases import ConvCase, generator, randomise_statistics
 from resnet_fused.testing.quantized_cases import make_integers, make_quantized_conv
 
-TILES = ("m128n64", "m128n128", "m128n128_cluster", "m128n256_cluster")
-KERNELS = 2 * 2 * len(TILES)  # of uint8 and int8, with and without projection
+SM90_TILES = ("m128n64", "m128n128", "m128n128_cluster", "m128n256_cluster")
+SM80_TILES = ("m64n64_sm80", "m128n128_sm80")
+TILES = SM90_TILES + SM80_TILES
+OF_TILE = 2 * 3  # kernels: of uint8 and int8; without shortcut, with a residual, with a projection
 Runner = Callable[[], Tensor]
 
 
@@ -42,7 +44,7 @@ def test_nothing_spills(extension, architectures):
     usage = cuobjdump(extension, "--dump-resource-usage", "-arch=sm_90a")
     pattern = r"conv_int8_sm90_kernel\w*?TileILi(\d+)E\w*:\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)"
     found = re.findall(pattern, usage)
-    assert len(found) == KERNELS
+    assert len(found) == OF_TILE * len(SM90_TILES)
     # The second number is what the kernels tell the simulator of registers at launch.
     assert set(found) == {
         ("64", "80", "0", "0"),
@@ -57,9 +59,9 @@ def test_kernels_use_their_instructions(extension, architectures):
         pytest.skip("built without sm_90a")
     functions = cuobjdump(extension, "--dump-sass", "-arch=sm_90a").split("Function : ")[1:]
     kernels = [f for f in functions if re.match(r"\w*conv_int8_sm90_kernelI", f)]
-    assert len(kernels) == KERNELS
+    assert len(kernels) == OF_TILE * len(SM90_TILES)
     for body in kernels:
-        found = re.match(r"\w*?conv_int8_sm90_kernelI([ha])\w*?TileI((?:Li\d+E)+)E", body)
+        found = re.match(r"\w*?conv_int8_sm90_kernelI([ha])\w*?TileI((?:L[ib]\d+E)+)E", body)
         assert found is not None
         columns, _, _, cluster, *_ = re.findall(r"\d+", found[2])
         first = "U8" if found[1] == "h" else "S8"
@@ -81,6 +83,27 @@ def test_kernels_use_their_instructions(extension, architectures):
         assert "WARPGROUP.DEPBAR.LE gsb0, 0x1" in body
 
 
+def test_the_kernel_for_sm80_spills_nothing_and_uses_its_instructions(extension, architectures):
+    if "80" not in architectures:
+        pytest.skip("built without sm_80")
+    usage = cuobjdump(extension, "--dump-resource-usage", "-arch=sm_80")
+    found = re.findall(r"conv_int8_kernelI\w*:\s+REG:\d+ STACK:(\d+).*?LOCAL:(\d+)", usage)
+    assert found == [("0", "0")] * OF_TILE * len(SM80_TILES)
+    functions = cuobjdump(extension, "--dump-sass", "-arch=sm_80").split("Function : ")[1:]
+    kernels = [f for f in functions if re.match(r"\w*conv_int8_kernelI", f)]
+    assert len(kernels) == OF_TILE * len(SM80_TILES)
+    for body in kernels:
+        first = "U8" if "conv_int8_kernelIh" in body else "S8"
+        for instruction in (
+            rf"IMMA\.16832\.{first}\.S8",
+            r"LDSM\.16\.M88\.4",
+            r"LDGSTS\.E\.BYPASS(\.LTC128B)?\.128",
+            r"STG\.E\.128",
+        ):
+            assert re.search(instruction, body), instruction
+        assert not re.search(r"LDL|STL|FFMA", body)
+
+
 # Results
 
 
@@ -95,7 +118,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 def run(simulator: ModuleType, tile: str, arguments: list[Any]) -> Tensor:
-    backend = SimulatedBackend(simulator, capability=90)
+    backend = SimulatedBackend(simulator, capability=80 if tile in SM80_TILES else 90)
     (candidate,) = (c for c in backend.quantized_conv(*arguments) if c.name == f"cuda {tile}")
     return candidate.launch(*arguments)
 
@@ -142,7 +165,7 @@ def test_results_are_the_references_and_free_of_bank_conflicts(simulator, tile, 
             assert {low, high} <= {*expected.flatten().tolist()}  # clamped at either end
     counts = simulator.take_statistics()
     assert counts["products"] > 0
-    assert counts["bulk_copies"] > 0
+    assert (counts["bulk_copies"] > 0) == (tile in SM90_TILES)
     assert (counts["shared_requests"] > 0, counts["shared_conflicts"]) == (True, 0)
 
 
@@ -296,34 +319,46 @@ NOT_SERVED = {
     "channels": ConvCase(1, 24, 9, 9, 16),
     "out channels": ConvCase(1, 16, 9, 9, 24),
     "groups": ConvCase(1, 32, 9, 9, 32, groups=2),
-    "stride": ConvCase(1, 16, 10, 10, 16, stride=9),
-    "dilation": ConvCase(1, 16, 130, 130, 16, 2, 1, 0, 129),
 }
 
 
 @pytest.mark.parametrize("name", NOT_SERVED)
-def test_what_tensor_maps_cannot_express_is_not_served(simulator, name):
+def test_what_is_not_whole_chunks_is_not_served(simulator, name):
     arguments = make_quantized_conv(NOT_SERVED[name], generator())
     assert listed(simulator, arguments) == []
+    check_served_anyway(simulator, arguments)
+
+
+def check_served_anyway(simulator: ModuleType, arguments: list[Any]) -> None:
     with use_backend(SimulatedBackend(simulator, capability=90)):
         found = resnet_fused.ops.quantized_conv(*arguments)
     assert torch.equal(found, reference.quantized_conv(*arguments))
+
+
+# The second adds every second line, of images of an odd number of lines.
+@pytest.mark.parametrize("name", ["stride", "dilation", "shortcut"])
+def test_what_tensor_maps_cannot_express_is_left_to_the_kernel_for_sm80(simulator, name):
+    case = {
+        "stride": ConvCase(1, 16, 10, 10, 16, stride=9),
+        "dilation": ConvCase(1, 16, 130, 130, 16, 2, 1, 0, 129),
+        "shortcut": ConvCase(2, 32, 8, 8, 32, 3, 1, 1),
+    }[name]
+    arguments = make_quantized_conv(case, generator(), "option A" if name == "shortcut" else "none")
+    assert {*listed(simulator, arguments)} == {f"cuda {name}" for name in SM80_TILES}
+    check_served_anyway(simulator, arguments)
 
 
 def test_other_gpus_and_layers_are_not_served(simulator):
     case = ConvCase(1, 32, 8, 8, 32, 3, 1, 1)
     plain = make_quantized_conv(case, generator())
     assert {*listed(simulator, plain)} == {f"cuda {name}" for name in TILES}
-    assert listed(simulator, plain, capability=80) == []
+    assert {*listed(simulator, plain, capability=80)} == {f"cuda {name}" for name in SM80_TILES}
     assert listed(simulator, make_quantized_conv(case, generator(), padding_value=True)) == []
     projected = make_quantized_conv(case, generator(), "projection", side_channels=32)
     assert listed(simulator, projected)
     mixed = [*projected]
     mixed[4] = projected[4].view(torch.int8)
     assert listed(simulator, mixed) == []
-    # Images of an odd number of lines, of which every second is added.
-    odd = make_quantized_conv(case._replace(batch=2), generator(), "option A")
-    assert listed(simulator, odd) == []
 
 
 @pytest.mark.parametrize(
@@ -363,7 +398,7 @@ def test_binding_refuses(simulator, changes, message):
 
 # Rows of 128 positions, as in test_host_sim.py: 18 tiles of 128 x 64, or 9 of 128 x 128, for 8 or 4
 # blocks, so that the first blocks meet three of them and use each buffer again.
-@pytest.fixture(params=TILES[:3])
+@pytest.fixture(params=SM90_TILES[:3])
 def blocks(request: pytest.FixtureRequest, simulator: ModuleType) -> dict[str, Runner]:
     """Convolutions for which each block computes several tiles, of two steps."""
     case = ConvCase(1, 144, 9, 128, 128)
@@ -377,6 +412,11 @@ def blocks(request: pytest.FixtureRequest, simulator: ModuleType) -> dict[str, R
     return {name: made(name) for name in ("none", "identity", "projection")}
 
 
+@pytest.fixture
+def takes_turns(request: pytest.FixtureRequest, blocks: dict[str, Runner]) -> bool:
+    return request.node.callspec.params["blocks"] != "m128n64"
+
+
 def check_needed(simulator: ModuleType, run: Runner, mistake: str, which: Iterable[int]) -> None:
     for number in which:
         simulator.plant({mistake: number})
@@ -386,17 +426,26 @@ def check_needed(simulator: ModuleType, run: Runner, mistake: str, which: Iterab
 
 
 @pytest.mark.parametrize("name", ["none", "identity", "projection"])
-def test_every_wait_is_needed(simulator, blocks, name):
+def test_every_wait_is_needed(simulator, blocks, takes_turns, name):
     """But for those for what is there anyway: a skipped wait that passes would change no result
     here and yet be a race on hardware."""
     run = blocks[name]
     expected = run()
     counts = simulator.take_statistics()
     steps = 4 if name == "projection" else 2
+    of_tile = steps + 2  # a consumer's waits: steps, vectors, the result's place
     waits = set(range(counts["mbarrier_waits"]))
-    assert len(waits) == 3 * (steps + 2)
-    # The last one of a consumer's first two tiles is for the result's place, free from the start.
-    free = set() if name == "identity" else {steps + 1, 2 * (steps + 2) - 1}
+    # The last ones of tiles are for the result's place, free from the start where there is no
+    # residual, as often as there are such places.
+    free = set() if name == "identity" else {steps + 1}
+    if takes_turns:
+        # The first consumer has two of three tiles, each with a place of its own, and waits for its
+        # second turn. With two steps it could tell the phases of its stages apart without.
+        assert len(waits) == 2 * of_tile + 1
+        free |= {of_tile}
+    else:
+        assert len(waits) == 3 * of_tile
+        free |= set() if name == "identity" else {2 * of_tile - 1}
     check_needed(simulator, run, "skipped_mbarrier_wait", waits - free)
     check_needed(simulator, run, "skipped_named_barrier", range(counts["named_barriers"]))
     check_needed(simulator, run, "skipped_proxy_fence", range(counts["proxy_fences"]))
@@ -432,13 +481,17 @@ def test_the_kernel_names_the_barrier_that_it_gives_up_at(simulator, blocks):
         simulator.set_spin_limit()
 
 
-# A whole network; test_quantization.py has the others
+# Whole networks; test_quantization.py has the others
 
 
-def test_a_whole_network_equals_the_reference(simulator, monkeypatch):
-    monkeypatch.setenv("RESNET_FUSED_HOST_SIM_CAPABILITY", "90")
+@pytest.mark.parametrize("capability", ["80", "90"])
+@pytest.mark.parametrize(("name", "convolutions"), [("resnet18", 16), ("resnet50", 48)])
+def test_a_whole_network_equals_the_reference(
+    simulator, monkeypatch, name, convolutions, capability
+):
+    monkeypatch.setenv("RESNET_FUSED_HOST_SIM_CAPABILITY", capability)
     torch.manual_seed(0)
-    model = randomise_statistics(resnet_fused.resnet18(num_classes=10)).eval()
+    model = randomise_statistics(getattr(resnet_fused, name)(num_classes=10)).eval()
     images = torch.rand(2, 3, 33, 33, generator=generator()) * 4 - 1.5
     quantized = quantize(model, [images], progress=False)
     with torch.no_grad(), use_backend("reference"):
@@ -449,6 +502,9 @@ def test_a_whole_network_equals_the_reference(simulator, monkeypatch):
     assert expected.std() > 0
     assert torch.equal(found, expected)
     chosen = [d.candidate.family for d in decisions if d.op == "quantized_conv"]
-    assert len(chosen) == 16  # three of them with their projections
-    assert all(family.startswith("cuda quantized m128") for family in chosen)
-    assert simulator.take_statistics()["bulk_copies"] > 0
+    assert len(chosen) == convolutions  # three or four of them with their projections
+    tiles = SM80_TILES if capability == "80" else SM90_TILES
+    assert {*chosen} <= {f"cuda quantized {tile}" for tile in tiles}
+    counts = simulator.take_statistics()
+    assert counts["products"] > 0
+    assert (counts["bulk_copies"] > 0) == (capability == "90")

@@ -9,7 +9,7 @@ from typing import Any
 import predict as program
 import pytest
 import torch
-from time_model import beside
+from time_model import beside, cuda_int8
 from time_model.cuda_backend import Block, LineBlock
 from time_model.cuda_launches import choose_tile
 from time_model.cuda_training import WIDTHS, Wgrad, tiles_in_order, wgrads_in_order
@@ -187,6 +187,38 @@ def test_a_convolutions_tile_is_the_one_that_the_extension_takes(simulator, size
     steps = [9 * inner // 64, *[inner // 64] * (projection is not None)]
     images = (1, (size, size)) if adds == "nothing" else None
     assert tiles[0].name == choose_tile(size * size, filters, steps, added is not None, 4, images)
+
+
+@pytest.mark.parametrize("adds", ["nothing", "residual", "projection"])
+@pytest.mark.parametrize("channels", [(64, 64), (512, 2048), (64, 512)])
+@pytest.mark.parametrize("size", [3, 5, 12, 18, 40, 75, 100])
+def test_a_quantised_convolutions_tile_is_the_one_that_the_extension_takes(
+    simulator, size, channels, adds
+):
+    """As above, of bytes."""
+    inner, filters = channels
+
+    def tensor(code: int, *sizes: int) -> tuple[Any, ...]:
+        strides: tuple[int, ...] = (1,)
+        if len(sizes) == 4:
+            strides = (math.prod(sizes[1:]), 1, sizes[3] * sizes[1], sizes[1])
+        return 4096, code, sizes, strides, None
+
+    def layer(kernel: int, padding: int) -> tuple[Any, ...]:
+        window = ((1, 1), (padding, padding), (1, 1))
+        return tensor(4, 1, inner, size, size), tensor(5, filters, inner, kernel, kernel), window
+
+    projection = layer(1, 0) if adds == "projection" else None
+    out, vector = tensor(4, 1, filters, size, size), tensor(0, filters)
+    added = out if adds == "residual" else None
+    simulator.set_capability(90)
+    tiles = simulator.cuda_conv_int8_tiles(
+        *(out, layer(3, 1), tensor(6, filters), vector),
+        *(None if adds == "nothing" else vector, added, projection, 0),
+    )
+    steps = [9 * math.ceil(inner / 128), *[math.ceil(inner / 128)] * (projection is not None)]
+    ours = cuda_int8.tiles_in_order(size * size, filters, steps, added is not None, 4)
+    assert [tile.name for tile in tiles[: len(ours)]] == ours
 
 
 @pytest.mark.parametrize("filters", [64, 72, 512])

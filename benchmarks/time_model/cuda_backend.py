@@ -161,7 +161,18 @@ class RecordingBackend(CudaBackend):
         def ask(kind: type[Block], question: Callable[[Any], bool]) -> Callable[..., bool]:
             return lambda x, layers, stride, _: question(kind.of(x, layers, stride, gpu.sms))
 
-        from . import cuda_training as training  # which needs what stands above
+        from . import cuda_int8  # which need what stands above
+        from . import cuda_training as training
+
+        def int8_tiles(out: Any, layer: Any, *others: Any) -> list[Any]:
+            (batch, filters, *image), (*_, residual, projection, _) = out[2], others
+            products = cuda_int8.products_of(layer, projection)
+            if filters % 16 or any(p.channels % 16 for p in products):
+                return []
+            steps, adds = [p.steps for p in products], residual is not None
+            rows = batch * math.prod(image)
+            names = cuda_int8.tiles_in_order(rows, filters, steps, adds, gpu.sms)
+            return [SimpleNamespace(name=name) for name in names]
 
         def training_tiles(result: Any, x: Any, weight: Any, operand: int = 0) -> list[Any]:
             batch, channels, *image = result[2]
@@ -195,7 +206,7 @@ class RecordingBackend(CudaBackend):
 
         kernels = (
             *("conv_bn", "bn_add_relu", "bottleneck", "bottleneck_sm90", "stem", "linear"),
-            *("average_pool", "conv_stats", "dgrad", "wgrad", "window_rows"),
+            *("average_pool", "conv_stats", "dgrad", "wgrad", "window_rows", "conv_int8"),
         )
         super().__init__(
             SimpleNamespace(  # type: ignore[arg-type]
@@ -203,6 +214,8 @@ class RecordingBackend(CudaBackend):
                 cuda_conv_bn_tiles=lambda *_: [],
                 TrainingTile=SimpleNamespace(**{name: name for name in training.TILES}),
                 WgradTile=SimpleNamespace(**{name: name for name in training.WIDTHS}),
+                Int8Tile=SimpleNamespace(**{name: name for name in cuda_int8.TILES}),
+                cuda_conv_int8_tiles=int8_tiles,
                 cuda_conv_stats_tiles=conv_stats_tiles,
                 cuda_dgrad_tiles=dgrad_tiles,
                 cuda_wgrad_tiles=wgrad_tiles,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from resnet_fused.testing import machine_code
 
-from . import cuda_kernels, cuda_training
+from . import cuda_int8, cuda_kernels, cuda_training
 from .cuda_backend import STEP_BYTES, Block, Call, LineBlock, Product
 from .rates import Gpu
 from .work import Work, resident_blocks
@@ -218,7 +218,9 @@ def works(
         dtype = next(
             (t.dtype for t in call.read if t.dim() == 4 and t.dtype in letter), call.out.dtype
         )
-        work = compiled(work, symbol.replace("T", letter[dtype], 1), extension)
+        if dtype in letter:  # else the symbol says it
+            symbol = symbol.replace("T", letter[dtype], 1)
+        work = compiled(work, symbol, extension)
         blocks = work.blocks_per_sm or resident_blocks(
             gpu.limits, work.registers, work.shared_bytes, work.warps
         )
@@ -502,6 +504,7 @@ _DESCRIBE: dict[str, Callable[[Call, Gpu], tuple[Work, str]]] = {
     "stem": _stem,
     "average_pool": _average_pool,
     "linear": _linear,
+    "conv_int8": cuda_int8.conv_int8,
     "conv_stats": cuda_training.conv_stats,
     "dgrad": cuda_training.dgrad,
     "wgrad": cuda_training.wgrad,

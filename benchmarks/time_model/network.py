@@ -2,7 +2,7 @@
 
 Our ops run their backend's host code (device `meta`), and every other op of PyTorch that computes
 something counts by its bytes. Inference takes backend `cuda`, training its
-convolutions and Triton's passes, int8 the Triton kernels.
+convolutions and Triton's passes, int8 our convolutions and Triton's stem.
 """
 
 from __future__ import annotations
@@ -141,8 +141,9 @@ def training(
     return _triton_works(model, gpu, step, extension)
 
 
-def quantized(arch: str, batch: int, gpu: Gpu) -> list[Work]:
-    """The launches of an int8 network's forward on `batch` images of 224² of bytes."""
+def quantized(arch: str, batch: int, gpu: Gpu, extension: Path | None = None) -> list[Work]:
+    """The launches of an int8 network's forward on `batch` images of 224² of bytes. Convolutions
+    are our CUDA kernels where `extension` is given, Triton's where there are none."""
     torch.manual_seed(0)
     image = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
     model = resnet_fused.quantize(
@@ -153,7 +154,8 @@ def quantized(arch: str, batch: int, gpu: Gpu) -> list[Work]:
         progress=False,
     ).to("meta")
     x = torch.empty(batch, 3, 224, 224, dtype=torch.uint8, device="meta")
-    return _triton_works(model, gpu, lambda: model(x.contiguous(memory_format=torch.channels_last)))
+    images = x.contiguous(memory_format=torch.channels_last)
+    return _triton_works(model, gpu, lambda: model(images), extension)
 
 
 def _triton_works(
@@ -176,7 +178,8 @@ def _triton_works(
                 yield from cuda_launches.works(calls, name_of, gpu, extension)
 
         recorder = _Recorder(model, drain)
-        with use_backend(triton_launches.backend(kernels)), recorder:
+        quantizing = cuda if extension is not None else None
+        with use_backend(triton_launches.backend(kernels, quantizing)), recorder:
             run()
             recorder.works.clear()
             run()

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from resnet_fused.backends import Backend, Candidates
 from resnet_fused.backends.training import TrainingKernels
 from resnet_fused.backends.triton.backend import TritonBackend
 from resnet_fused.testing import ahead_of_time, machine_code
@@ -26,17 +27,23 @@ _MERGED = 32  # parts that a step of a merge takes
 class _Recorded(TritonBackend):
     """The Triton backend for tensors without memory."""
 
-    def __init__(self, training: TrainingKernels | None) -> None:
+    def __init__(self, training: TrainingKernels | None, cuda: Backend | None) -> None:
         if training is not None:
             self.training = training  # type: ignore[assignment]
+        self._cuda = cuda
+
+    def quantized_conv(self, *arguments: Any) -> Candidates:
+        found = () if self._cuda is None else self._cuda.quantized_conv(*arguments)
+        return found or super().quantized_conv(*arguments)
 
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return None
 
 
-def backend(training: TrainingKernels | None = None) -> TritonBackend:
-    """What ops are to run on while their launches are recorded; `training` instead of its own."""
-    return _Recorded(training)
+def backend(training: TrainingKernels | None = None, cuda: Backend | None = None) -> TritonBackend:
+    """What ops are to run on while their launches are recorded; `training` instead of its own, and
+    quantised convolutions by `cuda` where that serves them."""
+    return _Recorded(training, cuda)
 
 
 def recorded() -> AbstractContextManager[list[Launch]]:

@@ -18,7 +18,7 @@
 #include "kernels/cuda/bottleneck.h"
 #include "kernels/cuda/bottleneck_sm90.h"
 #include "kernels/cuda/conv.h"
-#include "kernels/cuda/conv_int8_sm90.h"
+#include "kernels/cuda/conv_int8.h"
 #include "kernels/cuda/conv_training_sm90.h"
 #include "kernels/cuda/head.h"
 #include "kernels/cuda/spin_limit.h"
@@ -749,7 +749,9 @@ void register_cuda_kernels(py::module_& module) {
       .value("m128n64", Int8Tile::k128x64)
       .value("m128n128", Int8Tile::k128x128)
       .value("m128n128_cluster", Int8Tile::k128x128Cluster)
-      .value("m128n256_cluster", Int8Tile::k128x256Cluster);
+      .value("m128n256_cluster", Int8Tile::k128x256Cluster)
+      .value("m64n64_sm80", Int8Tile::k64x64Sm80)
+      .value("m128n128_sm80", Int8Tile::k128x128Sm80);
 
   def_tiled<&resnet_fused::conv_int8>(
       module, "conv_int8", &set_conv_int8,

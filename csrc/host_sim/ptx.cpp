@@ -1,5 +1,7 @@
 #include "host_sim/ptx.h"
 
+#include "host_sim/ptx_bytes.h"
+
 namespace resnet_fused::ptx {
 namespace {
 
@@ -75,8 +77,9 @@ void move_transposed(void* const* lanes) {
   }
 }
 
+template <typename Value>
 struct Product {
-  float* d;
+  Value* d;
   const std::uint32_t* a;
   const std::uint32_t* b;
 };
@@ -96,11 +99,11 @@ float high(std::uint32_t pair) {
 
 // d += a * b, the products added in order of depth. `unpack` puts a lane's operands in their
 // places.
-template <int kDepth, typename Unpack>
+template <int kDepth, typename Value = float, typename Unpack>
 void multiply(void* const* lanes, const Unpack& unpack) {
-  float a[16][kDepth], b[kDepth][8], d[16][8];
+  Value a[16][kDepth], b[kDepth][8], d[16][8];
   for (int lane = 0; lane < 32; ++lane) {
-    const Product& registers = *static_cast<const Product*>(lanes[lane]);
+    const auto& registers = *static_cast<const Product<Value>*>(lanes[lane]);
     const int g = lane / 4, t = lane % 4;
     unpack(registers, g, t, a, b);
     for (int k = 0; k < 4; ++k) d[g + k / 2 * 8][2 * t + k % 2] = registers.d[k];
@@ -114,7 +117,7 @@ void multiply(void* const* lanes, const Unpack& unpack) {
   }
   for (int lane = 0; lane < 32; ++lane) {
     const int g = lane / 4, t = lane % 4;
-    float* to = static_cast<const Product*>(lanes[lane])->d;
+    Value* to = static_cast<const Product<Value>*>(lanes[lane])->d;
     for (int k = 0; k < 4; ++k) to[k] = d[g + k / 2 * 8][2 * t + k % 2];
   }
   ++host_sim::statistics().products;
@@ -122,17 +125,18 @@ void multiply(void* const* lanes, const Unpack& unpack) {
 
 template <typename T>
 void multiply_halves(void* const* lanes) {
-  multiply<16>(lanes, [](const Product& from, int g, int t, float (&a)[16][16], float (&b)[16][8]) {
-    for (int k = 0; k < 4; ++k) {
-      const int row = g + k % 2 * 8, depth = 2 * t + k / 2 * 8;
-      a[row][depth] = low<T>(from.a[k]);
-      a[row][depth + 1] = high<T>(from.a[k]);
-    }
-    for (int k = 0; k < 2; ++k) {
-      b[2 * t + 8 * k][g] = low<T>(from.b[k]);
-      b[2 * t + 8 * k + 1][g] = high<T>(from.b[k]);
-    }
-  });
+  multiply<16>(lanes,
+               [](const Product<float>& from, int g, int t, float (&a)[16][16], float (&b)[16][8]) {
+                 for (int k = 0; k < 4; ++k) {
+                   const int row = g + k % 2 * 8, depth = 2 * t + k / 2 * 8;
+                   a[row][depth] = low<T>(from.a[k]);
+                   a[row][depth + 1] = high<T>(from.a[k]);
+                 }
+                 for (int k = 0; k < 2; ++k) {
+                   b[2 * t + 8 * k][g] = low<T>(from.b[k]);
+                   b[2 * t + 8 * k + 1][g] = high<T>(from.b[k]);
+                 }
+               });
 }
 
 float tf32(std::uint32_t bits) {
@@ -144,10 +148,36 @@ float tf32(std::uint32_t bits) {
 }
 
 void multiply_tf32(void* const* lanes) {
-  multiply<8>(lanes, [](const Product& from, int g, int t, float (&a)[16][8], float (&b)[8][8]) {
-    for (int k = 0; k < 4; ++k) a[g + k % 2 * 8][t + k / 2 * 4] = tf32(from.a[k]);
-    for (int k = 0; k < 2; ++k) b[t + 4 * k][g] = tf32(from.b[k]);
+  multiply<8>(lanes,
+              [](const Product<float>& from, int g, int t, float (&a)[16][8], float (&b)[8][8]) {
+                for (int k = 0; k < 4; ++k) a[g + k % 2 * 8][t + k / 2 * 4] = tf32(from.a[k]);
+                for (int k = 0; k < 2; ++k) b[t + 4 * k][g] = tf32(from.b[k]);
+              });
+}
+
+// Of bytes: sums of the same sign as a's may pass 2^31, and wrap.
+template <typename T>
+void multiply_bytes(void* const* lanes) {
+  using Of = Product<std::uint32_t>;
+  const auto byte = [](auto type, std::uint32_t word, int e) {
+    return static_cast<std::uint32_t>(static_cast<decltype(type)>(word >> 8 * e & 0xff));
+  };
+  multiply<32, std::uint32_t>(lanes, [&](const Of& from, int g, int t, std::uint32_t (&a)[16][32],
+                                         std::uint32_t (&b)[32][8]) {
+    for (int e = 0; e < 4; ++e) {
+      for (int k = 0; k < 4; ++k) {
+        a[g + k % 2 * 8][4 * t + e + k / 2 * 16] = byte(T{}, from.a[k], e);
+      }
+      for (int k = 0; k < 2; ++k) b[4 * t + e + 16 * k][g] = byte(std::int8_t{}, from.b[k], e);
+    }
   });
+}
+
+template <typename T>
+void multiply_bytes(const char* name, std::int32_t* d, const std::uint32_t* a,
+                    const std::uint32_t* b) {
+  Product<std::uint32_t> operands{reinterpret_cast<std::uint32_t*>(d), a, b};
+  host_sim::collective(name, &multiply_bytes<T>, &operands);
 }
 
 }  // namespace
@@ -194,20 +224,32 @@ void move_matrices_trans(std::uint32_t* registers, int matrices, std::uint32_t r
 
 template <>
 void mma_m16n8k16<__half>(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t* b) {
-  Product operands{d, a, b};
+  Product<float> operands{d, a, b};
   host_sim::collective("mma.m16n8k16.f16", &multiply_halves<__half>, &operands);
 }
 
 template <>
 void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const std::uint32_t (&a)[4],
                                  const std::uint32_t* b) {
-  Product operands{d, a, b};
+  Product<float> operands{d, a, b};
   host_sim::collective("mma.m16n8k16.bf16", &multiply_halves<__nv_bfloat16>, &operands);
 }
 
 void mma_m16n8k8(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t* b) {
-  Product operands{d, a, b};
+  Product<float> operands{d, a, b};
   host_sim::collective("mma.m16n8k8.tf32", &multiply_tf32, &operands);
+}
+
+template <>
+void mma_m16n8k32<std::uint8_t>(std::int32_t (&d)[4], const std::uint32_t (&a)[4],
+                                const std::uint32_t* b) {
+  multiply_bytes<std::uint8_t>("mma.m16n8k32.u8.s8", d, a, b);
+}
+
+template <>
+void mma_m16n8k32<std::int8_t>(std::int32_t (&d)[4], const std::uint32_t (&a)[4],
+                               const std::uint32_t* b) {
+  multiply_bytes<std::int8_t>("mma.m16n8k32.s8.s8", d, a, b);
 }
 
 }  // namespace resnet_fused::ptx

@@ -69,6 +69,10 @@ inline std::int32_t round_to_int(float value) {
   return static_cast<std::int32_t>(std::min(nearest, 2147483647LL));
 }
 
+inline float float_behind_exponent(std::uint32_t bytes, int byte) {
+  return 8388608.0f + static_cast<float>(bytes >> 8 * byte & 0xff);
+}
+
 template <typename T>
 std::uint32_t pack_saturated(const std::int32_t (&v)[4]) {
   using Limits = std::numeric_limits<T>;

@@ -20,9 +20,9 @@ ConvTile conv_bn_sm90_choose(const ConvBn&, int) { return ConvTile::kAuto; }
 cudaError_t conv_bn_sm90(const ConvBn&, ConvTile, int, cudaStream_t) {
   return cudaErrorInvalidValue;
 }
-bool conv_int8_can_implement(const ConvInt8&) { return false; }
-cudaError_t conv_int8_tiles(const ConvInt8&, int, std::vector<Int8Tile>*) { return cudaSuccess; }
-cudaError_t conv_int8(const ConvInt8&, Int8Tile, int, cudaStream_t) {
+bool conv_int8_sm90_can_implement(const ConvInt8&) { return false; }
+std::vector<Int8Tile> conv_int8_sm90_tiles(const ConvInt8&, int) { return {}; }
+cudaError_t conv_int8_sm90(const ConvInt8&, Int8Tile, int, cudaStream_t) {
   return cudaErrorInvalidValue;
 }
 cudaError_t training_tiles(const ConvStats&, int, std::vector<TrainingTile>*) {

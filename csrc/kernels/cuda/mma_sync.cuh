@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/ptx_bytes.cuh"
 
 namespace resnet_fused {
 
@@ -61,13 +61,16 @@ struct CpAsyncPipeline {
 };
 
 // A warp's kM x kN results in the layout of mma.m16n8k16, as Accumulators in epilogue.cuh but for
-// the place in the tile. T is what the operands hold; float is rounded to TF32.
+// the place in the tile. T is what the operands hold; float is rounded to TF32, and of bytes the
+// weights are std::int8_t.
 template <typename T, int kM, int kN>
 class WarpTile {
  public:
   static constexpr int kRows = kM / 8, kColumns = kN / 8, kRun = 2;
 
-  __device__ __forceinline__ float& at(int i, int j, int e) { return d_[i / 2][j][i % 2 * 2 + e]; }
+  using Value = std::conditional_t<std::is_integral_v<T>, std::int32_t, float>;
+
+  __device__ __forceinline__ Value& at(int i, int j, int e) { return d_[i / 2][j][i % 2 * 2 + e]; }
 
   __device__ __forceinline__ void add(const WarpTile& other) {
 #pragma unroll
@@ -85,8 +88,8 @@ class WarpTile {
   __device__ __forceinline__ static int b_half() { return threadIdx.x / 8 % 2; }
 
   // Adds a product of the depth of two chunks: a(i) is the one that this lane names of the 16 rows
-  // i, b(j) that of the 16 columns j. ldmatrix moves registers of 32 bits, one element of fp32 or
-  // two of 16 bits, to the lanes where the products of either kind want them.
+  // i, b(j) that of the 16 columns j. ldmatrix moves registers of 32 bits, one element of fp32, two
+  // of 16 bits or four bytes, to the lanes where the products of each kind want them.
   template <typename A, typename B>
   __device__ __forceinline__ void multiply_chunks(A a_chunk, B b_chunk) {
     std::uint32_t b[kN / 16][4];
@@ -100,6 +103,8 @@ class WarpTile {
       for (int j = 0; j < kN / 8; ++j) {
         if constexpr (kTf32) {
           ptx::mma_m16n8k8(d_[i][j], a, &b[j / 2][j % 2 * 2]);
+        } else if constexpr (std::is_integral_v<T>) {
+          ptx::mma_m16n8k32<T>(d_[i][j], a, &b[j / 2][j % 2 * 2]);
         } else {
           ptx::mma_m16n8k16<T>(d_[i][j], a, &b[j / 2][j % 2 * 2]);
         }
@@ -118,7 +123,7 @@ class WarpTile {
     }
   }
 
-  float d_[kM / 16][kN / 8][4] = {};
+  Value d_[kM / 16][kN / 8][4] = {};
 };
 
 }  // namespace resnet_fused

@@ -1,5 +1,5 @@
-// The instructions that the kernels use beyond plain C++. All PTX is here and, for what only sm_90a
-// has, in ptx_sm90.cuh.
+// The instructions that the kernels use beyond plain C++. All PTX is here, for products of bytes in
+// ptx_bytes.cuh and, for what only sm_90a has, in ptx_sm90.cuh.
 //
 // Quoted are the sections of NVIDIA's "Parallel Thread Execution ISA", whose numbers change between
 // versions; those on data movement begin "Data Movement and Conversion Instructions". Shared memory
@@ -112,6 +112,11 @@ __device__ __forceinline__ std::uint32_t max_nan_pair(std::uint32_t a, std::uint
 
 // "cvt", cvt.rni.s32.f32: the nearest integer, ties to even.
 __device__ __forceinline__ std::int32_t round_to_int(float value) { return __float2int_rn(value); }
+
+// "prmt": byte number `byte` of `bytes`, added to 2^23.
+__device__ __forceinline__ float float_behind_exponent(std::uint32_t bytes, int byte) {
+  return __uint_as_float(__byte_perm(bytes, 0x4b000000u, 0x7440u + byte));
+}
 
 // "cvt.pack", cvt.pack.sat: integers as bytes of T = std::uint8_t or std::int8_t, each limited to
 // that type's range, the first one lowest.

@@ -30,6 +30,7 @@ enum class PipelineId : std::uint32_t {
   kInt8Operands,
   kInt8Vectors,
   kInt8Result,
+  kInt8Turns,
   kTrainingOperands,
   kTrainingResult,
   kTrainingTurns,
@@ -59,8 +60,9 @@ inline std::string to_string(const StuckBarrier& stuck) {
       {"bottleneck_sm90", "pixels"},      {"bottleneck_sm90", "lines"},
       {"bottleneck_sm90", "operand"},     {"conv_int8_sm90", "operands"},
       {"conv_int8_sm90", "vectors"},      {"conv_int8_sm90", "result"},
-      {"conv_training_sm90", "operands"}, {"conv_training_sm90", "result"},
-      {"conv_training_sm90", "turns"},    {"wgrad_sm90", "operands"},
+      {"conv_int8_sm90", "turns"},        {"conv_training_sm90", "operands"},
+      {"conv_training_sm90", "result"},   {"conv_training_sm90", "turns"},
+      {"wgrad_sm90", "operands"},
   };
   if (stuck.barrier == 0) return "";
   const auto& [kernel, pipeline] = kPipelineNames[(stuck.barrier - 1) / 2];

@@ -6,7 +6,7 @@ chunks on tensor cores (float16 and bfloat16, one group, channels that are multi
 cuDNN for the others (small groups, float32 with or without TF32). The stem's three channels have
 another kernel, with the pooling; a whole bottleneck of few inner channels has one as well. The head
 is our average pool, then our product (preferred for few images) or cuBLAS's. Quantised int8
-convolutions have a kernel for sm_90a; what it leaves out, other backends compute. Training's
+convolutions have kernels too; what those leave out, other backends compute. Training's
 convolutions have one beside Triton's.
 
 torch's fused `cudnn_convolution_relu` and `cudnn_convolution_add_relu` are no candidates: they add

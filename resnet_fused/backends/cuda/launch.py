@@ -47,7 +47,7 @@ class _PackedInt8(NamedTuple):
 
 
 def _pack_int8(weight: Tensor) -> _PackedInt8:
-    """Each 16 output channels in the order that csrc/kernels/cuda/conv_int8_sm90.h says."""
+    """Each 16 output channels in the order that csrc/kernels/cuda/conv_int8.h says."""
     in_order = weight.unflatten(0, (-1, 4, 2, 2)).transpose(1, 2).flatten(0, 3)
     return _PackedInt8(nhwc(in_order))
 

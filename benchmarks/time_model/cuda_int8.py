@@ -1,0 +1,147 @@
+"""Quantised convolutions on Hopper: tiles that csrc/kernels/cuda/conv_int8_sm90.cu takes, and its
+loops. What its host code decides from sizes is said again here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from .cuda_backend import STEP_BYTES, Call
+from .rates import Gpu
+from .work import Work
+
+
+class Tile(NamedTuple):
+    """Positions, channels, stages, blocks of an SM and of a cluster; whether warpgroups take turns
+    at tiles."""
+
+    m: int
+    n: int
+    stages: int
+    blocks: int
+    cluster: int = 1
+    ping_pong: bool = False
+
+    @property
+    def stage_bytes(self) -> int:
+        return (self.m + self.n) * STEP_BYTES
+
+    @property
+    def asked_bytes(self) -> int:
+        """Of L2, for a step: a cluster's blocks share the weights."""
+        return (self.m + self.n // self.cluster) * STEP_BYTES
+
+    def tiles(self, rows: int, filters: int) -> int:
+        """Of all blocks."""
+        return (
+            math.ceil(rows / (self.cluster * self.m)) * self.cluster * math.ceil(filters / self.n)
+        )
+
+    def cycles(
+        self, rows: int, filters: int, steps: Sequence[int], residual: bool, sms: int
+    ) -> int:
+        """By which the host code chooses."""
+        step = max(self.m * self.n * STEP_BYTES // 4096, self.asked_bytes // 64)
+        of_element = 60 + 50 * residual + 35 * (len(steps) > 1)
+        epilogue = self.m * self.n * of_element // 1000
+        products, of_sm = sum(steps) * step, math.ceil(self.tiles(rows, filters) / sms)
+        if self.ping_pong:
+            alone = epilogue * 5 // 3
+            return of_sm * max(products, products // 2 + alone) + alone
+        return of_sm * products + math.ceil(of_sm / self.blocks) * epilogue
+
+
+# In the order of conv_int8_sm90.cu.
+TILES = {
+    "m128n64": Tile(128, 64, 3, 2),
+    "m128n128": Tile(128, 128, 5, 1, ping_pong=True),
+    "m128n128_cluster": Tile(128, 128, 5, 1, 2, ping_pong=True),
+    "m128n256_cluster": Tile(128, 256, 3, 1, 2),
+}
+
+
+class Product(NamedTuple):
+    """A convolution as the binding is told of it."""
+
+    image: tuple[int, int]
+    channels: int
+    window: tuple[int, int]
+    stride: tuple[int, int]
+
+    @classmethod
+    def of(cls, layer: Any) -> Product:
+        x, weight, (stride, *_) = layer
+        return cls(tuple(x[2][2:]), x[2][1], tuple(weight[2][2:]), stride)
+
+    @property
+    def steps(self) -> int:
+        return math.prod(self.window) * math.ceil(self.channels / STEP_BYTES)
+
+
+def products_of(layer: Any, projection: Any) -> list[Product]:
+    return [Product.of(one) for one in (layer, projection) if one is not None]
+
+
+def tiles_in_order(
+    rows: int, filters: int, steps: Sequence[int], residual: bool, sms: int
+) -> list[str]:
+    """Names of the tiles: the one that the heuristic takes, then the others as they stand."""
+    best = min(TILES, key=lambda name: TILES[name].cycles(rows, filters, steps, residual, sms))
+    return [best, *(name for name in TILES if name != best)]
+
+
+def _shape(products: Sequence[Product], filters: int) -> str:
+    of_each = []
+    for p in products:
+        stride = f"/{p.stride[0]}" if p.stride[0] > 1 else ""
+        window = f"{p.window[0]}×{p.window[1]}{stride}"
+        of_each.append(f"{window} {p.channels}→{filters} at {p.image[0]}×{p.image[1]}")
+    return " + ".join(of_each)
+
+
+def conv_int8(call: Call, gpu: Gpu) -> tuple[Work, str]:
+    """The launch, and the symbol of its kernel."""
+    layer, _, _, _, residual, projection, name = call.arguments
+    batch, filters, *image = call.out.shape
+    rows, products = batch * math.prod(image), products_of(layer, projection)
+    steps = [p.steps for p in products]
+    tile = TILES[name]
+    tiles, stored = tile.tiles(rows, filters), call.out.numel()
+    weights = [filters * p.channels * math.prod(p.window) for p in products]
+    read = sum(
+        batch * math.prod(p.image) * p.channels
+        * min(1.0, math.prod(p.window) / math.prod(p.stride))
+        for p in products
+    )  # fmt: skip
+    added = stored if residual is not None else 0
+    # What is beyond the last channel is asked of nobody.
+    asked = sum(
+        math.prod(p.window) * p.channels * (tile.m + tile.n // tile.cluster) for p in products
+    )
+    work = Work(
+        layer="",
+        kernel="conv_int8_sm90_kernel",
+        config=f"{tile.m}×{tile.n}×128, {tile.stages} stages"
+        + ", cluster" * (tile.cluster > 1)
+        + ", ping-pong" * tile.ping_pong,
+        shape=_shape(products, filters) + ", residual" * bool(added),
+        tiles=tiles,
+        # Warpgroups that take turns are two blocks on an SM, as far as a tile's time goes.
+        warps=4 if tile.ping_pong else 8,
+        blocks_per_sm=2 if tile.ping_pong else tile.blocks,
+        # A tile; who takes turns and adds a residual has a loop that waits; the products.
+        trips=(1, *[0.0] * (tile.ping_pong and bool(added)), *steps),
+        dram_bytes=int(read) + sum(weights) + added + stored,
+        l2_bytes=tiles * asked + added + stored,
+        multiply_adds=rows * sum(weights),
+        operand_bytes=1,
+        persistent=True,
+        bulk_bytes=tile.stage_bytes,
+    )
+    signed = "a" if layer[0][-1].dtype == torch.int8 else "h"
+    sizes = rf"ILi{tile.n}ELi{tile.stages}ELi{tile.blocks}ELi{tile.cluster}E"
+    shortcut = 2 if len(products) > 1 else int(residual is not None)
+    return work, rf"conv_int8_sm90_kernelI{signed}NS0_4Tile{sizes}\w*ShortcutE{shortcut}E"
