@@ -116,13 +116,6 @@ ISA_INLINE void store_bytes(std::uint8_t* p, Sums v, bool is_signed) {
 #endif
 }
 
-ISA_INLINE void store_bytes(std::uint8_t* p, Sums v, bool is_signed, std::int64_t count) {
-  if (count >= kLanes) return store_bytes(p, v, is_signed);
-  std::uint8_t padded[kLanes];
-  store_bytes(padded, v, is_signed);
-  for (std::int64_t i = 0; i < count; ++i) p[i] = padded[i];
-}
-
 #if ISA_LANES == 16
 // 64 numbers in 4 vectors.
 ISA_INLINE void store_line(std::uint8_t* p, const Sums (&v)[4], bool is_signed) {
