@@ -30,8 +30,15 @@ from resnet_fused.quantization import (
 )
 from resnet_fused.quantization.fold import fold
 from resnet_fused.quantization.folded import FoldedConv
-from resnet_fused.quantization.layers import Geometry, HigherPrecisionConv, QuantizedConv
+from resnet_fused.quantization.layers import (
+    Geometry,
+    HigherPrecisionConv,
+    Images,
+    InputKind,
+    QuantizedConv,
+)
 from resnet_fused.reference.quantized import FLOAT8
+from resnet_fused.reference.quantized import quantize as quantize_tensor
 from resnet_fused.testing.cases import generator, randomise_statistics
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
@@ -519,3 +526,15 @@ def test_onnx_refuses_what_it_cannot_say(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=said):
             resnet_fused.quantization.export_onnx(network, tmp_path / "network.onnx")
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_images_are_quantised_in_either_layout(layout: torch.memory_format) -> None:
+    x = 60 * torch.randn(2, 3, 5, 7).contiguous(memory_format=layout)
+    before = x.clone()
+    scale, zero = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([10.0, 120.0, 250.0])
+    images = Images({"scale": scale, "zero": zero}, InputKind(torch.uint8))
+    units = x / scale[:, None, None] + zero[:, None, None]
+    assert torch.equal(images(x), quantize_tensor(units, torch.uint8))
+    assert images(x).is_contiguous(memory_format=layout)
+    assert torch.equal(x, before)

@@ -2,17 +2,16 @@
 // and the sum runs over the window, tap by tap and word by word of 4 channels.
 //
 // One task is a run of pixels times a run of strips of up to 64 columns, done by one thread: for
-// each strip of weights (L2; the next one is prefetched meanwhile) and each tile of 6 pixels, the
-// micro-kernel of quantized_dot.h sums over the whole window, in registers, and ends with bias,
-// shortcut and requantisation, which stores whole lines of the result.
-// Each pixel of a tile has a pointer of its own into x, which is read where it lies; for a tap
-// outside the image it points to the value of the padding. Pixels are taken in an order in which
-// those at the same border follow each other: a tile skips the taps that are outside for all of it.
-// (That saves 18% of a 3 x 3 convolution on a map of 7 x 7.)
-// int8 activations become unsigned on their way into the product by adding 128, which the bias
-// takes back. Groups of few channels share a block of weights with zeros between them. A projection
-// is a second pass over the same tile, made first: its rescaled sums, with the bias, are what the
-// other pass starts from.
+// each strip of weights (L2; the next one is prefetched meanwhile) and each tile of 6 pixels, sums
+// stay in registers from bias and shortcut over the whole window to the requantised result, of
+// which whole lines are stored. Each pixel of a tile has a pointer of its own into x, which is read
+// where it lies; for a tap outside the image it points to the value of the padding. Pixels are
+// taken in an order in which those at the same border follow each other: a tile skips the taps that
+// are outside for all of it. (That saves 18% of a 3 x 3 convolution on a map of 7 x 7.) int8
+// activations become unsigned on their way into the product by adding 128, which the bias takes
+// back. Groups of few channels share a block of weights with zeros between them. A projection is a
+// second pass over the same tile, made first: its rescaled sums, with the bias, are what the other
+// pass starts from.
 //
 // Memory traffic: x and the residual are read and the result is written once, the weights once per
 // task. x is copied first where it is int8 or has channels that fill no whole words (images).
@@ -87,11 +86,6 @@ Taps union_of(const Taps& a, const Taps& b) {
           {std::min(a.columns[0], b.columns[0]), std::max(a.columns[1], b.columns[1])}};
 }
 
-// Also from outside of what p points to.
-const std::uint8_t* at_offset(const std::uint8_t* p, std::int64_t bytes) {
-  return reinterpret_cast<const std::uint8_t*>(reinterpret_cast<std::uintptr_t>(p) + bytes);
-}
-
 // The convolution or its projection, with what all tasks share.
 struct Pass {
   const std::uint8_t* x;
@@ -103,10 +97,8 @@ struct Pass {
   Window window;
   std::int64_t pixel_bytes, line_bytes, image_bytes;
   std::int64_t tap_words, tap_bytes, tap_line_bytes;  // of a tap, and from one to the next
-  std::int64_t step;  // words between two rows of the tile before that are finished meanwhile
-  bool inside;        // no window reaches over the border
-  bool pointwise;     // neighbouring pixels' windows are neighbours
-  bool skips;         // taps outside the image add nothing
+  bool inside;                                        // no window reaches over the border
+  bool skips;                                         // taps outside the image add nothing
   std::vector<Run> lines, columns;
   std::vector<Taps> borders;  // of each pair of runs, or one for all
 
@@ -268,12 +260,9 @@ Pass make_pass(const QuantizedConvolution& conv, const std::int32_t* bias, const
     }
   }
   pass.inside = window.padding[0] + window.padding[1] == 0;
-  pass.pointwise =
-      pass.inside && window.kernel[0] * window.kernel[1] * window.stride[0] * window.stride[1] == 1;
   pass.tap_words = layout.tap_words();
   pass.tap_bytes = window.dilation[1] * pass.pixel_bytes;
   pass.tap_line_bytes = window.dilation[0] * pass.line_bytes;
-  pass.step = std::clamp<std::int64_t>(layout.words() / 8, 2, 16);
   pass.skips = !x.is_signed && conv.padding_value == nullptr;
   pass.padding_value = nullptr;
   if (!pass.inside) {

@@ -51,8 +51,7 @@ ISA_INLINE std::int64_t distance(const std::uint8_t* const* at, std::int64_t row
 }
 
 // `count` lines of those that are to be fetched.
-ISA_INLINE void prefetch_lines(Lines (&ahead)[2], std::int64_t count) {
-  Lines& lines = ahead[ahead[0].left <= 0];
+ISA_INLINE void prefetch_lines(Lines& lines, std::int64_t count) {
   for (; count > 0 && lines.left > 0; --count, --lines.left, lines.next += 64) {
     __builtin_prefetch(lines.next, 0, 2);
   }
@@ -61,13 +60,11 @@ ISA_INLINE void prefetch_lines(Lines (&ahead)[2], std::int64_t count) {
 // The sums of a run of words whose pixels lie at `at`.
 template <int kVecs>
 ISA_INLINE void multiply_run(const std::uint8_t* const* at, std::int64_t rows, std::int64_t words,
-                             const std::int8_t* weights, std::int64_t pitch,
-                             QuantizedResult& before, Lines (&ahead)[2]) {
+                             const std::int8_t* weights, std::int64_t pitch, Lines& ahead) {
   const std::int64_t pixel_pitch = distance(at, rows), steps = words / kTileWords;
   alignas(64) std::uint8_t pixels[kTileRegisterRows * kTileRegisterBytes];
   for (std::int64_t step = 0; step < steps;) {
-    const bool finishes = before.next < before.rows;
-    const std::int64_t count = pixel_pitch == 0 || finishes ? 1 : steps - step;
+    const std::int64_t count = pixel_pitch == 0 ? 1 : steps - step;
     const std::int64_t offset = step * kTileRegisterBytes;
     prefetch_lines(ahead, count * kTileWords);
     if (pixel_pitch != 0) {
@@ -81,7 +78,6 @@ ISA_INLINE void multiply_run(const std::uint8_t* const* at, std::int64_t rows, s
     }
     weights += count * kTileWords * pitch;
     step += count;
-    if (finishes) finish_row<kTileColumns / kLanes>(before);
   }
   const std::int64_t rest = words % kTileWords;
   if (rest == 0) return;
@@ -99,18 +95,18 @@ ISA_INLINE void multiply_run(const std::uint8_t* const* at, std::int64_t rows, s
   multiply_step<kVecs>(pixels, kTileRegisterBytes, last, kPitch);
 }
 
-// One tile's sums over the window; the tile before it, if there is one, is finished meanwhile.
+// Adds a pass over the window to a tile's sums, rows of kTileColumns.
 template <int kVecs>
 ISA inline __attribute__((noinline)) void sum_tile(std::int64_t count, const Pass& pass,
-                                                   const Row* rows, const QuantizedColumns& columns,
-                                                   std::int32_t* to, QuantizedResult& before,
-                                                   Lines (&ahead)[2]) {
-  // All rows of sums begin with the same numbers.
-  finish_stores(columns.start);
-  _tile_loadd(0, columns.start, 0);
-  if constexpr (kVecs > 1) _tile_loadd(1, columns.start + kLanes, 0);
-  if constexpr (kVecs > 2) _tile_loadd(2, columns.start + 2 * kLanes, 0);
-  if constexpr (kVecs > 3) _tile_loadd(3, columns.start + 3 * kLanes, 0);
+                                                   const Row* rows, const std::int8_t* all_weights,
+                                                   const QuantizedColumns& columns,
+                                                   std::int32_t* sums, Lines& ahead) {
+  constexpr std::int64_t kPitch = kTileColumns * sizeof(std::int32_t);
+  finish_stores(sums);
+  _tile_loadd(0, sums, kPitch);
+  if constexpr (kVecs > 1) _tile_loadd(1, sums + kLanes, kPitch);
+  if constexpr (kVecs > 2) _tile_loadd(2, sums + 2 * kLanes, kPitch);
+  if constexpr (kVecs > 3) _tile_loadd(3, sums + 3 * kLanes, kPitch);
 
   // The taps to take, and whether all of them are inside the image for all rows.
   const Window& window = pass.window;
@@ -139,28 +135,54 @@ ISA inline __attribute__((noinline)) void sum_tile(std::int64_t count, const Pas
                     ? at_offset(rows[r].window, offset)
                     : pass.padding_value + columns.operand;
       }
-      multiply_run<kVecs>(
-          at, count, together * pass.tap_words,
-          columns.weights + (y * window.kernel[1] + x) * pass.tap_words * columns.pitch,
-          columns.pitch, before, ahead);
+      multiply_run<kVecs>(at, count, together * pass.tap_words,
+                          all_weights + (y * window.kernel[1] + x) * pass.tap_words * columns.pitch,
+                          columns.pitch, ahead);
     }
   }
-  if (before.next < before.rows) finish_rows(before);
-  constexpr std::int64_t kPitch = kTileColumns * sizeof(std::int32_t);
-  _tile_stored(0, to, kPitch);
-  if constexpr (kVecs > 1) _tile_stored(1, to + kLanes, kPitch);
-  if constexpr (kVecs > 2) _tile_stored(2, to + 2 * kLanes, kPitch);
-  if constexpr (kVecs > 3) _tile_stored(3, to + 3 * kLanes, kPitch);
+  _tile_stored(0, sums, kPitch);
+  if constexpr (kVecs > 1) _tile_stored(1, sums + kLanes, kPitch);
+  if constexpr (kVecs > 2) _tile_stored(2, sums + 2 * kLanes, kPitch);
+  if constexpr (kVecs > 3) _tile_stored(3, sums + 3 * kLanes, kPitch);
 }
 
-// Of up to kTileRows rows and kTileColumns columns.
-ISA inline void multiply_tile(TileState& state, std::int64_t row_count, std::int64_t column_count,
-                              const Pass& pass, const Row* rows, const QuantizedColumns& columns,
-                              std::int32_t* to, QuantizedResult& before, Lines (&ahead)[2]) {
-  constexpr decltype(&sum_tile<1>) kOfWidth[] = {sum_tile<1>, sum_tile<2>, sum_tile<3>,
-                                                 sum_tile<4>};
-  const std::int64_t count = std::min<std::int64_t>(row_count, kTileRows);
-  const std::int64_t vecs = std::min<std::int64_t>(column_count, kTileColumns) / kLanes;
+// A tile of the result.
+template <int kVecs>
+ISA inline __attribute__((noinline)) void make_tile(std::int64_t count, const Shared& shared,
+                                                    const QuantizedColumns& columns,
+                                                    const Row* const (&all_rows)[2],
+                                                    Lines (&ahead)[2]) {
+  alignas(64) std::int32_t sums[kTileRows * kTileColumns];
+  for (int p = shared.count - 1; p >= 0; --p) {
+    for (std::int64_t r = 0; r < count; ++r) {
+      Sums row[1][kVecs];
+      std::int32_t* const at = sums + r * kTileColumns;
+      if (p == 1) {
+        begin(row, columns.start[1]);
+      } else {
+        if (shared.count == 2) begin(row, at);
+        add_shortcut(row, shared.op, columns, all_rows[0] + r);
+      }
+      for (int j = 0; j < kVecs; ++j) store_sums(at + j * kLanes, row[0][j]);
+    }
+    sum_tile<kVecs>(count, shared.passes[p], all_rows[p], columns.weights[p], columns, sums,
+                    ahead[p]);
+  }
+  for (std::int64_t r = 0; r < count; ++r) {
+    Sums row[1][kVecs];
+    begin(row, sums + r * kTileColumns);
+    finish(row, shared.op.relu, columns, all_rows[0] + r);
+  }
+}
+
+// Of up to kTileRows rows.
+ISA inline void multiply_tile(TileState& state, std::int64_t rows, std::int64_t width,
+                              const Shared& shared, const QuantizedColumns& columns,
+                              const Row* const (&all_rows)[2], Lines (&ahead)[2]) {
+  constexpr decltype(&make_tile<1>) kOfWidth[] = {make_tile<1>, make_tile<2>, make_tile<3>,
+                                                  make_tile<4>};
+  const std::int64_t count = std::min<std::int64_t>(rows, kTileRows);
   state.set_pixels(static_cast<int>(count));
-  kOfWidth[vecs - 1](count, pass, rows, columns, to, before, ahead);
+  kOfWidth[std::min<std::int64_t>(width, kTileColumns) / kLanes - 1](count, shared, columns,
+                                                                     all_rows, ahead);
 }

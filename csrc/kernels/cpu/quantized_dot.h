@@ -39,38 +39,36 @@ ISA_INLINE Sums multiply_add(Sums bytes, Sums weights, Sums sum) {
 #endif
 }
 
-// Lines of memory that are fetched one by one meanwhile, into L2.
+// Lines of memory that are fetched into L2 meanwhile, one with each word.
 struct Lines {
   const char* next = nullptr;
   std::int64_t left = 0;
 };
 
-// sum += rows[kRows][first .. first + words] * weights[words][kVecs vectors], whose rows lie
-// `pitch` bytes apart and which moves on.
+// sum += rows[kRows][words from byte `first` on] * weights[words][kVecs vectors], whose rows lie
+// `pitch` bytes apart.
 template <int kRows, int kVecs>
 ISA_INLINE void accumulate(Sums (&sum)[kRows][kVecs], const std::uint8_t* const (&rows)[kRows],
-                           std::int64_t first, std::int64_t words, const std::int8_t*& weights,
+                           std::int64_t first, std::int64_t words, const std::int8_t* weights,
                            std::int64_t pitch, Lines& ahead) {
   const char* line = ahead.next;
   const std::int64_t step = ahead.left > 0 ? 64 : 0;
-  const std::int8_t* w = weights;
-  for (std::int64_t i = 4 * first; i < 4 * (first + words); i += 4, w += pitch, line += step) {
+  const std::int8_t* const end = weights + words * pitch;
+  for (std::int64_t at = first; weights != end; at += 4, weights += pitch, line += step) {
     __builtin_prefetch(line, 0, 2);
     Sums columns[kVecs];
 #pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) columns[j] = load_sums(w + j * kLanes * 4);
+    for (int j = 0; j < kVecs; ++j) columns[j] = load_sums(weights + j * kLanes * 4);
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
       std::int32_t word;
-      std::memcpy(&word, rows[r] + i, sizeof word);
+      std::memcpy(&word, at_offset(rows[r], at), sizeof word);
       const Sums bytes = splat(word);
 #pragma GCC unroll 4
       for (int j = 0; j < kVecs; ++j) sum[r][j] = multiply_add(bytes, columns[j], sum[r][j]);
     }
   }
-  weights = w;
-  ahead.next = line;
-  ahead.left -= step / 64 * words;
+  ahead = {line, ahead.left - step / 64 * words};
 }
 
 ISA_INLINE Vec to_float(Sums v) {
@@ -118,13 +116,6 @@ ISA_INLINE void store_bytes(std::uint8_t* p, Sums v, bool is_signed) {
 #endif
 }
 
-ISA_INLINE void store_bytes(std::uint8_t* p, Sums v, bool is_signed, std::int64_t count) {
-  if (count >= kLanes) return store_bytes(p, v, is_signed);
-  std::uint8_t padded[kLanes];
-  store_bytes(padded, v, is_signed);
-  for (std::int64_t i = 0; i < count; ++i) p[i] = padded[i];
-}
-
 #if ISA_LANES == 16
 // 64 numbers in 4 vectors.
 ISA_INLINE void store_line(std::uint8_t* p, const Sums (&v)[4], bool is_signed) {
@@ -157,6 +148,12 @@ ISA_INLINE Sums load_bytes(const std::uint8_t* p, bool is_signed, std::int64_t c
 
 // kVecs vectors of numbers.
 template <int kVecs>
+ISA_INLINE void load_row(const std::uint8_t* p, Sums (&v)[kVecs], bool is_signed) {
+#pragma GCC unroll 4
+  for (int j = 0; j < kVecs; ++j) v[j] = load_bytes(p + j * kLanes, is_signed);
+}
+
+template <int kVecs>
 ISA_INLINE void store_row(std::uint8_t* p, const Sums (&v)[kVecs], bool is_signed) {
 #if ISA_LANES == 16
   if constexpr (kVecs == 4) return store_line(p, v, is_signed);
@@ -165,13 +162,13 @@ ISA_INLINE void store_row(std::uint8_t* p, const Sums (&v)[kVecs], bool is_signe
   for (int j = 0; j < kVecs; ++j) store_bytes(p + j * kLanes, v[j], is_signed);
 }
 
-// Sets all rows to the same kVecs vectors, or each to its own, `pitch` numbers apart.
+// Sets all rows to the same kVecs vectors.
 template <int kRows, int kVecs>
-ISA_INLINE void start(Sums (&sum)[kRows][kVecs], const std::int32_t* from, std::int64_t pitch) {
+ISA_INLINE void begin(Sums (&sum)[kRows][kVecs], const std::int32_t* from) {
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) sum[r][j] = load_sums(from + r * pitch + j * kLanes);
+    for (int j = 0; j < kVecs; ++j) sum[r][j] = load_sums(from + j * kLanes);
   }
 }
 

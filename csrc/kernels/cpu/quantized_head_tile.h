@@ -26,11 +26,11 @@ struct HeadTile {
                       std::int64_t pitch, std::int32_t* to) {
     Sums sum[kRows][kVecs];
     constexpr std::int32_t kZeros[kTileColumns] = {};
-    start(sum, kZeros, 0);
+    begin(sum, kZeros);
     const std::uint8_t* at[kRows];
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) at[r] = pass.plane_rows + (row + r) * pass.row_bytes;
-    Lines none{reinterpret_cast<const char*>(weights), 0};
+    Lines none;
     accumulate(sum, at, 0, pass.layout.words(), weights, pitch, none);
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r, to += pitch / 4) {

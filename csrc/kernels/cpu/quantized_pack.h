@@ -13,6 +13,11 @@ namespace resnet_fused::cpu {
 constexpr std::int64_t kQuantizedStrip = 64;  // columns, at most
 constexpr std::int64_t kQuantizedLanes = 16;  // a strip's width is a multiple
 
+// Also from outside of what p points to.
+inline const std::uint8_t* at_offset(const std::uint8_t* p, std::int64_t bytes) {
+  return reinterpret_cast<const std::uint8_t*>(reinterpret_cast<std::uintptr_t>(p) + bytes);
+}
+
 // The matrix of a convolution's weights: blocks on a diagonal, rows summed over, columns output
 // channels. A row is a word of 4 input channels of one tap. In memory a block is strips of columns,
 // a strip is rows, and a row holds the 4 weights of each column. Behind all blocks follows, in

@@ -10,13 +10,14 @@ struct StemTile {
                       std::int64_t offset, const std::int8_t* weights, std::int64_t pitch,
                       std::int64_t first, std::uint8_t* to, std::int64_t to_pitch) {
     Sums sum[kRows][kVecs];
-    start(sum, pass.start.data() + first, 0);
-    Lines none{reinterpret_cast<const char*>(weights), 0};
+    begin(sum, pass.start.data() + first);
+    const std::int64_t words = pass.layout.tap_words();
+    Lines none;
     for (int row = 0; row < kFilter; ++row) {
       const std::uint8_t* at[kRows];
 #pragma GCC unroll 6
       for (int r = 0; r < kRows; ++r) at[r] = rows[row] + offset + r * kStep;
-      accumulate(sum, at, 0, pass.layout.tap_words(), weights, pitch, none);
+      accumulate(sum, at, 0, words, weights + row * words * pitch, pitch, none);
     }
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r, to += to_pitch) {
