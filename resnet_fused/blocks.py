@@ -81,7 +81,7 @@ class ResidualBlock(nn.Module):
     """relu(F(x) + shortcut(x)); F is `layers()`, each convolution with its BN, ReLU between.
 
     `forward_unfused` says what a block means, module by module. In its place, where nobody could
-    tell, run the fused ops: where all of F normalises with given statistics (eval mode, frozen BN),
+    tell, run the fused ops: where all of F normalises with running statistics (eval mode, frozen),
     one op for each layer, the last of which takes the shortcut with it (the identity, read in place
     where it is strided and padded, or a strided projection accumulated in the same kernel), and one
     for a Bottleneck as a whole; in training one op for the block, where the backend trains fused.

@@ -38,7 +38,7 @@ class Convolution(NamedTuple):
 
 
 class BatchNorm(NamedTuple):
-    """Batch normalisation with given statistics: (x - mean) / sqrt(var + eps) * weight + bias.
+    """Batch normalisation with running statistics: (x - mean) / sqrt(var + eps) * weight + bias.
 
     Each vector is (channels,) of any floating dtype; `weight` and `bias` may be None (1 and 0).
     Kernels read them live and compute in float32; nothing is folded or cached.

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import require
 from torch import Tensor
+from torch.testing._internal.optests.generate_tests import DEFAULT_TEST_UTILS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -174,8 +175,12 @@ def test_opcheck(name: str, backend: str) -> None:
     def leaf(tensor: Tensor) -> Tensor:
         return tensor.detach().requires_grad_(tensor.requires_grad and differentiable)
 
+    tests = list(DEFAULT_TEST_UTILS)
+    if name.endswith("group_norm_add_relu") and torch.__version__ < "2.10":
+        # Whose own gradient of group norm divides symbolic sizes as nothing can.
+        tests.remove("test_aot_dispatch_dynamic")
     with use_backend(backend):
-        torch.library.opcheck(op, tree_map_only(Tensor, leaf, arguments))
+        torch.library.opcheck(op, tree_map_only(Tensor, leaf, arguments), test_utils=tests)
 
 
 @pytest.mark.parametrize("name", NAMES)

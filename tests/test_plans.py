@@ -9,6 +9,7 @@ import os
 import pickle
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrizations, prune
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_in_torch_dispatch_mode
 
 import resnet_fused
 from resnet_fused import BasicBlock, Bottleneck, _extension, use_backend
+from resnet_fused.backends import recording
 from resnet_fused.models.network import ResidualNetwork, StageShape
 from resnet_fused.plan import Plans, record, store
 from resnet_fused.plan.arena import Arenas
@@ -578,6 +580,25 @@ def test_threads_share_a_model(replays):
         thread.join()
     assert not wrong
     assert len(replays) == 80
+
+
+def test_threads_that_record_leave_no_mode_behind():
+    """PyTorch's flag for it is one a process: `torch.compile` would compile nothing any more."""
+    inside, left = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        inside.set()
+        with recording.Watch():
+            left.wait(10)
+
+    thread = threading.Thread(target=watch)
+    with recording.Watch():
+        thread.start()
+        inside.wait(10)
+        time.sleep(0.1)  # for the other one to enter, if it could
+    left.set()
+    thread.join()
+    assert not is_in_torch_dispatch_mode()
 
 
 def test_a_model_that_never_stays_the_same_is_rarely_recorded(monkeypatch):

@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "kernels/cuda/bn_add_relu.h"
@@ -30,6 +31,7 @@
 #include "tensor_arg.h"
 
 namespace py = pybind11;
+using resnet_fused::AveragePool;
 using resnet_fused::BatchNorm;
 using resnet_fused::BnAddRelu;
 using resnet_fused::Bottleneck;
@@ -42,10 +44,13 @@ using resnet_fused::Dgrad;
 using resnet_fused::DType;
 using resnet_fused::Int8Tile;
 using resnet_fused::Layer;
+using resnet_fused::Linear;
+using resnet_fused::Stem;
 using resnet_fused::TrainingTile;
 using resnet_fused::Vector;
 using resnet_fused::Wgrad;
 using resnet_fused::WgradTile;
+using resnet_fused::WindowRows;
 
 namespace {
 
@@ -86,40 +91,38 @@ using Int8LayerArg = std::tuple<TensorArg, TensorArg, WindowArg>;
 // Of a bottleneck: weight, batch norm.
 using InnerLayerArg = std::tuple<TensorArg, BatchNormArg>;
 
+// Of kernels that come in one tile.
+struct NoTile {};
+
 // What every launch has, and the arguments of its kernel.
-template <typename Kernel>
+template <typename Op, typename Tile = NoTile>
 struct OnDevice {
-  Kernel op;
-  int device;
-};
-
-struct ConvLaunch {
-  ConvBn op;
-  ConvTile tile;
-  int device;
-};
-
-struct ConvInt8Launch {
-  ConvInt8 op;
-  Int8Tile tile;
-  int device;
-};
-
-template <typename Op, typename Tile = TrainingTile>
-struct TrainingLaunch {
   Op op;
   Tile tile;
   int device;
+  const char* name;  // of the kernel, for errors
 };
-using WgradLaunch = TrainingLaunch<Wgrad, WgradTile>;
+using ConvLaunch = Launch<OnDevice<ConvBn, ConvTile>>;
+using ConvInt8Launch = Launch<OnDevice<ConvInt8, Int8Tile>>;
+using ConvStatsLaunch = Launch<OnDevice<ConvStats, TrainingTile>>;
+using DgradLaunch = Launch<OnDevice<Dgrad, TrainingTile>>;
+using WgradLaunch = Launch<OnDevice<Wgrad, WgradTile>>;
 
-struct BottleneckLaunch {
-  Bottleneck op;
+// A whole block, by one of the kernels for it.
+struct BlockTo {
+  Bottleneck block;
   void* out;
-  int device;
 };
 
-CUstream_st* stream_of(std::uintptr_t stream) { return reinterpret_cast<CUstream_st*>(stream); }
+template <auto kKernel, typename Op, typename Tile>
+void run_on_device(OnDevice<Op, Tile>& launch, std::uintptr_t stream) {
+  const auto queue = reinterpret_cast<CUstream_st*>(stream);
+  if constexpr (std::is_same_v<Tile, NoTile>) {
+    check_cuda(launch.name, kKernel(launch.op, launch.device, queue));
+  } else {
+    check_cuda(launch.name, kKernel(launch.op, launch.tile, launch.device, queue));
+  }
+}
 
 DType dtype_of(const char* name, const TensorArg& tensor) {
   switch (tensor.type) {
@@ -149,7 +152,6 @@ int size(const char* name, std::int64_t value, std::int64_t least) {
 template <typename Arguments>
 void set_vector(Launch<Arguments>& launch, Vector& slot, const char* name,
                 const OptionalTensor& tensor, std::int64_t channels) {
-  slot = {};
   if (!tensor) return;
   check_sizes(name, *tensor, {channels});
   check_contiguous(name, *tensor, 1);
@@ -168,31 +170,23 @@ void set_batch_norm(Launch<Arguments>& launch, BatchNorm& slot, const BatchNormA
   slot.eps = static_cast<float>(eps);
 }
 
-void run_bn_add_relu(OnDevice<BnAddRelu>& launch, std::uintptr_t stream) {
-  check_cuda("bn_add_relu", resnet_fused::bn_add_relu(launch.op, launch.device, stream_of(stream)));
-}
-
-void bn_add_relu(const TensorArg& out, const TensorArg& x, const BatchNormArg& bn,
-                 const OptionalTensor& residual, bool relu, int device, std::uintptr_t stream) {
+void set_bn_add_relu(Launch<OnDevice<BnAddRelu>>& launch, const TensorArg& out, const TensorArg& x,
+                     const BatchNormArg& bn, const OptionalTensor& residual, bool relu) {
   check_nhwc("x", x);
   check_nhwc("out", out);
   check_type("x", x, out.type);
   const auto& [batch, channels, height, width] = x.sizes;
   check_sizes("out", out, {batch, channels, height, width});
-  if (out.numel() == 0) return;
-  Launch<OnDevice<BnAddRelu>> launch;
   BnAddRelu& op = launch.arguments.op;
-  launch.arguments.device = device;
   op.dtype = dtype_of("x", x);
   op.rows = batch * height * width;
   op.channels = channels;
   op.relu = relu;
   launch.reads(op.x, "x", x);
   set_batch_norm(launch, op.bn, bn, channels);
-  set_residual(launch, op.residual, residual, out);
+  if (out.numel() > 0) set_residual(launch, op.residual, residual, out);
   if (!op.residual.in_line()) refuse("residual must have all pixels at one distance here");
   launch.writes(op.out, "out", out);
-  launch.run<run_bn_add_relu>(stream);
 }
 
 // What the result's batch, channels and size are.
@@ -250,7 +244,7 @@ void set_window(Launch<Arguments>& launch, const ConvBn& result, ConvolutionBn& 
   launch.reads(conv.weight, "weight", weight);
 }
 
-void set_convolution(Launch<ConvLaunch>& launch, ConvolutionBn& conv, const LayerArg& layer,
+void set_convolution(ConvLaunch& launch, ConvolutionBn& conv, const LayerArg& layer,
                      const TensorArg& out) {
   const auto& [x, weight, window, bn] = layer;
   check_type("x", x, out.type);
@@ -259,17 +253,15 @@ void set_convolution(Launch<ConvLaunch>& launch, ConvolutionBn& conv, const Laye
   set_batch_norm(launch, conv.bn, bn, out.sizes[1]);
 }
 
-void set_conv_bn(Launch<ConvLaunch>& launch, const TensorArg& out, const LayerArg& layer,
+void set_conv_bn(ConvLaunch& launch, const TensorArg& out, const LayerArg& layer,
                  const std::optional<LayerArg>& projection, const OptionalTensor& residual,
-                 std::int64_t groups, bool relu, bool tf32, int device) {
-  launch.arguments.device = device;
+                 std::int64_t groups, bool relu, bool tf32) {
   ConvBn& op = launch.arguments.op;
   set_result(op, out, groups);
   op.dtype = dtype_of("out", out);
   op.relu = relu;
   op.tf32 = tf32;
   set_convolution(launch, op.conv, layer, out);
-  op.projection = {};
   if (projection) {
     if (groups != 1 || residual) {
       refuse("a projection needs groups = 1 and excludes a residual");
@@ -280,33 +272,15 @@ void set_conv_bn(Launch<ConvLaunch>& launch, const TensorArg& out, const LayerAr
   launch.writes(op.out, "out", out);
 }
 
-void run_conv_bn(ConvLaunch& launch, std::uintptr_t stream) {
-  check_cuda("conv_bn",
-             resnet_fused::conv_bn(launch.op, launch.tile, launch.device, stream_of(stream)));
-}
+// Throws ValueError where a tile is for other arguments; those of training's forward and dgrad are
+// verified by their kernels.
+template <typename Arguments>
+void check_tile(const Arguments&) {}
 
-void conv_bn(const TensorArg& out, const LayerArg& layer, const std::optional<LayerArg>& projection,
-             const OptionalTensor& residual, std::int64_t groups, bool relu, bool tf32,
-             ConvTile tile, int device, std::uintptr_t stream) {
-  Launch<ConvLaunch> launch;
-  set_conv_bn(launch, out, layer, projection, residual, groups, relu, tf32, device);
-  launch.arguments.tile = tile;
-  if (!resnet_fused::conv_bn_can_implement(launch.arguments.op, tile)) {
+void check_tile(const OnDevice<ConvBn, ConvTile>& launch) {
+  if (!resnet_fused::conv_bn_can_implement(launch.op, launch.tile)) {
     refuse("this tile does not compute such a convolution; use automatic");
   }
-  launch.run<run_conv_bn>(stream);
-}
-
-std::vector<ConvTile> conv_bn_tiles(const TensorArg& out, const LayerArg& layer,
-                                    const std::optional<LayerArg>& projection,
-                                    const OptionalTensor& residual, std::int64_t groups, bool relu,
-                                    bool tf32, int device) {
-  Launch<ConvLaunch> launch;
-  set_conv_bn(launch, out, layer, projection, residual, groups, relu, tf32, device);
-  const py::gil_scoped_release unlocked;
-  std::vector<ConvTile> tiles;
-  check_cuda("conv_bn", resnet_fused::conv_bn_tiles(launch.arguments.op, device, &tiles));
-  return tiles;
 }
 
 DType byte_dtype_of(const char* name, const TensorArg& tensor) {
@@ -316,28 +290,26 @@ DType byte_dtype_of(const char* name, const TensorArg& tensor) {
 }
 
 template <typename T>
-void set_values(Launch<ConvInt8Launch>& launch, const T*& slot, const char* name,
-                const TensorArg& tensor, ScalarType type) {
+void set_values(ConvInt8Launch& launch, const T*& slot, const char* name, const TensorArg& tensor,
+                ScalarType type) {
   check_type(name, tensor, type);
   check_sizes(name, tensor, {launch.arguments.op.conv.out_channels});
   check_contiguous(name, tensor, 1);
   launch.reads(slot, name, tensor);
 }
 
-void set_conv_int8(Launch<ConvInt8Launch>& launch, const TensorArg& out, const Int8LayerArg& layer,
+void set_conv_int8(ConvInt8Launch& launch, const TensorArg& out, const Int8LayerArg& layer,
                    const TensorArg& bias, const TensorArg& multiplier,
                    const OptionalTensor& shortcut_scale, const OptionalTensor& residual,
-                   const std::optional<Int8LayerArg>& projection, int device) {
+                   const std::optional<Int8LayerArg>& projection) {
   if (residual && projection) refuse("residual and projection exclude each other");
   if (shortcut_scale.has_value() != (residual || projection)) {
     refuse("shortcut_scale goes with a residual or a projection, and with nothing else");
   }
-  launch.arguments.device = device;
   ConvInt8& op = launch.arguments.op;
   set_result(op.conv, out, 1);
   op.conv.relu = byte_dtype_of("out", out) == DType::kUInt8;
   op.conv.dtype = byte_dtype_of("x", std::get<0>(layer));
-  op.conv.projection = {};
   const auto set = [&](ConvolutionBn& conv, const Int8LayerArg& of) {
     const auto& [x, weight, window] = of;
     check_type("x", x, std::get<0>(layer).type);
@@ -360,35 +332,10 @@ void set_conv_int8(Launch<ConvInt8Launch>& launch, const TensorArg& out, const I
   launch.writes(op.conv.out, "out", out);
 }
 
-void run_conv_int8(ConvInt8Launch& launch, std::uintptr_t stream) {
-  check_cuda("conv_int8",
-             resnet_fused::conv_int8(launch.op, launch.tile, launch.device, stream_of(stream)));
-}
-
-void conv_int8(const TensorArg& out, const Int8LayerArg& layer, const TensorArg& bias,
-               const TensorArg& multiplier, const OptionalTensor& shortcut_scale,
-               const OptionalTensor& residual, const std::optional<Int8LayerArg>& projection,
-               Int8Tile tile, int device, std::uintptr_t stream) {
-  Launch<ConvInt8Launch> launch;
-  set_conv_int8(launch, out, layer, bias, multiplier, shortcut_scale, residual, projection, device);
-  launch.arguments.tile = tile;
-  if (!resnet_fused::conv_int8_can_implement(launch.arguments.op)) {
+void check_tile(const OnDevice<ConvInt8, Int8Tile>& launch) {
+  if (!resnet_fused::conv_int8_can_implement(launch.op)) {
     refuse("there is no kernel for such a quantised convolution");
   }
-  launch.run<run_conv_int8>(stream);
-}
-
-std::vector<Int8Tile> conv_int8_tiles(const TensorArg& out, const Int8LayerArg& layer,
-                                      const TensorArg& bias, const TensorArg& multiplier,
-                                      const OptionalTensor& shortcut_scale,
-                                      const OptionalTensor& residual,
-                                      const std::optional<Int8LayerArg>& projection, int device) {
-  Launch<ConvInt8Launch> launch;
-  set_conv_int8(launch, out, layer, bias, multiplier, shortcut_scale, residual, projection, device);
-  const py::gil_scoped_release unlocked;
-  std::vector<Int8Tile> tiles;
-  check_cuda("conv_int8", resnet_fused::conv_int8_tiles(launch.arguments.op, device, &tiles));
-  return tiles;
 }
 
 // Of a training convolution: sizes and type, of x and its result.
@@ -414,11 +361,10 @@ void set_parts(Launch<Arguments>& launch, float*& slot, const char* name,
   launch.writes(slot, name, *parts);
 }
 
-void set_conv_stats(Launch<TrainingLaunch<ConvStats>>& launch, const TensorArg& out,
-                    const TensorArg& x, const TensorArg& weight, const WindowArg& window,
-                    const OptionalTensor& moments, int device) {
+void set_conv_stats(ConvStatsLaunch& launch, const TensorArg& out, const TensorArg& x,
+                    const TensorArg& weight, const WindowArg& window,
+                    const OptionalTensor& moments) {
   ConvStats& stats = launch.arguments.op;
-  launch.arguments.device = device;
   set_training(stats.op, x, weight, window, out);
   launch.reads(stats.op.conv.x, "x", x);
   launch.reads(stats.op.conv.weight, "weight", weight);
@@ -426,12 +372,11 @@ void set_conv_stats(Launch<TrainingLaunch<ConvStats>>& launch, const TensorArg& 
   launch.writes(stats.op.out, "out", out);
 }
 
-void set_dgrad(Launch<TrainingLaunch<Dgrad>>& launch, const TensorArg& out, const TensorArg& grad,
+void set_dgrad(DgradLaunch& launch, const TensorArg& out, const TensorArg& grad,
                const TensorArg& weight, const WindowArg& window, const OptionalTensor& below,
                const OptionalTensor& scale_shift, const OptionalTensor& sums,
-               const OptionalTensor& add, int device) {
+               const OptionalTensor& add) {
   Dgrad& op = launch.arguments.op;
-  launch.arguments.device = device;
   if (below.has_value() != scale_shift.has_value() || (below && add)) {
     refuse("below and its scale_shift go together, and without add");
   }
@@ -457,68 +402,9 @@ void set_dgrad(Launch<TrainingLaunch<Dgrad>>& launch, const TensorArg& out, cons
   launch.writes(op.out, "out", out);
 }
 
-template <typename Op>
-std::vector<TrainingTile> training_tiles_of(const Launch<TrainingLaunch<Op>>& launch) {
-  const py::gil_scoped_release unlocked;
-  std::vector<TrainingTile> tiles;
-  check_cuda("training",
-             resnet_fused::training_tiles(launch.arguments.op, launch.arguments.device, &tiles));
-  return tiles;
-}
-
-void run_conv_stats(TrainingLaunch<ConvStats>& launch, std::uintptr_t stream) {
-  check_cuda("conv_stats",
-             resnet_fused::conv_stats(launch.op, launch.tile, launch.device, stream_of(stream)));
-}
-
-void run_dgrad(TrainingLaunch<Dgrad>& launch, std::uintptr_t stream) {
-  check_cuda("dgrad",
-             resnet_fused::dgrad(launch.op, launch.tile, launch.device, stream_of(stream)));
-}
-
-void conv_stats(const TensorArg& out, const TensorArg& x, const TensorArg& weight,
-                const WindowArg& window, const OptionalTensor& moments, TrainingTile tile,
-                int device, std::uintptr_t stream) {
-  Launch<TrainingLaunch<ConvStats>> launch;
-  set_conv_stats(launch, out, x, weight, window, moments, device);
-  launch.arguments.tile = tile;
-  launch.run<run_conv_stats>(stream);
-}
-
-std::vector<TrainingTile> conv_stats_tiles(const TensorArg& out, const TensorArg& x,
-                                           const TensorArg& weight, const WindowArg& window,
-                                           const OptionalTensor& moments, int device) {
-  Launch<TrainingLaunch<ConvStats>> launch;
-  set_conv_stats(launch, out, x, weight, window, moments, device);
-  return training_tiles_of(launch);
-}
-
-void dgrad(const TensorArg& out, const TensorArg& grad, const TensorArg& weight,
-           const WindowArg& window, const OptionalTensor& below, const OptionalTensor& scale_shift,
-           const OptionalTensor& sums, const OptionalTensor& add, TrainingTile tile, int device,
-           std::uintptr_t stream) {
-  Launch<TrainingLaunch<Dgrad>> launch;
-  set_dgrad(launch, out, grad, weight, window, below, scale_shift, sums, add, device);
-  launch.arguments.tile = tile;
-  launch.run<run_dgrad>(stream);
-}
-
-std::vector<TrainingTile> dgrad_tiles(const TensorArg& out, const TensorArg& grad,
-                                      const TensorArg& weight, const WindowArg& window,
-                                      const OptionalTensor& below,
-                                      const OptionalTensor& scale_shift, const OptionalTensor& sums,
-                                      const OptionalTensor& add, int device) {
-  Launch<TrainingLaunch<Dgrad>> launch;
-  set_dgrad(launch, out, grad, weight, window, below, scale_shift, sums, add, device);
-  return training_tiles_of(launch);
-}
-
-// `parts` is None where it is not known how many there are.
-void set_wgrad(Launch<WgradLaunch>& launch, const TensorArg& out, const TensorArg& grad,
-               const TensorArg& x, const WindowArg& window, const OptionalTensor& parts,
-               int device) {
+void set_wgrad(WgradLaunch& launch, const TensorArg& out, const TensorArg& grad, const TensorArg& x,
+               const WindowArg& window) {
   Wgrad& op = launch.arguments.op;
-  launch.arguments.device = device;
   op.out_dtype = dtype_of("out", out);
   if (op.out_dtype != DType::kFloat32) check_type("out", out, x.type);
   set_result(op.op, grad, 1);
@@ -527,58 +413,34 @@ void set_wgrad(Launch<WgradLaunch>& launch, const TensorArg& out, const TensorAr
   set_sizes(op.op, op.op.conv, x, out, window, grad);
   launch.reads(op.grad, "grad", grad);
   launch.reads(op.op.conv.x, "x", x);
-  if (parts) {
-    op.count = size("parts", parts->sizes[0], 1);
-    check_type("parts", *parts, ScalarType::kFloat32);
-    check_sizes("parts", *parts, {op.count, out.numel()});
-    check_contiguous("parts", *parts, 2);
-    launch.writes(op.parts, "parts", *parts);
-  }
   launch.writes(op.out, "out", out);
 }
 
-void run_wgrad(WgradLaunch& launch, std::uintptr_t stream) {
-  check_cuda("wgrad",
-             resnet_fused::wgrad(launch.op, launch.tile, launch.device, stream_of(stream)));
+void set_wgrad_in_parts(WgradLaunch& launch, const TensorArg& out, const TensorArg& grad,
+                        const TensorArg& x, const WindowArg& window, const TensorArg& parts) {
+  set_wgrad(launch, out, grad, x, window);
+  Wgrad& op = launch.arguments.op;
+  op.count = size("parts", parts.sizes[0], 1);
+  check_type("parts", parts, ScalarType::kFloat32);
+  check_sizes("parts", parts, {op.count, out.numel()});
+  check_contiguous("parts", parts, 2);
+  launch.writes(op.parts, "parts", parts);
 }
 
-void wgrad(const TensorArg& out, const TensorArg& grad, const TensorArg& x, const WindowArg& window,
-           const TensorArg& parts, WgradTile tile, int device, std::uintptr_t stream) {
-  Launch<WgradLaunch> launch;
-  set_wgrad(launch, out, grad, x, window, parts, device);
-  launch.arguments.tile = tile;
+int count_parts(const OnDevice<Wgrad, WgradTile>& launch) {
   int count = 0;
-  check_cuda("wgrad", resnet_fused::wgrad_parts(launch.arguments.op, tile, device, &count));
-  if (count != launch.arguments.op.count) {
-    refuse("parts must be " + std::to_string(count) + ", as cuda_wgrad_parts says");
-  }
-  launch.run<run_wgrad>(stream);
-}
-
-std::vector<WgradTile> wgrad_tiles(const TensorArg& out, const TensorArg& grad, const TensorArg& x,
-                                   const WindowArg& window, int device) {
-  Launch<WgradLaunch> launch;
-  set_wgrad(launch, out, grad, x, window, {}, device);
-  std::vector<WgradTile> tiles;
-  check_cuda("wgrad", resnet_fused::wgrad_tiles(launch.arguments.op, device, &tiles));
-  return tiles;
-}
-
-int wgrad_parts(const TensorArg& out, const TensorArg& grad, const TensorArg& x,
-                const WindowArg& window, WgradTile tile, int device) {
-  Launch<WgradLaunch> launch;
-  set_wgrad(launch, out, grad, x, window, {}, device);
-  int count = 0;
-  check_cuda("wgrad", resnet_fused::wgrad_parts(launch.arguments.op, tile, device, &count));
+  check_cuda("wgrad", resnet_fused::wgrad_parts(launch.op, launch.tile, launch.device, &count));
   return count;
 }
 
-void run_window_rows(OnDevice<resnet_fused::WindowRows>& launch, std::uintptr_t stream) {
-  check_cuda("window_rows", resnet_fused::window_rows(launch.op, launch.device, stream_of(stream)));
+void check_tile(const OnDevice<Wgrad, WgradTile>& launch) {
+  if (const int count = count_parts(launch); count != launch.op.count) {
+    refuse("parts must be " + std::to_string(count) + ", as cuda_wgrad_parts says");
+  }
 }
 
-void window_rows(const TensorArg& out, const TensorArg& x, std::int64_t kernel, std::int64_t stride,
-                 std::int64_t padding, int device, std::uintptr_t stream) {
+void set_window_rows(Launch<OnDevice<WindowRows>>& launch, const TensorArg& out, const TensorArg& x,
+                     std::int64_t kernel, std::int64_t stride, std::int64_t padding) {
   check_nhwc("x", x);
   check_nhwc("out", out);
   check_type("x", x, out.type);
@@ -588,9 +450,7 @@ void window_rows(const TensorArg& out, const TensorArg& x, std::int64_t kernel, 
   if (out.sizes[1] % 8 != 0 || out.sizes[1] < kernel * channels) {
     refuse("out must have a multiple of 8 channels, and room for the window's line");
   }
-  Launch<OnDevice<resnet_fused::WindowRows>> launch;
-  resnet_fused::WindowRows& op = launch.arguments.op;
-  launch.arguments.device = device;
+  WindowRows& op = launch.arguments.op;
   op.lines = batch * height;
   op.width = size("width", width, 0);
   op.channels = size("channels", channels, 1);
@@ -603,10 +463,9 @@ void window_rows(const TensorArg& out, const TensorArg& x, std::int64_t kernel, 
   size("reach", (out.sizes[3] * stride + kernel) * channels, 0);
   launch.reads(op.x, "x", x);
   launch.writes(op.out, "out", out);
-  launch.run<run_window_rows>(stream);
 }
 
-void set_layer(Launch<BottleneckLaunch>& launch, Layer& slot, const InnerLayerArg& layer,
+void set_layer(Launch<OnDevice<BlockTo>>& launch, Layer& slot, const InnerLayerArg& layer,
                std::initializer_list<std::int64_t> sizes, ScalarType type) {
   const auto& [weight, bn] = layer;
   check_nhwc("weight", weight);
@@ -617,12 +476,12 @@ void set_layer(Launch<BottleneckLaunch>& launch, Layer& slot, const InnerLayerAr
 }
 
 // `layers` are three and, where there is one, the projection.
-void set_bottleneck(Launch<BottleneckLaunch>& launch, const TensorArg& x,
+void set_bottleneck(Launch<OnDevice<BlockTo>>& launch, const TensorArg& x,
                     const std::vector<InnerLayerArg>& layers, std::int64_t stride) {
   check_nhwc("x", x);
   if (layers.size() < 3 || layers.size() > 4) refuse("three layers, or four, are needed");
   for (const auto& [weight, bn] : layers) check_rank("weight", weight, 4);
-  Bottleneck& op = launch.arguments.op;
+  Bottleneck& op = launch.arguments.op.block;
   const std::int64_t inner = std::get<0>(layers[0]).sizes[0];
   const std::int64_t out_channels = std::get<0>(layers[2]).sizes[0];
   op.dtype = dtype_of("x", x);
@@ -638,7 +497,6 @@ void set_bottleneck(Launch<BottleneckLaunch>& launch, const TensorArg& x,
   set_layer(launch, op.conv1, layers[0], {inner, x.sizes[1], 1, 1}, x.type);
   set_layer(launch, op.conv2, layers[1], {inner, inner, 3, 3}, x.type);
   set_layer(launch, op.conv3, layers[2], {out_channels, inner, 1, 1}, x.type);
-  op.projection = {};
   if (layers.size() == 4) {
     set_layer(launch, op.projection, layers[3], {out_channels, x.sizes[1], 1, 1}, x.type);
   }
@@ -657,48 +515,42 @@ struct OnWgmma {
 };
 
 template <typename Kernel>
-void run_bottleneck(BottleneckLaunch& launch, std::uintptr_t stream) {
-  check_cuda("bottleneck", Kernel::kRun(launch.out, launch.op, launch.device, stream_of(stream)));
+cudaError_t run_block(const BlockTo& to, int device, CUstream_st* stream) {
+  return Kernel::kRun(to.out, to.block, device, stream);
 }
 
 template <typename Kernel>
-void bottleneck(const TensorArg& out, const TensorArg& x, const std::vector<InnerLayerArg>& layers,
-                std::int64_t stride, int device, std::uintptr_t stream) {
-  Launch<BottleneckLaunch> launch;
+void set_block(Launch<OnDevice<BlockTo>>& launch, const TensorArg& out, const TensorArg& x,
+               const std::vector<InnerLayerArg>& layers, std::int64_t stride) {
   set_bottleneck(launch, x, layers, stride);
-  const Bottleneck& op = launch.arguments.op;
-  launch.arguments.device = device;
+  const Bottleneck& op = launch.arguments.op.block;
   check_nhwc("out", out);
   check_type("out", out, x.type);
   check_sizes("out", out,
               {x.sizes[0], op.out_channels, resnet_fused::strided(op.height, op.stride),
                resnet_fused::strided(op.width, op.stride)});
   check_apart("out", out, "x", x);
-  launch.writes(launch.arguments.out, "out", out);
-  if (!Kernel::kCanImplement(op, device)) {
+  launch.writes(launch.arguments.op.out, "out", out);
+  if (!Kernel::kCanImplement(op, launch.arguments.device)) {
     refuse("there is no kernel for such a bottleneck on this device");
   }
-  launch.run<run_bottleneck<Kernel>>(stream);
 }
 
 // Whether `ask` says so of the bottleneck.
 template <bool (*ask)(const Bottleneck&, int)>
 bool ask_bottleneck(const TensorArg& x, const std::vector<InnerLayerArg>& layers,
                     std::int64_t stride, int device) {
-  Launch<BottleneckLaunch> launch;
+  Launch<OnDevice<BlockTo>> launch;
   set_bottleneck(launch, x, layers, stride);
-  return ask(launch.arguments.op, device);
-}
-
-void run_stem(OnDevice<resnet_fused::Stem>& launch, std::uintptr_t stream) {
-  check_cuda("stem", resnet_fused::stem(launch.op, launch.device, stream_of(stream)));
+  return ask(launch.arguments.op.block, device);
 }
 
 // Scale and shift of an image's channels.
 using PixelScale = std::array<std::array<float, 3>, 2>;
 
-void stem(const TensorArg& out, const TensorArg& x, const TensorArg& weight, const BatchNormArg& bn,
-          const std::optional<PixelScale>& bytes, int device, std::uintptr_t stream) {
+void set_stem(Launch<OnDevice<Stem>>& launch, const TensorArg& out, const TensorArg& x,
+              const TensorArg& weight, const BatchNormArg& bn,
+              const std::optional<PixelScale>& bytes) {
   check_nhwc("out", out);
   check_rank("x", x, 4);
   const bool planar = x.dense({0, 1, 2, 3});
@@ -707,9 +559,7 @@ void stem(const TensorArg& out, const TensorArg& x, const TensorArg& weight, con
   check_type("x", x, bytes ? ScalarType::kUInt8 : out.type);
   check_type("weight", weight, out.type);
   const std::int64_t out_channels = out.sizes[1];
-  Launch<OnDevice<resnet_fused::Stem>> launch;
-  resnet_fused::Stem& op = launch.arguments.op;
-  launch.arguments.device = device;
+  Stem& op = launch.arguments.op;
   op.dtype = dtype_of("out", out);
   op.x_dtype = bytes ? DType::kUInt8 : op.dtype;
   if (bytes) {
@@ -734,21 +584,14 @@ void stem(const TensorArg& out, const TensorArg& x, const TensorArg& weight, con
   launch.reads(op.weight, "weight", weight);
   set_batch_norm(launch, op.bn, bn, out_channels);
   launch.writes(op.out, "out", out);
-  launch.run<run_stem>(stream);
 }
 
-void run_average_pool(OnDevice<resnet_fused::AveragePool>& launch, std::uintptr_t stream) {
-  check_cuda("average_pool",
-             resnet_fused::average_pool(launch.op, launch.device, stream_of(stream)));
-}
-
-void average_pool(const TensorArg& out, const TensorArg& x, int device, std::uintptr_t stream) {
+void set_average_pool(Launch<OnDevice<AveragePool>>& launch, const TensorArg& out,
+                      const TensorArg& x) {
   check_nhwc("x", x);
   check_contiguous("out", out, 2);
   check_sizes("out", out, {x.sizes[0], x.sizes[1]});
-  Launch<OnDevice<resnet_fused::AveragePool>> launch;
-  resnet_fused::AveragePool& op = launch.arguments.op;
-  launch.arguments.device = device;
+  AveragePool& op = launch.arguments.op;
   op.dtype = dtype_of("x", x);
   op.out_dtype = dtype_of("out", out);
   if (out.type != x.type) check_type("out", out, ScalarType::kFloat32);
@@ -757,15 +600,10 @@ void average_pool(const TensorArg& out, const TensorArg& x, int device, std::uin
   op.channels = size("channels", x.sizes[1], 0);
   launch.reads(op.x, "x", x);
   launch.writes(op.out, "out", out);
-  launch.run<run_average_pool>(stream);
 }
 
-void run_linear(OnDevice<resnet_fused::Linear>& launch, std::uintptr_t stream) {
-  check_cuda("linear", resnet_fused::linear(launch.op, launch.device, stream_of(stream)));
-}
-
-void linear(const TensorArg& out, const TensorArg& x, const TensorArg& weight,
-            const OptionalTensor& bias, int device, std::uintptr_t stream) {
+void set_linear(Launch<OnDevice<Linear>>& launch, const TensorArg& out, const TensorArg& x,
+                const TensorArg& weight, const OptionalTensor& bias) {
   check_contiguous("out", out, 2);
   check_contiguous("x", x, 2);
   check_contiguous("weight", weight, 2);
@@ -773,16 +611,13 @@ void linear(const TensorArg& out, const TensorArg& x, const TensorArg& weight,
   check_type("weight", weight, out.type);
   check_sizes("out", out, {x.sizes[0], weight.sizes[0]});
   check_sizes("weight", weight, {weight.sizes[0], x.sizes[1]});
-  Launch<OnDevice<resnet_fused::Linear>> launch;
-  resnet_fused::Linear& op = launch.arguments.op;
-  launch.arguments.device = device;
+  Linear& op = launch.arguments.op;
   op.dtype = dtype_of("out", out);
   op.batch = size("batch", x.sizes[0], 0);
   op.channels = size("channels", x.sizes[1], 1);
   op.classes = size("classes", weight.sizes[0], 0);
   launch.reads(op.x, "x", x);
   launch.reads(op.weight, "weight", weight);
-  op.bias = nullptr;
   if (bias) {
     check_sizes("bias", *bias, {weight.sizes[0]});
     check_contiguous("bias", *bias, 1);
@@ -790,7 +625,63 @@ void linear(const TensorArg& out, const TensorArg& x, const TensorArg& weight,
     launch.reads(op.bias, "bias", *bias);
   }
   launch.writes(op.out, "out", out);
-  launch.run<run_linear>(stream);
+}
+
+template <typename Op, typename Tile>
+void prepare(Launch<OnDevice<Op, Tile>>& launch, const char* name, int device) {
+  launch.arguments.name = name;
+  launch.arguments.device = device;
+}
+
+// Defines cuda_NAME(arguments, device, stream); `set` takes the arguments, which Python calls
+// `names`, and throws ValueError where they do not fit.
+template <auto kKernel, typename Op, typename... Arguments, typename... Names>
+void def(py::module_& module, const char* name, void (*set)(Launch<OnDevice<Op>>&, Arguments...),
+         const char* meaning, const Names&... names) {
+  const auto function = [=](Arguments... arguments, int device, std::uintptr_t stream) {
+    Launch<OnDevice<Op>> launch;
+    prepare(launch, name, device);
+    set(launch, arguments...);
+    launch.template run<run_on_device<kKernel, Op, NoTile>>(stream);
+  };
+  module.def(("cuda_" + std::string(name)).c_str(), function, py::arg(names)..., py::arg("device"),
+             py::arg("stream"), meaning);
+}
+
+// The same with a tile: cuda_NAME(arguments, tile, device, stream).
+template <auto kKernel, typename Op, typename Tile, typename... Arguments, typename... Names>
+void def_tiled(py::module_& module, const char* name,
+               void (*set)(Launch<OnDevice<Op, Tile>>&, Arguments...), const char* meaning,
+               const Names&... names) {
+  const auto function = [=](Arguments... arguments, Tile tile, int device, std::uintptr_t stream) {
+    Launch<OnDevice<Op, Tile>> launch;
+    prepare(launch, name, device);
+    launch.arguments.tile = tile;
+    set(launch, arguments...);
+    check_tile(launch.arguments);
+    launch.template run<run_on_device<kKernel, Op, Tile>>(stream);
+  };
+  module.def(("cuda_" + std::string(name)).c_str(), function, py::arg(names)..., py::arg("tile"),
+             py::arg("device"), py::arg("stream"), meaning);
+}
+
+// Defines cuda_NAME_tiles(arguments, device), which `list` answers.
+template <typename Op, typename Tile, typename... Arguments>
+void def_tiles(py::module_& module, const char* name,
+               void (*set)(Launch<OnDevice<Op, Tile>>&, Arguments...),
+               cudaError_t (*list)(const Op&, int, std::vector<Tile>*)) {
+  const auto function = [=](Arguments... arguments, int device) {
+    Launch<OnDevice<Op, Tile>> launch;
+    prepare(launch, name, device);
+    set(launch, arguments...);
+    const py::gil_scoped_release unlocked;
+    std::vector<Tile> tiles;
+    check_cuda(name, list(launch.arguments.op, device, &tiles));
+    return tiles;
+  };
+  module.def(("cuda_" + std::string(name) + "_tiles").c_str(), function,
+             "The tiles by which these arguments are computed on `device`, the expected fastest\n"
+             "first; none where there is no kernel for them.");
 }
 
 }  // namespace
@@ -816,29 +707,24 @@ void register_cuda_kernels(py::module_& module) {
   // dense and channels_last, vectors contiguous, float32, float16 or bfloat16. A kernel is queued
   // on `stream` of `device`, and its tensors have to stay until it has run. ValueError is raised
   // for what does not fit, RuntimeError for what CUDA reports.
-  module.def(
-      "cuda_bn_add_relu", &bn_add_relu, py::arg("out"), py::arg("x"), py::arg("bn"),
-      py::arg("residual"), py::arg("relu"), py::arg("device"), py::arg("stream"),
+  def<&resnet_fused::bn_add_relu>(
+      module, "bn_add_relu", &set_bn_add_relu,
       "out = relu?((x - mean) / sqrt(var + eps) * weight + bias (+ residual)). bn is (mean, var,\n"
       "weight, bias, eps), weight and bias None where absent; residual is as in cuda_conv_bn,\n"
-      "with all pixels at one distance; out may be x or residual.");
+      "with all pixels at one distance; out may be x or residual.",
+      "out", "x", "bn", "residual", "relu");
 
-  module.def(
-      "cuda_conv_bn", &conv_bn, py::arg("out"), py::arg("layer"), py::arg("projection"),
-      py::arg("residual"), py::arg("groups"), py::arg("relu"), py::arg("tf32"), py::arg("tile"),
-      py::arg("device"), py::arg("stream"),
+  def_tiled<&resnet_fused::conv_bn>(
+      module, "conv_bn", &set_conv_bn,
       "out = relu?(bn(conv(x)) + residual), or relu?(bn(conv(x)) + bn(projection(x'))). layer and\n"
       "projection are (x, weight, (stride, padding, dilation), bn), all of out's type but bn. A\n"
       "projection or a residual may be None; a projection needs groups = 1. residual has out's\n"
       "size but maybe fewer channels, which are adjacent; it may be out, and overlaps it in no\n"
       "other way. tf32: whether products of float32 may round their operands. A tile that cannot\n"
-      "compute this raises ValueError.");
-
-  module.def("cuda_conv_bn_tiles", &conv_bn_tiles, py::arg("out"), py::arg("layer"),
-             py::arg("projection"), py::arg("residual"), py::arg("groups"), py::arg("relu"),
-             py::arg("tf32"), py::arg("device"),
-             "The tiles by which cuda_conv_bn computes these arguments on `device`, `automatic`\n"
-             "not among them; where it stands for one for sm_90a, that one first.");
+      "compute this raises ValueError.",
+      "out", "layer", "projection", "residual", "groups", "relu", "tf32");
+  // `automatic` is not among them; where it stands for one for sm_90a, that one is the first.
+  def_tiles(module, "conv_bn", &set_conv_bn, &resnet_fused::conv_bn_tiles);
 
   py::enum_<Int8Tile>(module, "Int8Tile", py::module_local(),
                       "Output positions x channels that a block of sm_90a computes.")
@@ -847,23 +733,16 @@ void register_cuda_kernels(py::module_& module) {
       .value("m128n128_cluster", Int8Tile::k128x128Cluster)
       .value("m128n256_cluster", Int8Tile::k128x256Cluster);
 
-  module.def(
-      "cuda_conv_int8", &conv_int8, py::arg("out"), py::arg("layer"), py::arg("bias"),
-      py::arg("multiplier"), py::arg("shortcut_scale"), py::arg("residual"), py::arg("projection"),
-      py::arg("tile"), py::arg("device"), py::arg("stream"),
+  def_tiled<&resnet_fused::conv_int8>(
+      module, "conv_int8", &set_conv_int8,
       "out = requantised(conv(x) + bias (+ residual, or projection(x'))), as\n"
       "resnet_fused/reference/quantized.py says; clamped at zero where out is uint8, else it is\n"
       "int8. layer and projection are (x, weight, (stride, padding, dilation)): x uint8 or int8,\n"
       "the same of both, weights int8, packed: of each 16 output channels number 4 t + 2 h + e\n"
       "(t < 4) at place 8 h + 2 t + e. bias is int32, multiplier and shortcut_scale float32.\n"
-      "residual is as in cuda_conv_bn, uint8 or int8.");
-
-  module.def(
-      "cuda_conv_int8_tiles", &conv_int8_tiles, py::arg("out"), py::arg("layer"), py::arg("bias"),
-      py::arg("multiplier"), py::arg("shortcut_scale"), py::arg("residual"), py::arg("projection"),
-      py::arg("device"),
-      "The tiles by which cuda_conv_int8 computes these arguments on `device`, the expected\n"
-      "fastest first.");
+      "residual is as in cuda_conv_bn, uint8 or int8.",
+      "out", "layer", "bias", "multiplier", "shortcut_scale", "residual", "projection");
+  def_tiles(module, "conv_int8", &set_conv_int8, &resnet_fused::conv_int8_tiles);
 
   py::enum_<TrainingTile>(module, "TrainingTile", py::module_local(),
                           "Positions x channels of a block of a training convolution's kernel.")
@@ -871,65 +750,62 @@ void register_cuda_kernels(py::module_& module) {
       .value("m128n128", TrainingTile::k128x128)
       .value("m256n128_cluster", TrainingTile::k256x128Cluster);
 
-  module.def("cuda_conv_stats", &conv_stats, py::arg("out"), py::arg("x"), py::arg("weight"),
-             py::arg("window"), py::arg("moments"), py::arg("tile"), py::arg("device"),
-             py::arg("stream"),
-             "out = conv(x), in float16 or bfloat16, and where moments is not None, (parts, 3, "
-             "channels),\n"
-             "of every 128 positions of out mean, sum of squared deviations and count. window is "
-             "(stride,\n"
-             "padding, dilation).");
+  def_tiled<&resnet_fused::conv_stats>(module, "conv_stats", &set_conv_stats,
+                                       "out = conv(x), in float16 or bfloat16, and where moments "
+                                       "is not None, (parts, 3, channels),\n"
+                                       "of every 128 positions of out mean, sum of squared "
+                                       "deviations and count. window is (stride,\n"
+                                       "padding, dilation).",
+                                       "out", "x", "weight", "window", "moments");
+  def_tiles(module, "conv_stats", &set_conv_stats, &resnet_fused::training_tiles);
 
-  module.def(
-      "cuda_conv_stats_tiles", &conv_stats_tiles, py::arg("out"), py::arg("x"), py::arg("weight"),
-      py::arg("window"), py::arg("moments"), py::arg("device"),
-      "The tiles by which cuda_conv_stats computes these arguments on `device`, the expected\n"
-      "fastest first; none where it does not.");
-
-  module.def("cuda_dgrad", &dgrad, py::arg("out"), py::arg("grad"), py::arg("weight"),
-             py::arg("window"), py::arg("below"), py::arg("scale_shift"), py::arg("sums"),
-             py::arg("add"), py::arg("tile"), py::arg("device"), py::arg("stream"),
-             "out = the gradient of x, where grad is that of conv(x), + add. With below, x being\n"
-             "relu((below - mean) * scale + shift): zero where that is, and sums, (parts, 2, "
-             "channels), of\n"
-             "out and of out * (below - mean) of every 128 positions. scale_shift is (6, "
-             "channels), mean,\n"
-             "scale and shift first.");
-
-  module.def("cuda_dgrad_tiles", &dgrad_tiles, py::arg("out"), py::arg("grad"), py::arg("weight"),
-             py::arg("window"), py::arg("below"), py::arg("scale_shift"), py::arg("sums"),
-             py::arg("add"), py::arg("device"), "As cuda_conv_stats_tiles.");
+  def_tiled<&resnet_fused::dgrad>(
+      module, "dgrad", &set_dgrad,
+      "out = the gradient of x, where grad is that of conv(x), + add. With below, x being\n"
+      "relu((below - mean) * scale + shift): zero where that is, and sums, (parts, 2, channels), "
+      "of\n"
+      "out and of out * (below - mean) of every 128 positions. scale_shift is (6, channels), "
+      "mean,\n"
+      "scale and shift first.",
+      "out", "grad", "weight", "window", "below", "scale_shift", "sums", "add");
+  def_tiles(module, "dgrad", &set_dgrad, &resnet_fused::training_tiles);
 
   py::enum_<WgradTile>(module, "WgradTile", py::module_local(),
                        "Columns of the weight x output channels of a block of cuda_wgrad.")
       .value("m256n64", WgradTile::k256x64)
       .value("m256n128", WgradTile::k256x128);
 
-  module.def("cuda_wgrad", &wgrad, py::arg("out"), py::arg("grad"), py::arg("x"), py::arg("window"),
-             py::arg("parts"), py::arg("tile"), py::arg("device"), py::arg("stream"),
-             "out = the gradient of conv(x)'s weight, of float32 or x's type, grad being that of\n"
-             "conv(x). parts is workspace, (cuda_wgrad_parts, elements of out), float32.");
-
-  module.def("cuda_wgrad_tiles", &wgrad_tiles, py::arg("out"), py::arg("grad"), py::arg("x"),
-             py::arg("window"), py::arg("device"), "As cuda_conv_stats_tiles.");
-
-  module.def("cuda_wgrad_parts", &wgrad_parts, py::arg("out"), py::arg("grad"), py::arg("x"),
-             py::arg("window"), py::arg("tile"), py::arg("device"),
-             "Into how many ranges of positions that tile's sums fall.");
-
+  def_tiled<&resnet_fused::wgrad>(
+      module, "wgrad", &set_wgrad_in_parts,
+      "out = the gradient of conv(x)'s weight, of float32 or x's type, grad being that of\n"
+      "conv(x). parts is workspace, (cuda_wgrad_parts, elements of out), float32.",
+      "out", "grad", "x", "window", "parts");
+  def_tiles(module, "wgrad", &set_wgrad, &resnet_fused::wgrad_tiles);
   module.def(
-      "cuda_window_rows", &window_rows, py::arg("out"), py::arg("x"), py::arg("kernel"),
-      py::arg("stride"), py::arg("padding"), py::arg("device"), py::arg("stream"),
-      "out[n, s * channels + c, h, q] = x[n, c, h, q * stride - padding + s] for s < kernel,\n"
-      "zeros beside x and behind that, in float16 or bfloat16.");
+      "cuda_wgrad_parts",
+      [](const TensorArg& out, const TensorArg& grad, const TensorArg& x, const WindowArg& window,
+         WgradTile tile, int device) {
+        WgradLaunch launch;
+        launch.arguments.tile = tile;
+        launch.arguments.device = device;
+        set_wgrad(launch, out, grad, x, window);
+        return count_parts(launch.arguments);
+      },
+      "Into how many ranges of positions that tile's sums fall.");
 
-  const auto def_bottleneck = [&](const std::string& name, auto kernel, const char* meaning) {
+  def<&resnet_fused::window_rows>(
+      module, "window_rows", &set_window_rows,
+      "out[n, s * channels + c, h, q] = x[n, c, h, q * stride - padding + s] for s < kernel,\n"
+      "zeros beside x and behind that, in float16 or bfloat16.",
+      "out", "x", "kernel", "stride", "padding");
+
+  const auto def_bottleneck = [&](const char* name, auto kernel, const char* meaning) {
     using Kernel = decltype(kernel);
-    module.def(name.c_str(), &bottleneck<Kernel>, py::arg("out"), py::arg("x"), py::arg("layers"),
-               py::arg("stride"), py::arg("device"), py::arg("stream"), meaning);
+    def<&run_block<Kernel>>(module, name, &set_block<Kernel>, meaning, "out", "x", "layers",
+                            "stride");
     const auto ask = [&](const char* question, auto function, const char* asked) {
-      module.def((name + question).c_str(), function, py::arg("x"), py::arg("layers"),
-                 py::arg("stride"), py::arg("device"), asked);
+      module.def(("cuda_" + std::string(name) + question).c_str(), function, py::arg("x"),
+                 py::arg("layers"), py::arg("stride"), py::arg("device"), asked);
     };
     ask("_can_implement", &ask_bottleneck<Kernel::kCanImplement>,
         "Whether there is such a kernel for this on that device.");
@@ -937,28 +813,31 @@ void register_cuda_kernels(py::module_& module) {
         "Whether there is one that is expected to be faster than a kernel for each layer.");
   };
   def_bottleneck(
-      "cuda_bottleneck", OnMmaSync{},
+      "bottleneck", OnMmaSync{},
       "out = relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut): layers are "
       "(weight,\n"
       "bn) of the three convolutions and, where x is not the shortcut itself, of its projection;\n"
       "conv2 is 3 x 3 with padding 1, the others 1 x 1; conv2 and the projection have the stride.\n"
       "out is no part of x.");
-  def_bottleneck("cuda_bottleneck_sm90", OnWgmma{}, "The same, by the kernel for sm_90a.");
+  def_bottleneck("bottleneck_sm90", OnWgmma{}, "The same, by the kernel for sm_90a.");
 
-  module.def("cuda_stem", &stem, py::arg("out"), py::arg("x"), py::arg("weight"), py::arg("bn"),
-             py::arg("bytes"), py::arg("device"), py::arg("stream"),
-             "out = max_pool(relu(bn(conv(x))), 3, stride 2, padding 1), conv being 7 x 7 of 3\n"
-             "channels with stride 2 and padding 3, in float16 or bfloat16. x may also be\n"
-             "contiguous, as NCHW, and uint8: bytes are then scale and shift of its channels, by\n"
-             "which pixels are multiplied and moved, in float32, and rounded.");
+  def<&resnet_fused::stem>(
+      module, "stem", &set_stem,
+      "out = max_pool(relu(bn(conv(x))), 3, stride 2, padding 1), conv being 7 x 7 of 3\n"
+      "channels with stride 2 and padding 3, in float16 or bfloat16. x may also be\n"
+      "contiguous, as NCHW, and uint8: bytes are then scale and shift of its channels, by\n"
+      "which pixels are multiplied and moved, in float32, and rounded.",
+      "out", "x", "weight", "bn", "bytes");
 
-  module.def("cuda_average_pool", &average_pool, py::arg("out"), py::arg("x"), py::arg("device"),
-             py::arg("stream"), "out[n, c] = the mean of x[n, c], in x's type or float32.");
+  def<&resnet_fused::average_pool>(module, "average_pool", &set_average_pool,
+                                   "out[n, c] = the mean of x[n, c], in x's type or float32.",
+                                   "out", "x");
 
-  module.def("cuda_linear", &linear, py::arg("out"), py::arg("x"), py::arg("weight"),
-             py::arg("bias"), py::arg("device"), py::arg("stream"),
-             "out[n, k] = sum of x[n, :] * weight[k, :], + bias[k] unless bias is None. x is\n"
-             "float32, the others are of one type; all are contiguous.");
+  def<&resnet_fused::linear>(
+      module, "linear", &set_linear,
+      "out[n, k] = sum of x[n, :] * weight[k, :], + bias[k] unless bias is None. x is\n"
+      "float32, the others are of one type; all are contiguous.",
+      "out", "x", "weight", "bias");
 
   module.def(
       "cuda_check_device",

@@ -7,11 +7,13 @@ each use, and copies in another type or layout, made anew at each use. A plan ha
 from __future__ import annotations
 
 import contextvars
+import threading
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Packed(NamedTuple):
@@ -30,6 +32,29 @@ class Notes:
         self.packed: list[Packed] = []
         self.frozen: list[Packed] = []
         self.copies: list[tuple[Tensor, Tensor]] = []  # (source, copy)
+
+
+class Watch(TorchDispatchMode):
+    """Sees PyTorch's own ops, of which no launch tells, in one thread at a time.
+
+    PyTorch keeps one flag a process that says whether it is inside such a mode. Threads that enter
+    and leave theirs in turns would leave it set for ever, and `torch.compile` then compiles nothing
+    any more, without a word.
+    """
+
+    sees_fused_ops = True
+    _alone = threading.RLock()
+
+    def __enter__(self) -> Watch:
+        self._alone.acquire()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        try:
+            super().__exit__(*exception)
+        finally:
+            self._alone.release()
 
 
 current: contextvars.ContextVar[Notes | None] = contextvars.ContextVar("notes", default=None)

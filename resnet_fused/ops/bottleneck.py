@@ -62,7 +62,7 @@ def bottleneck(
 ) -> Tensor:
     """relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut): Fig. 5 of the paper.
 
-    In one kernel where the backend has one and it pays, else one for each convolution. What a
+    In one kernel where the backend has a profitable one, else one for each convolution. What a
     kernel keeps to itself is rounded to x's dtype as it would be in memory.
 
     Args:

@@ -29,8 +29,8 @@ def check_activation(name: str, x: Tensor) -> None:
         )
     if not x.dtype.is_floating_point:
         raise TypeError(
-            f"{name} must be floating point, found {x.dtype}; "
-            "convert it, for example x.float() / 255 for image bytes."
+            f"{name} must be floating point, found {x.dtype}; convert it, or set "
+            "`model.normalization`, with which a network of this package takes image bytes."
         )
 
 

@@ -27,6 +27,7 @@ OptionalConvolution = Convolution | None
 _LIBRARY = "reference"  # the backend that has no kernels of its own
 
 library = torch.library.Library("resnet_fused", "DEF")
+registered: dict[str, Op] = {}
 
 _SCHEMA: dict[Any, tuple[str, ...]] = {
     Tensor: ("Tensor {}",),
@@ -96,6 +97,7 @@ class Op:
         """`listed`: a backend's method that lists this op's candidates. `composition`: the op made
         of other ops, each of which makes its own choice. `result_dtype`: of a quantised op, which
         has no gradient and which autocast does not concern; others give what they take."""
+        registered[name] = self
         self.name = name
         self._listed = listed
         self._composition = composition

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._extension import tensor_arg, types
 from ..backends import Backend, recording
@@ -102,10 +101,8 @@ class _Program:
         return found
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(recording.Watch):
     """Sees whether PyTorch's ops compute anything, which no launch tells of."""
-
-    sees_fused_ops = True
 
     def __init__(self) -> None:
         super().__init__()

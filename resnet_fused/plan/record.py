@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import fusion
 from .._extension import tensor_arg, types
@@ -149,10 +148,8 @@ def _replay(segment: Segment, x: Tensor, arenas: Arenas) -> Tensor | None:
     return out
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(recording.Watch):
     """Sees whether PyTorch's own ops write to memory, which no launch tells of."""
-
-    sees_fused_ops = True
 
     def __init__(self) -> None:
         super().__init__()

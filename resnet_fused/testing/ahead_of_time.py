@@ -57,10 +57,14 @@ DTYPES = {
 }
 
 
-def compiled_kernels(worker: str, capability: int, *rest: str) -> list[dict[str, Any]]:
-    """What the script `worker`, run for that GPU, says of each kernel it compiled."""
-    root = str(Path(resnet_fused.__file__).parents[1])
-    environment = {**os.environ, "RESNET_FUSED_TUNE": "off", "PYTHONPATH": root}
+def compiled_kernels(
+    worker: str, capability: int, *rest: str, before: Path | None = None
+) -> list[dict[str, Any]]:
+    """What the script `worker`, run for that GPU, says of each kernel it compiled. Packages in the
+    folder `before` go before those that are installed."""
+    folders = [Path(resnet_fused.__file__).parents[1], *([before] if before else [])]
+    path = os.pathsep.join(map(str, folders))
+    environment = {**os.environ, "RESNET_FUSED_TUNE": "off", "PYTHONPATH": path}
     environment.pop("TRITON_INTERPRET", None)
     result = subprocess.run(
         [sys.executable, worker, str(capability), *rest],

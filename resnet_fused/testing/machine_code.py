@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import networkx as nx
+
 LANES = 32
 
 _INSTRUCTION = re.compile(
@@ -129,7 +131,7 @@ class Code(NamedTuple):
         ):
             owner.update(dict.fromkeys(members, header))
         bodies: dict[int | None, list[Instruction]] = {None: []}
-        for number in _reached(blocks):
+        for number in _flow(blocks):
             bodies.setdefault(owner.get(number), []).extend(blocks[number].instructions)
         loops = []
         for header, (_, last) in sorted(natural.items()):
@@ -176,50 +178,31 @@ def _blocks(instructions: Sequence[Instruction]) -> list[_Block]:
     return found
 
 
-def _reached(blocks: Sequence[_Block]) -> list[int]:
-    seen, waiting = {0}, [0]
-    while waiting:
-        for follower in blocks[waiting.pop()].followers:
-            if follower not in seen:
-                seen.add(follower)
-                waiting.append(follower)
-    return sorted(seen)
+def _flow(blocks: Sequence[_Block]) -> nx.DiGraph[int]:
+    """The numbers of the blocks that run, each with an edge to those that may follow."""
+    every = nx.DiGraph(
+        (n, follower) for n, block in enumerate(blocks) for follower in block.followers
+    )
+    every.add_node(0)
+    return every.subgraph({0} | nx.descendants(every, 0))
 
 
 def _natural_loops(blocks: Sequence[_Block]) -> dict[int, tuple[set[int], int]]:
     """Members and last branch's address of each loop that does more than wait, by first block."""
-    reached = _reached(blocks)
-    before: dict[int, list[int]] = {n: [] for n in reached}
-    for n in reached:
-        for follower in blocks[n].followers:
-            before[follower].append(n)
-    # Bit i of dominators[n]: every way to block n leads through block i.
-    everything = (1 << len(blocks)) - 1
-    dominators = {n: everything if n else 1 for n in reached}
-    changed = True
-    while changed:
-        changed = False
-        for n in reached[1:]:
-            common = everything
-            for source in before[n]:
-                common &= dominators[source]
-            common |= 1 << n
-            changed |= common != dominators[n]
-            dominators[n] = common
+    flow = _flow(blocks)
+    dominator = nx.immediate_dominators(flow, 0)
     loops: dict[int, tuple[set[int], int]] = {}
-    for n in reached:
-        branch = blocks[n].instructions[-1]
-        for header in blocks[n].followers:
-            if not dominators[n] >> header & 1 or branch.opcode.endswith(".ANY"):
-                continue
-            members, waiting = {header, n}, [n] if n != header else []
-            while waiting:
-                for source in before[waiting.pop()]:
-                    if source not in members:
-                        members.add(source)
-                        waiting.append(source)
-            known, last = loops.get(header, (set(), 0))
-            loops[header] = (known | members, max(last, branch.address))
+    for n, header in flow.edges:
+        branch, around = blocks[n].instructions[-1], n
+        while around not in (0, header):
+            around = dominator[around]
+        if around != header or branch.opcode.endswith(".ANY"):
+            continue
+        members = {header, n}
+        if n != header:  # what leads to the branch without coming by the header
+            members |= nx.ancestors(nx.restricted_view(flow, [header], []), n)
+        known, last = loops.get(header, (set(), 0))
+        loops[header] = (known | members, max(last, branch.address))
     return {
         header: found
         for header, found in loops.items()

@@ -49,6 +49,17 @@ class Decision(NamedTuple):
         return found if isinstance(found, float) else None
 
 
+class _Call(NamedTuple):
+    """A call to choose for, and what tells its choice from others (`Tuner.choose`)."""
+
+    op: str
+    arguments: Sequence[Any]
+    reference: Callable[..., Any]
+    per_image: bool
+    device: torch.device
+    place: Hashable
+
+
 class Tuner:
     """Keeps and makes choices. There is one for the process; tests make others."""
 
@@ -101,9 +112,8 @@ class Tuner:
         place = (op, device, signature(arguments), among, measuring)
         decision = None if self._preferred else self._chosen.get(place)
         if decision is None:
-            decision = self._decide(
-                op, place, device, arguments, candidates, reference, measuring, per_image
-            )
+            call = _Call(op, arguments, reference, per_image, device, place)
+            decision = self._decide(call, candidates(), measuring)
         for watcher in self._watchers:
             watcher.append(decision)
         return decision.candidate
@@ -167,55 +177,40 @@ class Tuner:
             and not torch.are_deterministic_algorithms_enabled()
         )
 
-    def _decide(
-        self,
-        op: str,
-        place: Hashable,
-        device: torch.device,
-        arguments: Sequence[Any],
-        candidates: Callable[[], Candidates],
-        reference: Callable[..., Any],
-        measuring: bool,
-        per_image: bool,
-    ) -> Decision:
-        listed, described = candidates(), tuple(describe(arguments))
+    def _decide(self, call: _Call, listed: Candidates, measuring: bool) -> Decision:
+        described = tuple(describe(call.arguments))
         if self._preferred:
             for candidate in listed:
                 if candidate.name == self._preferred[-1]:
-                    return Decision(op, described, candidate, {})
-        options = [c for c in listed if not c.family or self._passed(c.family, device)]
-        options = options or [Candidate("pytorch", reference)]
+                    return Decision(call.op, described, candidate, {})
+        options = [c for c in listed if not c.family or self._passed(c.family, call.device)]
+        options = options or [Candidate("pytorch", call.reference)]
         times: Times = {}
         if self._share is not None:
             share, of = self._share
             for candidate in options[share::of]:
                 with contextlib.suppress(Exception):  # which the process that measures reports
-                    candidate.launch(*arguments)
+                    candidate.launch(*call.arguments)
             measuring = False
         with self._lock:
-            if place in self._chosen and not self._preferred:
-                return self._chosen[place]
+            if call.place in self._chosen and not self._preferred:
+                return self._chosen[call.place]
             if measuring and len(options) > 1:
-                check = Check(reference, arguments, per_image)
-                times = self._times((op, *described), device, options, arguments, check)
-            decision = Decision(op, described, _best(options, times), times)
+                times = self._times(call, described, options)
+            decision = Decision(call.op, described, _best(options, times), times)
             capturing = measuring and torch.cuda.is_current_stream_capturing()
             if not self._preferred and not capturing:
-                self._chosen[place] = decision
+                self._chosen[call.place] = decision
         return decision
 
     def _times(
-        self,
-        call: tuple[object, ...],
-        device: torch.device,
-        options: Sequence[Candidate],
-        arguments: Sequence[Any],
-        check: Check,
+        self, call: _Call, described: tuple[object, ...], options: Sequence[Candidate]
     ) -> Times:
         """What is known of the options, from the cache or measured now, as far as time allows."""
+        check = Check(call.reference, call.arguments, call.per_image)
         if self._cache is None:
             self._cache = TuningCache(settings.cache_directory() / FILE)
-        title = "|".join(map(str, (*self._environment(device), *call)))
+        title = "|".join(map(str, (*self._environment(call.device), call.op, *described)))
         known = dict(self._cache.get(title) or {})
         # Where time is short, what would run anyway and what it has to beat come first.
         first = [_best(options, {}), options[-1]]
@@ -228,7 +223,7 @@ class Tuner:
                 try:
                     if not check.is_possible():
                         break
-                    found[candidate.name] = self._try(candidate, check, arguments, device, title)
+                    found[candidate.name] = self._try(candidate, check, call, title)
                 except torch.OutOfMemoryError:
                     break  # the op may fit where measuring does not, and trying again takes long
         if found:
@@ -252,19 +247,13 @@ class Tuner:
         running = 0.0 if self._since is None else self._clock() - self._since
         return self._spent + running < BUDGET_SECONDS
 
-    def _try(
-        self,
-        candidate: Candidate,
-        check: Check,
-        arguments: Sequence[Any],
-        device: torch.device,
-        title: str,
-    ) -> float | str:
+    def _try(self, candidate: Candidate, check: Check, call: _Call, title: str) -> float | str:
         """Seconds of a call, or why the candidate is excluded, of which the user is told."""
         try:
             fault = check.fault(candidate.launch) if candidate.family else None
             if fault is None:
-                return self._measure(functools.partial(candidate.launch, *arguments), device)
+                launch = functools.partial(candidate.launch, *call.arguments)
+                return self._measure(launch, call.device)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # it asks for more than this GPU has, or a compiler fails

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...parameters import BatchNorm, ConvBn, Convolution, MaxPool
+from ...parameters import ConvBn, Convolution, MaxPool
 from .. import Candidates
 from ..reference import ReferenceBackend
 from .convolution import list_conv_bn, list_conv_bn_projection
@@ -74,12 +75,10 @@ class TritonBackend(ReferenceBackend):
             )
         return None
 
-    def bn_add_relu(
-        self, x: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool
-    ) -> Candidates:
+    def bn_add_relu(self, *_: Any) -> Candidates:
         return list_bn_add_relu()
 
-    def conv_bn(self, x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool) -> Candidates:
+    def conv_bn(self, x: Tensor, layer: ConvBn, *_: Any) -> Candidates:
         return list_conv_bn(x, layer)
 
     def conv_bn_projection(
@@ -87,32 +86,13 @@ class TritonBackend(ReferenceBackend):
     ) -> Candidates:
         return list_conv_bn_projection(x, layer, projection)
 
-    def bottleneck(
-        self,
-        x: Tensor,
-        layer1: ConvBn,
-        layer2: ConvBn,
-        layer3: ConvBn,
-        projection: ConvBn | None,
-    ) -> Candidates:
-        return ()
-
     def stem(self, x: Tensor, layer: ConvBn, pool: MaxPool) -> Candidates:
         return list_stem(x, layer, pool)
 
-    def squeeze_excite(
-        self,
-        x: Tensor,
-        reduce: Tensor,
-        reduce_bias: Tensor | None,
-        expand: Tensor,
-        expand_bias: Tensor | None,
-        residual: Tensor | None,
-        relu: bool,
-    ) -> Candidates:
+    def squeeze_excite(self, *_: Any) -> Candidates:
         return list_squeeze_excite()
 
-    def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Candidates:
+    def head(self, x: Tensor, weight: Tensor, *_: Any) -> Candidates:
         return list_head(x, weight)
 
     def quantized_conv(

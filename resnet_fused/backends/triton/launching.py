@@ -15,6 +15,7 @@ from ..._extension import optional_tensor_arg
 from ...parameters import MEAN, SCALE, SHIFT, BatchNorm, ConvBn, Convolution
 from .. import Candidate, recording, tf32_in_convolutions
 from ..arguments import dense_convolution
+from ..arguments import readable as readable
 
 # Row indices run past the result by at most a tile, which must not overflow 32 bits either.
 _NARROW_ELEMENTS = 2**31 - 2**16
@@ -223,11 +224,6 @@ def planned(make: Callable[_Parameters, _Plan]) -> Callable[_Parameters, _Plan]:
 nhwc: Callable[[Tensor], Tensor] = operator.methodcaller(
     "contiguous", memory_format=torch.channels_last
 )
-
-
-def readable(tensor: Tensor | None) -> Tensor | None:
-    """The tensor, which a kernel reads by its strides; copied only if its channels are apart."""
-    return tensor if tensor is None or tensor.stride(1) == 1 else nhwc(tensor)
 
 
 def strides_beside(tensor: Tensor | None, out: Tensor) -> Strides | None:

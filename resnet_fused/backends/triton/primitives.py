@@ -322,7 +322,7 @@ def convolve(
             b = tl.load(b_tile, in_channels[:, None], other=0.0)
         if x.dtype.element_ty == tl.uint8:
             a = (a ^ 128).to(tl.int8, bitcast=True)
-        acc = multiply(a, b, acc, TILE.precision)
+        acc = multiply(a, b, acc, tl.constexpr(TILE.precision))
         if not WINDOW.is_flat:
             r, s, c = next_step(r, s, c, channels, 0, WINDOW.r, WINDOW.s, 1, 1, TILE.c)
     return acc

@@ -155,7 +155,7 @@ def dgrad_kernel(
             b = tl.load(b_tile)
         else:
             b = tl.load(b_tile, in_inner[:, None] & in_columns[None, :], other=0.0)
-        acc = multiply(a, b, acc, TILE.precision)
+        acc = multiply(a, b, acc, tl.constexpr(TILE.precision))
         r, s, k = next_step(
             r, s, k, group_out, first_s, WINDOW.r, WINDOW.s, CLASS_H, CLASS_W, TILE.c
         )
@@ -173,7 +173,7 @@ def dgrad_kernel(
                 in_inner = c + inner < image.c
                 a = tl.load(a_tile, in_rows[:, None] & in_inner[None, :], other=0.0)
                 b = tl.load(b_tile, in_inner[:, None] & in_columns[None, :], other=0.0)
-            acc = multiply(a, b, acc, TILE.precision)
+            acc = multiply(a, b, acc, tl.constexpr(TILE.precision))
         acc += tl.load(operand_offset + column, in_columns, other=0.0)[None, :]
     if add is not None:
         if ADD_STRIDE == 0:

@@ -95,7 +95,7 @@ def gram_kernel(
         b = tl.load(x + place + right[None, :], b_mask, other=0.0)
         a = tl.where(a_mask, a.to(tl.float32) - left_origin, 0.0).to(x.dtype.element_ty)
         b = tl.where(b_mask, b.to(tl.float32) - right_origin, 0.0).to(x.dtype.element_ty)
-        acc = multiply(tl.trans(a), b, acc, TILE.precision)
+        acc = multiply(tl.trans(a), b, acc, tl.constexpr(TILE.precision))
         total += a.to(tl.float32)
     place = (part * image.c + left)[:, None] * image.c + right[None, :]
     tl.store(parts + place, acc, in_left[:, None] & in_right[None, :])

@@ -112,7 +112,7 @@ def wgrad_kernel(
             position = (n[:, None] * image.h + h) * image.w + w
         place = x + position * image.c + channel[None, :]
         b = tl.load(place, inside & in_columns[None, :], other=0.0)
-        acc = multiply(tl.trans(g), b, acc, TILE.precision)
+        acc = multiply(tl.trans(g), b, acc, tl.constexpr(TILE.precision))
 
     place = (part * result.c + filter_channel)[:, None] * columns + column[None, :]
     tl.store(out + place, acc, in_filters[:, None] & in_columns[None, :])
