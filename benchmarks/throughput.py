@@ -3,6 +3,7 @@
     python benchmarks/throughput.py                        this machine's defaults
     python benchmarks/throughput.py --quick                a first impression in about a minute
     python benchmarks/throughput.py --weights DEFAULT      trained weights, prints top-5 labels
+    python benchmarks/throughput.py --arch resnet18 resnet101 --batch 1 8 --json out.json
     python benchmarks/throughput.py --batch 1 8 32 --dtype bfloat16 --json out.json --plot out.png
 
 A correctness gate comes first: logits are held against float64, and ours may not be further off
@@ -62,9 +63,11 @@ def parse(arguments: Sequence[str] | None, baselines: Sequence[Baseline]) -> arg
     ours = [baseline.key for baseline in baselines if baseline.ours]
     parser.add_argument(
         "--arch",
-        default="resnet50",
+        nargs="+",
+        default=["resnet50"],
         choices=[name for name in ARCHITECTURES if hasattr(torchvision.models, name)],
-        help="a ResNet by torchvision's name (%(default)s)",
+        metavar="NAME",
+        help="ResNets by torchvision's names (resnet50)",
     )
     parser.add_argument(
         "--batch", type=results.positive, nargs="+", help="batch sizes (CPU: 8; GPU: 1 32 256)"
@@ -153,22 +156,32 @@ class Benchmark:
             **results.facts(options.device, *_PACKAGES),
             "options": results.options(options),
         }
-        preset = torchvision.models.get_model_weights(options.arch).DEFAULT.transforms()
-        paths = inputs.find(options.images)
-        self.photographs = inputs.preprocess(paths, max(options.batch), options.size, preset)
+        self.paths = inputs.find(options.images)
+        for architecture in options.arch:  # what is wrong with one shall not cost the others' time
+            self._prepare(architecture)
         self.record["photographs"] = self.photographs.names
-        torch.save(self.photographs.images, folder / "images")
-        self.state = inputs.make_state(options.arch, options.weights, self.photographs.images[:8])
+
+    def _prepare(self, architecture: str) -> None:
+        options = self.options
+        preset = torchvision.models.get_model_weights(architecture).DEFAULT.transforms()
+        self.photographs = inputs.preprocess(self.paths, max(options.batch), options.size, preset)
+        torch.save(self.photographs.images, self.folder / "images")
+        self.state = inputs.make_state(architecture, options.weights, self.photographs.images[:8])
 
     def run(self) -> None:
-        """Compares all implementations for each dtype and batch, and prints each table."""
+        """Compares all implementations for each network, dtype and batch, and prints the tables."""
+        for architecture in self.options.arch:
+            self._prepare(architecture)
+            self._run(architecture)
+
+    def _run(self, architecture: str) -> None:
         for name in self.options.dtype:
             dtype = _DTYPES[name]
             state = self.folder / f"state_{name}"
             values = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.state.items()}
             torch.save(values, state)
             job = Job(
-                self.options.arch,
+                architecture,
                 state,
                 self.folder / "images",
                 max(self.options.batch),
@@ -181,7 +194,7 @@ class Benchmark:
                 peaks = referee.ask("peaks", job)
             finally:
                 referee.stop()
-            self._print_labels(truth)
+            self._print_labels(architecture, truth)
             for batch in self.options.batch:
                 self._compare(job._replace(batch=batch), truth, peaks, name)
 
@@ -212,8 +225,8 @@ class Benchmark:
             print(f"\n{table(comparison)}\n", flush=True)
             self.save()
 
-    def _print_labels(self, truth: Truth) -> None:
-        labels = inputs.labels(self.options.arch, self.options.weights)
+    def _print_labels(self, architecture: str, truth: Truth) -> None:
+        labels = inputs.labels(architecture, self.options.weights)
         if labels is None or len(labels) != truth.logits.shape[1]:
             return
         probabilities = torch.from_numpy(truth.logits).softmax(1)

@@ -48,6 +48,7 @@ else:
     from .plan import graphed, graphed_step
     from .quantization import quantize
     from .responses import record_responses
+    from .streams import throughput
     from .training import freeze_batch_norm, kept_activation_bytes
 
 __all__ = [
@@ -84,6 +85,7 @@ __all__ = [
     "resnext50_32x4d",
     "resnext101_32x8d",
     "resnext101_64x4d",
+    "throughput",
     "unfuse",
     "use_backend",
     "wide_resnet50_2",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import os
 import pickle
 import sys
 import threading
@@ -285,6 +286,93 @@ def test_a_change_is_seen(name, replays):
     for _ in range(6):  # recorded anew meanwhile
         assert torch.equal(run(network, x), expected)
     assert replays[-1] > 1, "something is planned again"
+
+
+def watched(network: Any, x: Tensor) -> None:
+    """Runs until its weights' pages are watched."""
+    for _ in range(12):
+        run(network, x)
+    plan = network._plans._find(store.surroundings(x)).plan
+    if plan is None or not all(step.contents.watched for step in plan.steps):
+        pytest.skip("this system watches no pages (Linux 6.7, without a seccomp filter)")
+
+
+def by_a_system_call(tensor: Tensor) -> None:
+    with open("/dev/zero", "rb", buffering=0) as zeros:
+        zeros.readinto(tensor.detach().numpy().reshape(-1).view("uint8"))
+
+
+def in_its_first_bytes(tensor: Tensor) -> None:
+    """Before the first whole page. NaN, since any other number may end at a ReLU."""
+    tensor.data.view(-1)[0] = torch.nan
+
+
+def in_its_last_bytes(tensor: Tensor) -> None:
+    tensor.data.view(-1)[-1] = torch.nan
+
+
+EDITS = (double, through_numpy, by_a_system_call, in_its_first_bytes, in_its_last_bytes)
+
+
+@pytest.mark.parametrize("stage", ["layer1", "layer4"])  # less than a page, and several
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_write_to_watched_weights_is_seen(edit, stage, replays):
+    network, x = make(), image()
+    watched(network, x)
+    before = run(network, x)
+    edit(getattr(network, stage)[0].conv1.weight)
+    expected = ordinary(network, x)
+    assert not torch.equal(expected, before)
+    for _ in range(24):
+        assert torch.equal(run(network, x).nan_to_num(7), expected.nan_to_num(7))
+
+
+def test_a_second_plan_hides_no_write_from_the_first(replays):
+    network, x, other = make(), image(2), image(1)
+    watched(network, x)
+    for _ in range(12):
+        run(network, other)
+    network.layer4[0].conv2.weight.data.mul_(2)
+    expected = ordinary(network, other), ordinary(network, x)
+    for _ in range(12):  # finds the write and has the pages watched anew
+        assert torch.equal(run(network, other), expected[0])
+    assert torch.equal(run(network, x), expected[1])
+
+
+def test_a_write_of_another_process_to_shared_weights_is_seen(replays):
+    network, x = make(), image()
+    network.share_memory()
+    for _ in range(12):
+        before = run(network, x)
+    child = os.fork()
+    if child == 0:
+        network.layer4[0].conv2.weight.data.mul_(2)
+        os._exit(0)
+    os.waitpid(child, 0)
+    expected = ordinary(network, x)
+    assert not torch.equal(expected, before)
+    assert torch.equal(run(network, x), expected)
+
+
+def test_a_forked_process_sees_its_own_writes(replays):
+    network, x = make(), image()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # OpenMP's threads do not follow a fork
+    try:
+        watched(network, x)
+        before = run(network, x)
+        child = os.fork()
+        if child == 0:
+            right = torch.equal(run(network, x), before)
+            network.layer4[0].conv2.weight.data.mul_(2)
+            expected = ordinary(network, x)
+            for _ in range(24):
+                right = right and torch.equal(run(network, x), expected)
+            os._exit(0 if right else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert torch.equal(run(network, x), before)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_changes_that_kernels_read_live_keep_the_plan(replays):

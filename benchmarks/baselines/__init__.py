@@ -118,6 +118,22 @@ def _ours_frozen(task: Task) -> Call:
     return lambda: model(images)
 
 
+def _pieces(images: Tensor) -> list[Tensor]:
+    """One piece of the images for each core, for those who compute batches side by side."""
+    cores = torch.get_num_threads()
+    if len(images) < cores:
+        raise UnavailableError(f"batches side by side need at least {cores} images, one a core")
+    return list(images.tensor_split(cores))
+
+
+def _ours_streams(task: Task) -> Call:
+    resnet_fused.use_backend("cpu")
+    images = task.images.contiguous(memory_format=torch.channels_last)
+    pieces = _pieces(images)
+    scorer = resnet_fused.throughput(resnet_fused.freeze(task.load(resnet_fused)), len(pieces))
+    return lambda: torch.cat(list(scorer.map(pieces)))
+
+
 def _ours_in_graph(task: Task, backend: str | None) -> Call:
     return in_cuda_graph(_ours(task, backend))
 
@@ -222,24 +238,50 @@ def _onnxruntime(task: Task) -> Call:
     return call
 
 
-def _openvino(task: Task) -> Call:
+def _openvino_model(task: Task, hint: str, shape: list[int]) -> Any:
+    """The network compiled for inputs (N, 3, H, W) of that shape, and for that goal."""
     openvino = require("openvino", "openvino")
     precision = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[task.dtype]
     # OpenVINO reads float32 and converts by the hint; the values are the task's all the same.
-    images = task.images.float()
     model = openvino.convert_model(
-        task.torchvision(torch.float32), example_input=images, input=[list(images.shape)]
+        task.torchvision(torch.float32), example_input=task.images.float(), input=[shape]
     )
     settings = {
         "INFERENCE_PRECISION_HINT": precision,
-        "PERFORMANCE_HINT": "LATENCY",
+        "PERFORMANCE_HINT": hint,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
-    request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
-    array = images.numpy()
+    return openvino.Core().compile_model(model, "CPU", settings)
+
+
+def _openvino(task: Task) -> Call:
+    request = _openvino_model(task, "LATENCY", list(task.images.shape)).create_infer_request()
+    array = task.images.float().numpy()
 
     def call() -> Tensor:
         return torch.from_numpy(request.infer(array, share_inputs=True, share_outputs=True)[0])
+
+    return call
+
+
+def _openvino_streams(task: Task) -> Call:
+    openvino = require("openvino", "openvino")
+    pieces = [piece.numpy() for piece in _pieces(task.images.float())]
+    shape = [len(pieces[0]) if len({len(piece) for piece in pieces}) == 1 else -1]
+    model = _openvino_model(task, "THROUGHPUT", [*shape, *task.images.shape[1:]])
+    queue = openvino.AsyncInferQueue(model, len(pieces))
+    logits: list[Any] = [None] * len(pieces)
+
+    def keep(request: Any, i: int) -> None:
+        logits[i] = torch.from_numpy(request.get_output_tensor().data.copy())
+
+    queue.set_callback(keep)
+
+    def call() -> Tensor:
+        for i, piece in enumerate(pieces):
+            queue.start_async(piece, i, share_inputs=True)
+        queue.wait_all()
+        return torch.cat(logits)
 
     return call
 
@@ -298,6 +340,7 @@ _CPU, _GPU = ("cpu",), ("cuda",)
 def _all() -> Iterator[Baseline]:
     yield Baseline("cpu", "resnet_fused cpu", partial(_ours, backend="cpu"), _CPU, ours=True)
     yield Baseline("cpu-frozen", "resnet_fused cpu, frozen", _ours_frozen, _CPU, ours=True)
+    yield Baseline("cpu-streams", "resnet_fused cpu, streams", _ours_streams, _CPU, ours=True)
     for backend in (None, "triton", "cuda"):
         key = backend or "resnet_fused"
         title = f"resnet_fused {backend or ''}".strip()
@@ -318,6 +361,8 @@ def _all() -> Iterator[Baseline]:
     yield Baseline("cudnn-graph", "cuDNN fused ops, graph", _cudnn_graph, _GPU)
     yield Baseline("onnxruntime", "ONNX Runtime", _onnxruntime)
     yield Baseline("openvino", "OpenVINO", _openvino, _CPU)
+    title = "OpenVINO, throughput"
+    yield Baseline("openvino-throughput", title, _openvino_streams, _CPU)
     yield Baseline("jax", "JAX, jit", _jax)
     yield Baseline("tensorrt", "TensorRT, graph", _tensorrt, _GPU)
 

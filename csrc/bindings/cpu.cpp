@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstdint>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -20,6 +22,7 @@
 #include "kernels/cpu/grouped.h"
 #include "kernels/cpu/head.h"
 #include "kernels/cpu/isa.h"
+#include "kernels/cpu/page_watch.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/squeeze_excite.h"
 #include "kernels/cpu/stem.h"
@@ -421,34 +424,70 @@ std::vector<std::uint64_t> fingerprints(const std::vector<TensorArg>& tensors) {
   return inputs.all();
 }
 
-// Tensors, which it does not keep alive, and the fingerprints that they had.
+// Tensors, which it does not keep alive, and the fingerprints that they had. Whether they still
+// have them is known from their pages where those are watched, else from reading them.
 class Contents {
  public:
-  Contents(const std::vector<TensorArg>& tensors, std::vector<std::uint64_t> expected)
+  Contents(const std::vector<TensorArg>& tensors, std::vector<std::uint64_t> expected,
+           bool watchable)
       : fingerprints_(bytes_of(tensors)), expected_(std::move(expected)) {
     if (tensors.size() != expected_.size()) refuse("each tensor needs one fingerprint");
+    if (watchable) watch_.emplace(bytes_of(tensors));
+    if (watch_) edges_.emplace(watch_->edges());
   }
 
-  // The tensors are read between the launches, a part at a time.
   bool run(const Program& program, const std::vector<std::uintptr_t>& tensors,
-           std::uintptr_t arena) const {
-    const std::size_t chunks = fingerprints_.chunks();
-    std::vector<std::uint64_t> hashes(chunks);
+           std::uintptr_t arena) {
+    if (kernels_are_stubbed()) {
+      program.run(tensors, arena, 0);
+      return true;
+    }
+    const bool unwritten = watch_ && watch_->unwritten();
+    const std::int64_t unmarked = runs_unmarked_++;
+    std::optional<std::uint64_t> watched_from;
+    std::vector<std::uint64_t> edges;
+    if (watch_ && !unwritten) {
+      const bool mark = unmarked >= kRunsUnmarked;
+      if (mark) runs_unmarked_ = 0;
+      watched_from = watch_->begin(mark);
+      if (watched_from) edges = edges_->all();  // before what they belong to is found unchanged
+    }
+    const cpu::Fingerprints& read = unwritten ? *edges_ : fingerprints_;
+    std::vector<std::uint64_t> hashes(read.chunks());
     cpu::with_team([&] {
       std::size_t next = 0;
       program.run(tensors, arena, 0, [&](std::size_t launch) {
-        if (kernels_are_stubbed()) return;
-        const std::size_t last = chunks * (launch + 1) / program.size();
-        fingerprints_.hash(next, last, hashes.data());
+        // The tensors are read between the launches, a part at a time.
+        const std::size_t last = hashes.size() * (launch + 1) / program.size();
+        read.hash(next, last, hashes.data());
         next = last;
       });
     });
-    return kernels_are_stubbed() || fingerprints_.fold(hashes.data()) == expected_;
+    const std::vector<std::uint64_t> found = read.fold(hashes.data());
+    if (unwritten) return found == edges_expected_;
+    if (found != expected_) return false;
+    if (watched_from) {
+      const std::lock_guard lock(mutex_);
+      if (edges_expected_.empty()) edges_expected_ = std::move(edges);
+      watch_->keep(*watched_from);
+    }
+    return true;
   }
 
+  // Whether the next run() need not read the tensors.
+  bool watched() const { return watch_ && watch_->unwritten(); }
+
  private:
+  // A first write to a page that is marked costs a fault: to be paid once in so many runs at most.
+  static constexpr std::int64_t kRunsUnmarked = 8;
+
   cpu::Fingerprints fingerprints_;
   std::vector<std::uint64_t> expected_;
+  std::optional<cpu::PageWatch> watch_;
+  std::optional<cpu::Fingerprints> edges_;
+  std::mutex mutex_;
+  std::vector<std::uint64_t> edges_expected_;  // set once, before the first keep()
+  std::atomic<std::int64_t> runs_unmarked_{0};
 };
 
 }  // namespace
@@ -561,11 +600,16 @@ void register_cpu_kernels(py::module_& module) {
 
   py::class_<Contents>(module, "Contents", py::module_local(),
                        "Tensors, which it does not keep alive, and fingerprints that they had.")
-      .def(py::init<const std::vector<TensorArg>&, std::vector<std::uint64_t>>(),
-           py::arg("tensors"), py::arg("fingerprints"))
+      .def(py::init<const std::vector<TensorArg>&, std::vector<std::uint64_t>, bool>(),
+           py::arg("tensors"), py::arg("fingerprints"), py::arg("watchable"))
+      .def_property_readonly("watched", &Contents::watched,
+                             "Whether run() knows from the system's page tables that the tensors\n"
+                             "are unchanged, and need not read them.")
       .def("run", &Contents::run, py::arg("program"), py::arg("tensors"), py::arg("arena"),
            py::call_guard<py::gil_scoped_release>(),
            "program.run(tensors, arena), for launches of this module's CPU kernels, in one\n"
            "parallel region; whether all tensors still have their fingerprints, else the output\n"
-           "means nothing.");
+           "means nothing. After some runs the system is asked to watch their pages (Linux 6.7\n"
+           "and later), if they are `watchable`: written through page tables alone, so not pinned\n"
+           "for a device.");
 }

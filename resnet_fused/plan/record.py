@@ -253,8 +253,12 @@ def record(network: Network, x: Tensor, extension: ModuleType) -> tuple[Tensor, 
             return None
         used = notes.packed[packs[first] : packs[last]]
         packed = {id(note.weight): note for note in used if hasattr(note.packed, "packed")}
-        weights = [tensor_arg(note.weight) for note in packed.values()]
-        return extension.Contents(weights, [note.fingerprint for note in packed.values()])
+        weights = [note.weight for note in packed.values()]
+        return extension.Contents(
+            [tensor_arg(weight) for weight in weights],
+            [note.fingerprint for note in packed.values()],
+            bool(weights) and not any(weight.is_pinned() for weight in weights),
+        )
 
     complete = [done and program(i, i + 1) is not None for i, done in enumerate(complete)]
     steps: list[Segment | Callable[[Tensor], Tensor]] = []

@@ -345,9 +345,11 @@ class Agenda {
   }
 
   // What will be read next where it lies in line, whenever there is time: 0: the next tile, 1: the
-  // next weights.
-  ISA_INLINE void set_ahead(int which, const void* data, std::int64_t bytes) {
-    stretches_[kAhead + which] = {static_cast<const char*>(data), 64, 128, ceil_div(bytes, 128)};
+  // next weights. `lines`: 1 or 2 with each word, as few as will do, because a core has few misses
+  // under way at a time and what it multiplies waits behind them.
+  ISA_INLINE void set_ahead(int which, const void* data, std::int64_t bytes, int lines = 2) {
+    stretches_[kAhead + which] = {static_cast<const char*>(data), 64 * (lines - 1), 64 * lines,
+                                  ceil_div(bytes, 64 * lines)};
   }
 
   // The stretches, first of all the lines of the epilogue that comes next: far apart, they are
@@ -400,7 +402,7 @@ ISA void conv_task(const Pass* passes, int pass_count, std::int64_t half_task,
         const std::int64_t to = std::min(share * (i + 1), next_strips * kStrip);
         agendas[pass].set_ahead(
             1, static_cast<const char*>(at.conv.packed) + (next * kStrip + from) * column_bytes,
-            (to - from) * column_bytes);
+            (to - from) * column_bytes, count > 2 ? 1 : 2);
         const bool reads_next = at.plan.in_place && strip == first_strip && i + 1 < count;
         const Tile& coming = tiles[pass][reads_next ? i + 1 : i];
         agendas[pass].set_ahead(
