@@ -100,11 +100,12 @@ def freeze(model: nn.Module) -> FrozenNetwork:
     """The model for inference, on a copy of its weights that is promised not to change.
 
     An ordinary model in eval mode notices every edit of its weights, also those that PyTorch does
-    not count (`p.data.mul_()`, NumPy's views), by reading all of them at each forward. For few
-    images on a CPU that is a good part of the time, and a frozen network does not do it:
-    convolutions' weights are read once, when they are packed. Results have the same bits. On a GPU,
-    weights in another layout than the kernels' are laid out once where a plan replays them, and
-    nothing else changes.
+    not count (`p.data.mul_()`, NumPy's views). On Linux 6.7 and later the system's page tables tell
+    of them, after some forwards; elsewhere, and where a seccomp filter is in force, as in Docker by
+    default, all weights are read at each forward, for few images on a CPU a good part of the time.
+    A frozen network does neither: convolutions' weights are read once, when they are packed.
+    Results have the same bits. On a GPU, weights in another layout than the kernels' are laid out
+    once where a plan replays them, and nothing else changes.
 
     Edits in place that PyTorch counts raise FrozenModelError at the next forward; those that it
     does not count must not be made, and what they change is not defined. `model` itself is not

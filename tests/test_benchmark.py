@@ -290,11 +290,15 @@ def test_program_measures_our_cpu_backend(tmp_path: Path) -> None:
     # On so small a net whose rounding errors are smaller is chance; that the gate acts on it isn't.
     green = True
     for comparison, entries in zip(record["comparisons"], comparisons, strict=True):
-        assert list(entries) == ["cpu", "cpu-frozen"]
-        ours, frozen = entries["cpu"], entries["cpu-frozen"]
+        assert list(entries) == ["cpu", "cpu-frozen", "cpu-streams"]
+        ours, frozen, streams = entries.values()
         assert ours["error"] is not None, ours["reason"]
         assert ours["error"] < 2 * comparison["eager_error"]
         assert frozen["error"] == ours["error"]
+        if comparison["batch"] == 1:
+            assert "one a core" in streams["reason"]
+        else:
+            assert streams["error"] == ours["error"]
         right = ours["error"] <= comparison["eager_error"]
         for entry in (ours, frozen):
             assert entry["status"] == ("measured" if right else "wrong")

@@ -958,9 +958,11 @@ def test_fingerprint_refuses_impossible_arguments():
         _C.fingerprints([changed(tensor_arg(torch.zeros(4)), address=0)])
 
 
-def test_contents_see_an_edit_that_moves_no_version_counter():
+@pytest.mark.parametrize("watchable", [False, True])
+def test_contents_see_an_edit_that_moves_no_version_counter(watchable):
     weights = [torch.randn(16, 16, 3, 3), torch.randn(5)]
-    contents = _C.Contents([tensor_arg(w) for w in weights], [fingerprint(w) for w in weights])
+    prints = [fingerprint(w) for w in weights]
+    contents = _C.Contents([tensor_arg(w) for w in weights], prints, watchable)
     x = torch.randn(1, 8, 3, 3).contiguous(memory_format=NHWC)
     weight, out = torch.randn(4, 8), torch.empty(1, 4)
     recorder = _C.Recorder()
@@ -975,4 +977,4 @@ def test_contents_see_an_edit_that_moves_no_version_counter():
     weights[1].data[3] += 1
     assert not contents.run(program, [x.data_ptr(), out.data_ptr()], 0)
     with pytest.raises(ValueError, match="one fingerprint"):
-        _C.Contents([tensor_arg(weights[0])], [])
+        _C.Contents([tensor_arg(weights[0])], [], watchable)

@@ -115,7 +115,9 @@ def test_binding_refuses(extension, changes, message):
 
 @pytest.mark.parametrize("sizes", [(0, 8, 2, 2), (1, 0, 2, 2)], ids=str)
 def test_nothing_is_launched_for_an_empty_tensor(extension, sizes):
-    _call(extension, out=_tensor(0, *sizes), x=_tensor(0, *sizes))
+    vector = _vector(channels=sizes[1])
+    bn = (vector, vector, None, None, 1e-5)
+    _call(extension, bn, out=_tensor(0, *sizes), x=_tensor(0, *sizes))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")

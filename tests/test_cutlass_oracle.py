@@ -65,6 +65,7 @@ def oracle(cutlass: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "host_sim/driver.cpp": ours,
         "kernels/cuda/tensor_map.cpp": ours,
         "kernels/cuda/conv_sm90.cu": ours,
+        "kernels/cuda/conv_sm90_lines.cu": ours,
         "kernels/cuda/conv_sm90_split.cu": ours,
     }
     objects = []

@@ -120,7 +120,7 @@ def test_the_first_call_holds_what_tells_most() -> None:
     assert (found.ours, found.peers) == (["cuda-graph"], ["cudnn-graph", "compile-reduce-overhead"])
     (profiled,) = commands["profile"]
     assert profiled[:3] == ["ncu", "--clock-control", "none"]
-    assert len(list(launch.large(mock.Mock(), 1))) == 7
+    assert len(list(launch.large(mock.Mock(), 1))) == 8
     (built,) = [step for step in steps("first") if step.name == "build"]
     assert built.environment["RESNET_FUSED_CUDA_ARCHS"] == "90a"
 
