@@ -853,9 +853,10 @@ def test_every_wait_of_a_convolution_is_needed(simulator, one_block):
             one_block()
 
 
-# Rows of 128 positions: 18 tiles of 128 x 64, or 9 of 128 x 128, for the 8 or 4 blocks that the
-# simulated GPU holds, so that the first blocks meet three of them and use each buffer again; in
-# clusters of two 3 pairs of 256 x 128, the last of which is half empty, for 2.
+# Rows of 128 positions: 18 tiles of 128 x 64, or 9 of 128 x 128, three to a row, for the 8 or 4
+# blocks that the simulated GPU holds, so that the first blocks meet three of them and use each
+# buffer again, with other channels: scale and shift that a buffer holds already are not written
+# anew. In clusters of two 3 pairs of 256 x 128, the last of which is half empty, for 2.
 @pytest.fixture(
     params=["m128n64_sm90", "m128n128_sm90", "m128n128_sm90_pingpong", "m256n128_sm90_cluster"]
 )
@@ -869,10 +870,13 @@ def sm90_blocks(sm90_tile: str, simulator: ModuleType) -> dict[str, Runner]:
     tile = getattr(simulator.ConvTile, sm90_tile)
     backend = On(SimulatedBackend(simulator, tile, capability=90))
     rng = generator()
-    x = torch.randn(1, 72, 9, 128, generator=rng).half()
-    conv = Convolution(torch.randn(128, 72, 1, 1, generator=rng).half())
-    layer = ConvBn(conv, make_batch_norm(128, rng))
-    residual = torch.randn(1, 128, 9, 128, generator=rng).half()
+    channels, lines = {"m128n64_sm90": (192, 6), "m256n128_sm90_cluster": (128, 9)}.get(
+        sm90_tile, (384, 3)
+    )
+    x = torch.randn(1, 72, lines, 128, generator=rng).half()
+    conv = Convolution(torch.randn(channels, 72, 1, 1, generator=rng).half())
+    layer = ConvBn(conv, make_batch_norm(channels, rng))
+    residual = torch.randn(1, channels, lines, 128, generator=rng).half()
     return {
         "plain": lambda: backend.conv_bn(x, layer, None, False),
         "residual": lambda: backend.conv_bn(x, layer, residual, False),
