@@ -26,8 +26,11 @@ def oldest_triton(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder to import it from."""
     folder = tmp_path_factory.mktemp("triton")
     (version,) = re.findall(r'"triton>=([\d.]+);', (ROOT / "pyproject.toml").read_text())
+    wanted = f"triton=={version}.*"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder]
-    subprocess.run([*command, f"triton=={version}.*"], check=True)
+    result = subprocess.run([*command, wanted], capture_output=True, text=True)
+    if result.returncode != 0:
+        pytest.skip(f"pip could not install {wanted}: {result.stderr.strip()[-200:]}")
     return folder
 
 
