@@ -25,6 +25,33 @@ STEP_BYTES = 128  # of a row of an operand
 _MOST_PER_ELEMENT = 128  # multiply-adds for which a whole block pays (bottleneck.cu)
 
 
+class PersistentTile(NamedTuple):
+    """A tile of a kernel with persistent blocks for sm_90a: positions, channels, stages, blocks of
+    an SM and of a cluster; whether warpgroups take turns at tiles."""
+
+    m: int
+    n: int
+    stages: int
+    blocks: int
+    cluster: int = 1
+    ping_pong: bool = False
+
+    @property
+    def stage_bytes(self) -> int:
+        return (self.m + self.n) * STEP_BYTES
+
+    @property
+    def asked_bytes(self) -> int:
+        """Of L2, for a step: a cluster's blocks share the weights."""
+        return (self.m + self.n // self.cluster) * STEP_BYTES
+
+    def tiles(self, rows: int, filters: int) -> int:
+        """Of all blocks, the one that computes zeros beside an odd number of tiles included."""
+        return (
+            math.ceil(rows / (self.cluster * self.m)) * self.cluster * math.ceil(filters / self.n)
+        )
+
+
 class Product(NamedTuple):
     """What the extension is told of a convolution; BN vectors play no part."""
 

@@ -9,36 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .cuda_backend import STEP_BYTES, Call
+from .cuda_backend import STEP_BYTES, Call, PersistentTile
 from .rates import Gpu
 from .work import Work
 
 
-class Tile(NamedTuple):
-    """Positions, channels, stages, blocks of an SM and of a cluster; whether warpgroups take turns
-    at tiles."""
-
-    m: int
-    n: int
-    stages: int
-    blocks: int
-    cluster: int = 1
-    ping_pong: bool = False
-
-    @property
-    def stage_bytes(self) -> int:
-        return (self.m + self.n) * STEP_BYTES
-
-    @property
-    def asked_bytes(self) -> int:
-        """Of L2, for a step: a cluster's blocks share the weights."""
-        return (self.m + self.n // self.cluster) * STEP_BYTES
-
-    def tiles(self, rows: int, filters: int) -> int:
-        """Of all blocks."""
-        return (
-            math.ceil(rows / (self.cluster * self.m)) * self.cluster * math.ceil(filters / self.n)
-        )
+class Tile(PersistentTile):
+    """Of conv_int8_sm90.cu."""
 
     def cycles(
         self, rows: int, filters: int, steps: Sequence[int], residual: bool, sms: int

@@ -21,36 +21,13 @@ from torch import Tensor
 from resnet_fused.testing import machine_code
 
 from . import cuda_int8, cuda_kernels, cuda_training
-from .cuda_backend import STEP_BYTES, Block, Call, LineBlock, Product
+from .cuda_backend import STEP_BYTES, Block, Call, LineBlock, PersistentTile, Product
 from .rates import Gpu
 from .work import Work, resident_blocks
 
 
-class Tile(NamedTuple):
-    """Of conv_sm90.cu: positions, channels, stages, blocks per SM, blocks of a cluster; whether its
-    warpgroups take turns at tiles."""
-
-    m: int
-    n: int
-    stages: int
-    blocks: int
-    cluster: int = 1
-    ping_pong: bool = False
-
-    @property
-    def stage_bytes(self) -> int:
-        return (self.m + self.n) * STEP_BYTES
-
-    @property
-    def asked_bytes(self) -> int:
-        """Of L2, for a step: a cluster's blocks share the weights."""
-        return (self.m + self.n // self.cluster) * STEP_BYTES
-
-    def tiles(self, rows: int, filters: int) -> int:
-        """Of all blocks, the one that computes zeros beside an odd number of tiles included."""
-        return (
-            math.ceil(rows / (self.cluster * self.m)) * self.cluster * math.ceil(filters / self.n)
-        )
+class Tile(PersistentTile):
+    """Of conv_sm90.cu."""
 
     def can_take(self, steps: Sequence[int]) -> bool:
         """steps: of each product's K loop."""

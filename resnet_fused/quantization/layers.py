@@ -21,7 +21,7 @@ from ..ops.quantized_head import quantized_head
 from ..ops.quantized_stem import quantized_stem
 from ..parameters import BatchNorm, ConvBn, Convolution, MaxPool
 from ..reference.ops import nhwc
-from ..reference.quantized import FLOAT8, LIMITS, quantize
+from ..reference.quantized import FLOAT8, quantize, quantize_
 
 _Window = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
 
@@ -265,10 +265,7 @@ class Images(Frozen):
             x = x.permute(0, 2, 3, 1).flatten(2)
             scale, zero = self.scale.repeat(width), self.zero.repeat(width)
         # In place from here on: fresh memory costs more than the arithmetic.
-        x = (x / scale).add_(zero)
-        if dtype != FLOAT8:
-            x.round_()
-        x = x.clamp_(*LIMITS[dtype]).to(dtype)
+        x = quantize_((x / scale).add_(zero), dtype)
         return x.unflatten(2, (width, -1)).permute(0, 3, 1, 2) if rows else x
 
     def dequantized(self, x: Tensor) -> Tensor:

@@ -41,9 +41,14 @@ LIMITS = {torch.uint8: (0, 255), torch.int8: (-128, 127), FLOAT8: (-448, 448)}
 
 def quantize(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x, float32 and in units of the scale, as numbers of `dtype`: rounded to nearest, clamped."""
+    return quantize_(x.clone(), dtype)
+
+
+def quantize_(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`quantize` in the memory of x, which it changes."""
     if dtype != FLOAT8:
-        x = x.round()
-    return x.clamp(*LIMITS[dtype]).to(dtype)
+        x.round_()
+    return x.clamp_(*LIMITS[dtype]).to(dtype)
 
 
 def quantized_dtype(weight: Tensor, relu: bool) -> torch.dtype:
