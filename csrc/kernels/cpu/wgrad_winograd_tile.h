@@ -8,12 +8,12 @@ template <int kSize>
 ISA_INLINE void pixels_of(const float* image, std::int64_t height, std::int64_t width,
                           std::int64_t channels, std::int64_t y, std::int64_t x, const float* zeros,
                           const float* (&pixels)[kSize][kSize]) {
-  const float* const first = image + (y * width + x) * channels;
+  const std::int64_t first = (y * width + x) * channels;
   for (int i = 0; i < kSize; ++i) {
     const bool inside = y + i >= 0 && y + i < height;
     for (int j = 0; j < kSize; ++j) {
       const bool both = inside && x + j >= 0 && x + j < width;
-      pixels[i][j] = both ? first + (i * width + j) * channels : zeros;
+      pixels[i][j] = both ? image + (first + (i * width + j) * channels) : zeros;
     }
   }
 }

@@ -46,14 +46,14 @@ ISA_INLINE void transform_input(const float* const pixels[16], std::int64_t c, s
 ISA_INLINE void transform_tile(const WinogradConv& conv, const TilePlace& at, const float* zeros,
                                float* v, std::int64_t plane) {
   const std::int64_t channels = conv.in_channels;
-  const float* const first =
-      conv.x + ((at.image * conv.height + at.row - 1) * conv.width + at.column - 1) * channels;
+  const std::int64_t first =
+      ((at.image * conv.height + at.row - 1) * conv.width + at.column - 1) * channels;
   const float* pixels[16];
   for (int i = 0; i < 4; ++i) {
     const bool inside = at.row - 1 + i >= 0 && at.row - 1 + i < conv.height;
     for (int j = 0; j < 4; ++j) {
       const bool both = inside && at.column - 1 + j >= 0 && at.column - 1 + j < conv.width;
-      pixels[4 * i + j] = both ? first + (i * conv.width + j) * channels : zeros;
+      pixels[4 * i + j] = both ? conv.x + (first + (i * conv.width + j) * channels) : zeros;
     }
   }
   std::int64_t c = 0;
@@ -82,7 +82,7 @@ ISA inline __attribute__((noinline)) void multiply(const float* v, std::int64_t 
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
       const std::int64_t offsets[] = {0, v_stride, 2 * v_stride, three, 4 * v_stride, five};
-      const Vec element = splat((r < 6 ? low : high)[offsets[r % 6]]);
+      const Vec element = splat(r < 6 ? low[offsets[r]] : high[offsets[r - 6]]);
 #pragma GCC unroll 4
       for (int j = 0; j < kVecs; ++j) sum[r][j] += element * columns[j];
     }
