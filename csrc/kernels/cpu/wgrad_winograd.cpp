@@ -6,9 +6,9 @@
 //
 // A task owns one part of the tiles, kChannels input channels and kStrips strips of output
 // channels, so that its dU stays in L2. For each block of kTiles tiles it transforms x, and for
-// each strip the gradient; then 16 matrix products, each a sum over tiles by wgrad_multiply.h. A
-// last pass adds up the parts in order and transforms dU into dW. The parts depend on the sizes
-// alone, and so does the order of every sum.
+// each strip the gradient; then 16 matrix products, each a sum over tiles by wgrad_multiply.h,
+// which fetches the next block meanwhile. A last pass adds up the parts in order and transforms dU
+// into dW. The parts depend on the sizes alone, and so does the order of every sum.
 #include "wgrad_winograd.h"
 
 #include <algorithm>
