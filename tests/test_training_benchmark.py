@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import resnet_fused
 from resnet_fused import BasicBlock
 from resnet_fused.models import resnet18
+from resnet_fused.models.cifar import CifarResNet
 from resnet_fused.reference.training import ReferenceTraining
 from resnet_fused.testing.plain import training_ops_in_pytorch
 
@@ -31,29 +32,74 @@ def _other_eps(num_classes: int) -> nn.Module:
 
 
 def _scaled_wgrad(wgrad: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`wgrad` with a thousandth added to the gradient of one layer of ResNet-18."""
+    """`wgrad` with a ten-thousandth added to the gradient of one layer of ResNet-20."""
 
     def scaled(*arguments: Any) -> Tensor:
         grad = wgrad(*arguments)
-        return 1.001 * grad if grad.shape == (128, 64, 3, 3) else grad
+        return 1.0001 * grad if grad.shape == (32, 16, 3, 3) else grad
 
     return scaled
 
 
+def _other_variance(bn_scale_shift: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`bn_scale_shift` with a thousandth added to the variance that is kept of layers of 32."""
+
+    def other(*arguments: Any) -> Tensor:
+        found = bn_scale_shift(*arguments)
+        if found.shape[1] == 32:
+            found[4] *= 1.001
+        return found
+
+    return other
+
+
+def _other_rate(training_step: Callable[..., Any]) -> Callable[..., Any]:
+    """`training_step` that trains ours by a thousandth more: what single passes do not show."""
+
+    def other(model: nn.Module, *arguments: Any, lr: float) -> Any:
+        ours = isinstance(model, CifarResNet)
+        return training_step(model, *arguments, lr=1.001 * lr if ours else lr)
+
+    return other
+
+
 @pytest.mark.parametrize(
-    "fault", [None, pytest.param("eps", marks=pytest.mark.thorough), "gradient"]
+    "fault",
+    [None, pytest.param("eps", marks=pytest.mark.thorough), "gradient", "variance", "losses"],
 )
 def test_gate(fault: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "GATE_STEPS", 3)
-    monkeypatch.setattr(training, "GATE_NUDGES", 3)
+    monkeypatch.setattr(training, "GATE_NUDGES", 4)
     if fault == "eps":
         monkeypatch.setattr(resnet_fused, "resnet18", _other_eps)
+    pieces = ReferenceTraining
     if fault == "gradient":
-        monkeypatch.setattr(ReferenceTraining, "wgrad", _scaled_wgrad(ReferenceTraining.wgrad))
+        monkeypatch.setattr(pieces, "wgrad", _scaled_wgrad(pieces.wgrad))
+    if fault == "variance":
+        monkeypatch.setattr(pieces, "bn_scale_shift", _other_variance(pieces.bn_scale_shift))
+    if fault == "losses":
+        monkeypatch.setattr(training, "training_step", _other_rate(training.training_step))
     with training_ops_in_pytorch():
-        found = training.gate("resnet18", CPU)
-    assert found["green"] == (fault is None), found["errors"]
+        found = training.gate("resnet18" if fault == "eps" else "cifar.resnet20", CPU)
+    assert found["green"] == (fault is None), (found["chance"], found["errors"])
+    beyond = {
+        kind for kind, error in found["errors"].items() if error["ours"] > 1.1 * error["eager"]
+    }
+    shows = {"gradient": "gradients", "variance": "statistics", "losses": "losses"}
+    assert fault not in shows or shows[fault] in beyond
+    assert (found["chance"] < training.GATE_CHANCE) == (fault == "losses")
     assert len(found["losses"]["ours"]) == 3
+
+
+def test_losses_are_compared_by_all_pairs_of_runs() -> None:
+    assert training.chance([1, 2], [3, 4]) == 1
+    assert training.chance([3, 4], [1, 2]) == pytest.approx(1 / 6)
+    assert training.chance([2, 4], [1, 3]) == pytest.approx(2 / 6)
+    eight = [1.0 + i for i in range(8)]
+    assert training.chance(eight, eight) > 0.5  # equal numbers count for neither
+    assert training.chance([8 + i for i in eight], eight) < training.GATE_CHANCE
+    # One run of ours beyond all of eager's is no more than chance.
+    assert training.chance([*eight[:-1], 100.0], eight) > 0.5
 
 
 def test_a_stopped_run_keeps_what_it_measured(

@@ -49,7 +49,7 @@ class Ahead {
     std::int64_t lines, pitch;
   };
 
-  Area areas_[4];
+  Area areas_[8];
   int count_ = 0, current_ = 0;
 };
 

@@ -8,10 +8,12 @@ template <int kSize>
 ISA_INLINE void pixels_of(const float* image, std::int64_t height, std::int64_t width,
                           std::int64_t channels, std::int64_t y, std::int64_t x, const float* zeros,
                           const float* (&pixels)[kSize][kSize]) {
+  const std::int64_t first = (y * width + x) * channels;
   for (int i = 0; i < kSize; ++i) {
+    const bool inside = y + i >= 0 && y + i < height;
     for (int j = 0; j < kSize; ++j) {
-      const bool inside = y + i >= 0 && y + i < height && x + j >= 0 && x + j < width;
-      pixels[i][j] = inside ? image + ((y + i) * width + x + j) * channels : zeros;
+      const bool both = inside && x + j >= 0 && x + j < width;
+      pixels[i][j] = both ? image + (first + (i * width + j) * channels) : zeros;
     }
   }
 }
@@ -66,6 +68,33 @@ ISA_INLINE TilePlace place_of(const ConvWgrad& conv, const Plan& plan, std::int6
   const std::int64_t line = tile / plan.tile_columns;
   return {line / plan.tile_rows * conv.height * conv.width, line % plan.tile_rows * 2,
           tile % plan.tile_columns * 2};
+}
+
+// Moves on to the next tile.
+ISA_INLINE void advance(const ConvWgrad& conv, const Plan& plan, TilePlace& at) {
+  if ((at.x += 2) < 2 * plan.tile_columns) return;
+  at.x = 0;
+  if ((at.y += 2) < 2 * plan.tile_rows) return;
+  at.y = 0;
+  at.image += conv.height * conv.width;
+}
+
+// The first pixel of a tile's first line, counted through the batch.
+ISA_INLINE std::int64_t pixel_of(const ConvWgrad& conv, const Plan& plan, std::int64_t tile) {
+  const TilePlace at = place_of(conv, plan, tile);
+  return at.image + at.y * conv.width;
+}
+
+// The pixels [first, end) of a tensor, some channels of them, in quarters.
+ISA_INLINE void look_ahead(const void* tensor, std::int64_t pixel_floats, std::int64_t first,
+                           std::int64_t end, std::int64_t channel, std::int64_t channels,
+                           Ahead& ahead) {
+  const std::int64_t bytes = pixel_floats * sizeof(float);
+  for (int i = 0; i < 4; ++i) {
+    const std::int64_t pixel = first + (end - first) * i / 4;
+    ahead.add(static_cast<const float*>(tensor) + pixel * pixel_floats + channel,
+              channels * sizeof(float), bytes);
+  }
 }
 
 // G^T of four vectors.
@@ -153,8 +182,18 @@ ISA void winograd_wgrad_task(const ConvWgrad& conv, const Plan& plan, float* par
   for (std::int64_t block = begin; block < end; ++block) {
     const std::int64_t first = block * plan.tiles / plan.blocks;
     const std::int64_t tiles = (block + 1) * plan.tiles / plan.blocks - first;
-    for (std::int64_t t = 0; t < tiles; ++t) {
-      const TilePlace at = place_of(conv, plan, first + t);
+    ahead.clear();
+    if (block + 1 < end) {
+      const std::int64_t next = pixel_of(conv, plan, first + tiles);
+      const std::int64_t until = pixel_of(conv, plan, (block + 2) * plan.tiles / plan.blocks);
+      look_ahead(conv.x, conv.in_channels, next, until, first_channel, channels, ahead);
+      const std::int64_t k = first_strip * kStripLanes;
+      look_ahead(conv.grad, conv.out_channels, next, until, k,
+                 std::min(last_strip * kStripLanes, conv.out_channels) - k, ahead);
+    }
+    const TilePlace place_of_first = place_of(conv, plan, first);
+    TilePlace at = place_of_first;
+    for (std::int64_t t = 0; t < tiles; ++t, advance(conv, plan, at)) {
       const float* pixels[4][4];
       pixels_of<4>(static_cast<const float*>(conv.x) + at.image * conv.in_channels, conv.height,
                    conv.width, conv.in_channels, at.y - 1, at.x - 1, zeros, pixels);
@@ -164,8 +203,8 @@ ISA void winograd_wgrad_task(const ConvWgrad& conv, const Plan& plan, float* par
     }
     for (std::int64_t strip = first_strip; strip < last_strip; ++strip) {
       const std::int64_t channel = strip * kStripLanes;
-      for (std::int64_t t = 0; t < tiles; ++t) {
-        const TilePlace at = place_of(conv, plan, first + t);
+      at = place_of_first;
+      for (std::int64_t t = 0; t < tiles; ++t, advance(conv, plan, at)) {
         const float* pixels[2][2];
         pixels_of<2>(static_cast<const float*>(conv.grad) + at.image * conv.out_channels,
                      conv.height, conv.width, conv.out_channels, at.y, at.x, zeros, pixels);

@@ -21,8 +21,10 @@
 #include "winograd.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "parallel.h"
 
@@ -35,19 +37,23 @@ namespace {
 
 constexpr std::int64_t kBlock = 64;     // output channels per block of U and M
 constexpr std::int64_t kChunk = 16;     // input channels summed in registers
-constexpr std::int64_t kRows = 6;       // tiles per micro-kernel
-constexpr std::int64_t kMaxTiles = 48;  // tiles per task, as far as V and M fit:
-constexpr std::int64_t kScratchBytes = 768 << 10;
+constexpr std::int64_t kRows = 12;      // tiles per task are a multiple of
+constexpr std::int64_t kMaxTiles = 96;  // tiles per task, as far as V and M fit:
+constexpr std::int64_t kScratchBytes = 192 << 10, kMostScratchBytes = 768 << 10;
+constexpr std::int64_t kMaxTilesOfMany = 48;  // where the weights exceed
+constexpr std::int64_t kFewWeightBytes = 256 << 10;
 // Floats from a chunk of U to what is fetched meanwhile, a chunk at a time: a core that reads U
 // from memory alone would wait for it.
 constexpr std::int64_t kFetchAhead = 2 * kChunk * kBlock;
 constexpr std::int64_t kLine = 16;  // floats
+constexpr int kPlanes = 16;
 constexpr std::int64_t kSkew = 16;  // floats between the 16 planes: not all in one cache set
 
 // The tiles of the whole batch, and how tasks divide them and the output channels.
 struct Plan {
   std::int64_t tile_rows, tile_columns, tiles;
   std::int64_t padded_channels;  // a row of V: in_channels, rounded up to whole vectors
+  std::int64_t widest_block;     // a row of M
   std::int64_t tiles_per_task, tile_tasks;
   std::int64_t blocks_per_task, block_tasks;
 };
@@ -69,8 +75,16 @@ Plan make_plan(const WinogradConv& conv, std::int64_t threads) {
   plan.tiles = conv.batch * plan.tile_rows * plan.tile_columns;
   plan.padded_channels = round_up(conv.in_channels, 16);
 
-  const std::int64_t tile_bytes = 16 * sizeof(float) * (plan.padded_channels + kBlock);
-  std::int64_t tiles = std::clamp(kScratchBytes / tile_bytes / kRows * kRows, 3 * kRows, kMaxTiles);
+  plan.widest_block = std::min(kBlock, round_up(conv.out_channels, 16));
+
+  const std::int64_t tile_bytes =
+      kPlanes * sizeof(float) * (plan.padded_channels + plan.widest_block);
+  // Weights that do not stay in L2 beside V and M come from L3 for each task: then tasks are large.
+  const bool few = kPlanes * sizeof(float) * conv.in_channels * round_up(conv.out_channels, 16) <=
+                   kFewWeightBytes;
+  const std::int64_t scratch = few ? kScratchBytes : kMostScratchBytes;
+  std::int64_t tiles = std::clamp(scratch / tile_bytes / kRows * kRows, 2 * kRows,
+                                  few ? kMaxTiles : kMaxTilesOfMany);
   // Equal tasks, a multiple of the threads in number.
   const std::int64_t rounds = ceil_div(plan.tiles, tiles * threads);
   tiles = std::min(tiles, round_up(ceil_div(plan.tiles, rounds * threads), kRows));

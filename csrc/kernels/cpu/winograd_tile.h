@@ -1,7 +1,7 @@
 // The vector code of winograd.cpp, included once per instruction set by for_each_isa.h.
 #include "vec.h"
 
-// Where tile number `tile` lies: image, and first output row and column.
+// Where a tile lies: image, and first output row and column.
 struct TilePlace {
   std::int64_t image, row, column;
 };
@@ -9,6 +9,15 @@ struct TilePlace {
 ISA_INLINE TilePlace place_of(const Plan& plan, std::int64_t tile) {
   const std::int64_t row = tile / plan.tile_columns;
   return {row / plan.tile_rows, row % plan.tile_rows * 2, tile % plan.tile_columns * 2};
+}
+
+// Moves on to the next tile.
+ISA_INLINE void advance(const Plan& plan, TilePlace& at) {
+  if ((at.column += 2) < 2 * plan.tile_columns) return;
+  at.column = 0;
+  if ((at.row += 2) < 2 * plan.tile_rows) return;
+  at.row = 0;
+  ++at.image;
 }
 
 // V = B^T d B for `count` (a whole vector or the last, partial one) channels of one tile.
@@ -37,14 +46,14 @@ ISA_INLINE void transform_input(const float* const pixels[16], std::int64_t c, s
 ISA_INLINE void transform_tile(const WinogradConv& conv, const TilePlace& at, const float* zeros,
                                float* v, std::int64_t plane) {
   const std::int64_t channels = conv.in_channels;
+  const std::int64_t first =
+      ((at.image * conv.height + at.row - 1) * conv.width + at.column - 1) * channels;
   const float* pixels[16];
   for (int i = 0; i < 4; ++i) {
-    const std::int64_t y = at.row - 1 + i;
+    const bool inside = at.row - 1 + i >= 0 && at.row - 1 + i < conv.height;
     for (int j = 0; j < 4; ++j) {
-      const std::int64_t x = at.column - 1 + j;
-      const bool inside = y >= 0 && y < conv.height && x >= 0 && x < conv.width;
-      pixels[4 * i + j] =
-          inside ? conv.x + ((at.image * conv.height + y) * conv.width + x) * channels : zeros;
+      const bool both = inside && at.column - 1 + j >= 0 && at.column - 1 + j < conv.width;
+      pixels[4 * i + j] = both ? conv.x + (first + (i * conv.width + j) * channels) : zeros;
     }
   }
   std::int64_t c = 0;
@@ -52,57 +61,64 @@ ISA_INLINE void transform_tile(const WinogradConv& conv, const TilePlace& at, co
   if (c < channels) transform_input(pixels, c, channels - c, v, plane);
 }
 
-// m[Rows][Vecs vectors] (+)= v[Rows][depth] * u[depth][Vecs vectors]; m's rows are kBlock apart.
-// Fetches a line from `ahead` on with each step.
-template <int Rows, int Vecs>
+// Tiles of a micro-kernel, by its vectors of columns: enough sums to hide a product's latency.
+constexpr int rows_of(int vecs) { return kLanes < 16 || vecs == 4 ? 6 : vecs == 3 ? 8 : 12; }
+
+// m[kRows][kVecs vectors] (+)= v[kRows][depth] * u[depth][kVecs vectors]; m's rows are `m_stride`
+// apart. Fetches a line from `ahead` on with each step.
+template <int kVecs, int kRows>
 ISA inline __attribute__((noinline)) void multiply(const float* v, std::int64_t v_stride,
                                                    const float* u, std::int64_t u_stride, float* m,
-                                                   std::int64_t depth, bool first,
-                                                   const float* ahead) {
-  Vec sum[Rows][Vecs] = {};
-  for (std::int64_t c = 0; c < depth; ++c, ++v, u += u_stride, ahead += kLine) {
+                                                   std::int64_t m_stride, std::int64_t depth,
+                                                   bool first, const float* ahead) {
+  Vec sum[kRows][kVecs] = {};
+  const std::int64_t three = 3 * v_stride, five = 5 * v_stride;
+  const float *low = v, *high = v + 2 * three;
+  for (std::int64_t c = 0; c < depth; ++c, ++low, ++high, u += u_stride, ahead += kLine) {
     __builtin_prefetch(ahead);
-    Vec columns[Vecs];
+    Vec columns[kVecs];
 #pragma GCC unroll 4
-    for (int j = 0; j < Vecs; ++j) columns[j] = load(u + j * kLanes);
-#pragma GCC unroll 6
-    for (int r = 0; r < Rows; ++r) {
-      const Vec element = splat(v[r * v_stride]);
+    for (int j = 0; j < kVecs; ++j) columns[j] = load(u + j * kLanes);
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+      const std::int64_t offsets[] = {0, v_stride, 2 * v_stride, three, 4 * v_stride, five};
+      const Vec element = splat(r < 6 ? low[offsets[r]] : high[offsets[r - 6]]);
 #pragma GCC unroll 4
-      for (int j = 0; j < Vecs; ++j) sum[r][j] += element * columns[j];
+      for (int j = 0; j < kVecs; ++j) sum[r][j] += element * columns[j];
     }
   }
-#pragma GCC unroll 6
-  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int j = 0; j < Vecs; ++j) {
-      float* to = m + r * kBlock + j * kLanes;
+    for (int j = 0; j < kVecs; ++j) {
+      float* to = m + r * m_stride + j * kLanes;
       store(to, first ? sum[r][j] : load(to) + sum[r][j]);
     }
   }
 }
 
-// All rows of one strip of columns: whole micro-tiles, then the remaining rows.
-template <int Vecs>
+using Multiply = void (*)(const float*, std::int64_t, const float*, std::int64_t, float*,
+                          std::int64_t, std::int64_t, bool, const float*);
+
+template <int kVecs, int... Indices>
+constexpr std::array<Multiply, sizeof...(Indices)> multiplies(
+    std::integer_sequence<int, Indices...>) {
+  return {multiply<kVecs, Indices + 1>...};
+}
+
+// All rows of one strip of columns, in micro-tiles of equal height.
+template <int kVecs>
 ISA_INLINE void multiply_rows(std::int64_t rows, const float* v, std::int64_t v_stride,
-                              const float* u, std::int64_t u_stride, float* m, std::int64_t depth,
-                              bool first) {
+                              const float* u, std::int64_t u_stride, float* m,
+                              std::int64_t m_stride, std::int64_t depth, bool first) {
+  static constexpr auto kMultiply =
+      multiplies<kVecs>(std::make_integer_sequence<int, rows_of(kVecs)>{});
   const float* ahead = u + kFetchAhead;
-  for (; rows >= kRows; rows -= kRows, v += kRows * v_stride, m += kRows * kBlock) {
-    multiply<kRows, Vecs>(v, v_stride, u, u_stride, m, depth, first, ahead);
-    ahead += depth * kLine;
-  }
-  switch (rows) {
-    case 5:
-      return multiply<5, Vecs>(v, v_stride, u, u_stride, m, depth, first, ahead);
-    case 4:
-      return multiply<4, Vecs>(v, v_stride, u, u_stride, m, depth, first, ahead);
-    case 3:
-      return multiply<3, Vecs>(v, v_stride, u, u_stride, m, depth, first, ahead);
-    case 2:
-      return multiply<2, Vecs>(v, v_stride, u, u_stride, m, depth, first, ahead);
-    case 1:
-      return multiply<1, Vecs>(v, v_stride, u, u_stride, m, depth, first, ahead);
+  const std::int64_t tiles = ceil_div(rows, rows_of(kVecs));
+  for (std::int64_t tile = 0; tile < tiles; ++tile, ahead += depth * kLine) {
+    const std::int64_t from = tile * rows / tiles, to = (tile + 1) * rows / tiles;
+    kMultiply[to - from - 1](v + from * v_stride, v_stride, u, u_stride, m + from * m_stride,
+                             m_stride, depth, first, ahead);
   }
 }
 
@@ -115,30 +131,31 @@ ISA_INLINE void multiply_plane(std::int64_t rows, const float* v, std::int64_t v
 #if ISA_LANES == 16
     switch (width / 16) {
       case 4:
-        multiply_rows<4>(rows, v, v_stride, u, width, m, depth, c == 0);
+        multiply_rows<4>(rows, v, v_stride, u, width, m, width, depth, c == 0);
         break;
       case 3:
-        multiply_rows<3>(rows, v, v_stride, u, width, m, depth, c == 0);
+        multiply_rows<3>(rows, v, v_stride, u, width, m, width, depth, c == 0);
         break;
       case 2:
-        multiply_rows<2>(rows, v, v_stride, u, width, m, depth, c == 0);
+        multiply_rows<2>(rows, v, v_stride, u, width, m, width, depth, c == 0);
         break;
       case 1:
-        multiply_rows<1>(rows, v, v_stride, u, width, m, depth, c == 0);
+        multiply_rows<1>(rows, v, v_stride, u, width, m, width, depth, c == 0);
         break;
     }
 #else
     for (std::int64_t k = 0; k < width; k += 16) {
-      multiply_rows<16 / kLanes>(rows, v, v_stride, u + k, width, m + k, depth, c == 0);
+      multiply_rows<16 / kLanes>(rows, v, v_stride, u + k, width, m + k, width, depth, c == 0);
     }
 #endif
   }
 }
 
 // Y = A^T M A and the epilogue, for the channels [k, k + count) of one tile.
-ISA_INLINE void transform_output(const WinogradConv& conv, const Terms& terms, const TilePlace& at,
-                                 const float* m, std::int64_t plane, std::int64_t k,
-                                 std::int64_t count) {
+template <bool kAdds>
+ISA_INLINE void transform_output(const WinogradConv& conv, const NormTerms& terms, Vec least,
+                                 const TilePlace& at, const float* m, std::int64_t plane,
+                                 std::int64_t k, std::int64_t count) {
   Vec half[2][4];  // A^T M
   for (int j = 0; j < 4; ++j) {
     const Vec m0 = load(m + j * plane), m1 = load(m + (4 + j) * plane);
@@ -146,52 +163,98 @@ ISA_INLINE void transform_output(const WinogradConv& conv, const Terms& terms, c
     half[0][j] = m0 + m1 + m2;
     half[1][j] = m1 - m2 - m3;
   }
-  for (int i = 0; i < 2 && at.row + i < conv.height; ++i) {
+  std::int64_t pixel = (at.image * conv.height + at.row) * conv.width + at.column;
+  for (int i = 0; i < 2 && at.row + i < conv.height; ++i, pixel += conv.width) {
     const Vec* h = half[i];
     const Vec y[2] = {h[0] + h[1] + h[2], h[1] - h[2] - h[3]};
     for (int j = 0; j < 2 && at.column + j < conv.width; ++j) {
-      const std::int64_t pixel = (at.image * conv.height + at.row + i) * conv.width + at.column + j;
-      const Residual& residual = conv.residual;
-      const Vec added =
-          k < residual.channels
-              ? load(static_cast<const float*>(residual.data) + residual.offset(pixel) + k,
-                     residual.channels - k)
-              : Vec{};
-      store(conv.out + pixel * conv.out_channels + k,
-            normalise(y[j], terms.at(k), added, least_result(conv.relu)), count);
+      Vec v = terms.normalise(y[j]);
+      if constexpr (kAdds) {
+        const Residual& residual = conv.residual;
+        const auto* const added =
+            static_cast<const float*>(residual.data) + residual.offset(pixel + j) + k;
+        v = terms.normalise(y[j], load(added, residual.channels - k));
+      }
+      store(conv.out + (pixel + j) * conv.out_channels + k, at_least(v, least), count);
     }
   }
 }
+
+// The first line of a tile, counted through the batch; its end for a tile beyond the last.
+ISA_INLINE std::int64_t line_of(const WinogradConv& conv, const Plan& plan, std::int64_t tile) {
+  const TilePlace at = place_of(plan, std::min(tile, plan.tiles));
+  return at.image * conv.height + at.row;
+}
+
+// The lines of a task's part of a tensor, fetched little by little.
+class Fetch {
+ public:
+  Fetch(const float* tensor, std::int64_t first, std::int64_t end)
+      : line_(tensor + first), floats_(std::max<std::int64_t>(end - first, 0)) {}
+
+  // One part of kPlanes, number `i`.
+  template <int kWrite>
+  ISA_INLINE void part(int i) const {
+    for (std::int64_t at = floats_ * i / kPlanes / kLine * kLine,
+                      end = floats_ * (i + 1) / kPlanes / kLine * kLine;
+         at < end; at += kLine) {
+      __builtin_prefetch(line_ + at, kWrite, kWrite ? 3 : 2);
+    }
+  }
+
+ private:
+  const float* line_;
+  std::int64_t floats_;
+};
 
 ISA void winograd_task(const WinogradConv& conv, const Plan& plan, const Terms& terms,
                        std::int64_t tile_task, std::int64_t block_task) {
   const std::int64_t first_tile = tile_task * plan.tiles_per_task;
   const std::int64_t rows = std::min(plan.tiles_per_task, plan.tiles - first_tile);
   const std::int64_t v_plane = plan.tiles_per_task * plan.padded_channels + kSkew;
-  const std::int64_t m_plane = plan.tiles_per_task * kBlock + kSkew;
-  float* const v = thread_scratch().floats(16 * (v_plane + m_plane) + plan.padded_channels);
-  float* const m = v + 16 * v_plane;
-  float* const zeros = m + 16 * m_plane;
+  const std::int64_t m_plane = plan.tiles_per_task * plan.widest_block + kSkew;
+  float* const v = thread_scratch().floats(kPlanes * (v_plane + m_plane) + plan.padded_channels);
+  float* const m = v + kPlanes * v_plane;
+  float* const zeros = m + kPlanes * m_plane;
   std::fill_n(zeros, plan.padded_channels, 0.0f);
 
-  for (std::int64_t t = 0; t < rows; ++t) {
-    transform_tile(conv, place_of(plan, first_tile + t), zeros, v + t * plan.padded_channels,
-                   v_plane);
+  const TilePlace first = place_of(plan, first_tile);
+  TilePlace at = first;
+  for (std::int64_t t = 0; t < rows; ++t, advance(plan, at)) {
+    transform_tile(conv, at, zeros, v + t * plan.padded_channels, v_plane);
   }
+  // This task's pixels of the result, and what the next task reads.
+  const std::int64_t here = line_of(conv, plan, first_tile) * conv.width;
+  const std::int64_t next = line_of(conv, plan, first_tile + rows) * conv.width;
+  const Fetch result(conv.out, here * conv.out_channels,
+                     plan.block_tasks == 1 ? next * conv.out_channels : 0);
+  const Fetch input(conv.x, next * conv.in_channels,
+                    line_of(conv, plan, first_tile + 2 * rows) * conv.width * conv.in_channels);
+  const Vec least = least_result(conv.relu);
   const std::int64_t k_begin = block_task * plan.blocks_per_task * kBlock;
   const std::int64_t k_end = std::min(conv.out_channels, k_begin + plan.blocks_per_task * kBlock);
   for (std::int64_t k = k_begin; k < k_end; k += kBlock) {
     const std::int64_t width = std::min(kBlock, round_up(conv.out_channels - k, 16));
-    const float* const u = conv.packed + 16 * conv.in_channels * k;
-    for (int e = 0; e < 16; ++e) {
+    const float* const u = conv.packed + kPlanes * conv.in_channels * k;
+    for (int e = 0; e < kPlanes; ++e) {
+      if (k == k_begin) {
+        result.part<1>(e);
+        input.part<0>(e);
+      }
       multiply_plane(rows, v + e * v_plane, plan.padded_channels, u + e * conv.in_channels * width,
                      width, m + e * m_plane, conv.in_channels);
     }
-    for (std::int64_t t = 0; t < rows; ++t) {
-      const TilePlace at = place_of(plan, first_tile + t);
-      const std::int64_t end = std::min(k_end - k, kBlock);
-      for (std::int64_t j = 0; j < end; j += kLanes) {
-        transform_output(conv, terms, at, m + t * kBlock + j, m_plane, k + j, end - j);
+    const std::int64_t end = std::min(k_end - k, kBlock);
+    for (std::int64_t j = 0; j < end; j += kLanes) {
+      const NormTerms terms_at(terms.at(k + j), 0);
+      at = first;
+      for (std::int64_t t = 0; t < rows; ++t, advance(plan, at)) {
+        const float* const from = m + t * width + j;
+        if (k + j < conv.residual.channels) {
+          transform_output<true>(conv, terms_at, least, at, from, m_plane, k + j, end - j);
+        } else {
+          transform_output<false>(conv, terms_at, least, at, from, m_plane, k + j, end - j);
+        }
       }
     }
   }
