@@ -856,9 +856,13 @@ def test_every_wait_of_a_convolution_is_needed(simulator, one_block):
 # Rows of 128 positions: 18 tiles of 128 x 64, or 9 of 128 x 128, three to a row, for the 8 or 4
 # blocks that the simulated GPU holds, so that the first blocks meet three of them and use each
 # buffer again, with other channels: scale and shift that a buffer holds already are not written
-# anew. In clusters of two 3 pairs of 256 x 128, the last of which is half empty, for 2.
+# anew. In clusters of two 3 pairs of 256 x 128, the last of which is half empty, for 2. With
+# resident weights 17 tiles of 64 x 128, of one group of channels, so that the first block has five.
 @pytest.fixture(
-    params=["m128n64_sm90", "m128n128_sm90", "m128n128_sm90_pingpong", "m256n128_sm90_cluster"]
+    params=[
+        *("m128n64_sm90", "m128n128_sm90", "m128n128_sm90_pingpong", "m256n128_sm90_cluster"),
+        "m64n128_sm90_resident",
+    ]
 )
 def sm90_tile(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -870,9 +874,11 @@ def sm90_blocks(sm90_tile: str, simulator: ModuleType) -> dict[str, Runner]:
     tile = getattr(simulator.ConvTile, sm90_tile)
     backend = On(SimulatedBackend(simulator, tile, capability=90))
     rng = generator()
-    channels, lines = {"m128n64_sm90": (192, 6), "m256n128_sm90_cluster": (128, 9)}.get(
-        sm90_tile, (384, 3)
-    )
+    channels, lines = {
+        "m128n64_sm90": (192, 6),
+        "m256n128_sm90_cluster": (128, 9),
+        "m64n128_sm90_resident": (128, 9),
+    }.get(sm90_tile, (384, 3))
     x = torch.randn(1, 72, lines, 128, generator=rng).half()
     conv = Convolution(torch.randn(channels, 72, 1, 1, generator=rng).half())
     layer = ConvBn(conv, make_batch_norm(channels, rng))

@@ -20,6 +20,7 @@ enum class PipelineId : std::uint32_t {
   kConvScaleShift,
   kConvResult,
   kConvTurns,
+  kConvWeights,
   kConvSplitOperands,
   kConvLinesPixels,
   kConvLinesWeights,
@@ -55,6 +56,7 @@ inline std::string to_string(const StuckBarrier& stuck) {
   static constexpr const char* kPipelineNames[][2] = {
       {"conv_bn_sm90", "operands"},       {"conv_bn_sm90", "scale and shift"},
       {"conv_bn_sm90", "result"},         {"conv_bn_sm90", "turns"},
+      {"conv_bn_sm90", "weights"},
       {"conv_bn_sm90_split", "operands"}, {"conv_bn_sm90_lines", "pixels"},
       {"conv_bn_sm90_lines", "weights"},  {"stem_sm90", "pixels"},
       {"bottleneck_sm90", "pixels"},      {"bottleneck_sm90", "lines"},
