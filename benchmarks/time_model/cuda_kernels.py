@@ -75,6 +75,17 @@ class BlockKernel(NamedTuple):
         return max(first, kept + ring) + 16 * terms
 
 
+class OtherKernel(NamedTuple):
+    """One instantiation of another kernel for sm_90a."""
+
+    name: str
+    dtype: str
+    tile: str
+    warps: int
+    shared: int  # bytes of dynamic shared memory
+    claimed: tuple[int, ...] = ()  # registers of copying and of multiplying threads
+
+
 _DTYPES = {
     "f": "float32",
     "NS0_4Tf32E": "TF32",
@@ -119,6 +130,22 @@ def _kernel(name: str) -> Kernel | None:
     return Kernel(sm90, dtype, m, n, row_bytes, warps, stages, found[4] == "1", projection)
 
 
-def described(name: str) -> Kernel | BlockKernel | None:
-    """What the mangled name of a convolution's or bottleneck's kernel says; None for others."""
+def _lines(dtype: str, positions: str) -> OtherKernel:
+    """Of conv_sm90_lines.cu: stages of x and of the weight, the result, the mbarriers."""
+    shared = (3 * 256 + 4 * 128 + 2 * int(positions)) * 128 + 2 * 8 * (3 + 4)
+    tile = f"{positions} × 128, lines"
+    return OtherKernel("conv_sm90_lines.cu", _DTYPES[dtype], tile, 12, shared, (40, 232))
+
+
+# What a mangled name has behind its folder, and what its groups say.
+_OTHERS = {
+    r"conv_bn_sm90_lines_kernelI(6__half|13__nv_bfloat16)Li(\d+)E": _lines,
+}
+
+
+def described(name: str) -> Kernel | BlockKernel | OtherKernel | None:
+    """What the mangled name of a kernel says; None for those that no table lists."""
+    for pattern, describe in _OTHERS.items():
+        if (found := re.search(pattern, name)) is not None:
+            return describe(*found.groups())
     return _kernel(name) or _block_kernel(name)

@@ -265,10 +265,6 @@ def _conv_bn(call: Call, gpu: Gpu) -> tuple[Work, str]:
             dram_bytes=dram_bytes,
             l2_bytes=tiles * steps[0] // 3 * step_bytes + _bytes(call.out),
             multiply_adds=multiply_adds,
-            shared_bytes=3 * 256 * STEP_BYTES
-            + 4 * 128 * STEP_BYTES
-            + lines.positions * 256
-            + 2 * 8 * 7,
             persistent=True,
             bulk_bytes=step_bytes,
         )
