@@ -33,24 +33,25 @@
 //
 // Tiles (positions x channels x depth, stages, results, blocks per SM): 128 x 64 x 64, 3, 2, 2;
 // 128 x 128 x 64, 4, 2, 1, with turns or without; 64 x 128 x 64, 5, 3, 1, with turns and resident
-// weights of up to 8 steps; of two blocks in a cluster: 128 x 256 x 64 and
-// 256 x 128 x 64, 3, 1, 1. A cluster walks through tiles that are as many apart as there are
-// clusters, channels first, so that those in flight share positions.
+// weights of up to 8 steps; of two blocks in a cluster: 128 x 256 x 64 and 256 x 128 x 64, 3, 1, 1.
+// A cluster walks through tiles that are as many apart as there are clusters, channels first, so
+// that those in flight share positions.
 //
 // Shared memory: kStages x (positions + channels) rows of 128 bytes, of positions alone where
-// weights are resident; the results, in panels of 64 channels; resident weights; 2 x scale and shift; mbarriers. Rows of 128 bytes have their 16-byte chunks permuted by
-// the row's number modulo 8 (the 128-byte swizzle), which TMA writes, wgmma reads, and the
-// epilogue's 8 rows x 4 lanes x 4 bytes need to fill all 32 banks once.
+// weights are resident; the results, in panels of 64 channels; resident weights; 2 x scale and
+// shift; mbarriers. Rows of 128 bytes have their 16-byte chunks permuted by the row's number modulo
+// 8 (the 128-byte swizzle), which TMA writes, wgmma reads, and the epilogue's 8 rows x 4 lanes x 4
+// bytes need to fill all 32 banks once.
 //
 // Pipelines (arrivals that fill / that empty a stage): operands (1 and a stage's bytes / the 8
-// consumer warps of each block), resident weights (1 and their bytes / never), scale and shift (32 lanes / 2 consumer warpgroups), result (1, and
-// the residual's bytes where there is one, once the result before it has been stored / 2 consumer
-// warpgroups, which leave the result there).
+// consumer warps of each block), resident weights (1 and their bytes / never), scale and shift (32
+// lanes / 2 consumer warpgroups), result (1, and the residual's bytes where there is one, once the
+// result before it has been stored / 2 consumer warpgroups, which leave the result there).
 //
 // Memory: x, weight, residual, shortcut and out once each, the floor, as far as L2 holds what the
 // taps and the blocks of one row of tiles share. Of L2 a tile asks for its operands at every step,
 // with resident weights for x alone: of 256 channels to 1024 at 14 x 14, 256 images, the layer for
-// 412 MB where tiles of 128 x 128 ask for 617.
+// 411 MB where tiles of 128 x 128 ask for 617.
 #include <algorithm>
 #include <cstdint>
 
@@ -377,8 +378,8 @@ std::int64_t blocks(const ConvBn& a, int num_sms) {
 // ResNet-50's layers at 1, 32 and 256 images, in all tiles; per element of a tile they are 1/1000.
 // What a projection adds goes with the tile's channels: both batch norms, which one warp computes.
 // Resident weights are copied once. By the model of time tiles that have them take a quarter less
-// than the others, whose fitted numbers show nothing of what they ask of L2; no GPU has run them, and
-// seven eighths lie between.
+// than the others, whose fitted numbers show nothing of what they ask of L2; no GPU has run them,
+// and seven eighths lie between.
 template <typename Tile>
 std::int64_t cycles(const ConvBn& a, int num_sms) {
   constexpr std::int64_t kTensor = Tile::kM * Tile::kN * kMapChannels / 2048;
@@ -406,9 +407,8 @@ template <typename T, typename Tile, bool kProjection>
 cudaError_t make_plan(const ConvBn& a, int num_sms, LaunchPlan<PersistentArguments>* plan) {
   const cudaError_t status = encode_arguments<Tile>(&plan->arguments, a);
   plan->kernel = &conv_bn_sm90_kernel<T, Tile, kProjection>;
-  plan->shape = persistent_shape<Tile>(plan->arguments.tiles,
-                                       static_cast<int>(blocks<Tile>(a, num_sms)),
-                                       Shared<Tile>::kBytes);
+  plan->shape = persistent_shape<Tile>(
+      plan->arguments.tiles, static_cast<int>(blocks<Tile>(a, num_sms)), Shared<Tile>::kBytes);
   return status;
 }
 
