@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torchvision
 from harness.results import ROOT, markdown
-from time_model.cuda_kernels import BlockKernel, Kernel, described
+from time_model.cuda_kernels import BlockKernel, Kernel, OtherKernel, described
 from time_model.rates import LIMITS
 from time_model.work import resident_blocks
 from torch import nn
@@ -29,15 +29,18 @@ MARK = "<!-- From here on written by benchmarks/cuda_resources.py. -->\n"
 BATCH = 256
 
 
-def fitting(kernel: Kernel | BlockKernel, registers: int, architecture: str) -> int:
+AnyKernel = Kernel | BlockKernel | OtherKernel
+
+
+def fitting(kernel: AnyKernel, registers: int, architecture: str) -> int:
     """Blocks that fit an SM."""
     return resident_blocks(LIMITS[architecture], registers, kernel.shared, kernel.warps)
 
 
-def registers() -> dict[Kernel | BlockKernel, dict[str, int]]:
+def registers() -> dict[AnyKernel, dict[str, int]]:
     """Registers of each kernel per architecture, as the machine code records them."""
     usage = machine_code.cuobjdump(str(_extension.load().__file__), "--dump-resource-usage")
-    found: dict[Kernel | BlockKernel, dict[str, int]] = {}
+    found: dict[AnyKernel, dict[str, int]] = {}
     for part in re.split(r"^arch = sm_", usage, flags=re.MULTILINE)[1:]:
         architecture = part.split(maxsplit=1)[0]
         for name, count in re.findall(r"Function (\w+):\s+REG:(\d+)", part):
@@ -62,7 +65,8 @@ def kernel_table(found: dict[Kernel, dict[str, int]]) -> str:
                 kernel.dtype,
                 f"{kernel.positions} × {kernel.channels}"
                 + ", cluster" * (kernel.cluster > 1)
-                + ", ping-pong" * kernel.ping_pong,
+                + ", ping-pong" * kernel.ping_pong
+                + ", resident" * (kernel.resident > 0),
                 "16 bytes" if kernel.vectorised else "one by one",
                 "yes" if kernel.projection else "",
                 str(32 * kernel.warps),
@@ -89,6 +93,24 @@ def block_kernel_table(found: dict[BlockKernel, dict[str, int]]) -> str:
                 f"{kernel.shared / 1024:g} KiB",
                 " / ".join(str(counts[a]) for a in architectures),
                 " / ".join(str(fitting(kernel, counts[a], a)) for a in architectures),
+            ]
+        )
+    return markdown(rows)
+
+
+def other_kernel_table(found: dict[OtherKernel, dict[str, int]]) -> str:
+    rows = [["file", "type", "tile", "threads", "shared memory", "registers", "blocks"]]
+    for kernel, counts in sorted(found.items()):
+        count = counts["90a"]
+        rows.append(
+            [
+                f"`{kernel.name}`",
+                kernel.dtype,
+                kernel.tile,
+                str(32 * kernel.warps),
+                f"{kernel.shared / 1024:g} KiB",
+                " / ".join(map(str, [count, *kernel.claimed])),
+                str(fitting(kernel, count, "90a")),
             ]
         )
     return markdown(rows)
@@ -233,6 +255,10 @@ def main() -> None:
         "that multiplies.",
         "",
         kernel_table({k: v for k, v in found.items() if isinstance(k, Kernel) and k.sm90}),
+        "",
+        "Others for sm_90a.",
+        "",
+        other_kernel_table({k: v for k, v in found.items() if isinstance(k, OtherKernel)}),
         "",
         "The kernels for a whole bottleneck.",
         "",

@@ -414,6 +414,11 @@ def small(
             yield f"{tile} 3x3", partial(conv, 14, Layer(72, 136, 3))
             yield f"{tile} 3x3 small", partial(conv, 7, Layer(72, 136, 3))
             continue
+        if "resident" in tile:  # weights of up to eight steps
+            for channels in (72, 512):
+                layer = Layer(channels, 136)
+                yield f"{tile} pointwise {channels}", partial(conv, 21, layer, residual=True)
+            continue
         # Where blocks share a K loop, each needs a step of 64 channels.
         channels = 520 if "split" in tile else 72
         pointwise = Layer(channels, 136)
@@ -449,6 +454,14 @@ def large(run: Launcher, images: int) -> Iterator[Launch]:
     )
     yield "3x3 256 on 14", partial(run.convolution, wide, images, 14, deep)
     yield "3x3 256 on 14 lines", partial(run.convolution, "m200n128_sm90_lines", images, 14, deep)
+    yield (
+        "1x1 256-1024 on 14 resident",
+        partial(
+            run.convolution,
+            *("m64n128_sm90_resident", images, 14, Layer(256, 1024)),
+            residual=True,
+        ),
+    )
     yield "3x3 256 on 14 mma.sync", partial(run.convolution, "m128n128", images, 14, deep)
     for kernel in ("bottleneck", "bottleneck_sm90"):
         yield f"{kernel} 64 on 56", partial(run.bottleneck, kernel, images, 56, 64, 1, False)

@@ -101,6 +101,7 @@ BUDGETS: dict[str, tuple[int, int]] = {
     "conv_bn_sm90_kernel 128×128 projection": (65, 2120),
     "conv_bn_sm90_kernel 128×128 ping-pong": (77, 2176),
     "conv_bn_sm90_kernel 128×128 ping-pong projection": (75, 2764),
+    "conv_bn_sm90_kernel 64×128 ping-pong resident": (57, 1706),
     "conv_bn_sm90_kernel 128×256 cluster": (74, 2153),
     "conv_bn_sm90_kernel 128×256 cluster projection": (72, 2806),
     "conv_bn_sm90_kernel 256×128 cluster": (86, 2078),

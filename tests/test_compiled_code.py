@@ -84,9 +84,10 @@ def cuda_variant(symbol: str) -> str | None:
     if isinstance(kernel, cuda_kernels.BlockKernel):
         projection = " projection" * kernel.projection
         return f"{base} {kernel.inner} inner, stride {kernel.stride}{projection}"
-    if kernel is not None:
+    if isinstance(kernel, cuda_kernels.Kernel):
         tile = f"{kernel.positions}×{kernel.channels}" + " cluster" * (kernel.cluster > 1)
-        tile += " ping-pong" * kernel.ping_pong + " projection" * kernel.projection
+        tile += " ping-pong" * kernel.ping_pong + " resident" * (kernel.resident > 0)
+        tile += " projection" * kernel.projection
         return f"{base} {tile}" if kernel.vectorised else None
     sizes = re.search(r"13__nv_bfloat16(?:S2_|(h))?((?:L[ib]\d+E)*)E", symbol)
     assert sizes is not None, symbol
