@@ -473,8 +473,8 @@ void store_tensor(const CUtensorMap& map, std::uint32_t offset, const std::int32
   }
   agent_reads(from, bytes, {thread.stores, thread.stores_committed + 1});
   constexpr std::uint16_t kNone[2] = {};
-  for (const Chunk& chunk : im2col ? pixel_chunks(map, coordinates, kNone, from)
-                                   : tile_chunks(map, coordinates, from)) {
+  for (const Chunk& chunk :
+       im2col ? pixel_chunks(map, coordinates, kNone, from) : tile_chunks(map, coordinates, from)) {
     check_global(chunk, map.stride[0], true);
     if (chunk.bytes > 0) {
       std::memcpy(chunk.global, shared_bytes(chunk.shared, kChunk, "stores"), chunk.bytes);

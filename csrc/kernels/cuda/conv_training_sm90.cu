@@ -5,10 +5,10 @@
 // (persistent_conv.cuh); other endings. The gradient of the input is a convolution of the result's
 // gradient with the window turned round, whose weight stands transposed: a step takes the rows of
 // 64 of the convolution's output channels, 64 columns a panel, which wgmma reads by columns.
-// Of windows that move by 2 the lines and columns of the input fall into classes, even and odd ones:
-// positions of one class meet the same taps, and a tile has positions of one class. So 9 taps are 1,
-// 2, 2 and 4 for the four of them. Their results, and what masks or is added, lie two apart, which
-// im2col copies gather and scatter.
+// Of windows that move by 2 the lines and columns of the input fall into classes, even and odd
+// ones: positions of one class meet the same taps, and a tile has positions of one class. So 9 taps
+// are 1, 2, 2 and 4 for the four of them. Their results, and what masks or is added, lie two apart,
+// which im2col copies gather and scatter.
 //
 // Endings. Statistics: values are rounded, stored, and, as rounded, summed by channel: deviations
 // from a pivot, the first row that a warp has, and their squares, which keeps the digits that a
@@ -89,9 +89,10 @@ constexpr int kMaxClasses = 4;
 
 // The positions of a gradient whose line and column leave the same remainders after the strides.
 struct Class {
-  CUtensorMap before, out;  // where there is more than one class: what masks or is added, the result
-  int last_h, last_w;       // the last tap of the window that they meet; the next a stride before it
-  int offset_h, offset_w;   // of the pixel that meets that tap; the next tap's is the next pixel
+  CUtensorMap before,
+      out;                 // where there is more than one class: what masks or is added, the result
+  int last_h, last_w;      // the last tap of the window that they meet; the next a stride before it
+  int offset_h, offset_w;  // of the pixel that meets that tap; the next tap's is the next pixel
   int taps;
 };
 
@@ -102,7 +103,8 @@ struct Arguments : PersistentArguments {
   const float* below_scale_shift;  // rows of out_channels: mean, scale, shift
   const float* offset;             // of out_channels, where there is a second product
   int positions, parts_of_class;
-  int num_classes;  // 1 or 4, each with its tiles across; 1 without a gradient
+  unsigned num_classes;     // 1 or 4; 1 without a gradient
+  unsigned class_channels;  // of a class's tiles, what is beyond the last channel included
   Class classes[kMaxClasses];
 };
 
@@ -113,10 +115,9 @@ struct Place {
 
   template <typename Tile>
   __device__ __forceinline__ Place(const Arguments& a, const TileScheduler<Tile>& at) {
-    const unsigned width = a.tiles_across / a.num_classes * Tile::kN;
-    const unsigned column = at.channel() / width;
-    number = (column + at.row() / Tile::kCluster) % kMaxClasses & (a.num_classes - 1);
-    channel = static_cast<int>(at.channel() - column * width);
+    const unsigned column = at.channel() / a.class_channels;
+    number = (column + at.row() / Tile::kCluster) & (a.num_classes - 1);
+    channel = at.channel() - column * a.class_channels;
   }
   // Where there is one class.
   template <typename Tile>
@@ -183,31 +184,25 @@ __device__ __forceinline__ void load_taps(const Arguments& a, const TileSchedule
   }
 }
 
-// The role of one thread where there is a gradient: asks for the operands of every tile.
-template <typename Tile, typename Operands, bool kOperand>
-__device__ __forceinline__ void load_gradients(const Arguments& a) {
+// The role of one thread where positions may fall into classes: as load_operands.
+template <typename Tile, typename Operands>
+__device__ __forceinline__ void load_classes(const Arguments& a) {
   Operands operands(a.spin_limit);
 #pragma unroll 1
-  for (TileScheduler<Tile> at(a); at.valid(); at.advance()) {
-    if constexpr (kOperand) {
-      load_product<Tile, TransposedWeights<Tile>>(a, a.projection, at, operands);
-    }
-    load_taps(a, at, operands);
-  }
+  for (TileScheduler<Tile> at(a); at.valid(); at.advance()) load_taps(a, at, operands);
 }
 
 // For move_results, as those of persistent_conv.cuh.
 template <typename Tile>
 __device__ __forceinline__ void store(const Arguments& a, const TileScheduler<Tile>& at,
                                       std::uint32_t result) {
-  const PersistentArguments& in_line = a;
-  if (a.num_classes == 1) return store(in_line, at, result);
+  if (a.num_classes == 1)
+    return store<Tile>(static_cast<const PersistentArguments&>(a), at, result);
   const Place place(a, at);
   const Pixel pixel(at.position(), a.out_height, a.out_width);
   for (int panel = 0; panel < Tile::kPanels; ++panel) {
-    ptx::store_pixels(
-        a.classes[place.number].out, result + panel * Tile::kPanelBytes,
-        {place.channel + panel * Tile::kPanel, pixel.w, pixel.h, pixel.image});
+    ptx::store_pixels(a.classes[place.number].out, result + panel * Tile::kPanelBytes,
+                      {place.channel + panel * Tile::kPanel, pixel.w, pixel.h, pixel.image});
   }
   ptx::bulk_commit();
   ptx::bulk_wait_read<0>();
@@ -216,8 +211,9 @@ __device__ __forceinline__ void store(const Arguments& a, const TileScheduler<Ti
 template <typename Tile>
 __device__ __forceinline__ void load_residual(const Arguments& a, const TileScheduler<Tile>& at,
                                               std::uint32_t result, std::uint32_t mbarrier) {
-  const PersistentArguments& in_line = a;
-  if (a.num_classes == 1) return load_residual(in_line, at, result, mbarrier);
+  if (a.num_classes == 1) {
+    return load_residual<Tile>(static_cast<const PersistentArguments&>(a), at, result, mbarrier);
+  }
   const Place place(a, at);
   const Pixel pixel(at.position(), a.out_height, a.out_width);
   for (int panel = 0; panel < Tile::kPanels; ++panel) {
@@ -467,6 +463,8 @@ template <typename T, typename Tile, Ending kEnding>
 __global__ void __launch_bounds__(kThreads, 1)
     conv_training_sm90_kernel(const __grid_constant__ Arguments a) {
   using Shared = Shared<Tile>;
+  using Weights =
+      std::conditional_t<kEnding == Ending::kStatistics, WeightRows<Tile>, TransposedWeights<Tile>>;
   ptx::registers_at_launch<Tile::kNumLaunchRegisters>();
   if (threadIdx.x == 0) {
     Shared::Operands::init(1, Tile::kCluster * Tile::kOfTile * kWarps);
@@ -482,13 +480,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::decrease_registers<Tile::kNumProducerRegisters>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (warp == 0 && lane == 0) {
-      if constexpr (kEnding == Ending::kStatistics) {
-        load_operands<Tile, typename Shared::Operands, false>(a);
+      if constexpr (kHasClasses<kEnding>) {
+        load_classes<Tile, typename Shared::Operands>(a);
       } else {
-        load_gradients<Tile, typename Shared::Operands, kHasOperand<kEnding>>(a);
+        load_operands<Tile, typename Shared::Operands, kHasOperand<kEnding>, Weights>(a);
       }
     } else if (warp == 2 && lane == 0) {
-      move_results<Tile, typename Shared::Results, Shared::kResults>(a);
+      using Results = typename Shared::Results;
+      using OfEnding = std::conditional_t<kHasClasses<kEnding>, Arguments, PersistentArguments>;
+      move_results<Tile, Results, Shared::kResults, OfEnding>(a);
     }
   } else {
     ptx::increase_registers<Tile::kNumConsumerRegisters>();
@@ -534,7 +534,6 @@ struct Gradient {
   ConvolutionBn conv;
   CUtensorMap weight, matrix;
   Residual operand;
-
 };
 
 // Of what lies like a gradient the lines from h on and the columns from w on, as its convolution's
@@ -561,11 +560,12 @@ cudaError_t encode_gradient(Arguments* to, const ConvBn& a, const Gradient& grad
   to->conv.stride_h = conv.stride_h;
   to->conv.stride_w = conv.stride_w;
   to->num_classes = conv.stride_h * conv.stride_w;
+  to->class_channels = to->tiles_across * Tile::kN;
   to->tiles *= to->num_classes;
   to->tiles_across *= to->num_classes;
-  for (int i = 0; i < to->num_classes && status == cudaSuccess; ++i) {
+  for (unsigned i = 0; i < to->num_classes && status == cudaSuccess; ++i) {
     Class& of = to->classes[i];
-    const int h = i / conv.stride_w, w = i % conv.stride_w;
+    const int stride = conv.stride_w, h = i / stride, w = i % stride;
     const auto last = [](int at, int kernel, int stride) {
       return kernel - 1 - (kernel - 1 - at % stride) % stride;
     };
@@ -586,13 +586,12 @@ cudaError_t encode_gradient(Arguments* to, const ConvBn& a, const Gradient& grad
   if (to->num_classes == 1 || status != cudaSuccess) return status;
   const auto size = [](std::int64_t value) { return static_cast<std::uint64_t>(value); };
   const ConvolutionBn& x = a.conv;
-  return encode_pixels(&to->conv.x, a.dtype, x.x,
-                       {size(x.channels), size(x.width), size(x.height), size(a.batch)},
-                       {{-x.padding_w, -x.padding_h},
-                        {a.out_width - x.width - x.padding_w,
-                         a.out_height - x.height - x.padding_h},
-                        {1, 1}},
-                       Tile::kM);
+  return encode_pixels(
+      &to->conv.x, a.dtype, x.x, {size(x.channels), size(x.width), size(x.height), size(a.batch)},
+      {{-x.padding_w, -x.padding_h},
+       {a.out_width - x.width - x.padding_w, a.out_height - x.height - x.padding_h},
+       {1, 1}},
+      Tile::kM);
 }
 
 // A map of the operand of a second product, and its window of one pixel.
@@ -629,8 +628,8 @@ cudaError_t run(const ConvBn& a, const Gradient* gradient, Arguments to, Trainin
 }
 
 template <Ending kEnding>
-cudaError_t run(const ConvBn& a, const Gradient* gradient, const Arguments& to,
-                TrainingTile tile, int device, cudaStream_t stream) {
+cudaError_t run(const ConvBn& a, const Gradient* gradient, const Arguments& to, TrainingTile tile,
+                int device, cudaStream_t stream) {
   if (positions(a) * a.out_channels == 0) return cudaSuccess;
   cudaError_t status = set_device(device);
   bool sm90 = false;
@@ -687,8 +686,8 @@ bool can_implement(const Dgrad& arguments) {
   const int stride = conv.stride_h;
   return conv.dilation_h * conv.dilation_w == 1 && stride == conv.stride_w &&
          stride * stride <= kMaxClasses && stride <= conv.kernel_h && stride <= conv.kernel_w &&
-         conv.height % stride == 0 && conv.width % stride == 0 &&
-         conv.padding_h < conv.kernel_h && conv.padding_w < conv.kernel_w &&
+         conv.height % stride == 0 && conv.width % stride == 0 && conv.padding_h < conv.kernel_h &&
+         conv.padding_w < conv.kernel_w &&
          (arguments.operand.channels == 0 ||
           (is_matrix(conv) && arguments.add == nullptr && can_read(arguments.operand, 2))) &&
          can_take(as_convolution(arguments));

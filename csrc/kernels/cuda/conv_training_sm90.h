@@ -13,7 +13,8 @@ namespace resnet_fused {
 // Positions x channels of a block's tile.
 enum class TrainingTile : int { k128x64 = 0, k128x128 = 1, k256x128Cluster = 2 };
 
-// Rows of a result, or of a class of a gradient's, that one part of its statistics or sums is about.
+// Rows of a result, or of a class of a gradient's, that one part of its statistics or sums is
+// about.
 constexpr int kPartRows = 128;
 
 struct ConvStats {
