@@ -122,9 +122,7 @@ def conv_stats_configs(value: Tensor, conv: Convolution) -> list[Config]:
     if _is_flat(conv):
         gemm, taps = gemm._replace(channels=taps * gemm.channels), 1
     precision = convolution_precision(value.dtype)
-    found = configurations(gemm, value, precision, taps, conv.groups, accumulators=2)
-    # Of a flat window's operand each thread of a higher tile holds more addresses than registers.
-    return [c for c in found if c.blocks[0] <= 128] if _is_flat(conv) else found
+    return configurations(gemm, value, precision, taps, conv.groups, accumulators=2)
 
 
 class _Plan(NamedTuple):
