@@ -350,13 +350,16 @@ void set_training(ConvBn& op, const TensorArg& x, const TensorArg& weight, const
   set_sizes(op, op.conv, x, weight, window, out);
 }
 
-// The statistics or sums of a result: `rows` of (parts, rows, channels).
+// The statistics or sums of a result: `rows` of (parts, rows, channels); of so many classes of its
+// positions, each by itself.
 template <typename Arguments>
 void set_parts(Launch<Arguments>& launch, float*& slot, const char* name,
-               const OptionalTensor& parts, std::int64_t rows, const TensorArg& result) {
+               const OptionalTensor& parts, std::int64_t rows, const TensorArg& result,
+               std::int64_t classes = 1) {
   if (!parts) return;
-  const std::int64_t positions = result.sizes[0] * result.sizes[2] * result.sizes[3];
-  const std::int64_t count = (positions + resnet_fused::kPartRows - 1) / resnet_fused::kPartRows;
+  const std::int64_t positions = result.sizes[0] * result.sizes[2] * result.sizes[3] / classes;
+  const std::int64_t count =
+      classes * ((positions + resnet_fused::kPartRows - 1) / resnet_fused::kPartRows);
   check_type(name, *parts, ScalarType::kFloat32);
   check_sizes(name, *parts, {count, rows, result.sizes[1]});
   check_contiguous(name, *parts, 3);
@@ -414,7 +417,8 @@ void set_dgrad(DgradLaunch& launch, const TensorArg& out, const TensorArg& grad,
     check_contiguous("scale_shift", *scale_shift, 2);
     launch.reads(op.below_scale_shift, "scale_shift", *scale_shift);
   }
-  set_parts(launch, op.sums, "sums", sums, 2, out);
+  const ConvolutionBn& conv = op.op.conv;
+  set_parts(launch, op.sums, "sums", sums, 2, out, std::int64_t{conv.stride_h} * conv.stride_w);
   launch.writes(op.out, "out", out);
 }
 

@@ -429,17 +429,21 @@ void load_to(int rank, std::uint32_t to, const CUtensorMap& map, std::uint32_t m
   state.loads.push_back(std::move(load));
 }
 
+void check_mode(const CUtensorMap& map, const std::int32_t* coordinates, bool im2col) {
+  if (map.im2col != im2col) fault("copies in another mode than its tensor map's");
+  if (im2col && !within_box(map, coordinates)) {
+    fault("starts a copy at pixel (%d, %d), outside its tensor map's box", coordinates[2],
+          coordinates[1]);
+  }
+}
+
 }  // namespace
 
 void load_tensor(std::uint32_t to, const CUtensorMap& map, std::uint32_t mbarrier,
                  const std::int32_t* coordinates, const std::uint16_t* offsets,
                  std::uint16_t ranks) {
   may_switch();
-  if (map.im2col != (offsets != nullptr)) fault("copies in another mode than its tensor map's");
-  if (map.im2col && !within_box(map, coordinates)) {
-    fault("starts a copy at pixel (%d, %d), outside its tensor map's box", coordinates[2],
-          coordinates[1]);
-  }
+  check_mode(map, coordinates, offsets != nullptr);
   if (ranks >> cluster_size() != 0) {
     fault("multicasts to ranks %#x of a cluster of %d", ranks, cluster_size());
   }
@@ -456,9 +460,10 @@ void load_tensor(std::uint32_t to, const CUtensorMap& map, std::uint32_t mbarrie
               static_cast<std::uint16_t>(1u << cluster_rank()));
 }
 
-void store_tensor(const CUtensorMap& map, std::uint32_t offset, const std::int32_t* coordinates) {
+void store_tensor(const CUtensorMap& map, std::uint32_t offset, const std::int32_t* coordinates,
+                  bool im2col) {
   may_switch();
-  if (map.im2col) fault("copies in another mode than its tensor map's");
+  check_mode(map, coordinates, im2col);
   ++statistics().bulk_copies;
   const Address from = own(offset);
   const std::uint32_t bytes = check_box(map, from);
@@ -467,7 +472,9 @@ void store_tensor(const CUtensorMap& map, std::uint32_t offset, const std::int32
     thread.stores = add_agent("a bulk store of " + name_of(running_thread()));
   }
   agent_reads(from, bytes, {thread.stores, thread.stores_committed + 1});
-  for (const Chunk& chunk : tile_chunks(map, coordinates, from)) {
+  constexpr std::uint16_t kNone[2] = {};
+  for (const Chunk& chunk :
+       im2col ? pixel_chunks(map, coordinates, kNone, from) : tile_chunks(map, coordinates, from)) {
     check_global(chunk, map.stride[0], true);
     if (chunk.bytes > 0) {
       std::memcpy(chunk.global, shared_bytes(chunk.shared, kChunk, "stores"), chunk.bytes);

@@ -42,7 +42,8 @@ void load_tensor(std::uint32_t to, const CUtensorMap& map, std::uint32_t mbarrie
 void load_tensor(std::uint32_t to, const CUtensorMap& map, std::uint32_t mbarrier,
                  const std::int32_t* coordinates, const std::uint16_t* offsets,
                  std::uint16_t ranks);
-void store_tensor(const CUtensorMap& map, std::uint32_t offset, const std::int32_t* coordinates);
+void store_tensor(const CUtensorMap& map, std::uint32_t offset, const std::int32_t* coordinates,
+                  bool im2col);
 // "cp.async.bulk.commit_group", and "cp.async.bulk.wait_group.read" for all but the last groups.
 void commit_stores();
 void wait_for_stores(int pending_groups);

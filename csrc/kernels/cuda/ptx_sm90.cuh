@@ -126,6 +126,16 @@ __device__ __forceinline__ void store_tile(const CUtensorMap& map, std::uint32_t
   cu::cp_async_bulk_tensor(cu::space_global, cu::space_shared, &map, at, shared_memory() + from);
 }
 
+// The same in "im2col_no_offs mode", the pixels of load_pixels without a tap's offsets.
+__device__ __forceinline__ void store_pixels(const CUtensorMap& map, std::uint32_t from,
+                                             const std::int32_t (&at)[4]) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.im2col_no_offs.bulk_group "
+      "[%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
+      "r"(shared_address(from)), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3])
+      : "memory");
+}
+
 // "cp.async.bulk.commit_group": what this thread has stored since the last one is a group.
 __device__ __forceinline__ void bulk_commit() { cu::cp_async_bulk_commit_group(); }
 

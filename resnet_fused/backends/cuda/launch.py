@@ -6,6 +6,7 @@ serves what is decided in `resnet_fused.backends.cuda`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -201,7 +202,7 @@ class Launcher:
         """Both results to be, and the kernel's other arguments."""
         g, conv = nhwc(g), dense_convolution(conv, g.dtype)
         out = empty_nhwc(g, *shape[1:])
-        sums = None if below is None else _parts(out, 2)
+        sums = None if below is None else _parts(out, 2, math.prod(conv.stride))
         pre_bn, scale_shift = (None, None) if below is None else below
         call = (
             tensor_arg(g),
@@ -404,10 +405,10 @@ def _window(conv: Convolution) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(pair) for pair in conv[1:4])
 
 
-def _parts(result: Tensor, rows: int) -> Tensor:
-    """Statistics or sums of a result, for each channel, of every so many positions."""
-    positions = result.numel() // result.shape[1]
-    shape = (-(-positions // _PART_ROWS), rows, result.shape[1])
+def _parts(result: Tensor, rows: int, classes: int = 1) -> Tensor:
+    """Statistics or sums of a result, for each channel, of every so many positions of a class."""
+    positions = result.numel() // result.shape[1] // classes
+    shape = (classes * -(-positions // _PART_ROWS), rows, result.shape[1])
     return result.new_empty(shape, dtype=torch.float32)
 
 
