@@ -335,15 +335,15 @@ def test_a_whole_network_in_e4m3(simulator, monkeypatch):
     monkeypatch.setenv("RESNET_FUSED_HOST_SIM_CAPABILITY", "90")
     torch.manual_seed(0)
     model = randomise_statistics(resnet_fused.cifar.resnet20()).eval()
-    images = torch.rand(2, 3, 16, 16, generator=generator()) * 4 - 1.5
+    images = torch.rand(1, 3, 16, 16, generator=generator()) * 4 - 1.5
     quantized = quantize(model, [images], FLOAT8, progress=False)
     with torch.no_grad(), use_backend("reference"):
         floats, expected = model(images), quantized(images)
     with torch.no_grad(), use_backend("cuda_sim"), autotune.tuner.watch() as decisions:
         found = quantized(images)
     chosen = [d.candidate.family for d in decisions if d.op == "quantized_conv"]
-    assert len(chosen) == 18
-    assert {*chosen} <= {f"cuda quantized {tile}" for tile in FLOAT8_TILES}
+    assert (len(chosen), chosen.count("")) == (19, 1)  # the first one has three channels
+    assert {*chosen} <= {"", *(f"cuda quantized {tile}" for tile in FLOAT8_TILES)}
     assert (found - floats).norm() < 1.2 * (expected - floats).norm()
 
 
