@@ -294,17 +294,18 @@ class Launcher:
         spread = 9000 * (layer.window**2 * layer.channels) ** 0.5
         multiplier = np.linspace(50 / spread, 100 / spread, layer.filters, dtype=np.float32)
         scale = np.linspace(0, spread / 100, layer.filters, dtype=np.float32)
-        # As csrc/kernels/cuda/conv_int8.h has it: within each 16 output channels.
+        # As csrc/kernels/cuda/quantized_conv.h has it: within each 16 output channels.
         packed = weight.reshape(-1, 4, 2, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
         window = ((layer.stride,) * 2, (layer.padding,) * 2, (1, 1))
 
         def launch(out: Tensor) -> None:
-            self._extension.cuda_conv_int8(
+            self._extension.cuda_quantized_conv(
                 out,
                 (self._put(x), self._put(np.ascontiguousarray(packed)), window),
                 *(self._put(bias), self._put(multiplier), self._put(scale), self._put(added)),
                 projection=None,
-                tile=getattr(self._extension.Int8Tile, tile),
+                relu=True,
+                tile=getattr(self._extension.QuantizedTile, tile),
                 device=0,
                 stream=0,
             )
@@ -490,7 +491,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     images = options.images or ((2 if options.simulate else 80) if verify else 256)
     launcher = Launcher(extension, Simulator(extension) if options.simulate else Driver(), verify)
     tiles = [name for name in extension.ConvTile.__members__ if name != "automatic"]
-    int8_tiles = list(extension.Int8Tile.__members__)
+    int8_tiles = list(extension.QuantizedTile.__members__)
     launches = small(launcher, tiles, int8_tiles, images) if verify else large(launcher, images)
     failed = ran = 0
     for name, launch in launches:

@@ -47,7 +47,9 @@ def cuda_facts(extension, architectures) -> Facts:
         used = machine_code.resources(cuobjdump(extension, "--dump-resource-usage", *options))
         for code in machine_code.disassembled(cuobjdump(extension, "--dump-sass", *options)):
             name = cuda_variant(code.name)
-            of_sm80 = name is not None and name.startswith(("conv_bn_kernel", "conv_int8_kernel"))
+            of_sm80 = name is not None and name.startswith(
+                ("conv_bn_kernel", "quantized_conv_kernel")
+            )
             if name is None or (architecture == "80") != of_sm80:
                 continue
             found[name] = facts(code, used[code.name])
@@ -56,7 +58,7 @@ def cuda_facts(extension, architectures) -> Facts:
 
 def cuda_variant(symbol: str) -> str | None:
     """A readable name of a mangled one; None for what has no budget of its own."""
-    pattern = r"(conv_int8_(?:sm90_)?kernel)IhNS0_4TileI((?:L[ib]\d+E)+)EELNS_8ShortcutE(\d)E"
+    pattern = r"(quantized_conv_(?:sm90_)?kernel)IhNS0_4TileI((?:L[ib]\d+E)+)EELNS_8ShortcutE(\d)E"
     if int8 := re.search(pattern, symbol):
         sizes = re.findall(r"L[ib](\d+)E", int8[2])
         more = ("", " residual", " projection")[int(int8[3])]

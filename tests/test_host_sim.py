@@ -369,6 +369,25 @@ def test_wgmma_reads_the_order_that_threads_wrote(simulator):
     assert not torch.equal(wgmma_d(out, 64), expected)
 
 
+def product_of_e4m3(simulator, a: Tensor, b: Tensor) -> Tensor:
+    """Of the first 32 columns of a and b (64, 128), a · bᵀ."""
+    given = words(torch.cat([a, b]).to(torch.float8_e4m3fn))
+    return wgmma_d(simulator.run_primitive("wgmma of e4m3 operands", given, 128 * 32), 64)
+
+
+def test_wgmma_multiplies_e4m3_and_cuts_the_sum(simulator):
+    """Integers exactly; of 1 and what is added to it, 13 bits behind the point."""
+    a, b = torch.randint(-4, 5, (2, 64, 128), generator=generator()).float()
+    assert torch.equal(product_of_e4m3(simulator, a, b), a[:, :32] @ b[:, :32].T)
+    a, b = torch.zeros(2, 64, 128)
+    a[:, 0] = b[:, 0] = 1
+    a[:, 1:32] = 2.0**-7
+    b[0, 1], b[1, 1:32], b[2, 1:32] = 2.0**-6, 2.0**-7, -(2.0**-7)
+    b[3, 0], b[3, 1] = 2.0**-9, 448
+    expected = [1 + 2.0**-13, 1, 1, 3.5 + 2.0**-9]  # but for the cut 1 + 31/2¹⁴ and 1 - 31/2¹⁴
+    assert product_of_e4m3(simulator, a, b)[:, :4].unique(dim=0).tolist() == [expected]
+
+
 @pytest.mark.parametrize("row_bytes", [64, 32])
 def test_wgmma_reads_narrower_rows(simulator, row_bytes):
     """Rows of 32 or 16 elements under the swizzle of as many bytes."""

@@ -39,7 +39,7 @@ def test_every_kernel_gives_what_numpy_gives(simulated: ModuleType, capsys: Any)
     tiles = [name for name in simulated.ConvTile.__members__ if name != "automatic"]
     for name in (
         *tiles,
-        *(f"int8 {name}" for name in simulated.Int8Tile.__members__),
+        *(f"int8 {name}" for name in simulated.QuantizedTile.__members__),
         "bottleneck 64/2 projection",
         "bottleneck_sm90 64/1",
         "stem",

@@ -158,7 +158,7 @@ def test_every_tile_and_family_of_the_cuda_kernels_has_its_check(simulator: Any)
     names = {check.name.removeprefix("cuda_sim ") for check in selfcheck.checks("cuda_sim")}
     assert names == {
         *(f"conv_bn {tile}" for tile in simulator.ConvTile.__members__),
-        *(f"quantized {tile}" for tile in simulator.Int8Tile.__members__),
+        *(f"quantized {tile}" for tile in simulator.QuantizedTile.__members__),
         *(f"training {tile}" for tile in simulator.TrainingTile.__members__),
         *(f"training {tile}" for tile in simulator.WgradTile.__members__),
         *("bn_add_relu", "bottleneck", "bottleneck sm90", "stem"),

@@ -216,9 +216,9 @@ def test_a_quantised_convolutions_tile_is_the_one_that_the_extension_takes(
     out, vector = tensor(4, 1, filters, size, size), tensor(0, filters)
     added = out if adds == "residual" else None
     simulator.set_capability(90)
-    tiles = simulator.cuda_conv_int8_tiles(
+    tiles = simulator.cuda_quantized_conv_tiles(
         *(out, layer(3, 1), tensor(6, filters), vector),
-        *(None if adds == "nothing" else vector, added, projection, 0),
+        *(None if adds == "nothing" else vector, added, projection, True, 0),
     )
     steps = [9 * math.ceil(inner / 128), *[math.ceil(inner / 128)] * (projection is not None)]
     ours = cuda_int8.tiles_in_order(size * size, filters, steps, added is not None, 4)

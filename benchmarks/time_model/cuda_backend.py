@@ -192,7 +192,7 @@ class RecordingBackend(CudaBackend):
         from . import cuda_training as training
 
         def int8_tiles(out: Any, layer: Any, *others: Any) -> list[Any]:
-            (batch, filters, *image), (*_, residual, projection, _) = out[2], others
+            (batch, filters, *image), (*_, residual, projection, _, _) = out[2], others
             products = cuda_int8.products_of(layer, projection)
             if filters % 16 or any(p.channels % 16 for p in products):
                 return []
@@ -238,7 +238,7 @@ class RecordingBackend(CudaBackend):
 
         kernels = (
             *("conv_bn", "bn_add_relu", "bottleneck", "bottleneck_sm90", "stem", "linear"),
-            *("average_pool", "conv_stats", "dgrad", "wgrad", "window_rows", "conv_int8"),
+            *("average_pool", "conv_stats", "dgrad", "wgrad", "window_rows", "quantized_conv"),
         )
         super().__init__(
             SimpleNamespace(  # type: ignore[arg-type]
@@ -246,8 +246,8 @@ class RecordingBackend(CudaBackend):
                 cuda_conv_bn_tiles=lambda *_: [],
                 TrainingTile=SimpleNamespace(**{name: name for name in training.TILES}),
                 WgradTile=SimpleNamespace(**{name: name for name in training.WIDTHS}),
-                Int8Tile=SimpleNamespace(**{name: name for name in cuda_int8.TILES}),
-                cuda_conv_int8_tiles=int8_tiles,
+                QuantizedTile=SimpleNamespace(**{name: name for name in cuda_int8.TILES}),
+                cuda_quantized_conv_tiles=int8_tiles,
                 cuda_conv_stats_tiles=conv_stats_tiles,
                 cuda_dgrad_tiles=dgrad_tiles,
                 cuda_wgrad_tiles=wgrad_tiles,

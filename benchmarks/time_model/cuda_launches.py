@@ -509,7 +509,7 @@ _DESCRIBE: dict[str, Callable[[Call, Gpu], tuple[Work, str]]] = {
     "stem": _stem,
     "average_pool": _average_pool,
     "linear": _linear,
-    "conv_int8": cuda_int8.conv_int8,
+    "quantized_conv": cuda_int8.quantized_conv,
     "conv_stats": cuda_training.conv_stats,
     "dgrad": cuda_training.dgrad,
     "wgrad": cuda_training.wgrad,

@@ -126,7 +126,7 @@ class CudaBackend(ReferenceBackend):
     @property
     def quantized_tiles(self) -> list[str]:
         """Those of our quantised convolutions."""
-        return list(self.extension.Int8Tile.__members__)
+        return list(self.extension.QuantizedTile.__members__)
 
     def _check_device(self, index: int) -> str | None:
         with torch.cuda.device(index):
@@ -140,7 +140,10 @@ class CudaBackend(ReferenceBackend):
         if device.type != "cuda":
             return f"it serves CUDA tensors and the input is on {device}; use backend 'cpu'"
         if dtype not in (*self._launcher.dtypes, *self._launcher.quantized_dtypes):
-            return f"it has no kernels for {dtype}; use float32, float16, bfloat16, uint8 or int8"
+            return (
+                f"it has no kernels for {dtype}; use float32, float16, bfloat16, uint8, int8 or "
+                "float8_e4m3fn"
+            )
         index = torch.cuda.current_device() if device.index is None else device.index
         return self._unloadable(index)
 
@@ -277,8 +280,7 @@ class CudaBackend(ReferenceBackend):
             *(shortcut_scale, projection, padding_value, relu),
         )
         if (
-            conv.weight.dtype != torch.int8
-            or conv.weight.shape[0] % _CHUNK > 0
+            conv.weight.shape[0] % _CHUNK > 0
             or padding_value is not None
             or conv.groups > 1
             or (projection is not None and not _can_project(x, shortcut, projection))
