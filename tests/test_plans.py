@@ -444,6 +444,21 @@ def test_moved_to_another_type_and_back(replays):
         assert torch.allclose(found, first, rtol=1e-4, atol=1e-4)
 
 
+def test_weights_may_be_swapped(replays):
+    network, x = make(), image()
+    plan(network, x)
+    torch.utils.swap_tensors(network.fc.bias, nn.Parameter(network.fc.bias.detach() + 1))
+    weight = network.conv1.weight
+    torch.utils.swap_tensors(weight, nn.Parameter(weight.detach() * 2))
+    assert torch.equal(run(network, x), ordinary(network, x))
+    swapping = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        assert run(network.double(), x.double()).dtype == torch.float64
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(swapping)
+
+
 def test_surroundings_have_plans_of_their_own(replays):
     network, x = make(), image()
     plan(network, x)

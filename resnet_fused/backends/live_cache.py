@@ -4,7 +4,9 @@ Version counters cannot tell: `p.data.mul_()`, as moving-average code writes it,
 a numpy view move none, and inference tensors have none. So each look-up hashes the weight itself
 (64 bits, one pass at the speed of memory).
 
-An entry belongs to one weight tensor, is found by that object's identity, and goes when it goes.
+An entry belongs to a weight's memory, is found by it, and goes when it is freed. A reference to the
+tensor itself, a weak one too, would make `torch.utils.swap_tensors` refuse it, by which modules are
+moved where `torch.__future__.set_swap_module_params_on_conversion` asks for it.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from types import ModuleType
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 from .._extension import tensor_arg
 from . import recording
@@ -38,9 +40,9 @@ def _identity(weight: Tensor) -> tuple[Any, ...]:
 
 
 class _Slot(Generic[Packed]):
-    """What was packed from one weight tensor, which it does not keep alive."""
+    """What was packed from the weights in one storage, which it does not keep alive."""
 
-    def __init__(self, owner: weakref.ref[Tensor]) -> None:
+    def __init__(self, owner: weakref.ref[UntypedStorage]) -> None:
         self.owner = owner
         self.packed: dict[Hashable, tuple[Any, Packed]] = {}
 
@@ -62,20 +64,22 @@ class LiveCache(Generic[Packed]):
         self._slots: dict[int, _Slot[Packed]] = {}
 
     def __len__(self) -> int:
-        """How many weight tensors have packed forms."""
+        """How many storages hold weights that have packed forms."""
         return len(self._slots)
 
     def get(self, weight: Tensor, form: Hashable, pack: Callable[[], Packed]) -> Packed:
         """The packed `form` of `weight`, made by `pack` if there is none for its content."""
-        slot = self._slots.get(id(weight))
-        if slot is None or slot.owner() is not weight:
-            slot = self._open(weight)
+        storage = weight.untyped_storage()
+        slot = self._slots.get(id(storage))
+        if slot is None or slot.owner() is not storage:
+            slot = self._open(storage)
+        place = weight.storage_offset(), form
         frozen = self._frozen or recording.frozen.get()
         # Taken before packing: an edit during it is then seen by the next look-up.
         content = _identity(weight) if frozen else self._content(weight)
-        entry = slot.packed.get(form)
+        entry = slot.packed.get(place)
         if entry is None or entry[0] != content:
-            entry = slot.packed[form] = (content, pack())
+            entry = slot.packed[place] = (content, pack())
         packed = entry[1]
         if (notes := recording.current.get()) is not None:
             noted = notes.frozen if frozen else notes.packed
@@ -87,14 +91,14 @@ class LiveCache(Generic[Packed]):
         (hashed,) = self._extension.fingerprints([tensor_arg(dense)])
         return weight.dtype, weight.shape, weight.stride(), hashed
 
-    def _open(self, weight: Tensor) -> _Slot[Packed]:
-        key, slots = id(weight), self._slots
+    def _open(self, storage: UntypedStorage) -> _Slot[Packed]:
+        key, slots = id(storage), self._slots
 
-        def drop(owner: weakref.ref[Tensor]) -> None:
-            # The id may already belong to a new tensor with a slot of its own.
+        def drop(owner: weakref.ref[UntypedStorage]) -> None:
+            # The id may already belong to a new storage with a slot of its own.
             slot = slots.get(key)
             if slot is not None and slot.owner is owner:
                 slots.pop(key, None)
 
-        slots[key] = slot = _Slot[Packed](weakref.ref(weight, drop))
+        slots[key] = slot = _Slot[Packed](weakref.ref(storage, drop))
         return slot
