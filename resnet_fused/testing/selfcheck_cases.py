@@ -391,9 +391,11 @@ def _scale_shift(channels: int, device: str) -> Tensor:
     return scale_shift
 
 
-def cases(family: str, backend: Backend, device: str, num_sms: int) -> Iterator[Case]:
-    """A family's cases in every dtype that the backend serves; convolutions of float32 with and
-    without TF32. Without a GPU, where all takes long, the first dtype has to do."""
+def cases(
+    family: str, backend: Backend, device: str, num_sms: int, every_dtype: bool = False
+) -> Iterator[Case]:
+    """A family's cases in the first dtype that the backend serves, or in every one; convolutions of
+    float32 with and without TF32."""
     names = ["bfloat16", "float16", "float32", *(["TF32"] if family == CONVOLUTION else [])]
     if family == QUANTIZED:
         names = ["uint8", "float8_e4m3fn"]
@@ -403,7 +405,7 @@ def cases(family: str, backend: Backend, device: str, num_sms: int) -> Iterator[
         for name, dtype in dtypes.items()
         if backend.unsupported(torch.device(device), dtype) is None
     }
-    for name in served if device == "cuda" else list(served)[:1]:
+    for name in served if every_dtype else list(served)[:1]:
         torch.backends.cudnn.allow_tf32 = name == "TF32"
         make = {
             CONVOLUTION: _convolutions,

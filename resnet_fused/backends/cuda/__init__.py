@@ -26,7 +26,15 @@ from torch import Tensor
 
 from ... import _extension
 from ...errors import BackendUnavailableError
-from ...parameters import BatchNorm, ConvBn, Convolution, Folded, MaxPool, Normalization
+from ...parameters import (
+    BatchNorm,
+    ConvBn,
+    Convolution,
+    Folded,
+    MaxPool,
+    Normalization,
+    is_resnet_stem,
+)
 from ...reference.ops import pad_channels
 from .. import Backend, Candidate, Candidates, unavailable
 from ..arguments import dense_convolution, given_scale
@@ -324,14 +332,9 @@ def _folded_layers(
 
 def _resnet_stem(conv: Convolution, pool: MaxPool) -> bool:
     """Whether our stem's kernel computes this one."""
-    return (
-        conv.weight.dtype in (torch.float16, torch.bfloat16)
-        and conv.weight.shape[1:] == (3, 7, 7)
-        and conv.weight.shape[0] % 8 == 0
-        and tuple(map(tuple, conv[1:4])) == ((2, 2), (3, 3), (1, 1))
-        and conv.groups == 1
-        and pool == MaxPool(3, 2, 1)
-    )
+    dtype, filters = conv.weight.dtype, conv.weight.shape[0]
+    served = dtype in (torch.float16, torch.bfloat16) and filters % 8 == 0
+    return served and is_resnet_stem(conv, pool)
 
 
 def _resnet_bottleneck(x: Tensor, convolutions: Sequence[Convolution]) -> bool:
@@ -343,8 +346,7 @@ def _resnet_bottleneck(x: Tensor, convolutions: Sequence[Convolution]) -> bool:
         and convolutions[0].weight.shape[0] <= _WIDEST_INNER
         and all(
             tuple(conv.weight.shape[2:]) == (kernel, kernel)
-            and tuple(map(tuple, conv[1:4])) == ((stride, stride), (padding, padding), (1, 1))
-            and conv.groups == 1
+            and conv[1:] == ((stride, stride), (padding, padding), (1, 1), 1)
             for conv, (kernel, stride, padding) in zip(convolutions, windows, strict=False)
         )
     )

@@ -311,7 +311,7 @@ class Launcher:
 
     def _quantized_layer(self, x: Tensor, conv: Convolution) -> tuple[Any, ...]:
         packed = self._frozen.get(conv.weight, "int8", lambda: _pack_quantized(conv.weight)).packed
-        return tensor_arg(nhwc(x)), tensor_arg(packed), tuple(map(tuple, conv[1:4]))
+        return tensor_arg(nhwc(x)), tensor_arg(packed), conv[1:4]
 
     def bottleneck(self, kernel: str, x: Tensor, layers: Sequence[ConvBn]) -> Tensor:
         """`kernel`: the extension's name of one that computes whole bottlenecks."""
