@@ -177,11 +177,27 @@ def _throughput(options: argparse.Namespace, name: str, batch: Sequence[int]) ->
     return [*command, "--device", "cuda"]
 
 
+# Kernels of a ResNet-50, each bound by something else.
+PROFILED = (
+    "conv_bn 3×3/1 64→64 on 56×56, cuda m128n64_sm90",
+    "conv_bn 1×1/1 64→256 on 56×56 + shortcut, cuda m128n128_sm90",
+    "conv_bn 3×3/1 256→256 on 14×14, cuda m128n128_sm90",
+    "conv_bn 3×3/1 256→256 on 14×14, cuda m200n128_sm90_lines",
+    "conv_bn 3×3/1 256→256 on 14×14, cuda m128n128",
+    "bottleneck/1 256→64→256 on 56×56, cuda fused",
+    "bottleneck/1 256→64→256 on 56×56, cuda fused sm90",
+    "stem 7×7/2 3→64 on 224×224, cuda fused",
+)
+
+
 def profile(options: argparse.Namespace, gpu: Gpu) -> Step:
-    """Seven launches under Nsight Compute, which leaves the clocks alone."""
+    """Some launches under Nsight Compute, which leaves the clocks alone and sees our kernels."""
     command = ["ncu", "--clock-control", "none", "--set", "full", "--page", "raw", "--csv"]
-    command += ["--log-file", f"{options.results}/ncu.csv", PYTHON, "benchmarks/launch.py", "large"]
-    return Step("profile", 45, 90, [command], needs=("ncu",), hardware=True)
+    command += ["--kernel-name-base", "demangled", "--kernel-name", "regex:resnet_fused"]
+    command += ["--log-file", f"{options.results}/ncu.csv", PYTHON, "benchmarks/layers.py"]
+    command += ["--dtype", options.dtype, "--batch", "256", "--backends", "cuda"]
+    command += ["--once", *PROFILED]
+    return Step("profile", 60, 110, [command], _BY_HEURISTIC, needs=("ncu",), hardware=True)
 
 
 def prediction(options: argparse.Namespace, gpu: Gpu) -> Step:
@@ -243,15 +259,19 @@ def peers(options: argparse.Namespace, gpu: Gpu) -> Step:
 
 
 def sanitizer(options: argparse.Namespace, gpu: Gpu) -> Step:
-    """Every kernel under each tool, launched without PyTorch; NumPy verifies the results."""
-    launch = [PYTHON, "benchmarks/launch.py", "small", "--images", "8"]
+    """The cases of the self-check, small, under each tool; every tensor in memory of its own, so
+    that what lies beyond it is nobody's."""
+    check = [PYTHON, "-m", "resnet_fused.selfcheck", "--here", "--backend"]
     if options.rehearse:
-        return Step("sanitizer", 100, 180, [[*launch[:-2], "--simulate", "--only", "sm90", "stem"]])
+        command = [*check, "cuda_sim", "--only", "m128n64_sm90", "stem"]
+        return Step("sanitizer", 60, 180, [command], {"RESNET_FUSED_HOST_SIM_CAPABILITY": "90"})
     tools = ("memcheck", "racecheck", "initcheck", "synccheck")
     commands = [
-        ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *launch] for tool in tools
+        ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *check, "cuda"]
+        for tool in tools
     ]
-    return Step("sanitizer", 110, 180, commands, needs=("compute-sanitizer",))
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return Step("sanitizer", 110, 240, commands, environment, needs=("compute-sanitizer",))
 
 
 _NETWORK_TESTS = [f"tests/test_{name}.py" for name in ("models", "graphed", "gpu")]

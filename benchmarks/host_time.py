@@ -20,8 +20,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 from harness import results
@@ -36,6 +38,10 @@ _TRAINED = ("cpu", "triton")
 _DTYPES = {"cpu": torch.float32, "cuda_sim": torch.float16}
 # The first forwards choose, pack and record.
 _WARM_UP = 4
+
+
+def _nothing(*arguments: Any) -> None:
+    return None
 
 
 @contextlib.contextmanager
@@ -54,25 +60,28 @@ def stubbed_triton() -> Iterator[None]:
     from resnet_fused.backends.triton import launching
     from resnet_fused.backends.triton.training import TritonReplays
 
-    def stub(*arguments: Any) -> None:
-        return None
-
     training: Any = backends.get("triton").training
     changed: list[tuple[Any, str, Any]] = [
-        (launching.Launch, "_start", stub),
-        (launching.Launch, "replay", stub),
+        (launching.Launch, "_start", _nothing),
+        (launching.Launch, "replay", _nothing),
         (launching, "machine", lambda _: launching.Machine(132, 227 * 1024)),
         (training, "replays", TritonReplays(_extension.load())),
         (training_programs, "same_bits", lambda a, b: True),  # of memory that nobody wrote
     ]
-    before = [(place, name, getattr(place, name)) for place, name, _ in changed]
-    try:
+    with contextlib.ExitStack() as stack:
         for place, name, value in changed:
-            setattr(place, name, value)
+            stack.enter_context(mock.patch.object(place, name, value))
         yield
-    finally:
-        for place, name, value in before:
-            setattr(place, name, value)
+
+
+def without_plans() -> AbstractContextManager[object]:
+    """Within it every forward takes the ordinary path."""
+    return mock.patch.object(plan, "run", _nothing)
+
+
+def without_programs() -> AbstractContextManager[object]:
+    """Within it training ops launch kernel by kernel."""
+    return mock.patch.object(training_programs, "run", _nothing)
 
 
 def count_calls(model: Callable[[Tensor], object], x: Tensor) -> int:
@@ -106,17 +115,6 @@ def measure(model: Callable[[Tensor], object], x: Tensor, rounds: int) -> dict[s
     return {"calls": count_calls(model, x), "ms": middle, "ms_quartiles": [low, high]}
 
 
-@contextlib.contextmanager
-def without_plans() -> Iterator[None]:
-    """Every forward takes the ordinary path."""
-    run = plan.run
-    plan.run = lambda network, x: None
-    try:
-        yield
-    finally:
-        plan.run = run
-
-
 def rows(
     networks: Sequence[str], backends: Sequence[str], size: int, rounds: int
 ) -> list[dict[str, Any]]:
@@ -139,17 +137,6 @@ def rows(
             row = {"network": name, "backend": backend, "dtype": str(dtype)[6:]}
             found.append({**row, "ordinary": ordinary, "planned": planned})
     return found
-
-
-@contextlib.contextmanager
-def without_programs() -> Iterator[None]:
-    """Training ops launch kernel by kernel."""
-    run = training_programs.run
-    training_programs.run = lambda *arguments: None
-    try:
-        yield
-    finally:
-        training_programs.run = run
 
 
 def training_rows(

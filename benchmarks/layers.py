@@ -3,6 +3,8 @@
     python benchmarks/layers.py                              ResNet-50, this machine's defaults
     python benchmarks/layers.py --batch 256 --dtype bfloat16 --json out.json
     python benchmarks/layers.py --backends cuda --kernels    and each of its candidates
+    ncu --kernel-name-base demangled --kernel-name regex:resnet_fused --set full \\
+        python benchmarks/layers.py --once "conv_bn 3×3/1 64→64 on 56×56, cuda m128n64_sm90"
 
 The ops are recorded from one forward pass. For each distinct shape every backend's choice is held
 against float64 (one that fails is not timed) and then measured, beside the vendor library's own
@@ -182,6 +184,20 @@ def computed_by(layer: Layer, names: Sequence[str], kernels: bool) -> Iterator[C
             yield from listed
 
 
+def once(layers: Sequence[Layer], names: Sequence[str], wanted: Sequence[str]) -> None:
+    """Runs calls once each, for a profiler: a layer's title and a kernel's name, as the table has
+    them. Exits where there is no such call."""
+    missing = set(wanted)
+    for layer in layers:
+        for candidate in computed_by(layer, names, kernels=True):
+            call = f"{layer.title()}, {candidate.name}"
+            if call in missing:
+                candidate.launch(*layer.arguments)
+                missing.remove(call)
+    if missing:
+        sys.exit(f"there is no call {'; '.join(sorted(missing))}; the table of --kernels has all")
+
+
 def _timed(call: Callable[[], object], device: torch.device) -> tuple[Callable[[], object], int]:
     """What to time, and how many calls it makes."""
     if device.type != "cuda":
@@ -299,6 +315,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backends", nargs="+", choices=backends.NAMES, help="those to measure")
     parser.add_argument("--kernels", action="store_true", help="each kernel of theirs as well")
     parser.add_argument("--rounds", type=results.positive, default=7)
+    parser.add_argument(
+        "--once", nargs="+", metavar="CALL", help="run 'layer, kernel' once and time nothing"
+    )
     return parser.parse_args(arguments)
 
 
@@ -317,6 +336,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"no backend serves {options.dtype} on {device}; see python -m resnet_fused.env")
     with torch.inference_mode():
         x = torch.randn(shape).to(device, dtype).contiguous(memory_format=torch.channels_last)
+        layers = record(options.arch, x)
+        if options.once:
+            return once(layers, names, options.once)
         peaks, registers = measure_peaks(device, dtype), register_peak(device, dtype)
         rows: list[dict[str, Any]] = []
         facts = {
@@ -325,7 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "peaks": peaks._asdict(),
             "register_peak": registers,
         }
-        for layer in tqdm(record(options.arch, x), unit="layer", leave=False):
+        for layer in tqdm(layers, unit="layer", leave=False):
             candidates = computed_by(layer, names, options.kernels)
             rows.append(measure(layer, candidates, options.rounds, peaks))
             results.write(options.json, {**facts, "rows": rows})  # a stopped run keeps what it has

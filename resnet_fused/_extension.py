@@ -33,6 +33,7 @@ _TYPES = {
     "uint8": 4,
     "int8": 5,
     "int32": 6,
+    "float8_e4m3fn": 7,
 }
 _BINDINGS = Path(__file__).resolve().parent.parent / "csrc" / "bindings"
 _INSTALL = {"_C": "pip install .", "_C_sim": "RESNET_FUSED_HOST_SIM=on pip install ."}

@@ -142,6 +142,12 @@ class MaxPool(NamedTuple):
         )
 
 
+def is_resnet_stem(conv: Convolution, pool: MaxPool) -> bool:
+    """Whether they are a ResNet's first layers, for which backends have kernels of their own."""
+    window = ((2, 2), (3, 3), (1, 1), 1)
+    return conv.weight.shape[1:] == (3, 7, 7) and conv[1:] == window and pool == (3, 2, 1)
+
+
 class Normalization(NamedTuple):
     """How an image of bytes becomes numbers: (x / 255 - mean) / std, channel by channel.
 

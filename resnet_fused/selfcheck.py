@@ -6,7 +6,10 @@
 Each kernel family of a backend (of `cuda`, each tile of its convolutions) is one check. Checks run
 in child processes with a time limit, and one that crashes, hangs or fails takes its process along,
 but no other check. The cases are those of `resnet_fused/testing/selfcheck_cases.py`; on a GPU each
-runs many times, because a race is wrong only now and then.
+runs many times, because a race is wrong only now and then. With --here they run in this process,
+small ones and each once, as a sanitizer or debugger wants them:
+
+    compute-sanitizer --tool racecheck python -m resnet_fused.selfcheck --backend cuda --here
 
 With --record the verdicts are kept beside the tuning cache, where every process finds them before
 it uses a kernel (`resnet_fused/backends/autotune/families.py`). The exit status is 1 if a check
@@ -47,6 +50,8 @@ _REPEATS_ON_GPU = 20
 _SECONDS_TO_DIE = 10.0
 _SPINS = 2**22  # tries of a barrier, each of some hundred nanoseconds or more
 _SECONDS_TO_START = 120.0
+# What is checked is each kernel as it comes, not the one that a measurement prefers.
+_AS_IT_COMES = {"RESNET_FUSED_TUNE": "off", "RESNET_FUSED_SELFCHECK": "off"}
 # The candidates that the families of `cuda` are about, where an op has several, by what a family of
 # its own adds to the op's name.
 _KERNELS: dict[str, dict[str, str | None]] = {
@@ -77,30 +82,34 @@ class Result(NamedTuple):
 
 
 class Check(NamedTuple):
-    """A kernel family of a backend; `run` is called in a child process, and yields the name of each
-    case, then whether it was served. It raises AssertionError where a result is wrong."""
+    """A kernel family of a backend; `run`, called in the process that is to check it, yields the
+    name of each case, then whether it was served. It raises AssertionError where one is wrong."""
 
     name: str
     run: Callable[[], Iterator[tuple[str, bool | None]]]
 
 
-def _run(backend: str, family: str, kernel: str | None) -> Iterator[tuple[str, bool | None]]:
+def _run(
+    backend: str, family: str, kernel: str | None, small: bool
+) -> Iterator[tuple[str, bool | None]]:
     device = _device(backend)
     num_sms, repeats = SIMULATED_SMS, 1
-    if device == "cuda":
+    full = device == "cuda" and not small
+    if full:
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         repeats = _REPEATS_ON_GPU
     implementation = backends.get(backend)
-    with _bounded_waits(implementation, device):
-        for case in cases(family, implementation, device, num_sms):
+    # A sanitizer's instrumentation makes waits long, and ends what hangs itself.
+    with _bounded_waits(implementation) if full else contextlib.nullcontext():
+        for case in cases(family, implementation, device, num_sms, every_dtype=full):
             yield case.name, None
             yield case.name, check_case(implementation, case, kernel, repeats)
 
 
 @contextlib.contextmanager
-def _bounded_waits(backend: Backend, device: str) -> Iterator[None]:
+def _bounded_waits(backend: Backend) -> Iterator[None]:
     """Makes our CUDA kernels give up at a barrier after a while, and an error say at which."""
-    if device != "cuda" or not isinstance(backend, CudaBackend):
+    if not isinstance(backend, CudaBackend):
         yield
         return
     extension = backend.extension
@@ -116,9 +125,9 @@ def _device(backend: str) -> str:
     return "cuda" if on_gpu else "cpu"
 
 
-def checks(backend: str) -> list[Check]:
+def checks(backend: str, small: bool = False) -> list[Check]:
     """Those of a backend, named as its candidates name their families; of the CUDA kernels one for
-    each tile of a convolution."""
+    each tile of a convolution. `small`: at the size of `SIMULATED_SMS`, each case once."""
     implementation = backends.get(backend)
     found = []
     for family in FAMILIES:
@@ -146,27 +155,64 @@ def checks(backend: str) -> list[Check]:
                 tiles = implementation.training_tiles
                 kernels |= {f"{backend} {family} {tile}": f"cuda {tile}" for tile in tiles}
         for name, kernel in kernels.items():
-            found.append(Check(name, partial(_run, backend, family, kernel)))
+            found.append(Check(name, partial(_run, backend, family, kernel, small)))
     return found
+
+
+def _messages(run: Callable[[], Iterator[tuple[str, bool | None]]]) -> Iterator[tuple[str, Any]]:
+    """What a check yields, then how it ended: ("", True), or "wrong" or "error" and why."""
+    try:
+        yield from run()
+        yield "", True
+    except AssertionError as error:
+        yield "wrong", str(error)
+    except Exception as error:
+        yield "error", f"{type(error).__name__}: {error}"
 
 
 def _serve(connection: Connection) -> None:
     """Runs the checks that come in, in a child process, and tells what happens to each."""
     faulthandler.enable()
-    # What is checked is each kernel as it comes, not the one that a measurement prefers.
-    os.environ.update(RESNET_FUSED_TUNE="off", RESNET_FUSED_SELFCHECK="off")
+    os.environ.update(_AS_IT_COMES)
     connection.send("ready")
     with contextlib.suppress(EOFError):
         while True:
-            run = connection.recv()
-            try:
-                for name, served in run():
-                    connection.send((name, served))
-                connection.send(("", True))
-            except AssertionError as error:
-                connection.send(("wrong", str(error)))
-            except Exception as error:
-                connection.send(("error", f"{type(error).__name__}: {error}"))
+            for message in _messages(connection.recv()):
+                connection.send(message)
+
+
+class _Progress:
+    """What is known of a check that runs."""
+
+    def __init__(self, check: Check) -> None:
+        self.at = "its start"
+        self._check = check
+        self._start = time.monotonic()
+        self._passed: list[str] = []
+        self._skipped: list[str] = []
+
+    def hear(self, name: str, outcome: bool | str | None) -> Result | None:
+        """Takes one of its messages; gives the result where that was the last one."""
+        if isinstance(outcome, str):
+            return self.result(name, outcome if self.at in outcome else f"{self.at}: {outcome}")
+        if not name:
+            return self.result("passed" if self._passed else "unavailable")
+        if outcome is None:
+            self.at = name
+        else:
+            (self._passed if outcome else self._skipped).append(name)
+        return None
+
+    def result(self, status: str, detail: str = "") -> Result:
+        taken = round(time.monotonic() - self._start, 2)
+        return Result(self._check.name, status, taken, self._passed, self._skipped, detail)
+
+
+def run_here(check: Check) -> Result:
+    """The check's result, from this process, which it may take along."""
+    progress = _Progress(check)
+    heard = (progress.hear(*message) for message in _messages(check.run))
+    return next(result for result in heard if result is not None)
 
 
 class Worker:
@@ -178,37 +224,22 @@ class Worker:
 
     def run(self, check: Check, seconds: float) -> Result:
         """The check's result; the process is killed after `seconds`."""
-        start = time.monotonic()
-        passed: list[str] = []
-        skipped: list[str] = []
-        at = "its start"
-
-        def result(status: str, detail: str = "") -> Result:
-            taken = round(time.monotonic() - start, 2)
-            return Result(check.name, status, taken, passed, skipped, detail)
-
+        progress = _Progress(check)
         healthy = False
         try:
             if self._process is None:
                 self._start()
-            start = time.monotonic()
+            progress = _Progress(check)  # the start does not count
+            end = time.monotonic() + seconds
             self._connection.send(check.run)
-            while self._connection.poll(max(0.0, start + seconds - time.monotonic())):
-                name, outcome = self._connection.recv()
-                if isinstance(outcome, str):
-                    healthy = name == "wrong"  # after an error the GPU's context may be lost
-                    return result(name, f"{at}: {outcome}" if at not in outcome else outcome)
-                if not name:
-                    healthy = True
-                    return result("passed" if passed else "unavailable")
-                if outcome is None:
-                    at = name
-                else:
-                    (passed if outcome else skipped).append(name)
-            return result("timed out", f"no end within {seconds:.0f} s, in {at}")
+            while self._connection.poll(max(0.0, end - time.monotonic())):
+                if (result := progress.hear(*self._connection.recv())) is not None:
+                    healthy = result.status != "error"  # a GPU's context may be lost after one
+                    return result
+            return progress.result("timed out", f"no end within {seconds:.0f} s, in {progress.at}")
         except (EOFError, OSError):
             self._process.join(_SECONDS_TO_DIE)
-            return result("crashed", f"{_death(self._process.exitcode)}, in {at}")
+            return progress.result("crashed", f"{_death(self._process.exitcode)}, in {progress.at}")
         finally:
             if not healthy:
                 self.stop()
@@ -306,7 +337,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="keep the verdicts; check what has not passed",
     )
+    parser.add_argument(
+        "--here", action="store_true", help="in this process, small and once, for a sanitizer"
+    )
     options = parser.parse_args(arguments)
+    if options.here and options.record:
+        parser.error("--here checks less than --record has to; use one of them")
     gpu = torch.cuda.is_available()
     options.jobs = options.jobs or (4 if gpu else 1)
     options.backend = options.backend or (["cuda", "triton", "cudnn"] if gpu else ["cpu"])
@@ -320,7 +356,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unavailable = {name: backends.unavailable(name) for name in options.backend}
     for name in options.backend:
         if unavailable[name] is None:
-            wanted += checks(name)
+            wanted += checks(name, options.here)
     if options.only:
         wanted = [c for c in wanted if any(word in c.name.split() for word in options.only)]
     device = torch.device(_device(options.backend[0]))
@@ -356,8 +392,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = families.recorded(device) if options.record else {}
         passed = {name for name, verdict in known.items() if isinstance(verdict, float)}
         wanted = [check for check in wanted if check.name not in passed]
-        results = supervise(wanted, options.seconds, options.jobs, report)
-    return int(any(result.failed for result in results) or any(unavailable.values()))
+        if options.here:
+            os.environ.update(_AS_IT_COMES)
+            for check in wanted:
+                report(run_here(check))
+        else:
+            supervise(wanted, options.seconds, options.jobs, report)
+    return int(any(result.failed for result in done) or any(unavailable.values()))
 
 
 if __name__ == "__main__":

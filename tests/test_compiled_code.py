@@ -47,7 +47,9 @@ def cuda_facts(extension, architectures) -> Facts:
         used = machine_code.resources(cuobjdump(extension, "--dump-resource-usage", *options))
         for code in machine_code.disassembled(cuobjdump(extension, "--dump-sass", *options)):
             name = cuda_variant(code.name)
-            of_sm80 = name is not None and name.startswith(("conv_bn_kernel", "conv_int8_kernel"))
+            of_sm80 = name is not None and name.startswith(
+                ("conv_bn_kernel", "quantized_conv_kernel")
+            )
             if name is None or (architecture == "80") != of_sm80:
                 continue
             found[name] = facts(code, used[code.name])
@@ -56,7 +58,7 @@ def cuda_facts(extension, architectures) -> Facts:
 
 def cuda_variant(symbol: str) -> str | None:
     """A readable name of a mangled one; None for what has no budget of its own."""
-    pattern = r"(conv_int8_(?:sm90_)?kernel)IhNS0_4TileI((?:L[ib]\d+E)+)EELNS_8ShortcutE(\d)E"
+    pattern = r"(quantized_conv_(?:sm90_)?kernel)IhNS0_4TileI((?:L[ib]\d+E)+)EELNS_8ShortcutE(\d)E"
     if int8 := re.search(pattern, symbol):
         sizes = re.findall(r"L[ib](\d+)E", int8[2])
         more = ("", " residual", " projection")[int(int8[3])]
@@ -84,9 +86,10 @@ def cuda_variant(symbol: str) -> str | None:
     if isinstance(kernel, cuda_kernels.BlockKernel):
         projection = " projection" * kernel.projection
         return f"{base} {kernel.inner} inner, stride {kernel.stride}{projection}"
-    if kernel is not None:
+    if isinstance(kernel, cuda_kernels.Kernel):
         tile = f"{kernel.positions}×{kernel.channels}" + " cluster" * (kernel.cluster > 1)
-        tile += " ping-pong" * kernel.ping_pong + " projection" * kernel.projection
+        tile += " ping-pong" * kernel.ping_pong + " resident" * (kernel.resident > 0)
+        tile += " projection" * kernel.projection
         return f"{base} {tile}" if kernel.vectorised else None
     sizes = re.search(r"13__nv_bfloat16(?:S2_|(h))?((?:L[ib]\d+E)*)E", symbol)
     assert sizes is not None, symbol

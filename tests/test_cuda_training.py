@@ -57,7 +57,12 @@ CASES = {
     "a stem": Case(3, 3, 21, 26, 72, 7, 2, 3),
     "few channels": Case(2, 5, 9, 11, 24, 3, 1, 1),
 }
-WITHOUT_STRIDES = [name for name in CASES if name in ("1x1", "3x3", "a corner")]
+# What has a gradient here: strides of 2 have it where height and width are even.
+GRADIENTS = {
+    **{name: CASES[name] for name in ("1x1", "3x3", "a corner")},
+    "3x3 by 2": Case(7, 72, 22, 18, 136, 3, 2, 1),
+    "5x5 by 2": Case(3, 136, 10, 22, 40, 5, 2, 2),
+}
 
 
 @pytest.fixture
@@ -159,14 +164,14 @@ def test_moments_keep_the_digits_of_a_small_deviation_from_a_large_mean(backend)
 
 
 @pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize("name", WITHOUT_STRIDES)
+@pytest.mark.parametrize("name", GRADIENTS)
 @pytest.mark.parametrize("ending", ["", "masks", "adds", "folded", "sums", "sums apart"])
 def test_dgrad_is_exact_on_integers(simulator, backend, half, name, tile, ending):
     if ending in ("folded", "sums", "sums apart") and name != "1x1":
         pytest.skip("ends that are folded are 1 x 1")
-    x, conv = convolution(CASES[name], half, integers=True)
+    x, conv = convolution(GRADIENTS[name], half, integers=True)
     rng = generator(1)
-    g = values((len(x), len(conv.weight), *x.shape[2:]), half, rng, True)
+    g = values((len(x), len(conv.weight), *conv.output_size(*x.shape[2:])), half, rng, True)
     below = add = term = None
     if ending in ("folded", "sums"):
         term = operand_term(x.shape, half, rng, True)
@@ -189,19 +194,26 @@ def test_dgrad_is_exact_on_integers(simulator, backend, half, name, tile, ending
         assert sums is None
         return
     deviation = below.pre_bn.double() - below.scale_shift[MEAN, :, None, None].double()
+    (stride, _), products = conv.stride, out.double() * deviation
+    classes = [(h, w) for h in range(stride) for w in range(stride)]
     parts = [
-        value.permute(0, 2, 3, 1).flatten(0, 2).split(128)
-        for value in (out.double(), out.double() * deviation)
+        [
+            part
+            for h, w in classes
+            for part in rows[:, h::stride, w::stride].flatten(0, 2).split(128)
+        ]
+        for rows in (value.permute(0, 2, 3, 1) for value in (out.double(), products))
     ]
     exact = torch.stack([torch.stack([p.sum(0) for p in of]) for of in parts], 1)
     assert torch.equal(sums.double(), exact)
 
 
 @pytest.mark.parametrize("tile", TILES)
-def test_dgrad_keeps_the_contract(backend, half, tile):
-    x, conv = convolution(CASES["3x3"], half, integers=False)
+@pytest.mark.parametrize("name", ["3x3", "3x3 by 2"])
+def test_dgrad_keeps_the_contract(backend, half, tile, name):
+    x, conv = convolution(GRADIENTS[name], half, integers=False)
     rng = generator(2)
-    g = values((len(x), len(conv.weight), *x.shape[2:]), half, rng, False)
+    g = values((len(x), len(conv.weight), *conv.output_size(*x.shape[2:])), half, rng, False)
     below = Activation(
         values(tuple(x.shape), half, rng, False), scale_shift(x.shape[1], rng, False)
     )
@@ -270,7 +282,12 @@ def test_what_there_is_no_kernel_for_is_left_to_others(backend):
     ours, wgrads = ({f"cuda {tile}" for tile in of} for of in (TILES, WGRAD_TILES))
     assert names("conv_stats", x, conv, True) == ours
     assert names("wgrad", g, x, conv) == wgrads
-    assert names("dgrad", g, conv, x.shape, below, None, None) == set()  # strided
+    assert names("dgrad", g, conv, x.shape, below, None, None) == set()  # of odd sizes
+    even, even_g = x[:, :, :20, :16], g[:, :, :10, :8]
+    masked = Activation(even, below.scale_shift)
+    assert names("dgrad", even_g, conv, even.shape, masked, None, None) == ours
+    by_one_way = conv._replace(stride=(2, 1))
+    assert names("dgrad", g[:, :, :10], by_one_way, (4, 136, 20, 9), None, None, None) == set()
     same = conv._replace(stride=(1, 1))
     assert names("dgrad", x[:, :72], same, x.shape, below, None, None) == ours
     assert names("dgrad", x[:, :72], same, x.shape, None, x, None) == ours
@@ -402,12 +419,15 @@ def runner(backend: SimulatedBackend, piece: str, tile: str) -> Runner:
     g = x.flip(0).contiguous(memory_format=NHWC)
     term = operand_term(x.shape, torch.bfloat16, generator(2), True)
     launcher = backend._launcher
+    quarters = Convolution(x.new_ones(72, 72, 2, 2), (2, 2))
+    quarter = g[:, :, :6, :64].contiguous(memory_format=NHWC)
     runs: dict[str, Runner] = {
         "statistics": lambda: list(launcher.conv_stats(tile, x, conv, True)),
         "masks": lambda: list(launcher.dgrad(tile, g, conv, x.shape, below, None)),
         "folded": lambda: list(launcher.dgrad(tile, g, conv, x.shape, below, None, None, term)),
         "sums": lambda: list(launcher.dgrad(tile, g, conv, x.shape, None, None, None, term)),
         "adds": lambda: list(launcher.dgrad(tile, g, conv, x.shape, None, x)),
+        "by 2": lambda: list(launcher.dgrad(tile, quarter, quarters, x.shape, below, None)),
         "wgrad": lambda: [launcher.wgrad(tile, g, x, conv)],
     }
     return runs[piece]
@@ -416,6 +436,7 @@ def runner(backend: SimulatedBackend, piece: str, tile: str) -> Runner:
 ENDINGS_RUN = ("statistics", "masks", "adds", "folded", "sums")
 RUNS = [
     *((ending, tile) for ending in ENDINGS_RUN for tile in TILES),
+    ("by 2", "m128n64"),
     *(("wgrad", tile) for tile in WGRAD_TILES),
 ]
 

@@ -202,7 +202,7 @@ def never() -> Iterator[tuple[str, bool | None]]:
 
 def test_verdicts_that_the_command_records_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     planted = [Check("cuda stem", right), Check("cuda head", wrong), Check("cuda old", never)]
-    monkeypatch.setattr(selfcheck, "checks", lambda backend: planted)
+    monkeypatch.setattr(selfcheck, "checks", lambda backend, small: planted)
     families.record({"cuda old": 2.0}, torch.device("cpu"))
     assert main(["--backend", "reference", "--record", "--seconds", "60"]) == 1
     child = Child()
@@ -212,7 +212,7 @@ def test_verdicts_that_the_command_records_are_found(monkeypatch: pytest.MonkeyP
     assert found == [True, False, True]
     assert child.commands == []
     monkeypatch.setattr(
-        selfcheck, "checks", lambda _: [Check("cuda stem", never), Check("cuda head", right)]
+        selfcheck, "checks", lambda *_: [Check("cuda stem", never), Check("cuda head", right)]
     )
     assert main(["--backend", "reference", "--record"]) == 0  # only what has not passed runs again
     assert child.verdicts().passed("cuda head", GPU)
@@ -226,7 +226,7 @@ def test_a_second_process_waits_for_the_first_and_repeats_nothing(
     """The second one is started while the first holds the lock, and finds its verdict."""
     import fcntl
 
-    monkeypatch.setattr(selfcheck, "checks", lambda backend: [Check("cuda stem", never)])
+    monkeypatch.setattr(selfcheck, "checks", lambda *_: [Check("cuda stem", never)])
     folder = settings.cache_directory()
     folder.mkdir(parents=True)
     codes: list[int] = []

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -23,7 +22,6 @@ pytest.importorskip("skimage", reason="the benchmark's photographs come with sci
 
 import baselines
 import gpu_proof
-import launch
 import layers
 import predict
 import throughput
@@ -31,6 +29,7 @@ import training
 from gpu_proof import CALLS, Gpu, Proof, Step, find_gpu, steps_of
 
 from resnet_fused import selfcheck, tune
+from resnet_fused.backends import cuda
 
 ROOT = Path(__file__).resolve().parents[1]
 H100 = Gpu("h100_80gb_hbm3", "90a")
@@ -82,7 +81,6 @@ def check_python(command: list[str]) -> None:
         "benchmarks/throughput.py": lambda a: throughput.parse(a, baselines.BASELINES),
         "benchmarks/layers.py": layers.parse,
         "benchmarks/training.py": training.parse,
-        "benchmarks/launch.py": launch.parse,
         "benchmarks/predict.py": predict.parse,
         "resnet_fused.selfcheck": selfcheck._options,
         "resnet_fused.tune": tune._options,
@@ -120,16 +118,28 @@ def test_the_first_call_holds_what_tells_most() -> None:
     assert (found.ours, found.peers) == (["cuda-graph"], ["cudnn-graph", "compile-reduce-overhead"])
     (profiled,) = commands["profile"]
     assert profiled[:3] == ["ncu", "--clock-control", "none"]
-    assert len(list(launch.large(mock.Mock(), 1))) == 8
+    assert profiled[-len(gpu_proof.PROFILED) :] == [*gpu_proof.PROFILED]
     (built,) = [step for step in steps("first") if step.name == "build"]
     assert built.environment["RESNET_FUSED_CUDA_ARCHS"] == "90a"
+
+
+def test_what_is_profiled_is_in_a_network(simulator: Any) -> None:
+    found = layers.record("resnet50", torch.zeros(1, 3, 224, 224))
+    titles = {layer.title() for layer in found}
+    kernels = {f"cuda {tile}" for tile in simulator.ConvTile.__members__}
+    kernels |= {name for name, *_ in cuda._BOTTLENECKS}
+    for call in gpu_proof.PROFILED:
+        title, kernel = call.split(", ")
+        assert title in titles
+        assert kernel in kernels
 
 
 def test_the_sanitizer_sees_every_kernel_under_every_tool() -> None:
     (step,) = [step for step in steps("checks") if step.name == "sanitizer"]
     assert [c[2] for c in step.commands] == ["memcheck", "racecheck", "initcheck", "synccheck"]
     for command in step.commands:
-        assert not launch.parse(command[command.index("benchmarks/launch.py") + 1 :]).only
+        options = selfcheck._options(command[command.index("resnet_fused.selfcheck") + 1 :])
+        assert (options.backend, options.here, options.only) == (["cuda"], True, None)
 
 
 def test_sizes_and_peers_can_be_narrowed() -> None:

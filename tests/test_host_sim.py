@@ -369,6 +369,25 @@ def test_wgmma_reads_the_order_that_threads_wrote(simulator):
     assert not torch.equal(wgmma_d(out, 64), expected)
 
 
+def product_of_e4m3(simulator, a: Tensor, b: Tensor) -> Tensor:
+    """Of the first 32 columns of a and b (64, 128), a · bᵀ."""
+    given = words(torch.cat([a, b]).to(torch.float8_e4m3fn))
+    return wgmma_d(simulator.run_primitive("wgmma of e4m3 operands", given, 128 * 32), 64)
+
+
+def test_wgmma_multiplies_e4m3_and_cuts_the_sum(simulator):
+    """Integers exactly; of 1 and what is added to it, 13 bits behind the point."""
+    a, b = torch.randint(-4, 5, (2, 64, 128), generator=generator()).float()
+    assert torch.equal(product_of_e4m3(simulator, a, b), a[:, :32] @ b[:, :32].T)
+    a, b = torch.zeros(2, 64, 128)
+    a[:, 0] = b[:, 0] = 1
+    a[:, 1:32] = 2.0**-7
+    b[0, 1], b[1, 1:32], b[2, 1:32] = 2.0**-6, 2.0**-7, -(2.0**-7)
+    b[3, 0], b[3, 1] = 2.0**-9, 448
+    expected = [1 + 2.0**-13, 1, 1, 3.5 + 2.0**-9]  # but for the cut 1 + 31/2¹⁴ and 1 - 31/2¹⁴
+    assert product_of_e4m3(simulator, a, b)[:, :4].unique(dim=0).tolist() == [expected]
+
+
 @pytest.mark.parametrize("row_bytes", [64, 32])
 def test_wgmma_reads_narrower_rows(simulator, row_bytes):
     """Rows of 32 or 16 elements under the swizzle of as many bytes."""
@@ -856,9 +875,13 @@ def test_every_wait_of_a_convolution_is_needed(simulator, one_block):
 # Rows of 128 positions: 18 tiles of 128 x 64, or 9 of 128 x 128, three to a row, for the 8 or 4
 # blocks that the simulated GPU holds, so that the first blocks meet three of them and use each
 # buffer again, with other channels: scale and shift that a buffer holds already are not written
-# anew. In clusters of two 3 pairs of 256 x 128, the last of which is half empty, for 2.
+# anew. In clusters of two 3 pairs of 256 x 128, the last of which is half empty, for 2. With
+# resident weights 17 tiles of 64 x 128, of one group of channels, so that the first block has five.
 @pytest.fixture(
-    params=["m128n64_sm90", "m128n128_sm90", "m128n128_sm90_pingpong", "m256n128_sm90_cluster"]
+    params=[
+        *("m128n64_sm90", "m128n128_sm90", "m128n128_sm90_pingpong", "m256n128_sm90_cluster"),
+        "m64n128_sm90_resident",
+    ]
 )
 def sm90_tile(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -870,23 +893,34 @@ def sm90_blocks(sm90_tile: str, simulator: ModuleType) -> dict[str, Runner]:
     tile = getattr(simulator.ConvTile, sm90_tile)
     backend = On(SimulatedBackend(simulator, tile, capability=90))
     rng = generator()
-    channels, lines = {"m128n64_sm90": (192, 6), "m256n128_sm90_cluster": (128, 9)}.get(
-        sm90_tile, (384, 3)
-    )
+    channels, lines = {
+        "m128n64_sm90": (192, 6),
+        "m256n128_sm90_cluster": (128, 9),
+        "m64n128_sm90_resident": (128, 9),
+    }.get(sm90_tile, (384, 3))
     x = torch.randn(1, 72, lines, 128, generator=rng).half()
     conv = Convolution(torch.randn(channels, 72, 1, 1, generator=rng).half())
     layer = ConvBn(conv, make_batch_norm(channels, rng))
     residual = torch.randn(1, channels, lines, 128, generator=rng).half()
-    return {
+    runs: dict[str, Runner] = {
         "plain": lambda: backend.conv_bn(x, layer, None, False),
         "residual": lambda: backend.conv_bn(x, layer, residual, False),
-        "projection": lambda: backend.conv_bn_projection(x, layer, x, layer),
     }
+    if "resident" not in sm90_tile:
+        runs["projection"] = lambda: backend.conv_bn_projection(x, layer, x, layer)
+    return runs
 
 
-@pytest.mark.parametrize("name", ["plain", "residual", "projection"])
-def test_sm90_epilogue_has_no_bank_conflicts(simulator, sm90_blocks, name):
-    sm90_blocks[name]()
+@pytest.fixture(params=["plain", "residual", "projection"])
+def sm90_run(request: pytest.FixtureRequest, sm90_blocks: dict[str, Runner]) -> tuple[str, Runner]:
+    """One of them, by name."""
+    if request.param not in sm90_blocks:
+        pytest.skip("resident weights are those of one convolution")
+    return request.param, sm90_blocks[request.param]
+
+
+def test_sm90_epilogue_has_no_bank_conflicts(simulator, sm90_run):
+    sm90_run[1]()
     counts = simulator.take_statistics()
     assert counts["shared_requests"] > 0
     assert counts["shared_conflicts"] == 0
@@ -899,11 +933,10 @@ def check_needed(simulator: ModuleType, run: Runner, mistake: str, which: Iterab
             run()
 
 
-@pytest.mark.parametrize("name", ["plain", "residual", "projection"])
-def test_every_wait_of_the_sm90_kernel_is_needed(simulator, sm90_blocks, sm90_tile, name):
+def test_every_wait_of_the_sm90_kernel_is_needed(simulator, sm90_run, sm90_tile):
     """But for those for what is there anyway. A skipped wait that passes would change no result
     here and yet be a race on hardware."""
-    run = sm90_blocks[name]
+    name, run = sm90_run
     run()
     counts = simulator.take_statistics()
     steps = 4 if name == "projection" else 2
@@ -917,6 +950,13 @@ def test_every_wait_of_the_sm90_kernel_is_needed(simulator, sm90_blocks, sm90_ti
         # second turn. With two steps it could tell the phases of its stages apart without.
         assert len(waits) == 2 * of_tile + 1
         free |= {of_tile} if steps < 4 else set()
+    elif sm90_tile == "m64n128_sm90_resident":
+        # The first consumer waits for the weights, then has three of five tiles, as above. Scale
+        # and shift of the last one are there since the first; what else it need not wait for has
+        # the numbers of others' waits that are needed.
+        assert len(waits) == 1 + 3 * of_tile + 2
+        turn, third = 1 + of_tile, 3 + 2 * of_tile
+        free = {third + steps} | (set() if name == "residual" else {turn, turn + of_tile})
     elif sm90_tile == "m256n128_sm90_cluster":
         assert len(waits) == 2 * of_tile
     else:
@@ -927,9 +967,12 @@ def test_every_wait_of_the_sm90_kernel_is_needed(simulator, sm90_blocks, sm90_ti
     check_needed(simulator, run, "skipped_proxy_fence", range(counts["proxy_fences"]))
     # Of the first tile: before step 1 and at the end; before step 0, no product is under way.
     check_needed(simulator, run, "skipped_product_wait", (1, 2))
-    stores = 2 if "cluster" in sm90_tile else 3
+    stores = {"m256n128_sm90_cluster": 2, "m64n128_sm90_resident": 5}.get(sm90_tile, 3)
     assert counts["store_waits"] == stores
-    check_needed(simulator, run, "skipped_store_wait", range(stores))
+    # Of the stores behind the last tile the last one alone must be waited for. The first block's of
+    # five is its fifth, the others' of four their fourth.
+    later = {2} if stores == 5 else set()
+    check_needed(simulator, run, "skipped_store_wait", set(range(stores)) - later)
     clustered = counts["cluster_barriers"] > 0
     assert counts["cluster_barriers"] == 2 * clustered
     check_needed(simulator, run, "skipped_cluster_barrier", range(2 * clustered))

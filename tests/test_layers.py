@@ -91,3 +91,15 @@ def test_the_table_gives_the_share_of_the_peak() -> None:
     row |= {"bytes": 1, "floor_seconds": 0.1, "seconds": {"cpu": [1.0, 0.5, 0.5]}, "wrong": {}}
     assert " 75% " in layers.table([row], peak=800.0)
     assert "75%" not in layers.table([row], None)
+
+
+def test_a_call_runs_once_for_a_profiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(1, 3, 32, 32)
+    found = [layer for layer in layers.record("resnet18", x) if layer.op == "head"]
+    launched: list[str] = []
+    candidates = [Candidate(name, lambda *_, n=name: launched.append(n)) for name in ("a", "b")]
+    monkeypatch.setattr(layers, "computed_by", lambda *_, kernels: candidates)
+    layers.once(found, ["cpu"], ["head 512→1000, b"])
+    assert launched == ["b"]
+    with pytest.raises(SystemExit, match="no call head 512→1000, c;"):
+        layers.once(found, ["cpu"], ["head 512→1000, c"])

@@ -154,11 +154,60 @@ def test_the_command_writes_what_it_found(
     assert "passed       cuda_sim conv_bn m128n64_sm90" in capsys.readouterr().out
 
 
+@pytest.fixture
+def here(simulator: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """The command in this process, on the simulator's Hopper."""
+    monkeypatch.setenv("RESNET_FUSED_HOST_SIM_CAPABILITY", "90")
+    for name in selfcheck._AS_IT_COMES:  # which the command changes
+        monkeypatch.setenv(name, "off")
+    return lambda *only: main(["--backend", "cuda_sim", "--here", "--only", *only])
+
+
+def test_checks_run_here(here: Callable[..., int], capsys: Any) -> None:
+    assert here("stem", "m128n64_sm90") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:4] for line in lines] == [
+        ["passed", "cuda_sim", "conv_bn", "m128n64_sm90"],
+        ["passed", "cuda_sim", "stem", lines[1].split()[3]],
+    ]
+
+
+def test_a_fault_that_is_found_here_is_no_success(
+    simulator: Any, here: Callable[..., int], capsys: Any
+) -> None:
+    simulator.plant({"skipped_barrier": 1})
+    try:
+        assert here("stem") == 1
+    finally:
+        simulator.plant()
+    assert capsys.readouterr().out.startswith("error        cuda_sim stem")
+
+
+def test_kernels_that_begin_early_wait_before_they_read(
+    simulator: Any, here: Callable[..., int], capsys: Any
+) -> None:
+    """On sm_90 they may begin before the kernel that makes their input has ended."""
+    hopper = [name for name in simulator.ConvTile.__members__ if "sm90" in name]
+    simulator.plant({"skipped_kernel_wait": 0})
+    try:
+        assert here(*hopper, "sm90", "stem", "head") == 1
+    finally:
+        simulator.plant()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(hopper) + 3
+    assert all("before it has waited for the kernel before this one" in line for line in lines)
+
+
+def test_what_is_kept_is_not_of_small_cases() -> None:
+    with pytest.raises(SystemExit):
+        main(["--here", "--record"])
+
+
 def test_every_tile_and_family_of_the_cuda_kernels_has_its_check(simulator: Any) -> None:
     names = {check.name.removeprefix("cuda_sim ") for check in selfcheck.checks("cuda_sim")}
     assert names == {
         *(f"conv_bn {tile}" for tile in simulator.ConvTile.__members__),
-        *(f"quantized {tile}" for tile in simulator.Int8Tile.__members__),
+        *(f"quantized {tile}" for tile in simulator.QuantizedTile.__members__),
         *(f"training {tile}" for tile in simulator.TrainingTile.__members__),
         *(f"training {tile}" for tile in simulator.WgradTile.__members__),
         *("bn_add_relu", "bottleneck", "bottleneck sm90", "stem"),
@@ -170,6 +219,9 @@ class TrainingOffByOne:
     """The pieces of training, each with a wrong element in what it gives first."""
 
     def __getattr__(self, piece: str) -> Callable[..., Any]:
+        if piece.startswith("__"):  # Python asks classes whether what they hold is abstract
+            raise AttributeError(piece)
+
         def run(*arguments: Any) -> Any:
             out = getattr(ReferenceTraining(), piece)(*arguments)
             first = out if isinstance(out, Tensor) else out[0]

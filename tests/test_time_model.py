@@ -165,7 +165,10 @@ def test_a_whole_bottleneck_pays_as_the_extension_says(
 @pytest.mark.parametrize("adds", ["nothing", "residual", "projection"])
 @pytest.mark.parametrize("channels", [(64, 64), (512, 2048), (64, 512)])
 @pytest.mark.parametrize("size", [3, 5, 12, 18, 40, 75, 100])
-def test_a_convolutions_tile_is_the_one_that_the_extension_takes(simulator, size, channels, adds):
+@pytest.mark.parametrize("side", [1, 3])
+def test_a_convolutions_tile_is_the_one_that_the_extension_takes(
+    simulator, side, size, channels, adds
+):
     """The simulated GPU has 4 multiprocessors; what it takes stands first among its tiles."""
     inner, filters = channels
     vector = (4096, 0, (filters,), (1,), None)
@@ -183,9 +186,10 @@ def test_a_convolutions_tile_is_the_one_that_the_extension_takes(simulator, size
     simulator.set_capability(90)
     out = tensor(1, filters, size, size)
     added = out if adds == "residual" else None
-    tiles = simulator.cuda_conv_bn_tiles(out, layer(3, 1), projection, added, 1, True, False, 0)
-    steps = [9 * inner // 64, *[inner // 64] * (projection is not None)]
-    images = (1, (size, size)) if adds == "nothing" else None
+    conv = layer(side, side // 2)
+    tiles = simulator.cuda_conv_bn_tiles(out, conv, projection, added, 1, True, False, 0)
+    steps = [side**2 * inner // 64, *[inner // 64] * (projection is not None)]
+    images = (1, (size, size)) if adds == "nothing" and side == 3 else None
     assert tiles[0].name == choose_tile(size * size, filters, steps, added is not None, 4, images)
 
 
@@ -212,9 +216,9 @@ def test_a_quantised_convolutions_tile_is_the_one_that_the_extension_takes(
     out, vector = tensor(4, 1, filters, size, size), tensor(0, filters)
     added = out if adds == "residual" else None
     simulator.set_capability(90)
-    tiles = simulator.cuda_conv_int8_tiles(
+    tiles = simulator.cuda_quantized_conv_tiles(
         *(out, layer(3, 1), tensor(6, filters), vector),
-        *(None if adds == "nothing" else vector, added, projection, 0),
+        *(None if adds == "nothing" else vector, added, projection, True, 0),
     )
     steps = [9 * math.ceil(inner / 128), *[math.ceil(inner / 128)] * (projection is not None)]
     ours = cuda_int8.tiles_in_order(size * size, filters, steps, added is not None, 4)

@@ -192,7 +192,7 @@ class RecordingBackend(CudaBackend):
         from . import cuda_training as training
 
         def int8_tiles(out: Any, layer: Any, *others: Any) -> list[Any]:
-            (batch, filters, *image), (*_, residual, projection, _) = out[2], others
+            (batch, filters, *image), (*_, residual, projection, _, _) = out[2], others
             products = cuda_int8.products_of(layer, projection)
             if filters % 16 or any(p.channels % 16 for p in products):
                 return []
@@ -201,21 +201,26 @@ class RecordingBackend(CudaBackend):
             names = cuda_int8.tiles_in_order(rows, filters, steps, adds, gpu.sms)
             return [SimpleNamespace(name=name) for name in names]
 
-        def training_tiles(result: Any, x: Any, weight: Any, operand: int = 0) -> list[Any]:
+        def training_tiles(
+            result: Any, x: Any, weight: Any, operand: int = 0, classes: int = 1
+        ) -> list[Any]:
             batch, channels, *image = result[2]
             steps = math.prod(weight[2][2:]) * math.ceil(x[2][1] / 64) + math.ceil(operand / 64)
             rows = batch * math.prod(image)
-            names = training.tiles_in_order(rows, channels, steps, gpu.sms)
+            names = training.tiles_in_order(rows, channels, steps, gpu.sms, classes)
             return [SimpleNamespace(name=name) for name in names]
 
         def dgrad_tiles(out: Any, grad: Any, weight: Any, window: Any, *more: Any) -> list[Any]:
-            (stride, padding, dilation), kernel = window, weight[2][2:]
-            turns_round = math.prod((*stride, *dilation)) == 1 and all(
-                p < k for p, k in zip(padding, kernel, strict=True)
+            (stride, padding, dilation), kernel, image = window, weight[2][2:], out[2][2:]
+            turns_round = stride in ((1, 1), (2, 2)) and math.prod(dilation) == 1
+            turns_round &= all(
+                max(p + 1, s) <= k and size % s == 0
+                for p, s, k, size in zip(padding, stride, kernel, image, strict=True)
             )
-            aligned = weight[2][0] % 8 == weight[2][1] % 8 == 0
+            if not turns_round or weight[2][0] % 8 or weight[2][1] % 8:
+                return []
             operand = 0 if more[4] is None else out[2][1]
-            return training_tiles(out, grad, weight, operand) if turns_round and aligned else []
+            return training_tiles(out, grad, weight, operand, math.prod(stride))
 
         def conv_stats_tiles(out: Any, x: Any, weight: Any, *_: Any) -> list[Any]:
             aligned = weight[2][0] % 8 == weight[2][1] % 8 == 0
@@ -233,7 +238,7 @@ class RecordingBackend(CudaBackend):
 
         kernels = (
             *("conv_bn", "bn_add_relu", "bottleneck", "bottleneck_sm90", "stem", "linear"),
-            *("average_pool", "conv_stats", "dgrad", "wgrad", "window_rows", "conv_int8"),
+            *("average_pool", "conv_stats", "dgrad", "wgrad", "window_rows", "quantized_conv"),
         )
         super().__init__(
             SimpleNamespace(  # type: ignore[arg-type]
@@ -241,8 +246,8 @@ class RecordingBackend(CudaBackend):
                 cuda_conv_bn_tiles=lambda *_: [],
                 TrainingTile=SimpleNamespace(**{name: name for name in training.TILES}),
                 WgradTile=SimpleNamespace(**{name: name for name in training.WIDTHS}),
-                Int8Tile=SimpleNamespace(**{name: name for name in cuda_int8.TILES}),
-                cuda_conv_int8_tiles=int8_tiles,
+                QuantizedTile=SimpleNamespace(**{name: name for name in cuda_int8.TILES}),
+                cuda_quantized_conv_tiles=int8_tiles,
                 cuda_conv_stats_tiles=conv_stats_tiles,
                 cuda_dgrad_tiles=dgrad_tiles,
                 cuda_wgrad_tiles=wgrad_tiles,

@@ -1,5 +1,5 @@
-"""Quantised convolutions on Hopper: tiles that csrc/kernels/cuda/conv_int8_sm90.cu takes, and its
-loops. What its host code decides from sizes is said again here."""
+"""Quantised convolutions on Hopper, of int8: tiles that csrc/kernels/cuda/quantized_conv_sm90.cu
+takes, and its loops. What its host code decides from sizes is said again here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .work import Work
 
 
 class Tile(PersistentTile):
-    """Of conv_int8_sm90.cu."""
+    """Of quantized_conv_sm90.cu."""
 
     def cycles(
         self, rows: int, filters: int, steps: Sequence[int], residual: bool, sms: int
@@ -31,7 +31,7 @@ class Tile(PersistentTile):
         return of_sm * products + math.ceil(of_sm / self.blocks) * epilogue
 
 
-# In the order of conv_int8_sm90.cu.
+# In the order of quantized_conv_sm90.cu.
 TILES = {
     "m128n64": Tile(128, 64, 3, 2),
     "m128n128": Tile(128, 128, 5, 1, ping_pong=True),
@@ -79,9 +79,9 @@ def _shape(products: Sequence[Product], filters: int) -> str:
     return " + ".join(of_each)
 
 
-def conv_int8(call: Call, gpu: Gpu) -> tuple[Work, str]:
+def quantized_conv(call: Call, gpu: Gpu) -> tuple[Work, str]:
     """The launch, and the symbol of its kernel."""
-    layer, _, _, _, residual, projection, name = call.arguments
+    layer, _, _, _, residual, projection, _, name = call.arguments
     batch, filters, *image = call.out.shape
     rows, products = batch * math.prod(image), products_of(layer, projection)
     steps = [p.steps for p in products]
@@ -100,7 +100,7 @@ def conv_int8(call: Call, gpu: Gpu) -> tuple[Work, str]:
     )
     work = Work(
         layer="",
-        kernel="conv_int8_sm90_kernel",
+        kernel="quantized_conv_sm90_kernel",
         config=f"{tile.m}×{tile.n}×128, {tile.stages} stages"
         + ", cluster" * (tile.cluster > 1)
         + ", ping-pong" * tile.ping_pong,
@@ -121,4 +121,4 @@ def conv_int8(call: Call, gpu: Gpu) -> tuple[Work, str]:
     signed = "a" if layer[0][-1].dtype == torch.int8 else "h"
     sizes = rf"ILi{tile.n}ELi{tile.stages}ELi{tile.blocks}ELi{tile.cluster}E"
     shortcut = 2 if len(products) > 1 else int(residual is not None)
-    return work, rf"conv_int8_sm90_kernelI{signed}NS0_4Tile{sizes}\w*ShortcutE{shortcut}E"
+    return work, rf"quantized_conv_sm90_kernelI{signed}NS0_4Tile{sizes}\w*ShortcutE{shortcut}E"

@@ -22,12 +22,14 @@ class Kernel(NamedTuple):
     cluster: int = 1  # blocks that share copies of weights
     claimed: tuple[int, ...] = ()  # registers of copying and of multiplying threads, if different
     ping_pong: bool = False  # whether warpgroups take turns at tiles
+    resident: int = 0  # steps whose weights stay in shared memory; stages then hold none
 
     @property
     def shared(self) -> int:
         """Bytes of dynamic shared memory: the stages, and 16 bytes a channel of batch norm; on
-        sm_90a the results and two such sets, and the mbarriers."""
-        stages = self.stages * (self.positions + self.channels) * self.row_bytes
+        sm_90a the results, resident weights and two such sets, and the mbarriers."""
+        rows = self.stages * self.positions + (self.resident or self.stages) * self.channels
+        stages = rows * self.row_bytes
         terms = 16 * self.channels
         if not self.sm90:
             return stages + terms
@@ -73,6 +75,17 @@ class BlockKernel(NamedTuple):
         return max(first, kept + ring) + 16 * terms
 
 
+class OtherKernel(NamedTuple):
+    """One instantiation of another kernel for sm_90a."""
+
+    name: str
+    dtype: str
+    tile: str
+    warps: int
+    shared: int  # bytes of dynamic shared memory
+    claimed: tuple[int, ...] = ()  # registers of copying and of multiplying threads
+
+
 _DTYPES = {
     "f": "float32",
     "NS0_4Tf32E": "TF32",
@@ -105,17 +118,34 @@ def _kernel(name: str) -> Kernel | None:
     dtype = _DTYPES[found[2]]
     sizes = list(map(int, re.findall(r"L[ib](\d+)E", found[3])))
     if sm90:
-        m, n, stages, results, _, cluster, copying, multiplying, _, ping_pong = sizes
+        m, n, stages, results, _, cluster, copying, multiplying, _, ping_pong, resident = sizes
         claimed = (copying, multiplying)
         return Kernel(
             *(sm90, dtype, m, n, 128, 12, stages, True, projection, results, cluster, claimed),
             ping_pong=bool(ping_pong),
+            resident=resident,
         )
     m, n, row_bytes, warps_m, warps_n, stages, _ = sizes
     warps = warps_m * warps_n
     return Kernel(sm90, dtype, m, n, row_bytes, warps, stages, found[4] == "1", projection)
 
 
-def described(name: str) -> Kernel | BlockKernel | None:
-    """What the mangled name of a convolution's or bottleneck's kernel says; None for others."""
+def _lines(dtype: str, positions: str) -> OtherKernel:
+    """Of conv_sm90_lines.cu: stages of x and of the weight, the result, the mbarriers."""
+    shared = (3 * 256 + 4 * 128 + 2 * int(positions)) * 128 + 2 * 8 * (3 + 4)
+    tile = f"{positions} × 128, lines"
+    return OtherKernel("conv_sm90_lines.cu", _DTYPES[dtype], tile, 12, shared, (40, 232))
+
+
+# What a mangled name has behind its folder, and what its groups say.
+_OTHERS = {
+    r"conv_bn_sm90_lines_kernelI(6__half|13__nv_bfloat16)Li(\d+)E": _lines,
+}
+
+
+def described(name: str) -> Kernel | BlockKernel | OtherKernel | None:
+    """What the mangled name of a kernel says; None for those that no table lists."""
+    for pattern, describe in _OTHERS.items():
+        if (found := re.search(pattern, name)) is not None:
+            return describe(*found.groups())
     return _kernel(name) or _block_kernel(name)

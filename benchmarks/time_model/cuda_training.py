@@ -27,24 +27,24 @@ class Tile(NamedTuple):
     stages: int
     cluster: int = 1
 
-    def tiles(self, rows: int, channels: int) -> int:
-        """Of all blocks."""
-        return (
-            math.ceil(rows / (self.cluster * self.m)) * self.cluster * math.ceil(channels / self.n)
-        )
+    def tiles(self, rows: int, channels: int, classes: int = 1) -> int:
+        """Of all blocks; each is of rows of one of as many classes."""
+        across = classes * math.ceil(channels / self.n)
+        return math.ceil(rows // classes / (self.cluster * self.m)) * self.cluster * across
 
     def asked_bytes(self, inner: int = _PANEL) -> int:
         """Of L2, for a step; what is beyond the inner channels, if those are few, is asked of
         nobody."""
         return (self.m + self.n // self.cluster) * 2 * min(inner, _PANEL)
 
-    def cycles(self, rows: int, channels: int, steps: int, sms: int) -> int:
-        """By which the host code chooses."""
+    def cycles(self, rows: int, channels: int, steps: int, sms: int, classes: int = 1) -> int:
+        """By which the host code chooses; steps of a tile of each class together."""
         step = max(self.m * self.n * 64 // 2048, self.asked_bytes() // 64)
-        end, of_sm = self.m * self.n // 8, math.ceil(self.tiles(rows, channels) / sms)
+        end, of_sm = self.m * self.n // 8, math.ceil(self.tiles(rows, channels, classes) / sms)
+        products = steps * step // classes
         if self.cluster == 1:
-            return of_sm * max(steps * step, (steps * step + end) // 2) + end
-        return of_sm * (steps * step + end)
+            return of_sm * max(products, (products + end) // 2) + end
+        return of_sm * (products + end)
 
 
 TILES = {
@@ -54,9 +54,9 @@ TILES = {
 }
 
 
-def tiles_in_order(rows: int, channels: int, steps: int, sms: int) -> list[str]:
+def tiles_in_order(rows: int, channels: int, steps: int, sms: int, classes: int = 1) -> list[str]:
     """The tiles, the one that the heuristic takes first."""
-    return sorted(TILES, key=lambda name: TILES[name].cycles(rows, channels, steps, sms))
+    return sorted(TILES, key=lambda name: TILES[name].cycles(rows, channels, steps, sms, classes))
 
 
 class Wgrad(NamedTuple):
@@ -133,12 +133,14 @@ def _convolution(
     ending: int,
     moved: int,
     operand: int = 0,
+    classes: int = 1,
 ) -> tuple[Work, str]:
-    """operand: channels of a second product, which is multiplied first."""
+    """operand: channels of a second product, which is multiplied first; taps: of all classes of
+    rows, each of which meets others."""
     tile = TILES[name]
-    of_products = [math.ceil(operand / _PANEL), taps * math.ceil(inner / _PANEL)]
+    of_products = [math.ceil(operand / _PANEL), taps / classes * math.ceil(inner / _PANEL)]
     steps = sum(of_products)
-    tiles = tile.tiles(rows, channels)
+    tiles = tile.tiles(rows, channels, classes)
     ping_pong = tile.cluster == 1
     work = Work(
         layer="",
@@ -152,8 +154,8 @@ def _convolution(
         blocks_per_sm=2 if ping_pong else 1,
         trips=(1, *of_products[operand == 0 :]),
         dram_bytes=moved,
-        l2_bytes=tiles * steps * tile.asked_bytes(inner) + moved,
-        multiply_adds=rows * channels * (inner * taps + operand),
+        l2_bytes=int(tiles * steps) * tile.asked_bytes(inner) + moved,
+        multiply_adds=rows * channels * (inner * taps + classes * operand) // classes,
         persistent=True,
         bulk_bytes=(tile.m + tile.n) * STEP_BYTES,
     )
@@ -185,8 +187,8 @@ def dgrad(call: Call, gpu: Gpu) -> tuple[Work, str]:
     operand = 0
     if term is not None:
         operand, ending = channels, 3 if below is not None else 4
-    taps = math.prod(kernel)
-    return _convolution(tile, shape, rows, channels, filters, taps, ending, moved, operand)
+    taps, classes = math.prod(kernel), math.prod(window[0])
+    return _convolution(tile, shape, rows, channels, filters, taps, ending, moved, operand, classes)
 
 
 def wgrad(call: Call, gpu: Gpu) -> tuple[Work, str]:

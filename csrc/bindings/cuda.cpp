@@ -18,9 +18,9 @@
 #include "kernels/cuda/bottleneck.h"
 #include "kernels/cuda/bottleneck_sm90.h"
 #include "kernels/cuda/conv.h"
-#include "kernels/cuda/conv_int8.h"
 #include "kernels/cuda/conv_training_sm90.h"
 #include "kernels/cuda/head.h"
+#include "kernels/cuda/quantized_conv.h"
 #include "kernels/cuda/spin_limit.h"
 #include "kernels/cuda/stem.h"
 #include "kernels/cuda/wgrad_sm90.h"
@@ -36,15 +36,15 @@ using resnet_fused::BatchNorm;
 using resnet_fused::BnAddRelu;
 using resnet_fused::Bottleneck;
 using resnet_fused::ConvBn;
-using resnet_fused::ConvInt8;
 using resnet_fused::ConvolutionBn;
 using resnet_fused::ConvStats;
 using resnet_fused::ConvTile;
 using resnet_fused::Dgrad;
 using resnet_fused::DType;
-using resnet_fused::Int8Tile;
 using resnet_fused::Layer;
 using resnet_fused::Linear;
+using resnet_fused::QuantizedConv;
+using resnet_fused::QuantizedTile;
 using resnet_fused::Stem;
 using resnet_fused::TrainingTile;
 using resnet_fused::Vector;
@@ -89,7 +89,7 @@ using WindowArg = std::tuple<Pair, Pair, Pair>;
 // A convolution with its batch norm: x, weight, window, batch norm.
 using LayerArg = std::tuple<TensorArg, TensorArg, WindowArg, BatchNormArg>;
 // A quantised convolution: x, weight, window.
-using Int8LayerArg = std::tuple<TensorArg, TensorArg, WindowArg>;
+using QuantizedLayerArg = std::tuple<TensorArg, TensorArg, WindowArg>;
 // Of a bottleneck: weight, batch norm.
 using InnerLayerArg = std::tuple<TensorArg, BatchNormArg>;
 
@@ -105,7 +105,7 @@ struct OnDevice {
   const char* name;  // of the kernel, for errors
 };
 using ConvLaunch = Launch<OnDevice<ConvBn, ConvTile>>;
-using ConvInt8Launch = Launch<OnDevice<ConvInt8, Int8Tile>>;
+using QuantizedConvLaunch = Launch<OnDevice<QuantizedConv, QuantizedTile>>;
 using ConvStatsLaunch = Launch<OnDevice<ConvStats, TrainingTile>>;
 using DgradLaunch = Launch<OnDevice<Dgrad, TrainingTile>>;
 using WgradLaunch = Launch<OnDevice<Wgrad, WgradTile>>;
@@ -285,48 +285,60 @@ void check_tile(const OnDevice<ConvBn, ConvTile>& launch) {
   }
 }
 
-DType byte_dtype_of(const char* name, const TensorArg& tensor) {
+// Of what goes with x: e4m3 with e4m3, and uint8 or int8 with either.
+DType byte_dtype_of(const char* name, const TensorArg& tensor, const TensorArg& x) {
+  if (x.type == ScalarType::kE4m3) {
+    check_type(name, tensor, x.type);
+    return DType::kE4m3;
+  }
   if (tensor.type == ScalarType::kUInt8) return DType::kUInt8;
   if (tensor.type == ScalarType::kInt8) return DType::kInt8;
   refuse(std::string(name) + " must be uint8 or int8, found " + name_of(tensor.type));
 }
 
 template <typename T>
-void set_values(ConvInt8Launch& launch, const T*& slot, const char* name, const TensorArg& tensor,
-                ScalarType type) {
+void set_values(QuantizedConvLaunch& launch, const T*& slot, const char* name,
+                const TensorArg& tensor, ScalarType type) {
   check_type(name, tensor, type);
   check_sizes(name, tensor, {launch.arguments.op.conv.out_channels});
   check_contiguous(name, tensor, 1);
   launch.reads(slot, name, tensor);
 }
 
-void set_conv_int8(ConvInt8Launch& launch, const TensorArg& out, const Int8LayerArg& layer,
-                   const TensorArg& bias, const TensorArg& multiplier,
-                   const OptionalTensor& shortcut_scale, const OptionalTensor& residual,
-                   const std::optional<Int8LayerArg>& projection) {
+void set_quantized_conv(QuantizedConvLaunch& launch, const TensorArg& out,
+                        const QuantizedLayerArg& layer, const TensorArg& bias,
+                        const TensorArg& multiplier, const OptionalTensor& shortcut_scale,
+                        const OptionalTensor& residual,
+                        const std::optional<QuantizedLayerArg>& projection, bool relu) {
   if (residual && projection) refuse("residual and projection exclude each other");
   if (shortcut_scale.has_value() != (residual || projection)) {
     refuse("shortcut_scale goes with a residual or a projection, and with nothing else");
   }
-  ConvInt8& op = launch.arguments.op;
+  QuantizedConv& op = launch.arguments.op;
   set_result(op.conv, out, 1);
-  op.conv.relu = byte_dtype_of("out", out) == DType::kUInt8;
-  op.conv.dtype = byte_dtype_of("x", std::get<0>(layer));
-  const auto set = [&](ConvolutionBn& conv, const Int8LayerArg& of) {
+  const TensorArg& first = std::get<0>(layer);
+  op.conv.dtype = byte_dtype_of("x", first, first);
+  const bool floats = op.conv.dtype == DType::kE4m3;
+  check_type("out", out,
+             floats ? ScalarType::kE4m3
+             : relu ? ScalarType::kUInt8
+                    : ScalarType::kInt8);
+  op.conv.relu = relu;
+  const auto set = [&](ConvolutionBn& conv, const QuantizedLayerArg& of) {
     const auto& [x, weight, window] = of;
-    check_type("x", x, std::get<0>(layer).type);
-    check_type("weight", weight, ScalarType::kInt8);
+    check_type("x", x, first.type);
+    check_type("weight", weight, floats ? ScalarType::kE4m3 : ScalarType::kInt8);
     set_window(launch, op.conv, conv, x, weight, window, out);
   };
   set(op.conv.conv, layer);
   if (projection) set(op.conv.projection, *projection);
-  set_values(launch, op.bias, "bias", bias, ScalarType::kInt32);
+  set_values(launch, op.bias, "bias", bias, floats ? ScalarType::kFloat32 : ScalarType::kInt32);
   set_values(launch, op.multiplier, "multiplier", multiplier, ScalarType::kFloat32);
   if (shortcut_scale) {
     set_values(launch, op.shortcut_scale, "shortcut_scale", *shortcut_scale, ScalarType::kFloat32);
   }
   if (residual && out.numel() > 0) {
-    op.residual_dtype = byte_dtype_of("residual", *residual);
+    op.residual_dtype = byte_dtype_of("residual", *residual, first);
     TensorArg as_out = out;  // set_residual wants one type, and both are single bytes
     as_out.type = residual->type;
     set_residual(launch, op.conv.residual, residual, as_out);
@@ -334,9 +346,9 @@ void set_conv_int8(ConvInt8Launch& launch, const TensorArg& out, const Int8Layer
   launch.writes(op.conv.out, "out", out);
 }
 
-void check_tile(const OnDevice<ConvInt8, Int8Tile>& launch) {
-  if (!resnet_fused::conv_int8_can_implement(launch.op)) {
-    refuse("there is no kernel for such a quantised convolution");
+void check_tile(const OnDevice<QuantizedConv, QuantizedTile>& launch) {
+  if (!resnet_fused::quantized_conv_can_implement(launch.op, launch.tile)) {
+    refuse("this tile does not compute such a quantised convolution; use one of those listed");
   }
 }
 
@@ -350,13 +362,16 @@ void set_training(ConvBn& op, const TensorArg& x, const TensorArg& weight, const
   set_sizes(op, op.conv, x, weight, window, out);
 }
 
-// The statistics or sums of a result: `rows` of (parts, rows, channels).
+// The statistics or sums of a result: `rows` of (parts, rows, channels); of so many classes of its
+// positions, each by itself.
 template <typename Arguments>
 void set_parts(Launch<Arguments>& launch, float*& slot, const char* name,
-               const OptionalTensor& parts, std::int64_t rows, const TensorArg& result) {
+               const OptionalTensor& parts, std::int64_t rows, const TensorArg& result,
+               std::int64_t classes = 1) {
   if (!parts) return;
-  const std::int64_t positions = result.sizes[0] * result.sizes[2] * result.sizes[3];
-  const std::int64_t count = (positions + resnet_fused::kPartRows - 1) / resnet_fused::kPartRows;
+  const std::int64_t positions = result.sizes[0] * result.sizes[2] * result.sizes[3] / classes;
+  const std::int64_t count =
+      classes * ((positions + resnet_fused::kPartRows - 1) / resnet_fused::kPartRows);
   check_type(name, *parts, ScalarType::kFloat32);
   check_sizes(name, *parts, {count, rows, result.sizes[1]});
   check_contiguous(name, *parts, 3);
@@ -414,7 +429,8 @@ void set_dgrad(DgradLaunch& launch, const TensorArg& out, const TensorArg& grad,
     check_contiguous("scale_shift", *scale_shift, 2);
     launch.reads(op.below_scale_shift, "scale_shift", *scale_shift);
   }
-  set_parts(launch, op.sums, "sums", sums, 2, out);
+  const ConvolutionBn& conv = op.op.conv;
+  set_parts(launch, op.sums, "sums", sums, 2, out, std::int64_t{conv.stride_h} * conv.stride_w);
   launch.writes(op.out, "out", out);
 }
 
@@ -719,7 +735,8 @@ void register_cuda_kernels(py::module_& module) {
       .value("m64n64_sm90_split4", ConvTile::k64x64Sm90Split4)
       .value("m64n64_sm90_split8", ConvTile::k64x64Sm90Split8)
       .value("m200n128_sm90_lines", ConvTile::k200x128Sm90Lines)
-      .value("m224n128_sm90_lines", ConvTile::k224x128Sm90Lines);
+      .value("m224n128_sm90_lines", ConvTile::k224x128Sm90Lines)
+      .value("m64n128_sm90_resident", ConvTile::k64x128Sm90Resident);
 
   // Of every kernel: tensors are as tensor_arg.h says, sizes those of NCHW; images and weights are
   // dense and channels_last, vectors contiguous, float32, float16 or bfloat16. A kernel is queued
@@ -744,25 +761,27 @@ void register_cuda_kernels(py::module_& module) {
   // `automatic` is not among them; where it stands for one for sm_90a, that one is the first.
   def_tiles(module, "conv_bn", &set_conv_bn, &resnet_fused::conv_bn_tiles);
 
-  py::enum_<Int8Tile>(module, "Int8Tile", py::module_local(),
-                      "Output positions x channels that a block of sm_90a computes.")
-      .value("m128n64", Int8Tile::k128x64)
-      .value("m128n128", Int8Tile::k128x128)
-      .value("m128n128_cluster", Int8Tile::k128x128Cluster)
-      .value("m128n256_cluster", Int8Tile::k128x256Cluster)
-      .value("m64n64_sm80", Int8Tile::k64x64Sm80)
-      .value("m128n128_sm80", Int8Tile::k128x128Sm80);
+  py::enum_<QuantizedTile>(module, "QuantizedTile", py::module_local(),
+                           "Output positions x channels that a block of sm_90a computes.")
+      .value("m128n64", QuantizedTile::k128x64)
+      .value("m128n128", QuantizedTile::k128x128)
+      .value("m128n128_cluster", QuantizedTile::k128x128Cluster)
+      .value("m128n256_cluster", QuantizedTile::k128x256Cluster)
+      .value("m64n64_sm80", QuantizedTile::k64x64Sm80)
+      .value("m128n128_sm80", QuantizedTile::k128x128Sm80);
 
-  def_tiled<&resnet_fused::conv_int8>(
-      module, "conv_int8", &set_conv_int8,
+  def_tiled<&resnet_fused::quantized_conv>(
+      module, "quantized_conv", &set_quantized_conv,
       "out = requantised(conv(x) + bias (+ residual, or projection(x'))), as\n"
-      "resnet_fused/reference/quantized.py says; clamped at zero where out is uint8, else it is\n"
+      "resnet_fused/reference/quantized.py says; with relu clamped at zero, and out is uint8, "
+      "else\n"
       "int8. layer and projection are (x, weight, (stride, padding, dilation)): x uint8 or int8,\n"
       "the same of both, weights int8, packed: of each 16 output channels number 4 t + 2 h + e\n"
       "(t < 4) at place 8 h + 2 t + e. bias is int32, multiplier and shortcut_scale float32.\n"
-      "residual is as in cuda_conv_bn, uint8 or int8.",
-      "out", "layer", "bias", "multiplier", "shortcut_scale", "residual", "projection");
-  def_tiles(module, "conv_int8", &set_conv_int8, &resnet_fused::conv_int8_tiles);
+      "residual is as in cuda_conv_bn, uint8 or int8. Where x is float8_e4m3fn, so are weights,\n"
+      "residual and out, and bias is float32; only tiles of sm_90a compute that.",
+      "out", "layer", "bias", "multiplier", "shortcut_scale", "residual", "projection", "relu");
+  def_tiles(module, "quantized_conv", &set_quantized_conv, &resnet_fused::quantized_conv_tiles);
 
   py::enum_<TrainingTile>(module, "TrainingTile", py::module_local(),
                           "Positions x channels of a block of a training convolution's kernel.")

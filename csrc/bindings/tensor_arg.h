@@ -14,16 +14,25 @@
 #include <stdexcept>
 #include <string>
 
-enum class ScalarType : int { kFloat32, kFloat16, kBFloat16, kFloat64, kUInt8, kInt8, kInt32 };
+enum class ScalarType : int {
+  kFloat32,
+  kFloat16,
+  kBFloat16,
+  kFloat64,
+  kUInt8,
+  kInt8,
+  kInt32,
+  kE4m3
+};
 
 constexpr std::int64_t element_size(ScalarType type) {
-  constexpr std::int64_t kSizes[] = {4, 2, 2, 8, 1, 1, 4};
+  constexpr std::int64_t kSizes[] = {4, 2, 2, 8, 1, 1, 4, 1};
   return kSizes[static_cast<int>(type)];
 }
 
 constexpr const char* name_of(ScalarType type) {
   constexpr const char* kNames[] = {"float32", "float16", "bfloat16", "float64",
-                                    "uint8",   "int8",    "int32"};
+                                    "uint8",   "int8",    "int32",    "float8_e4m3fn"};
   return kNames[static_cast<int>(type)];
 }
 
@@ -146,7 +155,7 @@ struct type_caster<TensorArg> {
       value.strides[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides, i));
     }
     if (PyErr_Occurred()) throw error_already_set();
-    if (type < 0 || type > static_cast<long>(ScalarType::kInt32)) {
+    if (type < 0 || type > static_cast<long>(ScalarType::kE4m3)) {
       refuse("a tensor has a type of number " + std::to_string(type));
     }
     value.type = static_cast<ScalarType>(type);

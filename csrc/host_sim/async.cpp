@@ -2,6 +2,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include <algorithm>
 #include <array>
@@ -166,6 +167,7 @@ void check_global(const Chunk& chunk, std::uint32_t element, bool write) {
 
 float wide(__half v) { return __half2float(v); }
 float wide(__nv_bfloat16 v) { return __bfloat162float(v); }
+float wide(__nv_fp8_e4m3 v) { return static_cast<float>(v); }
 std::int32_t wide(std::uint8_t v) { return v; }
 std::int32_t wide(std::int8_t v) { return v; }
 
@@ -211,6 +213,24 @@ constexpr std::uint32_t kNanBits = 0x7fc00000;
 float add(float a, float b) { return a + b; }
 std::int32_t add(std::int32_t a, std::int32_t b) {
   return static_cast<std::int32_t>(static_cast<std::uint32_t>(a) + static_cast<std::uint32_t>(b));
+}
+
+// d plus the products of e4m3 numbers a and b, as async.h says.
+float add_products(float d, const float* a, const float* b) {
+  constexpr int kTerms = kDepth<__nv_fp8_e4m3> + 1, kBits = 13;  // behind the point
+  float terms[kTerms] = {d}, largest = std::fabs(d), all = d;
+  for (int i = 1; i < kTerms; ++i) {
+    terms[i] = a[i - 1] * b[i - 1];
+    largest = std::max(largest, std::fabs(terms[i]));
+    all += terms[i];
+  }
+  if (largest == 0.0f || std::isnan(all)) return all;
+  const float scale = std::ldexp(1.0f, kBits - std::ilogb(largest));
+  int sum = 0;
+  for (const float term : terms) sum += static_cast<int>(term * scale);  // cut towards zero
+  int unit = 1;
+  while (std::abs(sum / unit) >= 2 << kBits) unit *= 2;
+  return static_cast<float>(sum / unit * unit) / scale;
 }
 
 template <typename T>
@@ -276,12 +296,19 @@ void multiply(void* const* operands) {
   std::vector<Value> sums(found->values.size());
   const std::size_t bytes = sums.size() * sizeof(Value);
   if (first.accumulate) std::memcpy(sums.data(), found->values.data(), bytes);
-  for (int depth = 0; depth < kDepth<T>; ++depth) {
-    for (int k = 0; k < first.n; ++k) column[k] = b[k * kDepth<T> + depth];
-    for (int row = 0; row < kRows; ++row) {
-      const Value factor = a[row * kDepth<T> + depth];
-      Value* const d = sums.data() + row * first.n;
-      for (int k = 0; k < first.n; ++k) d[k] = add(d[k], factor * column[k]);
+  if constexpr (std::is_same_v<T, __nv_fp8_e4m3>) {
+    for (std::size_t i = 0; i < sums.size(); ++i) {
+      const Value* const row = a.data() + i / first.n * kDepth<T>;
+      sums[i] = add_products(sums[i], row, b.data() + i % first.n * kDepth<T>);
+    }
+  } else {
+    for (int depth = 0; depth < kDepth<T>; ++depth) {
+      for (int k = 0; k < first.n; ++k) column[k] = b[k * kDepth<T> + depth];
+      for (int row = 0; row < kRows; ++row) {
+        const Value factor = a[row * kDepth<T> + depth];
+        Value* const d = sums.data() + row * first.n;
+        for (int k = 0; k < first.n; ++k) d[k] = add(d[k], factor * column[k]);
+      }
     }
   }
   std::memcpy(found->values.data(), sums.data(), bytes);
@@ -429,17 +456,21 @@ void load_to(int rank, std::uint32_t to, const CUtensorMap& map, std::uint32_t m
   state.loads.push_back(std::move(load));
 }
 
+void check_mode(const CUtensorMap& map, const std::int32_t* coordinates, bool im2col) {
+  if (map.im2col != im2col) fault("copies in another mode than its tensor map's");
+  if (im2col && !within_box(map, coordinates)) {
+    fault("starts a copy at pixel (%d, %d), outside its tensor map's box", coordinates[2],
+          coordinates[1]);
+  }
+}
+
 }  // namespace
 
 void load_tensor(std::uint32_t to, const CUtensorMap& map, std::uint32_t mbarrier,
                  const std::int32_t* coordinates, const std::uint16_t* offsets,
                  std::uint16_t ranks) {
   may_switch();
-  if (map.im2col != (offsets != nullptr)) fault("copies in another mode than its tensor map's");
-  if (map.im2col && !within_box(map, coordinates)) {
-    fault("starts a copy at pixel (%d, %d), outside its tensor map's box", coordinates[2],
-          coordinates[1]);
-  }
+  check_mode(map, coordinates, offsets != nullptr);
   if (ranks >> cluster_size() != 0) {
     fault("multicasts to ranks %#x of a cluster of %d", ranks, cluster_size());
   }
@@ -456,9 +487,10 @@ void load_tensor(std::uint32_t to, const CUtensorMap& map, std::uint32_t mbarrie
               static_cast<std::uint16_t>(1u << cluster_rank()));
 }
 
-void store_tensor(const CUtensorMap& map, std::uint32_t offset, const std::int32_t* coordinates) {
+void store_tensor(const CUtensorMap& map, std::uint32_t offset, const std::int32_t* coordinates,
+                  bool im2col) {
   may_switch();
-  if (map.im2col) fault("copies in another mode than its tensor map's");
+  check_mode(map, coordinates, im2col);
   ++statistics().bulk_copies;
   const Address from = own(offset);
   const std::uint32_t bytes = check_box(map, from);
@@ -467,7 +499,9 @@ void store_tensor(const CUtensorMap& map, std::uint32_t offset, const std::int32
     thread.stores = add_agent("a bulk store of " + name_of(running_thread()));
   }
   agent_reads(from, bytes, {thread.stores, thread.stores_committed + 1});
-  for (const Chunk& chunk : tile_chunks(map, coordinates, from)) {
+  constexpr std::uint16_t kNone[2] = {};
+  for (const Chunk& chunk :
+       im2col ? pixel_chunks(map, coordinates, kNone, from) : tile_chunks(map, coordinates, from)) {
     check_global(chunk, map.stride[0], true);
     if (chunk.bytes > 0) {
       std::memcpy(chunk.global, shared_bytes(chunk.shared, kChunk, "stores"), chunk.bytes);
@@ -498,6 +532,8 @@ void multiply_warpgroup(Sum<T>* d, int n, std::uint64_t a, std::uint64_t b, bool
 template void multiply_warpgroup<__half>(float*, int, std::uint64_t, std::uint64_t, bool,
                                          Transposed);
 template void multiply_warpgroup<__nv_bfloat16>(float*, int, std::uint64_t, std::uint64_t, bool,
+                                                Transposed);
+template void multiply_warpgroup<__nv_fp8_e4m3>(float*, int, std::uint64_t, std::uint64_t, bool,
                                                 Transposed);
 template void multiply_warpgroup<std::uint8_t>(std::int32_t*, int, std::uint64_t, std::uint64_t,
                                                bool, Transposed);

@@ -42,7 +42,8 @@ void load_tensor(std::uint32_t to, const CUtensorMap& map, std::uint32_t mbarrie
 void load_tensor(std::uint32_t to, const CUtensorMap& map, std::uint32_t mbarrier,
                  const std::int32_t* coordinates, const std::uint16_t* offsets,
                  std::uint16_t ranks);
-void store_tensor(const CUtensorMap& map, std::uint32_t offset, const std::int32_t* coordinates);
+void store_tensor(const CUtensorMap& map, std::uint32_t offset, const std::int32_t* coordinates,
+                  bool im2col);
 // "cp.async.bulk.commit_group", and "cp.async.bulk.wait_group.read" for all but the last groups.
 void commit_stores();
 void wait_for_stores(int pending_groups);
@@ -50,7 +51,9 @@ void wait_for_stores(int pending_groups);
 // "wgmma": d (64, n) = a (64, 16) * b (n, 16)^T, plus d where `accumulate` says so. A thread hands
 // in its registers of d and both descriptors. The registers hold NaN from then until the wait for
 // the product's group. Of bytes, T = std::uint8_t or std::int8_t, the depth is 32, b of
-// std::int8_t, and d of integers, which wrap. Transposed, an operand lies by columns.
+// std::int8_t, and d of integers, which wrap. Of T = __nv_fp8_e4m3 it is 32 too, and the products
+// and d are added as kernels/cuda/ptx_sm90.cuh says: each cut off 13 bits behind the leading one of
+// the largest, and so is their sum. Transposed, an operand lies by columns.
 struct Transposed {
   bool a = false, b = false;
 };

@@ -69,6 +69,8 @@ inline std::int32_t round_to_int(float value) {
   return static_cast<std::int32_t>(std::min(nearest, 2147483647LL));
 }
 
+inline float multiply_rounded(float a, float b) { return a * b; }
+
 inline float float_behind_exponent(std::uint32_t bytes, int byte) {
   return 8388608.0f + static_cast<float>(bytes >> 8 * byte & 0xff);
 }

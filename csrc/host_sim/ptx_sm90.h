@@ -50,7 +50,10 @@ inline void load_pixels_multicast(std::uint32_t to, const CUtensorMap& map, std:
 }
 template <int kDimensions>
 void store_tile(const CUtensorMap& map, std::uint32_t from, const std::int32_t (&at)[kDimensions]) {
-  host_sim::store_tensor(map, from, at);
+  host_sim::store_tensor(map, from, at, false);
+}
+inline void store_pixels(const CUtensorMap& map, std::uint32_t from, const std::int32_t (&at)[4]) {
+  host_sim::store_tensor(map, from, at, true);
 }
 inline void bulk_commit() { host_sim::commit_stores(); }
 template <int kPending>

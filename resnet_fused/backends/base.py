@@ -35,7 +35,8 @@ Candidates = Sequence[Candidate]
 
 
 class Backend(Protocol):
-    """Lists candidates for each op, the expected fastest first; none where it cannot implement it.
+    """Lists candidates for each op, the expected fastest first; none where it cannot implement it,
+    as here.
 
     Arguments have been checked: shapes, dtypes and devices agree, no dimension of the result is
     zero. Meanings: `resnet_fused.reference.ops` and, of the quantised ops,
@@ -47,27 +48,32 @@ class Backend(Protocol):
     @property
     def training(self) -> TrainingKernels | None:
         """The pieces of fused training, or None where it has none."""
+        return None
 
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why tensors of this device and dtype cannot be served, or None."""
+        return None
 
     def bn_add_relu(
         self, x: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool
-    ) -> Candidates: ...
+    ) -> Candidates:
+        return ()
 
     def group_norm_add_relu(
         self, x: Tensor, norm: GroupNorm, residual: Tensor | None, relu: bool
-    ) -> Candidates: ...
+    ) -> Candidates:
+        return ()
 
-    def conv(self, x: Tensor, conv: Convolution) -> Candidates: ...
+    def conv(self, x: Tensor, conv: Convolution) -> Candidates:
+        return ()
 
-    def conv_bn(
-        self, x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool
-    ) -> Candidates: ...
+    def conv_bn(self, x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool) -> Candidates:
+        return ()
 
     def conv_bn_projection(
         self, x: Tensor, layer: ConvBn, shortcut: Tensor, projection: ConvBn
-    ) -> Candidates: ...
+    ) -> Candidates:
+        return ()
 
     def bottleneck(
         self,
@@ -76,13 +82,16 @@ class Backend(Protocol):
         layer2: ConvBn,
         layer3: ConvBn,
         projection: ConvBn | None,
-    ) -> Candidates: ...
+    ) -> Candidates:
+        return ()
 
-    def stem(self, x: Tensor, layer: ConvBn, pool: MaxPool) -> Candidates: ...
+    def stem(self, x: Tensor, layer: ConvBn, pool: MaxPool) -> Candidates:
+        return ()
 
     def image_stem(
         self, images: Tensor, layer: ConvBn, pool: MaxPool, normalization: Normalization
-    ) -> Candidates: ...
+    ) -> Candidates:
+        return ()
 
     def squeeze_excite(
         self,
@@ -93,9 +102,11 @@ class Backend(Protocol):
         expand_bias: Tensor | None,
         residual: Tensor | None,
         relu: bool,
-    ) -> Candidates: ...
+    ) -> Candidates:
+        return ()
 
-    def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Candidates: ...
+    def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Candidates:
+        return ()
 
     def quantized_conv(
         self,
@@ -108,7 +119,8 @@ class Backend(Protocol):
         projection: Convolution | None,
         padding_value: Tensor | None,
         relu: bool,
-    ) -> Candidates: ...
+    ) -> Candidates:
+        return ()
 
     def quantized_stem(
         self,
@@ -118,8 +130,10 @@ class Backend(Protocol):
         multiplier: Tensor,
         padding_value: Tensor | None,
         pool: MaxPool,
-    ) -> Candidates: ...
+    ) -> Candidates:
+        return ()
 
     def quantized_head(
         self, x: Tensor, weight: Tensor, bias: Tensor, multiplier: Tensor
-    ) -> Candidates: ...
+    ) -> Candidates:
+        return ()

@@ -95,8 +95,8 @@ class SimulatedBackend(CudaBackend):
             return f"it simulates a GPU over CPU tensors and the input is on {device}"
         if dtype not in (*self._launcher.dtypes, *self._launcher.quantized_dtypes):
             return (
-                f"the CUDA kernels do not serve {dtype}; use float32, float16, bfloat16, uint8 or "
-                "int8"
+                f"the CUDA kernels do not serve {dtype}; use float32, float16, bfloat16, uint8, "
+                "int8 or float8_e4m3fn"
             )
         return None
 

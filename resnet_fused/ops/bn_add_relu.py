@@ -7,7 +7,7 @@ from torch import Tensor
 from ..parameters import BatchNorm
 from ..reference import ops as reference
 from .checks import check_activation, check_batch_norm, check_residual
-from .registry import Op, OptionalTensor
+from .registry import Op
 
 
 def _output_shape(x: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool) -> tuple[int, ...]:
@@ -18,10 +18,8 @@ def _output_shape(x: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool)
 
 
 _op = Op(
-    "bn_add_relu",
-    {"x": Tensor, "bn": BatchNorm, "residual": OptionalTensor, "relu": bool},
-    _output_shape,
     reference.bn_add_relu,
+    _output_shape,
     lambda backend: backend.bn_add_relu,
 )
 

@@ -10,7 +10,7 @@ from ..reference import ops as reference
 from .checks import conv_bn_shape
 from .conv_bn import op as conv_bn
 from .conv_bn_projection import op as conv_bn_projection
-from .registry import Op, OptionalConvBn
+from .registry import Op
 
 
 def _output_shape(
@@ -42,16 +42,8 @@ def _by_layers(
 
 
 _op = Op(
-    "bottleneck",
-    {
-        "x": Tensor,
-        "layer1": ConvBn,
-        "layer2": ConvBn,
-        "layer3": ConvBn,
-        "projection": OptionalConvBn,
-    },
-    _output_shape,
     reference.bottleneck,
+    _output_shape,
     lambda backend: backend.bottleneck,
     Candidate("layers", _by_layers),
 )

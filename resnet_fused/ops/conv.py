@@ -15,10 +15,8 @@ def _output_shape(x: Tensor, conv: Convolution) -> tuple[int, ...]:
 
 
 _op = Op(
-    "conv",
-    {"x": Tensor, "conv": Convolution},
-    _output_shape,
     reference.conv,
+    _output_shape,
     lambda backend: backend.conv,
 )
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from ..parameters import ConvBn
 from ..reference import ops as reference
 from .checks import check_residual, conv_bn_shape
-from .registry import Op, OptionalTensor
+from .registry import Op
 
 
 def _output_shape(x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool) -> tuple[int, ...]:
@@ -17,10 +17,8 @@ def _output_shape(x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool)
 
 
 op = Op(
-    "conv_bn",
-    {"x": Tensor, "layer": ConvBn, "residual": OptionalTensor, "relu": bool},
-    _output_shape,
     reference.conv_bn,
+    _output_shape,
     lambda backend: backend.conv_bn,
 )
 

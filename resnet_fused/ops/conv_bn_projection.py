@@ -31,10 +31,8 @@ def _separate(x: Tensor, layer: ConvBn, shortcut: Tensor, projection: ConvBn) ->
 
 
 op = Op(
-    "conv_bn_projection",
-    {"x": Tensor, "layer": ConvBn, "shortcut": Tensor, "projection": ConvBn},
-    _output_shape,
     reference.conv_bn_projection,
+    _output_shape,
     lambda backend: backend.conv_bn_projection,
     Candidate("separate", _separate),
 )

@@ -7,7 +7,7 @@ from torch import Tensor
 from ..parameters import GroupNorm
 from ..reference import ops as reference
 from .checks import check_activation, check_group_norm, check_residual
-from .registry import Op, OptionalTensor
+from .registry import Op
 
 
 def _output_shape(
@@ -20,10 +20,8 @@ def _output_shape(
 
 
 _op = Op(
-    "group_norm_add_relu",
-    {"x": Tensor, "norm": GroupNorm, "residual": OptionalTensor, "relu": bool},
-    _output_shape,
     reference.group_norm_add_relu,
+    _output_shape,
     lambda backend: backend.group_norm_add_relu,
 )
 

@@ -6,13 +6,11 @@ from torch import Tensor
 
 from ..reference import ops as reference
 from .checks import head_shape
-from .registry import Op, OptionalTensor
+from .registry import Op
 
 _op = Op(
-    "head",
-    {"x": Tensor, "weight": Tensor, "bias": OptionalTensor},
-    head_shape,
     reference.head,
+    head_shape,
     lambda backend: backend.head,
 )
 

@@ -45,10 +45,8 @@ def _separate(images: Tensor, layer: ConvBn, pool: MaxPool, normalization: Norma
 
 
 _op = Op(
-    "image_stem",
-    {"images": Tensor, "layer": ConvBn, "pool": MaxPool, "normalization": Normalization},
-    _output_shape,
     reference.image_stem,
+    _output_shape,
     lambda backend: backend.image_stem,
     Candidate("separate", _separate),
     result_dtype=lambda images, layer, *_: layer.conv.weight.dtype,

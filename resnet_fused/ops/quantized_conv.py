@@ -8,7 +8,7 @@ from torch import Tensor
 from ..parameters import Convolution
 from ..reference import quantized as reference
 from .checks import check_quantized, check_vector, quantized_convolution_shape, window_shape
-from .registry import Op, OptionalConvolution, OptionalTensor
+from .registry import Op
 
 
 def _output_shape(
@@ -45,20 +45,8 @@ def _output_shape(
 
 
 _op = Op(
-    "quantized_conv",
-    {
-        "x": Tensor,
-        "conv": Convolution,
-        "bias": Tensor,
-        "multiplier": Tensor,
-        "shortcut": OptionalTensor,
-        "shortcut_scale": OptionalTensor,
-        "projection": OptionalConvolution,
-        "padding_value": OptionalTensor,
-        "relu": bool,
-    },
-    _output_shape,
     reference.quantized_conv,
+    _output_shape,
     lambda backend: backend.quantized_conv,
     result_dtype=lambda x, conv, *others: reference.quantized_dtype(conv.weight, others[-1]),
 )

@@ -24,10 +24,8 @@ def _output_shape(x: Tensor, weight: Tensor, bias: Tensor, multiplier: Tensor) -
 
 
 _op = Op(
-    "quantized_head",
-    {"x": Tensor, "weight": Tensor, "bias": Tensor, "multiplier": Tensor},
-    _output_shape,
     reference.quantized_head,
+    _output_shape,
     lambda backend: backend.quantized_head,
     result_dtype=lambda *_: torch.float32,
 )

@@ -7,7 +7,7 @@ from torch import Tensor
 from ..parameters import Convolution, MaxPool
 from ..reference import quantized as reference
 from .checks import pool_shape, quantized_convolution_shape
-from .registry import Op, OptionalTensor
+from .registry import Op
 
 
 def _output_shape(
@@ -22,17 +22,8 @@ def _output_shape(
 
 
 _op = Op(
-    "quantized_stem",
-    {
-        "x": Tensor,
-        "conv": Convolution,
-        "bias": Tensor,
-        "multiplier": Tensor,
-        "padding_value": OptionalTensor,
-        "pool": MaxPool,
-    },
-    _output_shape,
     reference.quantized_stem,
+    _output_shape,
     lambda backend: backend.quantized_stem,
     result_dtype=lambda x, conv, *_: reference.quantized_dtype(conv.weight, True),
 )

@@ -1,15 +1,16 @@
 """How an op is made: schema, checks, fake, choice of backend, autograd and autocast, in one place.
 
-An op is described by its parameters (name -> kind), the function that checks them and gives the
-result's shape, and its plain PyTorch meaning. A kind is `Tensor`, `OptionalTensor`, `bool`, or one
-of the groups of `resnet_fused.parameters`, whose fields become consecutive schema arguments; of an
-absent `OptionalConvBn` or `OptionalConvolution` the tensors among them are None.
+An op is described by its plain PyTorch meaning, whose name and signature are the op's, and by the
+function that checks its arguments and gives the result's shape. An argument is annotated as
+`Tensor`, `Tensor | None`, `bool`, or one of the groups of `resnet_fused.parameters`, whose fields
+become consecutive schema arguments; of an absent `ConvBn | None` or `Convolution | None` those
+that are tensors are None.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 import torch
 from torch import Tensor
@@ -20,10 +21,6 @@ from .checks import check_is_tensor
 from .dispatch import serving
 from .modes import is_recorded, is_transformed, refuse_tangents
 
-OptionalTensor = Tensor | None
-OptionalConvBn = ConvBn | None
-OptionalConvolution = Convolution | None
-
 _LIBRARY = "reference"  # the backend that has no kernels of its own
 
 library = torch.library.Library("resnet_fused", "DEF")
@@ -31,7 +28,7 @@ registered: dict[str, Op] = {}
 
 _SCHEMA: dict[Any, tuple[str, ...]] = {
     Tensor: ("Tensor {}",),
-    OptionalTensor: ("Tensor? {}",),
+    Tensor | None: ("Tensor? {}",),
     bool: ("bool {}",),
     Convolution: (
         "Tensor {}_weight",
@@ -55,8 +52,8 @@ _SCHEMA[ConvBn] = (
     *_SCHEMA[Convolution],
     *(field.replace("{}", "{}_bn") for field in _SCHEMA[BatchNorm]),
 )
-for _kind, _optional in ((ConvBn, OptionalConvBn), (Convolution, OptionalConvolution)):
-    _SCHEMA[_optional] = tuple(field.replace("Tensor ", "Tensor? ") for field in _SCHEMA[_kind])
+for _kind in (ConvBn, Convolution):
+    _SCHEMA[_kind | None] = tuple(field.replace("Tensor ", "Tensor? ") for field in _SCHEMA[_kind])
 # The fields that stand for what is absent, by how many there are.
 _NO_TENSOR = cast("Tensor", None)
 _NO_CONVOLUTION = Convolution(_NO_TENSOR)
@@ -70,7 +67,7 @@ _ABSENT: dict[int, tuple[Any, ...]] = {
 }
 _GROUPS: dict[Any, type[Any]] = {
     Convolution: Convolution,
-    OptionalConvolution: Convolution,
+    Convolution | None: Convolution,
     BatchNorm: BatchNorm,
     GroupNorm: GroupNorm,
     MaxPool: MaxPool,
@@ -86,10 +83,8 @@ class Op:
 
     def __init__(
         self,
-        name: str,
-        parameters: dict[str, Any],
-        output_shape: Callable[..., Sequence[int]],
         reference: Callable[..., Tensor],
+        output_shape: Callable[..., Sequence[int]],
         listed: Callable[[Backend], Callable[..., Candidates]],
         composition: Candidate | None = None,
         result_dtype: Callable[..., torch.dtype] | None = None,
@@ -97,14 +92,16 @@ class Op:
         """`listed`: a backend's method that lists this op's candidates. `composition`: the op made
         of other ops, each of which makes its own choice. `result_dtype`: of a quantised op, which
         has no gradient and which autocast does not concern; others give what they take."""
+        self.name = name = reference.__name__
         registered[name] = self
-        self.name = name
         self._listed = listed
         self._composition = composition
         self._result_dtype = result_dtype
         # Looked up here, as Dynamo of PyTorch 2.9 cannot hash a union under Python 3.10.
+        parameters = get_type_hints(reference)
+        del parameters["return"]
         kinds = tuple(parameters.values())
-        self._layers = tuple(kind in (ConvBn, OptionalConvBn) for kind in kinds)
+        self._layers = tuple(kind in (ConvBn, ConvBn | None) for kind in kinds)
         self._groups = tuple(_GROUPS.get(kind) for kind in kinds)
         self._widths = tuple(len(_SCHEMA[kind]) for kind in kinds)
         self._output_shape = output_shape
@@ -162,7 +159,10 @@ class Op:
                 arguments.append(fields[0])
             elif is_layer:
                 split = len(Convolution._fields)
-                arguments.append(ConvBn(Convolution(*fields[:split]), BatchNorm(*fields[split:])))
+                bn = BatchNorm(*fields[split:])
+                arguments.append(ConvBn(_convolution(fields[:split]), bn))
+            elif group is Convolution:
+                arguments.append(_convolution(fields))
             else:
                 assert group is not None
                 arguments.append(group(*fields))
@@ -243,6 +243,12 @@ class Op:
         for i, gradient in zip(wanted, found, strict=True):
             gradients[i] = gradient
         return tuple(gradients)
+
+
+def _convolution(fields: Sequence[Any]) -> Convolution:
+    # Dispatched through PyTorch, the schema's int[2] arrive as lists.
+    weight, stride, padding, dilation, groups = fields
+    return Convolution(weight, tuple(stride), tuple(padding), tuple(dilation), groups)
 
 
 def empty_result(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:

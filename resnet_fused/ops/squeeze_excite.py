@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..reference import ops as reference
 from .checks import check_activation, check_like, check_residual
-from .registry import Op, OptionalTensor
+from .registry import Op
 
 
 def _output_shape(
@@ -44,18 +44,8 @@ def _output_shape(
 
 
 _op = Op(
-    "squeeze_excite",
-    {
-        "x": Tensor,
-        "reduce": Tensor,
-        "reduce_bias": OptionalTensor,
-        "expand": Tensor,
-        "expand_bias": OptionalTensor,
-        "residual": OptionalTensor,
-        "relu": bool,
-    },
-    _output_shape,
     reference.squeeze_excite,
+    _output_shape,
     lambda backend: backend.squeeze_excite,
 )
 

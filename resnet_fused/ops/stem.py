@@ -22,10 +22,8 @@ def _separate(x: Tensor, layer: ConvBn, pool: MaxPool) -> Tensor:
 
 
 op = Op(
-    "stem",
-    {"x": Tensor, "layer": ConvBn, "pool": MaxPool},
-    _output_shape,
     reference.stem,
+    _output_shape,
     lambda backend: backend.stem,
     Candidate("separate", _separate),
 )

@@ -60,7 +60,8 @@ def quantize(
         calibration: batches of images (N, C, H, W), or (images, ...) as a data loader gives them,
             a few hundred images in all: floats as `model` takes them, or bytes where
             `normalization` is given. They are kept in memory meanwhile.
-        dtype: torch.int8 or torch.float8_e4m3fn, which only its reference computes so far.
+        dtype: torch.int8 or torch.float8_e4m3fn, whose convolutions Hopper's kernels compute, and
+            all else its reference, slowly.
         normalization: (mean, std) of the channels, of images from 0 to 1, as `model` was trained
             with. Then images may come as bytes, uint8, and are used as they are; floats are
             rounded to those bytes. Without it floats are quantised over the range seen.

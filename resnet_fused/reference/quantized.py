@@ -19,7 +19,8 @@ convolution, the projection, whose bias is part of `bias`.
 - **float8_e4m3fn.** x, weights and y are e4m3, bias is float32. Products are exact, and so is their
   sum, which float64 holds; it is rounded to float32 once, and what is added to it after every
   addition; nothing is rounded to an integer. y is clamped to ±448 and rounded to e4m3 once. A
-  kernel that accumulates in float32 may differ by the roundings of its sum.
+  kernel that accumulates in float32 may differ by the roundings of its sum; tensor cores that
+  accumulate in less add up to 128 products at a time, and float32 the rest.
 
 Pixels of the padding hold `padding_value` (one a channel), or zero. Shapes are logical NCHW,
 results channels_last.

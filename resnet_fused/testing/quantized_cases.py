@@ -77,6 +77,23 @@ def make_quantized_conv(
     return [x, conv, bias, multiplier / spread, added, scale, projection, padded, relu]
 
 
+def in_whole_numbers(arguments: list[Any]) -> list[Any]:
+    """An e4m3 layer's operands rounded to integers, few of which are beyond 4, so that there is
+    nothing to round in a kernel's sums: neither of 128 products to 14 bits nor, of two convolutions
+    in either order, to float32."""
+    x, conv, bias, multiplier, shortcut, scale, projection, padding_value, relu = arguments
+
+    def rounded(layer: Convolution) -> Convolution:
+        return layer._replace(weight=layer.weight.float().round().to(FLOAT8))
+
+    if projection is not None:
+        bias, scale, projection = bias.round(), scale.log2().round().exp2(), rounded(projection)
+    if shortcut is not None:
+        shortcut = shortcut.float().round().to(FLOAT8)
+    x, conv = x.float().round().to(FLOAT8), rounded(conv)
+    return [x, conv, bias, multiplier, shortcut, scale, projection, padding_value, relu]
+
+
 def make_quantized_stem(
     case: ConvCase, rng: torch.Generator, pool: MaxPool, **options: Any
 ) -> list[Any]:

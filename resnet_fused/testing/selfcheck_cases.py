@@ -47,7 +47,7 @@ from .cases import (
     make_residual,
 )
 from .on import On
-from .quantized_cases import make_quantized_conv, make_quantized_stem
+from .quantized_cases import in_whole_numbers, make_quantized_conv, make_quantized_stem
 
 CONVOLUTION = "conv_bn"
 TRAINING = "training"
@@ -342,8 +342,9 @@ def _folded_ends(
 
 
 def _quantized(dtype: torch.dtype, device: str, num_sms: int) -> Iterator[Case]:
-    """Convolutions of as many positions as `_convolutions` has, of bytes of their whole range; some
-    of channels in chunks of 16, and some not."""
+    """Convolutions of as many positions as `_convolutions` has, of bytes of their whole range, or
+    of whole numbers in e4m3; some of channels in chunks of 16, and some not."""
+    exact = dtype == quantized.FLOAT8
     rng = generator()
     cases = {
         "pointwise": (ConvCase(1, 72, 23, 19, 136), "none"),
@@ -358,7 +359,10 @@ def _quantized(dtype: torch.dtype, device: str, num_sms: int) -> Iterator[Case]:
         height, width = case.output_size
         case = case._replace(batch=-(-2 * 128 * num_sms // (height * width)))
         arguments = make_quantized_conv(case, rng, shortcut, dtype, side_channels=48)
+        arguments = in_whole_numbers(arguments) if exact else arguments
         yield Case(name, "quantized_conv", _to(device, arguments))
+    if exact:
+        return
     # Of an even number of lines, so that tensor maps can express every second one.
     case = ConvCase(-(-2 * 128 * num_sms // (23 * 19)), 80, 23, 19, 144)
     arguments = _to(device, make_quantized_conv(case, rng, "identity", dtype, relu=False))
@@ -387,19 +391,21 @@ def _scale_shift(channels: int, device: str) -> Tensor:
     return scale_shift
 
 
-def cases(family: str, backend: Backend, device: str, num_sms: int) -> Iterator[Case]:
-    """A family's cases in every dtype that the backend serves; convolutions of float32 with and
-    without TF32. Without a GPU, where all takes long, the first dtype has to do."""
+def cases(
+    family: str, backend: Backend, device: str, num_sms: int, every_dtype: bool = False
+) -> Iterator[Case]:
+    """A family's cases in the first dtype that the backend serves, or in every one; convolutions of
+    float32 with and without TF32."""
     names = ["bfloat16", "float16", "float32", *(["TF32"] if family == CONVOLUTION else [])]
     if family == QUANTIZED:
-        names = ["uint8"]
+        names = ["uint8", "float8_e4m3fn"]
     dtypes = {name: getattr(torch, name, torch.float32) for name in names}
     served = {
         name: dtype
         for name, dtype in dtypes.items()
         if backend.unsupported(torch.device(device), dtype) is None
     }
-    for name in served if device == "cuda" else list(served)[:1]:
+    for name in served if every_dtype else list(served)[:1]:
         torch.backends.cudnn.allow_tf32 = name == "TF32"
         make = {
             CONVOLUTION: _convolutions,

@@ -174,7 +174,7 @@ __global__ void wgmma(const __grid_constant__ Arguments a) {
 }
 
 // As above, of operands that threads have written, in the order that wgmma reads or in none.
-template <bool kSwizzled, bool kFenced>
+template <typename T, bool kSwizzled, bool kFenced>
 __global__ void wgmma_written(const Arguments a) {
   for (std::uint32_t i = threadIdx.x; i < 128 * 8; i += blockDim.x) {
     const std::uint32_t row = i / 8, chunk = kSwizzled ? i % 8 ^ row % 8 : i % 8;
@@ -185,7 +185,7 @@ __global__ void wgmma_written(const Arguments a) {
   __syncthreads();
   float d[32];
   ptx::wgmma_fence(d);
-  ptx::wgmma<__half>(d, ptx::matrix_descriptor(0), ptx::matrix_descriptor(64 * kRowBytes), false);
+  ptx::wgmma<T>(d, ptx::matrix_descriptor(0), ptx::matrix_descriptor(64 * kRowBytes), false);
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>(d);
   for (int i = 0; i < 32; ++i) {
@@ -349,11 +349,12 @@ const Tests& sm90_tests() {
       {"wgmma unfenced", &products<__half, 64, false, kNoFence>},
       {"wgmma overwritten", &products<__half, 64, false, kOverwrites>},
       {"wgmma not waited for", &products<__half, 64, false, kNoStoreWait>},
-      {"wgmma of written operands", &plain<&wgmma_written<true, true>, 128>},
-      {"wgmma of operands without swizzle", &plain<&wgmma_written<false, true>, 128>},
+      {"wgmma of written operands", &plain<&wgmma_written<__half, true, true>, 128>},
+      {"wgmma of operands without swizzle", &plain<&wgmma_written<__half, false, true>, 128>},
+      {"wgmma of e4m3 operands", &plain<&wgmma_written<__nv_fp8_e4m3, true, true>, 128>},
       {"wgmma of overlapping rows", &plain<&wgmma_of_overlapping_rows<16>, 128>},
       {"wgmma of rows that overlap less", &plain<&wgmma_of_overlapping_rows<32>, 128>},
-      {"wgmma of unfenced operands", &plain<&wgmma_written<true, false>, 128>},
+      {"wgmma of unfenced operands", &plain<&wgmma_written<__half, true, false>, 128>},
       {"wgmma of rows of 64 bytes", &plain<&wgmma_of_rows<64, 0, 0>, 128>},
       {"wgmma of rows of 32 bytes", &plain<&wgmma_of_rows<32, 0, 0>, 128>},
       {"wgmma at a base offset", &plain<&wgmma_of_rows<128, 3, 3>, 128>},

@@ -2,17 +2,12 @@
 // there is no second pool. A team lives as long as one parallel region.
 #include "parallel.h"
 
-#include <atomic>
 #include <exception>
-#include <thread>
 
 #include "team.h"
 
 #ifdef _OPENMP
 #include <omp.h>
-#endif
-#ifdef __linux__
-#include <sched.h>
 #endif
 
 namespace resnet_fused::cpu {
@@ -20,8 +15,6 @@ namespace {
 
 // About 0.1 ms: longer than the leader needs from one layer to the next.
 constexpr int kSpins = 4000;
-// About 10 us: longer than a thread that is awake needs to come.
-constexpr int kArrivalSpins = 500;
 
 thread_local Team* led_team = nullptr;  // by this thread
 thread_local bool in_task = false;
@@ -38,51 +31,6 @@ class Setting {
  private:
   T& variable_;
   const T before_;
-};
-
-// Sees to it that the members of a team do not share one core while others are idle. Linux may put
-// a woken thread behind the one that woke it, where the core that it ran on before has gone to
-// sleep (in a virtual machine such a core counts as preempted), and leave it there for its whole
-// time slice of some milliseconds: longer than a forward.
-class Arrival {
- public:
-  // For the leader, before the region.
-  explicit Arrival(int others) : others_(others), core_(current_core()) {}
-
-  // For the leader: goes on at once where all have come, and else lets run who waits for this core.
-  void await() {
-    for (int i = 0; i < kArrivalSpins && arrived_.load() < others_; ++i) Team::pause();
-    if (arrived_.load() < others_) std::this_thread::yield();
-  }
-
-  // For the others: leaves the leader's core.
-  void arrive() {
-    ++arrived_;
-#ifdef __linux__
-    cpu_set_t allowed;
-    if (core_ < 0 || current_core() != core_ || core_ >= CPU_SETSIZE ||
-        sched_getaffinity(0, sizeof allowed, &allowed) != 0 || CPU_COUNT(&allowed) < 2) {
-      return;
-    }
-    cpu_set_t others = allowed;
-    CPU_CLR(core_, &others);
-    if (sched_setaffinity(0, sizeof others, &others) == 0) {
-      sched_setaffinity(0, sizeof allowed, &allowed);
-    }
-#endif
-  }
-
- private:
-  static int current_core() {
-#ifdef __linux__
-    return sched_getcpu();
-#else
-    return -1;
-#endif
-  }
-
-  const int others_, core_;
-  std::atomic<int> arrived_{0};
 };
 
 }  // namespace
@@ -116,13 +64,12 @@ void run_with_team(void (*run)(const void* body), const void* body) {
 #ifdef _OPENMP
   // With fewer cores than threads, who spins holds up who works.
   Team team(threads, threads <= omp_get_num_procs() ? kSpins : 0);
-  Arrival arrival(threads - 1);
   std::exception_ptr error;  // none may leave the region
 #pragma omp parallel num_threads(threads)
   {
     if (omp_get_thread_num() == 0) {
       const Setting leads(led_team, &team);
-      arrival.await();
+      team.await();
       try {
         run(body);
       } catch (...) {
@@ -131,7 +78,6 @@ void run_with_team(void (*run)(const void* body), const void* body) {
       team.dismiss();
     } else {
       const Setting within(in_task, true);
-      arrival.arrive();
       team.work(omp_get_thread_num());
     }
   }

@@ -1,10 +1,10 @@
 #include "kernels/cuda/conv.h"
 
-#include "kernels/cuda/conv_int8_sm90.h"
 #include "kernels/cuda/conv_sm80.h"
 #include "kernels/cuda/conv_sm90.h"
 #include "kernels/cuda/conv_training_sm90.h"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/quantized_conv_sm90.h"
 #include "kernels/cuda/wgrad_sm90.h"
 
 namespace resnet_fused {
@@ -20,9 +20,9 @@ ConvTile conv_bn_sm90_choose(const ConvBn&, int) { return ConvTile::kAuto; }
 cudaError_t conv_bn_sm90(const ConvBn&, ConvTile, int, cudaStream_t) {
   return cudaErrorInvalidValue;
 }
-bool conv_int8_sm90_can_implement(const ConvInt8&) { return false; }
-std::vector<Int8Tile> conv_int8_sm90_tiles(const ConvInt8&, int) { return {}; }
-cudaError_t conv_int8_sm90(const ConvInt8&, Int8Tile, int, cudaStream_t) {
+bool quantized_conv_sm90_can_implement(const QuantizedConv&) { return false; }
+std::vector<QuantizedTile> quantized_conv_sm90_tiles(const QuantizedConv&, int) { return {}; }
+cudaError_t quantized_conv_sm90(const QuantizedConv&, QuantizedTile, int, cudaStream_t) {
   return cudaErrorInvalidValue;
 }
 cudaError_t training_tiles(const ConvStats&, int, std::vector<TrainingTile>*) {
@@ -58,7 +58,8 @@ cudaError_t conv_bn_tiles(const ConvBn& arguments, int device, std::vector<ConvT
        {ConvTile::k64x64, ConvTile::k128x64, ConvTile::k128x128, ConvTile::k128x64Sm90,
         ConvTile::k128x128Sm90, ConvTile::k128x128Sm90PingPong, ConvTile::k256x128Sm90Cluster,
         ConvTile::k128x256Sm90Cluster, ConvTile::k64x64Sm90Split2, ConvTile::k64x64Sm90Split4,
-        ConvTile::k64x64Sm90Split8, ConvTile::k200x128Sm90Lines, ConvTile::k224x128Sm90Lines}) {
+        ConvTile::k64x64Sm90Split8, ConvTile::k200x128Sm90Lines, ConvTile::k224x128Sm90Lines,
+        ConvTile::k64x128Sm90Resident}) {
     if (tile != chosen && (sm90 || !for_sm90(tile)) && conv_bn_can_implement(arguments, tile)) {
       tiles->push_back(tile);
     }

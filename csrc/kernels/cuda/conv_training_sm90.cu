@@ -1,10 +1,14 @@
 // Convolutions of a training step for sm_90a: forward, with the statistics of the result, and the
-// gradient of the input where windows neither stride nor dilate.
+// gradient of the input where windows do not dilate.
 //
 // Algorithm: that of conv_sm90.cu, whose roles, turns, clusters and pipelines these are
 // (persistent_conv.cuh); other endings. The gradient of the input is a convolution of the result's
 // gradient with the window turned round, whose weight stands transposed: a step takes the rows of
 // 64 of the convolution's output channels, 64 columns a panel, which wgmma reads by columns.
+// Of windows that move by 2 the lines and columns of the input fall into classes, even and odd
+// ones: positions of one class meet the same taps, and a tile has positions of one class. So 9 taps
+// are 1, 2, 2 and 4 for the four of them. Their results, and what masks or is added, lie two apart,
+// which im2col copies gather and scatter.
 //
 // Endings. Statistics: values are rounded, stored, and, as rounded, summed by channel: deviations
 // from a pivot, the first row that a warp has, and their squares, which keeps the digits that a
@@ -50,6 +54,10 @@ constexpr bool kHasParts = kEnding == Ending::kStatistics || kMasks<kEnding>;
 template <Ending kEnding>
 constexpr bool kHasOperand = kEnding == Ending::kFolded || kEnding == Ending::kSum;
 
+// Whether positions may fall into classes.
+template <Ending kEnding>
+constexpr bool kHasClasses = kEnding == Ending::kMask || kEnding == Ending::kAdd;
+
 constexpr int kWarps = kWarpgroup / 32;
 
 template <int kM, int kN, int kStages, int kResults, int kCluster, bool kPingPong>
@@ -77,20 +85,52 @@ struct Shared {
   static_assert(Turns::kEnd <= kBytes);
 };
 
+constexpr int kMaxClasses = 4;
+
+// The positions of a gradient whose line and column leave the same remainders after the strides.
+struct Class {
+  CUtensorMap before,
+      out;                 // where there is more than one class: what masks or is added, the result
+  int last_h, last_w;      // the last tap of the window that they meet; the next a stride before it
+  int offset_h, offset_w;  // of the pixel that meets that tap; the next tap's is the next pixel
+  int taps;
+};
+
+// Of a gradient the Product `conv` has the window's own size and strides, and the padding that its
+// operands' box has; sizes of the result are those of a class.
 struct Arguments : PersistentArguments {
   float* parts;                    // of statistics or sums; may be null
   const float* below_scale_shift;  // rows of out_channels: mean, scale, shift
   const float* offset;             // of out_channels, where there is a second product
-  int positions;
+  int positions, parts_of_class;
+  unsigned num_classes;     // 1 or 4; 1 without a gradient
+  unsigned class_channels;  // of a class's tiles, what is beyond the last channel included
+  Class classes[kMaxClasses];
 };
 
-// Asks for the weights of a step of the gradient: of the window's tap turned round, and of 64
-// output channels of the convolution from c on, all input channels of the tile, panel by panel.
+// The class of a tile and its first channel. Beside each other are tiles of all classes, which read
+// the same operands; they change places from row to row, so that every block has tiles of each.
+struct Place {
+  int number, channel;
+
+  template <typename Tile>
+  __device__ __forceinline__ Place(const Arguments& a, const TileScheduler<Tile>& at) {
+    const unsigned column = at.channel() / a.class_channels;
+    number = (column + at.row() / Tile::kCluster) & (a.num_classes - 1);
+    channel = at.channel() - column * a.class_channels;
+  }
+  // Where there is one class.
+  template <typename Tile>
+  __device__ __forceinline__ explicit Place(const TileScheduler<Tile>& at)
+      : number(0), channel(at.channel()) {}
+};
+
+// Asks for the weights of a step of the gradient: of a tap of the window, and of 64 output channels
+// of the convolution from c on, all input channels of the tile, panel by panel.
 template <typename Tile>
 struct TransposedWeights {
   __device__ __forceinline__ static void load(const Product& product, std::uint32_t to,
                                               std::uint32_t mbarrier, int c, int tap, int channel) {
-    const int turned = product.kernel_h * product.kernel_w - 1 - tap;
     constexpr int kShare =
         Tile::kN / kMapChannels / Tile::kCluster;  // panels that this block asks for
     const int first = blockIdx.x % Tile::kCluster * kShare;
@@ -100,14 +140,87 @@ struct TransposedWeights {
       const std::uint32_t at = to + panel * kMapChannels * kRowBytes;
       const int column = channel + panel * kMapChannels;
       if constexpr (Tile::kCluster == 1) {
-        ptx::load_tile(at, product.weight, mbarrier, {column, turned, c});
+        ptx::load_tile(at, product.weight, mbarrier, {column, tap, c});
       } else {
         constexpr std::uint16_t kAll = (1 << Tile::kCluster) - 1;
-        ptx::load_tile_multicast(at, product.weight, mbarrier, {column, turned, c}, kAll);
+        ptx::load_tile_multicast(at, product.weight, mbarrier, {column, tap, c}, kAll);
       }
     }
   }
 };
+
+// Asks for all steps of a gradient's convolution of one tile.
+template <typename Tile, typename Operands>
+__device__ __forceinline__ void load_taps(const Arguments& a, const TileScheduler<Tile>& at,
+                                          Operands& operands) {
+  const Product& product = a.conv;
+  const Place place(a, at);
+  const Class& of = a.classes[place.number];
+  const Pixel pixel(at.position(), a.out_height, a.out_width);
+  const int h = pixel.h - product.padding_h, w = pixel.w - product.padding_w;
+  int offset_h = of.offset_h;
+#pragma unroll 1
+  for (int r = of.last_h; r >= 0; r -= product.stride_h, ++offset_h) {
+    int offset_w = of.offset_w;
+#pragma unroll 1
+    for (int s = of.last_w; s >= 0; s -= product.stride_w, ++offset_w) {
+#pragma unroll 1
+      for (int c = 0; c < product.channels; c += Tile::kStepChannels) {
+        const std::uint32_t stage = operands.stage() * Tile::kStageBytes;
+        operands.acquire(at.tile());
+        operands.commit_bytes(Tile::kStageBytes);
+        if (product.matrix) {
+          ptx::load_tile(stage, product.x, operands.full(), {c, at.position()});
+        } else {
+          ptx::load_pixels(
+              stage, product.x, operands.full(), {c, w, h, pixel.image},
+              {static_cast<std::uint16_t>(offset_w), static_cast<std::uint16_t>(offset_h)});
+        }
+        TransposedWeights<Tile>::load(product, stage + Tile::kOperandBytes, operands.full(), c,
+                                      r * product.kernel_w + s, place.channel);
+        operands.advance();
+      }
+    }
+  }
+}
+
+// The role of one thread where positions may fall into classes: as load_operands.
+template <typename Tile, typename Operands>
+__device__ __forceinline__ void load_classes(const Arguments& a) {
+  Operands operands(a.spin_limit);
+#pragma unroll 1
+  for (TileScheduler<Tile> at(a); at.valid(); at.advance()) load_taps(a, at, operands);
+}
+
+// For move_results, as those of persistent_conv.cuh.
+template <typename Tile>
+__device__ __forceinline__ void store(const Arguments& a, const TileScheduler<Tile>& at,
+                                      std::uint32_t result) {
+  if (a.num_classes == 1)
+    return store<Tile>(static_cast<const PersistentArguments&>(a), at, result);
+  const Place place(a, at);
+  const Pixel pixel(at.position(), a.out_height, a.out_width);
+  for (int panel = 0; panel < Tile::kPanels; ++panel) {
+    ptx::store_pixels(a.classes[place.number].out, result + panel * Tile::kPanelBytes,
+                      {place.channel + panel * Tile::kPanel, pixel.w, pixel.h, pixel.image});
+  }
+  ptx::bulk_commit();
+  ptx::bulk_wait_read<0>();
+}
+
+template <typename Tile>
+__device__ __forceinline__ void load_residual(const Arguments& a, const TileScheduler<Tile>& at,
+                                              std::uint32_t result, std::uint32_t mbarrier) {
+  if (a.num_classes == 1) {
+    return load_residual<Tile>(static_cast<const PersistentArguments&>(a), at, result, mbarrier);
+  }
+  const Place place(a, at);
+  const Pixel pixel(at.position(), a.out_height, a.out_width);
+  for (int panel = 0; panel < Tile::kPanels; ++panel) {
+    ptx::load_pixels(result + panel * Tile::kPanelBytes, a.classes[place.number].before, mbarrier,
+                     {place.channel + panel * Tile::kPanel, pixel.w, pixel.h, pixel.image}, {0, 0});
+  }
+}
 
 // Of 8 values, the sum of the lane / 4-th one over the 8 lanes with the same lane % 4.
 __device__ __forceinline__ float reduce(const float (&v)[8]) {
@@ -268,6 +381,13 @@ __device__ __forceinline__ void write_part(float* to, std::int64_t apart, int co
   }
 }
 
+// The steps of a tile's convolution.
+template <Ending kEnding>
+__device__ __forceinline__ int steps_of_tile(const Arguments& a, const Place& place) {
+  if constexpr (!kHasClasses<kEnding>) return steps_of(a.conv);
+  return a.classes[place.number].taps * ((a.conv.channels + kMapChannels - 1) / kMapChannels);
+}
+
 // The role of a warpgroup: multiplies and finishes its positions of every tile, or every other
 // tile.
 template <typename T, typename Tile, Ending kEnding>
@@ -282,13 +402,15 @@ __device__ __forceinline__ void consume(const Arguments& a, int consumer) {
   int turn = 0;
 #pragma unroll 1
   for (TileScheduler<Tile> at(a); at.valid(); at.advance()) {
+    const Place place = kHasClasses<kEnding> ? Place(a, at) : Place(at);
+    const int steps = steps_of_tile<kEnding>(a, place);
     if (Tile::kPingPong && turn++ % kNumConsumers != consumer) {
-      operands.advance(steps_of(a.conv) + (kOperand ? steps_of(a.projection) : 0));
+      operands.advance(steps + (kOperand ? steps_of(a.projection) : 0));
       results.advance();
       continue;
     }
     const std::uint32_t result = Shared::kResults + results.stage() * Tile::kResultBytes;
-    const int channel = at.channel() + thread;
+    const int channel = place.channel + thread;
     const bool has_channel = thread < Tile::kN && channel < a.out_channels;
     ScaleShift below{};
     if constexpr (kOperand) {
@@ -307,7 +429,7 @@ __device__ __forceinline__ void consume(const Arguments& a, int consumer) {
                                                                       at.tile(), operands, [] {});
     }
     acc.template multiply<T, Tile, Tile::kCluster, kOperand, kColumns>(
-        steps_of(a.conv), part, at.tile(), operands, [&] {
+        steps, part, at.tile(), operands, [&] {
           if constexpr (Tile::kPingPong) pass_turn(consumer, turns);
         });
     if constexpr (kMasks<kEnding> || kOperand) {
@@ -328,8 +450,8 @@ __device__ __forceinline__ void consume(const Arguments& a, int consumer) {
     if constexpr (kHasParts<kEnding>) {
       if (a.parts != nullptr && has_channel && rows > 0) {
         constexpr int kRows = kMasks<kEnding> ? 2 : 3;
-        float* const to =
-            a.parts + std::int64_t{position / kPartRows} * kRows * a.out_channels + channel;
+        const int number = place.number * a.parts_of_class + position / kPartRows;
+        float* const to = a.parts + std::int64_t{number} * kRows * a.out_channels + channel;
         write_part<Tile, kEnding>(to, a.out_channels, consumer, thread, rows);
       }
     }
@@ -358,9 +480,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::decrease_registers<Tile::kNumProducerRegisters>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (warp == 0 && lane == 0) {
-      load_operands<Tile, typename Shared::Operands, kHasOperand<kEnding>, Weights>(a);
+      if constexpr (kHasClasses<kEnding>) {
+        load_classes<Tile, typename Shared::Operands>(a);
+      } else {
+        load_operands<Tile, typename Shared::Operands, kHasOperand<kEnding>, Weights>(a);
+      }
     } else if (warp == 2 && lane == 0) {
-      move_results<Tile, typename Shared::Results, Shared::kResults>(a);
+      using Results = typename Shared::Results;
+      using OfEnding = std::conditional_t<kHasClasses<kEnding>, Arguments, PersistentArguments>;
+      move_results<Tile, Results, Shared::kResults, OfEnding>(a);
     }
   } else {
     ptx::increase_registers<Tile::kNumConsumerRegisters>();
@@ -387,24 +515,84 @@ auto with_tile(TrainingTile tile, Function&& function) {
 // in clusters; an ending is longer than the one there. Its numbers are fitted to times, and nothing
 // of training is.
 template <typename Tile>
-std::int64_t cycles(const ConvBn& a, int num_sms) {
+std::int64_t cycles(const ConvBn& a, int num_sms, int num_classes) {
   constexpr std::int64_t kTensor = Tile::kM * Tile::kN * kMapChannels / 2048;
   constexpr std::int64_t kAsked = (Tile::kM + Tile::kWeightRows) * kRowBytes;
   constexpr int kL2BytesPerCycle = 64;  // of an SM
   constexpr std::int64_t kStep = std::max(kTensor, kAsked / kL2BytesPerCycle);
   constexpr std::int64_t kEnd = Tile::kM * Tile::kN / 8;
-  const std::int64_t of_sm = ceil_div(tiles<Tile>(a) * Tile::kCluster, num_sms);
-  const bool folded = a.projection.x != nullptr;
-  const std::int64_t products = (steps_of(a.conv) + (folded ? steps_of(a.projection) : 0)) * kStep;
+  const std::int64_t of_sm = ceil_div(num_classes * tiles<Tile>(a) * Tile::kCluster, num_sms);
+  const std::int64_t steps = steps_of(a.conv) + (a.projection.x ? steps_of(a.projection) : 0);
+  const std::int64_t products = steps * kStep / num_classes;  // of their tiles, on average
   if (Tile::kPingPong) return of_sm * std::max(products, (products + kEnd) / 2) + kEnd;
   return of_sm * (products + kEnd);
 }
 
-// The weights that lie transposed, of a gradient and of its second product, and its operand.
-struct Transposed {
+// The convolution whose gradient this is, the weights that lie transposed, of it and of a second
+// product, and the operand of that.
+struct Gradient {
+  ConvolutionBn conv;
   CUtensorMap weight, matrix;
   Residual operand;
 };
+
+// Of what lies like a gradient the lines from h on and the columns from w on, as its convolution's
+// window moves.
+Residual view_of(const void* data, const ConvolutionBn& conv, int h = 0, int w = 0) {
+  const std::int64_t pixel = conv.channels, line = conv.width * pixel;
+  const auto* const first = static_cast<const std::uint16_t*>(data) + h * line + w * pixel;
+  return {first,
+          pixel,
+          conv.height / conv.stride_h,
+          conv.width / conv.stride_w,
+          conv.height * line,
+          conv.stride_h * line,
+          conv.stride_w * pixel};
+}
+
+// The gradient's operands, classes, and where they lie. `a` is what as_convolution says.
+template <typename Tile>
+cudaError_t encode_gradient(Arguments* to, const ConvBn& a, const Gradient& gradient) {
+  const ConvolutionBn& conv = gradient.conv;
+  cudaError_t status = encode_x(&to->conv, a, a.conv, Tile::kM);
+  if (status == cudaSuccess) status = encode_result<Tile>(to, a);
+  to->conv.weight = gradient.weight;
+  to->conv.stride_h = conv.stride_h;
+  to->conv.stride_w = conv.stride_w;
+  to->num_classes = conv.stride_h * conv.stride_w;
+  to->class_channels = to->tiles_across * Tile::kN;
+  to->tiles *= to->num_classes;
+  to->tiles_across *= to->num_classes;
+  for (unsigned i = 0; i < to->num_classes && status == cudaSuccess; ++i) {
+    Class& of = to->classes[i];
+    const int stride = conv.stride_w, h = i / stride, w = i % stride;
+    const auto last = [](int at, int kernel, int stride) {
+      return kernel - 1 - (kernel - 1 - at % stride) % stride;
+    };
+    const int at_h = h + conv.padding_h, at_w = w + conv.padding_w;  // what the first tap would be
+    of.last_h = last(at_h, conv.kernel_h, conv.stride_h);
+    of.last_w = last(at_w, conv.kernel_w, conv.stride_w);
+    of.offset_h = (at_h - of.last_h) / conv.stride_h + a.conv.padding_h;
+    of.offset_w = (at_w - of.last_w) / conv.stride_w + a.conv.padding_w;
+    of.taps = (of.last_h / conv.stride_h + 1) * (of.last_w / conv.stride_w + 1);
+    if (to->num_classes == 1) break;
+    ConvBn view = a;
+    view.residual = view_of(a.out, conv, h, w);
+    status = encode_residual<Tile>(&of.out, view);
+    if (!to->has_residual || status != cudaSuccess) continue;
+    view.residual = view_of(a.residual.data, conv, h, w);
+    status = encode_residual<Tile>(&of.before, view);
+  }
+  if (to->num_classes == 1 || status != cudaSuccess) return status;
+  const auto size = [](std::int64_t value) { return static_cast<std::uint64_t>(value); };
+  const ConvolutionBn& x = a.conv;
+  return encode_pixels(
+      &to->conv.x, a.dtype, x.x, {size(x.channels), size(x.width), size(x.height), size(a.batch)},
+      {{-x.padding_w, -x.padding_h},
+       {a.out_width - x.width - x.padding_w, a.out_height - x.height - x.padding_h},
+       {1, 1}},
+      Tile::kM);
+}
 
 // A map of the operand of a second product, and its window of one pixel.
 template <typename Tile>
@@ -420,20 +608,18 @@ cudaError_t encode_operand(Product* to, const ConvBn& a, const Residual& operand
 }
 
 template <typename T, Ending kEnding>
-cudaError_t run(const ConvBn& a, const Transposed* transposed, Arguments to, TrainingTile tile,
+cudaError_t run(const ConvBn& a, const Gradient* gradient, Arguments to, TrainingTile tile,
                 int num_sms, cudaStream_t stream) {
   return with_tile(tile, [&](auto t) {
     using Tile = decltype(t);
     to.positions = static_cast<int>(positions(a));
-    cudaError_t status = transposed == nullptr ? encode_arguments<Tile>(&to, a)
-                                               : encode_x(&to.conv, a, a.conv, Tile::kM);
-    if (transposed != nullptr && status == cudaSuccess) {
-      to.conv.weight = transposed->weight;
-      status = encode_result<Tile>(&to, a);
-    }
+    to.parts_of_class = static_cast<int>(ceil_div(positions(a), kPartRows));
+    to.num_classes = 1;
+    cudaError_t status = gradient == nullptr ? encode_arguments<Tile>(&to, a)
+                                             : encode_gradient<Tile>(&to, a, *gradient);
     if (kHasOperand<kEnding> && status == cudaSuccess) {
-      status = encode_operand<Tile>(&to.projection, a, transposed->operand);
-      to.projection.weight = transposed->matrix;
+      status = encode_operand<Tile>(&to.projection, a, gradient->operand);
+      to.projection.weight = gradient->matrix;
     }
     if (status != cudaSuccess) return status;
     return launch(&conv_training_sm90_kernel<T, Tile, kEnding>,
@@ -442,8 +628,8 @@ cudaError_t run(const ConvBn& a, const Transposed* transposed, Arguments to, Tra
 }
 
 template <Ending kEnding>
-cudaError_t run(const ConvBn& a, const Transposed* transposed, const Arguments& to,
-                TrainingTile tile, int device, cudaStream_t stream) {
+cudaError_t run(const ConvBn& a, const Gradient* gradient, const Arguments& to, TrainingTile tile,
+                int device, cudaStream_t stream) {
   if (positions(a) * a.out_channels == 0) return cudaSuccess;
   cudaError_t status = set_device(device);
   bool sm90 = false;
@@ -453,33 +639,36 @@ cudaError_t run(const ConvBn& a, const Transposed* transposed, const Arguments& 
   if (status != cudaSuccess) return status;
   if (!sm90) return cudaErrorInvalidValue;
   return a.dtype == DType::kFloat16
-             ? run<__half, kEnding>(a, transposed, to, tile, num_sms, stream)
-             : run<__nv_bfloat16, kEnding>(a, transposed, to, tile, num_sms, stream);
+             ? run<__half, kEnding>(a, gradient, to, tile, num_sms, stream)
+             : run<__nv_bfloat16, kEnding>(a, gradient, to, tile, num_sms, stream);
 }
 
 bool can_take(const ConvBn& a) {
   return a.dtype != DType::kFloat32 && a.groups == 1 && a.out_channels % 8 == 0 && aligned(a.out) &&
          can_read(a.conv) && (a.projection.x == nullptr || can_read(a.projection)) &&
-         can_read(a.residual, 2) && tiles<Tile128x64>(a) + positions(a) + 2 * kMaxM <= kMaxGridX;
+         can_read(a.residual, 2) &&
+         kMaxClasses * (tiles<Tile128x64>(a) + positions(a) + 2 * kMaxM) <= kMaxGridX;
 }
 
-// The convolution that the gradient is: of the gradient of the result, the window turned round.
+// The convolution that the gradient of a class is: of the gradient of the result, the window turned
+// round, by single pixels.
 ConvBn as_convolution(const Dgrad& dgrad) {
   ConvBn a = dgrad.op;
+  const ConvolutionBn& of = dgrad.op.conv;
   ConvolutionBn& conv = a.conv;
   conv.x = dgrad.grad;
-  conv.padding_h = conv.kernel_h - 1 - conv.padding_h;
-  conv.padding_w = conv.kernel_w - 1 - conv.padding_w;
-  std::swap(conv.height, a.out_height);
-  std::swap(conv.width, a.out_width);
-  std::swap(conv.channels, a.out_channels);
+  conv.stride_h = conv.stride_w = 1;
+  conv.padding_h = (of.kernel_h - 1 - of.padding_h) / of.stride_h;
+  conv.padding_w = (of.kernel_w - 1 - of.padding_w) / of.stride_w;
+  conv.height = dgrad.op.out_height;
+  conv.width = dgrad.op.out_width;
+  conv.channels = dgrad.op.out_channels;
+  a.out_height = of.height / of.stride_h;
+  a.out_width = of.width / of.stride_w;
+  a.out_channels = of.channels;
   a.out = dgrad.out;
   const void* const before = dgrad.below != nullptr ? dgrad.below : dgrad.add;
-  if (before != nullptr) {
-    const std::int64_t pixel = a.out_channels, line = pixel * a.out_width;
-    a.residual = {before, a.out_channels, a.out_height, a.out_width, line * a.out_height,
-                  line,   pixel};
-  }
+  if (before != nullptr) a.residual = view_of(before, of);
   if (dgrad.operand.channels > 0) {
     a.projection.x = dgrad.operand.data;
     a.projection.weight = dgrad.operand_matrix;
@@ -494,14 +683,18 @@ bool can_implement(const ConvStats& arguments) { return can_take(arguments.op); 
 
 bool can_implement(const Dgrad& arguments) {
   const ConvolutionBn& conv = arguments.op.conv;
-  return conv.stride_h * conv.stride_w * conv.dilation_h * conv.dilation_w == 1 &&
-         conv.padding_h < conv.kernel_h && conv.padding_w < conv.kernel_w &&
+  const int stride = conv.stride_h;
+  return conv.dilation_h * conv.dilation_w == 1 && stride == conv.stride_w &&
+         stride * stride <= kMaxClasses && stride <= conv.kernel_h && stride <= conv.kernel_w &&
+         conv.height % stride == 0 && conv.width % stride == 0 && conv.padding_h < conv.kernel_h &&
+         conv.padding_w < conv.kernel_w &&
          (arguments.operand.channels == 0 ||
           (is_matrix(conv) && arguments.add == nullptr && can_read(arguments.operand, 2))) &&
          can_take(as_convolution(arguments));
 }
 
-cudaError_t list_tiles(const ConvBn& a, int device, std::vector<TrainingTile>* found) {
+cudaError_t list_tiles(const ConvBn& a, int num_classes, int device,
+                       std::vector<TrainingTile>* found) {
   bool sm90 = false;
   int num_sms = 0;
   cudaError_t status = runs_sm90(device, &sm90);
@@ -509,7 +702,7 @@ cudaError_t list_tiles(const ConvBn& a, int device, std::vector<TrainingTile>* f
   if (status != cudaSuccess || !sm90) return status;
   *found = {TrainingTile::k128x64, TrainingTile::k128x128, TrainingTile::k256x128Cluster};
   const auto time = [&](TrainingTile tile) {
-    return with_tile(tile, [&](auto t) { return cycles<decltype(t)>(a, num_sms); });
+    return with_tile(tile, [&](auto t) { return cycles<decltype(t)>(a, num_sms, num_classes); });
   };
   std::stable_sort(found->begin(), found->end(),
                    [&](TrainingTile b, TrainingTile c) { return time(b) < time(c); });
@@ -520,12 +713,13 @@ cudaError_t list_tiles(const ConvBn& a, int device, std::vector<TrainingTile>* f
 
 cudaError_t training_tiles(const ConvStats& arguments, int device,
                            std::vector<TrainingTile>* found) {
-  return can_implement(arguments) ? list_tiles(arguments.op, device, found) : cudaSuccess;
+  return can_implement(arguments) ? list_tiles(arguments.op, 1, device, found) : cudaSuccess;
 }
 
 cudaError_t training_tiles(const Dgrad& arguments, int device, std::vector<TrainingTile>* found) {
   if (!can_implement(arguments)) return cudaSuccess;
-  return list_tiles(as_convolution(arguments), device, found);
+  const ConvolutionBn& conv = arguments.op.conv;
+  return list_tiles(as_convolution(arguments), conv.stride_h * conv.stride_w, device, found);
 }
 
 cudaError_t conv_stats(const ConvStats& arguments, TrainingTile tile, int device,
@@ -543,8 +737,9 @@ cudaError_t dgrad(const Dgrad& arguments, TrainingTile tile, int device, cudaStr
   to.parts = arguments.sums;
   to.below_scale_shift = arguments.below_scale_shift;
   to.offset = arguments.operand_offset;
-  Transposed transposed{};
-  transposed.operand = arguments.operand;
+  Gradient gradient{};
+  gradient.conv = arguments.op.conv;
+  gradient.operand = arguments.operand;
   const auto encode_weight = [&](CUtensorMap* map, const ConvolutionBn& conv) {
     const auto size = [](std::int64_t value) { return static_cast<std::uint64_t>(value); };
     return encode_tiles(map, a.dtype, conv.weight,
@@ -553,15 +748,15 @@ cudaError_t dgrad(const Dgrad& arguments, TrainingTile tile, int device, cudaStr
                         {1, kMapChannels});
   };
   const bool folded = arguments.operand.channels > 0, masks = arguments.below != nullptr;
-  cudaError_t status = encode_weight(&transposed.weight, a.conv);
-  if (folded && status == cudaSuccess) status = encode_weight(&transposed.matrix, a.projection);
+  cudaError_t status = encode_weight(&gradient.weight, a.conv);
+  if (folded && status == cudaSuccess) status = encode_weight(&gradient.matrix, a.projection);
   if (status != cudaSuccess) return status;
   if (folded) {
-    return masks ? run<Ending::kFolded>(a, &transposed, to, tile, device, stream)
-                 : run<Ending::kSum>(a, &transposed, to, tile, device, stream);
+    return masks ? run<Ending::kFolded>(a, &gradient, to, tile, device, stream)
+                 : run<Ending::kSum>(a, &gradient, to, tile, device, stream);
   }
-  return masks ? run<Ending::kMask>(a, &transposed, to, tile, device, stream)
-               : run<Ending::kAdd>(a, &transposed, to, tile, device, stream);
+  return masks ? run<Ending::kMask>(a, &gradient, to, tile, device, stream)
+               : run<Ending::kAdd>(a, &gradient, to, tile, device, stream);
 }
 
 }  // namespace resnet_fused

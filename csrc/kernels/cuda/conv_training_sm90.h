@@ -13,7 +13,8 @@ namespace resnet_fused {
 // Positions x channels of a block's tile.
 enum class TrainingTile : int { k128x64 = 0, k128x128 = 1, k256x128Cluster = 2 };
 
-// Rows of a result that one part of its statistics or sums is about.
+// Rows of a result, or of a class of a gradient's, that one part of its statistics or sums is
+// about.
 constexpr int kPartRows = 128;
 
 struct ConvStats {
@@ -21,14 +22,15 @@ struct ConvStats {
   float* moments;  // (parts, 3, out_channels), or null
 };
 
-// Without dilated or strided windows. `op` is the convolution whose x has the gradient `out`.
+// Without dilated windows; of those that move by 2 in both directions, at most by their size, x has
+// an even height and width. `op` is the convolution whose x has the gradient `out`.
 struct Dgrad {
   void* out;                    // (batch, height, width, channels) of `dtype`, op.conv's sizes
   const void* grad;             // (batch, out_height, out_width, out_channels), op's sizes
   ConvBn op;                    // of which x and out are null
   const void* below = nullptr;  // pre-BN output, laid out like `out`
   const float* below_scale_shift = nullptr;  // (6, channels)
-  float* sums = nullptr;                     // (parts, 2, channels), with `below`
+  float* sums = nullptr;                     // (parts, 2, channels), with `below`, class by class
   const void* add = nullptr;                 // laid out like `out`, without `below`
   // Of a folded end, a 1 x 1 convolution, without `add`: operand_matrix * operand + operand_offset
   // are added before the mask.

@@ -164,9 +164,10 @@ __device__ __forceinline__ void load_residual(const PersistentArguments& a,
 
 // The role of one thread: stores every tile's result, which lies from kFirst on, and fills its
 // place again with the residual of a later tile. To acquire a stage is to know that the result of
-// an earlier one lies there.
-template <typename Tile, typename Results, std::uint32_t kFirst>
-__device__ __forceinline__ void move_results(const PersistentArguments& a) {
+// an earlier one lies there. A kernel whose results lie otherwise brings `store` and
+// `load_residual` of its own Arguments.
+template <typename Tile, typename Results, std::uint32_t kFirst, typename Arguments>
+__device__ __forceinline__ void move_results(const Arguments& a) {
   Results results(a.spin_limit);
   const auto place = [&] { return kFirst + results.stage() * Tile::kResultBytes; };
   TileScheduler<Tile> stored(a);

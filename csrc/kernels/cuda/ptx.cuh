@@ -113,6 +113,9 @@ __device__ __forceinline__ std::uint32_t max_nan_pair(std::uint32_t a, std::uint
 // "cvt", cvt.rni.s32.f32: the nearest integer, ties to even.
 __device__ __forceinline__ std::int32_t round_to_int(float value) { return __float2int_rn(value); }
 
+// "mul", mul.rn.f32: a product that no addition is fused with.
+__device__ __forceinline__ float multiply_rounded(float a, float b) { return __fmul_rn(a, b); }
+
 // "prmt": byte number `byte` of `bytes`, added to 2^23.
 __device__ __forceinline__ float float_behind_exponent(std::uint32_t bytes, int byte) {
   return __uint_as_float(__byte_perm(bytes, 0x4b000000u, 0x7440u + byte));

@@ -33,6 +33,29 @@ __device__ __forceinline__ void mma_m16n8k32(std::int32_t (&d)[4], const std::ui
   }
 }
 
+// "cvt", cvt.rn.satfinite.e4m3x2.f32 of sm_89 and later: e4m3 numbers, to nearest, ties to even,
+// the first one lowest; what is beyond +-448 becomes that.
+__device__ __forceinline__ std::uint32_t pack_e4m3(const float (&v)[4]) {
+  std::uint16_t lower, upper;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(lower) : "f"(v[1]), "f"(v[0]));
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(upper) : "f"(v[3]), "f"(v[2]));
+  return lower | static_cast<std::uint32_t>(upper) << 16;
+}
+
+// "cvt", cvt.rn.f16x2.e4m3x2: what they stand for, which float16 holds.
+__device__ __forceinline__ void unpack_e4m3(std::uint32_t bytes, float (&v)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const auto two = static_cast<std::uint16_t>(bytes >> 8 * i);
+    std::uint32_t bits;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(bits) : "h"(two));
+    __half2 pair;
+    memcpy(&pair, &bits, sizeof(pair));
+    v[i] = __low2float(pair);
+    v[i + 1] = __high2float(pair);
+  }
+}
+
 }  // namespace resnet_fused::ptx
 
 #endif  // RESNET_FUSED_HOST_SIM

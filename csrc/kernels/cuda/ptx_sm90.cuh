@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cuda.h>
+#include <cuda_fp8.h>
 
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/spin_limit.h"
@@ -124,6 +125,16 @@ template <int kDimensions>
 __device__ __forceinline__ void store_tile(const CUtensorMap& map, std::uint32_t from,
                                            const std::int32_t (&at)[kDimensions]) {
   cu::cp_async_bulk_tensor(cu::space_global, cu::space_shared, &map, at, shared_memory() + from);
+}
+
+// The same in "im2col_no_offs mode", the pixels of load_pixels without a tap's offsets.
+__device__ __forceinline__ void store_pixels(const CUtensorMap& map, std::uint32_t from,
+                                             const std::int32_t (&at)[4]) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.im2col_no_offs.bulk_group "
+      "[%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
+      "r"(shared_address(from)), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3])
+      : "memory");
 }
 
 // "cp.async.bulk.commit_group": what this thread has stored since the last one is a group.
@@ -371,32 +382,36 @@ __device__ __forceinline__ void wgmma_fence(D& d) {
   RF_WGMMA(type, 248, 124, 125, 126, RF_D12, RF_P4, 12) \
   RF_WGMMA(type, 256, 128, 129, 130, RF_D12, RF_P8, 12)
 #define RF_I(i) , "+r"(d[i])
-#define RF_WGMMA_S8(type, N, count, next, last, D, P, t)                               \
+#define RF_WGMMA_BYTES(types, scales, R, O, N, count, next, last, D, P, t)              \
   if constexpr (kValues == count) {                                                    \
     asm volatile(                                                                      \
         "{\n"                                                                          \
         ".reg .pred p;\n"                                                              \
         "setp.ne.b32 p, %" #last ", 0;\n"                                              \
-        "wgmma.mma_async.sync.aligned.m64n" #N "k32.s32." type ".s8 {%0" D(RF_S)        \
-        P(RF_S, t) "}, %" #count ", %" #next ", p;\n"                                  \
+        "wgmma.mma_async.sync.aligned.m64n" #N "k32." types " {%0" D(RF_S) P(RF_S, t)   \
+        "}, %" #count ", %" #next ", p" scales ";\n"                                   \
         "}\n"                                                                          \
-        : "+r"(d[0]) D(RF_I) P(RF_I, t)                                                \
+        : R(d[0]) D(O) P(O, t)                                                         \
         : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                          \
   }
-#define RF_WGMMA_S8_OF(type) \
-  RF_WGMMA_S8(type, 64, 32, 33, 34, RF_D3, RF_P2, 3) \
-  RF_WGMMA_S8(type, 128, 64, 65, 66, RF_D6, RF_P4, 6) \
-  RF_WGMMA_S8(type, 256, 128, 129, 130, RF_D12, RF_P8, 12)
+#define RF_WGMMA_BYTES_OF(types, scales, R, O) \
+  RF_WGMMA_BYTES(types, scales, R, O, 64, 32, 33, 34, RF_D3, RF_P2, 3) \
+  RF_WGMMA_BYTES(types, scales, R, O, 128, 64, 65, 66, RF_D6, RF_P4, 6) \
+  RF_WGMMA_BYTES(types, scales, R, O, 256, 128, 129, 130, RF_D12, RF_P8, 12)
 // clang-format on
 
 // A transposed operand lies by columns: of a (16, 64), of b (16, N), as transposed_descriptor says.
+// Of T = __nv_fp8_e4m3 it is m64nNk32 with N = 64, 128 or 256, and sums keep but 13 bits behind the
+// point, the rest is cut off (arXiv 2412.19437, 3.3.2; arXiv 2505.09343, 3.1.1).
 template <typename T, bool kTransposedA = false, bool kTransposedB = false, int kValues>
 __device__ __forceinline__ void wgmma(float (&d)[kValues], std::uint64_t a, std::uint64_t b,
                                       bool accumulate) {
   static_assert(kValues % 4 == 0 && kValues >= 4 && kValues <= 128);
-  static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
   static_assert(kTransposedB || !kTransposedA);
-  if constexpr (std::is_same_v<T, __half>) {
+  if constexpr (std::is_same_v<T, __nv_fp8_e4m3>) {
+    static_assert(!kTransposedB && (kValues == 32 || kValues == 64 || kValues == 128));
+    RF_WGMMA_BYTES_OF("f32.e4m3.e4m3", ", 1, 1", "+f", RF_O)
+  } else if constexpr (std::is_same_v<T, __half>) {
     if constexpr (kTransposedA) {
       RF_WGMMA_OF(("f16", "1, 1"))
     } else if constexpr (kTransposedB) {
@@ -420,10 +435,10 @@ __device__ __forceinline__ void wgmma(std::int32_t (&d)[kValues], std::uint64_t 
                                       bool accumulate) {
   static_assert(kValues == 32 || kValues == 64 || kValues == 128);
   if constexpr (std::is_same_v<T, std::uint8_t>) {
-    RF_WGMMA_S8_OF("u8")
+    RF_WGMMA_BYTES_OF("s32.u8.s8", "", "+r", RF_I)
   } else {
     static_assert(std::is_same_v<T, std::int8_t>);
-    RF_WGMMA_S8_OF("s8")
+    RF_WGMMA_BYTES_OF("s32.s8.s8", "", "+r", RF_I)
   }
 }
 

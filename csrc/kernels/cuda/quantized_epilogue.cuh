@@ -1,7 +1,7 @@
 // What the quantised convolutions do with the sums of a tile: bias, shortcut, requantisation,
 // bytes.
 //
-// Weights come with each 16 output channels in another order (conv_int8.h), in which the four
+// Weights come with each 16 output channels in another order (quantized_conv.h), in which the four
 // values that a thread holds of a row of them are neighbours, and its part of the row is a word.
 //
 // Shared memory: a tile of the result, in panels of up to 128 channels, rows of as many bytes whose
@@ -15,7 +15,7 @@
 #include <type_traits>
 
 #include "kernels/cuda/dtype.cuh"
-#include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/ptx_bytes.cuh"
 
 namespace resnet_fused {
 
@@ -28,7 +28,8 @@ struct QuantizedVectors {
   const float* shortcut_scale;  // null where there is no shortcut
 };
 
-// `Sum` is the accumulators' type, int32.
+// `Sum` is the accumulators' type: int32, or of e4m3 numbers float, in which every product and
+// every sum is rounded by itself.
 template <int kM, int kN, typename Sum>
 class QuantizedEpilogue {
  public:
@@ -92,10 +93,6 @@ class QuantizedEpilogue {
       return result + place(row, acc.column(2 * group) / 16) + (acc.row(i) - acc.row(0)) * kPanel +
              kRun * (threadIdx.x % 4);
     };
-    // Of signed bytes as of unsigned ones: -128 to 127 become 0 to 255. The byte stands behind the
-    // exponent of 2^23, from which what it began with is taken again.
-    const std::uint32_t flipped = residual_is_signed ? 0x80808080u : 0;
-    const float offset = 8388608.0f + (residual_is_signed ? 128.0f : 0.0f);
 #pragma unroll
     for (int begin = 0; begin < kGroups<Acc>; begin += kBatch) {
       std::uint32_t y[kBatch][Acc::kRows];
@@ -104,7 +101,7 @@ class QuantizedEpilogue {
         for (int b = 0; b < kBatch; ++b) {
 #pragma unroll
           for (int i = 0; i < Acc::kRows; ++i) {
-            y[b][i] = ptx::load_shared<std::uint32_t>(at(i, begin + b)) ^ flipped;
+            y[b][i] = ptx::load_shared<std::uint32_t>(at(i, begin + b));
           }
         }
       }
@@ -117,17 +114,15 @@ class QuantizedEpilogue {
         if constexpr (kResidual) scale = ptx::load_shared<Floats>(of + 2 * kVectorBytes);
 #pragma unroll
         for (int i = 0; i < Acc::kRows; ++i) {
-          Sum v[kRun];
+          float added[kRun] = {}, v[kRun];
+          if constexpr (kResidual) unpack(y[b][i], residual_is_signed, added);
 #pragma unroll
           for (int e = 0; e < kRun; ++e) {
-            v[e] = value_of(acc, i, begin + b, e) + bias.value[e];
-            if constexpr (kResidual) {
-              v[e] += scaled(ptx::float_behind_exponent(y[b][i], e) - offset, scale.value[e]);
-            }
-            v[e] = ptx::round_to_int(static_cast<float>(v[e]) * multiplier.value[e]);
+            Sum sum = value_of(acc, i, begin + b, e) + bias.value[e];
+            if constexpr (kResidual) sum += scaled(added[e], scale.value[e]);
+            v[e] = static_cast<float>(sum) * multiplier.value[e];
           }
-          y[b][i] =
-              relu ? ptx::pack_saturated<std::uint8_t>(v) : ptx::pack_saturated<std::int8_t>(v);
+          y[b][i] = packed(v, relu);
         }
       }
 #pragma unroll
@@ -140,6 +135,7 @@ class QuantizedEpilogue {
 
  private:
   static constexpr int kRun = 4;
+  static constexpr bool kIntegers = std::is_integral_v<Sum>;
   using Sums = Pack<Sum, kRun>;
   using Floats = Pack<float, kRun>;
   template <typename Acc>
@@ -157,7 +153,44 @@ class QuantizedEpilogue {
   }
 
   __device__ __forceinline__ static Sum scaled(float value, float scale) {
-    return ptx::round_to_int(value * scale);
+    const float product = ptx::multiply_rounded(value, scale);
+    if constexpr (kIntegers) {
+      return ptx::round_to_int(product);
+    } else {
+      return product;
+    }
+  }
+
+  __device__ __forceinline__ static void unpack(std::uint32_t bytes, bool is_signed,
+                                                float (&to)[kRun]) {
+    if constexpr (kIntegers) {
+      // Of signed bytes as of unsigned ones: -128 to 127 become 0 to 255. The byte stands behind
+      // the exponent of 2^23, from which what it began with is taken again.
+      const std::uint32_t flipped = is_signed ? 0x80808080u : 0;
+      const float offset = 8388608.0f + (is_signed ? 128.0f : 0.0f);
+#pragma unroll
+      for (int e = 0; e < kRun; ++e) {
+        to[e] = ptx::float_behind_exponent(bytes ^ flipped, e) - offset;
+      }
+    } else {
+      ptx::unpack_e4m3(bytes, to);
+    }
+  }
+
+  __device__ __forceinline__ static std::uint32_t packed(float (&v)[kRun], bool relu) {
+    if constexpr (kIntegers) {
+      std::int32_t rounded[kRun];
+#pragma unroll
+      for (int e = 0; e < kRun; ++e) rounded[e] = ptx::round_to_int(v[e]);
+      return relu ? ptx::pack_saturated<std::uint8_t>(rounded)
+                  : ptx::pack_saturated<std::int8_t>(rounded);
+    } else {
+      if (relu) {
+#pragma unroll
+        for (int e = 0; e < kRun; ++e) v[e] = ptx::max_nan(v[e], 0.0f);
+      }
+      return ptx::pack_e4m3(v);
+    }
   }
 };
 

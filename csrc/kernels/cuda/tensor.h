@@ -5,7 +5,14 @@
 
 namespace resnet_fused {
 
-enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kUInt8 = 3, kInt8 = 4 };
+enum class DType : int {
+  kFloat32 = 0,
+  kFloat16 = 1,
+  kBFloat16 = 2,
+  kUInt8 = 3,
+  kInt8 = 4,
+  kE4m3 = 5
+};
 
 // One value per channel, of any of the floating types; null means absent.
 struct Vector {

@@ -9,7 +9,7 @@
 namespace resnet_fused {
 namespace {
 
-bool is_byte(DType dtype) { return dtype == DType::kUInt8 || dtype == DType::kInt8; }
+bool is_byte(DType dtype) { return dtype >= DType::kUInt8; }
 
 CUtensorMapDataType map_type(DType dtype) {
   if (is_byte(dtype)) return CU_TENSOR_MAP_DATA_TYPE_UINT8;

@@ -98,16 +98,6 @@ class CpuBackend(QuantizedCpuBackend):
             return ()
         return (Candidate("cpu", self._conv_bn_projection),)
 
-    def bottleneck(
-        self,
-        x: Tensor,
-        layer1: ConvBn,
-        layer2: ConvBn,
-        layer3: ConvBn,
-        projection: ConvBn | None,
-    ) -> Candidates:
-        return ()
-
     def stem(self, x: Tensor, layer: ConvBn, pool: MaxPool) -> Candidates:
         if layer.conv.weight.dtype not in self._own or not PooledStem.serves(layer.conv, pool):
             return ()
@@ -159,7 +149,7 @@ class CpuBackend(QuantizedCpuBackend):
     def _pack(self, x: Tensor, conv: Convolution) -> PackedConvolution | OneDnnConvolution:
         own = conv.groups > 1 or conv.weight.dtype in self._own
         winograd = own and suits_winograd(x, conv)
-        form = (own, winograd, *map(tuple, conv[1:4]), conv.groups)
+        form = (own, winograd, *conv[1:])
 
         def pack() -> PackedConvolution | OneDnnConvolution:
             if own:

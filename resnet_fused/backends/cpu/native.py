@@ -7,7 +7,6 @@ live and applied in float32.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..._extension import optional_tensor_arg, tensor_arg
-from ...parameters import BatchNorm, Convolution, GroupNorm, MaxPool
+from ...parameters import BatchNorm, Convolution, GroupNorm, MaxPool, is_resnet_stem
 from ..arguments import BatchNormArg, batch_norm_arg, empty_nhwc, nhwc, residual_arg
 from ..recording import copied
 
@@ -23,11 +22,6 @@ _LANES = 16  # Winograd's channel counts that are no multiple of it leave vector
 _STEM_LANES = 32
 _SAVES = 1.6  # the least number of direct products for one of Winograd's: its transforms take time
 _READ_AS_THEY_ARE = (torch.float32, torch.bfloat16, torch.float64)
-
-
-def _pair(values: Sequence[int]) -> tuple[int, int]:
-    # Dispatched through PyTorch, the schema's int[2] arrive as lists.
-    return values[0], values[1]
 
 
 def vectors(bn: BatchNorm) -> BatchNormArg:
@@ -134,7 +128,7 @@ class PackedConvolution:
         instructions."""
         weight = conv.weight
         self._conv = conv._replace(weight=torch.empty_like(weight, device="meta"))
-        self._window = (_pair(weight.shape[2:]), *map(_pair, conv[1:4]))
+        self._window = (weight.shape[2:], *conv[1:4])
         self._options: tuple[int, ...] = ()  # of kernel and packing, beside what all have
         if conv.groups > 1:
             form, self._kernel = "grouped", extension.grouped_conv_bn
@@ -196,9 +190,8 @@ def suits_winograd(x: Tensor, conv: Convolution) -> bool:
     weight = conv.weight
     return (
         weight.dtype == torch.float32
-        and conv.groups == 1
         and weight.shape[2:] == (3, 3)
-        and all(_pair(pair) == (1, 1) for pair in conv[1:4])
+        and conv[1:] == ((1, 1), (1, 1), (1, 1), 1)
         and weight.shape[0] % _LANES == 0
         and weight.shape[1] % _LANES == 0
         and _products_saved(x.shape[2]) * _products_saved(x.shape[3]) >= _SAVES
@@ -220,15 +213,8 @@ class PooledStem:
 
     @staticmethod
     def serves(conv: Convolution, pool: MaxPool) -> bool:
-        """Whether it computes this stem: a ResNet's."""
-        weight = conv.weight
-        return (
-            weight.shape[1:] == (3, 7, 7)
-            and tuple(map(_pair, conv[1:4])) == ((2, 2), (3, 3), (1, 1))
-            and conv.groups == 1
-            and weight.shape[0] % _STEM_LANES == 0
-            and tuple(pool) == (3, 2, 1)
-        )
+        """Whether it computes this stem."""
+        return is_resnet_stem(conv, pool) and conv.weight.shape[0] % _STEM_LANES == 0
 
     def __call__(self, x: Tensor, bn: BatchNorm) -> Tensor:
         """(N, 3, H, W) -> (N, K, P, Q), channels_last."""

@@ -5,7 +5,6 @@ They equal `resnet_fused.reference.quantized` bit for bit in int8, with any numb
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from ... import settings
 from ..._extension import optional_tensor_arg, tensor_arg
-from ...parameters import Convolution, MaxPool
+from ...parameters import Convolution, MaxPool, is_resnet_stem
 from .. import Candidate, Candidates
 from ..arguments import empty_nhwc, nhwc, residual_arg
 from ..live_cache import LiveCache
@@ -22,11 +21,6 @@ from ..reference import ReferenceBackend
 
 _MOST_CHANNELS = 65536  # of the head
 _MOST_PIXELS = 2**23
-
-
-def _pair(values: Sequence[int]) -> tuple[int, int]:
-    # Dispatched through PyTorch, the schema's int[2] arrive as lists.
-    return values[0], values[1]
 
 
 class PackedQuantizedWeight:
@@ -126,7 +120,7 @@ class QuantizedKernels:
         return self._weights.get(weight, (form, *groups), pack).packed
 
     def _layer(self, x: Tensor, conv: Convolution) -> tuple[Any, ...]:
-        window = (_pair(conv.weight.shape[2:]), *map(_pair, conv[1:4]), conv.groups)
+        window = (conv.weight.shape[2:], *conv[1:])
         packed = self._packed("conv", conv.weight, conv.groups)
         return tensor_arg(nhwc(x)), tensor_arg(packed), window
 
@@ -157,7 +151,7 @@ class QuantizedCpuBackend(ReferenceBackend):
     ) -> Candidates:
         served = self._serves(conv.weight) and (
             projection is None
-            or (tuple(projection.padding) == (0, 0) and conv.groups == projection.groups == 1)
+            or (projection.padding == (0, 0) and conv.groups == projection.groups == 1)
         )
         return (Candidate("cpu", self._kernels.conv),) if served else ()
 
@@ -170,12 +164,7 @@ class QuantizedCpuBackend(ReferenceBackend):
         padding_value: Tensor | None,
         pool: MaxPool,
     ) -> Candidates:
-        served = (
-            self._serves(conv.weight)
-            and conv.weight.shape[1:] == (3, 7, 7)
-            and tuple(map(_pair, conv[1:4])) == ((2, 2), (3, 3), (1, 1))
-            and tuple(pool) == (3, 2, 1)
-        )
+        served = self._serves(conv.weight) and is_resnet_stem(conv, pool)
         return (Candidate("cpu", self._kernels.stem),) if served else ()
 
     def quantized_head(

@@ -26,7 +26,15 @@ from torch import Tensor
 
 from ... import _extension
 from ...errors import BackendUnavailableError
-from ...parameters import BatchNorm, ConvBn, Convolution, Folded, MaxPool, Normalization
+from ...parameters import (
+    BatchNorm,
+    ConvBn,
+    Convolution,
+    Folded,
+    MaxPool,
+    Normalization,
+    is_resnet_stem,
+)
 from ...reference.ops import pad_channels
 from .. import Backend, Candidate, Candidates, unavailable
 from ..arguments import dense_convolution, given_scale
@@ -126,7 +134,7 @@ class CudaBackend(ReferenceBackend):
     @property
     def quantized_tiles(self) -> list[str]:
         """Those of our quantised convolutions."""
-        return list(self.extension.Int8Tile.__members__)
+        return list(self.extension.QuantizedTile.__members__)
 
     def _check_device(self, index: int) -> str | None:
         with torch.cuda.device(index):
@@ -140,7 +148,10 @@ class CudaBackend(ReferenceBackend):
         if device.type != "cuda":
             return f"it serves CUDA tensors and the input is on {device}; use backend 'cpu'"
         if dtype not in (*self._launcher.dtypes, *self._launcher.quantized_dtypes):
-            return f"it has no kernels for {dtype}; use float32, float16, bfloat16, uint8 or int8"
+            return (
+                f"it has no kernels for {dtype}; use float32, float16, bfloat16, uint8, int8 or "
+                "float8_e4m3fn"
+            )
         index = torch.cuda.current_device() if device.index is None else device.index
         return self._unloadable(index)
 
@@ -277,8 +288,7 @@ class CudaBackend(ReferenceBackend):
             *(shortcut_scale, projection, padding_value, relu),
         )
         if (
-            conv.weight.dtype != torch.int8
-            or conv.weight.shape[0] % _CHUNK > 0
+            conv.weight.shape[0] % _CHUNK > 0
             or padding_value is not None
             or conv.groups > 1
             or (projection is not None and not _can_project(x, shortcut, projection))
@@ -322,14 +332,9 @@ def _folded_layers(
 
 def _resnet_stem(conv: Convolution, pool: MaxPool) -> bool:
     """Whether our stem's kernel computes this one."""
-    return (
-        conv.weight.dtype in (torch.float16, torch.bfloat16)
-        and conv.weight.shape[1:] == (3, 7, 7)
-        and conv.weight.shape[0] % 8 == 0
-        and tuple(map(tuple, conv[1:4])) == ((2, 2), (3, 3), (1, 1))
-        and conv.groups == 1
-        and pool == MaxPool(3, 2, 1)
-    )
+    dtype, filters = conv.weight.dtype, conv.weight.shape[0]
+    served = dtype in (torch.float16, torch.bfloat16) and filters % 8 == 0
+    return served and is_resnet_stem(conv, pool)
 
 
 def _resnet_bottleneck(x: Tensor, convolutions: Sequence[Convolution]) -> bool:
@@ -341,8 +346,7 @@ def _resnet_bottleneck(x: Tensor, convolutions: Sequence[Convolution]) -> bool:
         and convolutions[0].weight.shape[0] <= _WIDEST_INNER
         and all(
             tuple(conv.weight.shape[2:]) == (kernel, kernel)
-            and tuple(map(tuple, conv[1:4])) == ((stride, stride), (padding, padding), (1, 1))
-            and conv.groups == 1
+            and conv[1:] == ((stride, stride), (padding, padding), (1, 1), 1)
             for conv, (kernel, stride, padding) in zip(convolutions, windows, strict=False)
         )
     )

@@ -6,6 +6,7 @@ serves what is decided in `resnet_fused.backends.cuda`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from ...parameters import (
     Normalization,
     OperandTerm,
 )
+from ...reference.quantized import FLOAT8, quantized_dtype
 from .. import tf32_in_convolutions
 from ..arguments import (
     BatchNormArg,
@@ -40,27 +42,27 @@ _LANES = 8  # elements of 16 bytes
 _WIDEST_ROW = 64  # elements of a window's line, a step of the kernels
 
 
-class _PackedInt8(NamedTuple):
+class _PackedQuantized(NamedTuple):
     """A quantised weight, which nobody edits, as the kernels read it."""
 
     packed: Tensor
 
 
-def _pack_int8(weight: Tensor) -> _PackedInt8:
-    """Each 16 output channels in the order that csrc/kernels/cuda/conv_int8.h says."""
+def _pack_quantized(weight: Tensor) -> _PackedQuantized:
+    """Each 16 output channels in the order that csrc/kernels/cuda/quantized_conv.h says."""
     in_order = weight.unflatten(0, (-1, 4, 2, 2)).transpose(1, 2).flatten(0, 3)
-    return _PackedInt8(nhwc(in_order))
+    return _PackedQuantized(nhwc(in_order))
 
 
 class Launcher:
     """Every kernel of the extension as a function of tensors."""
 
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
-    quantized_dtypes = (torch.uint8, torch.int8)
+    quantized_dtypes = (torch.uint8, torch.int8, FLOAT8)
 
     def __init__(self, extension: ModuleType) -> None:
         self.extension = extension
-        self._frozen: LiveCache[_PackedInt8] = LiveCache(extension, frozen=True)
+        self._frozen: LiveCache[_PackedQuantized] = LiveCache(extension, frozen=True)
 
     def place(self, device: torch.device) -> int:
         """The number that CUDA has for the device."""
@@ -201,7 +203,7 @@ class Launcher:
         """Both results to be, and the kernel's other arguments."""
         g, conv = nhwc(g), dense_convolution(conv, g.dtype)
         out = empty_nhwc(g, *shape[1:])
-        sums = None if below is None else _parts(out, 2)
+        sums = None if below is None else _parts(out, 2, math.prod(conv.stride))
         pre_bn, scale_shift = (None, None) if below is None else below
         call = (
             tensor_arg(g),
@@ -264,13 +266,18 @@ class Launcher:
     def quantized_conv(self, tile: str, *arguments: Any) -> Tensor:
         out, call = self._quantized_conv_call(*arguments)
         return self.run(
-            self.extension.cuda_conv_int8, out, *call, getattr(self.extension.Int8Tile, tile)
+            self.extension.cuda_quantized_conv,
+            out,
+            *call,
+            getattr(self.extension.QuantizedTile, tile),
         )
 
     def quantized_tiles(self, *arguments: Any) -> list[str]:
         """Names of the tiles by which `quantized_conv` computes these arguments."""
         out, call = self._quantized_conv_call(*arguments)
-        found = self.extension.cuda_conv_int8_tiles(tensor_arg(out), *call, self.place(out.device))
+        found = self.extension.cuda_quantized_conv_tiles(
+            tensor_arg(out), *call, self.place(out.device)
+        )
         return [tile.name for tile in found]
 
     def _quantized_conv_call(
@@ -297,13 +304,14 @@ class Launcher:
             optional_tensor_arg(shortcut_scale),
             residual_arg(shortcut),
             side,
+            relu,
         )
-        dtype = torch.uint8 if relu else torch.int8
+        dtype = quantized_dtype(conv.weight, relu)
         return empty_nhwc(x, conv.weight.shape[0], *size, dtype), call
 
     def _quantized_layer(self, x: Tensor, conv: Convolution) -> tuple[Any, ...]:
-        packed = self._frozen.get(conv.weight, "int8", lambda: _pack_int8(conv.weight)).packed
-        return tensor_arg(nhwc(x)), tensor_arg(packed), tuple(map(tuple, conv[1:4]))
+        packed = self._frozen.get(conv.weight, "int8", lambda: _pack_quantized(conv.weight)).packed
+        return tensor_arg(nhwc(x)), tensor_arg(packed), conv[1:4]
 
     def bottleneck(self, kernel: str, x: Tensor, layers: Sequence[ConvBn]) -> Tensor:
         """`kernel`: the extension's name of one that computes whole bottlenecks."""
@@ -404,10 +412,10 @@ def _window(conv: Convolution) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(pair) for pair in conv[1:4])
 
 
-def _parts(result: Tensor, rows: int) -> Tensor:
-    """Statistics or sums of a result, for each channel, of every so many positions."""
-    positions = result.numel() // result.shape[1]
-    shape = (-(-positions // _PART_ROWS), rows, result.shape[1])
+def _parts(result: Tensor, rows: int, classes: int = 1) -> Tensor:
+    """Statistics or sums of a result, for each channel, of every so many positions of a class."""
+    positions = result.numel() // result.shape[1] // classes
+    shape = (classes * -(-positions // _PART_ROWS), rows, result.shape[1])
     return result.new_empty(shape, dtype=torch.float32)
 
 

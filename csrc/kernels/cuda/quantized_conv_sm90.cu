@@ -2,7 +2,12 @@
 //
 // Algorithm: that of conv_sm90.cu, whose roles, clusters and pipelines these are. A step of the K
 // loop takes one tap and 128 channels, 128 bytes as there, in four wgmma of depth 32; x is uint8 or
-// int8, as wgmma takes both beside the weights' int8, and accumulators are int32.
+// int8, as wgmma takes both beside the weights' int8, and accumulators are int32. Or all are e4m3.
+//
+// Sums of e4m3's products: within a step as wgmma adds them, which cuts them to about 14 bits;
+// those of the steps, 128 products each, are added in float32, in order of the K loop (as the
+// DeepSeek-V3 report advises, arXiv 2412.19437, 3.3.2). That takes a second set of accumulators, so
+// that there are no turns, and no tile of 256 channels.
 //
 // A block end with projection begins with the K loop over the shortcut; its sums are rounded to the
 // accumulator's scale where they are, and the other K loop adds to them. A residual is added, in
@@ -24,8 +29,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "kernels/cuda/conv_int8_sm90.h"
 #include "kernels/cuda/persistent_conv.cuh"
+#include "kernels/cuda/quantized_conv_sm90.h"
 #include "kernels/cuda/quantized_epilogue.cuh"
 
 namespace resnet_fused {
@@ -36,13 +41,19 @@ constexpr int kVectorBuffers = 2;  // of bias, multiplier and shortcut's scale
 template <int kN, int kStages, int kBlocks, int kCluster, int kNumProducerRegisters,
           int kNumConsumerRegisters, bool kPingPong>
 struct Tile : PersistentTile<128, kN, kStages, 2, kBlocks, kCluster, kNumProducerRegisters,
-                             kNumConsumerRegisters, kPingPong, 1> {
-  using Epilogue = QuantizedEpilogue<128, kN, std::int32_t>;
-};
+                             kNumConsumerRegisters, kPingPong, 1> {};
+
+// Operands are of integers, or of e4m3.
+template <typename T>
+constexpr bool kIntegers = std::is_integral_v<T>;
+template <typename T>
+using Sum = std::conditional_t<kIntegers<T>, std::int32_t, float>;
+template <typename T, typename Tile>
+using Epilogue = QuantizedEpilogue<128, Tile::kN, Sum<T>>;
 
 using Tile128x64 = Tile<64, 3, 2, 1, 40, 96, false>;
-template <int kCluster>
-using Tile128x128 = Tile<128, 5, 1, kCluster, 40, 232, true>;
+template <typename T, int kCluster>
+using Tile128x128 = Tile<128, 5, 1, kCluster, 40, 232, kIntegers<T>>;
 using Tile128x256 = Tile<256, 3, 1, 2, 40, 232, false>;
 
 // What lies where in shared memory: the operands' stages from 0 on, and so forth.
@@ -50,12 +61,12 @@ template <typename Tile>
 struct Shared {
   static constexpr int kResults = Tile::kStages * Tile::kStageBytes;
   static constexpr int kVectors = kResults + Tile::kResults * Tile::kResultBytes;
-  static constexpr int kVectorsStage = 3 * Tile::Epilogue::kVectorBytes;
+  static constexpr int kVectorsStage = 3 * Epilogue<std::uint8_t, Tile>::kVectorBytes;
   static constexpr int kMbarriers = kVectors + kVectorBuffers * kVectorsStage;
-  using Operands = Pipeline<PipelineId::kInt8Operands, kMbarriers, Tile::kStages>;
-  using Vectors = Pipeline<PipelineId::kInt8Vectors, Operands::kEnd, kVectorBuffers>;
-  using Results = Pipeline<PipelineId::kInt8Result, Vectors::kEnd, Tile::kResults>;
-  using Turns = Pipeline<PipelineId::kInt8Turns, Results::kEnd, 1>;
+  using Operands = Pipeline<PipelineId::kQuantizedOperands, kMbarriers, Tile::kStages>;
+  using Vectors = Pipeline<PipelineId::kQuantizedVectors, Operands::kEnd, kVectorBuffers>;
+  using Results = Pipeline<PipelineId::kQuantizedResult, Vectors::kEnd, Tile::kResults>;
+  using Turns = Pipeline<PipelineId::kQuantizedTurns, Results::kEnd, 1>;
   static constexpr int kBytes = kMbarriers + 256;
   static_assert(Turns::kEnd <= kBytes);
 };
@@ -66,18 +77,40 @@ struct Arguments : PersistentArguments {
 };
 
 // The role of one warp: copies bias, multiplier and shortcut's scale of every tile's channels.
-template <typename Tile>
+template <typename T, typename Tile>
 __device__ __forceinline__ void load_vectors(const Arguments& a) {
   using Shared = Shared<Tile>;
   typename Shared::Vectors vectors(a.spin_limit);
 #pragma unroll 1
   for (TileScheduler<Tile> at(a); at.valid(); at.advance()) {
     vectors.acquire(at.tile());
-    Tile::Epilogue::load_vectors(a.vectors, at.channel(), a.out_channels,
-                                 Shared::kVectors + vectors.stage() * Shared::kVectorsStage,
-                                 threadIdx.x % 32, 32);
+    Epilogue<T, Tile>::load_vectors(a.vectors, at.channel(), a.out_channels,
+                                    Shared::kVectors + vectors.stage() * Shared::kVectorsStage,
+                                    threadIdx.x % 32, 32);
     vectors.commit();
     vectors.advance();
+  }
+}
+
+// The sum of `steps` steps, or, where it goes on, added to what the accumulators hold; the other
+// arguments are those of Accumulators::multiply.
+template <typename T, typename Tile, bool kGoesOn, typename Acc, typename Operands, typename Asked>
+__device__ __forceinline__ void multiply(Acc& acc, int steps, int part, int tile,
+                                         Operands& operands, Asked asked) {
+  if constexpr (kIntegers<T>) {
+    acc.template multiply<T, Tile, Tile::kCluster, kGoesOn>(steps, part, tile, operands, asked);
+  } else {
+    if constexpr (!kGoesOn) acc = {};
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      Acc of_step;
+      of_step.template multiply<T, Tile, Tile::kCluster>(1, part, tile, operands);
+#pragma unroll
+      for (int p = 0; p < Acc::kProducts; ++p) {
+#pragma unroll
+        for (int i = 0; i < Tile::kN / 2; ++i) acc.product(p)[i] += of_step.product(p)[i];
+      }
+    }
   }
 }
 
@@ -86,7 +119,7 @@ __device__ __forceinline__ void load_vectors(const Arguments& a) {
 template <typename T, typename Tile, Shortcut kShortcut>
 __device__ __forceinline__ void consume(const Arguments& a, int consumer) {
   using Shared = Shared<Tile>;
-  using Epilogue = typename Tile::Epilogue;
+  using Epilogue = Epilogue<T, Tile>;
   constexpr bool kProjection = kShortcut == Shortcut::kProjection;
   typename Shared::Operands operands(a.spin_limit);
   typename Shared::Vectors vectors(a.spin_limit);
@@ -106,18 +139,16 @@ __device__ __forceinline__ void consume(const Arguments& a, int consumer) {
     }
     const std::uint32_t of_tile = Shared::kVectors + vectors.stage() * Shared::kVectorsStage;
     const std::uint32_t result = Shared::kResults + results.stage() * Tile::kResultBytes;
-    Accumulators<Tile::kConsumerM, Tile::kN, std::int32_t> acc;
+    Accumulators<Tile::kConsumerM, Tile::kN, Sum<T>> acc;
     if constexpr (Tile::kPingPong) take_turn(consumer, at.tile(), turns);
     if constexpr (kProjection) {
-      acc.template multiply<T, Tile, Tile::kCluster>(before, part, at.tile(), operands);
+      multiply<T, Tile, false>(acc, before, part, at.tile(), operands, [] {});
       vectors.wait(at.tile());
       Epilogue::rescale(acc, of_tile);
     }
-    acc.template multiply<T, Tile, Tile::kCluster, kProjection>(steps, part, at.tile(), operands,
-                                                                [&] {
-                                                                  if constexpr (Tile::kPingPong)
-                                                                    pass_turn(consumer, turns);
-                                                                });
+    multiply<T, Tile, kProjection>(acc, steps, part, at.tile(), operands, [&] {
+      if constexpr (Tile::kPingPong) pass_turn(consumer, turns);
+    });
     if constexpr (!kProjection) vectors.wait(at.tile());
     results.wait(at.tile());
     Epilogue::template store_result<kShortcut == Shortcut::kResidual>(
@@ -135,7 +166,7 @@ __device__ __forceinline__ void consume(const Arguments& a, int consumer) {
 
 template <typename T, typename Tile, Shortcut kShortcut>
 __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
-    conv_int8_sm90_kernel(const __grid_constant__ Arguments a) {
+    quantized_conv_sm90_kernel(const __grid_constant__ Arguments a) {
   using Shared = Shared<Tile>;
   ptx::registers_at_launch<Tile::kNumLaunchRegisters>();
   if (threadIdx.x == 0) {
@@ -155,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
     if (warp == 0 && lane == 0) {
       load_operands<Tile, typename Shared::Operands, kShortcut == Shortcut::kProjection>(a);
     } else if (warp == 1) {
-      load_vectors<Tile>(a);
+      load_vectors<T, Tile>(a);
     } else if (warp == 2 && lane == 0) {
       move_results<Tile, typename Shared::Results, Shared::kResults>(a);
     }
@@ -167,21 +198,22 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
   if constexpr (Tile::kCluster > 1) meet<Tile::kCluster>();
 }
 
-constexpr Int8Tile kTiles[] = {Int8Tile::k128x64, Int8Tile::k128x128, Int8Tile::k128x128Cluster,
-                               Int8Tile::k128x256Cluster};
+constexpr QuantizedTile kTiles[] = {QuantizedTile::k128x64, QuantizedTile::k128x128,
+                                    QuantizedTile::k128x128Cluster, QuantizedTile::k128x256Cluster};
 
-// Calls function(Tile()) of the type that `tile` names.
-template <typename Function>
-auto with_tile(Int8Tile tile, Function&& function) {
+// Calls function(Tile()) of the type that `tile` names for operands of T.
+template <typename T, typename Function>
+auto with_tile(QuantizedTile tile, Function&& function) {
   switch (tile) {
-    case Int8Tile::k128x64:
+    case QuantizedTile::k128x64:
       return function(Tile128x64());
-    case Int8Tile::k128x128:
-      return function(Tile128x128<1>());
-    case Int8Tile::k128x128Cluster:
-      return function(Tile128x128<2>());
+    case QuantizedTile::k128x128:
+      return function(Tile128x128<T, 1>());
+    case QuantizedTile::k128x256Cluster:
+      if constexpr (kIntegers<T>) return function(Tile128x256());
+      [[fallthrough]];
     default:
-      return function(Tile128x256());
+      return function(Tile128x128<T, 2>());
   }
 }
 
@@ -209,19 +241,20 @@ std::int64_t cycles(const ConvBn& a, int num_sms) {
 }
 
 template <typename T, typename Tile, Shortcut kShortcut>
-cudaError_t make_plan(const ConvInt8& int8, int num_sms, LaunchPlan<Arguments>* plan) {
+cudaError_t make_plan(const QuantizedConv& quantized, int num_sms, LaunchPlan<Arguments>* plan) {
   Arguments& to = plan->arguments;
-  to.vectors = {int8.bias, int8.multiplier, int8.shortcut_scale};
-  to.residual_is_signed = int8.residual_dtype == DType::kInt8;
-  const cudaError_t status = encode_arguments<Tile>(&to, int8.conv);
-  plan->kernel = &conv_int8_sm90_kernel<T, Tile, kShortcut>;
+  to.vectors = {quantized.bias, quantized.multiplier, quantized.shortcut_scale};
+  to.residual_is_signed = quantized.residual_dtype == DType::kInt8;
+  const cudaError_t status = encode_arguments<Tile>(&to, quantized.conv);
+  plan->kernel = &quantized_conv_sm90_kernel<T, Tile, kShortcut>;
   plan->shape = persistent_shape<Tile>(to.tiles, num_sms, Shared<Tile>::kBytes);
   return status;
 }
 
 template <typename T>
-cudaError_t make_plan(const ConvInt8& a, Int8Tile tile, int num_sms, LaunchPlan<Arguments>* plan) {
-  return with_tile(tile, [&](auto t) {
+cudaError_t make_plan(const QuantizedConv& a, QuantizedTile tile, int num_sms,
+                      LaunchPlan<Arguments>* plan) {
+  return with_tile<T>(tile, [&](auto t) {
     using Tile = decltype(t);
     if (a.conv.projection.x != nullptr) {
       return make_plan<T, Tile, Shortcut::kProjection>(a, num_sms, plan);
@@ -233,30 +266,38 @@ cudaError_t make_plan(const ConvInt8& a, Int8Tile tile, int num_sms, LaunchPlan<
 
 }  // namespace
 
-bool conv_int8_sm90_can_implement(const ConvInt8& int8) {
-  const ConvBn& a = int8.conv;
-  return conv_int8_can_implement(int8) && can_read(a.residual, 1) &&
+bool quantized_conv_sm90_can_implement(const QuantizedConv& arguments) {
+  const ConvBn& a = arguments.conv;
+  return quantized_conv_can_implement(arguments, QuantizedTile::k128x64) &&
+         can_read(a.residual, 1) &&
          tiles<Tile128x64>(a) + positions(a) + 4 * Tile128x64::kM <= kMaxGridX &&
          can_read(a.conv) && (a.projection.x == nullptr || can_read(a.projection));
 }
 
-std::vector<Int8Tile> conv_int8_sm90_tiles(const ConvInt8& arguments, int num_sms) {
-  std::vector<Int8Tile> found(std::begin(kTiles), std::end(kTiles));
-  const auto time = [&](Int8Tile tile) {
-    return with_tile(tile, [&](auto t) { return cycles<decltype(t)>(arguments.conv, num_sms); });
+std::vector<QuantizedTile> quantized_conv_sm90_tiles(const QuantizedConv& arguments, int num_sms) {
+  std::vector<QuantizedTile> found(std::begin(kTiles), std::end(kTiles));
+  const auto time = [&](QuantizedTile tile) {
+    const auto of = [&](auto t) { return cycles<decltype(t)>(arguments.conv, num_sms); };
+    return arguments.conv.dtype == DType::kE4m3 ? with_tile<__nv_fp8_e4m3>(tile, of)
+                                                : with_tile<std::uint8_t>(tile, of);
   };
-  const auto best = std::min_element(found.begin(), found.end(),
-                                     [&](Int8Tile a, Int8Tile b) { return time(a) < time(b); });
+  const auto best =
+      std::min_element(found.begin(), found.end(),
+                       [&](QuantizedTile a, QuantizedTile b) { return time(a) < time(b); });
   std::rotate(found.begin(), best, best + 1);
   return found;
 }
 
-cudaError_t conv_int8_sm90(const ConvInt8& arguments, Int8Tile tile, int num_sms,
-                           cudaStream_t stream) {
+cudaError_t quantized_conv_sm90(const QuantizedConv& arguments, QuantizedTile tile, int num_sms,
+                                cudaStream_t stream) {
   LaunchPlan<Arguments> plan;
-  const cudaError_t status = arguments.conv.dtype == DType::kUInt8
-                                 ? make_plan<std::uint8_t>(arguments, tile, num_sms, &plan)
-                                 : make_plan<std::int8_t>(arguments, tile, num_sms, &plan);
+  const auto make = [&](auto zero) {
+    return make_plan<decltype(zero)>(arguments, tile, num_sms, &plan);
+  };
+  const DType dtype = arguments.conv.dtype;
+  const cudaError_t status = dtype == DType::kE4m3    ? make(__nv_fp8_e4m3{})
+                             : dtype == DType::kUInt8 ? make(std::uint8_t{})
+                                                      : make(std::int8_t{});
   return status == cudaSuccess ? launch(plan, stream) : status;
 }
 

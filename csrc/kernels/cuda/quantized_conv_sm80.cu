@@ -1,9 +1,9 @@
 // Quantised implicit GEMM for sm_80 and later: mma.sync of bytes.
 //
 // Algorithm: that of conv_sm80.cu, whose copies and pipeline these are, with products of bytes into
-// int32 (mma.m16n8k32): x is uint8 or int8, weights are int8. A block end with projection begins
-// with the K loop over the shortcut; its sums are rounded to the accumulator's scale where they
-// are, and the other K loop adds to them. The residual is copied before the first operands, to
+// int32 (mma.m16n8k32): x is uint8 or quantized, weights are quantized. A block end with projection
+// begins with the K loop over the shortcut; its sums are rounded to the accumulator's scale where
+// they are, and the other K loop adds to them. The residual is copied before the first operands, to
 // where the result will lie. The epilogue (quantized_epilogue.cuh) is that of sm_90a, and so are
 // the results: those of resnet_fused/reference/quantized.py, bit for bit.
 //
@@ -18,9 +18,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "kernels/cuda/conv_int8_sm80.h"
 #include "kernels/cuda/conv_sm80.cuh"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/quantized_conv_sm80.h"
 #include "kernels/cuda/quantized_epilogue.cuh"
 
 namespace resnet_fused {
@@ -50,12 +50,12 @@ __device__ __forceinline__ void for_each_chunk(Move move) {
 // Grid: tiles of positions x tiles of channels, the latter first.
 template <typename T, typename Tile, Shortcut kShortcut>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
-    conv_int8_kernel(const __grid_constant__ ConvInt8 int8) {
+    quantized_conv_kernel(const __grid_constant__ QuantizedConv quantized) {
   using Epilogue = typename Tile::Epilogue;
   using Operands = CpAsyncPipeline<0, Tile::kStageBytes, Tile::kStages>;
   using Byte = std::uint8_t;
   using Chunk = Pack<std::uint32_t, 4>;
-  const ConvBn& a = int8.conv;
+  const ConvBn& a = quantized.conv;
   const unsigned tiles_across = (a.out_channels + Tile::kN - 1) / Tile::kN;
   const std::int64_t rows = a.batch * a.out_height * a.out_width;
   const std::int64_t first_row = std::int64_t(blockIdx.x / tiles_across) * Tile::kM;
@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
                        some ? from + a.residual.offset(position) + column : from, some);
     });
   }
-  Epilogue::load_vectors({int8.bias, int8.multiplier, int8.shortcut_scale}, first_column,
-                         a.out_channels, Tile::kVectors, threadIdx.x, Tile::kThreads);
+  Epilogue::load_vectors({quantized.bias, quantized.multiplier, quantized.shortcut_scale},
+                         first_column, a.out_channels, Tile::kVectors, threadIdx.x, Tile::kThreads);
   TensorCore<T, Tile> acc;
   const auto multiply = [&](const ConvolutionBn& conv) {
     OperandLoader<T, Tile, true> loader(a, conv, first_row, 0, first_column);
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   multiply(a.conv);
 
   Epilogue::template store_result<kShortcut == Shortcut::kResidual>(
-      acc, Tile::kVectors, Tile::kResult, 0, int8.residual_dtype == DType::kInt8, a.relu);
+      acc, Tile::kVectors, Tile::kResult, 0, quantized.residual_dtype == DType::kInt8, a.relu);
   __syncthreads();
   for_each_chunk<Tile>([&](int row, int chunk) {
     const std::int64_t position = first_row + row;
@@ -106,31 +106,34 @@ std::int64_t tiles(const ConvBn& a) {
 }
 
 template <typename T, typename Tile>
-LaunchPlan<ConvInt8> make_plan(const ConvInt8& int8) {
-  const ConvBn& a = int8.conv;
-  const auto kernel = a.projection.x != nullptr ? &conv_int8_kernel<T, Tile, Shortcut::kProjection>
-                      : a.residual.channels > 0 ? &conv_int8_kernel<T, Tile, Shortcut::kResidual>
-                                                : &conv_int8_kernel<T, Tile, Shortcut::kNone>;
-  return {
-      kernel, {dim3(grid_size(tiles<Tile>(a))), dim3(Tile::kThreads), Tile::kSharedBytes}, int8};
+LaunchPlan<QuantizedConv> make_plan(const QuantizedConv& quantized) {
+  const ConvBn& a = quantized.conv;
+  const auto kernel =
+      a.projection.x != nullptr ? &quantized_conv_kernel<T, Tile, Shortcut::kProjection>
+      : a.residual.channels > 0 ? &quantized_conv_kernel<T, Tile, Shortcut::kResidual>
+                                : &quantized_conv_kernel<T, Tile, Shortcut::kNone>;
+  return {kernel,
+          {dim3(grid_size(tiles<Tile>(a))), dim3(Tile::kThreads), Tile::kSharedBytes},
+          quantized};
 }
 
 template <typename T>
-LaunchPlan<ConvInt8> make_plan(const ConvInt8& int8, Int8Tile tile) {
-  return tile == Int8Tile::k64x64Sm80 ? make_plan<T, Tile64x64>(int8)
-                                      : make_plan<T, Tile128x128>(int8);
+LaunchPlan<QuantizedConv> make_plan(const QuantizedConv& quantized, QuantizedTile tile) {
+  return tile == QuantizedTile::k64x64Sm80 ? make_plan<T, Tile64x64>(quantized)
+                                           : make_plan<T, Tile128x128>(quantized);
 }
 
 }  // namespace
 
-std::vector<Int8Tile> conv_int8_sm80_tiles(const ConvInt8& int8, int num_sms) {
-  const ConvBn& a = int8.conv;
+std::vector<QuantizedTile> quantized_conv_sm80_tiles(const QuantizedConv& quantized, int num_sms) {
+  const ConvBn& a = quantized.conv;
   const bool large = tiles<Tile128x128>(a) >= num_sms && 2 * a.out_channels > Tile128x128::kN;
-  if (large) return {Int8Tile::k128x128Sm80, Int8Tile::k64x64Sm80};
-  return {Int8Tile::k64x64Sm80, Int8Tile::k128x128Sm80};
+  if (large) return {QuantizedTile::k128x128Sm80, QuantizedTile::k64x64Sm80};
+  return {QuantizedTile::k64x64Sm80, QuantizedTile::k128x128Sm80};
 }
 
-cudaError_t conv_int8_sm80(const ConvInt8& arguments, Int8Tile tile, cudaStream_t stream) {
+cudaError_t quantized_conv_sm80(const QuantizedConv& arguments, QuantizedTile tile,
+                                cudaStream_t stream) {
   return launch(arguments.conv.dtype == DType::kUInt8 ? make_plan<std::uint8_t>(arguments, tile)
                                                       : make_plan<std::int8_t>(arguments, tile),
                 stream);
