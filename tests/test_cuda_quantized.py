@@ -330,12 +330,12 @@ def test_waits_for_products_in_e4m3_are_needed(simulator):
 
 
 def test_a_whole_network_in_e4m3(simulator, monkeypatch):
-    """Its convolutions behind the stem; roundings differ, by which it is no farther from the float
-    model than the reference is."""
+    """Its convolutions behind the first one; logits no farther from the reference's than two
+    networks are whose roundings have nothing in common."""
     monkeypatch.setenv("RESNET_FUSED_HOST_SIM_CAPABILITY", "90")
     torch.manual_seed(0)
     model = randomise_statistics(resnet_fused.cifar.resnet20()).eval()
-    images = torch.rand(1, 3, 16, 16, generator=generator()) * 4 - 1.5
+    images = torch.rand(2, 3, 16, 16, generator=generator()) * 4 - 1.5
     quantized = quantize(model, [images], FLOAT8, progress=False)
     with torch.no_grad(), use_backend("reference"):
         floats, expected = model(images), quantized(images)
@@ -344,7 +344,7 @@ def test_a_whole_network_in_e4m3(simulator, monkeypatch):
     chosen = [d.candidate.family for d in decisions if d.op == "quantized_conv"]
     assert (len(chosen), chosen.count("")) == (19, 1)  # the first one has three channels
     assert {*chosen} <= {"", *(f"cuda quantized {tile}" for tile in FLOAT8_TILES)}
-    assert (found - floats).norm() < 1.2 * (expected - floats).norm()
+    assert (found - expected).norm() < 2**0.5 * (expected - floats).norm()
 
 
 def test_e4m3_is_for_sm_90a(simulator):
