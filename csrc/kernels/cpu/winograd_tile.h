@@ -168,12 +168,14 @@ ISA_INLINE void transform_output(const WinogradConv& conv, const NormTerms& term
     const Vec* h = half[i];
     const Vec y[2] = {h[0] + h[1] + h[2], h[1] - h[2] - h[3]};
     for (int j = 0; j < 2 && at.column + j < conv.width; ++j) {
-      Vec v = terms.normalise(y[j]);
+      Vec v;  // by one expression: of two, GCC rounds the product that they share
       if constexpr (kAdds) {
         const Residual& residual = conv.residual;
         const auto* const added =
             static_cast<const float*>(residual.data) + residual.offset(pixel + j) + k;
         v = terms.normalise(y[j], load(added, residual.channels - k));
+      } else {
+        v = terms.normalise(y[j]);
       }
       store(conv.out + (pixel + j) * conv.out_channels + k, at_least(v, least), count);
     }
