@@ -394,7 +394,7 @@ def test_absent_onednn_or_operators_are_named(monkeypatch: pytest.MonkeyPatch) -
         ("avx512", True, True, "off", {torch.float32}),
         ("avx512", True, True, "on", {torch.float32, torch.bfloat16}),
         ("avx512", False, False, "off", {torch.float32}),
-        ("avx2", False, False, "off", {torch.float32}),
+        ("avx2", True, False, "off", {torch.float32, torch.bfloat16}),
         ("neon", False, False, "off", {torch.float32}),
         ("neon", True, False, "off", {torch.float32, torch.bfloat16}),
         ("", False, False, "off", set()),

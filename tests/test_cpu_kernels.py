@@ -64,14 +64,14 @@ def isa(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=["float32-avx2", "float32-avx512", "bfloat16-avx512"])
+@pytest.fixture(params=["float32-avx2", "float32-avx512", "bfloat16-avx2", "bfloat16-avx512"])
 def kernel(request: pytest.FixtureRequest) -> tuple[torch.dtype, str]:
     dtype, isa = request.param.split("-")
     have = _C.cpu_isa()
     if have not in ISAS or ISAS.index(isa) > ISAS.index(have):
         pytest.skip(f"this processor has {have or 'neither AVX2 nor AVX-512'}")
-    if dtype == "bfloat16" and not _C.cpu_convolves_bf16():
-        pytest.skip("this processor lacks AVX512_BF16")
+    if (dtype, isa) == ("bfloat16", "avx512") and not _C.cpu_convolves_bf16():
+        pytest.skip("the kernels of bfloat16 need AVX2 or AVX512_BF16")
     return getattr(torch, dtype), isa
 
 
@@ -554,7 +554,7 @@ PROJECTIONS = {
 @pytest.mark.parametrize("name", PROJECTIONS)
 def test_projection_is_exact_on_integers_and_meets_the_contract(name, dtype):
     if dtype == torch.bfloat16 and not _C.cpu_convolves_bf16():
-        pytest.skip("this processor lacks AVX512_BF16")
+        pytest.skip("the kernels of bfloat16 need AVX2 or AVX512_BF16")
 
     def by_kernel(x, layer, shortcut, projection):
         convolutions = (layer.conv, projection.conv)

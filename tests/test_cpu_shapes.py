@@ -127,7 +127,7 @@ def kernels(case: Case) -> Iterator[tuple[str, str]]:
         if conv.groups > 1:
             continue
         single = case.x.dtype == torch.float32
-        if single or (isa == "avx512" and extension.cpu_convolves_bf16()):
+        if single or isa == "avx2" or extension.cpu_convolves_bf16():
             yield "conv", isa
         if single and (tuple(conv.weight.shape[2:]), *conv[1:4]) == ((3, 3), *[(1, 1)] * 3):
             yield "winograd", isa

@@ -108,7 +108,7 @@ NETWORKS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("name", NETWORKS)
 def test_one_program_gives_the_bits_of_the_ordinary_forward(name, dtype, replays):
     if dtype == torch.bfloat16 and not _extension.load().cpu_convolves_bf16():
-        pytest.skip("this processor lacks AVX512_BF16")
+        pytest.skip("the kernels of bfloat16 need AVX2 or AVX512_BF16")
     network = NETWORKS[name]().to(dtype)
     for x in (image().to(dtype), image(3, 47).to(dtype).contiguous(memory_format=NHWC)):
         expected = ordinary(network, x) if hasattr(network, "_plans") else run(network, x)

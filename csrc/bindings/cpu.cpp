@@ -502,8 +502,8 @@ void register_cpu_kernels(py::module_& module) {
 
   module.def(
       "cpu_convolves_bf16", [] { return cpu::convolves(cpu::Format::kBFloat16, cpu::best_isa()); },
-      "Whether conv_bn and stem_conv_pool take bfloat16 on this processor, in vectors\n"
-      "(AVX512_BF16, or FEAT_BF16 of Arm).");
+      "Whether conv_bn and stem_conv_pool take bfloat16 with what cpu_isa() names: AVX2, AVX-512\n"
+      "with AVX512_BF16, or NEON with FEAT_BF16.");
 
   module.def("cpu_has_amx_bf16", &cpu::has_amx_bf16,
              "Whether this processor multiplies bfloat16 in tiles (AMX) and the system lets this\n"

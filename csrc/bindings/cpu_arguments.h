@@ -60,8 +60,8 @@ void set_vector(Launch<Arguments>& launch, cpu::Vector& slot, const char* name,
 inline void check_convolves(cpu::Format format, cpu::Isa isa) {
   if (!cpu::convolves(format, isa)) {
     refuse(
-        "bfloat16 needs AVX512_BF16 or Arm's FEAT_BF16, isa=\"amx\" bfloat16 and AMX; ask "
-        "cpu_convolves_bf16() and cpu_has_amx_bf16() first");
+        "bfloat16 needs isa=\"avx2\", AVX512_BF16 or Arm's FEAT_BF16, isa=\"amx\" bfloat16 and AMX; "
+        "ask cpu_convolves_bf16() and cpu_has_amx_bf16() first");
   }
 }
 

@@ -32,7 +32,7 @@ using Task = void (*)(const BnAddRelu&, const Terms&, std::int64_t first, std::i
 
 Task task_for(Isa isa) {
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (convolves(Format::kBFloat16, isa)) return avx512bf16::bn_add_relu_task;
+  if (has_avx512_bf16(isa)) return avx512bf16::bn_add_relu_task;
   if (isa == Isa::kAvx512) return avx512::bn_add_relu_task;
   if (isa == Isa::kAvx2) return avx2::bn_add_relu_task;
 #endif

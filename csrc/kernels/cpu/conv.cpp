@@ -206,6 +206,7 @@ struct Pass {
 
 #define ISA_SOURCE "conv_tile.h"
 #define ISA_WITH_BF16
+#define ISA_WITH_BF16_WORDS
 #define ISA_WITH_NEON
 #define ISA_WITH_AMX
 #include "for_each_isa.h"
@@ -221,8 +222,10 @@ Task task_for(Format format, Isa isa) {
 #ifdef RESNET_FUSED_AMX
   if (isa == Isa::kAmx) return amx::conv_task;
 #endif
-  if (format == Format::kBFloat16) return avx512bf16::conv_task;
-  return isa == Isa::kAvx512 ? avx512::conv_task : avx2::conv_task;
+  if (isa == Isa::kAvx2) {
+    return format == Format::kBFloat16 ? avx2bf16::conv_task : avx2::conv_task;
+  }
+  return format == Format::kBFloat16 ? avx512bf16::conv_task : avx512::conv_task;
 #elif defined(RESNET_FUSED_NEON)
   (void)isa;
   return format == Format::kBFloat16 ? neonbf16::conv_task : neon::conv_task;

@@ -72,16 +72,22 @@ ISA_INLINE void accumulate(Vec (&sum)[kRows * kHalves][kUsed], const char* (&a)[
   for (; count > 0; --count, low += 4, high += 4, b += kStrip, first += step, second += step) {
     __builtin_prefetch(first);
     __builtin_prefetch(second);
-    Vec columns[kUsed];
 #pragma GCC unroll 2
-    for (int j = 0; j < kUsed; ++j) columns[j] = load_words(b + j * kLanes);
+    for (int part = 0; part < kParts; ++part) {
+      if constexpr (kParts > 1) asm("" : "+r"(low), "+r"(high), "+r"(b));
+      Vec columns[kUsed];
+#pragma GCC unroll 2
+      for (int j = 0; j < kUsed; ++j) columns[j] = load_factors(b + j * kLanes, part);
 #pragma GCC unroll 14
-    for (int r = 0; r < kRows * kHalves; ++r) {
-      if (kOutside >> r & 1) continue;
-      const std::int64_t offsets[] = {0, stride, 2 * stride, three, 4 * stride, five, 2 * three};
-      const std::uint32_t word = word_at((r < kRows ? low : high) + offsets[r % kRows]);
+      for (int r = 0; r < kRows * kHalves; ++r) {
+        if (kOutside >> r & 1) continue;
+        const std::int64_t offsets[] = {0, stride, 2 * stride, three, 4 * stride, five, 2 * three};
+        const std::uint32_t word = word_at((r < kRows ? low : high) + offsets[r % kRows]);
 #pragma GCC unroll 2
-      for (int j = 0; j < kUsed; ++j) sum[r][j] = multiply_add(word, columns[j], sum[r][j]);
+        for (int j = 0; j < kUsed; ++j) {
+          sum[r][j] = multiply_add(word, columns[j], sum[r][j], part);
+        }
+      }
     }
   }
   a[0] = low;

@@ -164,6 +164,7 @@ class Operand {
 
 #define ISA_SOURCE "dgrad_tile.h"
 #define ISA_WITH_BF16
+#define ISA_WITH_BF16_WORDS
 #include "for_each_isa.h"
 
 namespace resnet_fused::cpu {
@@ -174,8 +175,10 @@ using Task = void (*)(const ConvDgrad&, const Plan&, const Phase&, std::int64_t 
 
 Task task_for(Format format, Isa isa) {
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (format == Format::kBFloat16) return avx512bf16::dgrad_task;
-  return isa == Isa::kAvx512 ? avx512::dgrad_task : avx2::dgrad_task;
+  if (isa == Isa::kAvx2) {
+    return format == Format::kBFloat16 ? avx2bf16::dgrad_task : avx2::dgrad_task;
+  }
+  return format == Format::kBFloat16 ? avx512bf16::dgrad_task : avx512::dgrad_task;
 #else
   (void)format, (void)isa;
   return nullptr;

@@ -59,18 +59,25 @@ ISA inline __attribute__((noinline)) void multiply(const Shared& shared, const T
       words -= count;
       left -= count;
       for (std::int64_t i = 0; i < count; ++i, ++low, ++high, b += kStrip) {
-        Vec columns[kVecs];
 #pragma GCC unroll 2
-        for (int j = 0; j < kVecs; ++j) columns[j] = load_words(b + j * kLanes);
+        for (int part = 0; part < kParts; ++part) {
+          if constexpr (kParts > 1) asm("" : "+r"(low), "+r"(high), "+r"(b));
+          Vec columns[kVecs];
+#pragma GCC unroll 2
+          for (int j = 0; j < kVecs; ++j) columns[j] = load_factors(b + j * kLanes, part);
 #pragma GCC unroll 14
-        for (int r = 0; r < kAll; ++r) {
-          const std::int64_t offsets[] = {0,          stride, 2 * stride, three,
-                                          4 * stride, five,   2 * three};
-          // Not `r % kRows`: GCC 12 counts wrong with it under -fsanitize=signed-integer-overflow.
-          const std::int64_t offset = offsets[r < kRows ? r : r - kRows];
-          const std::uint32_t word = (r < kRows ? low : high)[offset];
+          for (int r = 0; r < kAll; ++r) {
+            const std::int64_t offsets[] = {0,          stride, 2 * stride, three,
+                                            4 * stride, five,   2 * three};
+            // Not `r % kRows`: GCC 12 counts wrong with it under
+            // -fsanitize=signed-integer-overflow.
+            const std::int64_t offset = offsets[r < kRows ? r : r - kRows];
+            const std::uint32_t word = (r < kRows ? low : high)[offset];
 #pragma GCC unroll 2
-          for (int j = 0; j < kVecs; ++j) sum[r][j] = multiply_add(word, columns[j], sum[r][j]);
+            for (int j = 0; j < kVecs; ++j) {
+              sum[r][j] = multiply_add(word, columns[j], sum[r][j], part);
+            }
+          }
         }
       }
     }

@@ -1,7 +1,8 @@
 // Includes ISA_SOURCE once per instruction set, inside a namespace of that name, with
 //   ISA        the function attribute that turns the instructions on
 //   ISA_LANES  floats per vector register
-//   ISA_BF16   defined in the extra round with AVX512_BF16 that ISA_WITH_BF16 asks for
+//   ISA_BF16   defined in the extra round with AVX512_BF16 that ISA_WITH_BF16 asks for, and in that
+//              with AVX2, whose words are bfloat16 too, that ISA_WITH_BF16_WORDS asks for
 //   ISA_AMX    defined in the further round with tiles, of bfloat16 or with ISA_WITH_VNNI of bytes,
 //              that ISA_WITH_AMX asks for
 //   ISA_VNNI   defined in the rounds with VPDPBUSD, of 8 and 16 lanes, that ISA_WITH_VNNI asks for
@@ -46,6 +47,13 @@ namespace resnet_fused::cpu::neonbf16 {
 namespace resnet_fused::cpu::avx2 {
 #include ISA_SOURCE
 }
+#ifdef ISA_WITH_BF16_WORDS
+#define ISA_BF16
+namespace resnet_fused::cpu::avx2bf16 {
+#include ISA_SOURCE
+}
+#undef ISA_BF16
+#endif
 #undef ISA
 #undef ISA_LANES
 
@@ -111,6 +119,7 @@ namespace resnet_fused::cpu::amx {
 #endif
 #undef ISA_SOURCE
 #undef ISA_WITH_BF16
+#undef ISA_WITH_BF16_WORDS
 #undef ISA_WITH_AMX
 #undef ISA_WITH_NEON
 #undef ISA_WITH_VNNI

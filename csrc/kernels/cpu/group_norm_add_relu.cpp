@@ -62,7 +62,7 @@ struct Tasks {
 
 Tasks tasks_for(Isa isa) {
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (convolves(Format::kBFloat16, isa)) return RESNET_FUSED_TASKS(avx512bf16);
+  if (has_avx512_bf16(isa)) return RESNET_FUSED_TASKS(avx512bf16);
   if (isa == Isa::kAvx512) return RESNET_FUSED_TASKS(avx512);
   if (isa == Isa::kAvx2) return RESNET_FUSED_TASKS(avx2);
 #endif

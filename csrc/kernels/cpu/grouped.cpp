@@ -46,7 +46,7 @@ constexpr int kMostTaps = 3;                    // of a run
 
 // Multiplied as pairs of bfloat16.
 bool multiplies_pairs(Format format, Isa isa) {
-  return format == Format::kBFloat16 && convolves(format, isa);
+  return format == Format::kBFloat16 && has_avx512_bf16(isa);
 }
 
 // How channels are divided among vectors.

@@ -41,7 +41,7 @@ struct Tasks {
 
 Tasks tasks_for(Isa isa) {
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (convolves(Format::kBFloat16, isa)) return {avx512bf16::pool_task, avx512bf16::classify_task};
+  if (has_avx512_bf16(isa)) return {avx512bf16::pool_task, avx512bf16::classify_task};
   if (isa == Isa::kAvx512) return {avx512::pool_task, avx512::classify_task};
   if (isa == Isa::kAvx2) return {avx2::pool_task, avx2::classify_task};
 #endif

@@ -41,14 +41,22 @@ inline Isa best_isa() {
   return Isa::kNone;
 }
 
-// Whether a convolution can run in this format: bfloat16 needs AVX512_BF16 or Arm's FEAT_BF16, fp32
-// any Isa but kNone.
+// Whether AVX-512 here has instructions for bfloat16.
+inline bool has_avx512_bf16(Isa isa) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  return isa == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  (void)isa;
+  return false;
+#endif
+}
+
+// Whether a convolution can run in this format: bfloat16 needs AVX512_BF16 or Arm's FEAT_BF16, or
+// AVX2, which multiplies its numbers as fp32; fp32 any Isa but kNone.
 inline bool convolves(Format format, Isa isa) {
   if (isa == Isa::kAmx) return format == Format::kBFloat16 && has_amx_bf16();
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (format == Format::kBFloat16) {
-    return isa == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16");
-  }
+  if (format == Format::kBFloat16) return isa == Isa::kAvx2 || has_avx512_bf16(isa);
 #elif defined(RESNET_FUSED_NEON) && defined(__linux__)
   if (format == Format::kBFloat16) {
     return isa == Isa::kNeon && (getauxval(AT_HWCAP2) >> 14 & 1) != 0;  // HWCAP2_BF16

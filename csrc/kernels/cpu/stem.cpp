@@ -52,6 +52,7 @@ struct Band {
 
 #define ISA_SOURCE "stem_tile.h"
 #define ISA_WITH_BF16
+#define ISA_WITH_BF16_WORDS
 #define ISA_WITH_NEON
 #include "for_each_isa.h"
 
@@ -62,8 +63,10 @@ using Task = void (*)(const Stem&, const Terms&, const Band&);
 
 Task task_for(Format format, Isa isa) {
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (format == Format::kBFloat16) return avx512bf16::stem_task;
-  return isa == Isa::kAvx512 ? avx512::stem_task : avx2::stem_task;
+  if (isa == Isa::kAvx2) {
+    return format == Format::kBFloat16 ? avx2bf16::stem_task : avx2::stem_task;
+  }
+  return format == Format::kBFloat16 ? avx512bf16::stem_task : avx512::stem_task;
 #elif defined(RESNET_FUSED_NEON)
   (void)isa;
   return format == Format::kBFloat16 ? neonbf16::stem_task : neon::stem_task;

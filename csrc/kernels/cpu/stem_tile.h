@@ -32,13 +32,19 @@ ISA inline __attribute__((noinline)) void convolve(const std::uint32_t* const ro
   for (int row = 0; row < kFilter; ++row) {
     const std::uint32_t* x = rows[row] + offset;
     for (int tap = 0; tap < kTaps; ++tap, ++x, packed += kStemStrip) {
-      // Windows overlap; hide it, or the compiler keeps old taps in registers that it lacks.
-      asm("" : "+r"(x));
-#pragma GCC unroll 14
-      for (int p = 0; p < kPixels; ++p) {
 #pragma GCC unroll 2
-        for (int j = 0; j < kVecs; ++j) {
-          sum[p][j] = multiply_add(x[p * kStep], load_words(packed + j * kLanes), sum[p][j]);
+      for (int part = 0; part < kParts; ++part) {
+        // Windows overlap; hide it, or the compiler keeps old taps in registers that it lacks.
+        asm("" : "+r"(x));
+        Vec columns[kVecs];
+#pragma GCC unroll 2
+        for (int j = 0; j < kVecs; ++j) columns[j] = load_factors(packed + j * kLanes, part);
+#pragma GCC unroll 14
+        for (int p = 0; p < kPixels; ++p) {
+#pragma GCC unroll 2
+          for (int j = 0; j < kVecs; ++j) {
+            sum[p][j] = multiply_add(x[p * kStep], columns[j], sum[p][j], part);
+          }
         }
       }
     }

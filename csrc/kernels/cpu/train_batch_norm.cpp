@@ -55,7 +55,7 @@ struct Tasks {
 
 Tasks tasks_for(Isa isa) {
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (convolves(Format::kBFloat16, isa)) return TASKS(avx512bf16);
+  if (has_avx512_bf16(isa)) return TASKS(avx512bf16);
   if (isa == Isa::kAvx512) return TASKS(avx512);
   if (isa == Isa::kAvx2) return TASKS(avx2);
 #endif

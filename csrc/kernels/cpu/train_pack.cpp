@@ -42,7 +42,7 @@ struct Tasks {
 
 Tasks tasks_for(Isa isa) {
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (convolves(Format::kBFloat16, isa)) {
+  if (has_avx512_bf16(isa)) {
     return {avx512bf16::conv_pack_task, avx512bf16::winograd_pack_task};
   }
   if (isa == Isa::kAvx512) return {avx512::conv_pack_task, avx512::winograd_pack_task};

@@ -32,7 +32,7 @@ ISA_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 ISA_INLINE void store(BFloat16* p, Vec v) {
 #if defined(ISA_BF16) && ISA_LANES == 16
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)v));
-#elif defined(ISA_BF16)
+#elif defined(ISA_BF16) && ISA_LANES == 4
   const bfloat16x4_t halves = vcvt_bf16_f32((float32x4_t)v);
   std::memcpy(p, &halves, sizeof halves);
 #else
@@ -118,12 +118,40 @@ ISA_INLINE void store_row(BFloat16* p, const Vec (&v)[2]) {
 }
 #endif
 
-// What a convolution multiplies: 32-bit words, each one fp32 number or a pair of bfloat16 ones.
-#ifdef ISA_BF16
+ISA_INLINE Vec load_words(const std::uint32_t* p) {
+  return load(reinterpret_cast<const float*>(p));
+}
+
+// What a convolution multiplies: 32-bit words, each one fp32 number or a pair of bfloat16 ones. AVX2
+// multiplies no pairs but their numbers, as fp32: the first ones of all words of a tile, then the
+// second ones, so that its registers need to hold but one half of each word at a time. There a loop over parts
+// hides its pointers from the compiler, which would keep words in registers not to read them again.
+#if defined(ISA_BF16) && ISA_LANES == 8
 constexpr Format kFormat = Format::kBFloat16;
 using Element = BFloat16;
+constexpr int kParts = 2;
 
-ISA_INLINE Vec multiply_add(std::uint32_t pair, Vec pairs, Vec sum) {
+// One number of each pair.
+ISA_INLINE Vec part_of(__m256i pairs, int part) {
+  return (Vec)(part == 0 ? _mm256_slli_epi32(pairs, 16)
+                         : _mm256_and_si256(pairs, _mm256_set1_epi32(-0x10000)));
+}
+
+ISA_INLINE Vec load_factors(const std::uint32_t* p, int part) {
+  return part_of((__m256i)load_words(p), part);
+}
+
+ISA_INLINE Vec multiply_add(std::uint32_t pair, Vec factors, Vec sum, int part) {
+  return sum + part_of(_mm256_set1_epi32(static_cast<int>(pair)), part) * factors;
+}
+#elif defined(ISA_BF16)
+constexpr Format kFormat = Format::kBFloat16;
+using Element = BFloat16;
+constexpr int kParts = 1;
+
+ISA_INLINE Vec load_factors(const std::uint32_t* p, int) { return load_words(p); }
+
+ISA_INLINE Vec multiply_add(std::uint32_t pair, Vec pairs, Vec sum, int) {
 #if ISA_LANES == 16
   const __m512i a = _mm512_set1_epi32(static_cast<int>(pair));
   return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)pairs);
@@ -135,14 +163,13 @@ ISA_INLINE Vec multiply_add(std::uint32_t pair, Vec pairs, Vec sum) {
 #else
 constexpr Format kFormat = Format::kFloat32;
 using Element = float;
+constexpr int kParts = 1;
 
-ISA_INLINE Vec multiply_add(std::uint32_t word, Vec words, Vec sum) {
+ISA_INLINE Vec load_factors(const std::uint32_t* p, int) { return load_words(p); }
+
+ISA_INLINE Vec multiply_add(std::uint32_t word, Vec words, Vec sum, int) {
   float factor;
   std::memcpy(&factor, &word, sizeof factor);
   return sum + splat(factor) * words;
 }
 #endif
-
-ISA_INLINE Vec load_words(const std::uint32_t* p) {
-  return load(reinterpret_cast<const float*>(p));
-}

@@ -169,6 +169,7 @@ class Runs {
 
 #define ISA_SOURCE "wgrad_tile.h"
 #define ISA_WITH_BF16
+#define ISA_WITH_BF16_WORDS
 #include "for_each_isa.h"
 
 namespace resnet_fused::cpu {
@@ -180,9 +181,13 @@ using Merge = void (*)(const ConvWgrad&, const Plan&, const float* partials, std
 
 std::pair<Task, Merge> functions_for(Format format, Isa isa) {
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (format == Format::kBFloat16) return {avx512bf16::wgrad_task, avx512bf16::wgrad_merge};
-  if (isa == Isa::kAvx512) return {avx512::wgrad_task, avx512::wgrad_merge};
-  return {avx2::wgrad_task, avx2::wgrad_merge};
+  const bool halves = format == Format::kBFloat16;
+  if (isa == Isa::kAvx2) {
+    if (halves) return {avx2bf16::wgrad_task, avx2bf16::wgrad_merge};
+    return {avx2::wgrad_task, avx2::wgrad_merge};
+  }
+  if (halves) return {avx512bf16::wgrad_task, avx512bf16::wgrad_merge};
+  return {avx512::wgrad_task, avx512::wgrad_merge};
 #else
   (void)format, (void)isa;
   return {nullptr, nullptr};

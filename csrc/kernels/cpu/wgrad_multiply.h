@@ -42,13 +42,19 @@ ISA inline __attribute__((noinline)) void multiply(const RunList& runs, const st
       for (std::int64_t i = 0; i < count; ++i, a += pitch, b += kVecs * kLanes) {
         __builtin_prefetch(ahead.line, 0, 2);
         ahead.line += ahead.pitch;
-        Vec columns[kUsed];
 #pragma GCC unroll 2
-        for (int j = 0; j < kUsed; ++j) columns[j] = load_words(b + j * kLanes);
+        for (int part = 0; part < kParts; ++part) {
+          if constexpr (kParts > 1) asm("" : "+r"(a), "+r"(b));
+          Vec columns[kUsed];
+#pragma GCC unroll 2
+          for (int j = 0; j < kUsed; ++j) columns[j] = load_factors(b + j * kLanes, part);
 #pragma GCC unroll 28
-        for (int r = 0; r < kRows; ++r) {
+          for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
-          for (int j = 0; j < kUsed; ++j) sum[r][j] = multiply_add(a[r], columns[j], sum[r][j]);
+            for (int j = 0; j < kUsed; ++j) {
+              sum[r][j] = multiply_add(a[r], columns[j], sum[r][j], part);
+            }
+          }
         }
       }
     }
