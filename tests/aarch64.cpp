@@ -120,10 +120,11 @@ void check_conv(const char* what, cpu::Conv conv, bool adds, bool winograd = fal
   const auto expected = convolved(conv, x.data(), weight.data(), adds ? residual.data() : nullptr);
 
   const std::int64_t strides[4] = {conv.in_channels * taps, taps, conv.window.kernel[1], 1};
-  std::vector<std::uint32_t> packed(
-      cpu::conv_weight_words(conv.in_channels, conv.out_channels, taps, kFormatOf<Element>));
+  std::vector<std::uint32_t> packed(cpu::conv_weight_words(
+      conv.in_channels, conv.out_channels, taps, kFormatOf<Element>, cpu::Isa::kNeon));
   cpu::conv_transform_weights(weight.data(), strides, packed.data(), conv.in_channels,
-                              conv.out_channels, conv.window.kernel, kFormatOf<Element>);
+                              conv.out_channels, conv.window.kernel, kFormatOf<Element>,
+                              cpu::Isa::kNeon);
   std::vector<Element> out(results, element<Element>(NAN));
   conv.x = x.data();
   conv.packed = packed.data();

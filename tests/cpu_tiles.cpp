@@ -41,10 +41,10 @@ std::unique_ptr<std::uint32_t[]> set(cpu::Conv& conv, const Layer& layer) {
   const std::int64_t *const kernel = layer.window.kernel, taps = kernel[0] * kernel[1];
   const auto format = cpu::Format::kBFloat16;
   std::unique_ptr<std::uint32_t[]> packed(new std::uint32_t[cpu::conv_weight_words(
-      layer.in_channels, layer.out_channels, taps, format)]);
+      layer.in_channels, layer.out_channels, taps, format, cpu::Isa::kAmx)]);
   const std::int64_t strides[4] = {layer.in_channels * taps, taps, kernel[1], 1};
   cpu::conv_transform_weights(layer.weight, strides, packed.get(), layer.in_channels,
-                              layer.out_channels, kernel, format);
+                              layer.out_channels, kernel, format, cpu::Isa::kAmx);
   conv = cpu::Conv{};
   conv.x = layer.x;
   conv.packed = packed.get();

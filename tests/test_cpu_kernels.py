@@ -382,7 +382,7 @@ def direct(
     x: Tensor, conv: Convolution, bn: BatchNorm, residual: Tensor | None, isa: str
 ) -> Tensor:
     """relu(bn(conv(x)) (+ residual)) by the direct kernel, into memory full of NaN."""
-    packed = tensor_arg(pack(_C, "conv", conv.weight))
+    packed = tensor_arg(pack(_C, "conv", conv.weight, isa))
     shape = reference.conv_bn(x.double(), ConvBn(cast(conv, torch.float64), bn), None, True).shape
     out = poisoned(*shape, dtype=x.dtype)
     window = (tuple(conv.weight.shape[2:]), *conv[1:4])

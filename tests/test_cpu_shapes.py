@@ -99,7 +99,7 @@ def by_kernel(case: Case, form: str, isa: str) -> Tensor:
     """Into memory full of NaN."""
     extension = _extension.load()
     conv, bn = case.layer
-    options = (conv.groups, isa) if form == "grouped" else ()
+    options = {"grouped": (conv.groups, isa), "conv": (isa,)}.get(form, ())
     packed = pack(extension, form, conv.weight, *options)
     size = (case.x.shape[0], conv.weight.shape[0], *conv.output_size(*case.x.shape[2:]))
     out = torch.full(size, float("nan"), dtype=case.x.dtype)

@@ -61,9 +61,6 @@ void set_batch_norm(Launch<Arguments>& launch, cpu::BatchNorm& slot,
   slot.eps = eps;
 }
 
-// Bytes of a packed weight. `weight` is (out_channels, in_channels, height, width).
-using PackedBytes = std::int64_t (*)(const TensorArg& weight);
-
 std::int64_t stem_packed_bytes(const TensorArg& weight) {
   check_weight(weight);
   check_sizes("weight", weight, {weight.sizes[0], 3, 7, 7});
@@ -74,12 +71,17 @@ std::int64_t stem_packed_bytes(const TensorArg& weight) {
   return 4 * cpu::stem_weight_words(weight.sizes[0], format_of("weight", weight));
 }
 
-void conv_pack(const TensorArg& weight, const TensorArg& packed) {
-  const auto [from, to] = weights_of(weight, packed, conv_packed_bytes(weight));
+cpu::Isa choose_conv_isa(const std::string& isa) {
+  return choose_isa(isa, {cpu::Isa::kNeon, cpu::Isa::kAmx});
+}
+
+void conv_pack(const TensorArg& weight, const TensorArg& packed, const std::string& isa) {
+  const cpu::Isa chosen = choose_conv_isa(isa);
+  const auto [from, to] = weights_of(weight, packed, conv_packed_bytes(weight, chosen));
   const cpu::Format format = format_of("weight", weight);
   py::gil_scoped_release unlocked;
   cpu::conv_transform_weights(from, weight.strides.data(), to, weight.sizes[1], weight.sizes[0],
-                              weight.sizes.data() + 2, format);
+                              weight.sizes.data() + 2, format, chosen);
 }
 
 void winograd_pack(const TensorArg& weight, const TensorArg& packed) {
@@ -154,12 +156,15 @@ void conv_bn(const TensorArg& out, const Layer& layer, const OptionalTensor& res
   if (residual && projection) refuse("residual and projection exclude each other");
   Launch<ConvLaunch> launch;
   auto& [conv, projected, has_projection, chosen] = launch.arguments;
-  chosen = choose_isa(isa, {cpu::Isa::kNeon, cpu::Isa::kAmx});
+  chosen = choose_conv_isa(isa);
   check_convolves(format_of("out", out), chosen);
   if (out.numel() == 0) return;
-  set_conv(launch, conv, layer, out, conv_packed_bytes);
+  const auto packed_bytes = [&](const TensorArg& weight) {
+    return conv_packed_bytes(weight, launch.arguments.isa);
+  };
+  set_conv(launch, conv, layer, out, packed_bytes);
   if ((has_projection = projection.has_value())) {
-    set_conv(launch, projected, *projection, out, conv_packed_bytes);
+    set_conv(launch, projected, *projection, out, packed_bytes);
   }
   set_residual(launch, conv.residual, residual, out);
   if (is_like(residual, out)) launch.may_replace(conv.residual.data);
@@ -512,17 +517,23 @@ void register_cpu_kernels(py::module_& module) {
 
   // Of every kernel: tensors are as tensor_arg.h says, sizes those of NCHW; x and out are dense
   // and channels_last, of one type.
-  const auto packing = [&](const std::string& name, PackedBytes bytes, auto pack,
-                           const char* meaning) {
-    module.def((name + "_packed_bytes").c_str(), bytes, py::arg("weight"),
+  const auto packing = [&](const std::string& name, auto bytes, auto pack, const char* meaning,
+                           const auto&... options) {
+    module.def((name + "_packed_bytes").c_str(), bytes, py::arg("weight"), options...,
                ("Bytes of what " + name + "_pack makes of such a weight.").c_str());
-    module.def((name + "_pack").c_str(), pack, py::arg("weight"), py::arg("packed"), meaning);
+    module.def((name + "_pack").c_str(), pack, py::arg("weight"), py::arg("packed"), options...,
+               meaning);
   };
   packing(
-      "conv", &conv_packed_bytes, &conv_pack,
+      "conv",
+      [](const TensorArg& weight, const std::string& isa) {
+        return conv_packed_bytes(weight, choose_conv_isa(isa));
+      },
+      &conv_pack,
       "packed = the weight (out_channels, in_channels, height, width), float32 or bfloat16, of\n"
-      "any strides, reordered for conv_bn: out_channels rounded up to 32 and, in bfloat16, an\n"
-      "odd number of weights a channel up to an even one.");
+      "any strides, reordered for conv_bn with the same isa: out_channels rounded up to whole\n"
+      "tiles and, in bfloat16, an odd number of weights a channel up to an even one.",
+      py::arg("isa") = "");
   packing("winograd", &winograd_packed_bytes, &winograd_pack,
           "packed = the transformed weight (out_channels, in_channels, 3, 3), float32, of any\n"
           "strides, for winograd_conv: 16/9 of its size, with out_channels rounded up to 16.");

@@ -60,7 +60,8 @@ void set_vector(Launch<Arguments>& launch, cpu::Vector& slot, const char* name,
 inline void check_convolves(cpu::Format format, cpu::Isa isa) {
   if (!cpu::convolves(format, isa)) {
     refuse(
-        "bfloat16 needs isa=\"avx2\", AVX512_BF16 or Arm's FEAT_BF16, isa=\"amx\" bfloat16 and AMX; "
+        "bfloat16 needs isa=\"avx2\", AVX512_BF16 or Arm's FEAT_BF16, isa=\"amx\" bfloat16 and "
+        "AMX; "
         "ask cpu_convolves_bf16() and cpu_has_amx_bf16() first");
   }
 }
@@ -105,11 +106,11 @@ inline void check_weight(const TensorArg& weight) {
   if (weight.numel() == 0) refuse("weight is empty: " + listed(weight.sizes.data(), 4));
 }
 
-inline std::int64_t conv_packed_bytes(const TensorArg& weight) {
+inline std::int64_t conv_packed_bytes(const TensorArg& weight, cpu::Isa isa) {
   check_weight(weight);
   const auto& [out_channels, in_channels, height, width] = weight.sizes;
   return 4 * cpu::conv_weight_words(in_channels, out_channels, height * width,
-                                    format_of("weight", weight));
+                                    format_of("weight", weight), isa);
 }
 
 inline std::int64_t winograd_packed_bytes(const TensorArg& weight) {

@@ -1,21 +1,21 @@
 // Implicit GEMM: rows are output pixels of the whole batch, columns output channels, and the sum
 // runs over the window's numbers, tap by tap and channel by channel.
 //
-// One task is a run of pixels times a run of strips of 32 columns, done by one thread. It reads the
-// pixels' windows where they lie in x if none meets the border, else from its own copy of the lines
-// of x with zeros around (L2). For a few strips of packed weights at a time (L2), and for each tile
-// of pixels, which stays in L1, the micro-kernel then sums over the whole window and ends with
-// batch norm, residual and ReLU: sums never leave the registers in bfloat16, and in fp32 only to be
-// added up in runs of kRun words, so that their rounding error grows with kRun + terms / kRun, not
-// with the number of terms. Lines of the result, the residual, the next tile and the next weights
-// are prefetched one by one meanwhile.
-// The micro-kernel keeps rows x columns of sums in registers (AVX-512: 14 x 32, 28 of 32 registers;
-// AVX2: 6 x 16, 12 of 16; NEON: 14 x 8, 28 of 32): two vectors of weights are loaded for 14 words
-// broadcast from rows, one vector where no more columns are left. A tile's rows are two runs of up
-// to 7 neighbouring pixels, so that maps 7, 14, 28 and 56 wide fill it, and taps outside the image,
-// above, below and at the ends of lines, are skipped. In bfloat16 a step is one VDPBF16PS or BFDOT:
-// exact products, fp32 sums. The order of a sum depends on neither tiles nor threads. With AMX the
-// micro-kernel is conv_amx.h: two runs of up to 16 pixels, 32 columns.
+// One task is a run of pixels times a run of strips, each as wide as a tile, done by one thread. It
+// reads the pixels' windows where they lie in x if none meets the border, else from its own copy of
+// the lines of x with zeros around (L2). For a few strips of packed weights at a time (L2), and for
+// each tile of pixels, which stays in L1, the micro-kernel then sums over the whole window and ends
+// with batch norm, residual and ReLU: sums never leave the registers in bfloat16, and in fp32 only
+// to be added up in runs of kRun words, so that their rounding error grows with kRun + terms /
+// kRun, not with the number of terms. Lines of the result, the residual, the next tile and the next
+// weights are prefetched one by one meanwhile. The micro-kernel keeps rows x columns of sums in
+// registers (AVX-512: 14 x 32, 28 of 32 registers; AVX2: 6 x 16, 12 of 16; NEON: 14 x 8, 28 of 32):
+// two vectors of weights are loaded for 14 words broadcast from rows, one vector where no more
+// columns are left. A tile's rows are two runs of up to 7 neighbouring pixels, so that maps 7, 14,
+// 28 and 56 wide fill it, and taps outside the image, above, below and at the ends of lines, are
+// skipped. In bfloat16 a step is one VDPBF16PS or BFDOT: exact products, fp32 sums. The order of a
+// sum depends on neither tiles nor threads. With AMX the micro-kernel is conv_amx.h: two runs of up
+// to 16 pixels, 32 columns.
 //
 // A projection is a second pass over the same tile, made first: its normalised sums wait in L1, in
 // fp32, for the block end's epilogue.
@@ -44,16 +44,15 @@
 namespace resnet_fused::cpu {
 namespace {
 
-constexpr std::int64_t kStrip = 32;  // columns
 constexpr std::int64_t kMaxTaskHalves = 32;
 constexpr std::int64_t kTaskBytes = 512 << 10;      // of x
 constexpr std::int64_t kTogetherBytes = 256 << 10;  // of weights
-constexpr std::int64_t kStreamedStrips = 2;
+constexpr std::int64_t kStreamedColumns = 64;
 constexpr std::int64_t kWayBytes = 4096;  // lines this far apart share a set of the L1 cache
 
 constexpr std::int64_t kLongTap = 16;  // words
 
-constexpr int half_rows(int lanes) { return lanes == 8 ? 3 : 7; }  // of 16 registers, else of 32
+constexpr int half_rows_of(int lanes) { return lanes == 8 ? 3 : 7; }  // of 16 registers, else of 32
 
 // How a pixel's window lies in memory: rows of `segments` runs of `words` words.
 struct Source {
@@ -259,7 +258,7 @@ Conv flattened(Conv conv) {
   return conv;
 }
 
-Plan make_plan(const Conv& conv, int half_rows, std::int64_t threads) {
+Plan make_plan(const Conv& conv, Isa isa, std::int64_t threads) {
   const Window& window = conv.window;
   Plan plan;
   plan.out_height = conv_output_size(window, 0, conv.height);
@@ -267,9 +266,12 @@ Plan make_plan(const Conv& conv, int half_rows, std::int64_t threads) {
   const std::int64_t pixel_words = words_of(conv.in_channels, conv.format);
   const std::int64_t taps = window.kernel[0] * window.kernel[1];
   plan.words = taps * pixel_words;
-  plan.strips = ceil_div(conv.out_channels, kStrip);
-  plan.strips_together = std::max<std::int64_t>(kTogetherBytes / (plan.words * kStrip * 4), 1);
+  const std::int64_t strip = conv_strip(isa);
+  plan.strips = ceil_div(conv.out_channels, strip);
+  plan.strips_together = std::max<std::int64_t>(kTogetherBytes / (plan.words * strip * 4), 1);
 
+  const int half_rows =
+      isa == Isa::kAmx ? kTileRegisterRows : half_rows_of(isa == Isa::kAvx2 ? 8 : 16);
   plan.halves_per_line = ceil_div(plan.out_width, half_rows);
   plan.longer_halves = plan.out_width % plan.halves_per_line;
   plan.halves = conv.batch * plan.out_height * plan.halves_per_line;
@@ -304,7 +306,7 @@ Plan make_plan(const Conv& conv, int half_rows, std::int64_t threads) {
   if (plan.half_tasks <= threads) {
     // A thread reads its weights once, from memory. Those of a round are fetched while the round
     // before is multiplied, the first ones by nobody: so they are few.
-    plan.strips_together = std::min(plan.strips_together, kStreamedStrips);
+    plan.strips_together = std::min(plan.strips_together, kStreamedColumns / strip);
   }
   if (plan.half_tasks >= threads) {
     plan.half_tasks = round_up(plan.half_tasks, threads);
@@ -317,29 +319,29 @@ Plan make_plan(const Conv& conv, int half_rows, std::int64_t threads) {
 }  // namespace
 
 std::int64_t conv_weight_words(std::int64_t in_channels, std::int64_t out_channels,
-                               std::int64_t taps, Format format) {
-  return taps * words_of(in_channels, format) * round_up(out_channels, kStrip);
+                               std::int64_t taps, Format format, Isa isa) {
+  return taps * words_of(in_channels, format) * round_up(out_channels, conv_strip(isa));
 }
 
 void conv_transform_weights(const void* weight, const std::int64_t strides[4], void* packed,
                             std::int64_t in_channels, std::int64_t out_channels,
-                            const std::int64_t kernel[2], Format format) {
+                            const std::int64_t kernel[2], Format format, Isa isa) {
   const std::size_t size = format == Format::kFloat32 ? 4 : 2;
   const std::int64_t per_word = 4 / size;
   const std::int64_t pixel_words = words_of(in_channels, format);
   const std::int64_t words = kernel[0] * kernel[1] * pixel_words;
-  const std::int64_t strips = ceil_div(out_channels, kStrip);
+  const std::int64_t width = conv_strip(isa), strips = ceil_div(out_channels, width);
   parallel_for(strips, [&](std::int64_t strip) {
-    auto* const to = static_cast<unsigned char*>(packed) + 4 * strip * words * kStrip;
-    std::memset(to, 0, 4 * words * kStrip);
-    for (std::int64_t j = 0; j < std::min(kStrip, out_channels - strip * kStrip); ++j) {
+    auto* const to = static_cast<unsigned char*>(packed) + 4 * strip * words * width;
+    std::memset(to, 0, 4 * words * width);
+    for (std::int64_t j = 0; j < std::min(width, out_channels - strip * width); ++j) {
       const auto* const from = static_cast<const unsigned char*>(weight) +
-                               (strip * kStrip + j) * strides[0] * std::int64_t(size);
+                               (strip * width + j) * strides[0] * std::int64_t(size);
       for (std::int64_t y = 0, tap = 0; y < kernel[0]; ++y) {
         for (std::int64_t x = 0; x < kernel[1]; ++x, ++tap) {
           for (std::int64_t c = 0; c < in_channels; ++c) {
             const std::int64_t word = tap * pixel_words + c / per_word;
-            const std::int64_t at = (word * kStrip + j) * per_word + c % per_word;
+            const std::int64_t at = (word * width + j) * per_word + c % per_word;
             const std::int64_t source = c * strides[1] + y * strides[2] + x * strides[3];
             std::memcpy(to + at * size, from + source * std::int64_t(size), size);
           }
@@ -350,13 +352,12 @@ void conv_transform_weights(const void* weight, const std::int64_t strides[4], v
 }
 
 void conv_bn(const Conv& given, Isa isa) {
-  const int rows = isa == Isa::kAmx ? kTileRegisterRows : half_rows(isa == Isa::kAvx2 ? 8 : 16);
   std::vector<Pass> passes;
   for (const Conv* conv = &given; conv != nullptr; conv = conv->projection) {
     // Both divide the result alike, so neither may be flattened alone.
     const Conv flat = given.projection == nullptr ? flattened(*conv) : *conv;
-    passes.push_back(
-        {flat, make_plan(flat, rows, max_threads()), Terms(conv->bn, conv->out_channels, kStrip)});
+    passes.push_back({flat, make_plan(flat, isa, max_threads()),
+                      Terms(conv->bn, conv->out_channels, conv_strip(isa))});
   }
   const Plan& plan = passes.front().plan;
   if (plan.halves * given.out_channels == 0) return;

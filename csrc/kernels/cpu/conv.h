@@ -38,14 +38,20 @@ constexpr std::int64_t conv_output_size(const Window& window, int axis, std::int
   return room < 0 ? 0 : room / window.stride[axis] + 1;
 }
 
-// 32-bit words of the packed weights; taps = kernel height * kernel width.
-std::int64_t conv_weight_words(std::int64_t in_channels, std::int64_t out_channels,
-                               std::int64_t taps, Format format);
+// Output channels of a strip of packed weights: the columns of a tile of these instructions.
+constexpr std::int64_t conv_strip(Isa isa) {
+  return isa == Isa::kAvx2 ? 16 : isa == Isa::kNeon ? 8 : 32;
+}
 
-// Reorders weight (out_channels, in_channels, *kernel) of `strides` elements, of the given format.
+// 32-bit words of the weights packed for `isa`; taps = kernel height * kernel width.
+std::int64_t conv_weight_words(std::int64_t in_channels, std::int64_t out_channels,
+                               std::int64_t taps, Format format, Isa isa);
+
+// Reorders weight (out_channels, in_channels, *kernel) of `strides` elements, of the given format,
+// in strips for conv_bn with `isa`.
 void conv_transform_weights(const void* weight, const std::int64_t strides[4], void* packed,
                             std::int64_t in_channels, std::int64_t out_channels,
-                            const std::int64_t kernel[2], Format format);
+                            const std::int64_t kernel[2], Format format, Isa isa);
 
 // Requires convolves(conv.format, isa), and isa <= best_isa() or Isa::kAmx.
 void conv_bn(const Conv& conv, Isa isa);

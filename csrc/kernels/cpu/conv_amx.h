@@ -153,7 +153,6 @@ ISA inline __attribute__((noinline)) void sum_tile(const Source& source, const T
 ISA inline void multiply_tile(TileState& state, const Conv& conv, const Source& source,
                               const Tile& tile, const Columns& columns, End end, Stretch* fetch,
                               float* kept) {
-  static_assert(kVecs * kLanes == kStrip);
   alignas(64) float sums[2 * kTileRegisterRows * kStrip];
   state.set_pixels(tile.rows);
   (tile.count == 2 ? sum_tile<2> : sum_tile<1>)(source, tile, columns.weights, fetch, sums);

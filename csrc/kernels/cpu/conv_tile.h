@@ -2,6 +2,7 @@
 #include "vec.h"
 
 constexpr int kVecs = 2;
+constexpr std::int64_t kStrip = kVecs * kLanes;  // columns, of a tile and of packed weights
 constexpr int kTileLines = kVecs * kLanes * sizeof(Element) / 64;  // cache lines of a pixel
 // An fp32 sum runs through this many words in registers before it joins the others.
 constexpr bool kInRuns = kFormat == Format::kFloat32;
@@ -10,7 +11,7 @@ constexpr std::int64_t kRun = 64;
 #ifdef ISA_AMX
 constexpr int kHalfRows = kTileRegisterRows;
 #else
-constexpr int kHalfRows = half_rows(kLanes);
+constexpr int kHalfRows = half_rows_of(kLanes);
 #endif
 
 // Up to kHalfRows neighbouring pixels of a line: where they are read and written.
@@ -44,7 +45,7 @@ enum class End {
   kKeep,      // bn(sum), kept in fp32
 };
 
-// 32 or 16 output channels.
+// A strip of output channels.
 struct Columns {
   const std::uint32_t* weights;
   TermsAt terms;
@@ -393,12 +394,10 @@ ISA void conv_task(const Pass* passes, int pass_count, std::int64_t half_task,
 
   const std::int64_t first_strip = strip_task * plan.strips / plan.strip_tasks;
   const std::int64_t last_strip = (strip_task + 1) * plan.strips / plan.strip_tasks;
-  const std::int64_t last =
-      std::min(last_strip * kStrip, round_up(conv.out_channels, kVecs * kLanes));
   const std::int64_t together = plan.strips_together;
   for (std::int64_t strip = first_strip; strip < last_strip; strip += together) {
-    const std::int64_t next = strip + together, round_end = std::min(next * kStrip, last);
-    const std::int64_t next_strips = std::clamp<std::int64_t>(last_strip - next, 0, together);
+    const std::int64_t next = std::min(strip + together, last_strip);
+    const std::int64_t next_strips = std::min(last_strip - next, together);
     const std::int64_t share = ceil_div(next_strips * kStrip, count);  // columns
     for (int i = 0; i < count; ++i) {
       for (int pass = 0; pass < pass_count; ++pass) {
@@ -415,16 +414,17 @@ ISA void conv_task(const Pass* passes, int pass_count, std::int64_t half_task,
             0, coming.halves[0].x,
             reads_next ? at.plan.source.pixel_pitch * coming.rows * coming.count : 0);
       }
-      for (std::int64_t k = strip * kStrip; k < round_end; k += kVecs * kLanes) {
+      for (std::int64_t at_strip = strip; at_strip < next; ++at_strip) {
+        const std::int64_t k = at_strip * kStrip;
         // The epilogue that follows this one's, or the projection.
-        const bool stays = k + kVecs * kLanes < round_end;
+        const bool stays = at_strip + 1 < next;
         const Tile* coming = stays ? &tiles[0][i] : i + 1 < count ? &tiles[0][i + 1] : nullptr;
-        std::int64_t column = stays ? k + kVecs * kLanes : strip * kStrip;
+        const std::int64_t column = stays ? k + kStrip : strip * kStrip;
         for (int pass = pass_count - 1; pass >= 0; --pass) {
           const Pass& at = passes[pass];
-          const Columns columns{static_cast<const std::uint32_t*>(at.conv.packed) +
-                                    k / kStrip * at.plan.words * kStrip + k % kStrip,
-                                at.terms.at(k), k, conv.out_channels - k};
+          const Columns columns{
+              static_cast<const std::uint32_t*>(at.conv.packed) + k * at.plan.words, at.terms.at(k),
+              k, conv.out_channels - k};
           const End end_of_pass = pass == 1                    ? End::kKeep
                                   : pass_count == 2            ? End::kAdd
                                   : k < conv.residual.channels ? End::kResidual

@@ -29,12 +29,11 @@
 namespace resnet_fused::cpu {
 namespace {
 
-constexpr std::int64_t kStrip = 32;                 // columns, as conv_transform_weights has them
 constexpr std::int64_t kTaskBytes = 256 << 10;      // of the gradient
 constexpr std::int64_t kTogetherBytes = 256 << 10;  // of weights
 constexpr std::int64_t kMaxTaskHalves = 32;
 
-constexpr int half_rows(int lanes) { return lanes == 16 ? 7 : 3; }
+constexpr int half_rows_of(int lanes) { return lanes == 16 ? 7 : 3; }
 
 // A tap of a phase: its place in the window, and in the gradient from the phase's pixel on.
 struct Tap {
@@ -227,13 +226,14 @@ Phase make_phase(const ConvDgrad& conv, const Plan& plan, std::int64_t y, std::i
   return phase;
 }
 
-Plan make_plan(const ConvDgrad& conv, int half_rows, std::int64_t threads) {
+Plan make_plan(const ConvDgrad& conv, Isa isa, std::int64_t threads) {
+  const int half_rows = half_rows_of(isa == Isa::kAvx512 ? 16 : 8);
   Plan plan;
   plan.grad_height = conv_output_size(conv.window, 0, conv.height);
   plan.grad_width = conv_output_size(conv.window, 1, conv.width);
   plan.pixel_words =
       conv.format == Format::kFloat32 ? conv.out_channels : ceil_div(conv.out_channels, 2);
-  plan.strips = ceil_div(conv.in_channels, kStrip);
+  plan.strips = ceil_div(conv.in_channels, conv_strip(isa));
   for (std::int64_t y = 0; y < std::min(conv.window.stride[0], conv.height); ++y) {
     for (std::int64_t x = 0; x < std::min(conv.window.stride[1], conv.width); ++x) {
       plan.phases.push_back(make_phase(conv, plan, y, x, half_rows));
@@ -256,7 +256,7 @@ Plan make_plan(const ConvDgrad& conv, int half_rows, std::int64_t threads) {
 
 void conv_dgrad(const ConvDgrad& conv, Isa isa) {
   if (conv.batch * conv.height * conv.width * conv.in_channels == 0) return;
-  const Plan plan = make_plan(conv, half_rows(isa == Isa::kAvx512 ? 16 : 8), max_threads());
+  const Plan plan = make_plan(conv, isa, max_threads());
   const Task task = task_for(conv.format, isa);
   // Tasks that share weights follow each other.
   parallel_for(plan.tasks * plan.strip_tasks, [&](std::int64_t i) {

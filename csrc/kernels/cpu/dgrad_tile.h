@@ -2,7 +2,8 @@
 #include "vec.h"
 
 constexpr int kVecs = 2;
-constexpr int kHalfRows = half_rows(kLanes);
+constexpr std::int64_t kStrip = kVecs * kLanes;  // columns, of a tile and of packed weights
+constexpr int kHalfRows = half_rows_of(kLanes);
 // An fp32 sum runs through this many words in registers before it joins the others.
 constexpr std::int64_t kRun = kFormat == Format::kFloat32 ? 64 : std::int64_t{1} << 62;
 
@@ -160,10 +161,9 @@ ISA void dgrad_task(const ConvDgrad& conv, const Plan& plan, const Phase& phase,
             (image * conv.height + phase.y + y * window.stride[0]) * conv.width + phase.x +
             place.x * window.stride[1];
       }
-      for (std::int64_t k = strip * kStrip; k < std::min(end, conv.in_channels);
-           k += kVecs * kLanes) {
-        kMultiply[tile.count - 1][tile.rows - 1](shared, tile,
-                                                 packed + k / kStrip * strip_words + k % kStrip, k);
+      for (std::int64_t k = strip * kStrip; k < std::min(end, conv.in_channels); k += kStrip) {
+        kMultiply[tile.count - 1][tile.rows - 1](shared, tile, packed + k / kStrip * strip_words,
+                                                 k);
       }
     }
   }

@@ -43,6 +43,7 @@ void run(Conv conv, const TrainConv& of, bool turned, Isa isa) {
             turned,
             of.weight_format,
             of.format,
+            conv_strip(isa),
             nullptr};
   if (turned) std::swap(pack.strides[0], pack.strides[1]);
   if (suits_winograd(conv)) {
@@ -64,7 +65,7 @@ void run(Conv conv, const TrainConv& of, bool turned, Isa isa) {
     return winograd_conv(op, isa);
   }
   const Memory packed(4 * conv_weight_words(conv.in_channels, conv.out_channels,
-                                            pack.kernel[0] * pack.kernel[1], conv.format));
+                                            pack.kernel[0] * pack.kernel[1], conv.format, isa));
   pack.packed = packed.data();
   pack_for_conv(pack);
   conv.packed = packed.data();
@@ -117,8 +118,8 @@ void train_dgrad(const TrainConv& of, Isa isa) {
     return run(conv, of, true, isa);
   }
   const auto& kernel = of.window.kernel;
-  const Memory packed(
-      4 * conv_weight_words(of.out_channels, of.in_channels, kernel[0] * kernel[1], of.format));
+  const Memory packed(4 * conv_weight_words(of.out_channels, of.in_channels, kernel[0] * kernel[1],
+                                            of.format, isa));
   const auto& s = of.strides;
   pack_for_conv({of.weight,
                  {s[1], s[0], s[2], s[3]},
@@ -128,6 +129,7 @@ void train_dgrad(const TrainConv& of, Isa isa) {
                  true,
                  of.weight_format,
                  of.format,
+                 conv_strip(isa),
                  packed.data()});
   ConvDgrad conv{};
   conv.grad = of.from;

@@ -18,7 +18,6 @@ namespace resnet_fused::cpu {
 namespace {
 
 constexpr std::int64_t kBlock = 16;          // outputs
-constexpr std::int64_t kStrip = 32;          // of conv.cpp
 constexpr std::int64_t kWinogradBlock = 64;  // of winograd.cpp
 constexpr std::int64_t kStageRows = 288;     // 18 KiB
 constexpr std::int64_t kTaskElements = 64 << 10;
@@ -71,7 +70,7 @@ void run(const Pack& pack, Task task, std::int64_t outputs) {
 }  // namespace
 
 void pack_for_conv(const Pack& pack) {
-  run(pack, tasks_for(best_isa()).conv, round_up(pack.out_channels, kStrip));
+  run(pack, tasks_for(best_isa()).conv, round_up(pack.out_channels, pack.strip));
 }
 
 void pack_for_winograd(const Pack& pack) {

@@ -13,9 +13,10 @@ struct Pack {
   const void* weight;  // (out_channels, in_channels, height, width) of any strides, in elements
   std::int64_t strides[4];
   std::int64_t out_channels, in_channels, kernel[2];
-  bool turned;    // the window is read backwards
-  Format stored;  // of the weight; rounded to
-  Format format;  // where it is packed
+  bool turned;         // the window is read backwards
+  Format stored;       // of the weight; rounded to
+  Format format;       // where it is packed
+  std::int64_t strip;  // conv_strip() of the kernel, a multiple of 16
   void* packed;
 };
 

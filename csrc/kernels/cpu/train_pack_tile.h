@@ -108,15 +108,16 @@ ISA_INLINE void conv_rows(const Pack& pack, std::int64_t out, std::int64_t first
   const std::int64_t taps = pack.kernel[0] * pack.kernel[1];
   const bool single = pack.format == Format::kFloat32;
   const std::int64_t pixel_words = single ? pack.in_channels : ceil_div(pack.in_channels, 2);
+  const std::int64_t width = pack.strip;
   auto* const strip = static_cast<std::uint32_t*>(pack.packed) +
-                      out / kStrip * taps * pixel_words * kStrip + out % kStrip;
+                      out / width * taps * pixel_words * width + out % width;
   fill_stage<Number>(pack, out, first, last, stage);
   for (std::int64_t tap = 0; tap < taps; ++tap) {
-    std::uint32_t* const to = strip + (pack.turned ? taps - 1 - tap : tap) * pixel_words * kStrip;
+    std::uint32_t* const to = strip + (pack.turned ? taps - 1 - tap : tap) * pixel_words * width;
     for (std::int64_t i = first; i < last; i += single ? 1 : 2) {
       const float* const from = stage + ((i - first) * taps + tap) * kBlock;
       if (single) {
-        std::memcpy(to + i * kStrip, from, kBlock * sizeof *from);
+        std::memcpy(to + i * width, from, kBlock * sizeof *from);
         continue;
       }
       BFloat16 low[kBlock], high[kBlock] = {};
@@ -124,7 +125,7 @@ ISA_INLINE void conv_rows(const Pack& pack, std::int64_t out, std::int64_t first
         store(low + lane, load(from + lane));
         if (i + 1 < pack.in_channels) store(high + lane, load(from + taps * kBlock + lane));
       }
-      std::uint32_t* const word = to + i / 2 * kStrip;
+      std::uint32_t* const word = to + i / 2 * width;
       for (int lane = 0; lane < kBlock; ++lane) {
         word[lane] = low[lane] | std::uint32_t{high[lane]} << 16;
       }
