@@ -641,7 +641,7 @@ def test_head_gives_the_same_bits_with_any_number_of_threads_and_images(threads)
 
 @pytest.mark.parametrize(
     "shape",
-    [(2, 64, 20, 17, 16), (3, 19, 3, 5, 3), (1, 256, 56, 56, 16), (1, 7, 1, 1, 33)],
+    [(2, 64, 20, 17, 16), (3, 19, 3, 5, 3), (1, 256, 56, 56, 16), (16, 37, 1, 1, 70)],
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -44,7 +44,9 @@
 namespace resnet_fused::cpu {
 namespace {
 
-constexpr std::int64_t kMaxTaskHalves = 32;
+constexpr std::int64_t kMaxTaskHalves = 72;
+// Of a task at most: 224 pixels in tiles of 14, 216 in tiles of 6.
+constexpr std::int64_t most_halves(Isa isa) { return isa == Isa::kAvx2 ? kMaxTaskHalves : 32; }
 constexpr std::int64_t kTaskBytes = 512 << 10;      // of x
 constexpr std::int64_t kTogetherBytes = 256 << 10;  // of weights
 constexpr std::int64_t kStreamedColumns = 64;
@@ -300,7 +302,7 @@ Plan make_plan(const Conv& conv, Isa isa, std::int64_t threads) {
   // Equal tasks, a multiple of the threads in number. Few pixels: the columns are divided instead,
   // so that each thread reads other weights.
   const std::int64_t half_bytes = half_rows * plan.steps[0] * plan.source.pixel_pitch;
-  const std::int64_t most = std::clamp<std::int64_t>(kTaskBytes / half_bytes, 4, kMaxTaskHalves);
+  const std::int64_t most = std::clamp<std::int64_t>(kTaskBytes / half_bytes, 4, most_halves(isa));
   plan.half_tasks = ceil_div(plan.halves, most);
   plan.strip_tasks = 1;
   if (plan.half_tasks <= threads) {
