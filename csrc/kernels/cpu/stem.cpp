@@ -4,8 +4,9 @@
 // neighbouring outputs start 6 numbers apart. So a row of outputs is a matrix product of those
 // overlapping windows with the packed weights [strip of 32 k][7 rows][taps][32 k], one tap being
 //   fp32      one number: 21 taps a row, one multiply-add each
-//   bfloat16  two neighbouring numbers: 11 taps a row (the 22nd weight is zero), VDPBF16PS each,
-//             products exact, sums fp32. (Infinite x therefore also reaches one more column.)
+//   bfloat16  two neighbouring numbers: 11 taps a row (the 22nd weight is zero), VDPBF16PS each, or
+//             two multiply-adds of fp32 on AVX2; products exact, sums fp32. (Infinite x therefore
+//             also reaches one more column.)
 // The micro-kernel holds pixels x 32 or 16 channels of sums in registers (AVX-512: 14 x 32, 28 of
 // 32 registers; AVX2: 6 x 16, 12 of 16; NEON: 14 x 8, 28 of 32) through all 7 rows; a strip of
 // weights (18 KB) stays in L1.

@@ -8,10 +8,10 @@
 // vectors of the gradient are loaded for 14 words of x, or one for 28 of the last channels. A tap's
 // pixels are lists of runs, made once a block, so that windows of any shape are read where they lie
 // and pixels outside the image are skipped. A window of few channels is read row by row instead,
-// from a copy with zeros around. In bfloat16 a step is one VDPBF16PS over two pixels, whose numbers
-// share words: pixels at the same place of two images, or of the two halves of an odd last one
-// (Band), so that one interleaved copy of x, made for each block, serves all taps, strides and
-// dilations.
+// from a copy with zeros around. In bfloat16 a step is one VDPBF16PS (on AVX2 two multiply-adds of
+// fp32) over two pixels, whose numbers share words: pixels at the same place of two images, or of
+// the two halves of an odd last one (Band), so that one interleaved copy of x, made for each block,
+// serves all taps, strides and dilations.
 //
 // In fp32 sums pass from registers to L1 every kShortRun pixels, to L2 with every block, and a last
 // pass adds up the parts, in order: the error grows with the root of these runs' lengths, not of

@@ -1,4 +1,4 @@
-"""Backend `cpu`: float32 (AVX2, AVX-512, NEON) and bfloat16, with the compiled extension.
+"""Backend `cpu`: float32 and bfloat16 (AVX2, AVX-512, NEON), with the compiled extension.
 
 Convolutions run as its kernels: direct for one group and for several, Winograd for 3×3 in float32,
 and the stem with its pooling. What those do not serve, bfloat16 on some processors, runs as
@@ -66,7 +66,7 @@ class CpuBackend(QuantizedCpuBackend):
         if dtype == torch.float32 and dtype not in self._own:
             return "its float32 kernels need AArch64, or an x86 processor with AVX2 or AVX-512"
         if dtype == torch.bfloat16 and not (self._bfloat16 or dtype in self._own):
-            return "oneDNN's bfloat16 needs a processor with AVX-512 or its successors"
+            return "its bfloat16 kernels need an x86 processor with AVX2, or Arm's FEAT_BF16"
         if dtype in (torch.uint8, torch.int8):
             return None if self._quantized else "its int8 kernels need an x86 processor with AVX2"
         if dtype not in (torch.float32, torch.bfloat16):
