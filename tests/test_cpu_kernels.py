@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -62,24 +61,6 @@ def isa(request: pytest.FixtureRequest) -> str:
     if have not in ISAS or ISAS.index(request.param) > ISAS.index(have):
         pytest.skip(f"this processor has {have or 'neither AVX2 nor AVX-512'}")
     return request.param
-
-
-@pytest.fixture(params=["float32-avx2", "float32-avx512", "bfloat16-avx512"])
-def kernel(request: pytest.FixtureRequest) -> tuple[torch.dtype, str]:
-    dtype, isa = request.param.split("-")
-    have = _C.cpu_isa()
-    if have not in ISAS or ISAS.index(isa) > ISAS.index(have):
-        pytest.skip(f"this processor has {have or 'neither AVX2 nor AVX-512'}")
-    if dtype == "bfloat16" and not _C.cpu_convolves_bf16():
-        pytest.skip("this processor lacks AVX512_BF16")
-    return getattr(torch, dtype), isa
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

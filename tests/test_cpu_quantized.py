@@ -3,7 +3,6 @@ every range, and what the bindings refuse."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -44,13 +43,6 @@ def isa(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def kernels(isa: str) -> QuantizedKernels:
     return QuantizedKernels(_C, isa)
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def same(found: Tensor, expected: Tensor) -> bool:
