@@ -8,7 +8,16 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..parameters import BatchNorm, ConvBn, Convolution, GroupNorm, MaxPool, Normalization
+from ..parameters import (
+    BatchNorm,
+    ConvBn,
+    Convolution,
+    GroupNorm,
+    MaxPool,
+    Normalization,
+    QuantizedLayer,
+    QuantizedShortcut,
+)
 from .training import TrainingKernels
 
 
@@ -109,28 +118,11 @@ class Backend(Protocol):
         return ()
 
     def quantized_conv(
-        self,
-        x: Tensor,
-        conv: Convolution,
-        bias: Tensor,
-        multiplier: Tensor,
-        shortcut: Tensor | None,
-        shortcut_scale: Tensor | None,
-        projection: Convolution | None,
-        padding_value: Tensor | None,
-        relu: bool,
+        self, x: Tensor, layer: QuantizedLayer, shortcut: QuantizedShortcut | None, relu: bool
     ) -> Candidates:
         return ()
 
-    def quantized_stem(
-        self,
-        x: Tensor,
-        conv: Convolution,
-        bias: Tensor,
-        multiplier: Tensor,
-        padding_value: Tensor | None,
-        pool: MaxPool,
-    ) -> Candidates:
+    def quantized_stem(self, x: Tensor, layer: QuantizedLayer, pool: MaxPool) -> Candidates:
         return ()
 
     def quantized_head(
