@@ -18,6 +18,7 @@ from resnet_fused import BackendUnavailableError, ops, use_backend
 from resnet_fused.ops import BatchNorm, ConvBn, Convolution, GroupNorm, Layer, MaxPool
 from resnet_fused.ops.dispatch import serving
 from resnet_fused.ops.registry import registered
+from resnet_fused.parameters import Gate
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import (
     BlockCase,
@@ -74,6 +75,8 @@ def _of(module: Any, name: str) -> Callable[..., Tensor]:
         return _bottleneck
     if module is ops and name == "group_norm_add_relu":
         return _group_norm_add_relu
+    if module is ops and name == "squeeze_excite":
+        return registered[name]
     return getattr(module, name.split()[0])
 
 
@@ -113,6 +116,8 @@ def _with_grad(arguments: list[Any]) -> tuple[list[Any], list[Tensor]]:
             return argument._replace(weight=leaf(argument.weight))
         if isinstance(argument, (BatchNorm, GroupNorm)):
             return argument._replace(weight=leaf(argument.weight), bias=leaf(argument.bias))
+        if isinstance(argument, Gate):
+            return Gate(*map(leaf, argument))
         return leaf(argument) if isinstance(argument, Tensor) else argument
 
     return [prepared(argument) for argument in arguments], leaves

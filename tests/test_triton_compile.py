@@ -16,6 +16,7 @@ from resnet_fused.backends import Candidate
 from resnet_fused.parameters import (
     BatchNorm,
     ConvBn,
+    Gate,
     MaxPool,
     QuantizedLayer,
     QuantizedShortcut,
@@ -200,8 +201,10 @@ def _resnet(backend: Any, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[]
         _first(
             backend.squeeze_excite,
             meta(BATCH, 1024, 14, 14, dtype=dtype),
-            *(meta(64, 1024, dtype=dtype), meta(64, dtype=dtype)),
-            *(meta(1024, 64, dtype=dtype), meta(1024, dtype=dtype)),
+            Gate(
+                *(meta(64, 1024, dtype=dtype), meta(64, dtype=dtype)),
+                *(meta(1024, 64, dtype=dtype), meta(1024, dtype=dtype)),
+            ),
             meta(BATCH, 1024, 14, 14, dtype=dtype),
             True,
         ),

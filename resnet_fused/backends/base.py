@@ -12,6 +12,7 @@ from ..parameters import (
     BatchNorm,
     ConvBn,
     Convolution,
+    Gate,
     GroupNorm,
     MaxPool,
     Normalization,
@@ -103,14 +104,7 @@ class Backend(Protocol):
         return ()
 
     def squeeze_excite(
-        self,
-        x: Tensor,
-        reduce: Tensor,
-        reduce_bias: Tensor | None,
-        expand: Tensor,
-        expand_bias: Tensor | None,
-        residual: Tensor | None,
-        relu: bool,
+        self, x: Tensor, gate: Gate, residual: Tensor | None, relu: bool
     ) -> Candidates:
         return ()
 

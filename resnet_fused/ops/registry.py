@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, Candidate, Candidates, autotune
-from ..parameters import ConvBn, Convolution
+from ..parameters import ConvBn, Convolution, Gate
 from .checks import check_is_tensor
 from .dispatch import serving
 from .modes import is_recorded, is_transformed, refuse_tangents
@@ -192,6 +192,8 @@ def _autocast(argument: Any, dtype: torch.dtype) -> Any:
         return argument._replace(conv=_autocast(argument.conv, dtype))
     if isinstance(argument, Convolution):
         return argument._replace(weight=argument.weight.to(dtype))
+    if isinstance(argument, Gate):
+        return Gate(*(_autocast(field, dtype) for field in argument))
     if (
         isinstance(argument, Tensor)
         and argument.is_floating_point()
