@@ -235,7 +235,7 @@ class CudaBackend(ReferenceBackend):
         layer3: ConvBn,
         projection: ConvBn | None,
     ) -> Candidates:
-        layers = [layer1, layer2, layer3, *([] if projection is None else [projection])]
+        layers = _present((layer1, layer2, layer3, projection))
         if not _resnet_bottleneck(x, [conv for conv, _ in layers]):
             return ()
         return [
@@ -249,17 +249,8 @@ class CudaBackend(ReferenceBackend):
             if self._launcher.can_implement_bottleneck(kernel, x, layers)
         ]
 
-    def _bottleneck(
-        self,
-        kernel: str,
-        x: Tensor,
-        layer1: ConvBn,
-        layer2: ConvBn,
-        layer3: ConvBn,
-        projection: ConvBn | None,
-    ) -> Tensor:
-        layers = [layer1, layer2, layer3, *([] if projection is None else [projection])]
-        return self._launcher.bottleneck(kernel, x, layers)
+    def _bottleneck(self, kernel: str, x: Tensor, *layers: ConvBn | None) -> Tensor:
+        return self._launcher.bottleneck(kernel, x, _present(layers))
 
     def stem(self, x: Tensor, layer: ConvBn, pool: MaxPool) -> Candidates:
         if not _resnet_stem(layer.conv, pool):
@@ -340,6 +331,10 @@ def _resnet_bottleneck(x: Tensor, convolutions: Sequence[Convolution]) -> bool:
             for conv, (kernel, stride, padding) in zip(convolutions, windows, strict=False)
         )
     )
+
+
+def _present(layers: Sequence[ConvBn | None]) -> list[ConvBn]:
+    return [layer for layer in layers if layer is not None]
 
 
 def _can_add(x: Tensor, shortcut: QuantizedShortcut) -> bool:
