@@ -33,6 +33,7 @@ from .blocks import ResidualBlock
 from .models.network import ResidualNetwork
 from .ops.conv_bn import conv_bn
 from .ops.squeeze_excite import squeeze_excite
+from .parameters import Gate
 
 # A convolution, and the normalisation behind it if there is one.
 Pair = tuple[nn.Module, nn.Module | None]
@@ -141,10 +142,6 @@ class _ConvNormAct(_InTurn, _OneTensor):
         return _present(self, "conv", "bn", "aa")
 
 
-# Of squeeze and excitation: weight (hidden, C), bias, weight (C, hidden), bias.
-_Gate = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
-
-
 class _SqueezeExcite(_OneTensor):
     """timm's squeeze and excitation."""
 
@@ -160,14 +157,14 @@ class _SqueezeExcite(_OneTensor):
         found = "belongs to a gate that is more than mean, ReLU and sigmoid between two 1×1 layers"
         return found if self._gate_arguments() is None else None
 
-    def gate_arguments(self) -> _Gate | None:
+    def gate_arguments(self) -> Gate | None:
         """What the op takes, or None where the modules have to run."""
         own = cast("Any", self)
         if own.training or not self.is_plain() or not fusion.untouched(own):
             return None
         return self._gate_arguments()
 
-    def _gate_arguments(self) -> _Gate | None:
+    def _gate_arguments(self) -> Gate | None:
         own: Any = cast("nn.Module", self)._modules
         reduce, expand = fusion.pointwise(own["fc1"]), fusion.pointwise(own["fc2"])
         if (
@@ -179,7 +176,7 @@ class _SqueezeExcite(_OneTensor):
             or not fusion.is_sigmoid(own["gate"])
         ):
             return None
-        return (*reduce, *expand)
+        return Gate(*reduce, *expand)
 
     def by_ops(self, x: Tensor) -> Tensor | None:
         gate = None if fusion.must_call_modules(x) else self.gate_arguments()

@@ -127,6 +127,35 @@ class PreBnGradient(NamedTuple):
     last_use: bool = False  # nobody reads `grad` afterwards: it may be overwritten
 
 
+class Gate(NamedTuple):
+    """Two linear layers that give each channel of an image a factor, sigmoid(expand(relu(reduce)))
+    of the channels' means: weights (hidden, C) and (C, hidden), biases or None.
+    """
+
+    reduce: Tensor
+    reduce_bias: Tensor | None
+    expand: Tensor
+    expand_bias: Tensor | None
+
+
+class QuantizedLayer(NamedTuple):
+    """A convolution of quantised numbers, and how its sums become the result's: the fields are
+    arguments of `resnet_fused.ops.quantized_conv`."""
+
+    conv: Convolution
+    bias: Tensor
+    multiplier: Tensor
+    padding_value: Tensor | None = None
+
+
+class QuantizedShortcut(NamedTuple):
+    """What a quantised layer adds to its sums: x, or a projection of x, times a scale."""
+
+    x: Tensor
+    scale: Tensor
+    projection: Convolution | None = None
+
+
 class MaxPool(NamedTuple):
     """Max pooling with implicit -inf padding, square window, floor rounding."""
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import backends, models, settings
 from .backends import autotune
-from .backends.autotune import Decision, Operand, Window
+from .backends.autotune import Decision, Operand
 from .models.network import ResidualNetwork
 
 _NOT_NETWORKS = ("ResNet", "cifar")
@@ -75,7 +75,7 @@ def table(rows: Iterable[Row]) -> str:
             (
                 parts[0] + more,
                 decision.op,
-                ", ".join(str(p) for p in decision.described if isinstance(p, (Operand, Window))),
+                ", ".join(part for part in decision.described if isinstance(part, Operand)),
                 decision.candidate.name,
                 "-" if time is None else f"{time * 1e6:.1f}",
                 runner_up(decision),

@@ -100,6 +100,27 @@ def half(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
+@pytest.fixture(params=["float32-avx2", "float32-avx512", "bfloat16-avx2", "bfloat16-avx512"])
+def kernel(request: pytest.FixtureRequest) -> tuple[torch.dtype, str]:
+    """A dtype, and an instruction set for which the CPU has kernels of it."""
+    dtype, isa = request.param.split("-")
+    extension = _extension.load()
+    have = extension.cpu_isa()
+    if have not in ("avx2", "avx512") or isa > have:
+        pytest.skip(f"this processor has {have or 'neither AVX2 nor AVX-512'}")
+    if (dtype, isa) == ("bfloat16", "avx512") and not extension.cpu_convolves_bf16():
+        pytest.skip("this processor lacks AVX512_BF16")
+    return getattr(torch, dtype), isa
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Puts back the number of threads that a test changes."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 def require(name: str, device: str, dtype: torch.dtype) -> None:
     """Skips, with the reason, where the backend cannot serve such tensors."""
     if reason := backends.unavailable(name):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
@@ -18,7 +17,6 @@ if reason := _extension.available():
     pytest.skip(reason, allow_module_level=True)
 _C = _extension.load()
 
-ISAS = ("avx2", "avx512")
 NHWC = torch.channels_last
 Pair = tuple[int, int]
 
@@ -116,24 +114,6 @@ def random_case(rng: random.Random) -> Case:
         )
         if min(case.out_size) >= 1:
             return case
-
-
-@pytest.fixture(params=["float32-avx2", "float32-avx512", "bfloat16-avx2", "bfloat16-avx512"])
-def kernel(request: pytest.FixtureRequest) -> tuple[torch.dtype, str]:
-    dtype, isa = request.param.split("-")
-    have = _C.cpu_isa()
-    if have not in ISAS or ISAS.index(isa) > ISAS.index(have):
-        pytest.skip(f"this processor has {have or 'neither AVX2 nor AVX-512'}")
-    if (dtype, isa) == ("bfloat16", "avx512") and not _C.cpu_convolves_bf16():
-        pytest.skip("the kernels of bfloat16 need AVX2 or AVX512_BF16")
-    return getattr(torch, dtype), isa
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def operands(case: Case, dtype: torch.dtype, integers: bool) -> tuple[Tensor, Tensor, Tensor]:

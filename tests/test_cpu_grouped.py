@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -41,13 +40,6 @@ def kernel(request: pytest.FixtureRequest) -> tuple[torch.dtype, str]:
     if isa > _C.cpu_isa():
         pytest.skip("this processor has AVX2 only")
     return getattr(torch, dtype), isa
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def grouped(x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool, isa: str) -> Tensor:

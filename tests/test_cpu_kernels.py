@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -62,24 +61,6 @@ def isa(request: pytest.FixtureRequest) -> str:
     if have not in ISAS or ISAS.index(request.param) > ISAS.index(have):
         pytest.skip(f"this processor has {have or 'neither AVX2 nor AVX-512'}")
     return request.param
-
-
-@pytest.fixture(params=["float32-avx2", "float32-avx512", "bfloat16-avx2", "bfloat16-avx512"])
-def kernel(request: pytest.FixtureRequest) -> tuple[torch.dtype, str]:
-    dtype, isa = request.param.split("-")
-    have = _C.cpu_isa()
-    if have not in ISAS or ISAS.index(isa) > ISAS.index(have):
-        pytest.skip(f"this processor has {have or 'neither AVX2 nor AVX-512'}")
-    if (dtype, isa) == ("bfloat16", "avx512") and not _C.cpu_convolves_bf16():
-        pytest.skip("the kernels of bfloat16 need AVX2 or AVX512_BF16")
-    return getattr(torch, dtype), isa
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -656,24 +637,24 @@ def test_squeeze_excite_rounds_once(shape, dtype, add):
 
 
 def test_squeeze_excite_gives_the_same_bits_with_any_number_of_threads_and_images(threads):
-    x, *others, residual, relu = make_squeeze_excite(5, 40, 25, 21, 7, generator(), True, True)
+    x, gate, residual, relu = make_squeeze_excite(5, 40, 25, 21, 7, generator(), True, True)
     images = zip(x.split(1), residual.split(1), strict=True)
-    expected = torch.cat([squeeze_excite(_C, one, *others, added, relu) for one, added in images])
+    expected = torch.cat([squeeze_excite(_C, one, gate, added, relu) for one, added in images])
     for count in (1, 2, 5):
         torch.set_num_threads(count)
-        assert torch.equal(squeeze_excite(_C, x, *others, residual, relu), expected)
+        assert torch.equal(squeeze_excite(_C, x, gate, residual, relu), expected)
 
 
 def test_squeeze_excite_in_place_and_with_nan():
-    x, *others = make_squeeze_excite(2, 24, 9, 5, 6, generator(), True, True, True)
-    expected = squeeze_excite(_C, x, *others)
+    x, gate, residual, relu = make_squeeze_excite(2, 24, 9, 5, 6, generator(), True, True, True)
+    expected = squeeze_excite(_C, x, gate, residual, relu)
     described = tensor_arg(x)
-    linears = [(tensor_arg(others[i]), tensor_arg(others[i + 1])) for i in (0, 2)]
-    residual = tensor_arg(others[4])
-    _C.squeeze_excite(described, described, *linears, residual, True)
+    reduce, reduce_bias, expand, expand_bias = map(tensor_arg, gate)
+    linears = (reduce, reduce_bias), (expand, expand_bias)
+    _C.squeeze_excite(described, described, *linears, tensor_arg(residual), relu)
     assert torch.equal(x, expected)
     x[0, 3, 8, 4] = float("nan")  # by way of its image's means all of that image
-    out = squeeze_excite(_C, x, *others)
+    out = squeeze_excite(_C, x, gate, residual, relu)
     assert out[0].isnan().all()
     assert not out[1].isnan().any()
 

@@ -3,7 +3,6 @@ every range, and what the bindings refuse."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +14,8 @@ from resnet_fused import _extension, ops, use_backend
 from resnet_fused._extension import tensor_arg
 from resnet_fused.backends.cpu.quantized import PackedQuantizedWeight, QuantizedKernels
 from resnet_fused.ops import Convolution, MaxPool
+from resnet_fused.ops.registry import registered
+from resnet_fused.parameters import QuantizedLayer, QuantizedShortcut
 from resnet_fused.reference import quantized as reference
 from resnet_fused.testing.cases import ConvCase, generator
 from resnet_fused.testing.quantized_cases import (
@@ -30,6 +31,8 @@ if reason := _extension.available():
 _C = _extension.load()
 
 ISAS = ("avx512vnni", "avxvnni", "avx2", "amx")
+# With the references' signatures.
+conv_op, stem_op = registered["quantized_conv"], registered["quantized_stem"]
 NHWC = torch.channels_last
 STEM = ConvCase(2, 3, 37, 41, 64, 7, 2, 3)
 
@@ -46,13 +49,6 @@ def kernels(isa: str) -> QuantizedKernels:
     return QuantizedKernels(_C, isa)
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def same(found: Tensor, expected: Tensor) -> bool:
     layout = NHWC if found.dim() == 4 else torch.contiguous_format
     return (
@@ -64,8 +60,8 @@ def same(found: Tensor, expected: Tensor) -> bool:
 
 def served(arguments: list[Any]) -> bool:
     """Whether the kernel takes such a projection: beside convolutions of one group."""
-    conv, projection = arguments[1], arguments[6]
-    return projection is None or conv.groups == 1
+    _, layer, shortcut, _ = arguments
+    return shortcut is None or shortcut.projection is None or layer.conv.groups == 1
 
 
 def image(values: list[int], dtype: torch.dtype = torch.uint8) -> Tensor:
@@ -146,7 +142,8 @@ def test_the_ends_of_the_ranges(kernels: QuantizedKernels, dtype: torch.dtype, r
     conv = Convolution(weight, (1, 1), (1, 1))
     bias = torch.arange(64, dtype=torch.int32) * 1000 - 32_000
     for multiplier in (1e-4, 1.0, 1e6):
-        arguments = (x, conv, bias, torch.full((64,), multiplier), None, None, None, None, relu)
+        layer = QuantizedLayer(conv, bias, torch.full((64,), multiplier))
+        arguments = (x, layer, None, relu)
         assert same(kernels.conv(*arguments), reference.quantized_conv(*arguments))
 
 
@@ -157,13 +154,18 @@ def test_halves_go_to_even(kernels: QuantizedKernels) -> None:
     zero = torch.zeros(64, dtype=torch.int32)
     halves, ones = torch.full((64,), 0.5), torch.ones(64)
     even = torch.tensor([round(v / 2) for v in values], dtype=torch.uint8)
-    nothing = (None, None, None, None, True)
     x = image(values)
-    assert torch.equal(kernels.conv(x, one, zero, halves, *nothing)[0, 5, 0], even)
+    found = kernels.conv(x, QuantizedLayer(one, zero, halves), None, True)
+    assert torch.equal(found[0, 5, 0], even)
     none = torch.zeros_like(x)
     residual = x.expand(1, 64, 1, 256).contiguous(memory_format=NHWC)
     for shortcut, projection in ((residual, None), (x, one)):
-        added = kernels.conv(none, one, zero, ones, shortcut, halves, projection, None, True)
+        added = kernels.conv(
+            none,
+            QuantizedLayer(one, zero, ones),
+            QuantizedShortcut(shortcut, halves, projection),
+            True,
+        )
         assert torch.equal(added[0, 5, 0], even)
 
 
@@ -174,7 +176,8 @@ def test_nothing_is_clamped_before_the_end(kernels: QuantizedKernels) -> None:
     residual = image([255, 100]).expand(1, 64, 1, 2).contiguous(memory_format=NHWC)
     bias = torch.full((64,), 300, dtype=torch.int32)
     scale, half = torch.full((64,), 1.0), torch.full((64,), 0.5)
-    found = kernels.conv(x, conv, bias, half, residual, scale, None, None, True)
+    layer = QuantizedLayer(conv, bias, half)
+    found = kernels.conv(x, layer, QuantizedShortcut(residual, scale), True)
     assert found[0, 9, 0].tolist() == [78, 200]  # (300 - 400 + 255) / 2 = 77.5, (300 + 100) / 2
 
 
@@ -232,23 +235,23 @@ def test_ops_run_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     backend = create()
     with use_backend(backend):
-        ops.quantized_conv(*make_quantized_conv(LAYERS["3x3"], generator()))
-        ops.quantized_stem(*make_quantized_stem(STEM, generator(), MaxPool()))
+        conv_op(*make_quantized_conv(LAYERS["3x3"], generator()))
+        stem_op(*make_quantized_stem(STEM, generator(), MaxPool()))
         ops.quantized_head(*make_quantized_head(1, 8, 3, 5, generator()))
         # Not a ResNet's stem, and a projection with padding: the reference's.
-        ops.quantized_stem(*make_quantized_stem(STEM, generator(), MaxPool(2, 2, 0)))
+        stem_op(*make_quantized_stem(STEM, generator(), MaxPool(2, 2, 0)))
         arguments = make_quantized_conv(LAYERS["grouped"], generator(), "projection")
-        ops.quantized_conv(*arguments)
+        conv_op(*arguments)
     assert called == ["conv", "stem", "head"]
 
 
 def test_an_edited_weight_is_packed_anew() -> None:
     arguments = make_quantized_conv(LAYERS["3x3"], generator())
-    weight = arguments[1].weight
+    weight = arguments[1].conv.weight
     with use_backend("cpu"):
-        before = ops.quantized_conv(*arguments)
+        before = conv_op(*arguments)
         weight.neg_()
-        after = ops.quantized_conv(*arguments)
+        after = conv_op(*arguments)
     assert not torch.equal(before, after)
     assert torch.equal(after, reference.quantized_conv(*arguments))
 
@@ -302,22 +305,22 @@ def chain(residuals: dict[int, int]) -> tuple[Any, list[Any], list[Tensor]]:
     scale = torch.full((64,), 3.0)
     recorder = _C.Recorder()
     for i in range(5):
-        _, conv, bias, multiplier, *_ = make_quantized_conv(case, generator(i))
-        packed.append(PackedQuantizedWeight(_C, "conv", conv.weight, 1).packed)
-        layers.append((conv, bias, multiplier))
+        _, layer, *_ = make_quantized_conv(case, generator(i))
+        packed.append(PackedQuantizedWeight(_C, "conv", layer.conv.weight, 1).packed)
+        layers.append(layer)
         values.append(torch.empty_like(x))
         added = values[residuals[i]] if i in residuals else None
         recorder.start()
         _C.quantized_conv(
             tensor_arg(values[-1]),
             (tensor_arg(values[-2]), tensor_arg(packed[-1]), ((1, 1), (1, 1), (0, 0), (1, 1), 1)),
-            tensor_arg(bias),
-            tensor_arg(multiplier),
+            tensor_arg(layer.bias),
+            tensor_arg(layer.multiplier),
             None if added is None else tensor_arg(scale),
             None if added is None else tensor_arg(added),
         )
         recorder.stop()
-    constants = [*packed, scale, *(tensor for layer in layers for tensor in layer[1:])]
+    constants = [*packed, scale, *(tensor for layer in layers for tensor in layer[1:3])]
     ends = [tensor_arg(values[0])], [tensor_arg(values[-1])]
     program = recorder.program(0, 5, *ends, list(map(tensor_arg, constants)), 64)
     return program, layers, [scale, *constants]
@@ -338,14 +341,9 @@ def test_a_result_takes_the_memory_of_its_residual(residuals: dict[int, int], ke
     x = make_integers((2, 64, 7, 9), torch.uint8, generator(99)).contiguous(memory_format=NHWC)
     before = x.clone()
     expected = [x]
-    for i, (conv, bias, multiplier) in enumerate(layers):
-        added = expected[residuals[i]] if i in residuals else None
-        scale = None if added is None else alive[0]
-        expected.append(
-            reference.quantized_conv(
-                expected[-1], conv, bias, multiplier, added, scale, None, None, True
-            )
-        )
+    for i, layer in enumerate(layers):
+        shortcut = QuantizedShortcut(expected[residuals[i]], alive[0]) if i in residuals else None
+        expected.append(reference.quantized_conv(expected[-1], layer, shortcut, True))
     out, arena = torch.empty_like(x), torch.empty(program.arena_bytes, dtype=torch.uint8)
     program.run([x.data_ptr(), out.data_ptr()], arena.data_ptr())
     assert torch.equal(out, expected[-1])
@@ -356,25 +354,22 @@ def test_a_result_takes_the_memory_of_its_residual(residuals: dict[int, int], ke
 
 def conv_arguments(**changes: Any) -> dict[str, Any]:
     """What `quantized_conv` takes of a small layer with a residual."""
-    x, conv, bias, multiplier, residual, scale, *_ = make_quantized_conv(
+    x, layer, shortcut, relu = make_quantized_conv(
         ConvCase(1, 8, 5, 5, 16, 3, 1, 1), generator(), "identity"
     )
-    packed = PackedQuantizedWeight(_C, "conv", conv.weight, 1).packed
+    packed = PackedQuantizedWeight(_C, "conv", layer.conv.weight, 1).packed
     window = ((3, 3), (1, 1), (1, 1), (1, 1), 1)
-    out = torch.empty_like(residual)
+    out = torch.empty_like(shortcut.x)
     arguments = {
         "out": tensor_arg(out),
         "layer": (tensor_arg(x), tensor_arg(packed), window),
-        "bias": tensor_arg(bias),
-        "multiplier": tensor_arg(multiplier),
-        "shortcut_scale": tensor_arg(scale),
-        "residual": tensor_arg(residual),
+        "bias": tensor_arg(layer.bias),
+        "multiplier": tensor_arg(layer.multiplier),
+        "shortcut_scale": tensor_arg(shortcut.scale),
+        "residual": tensor_arg(shortcut.x),
     }
     _C.quantized_conv(**arguments)
-    expected = reference.quantized_conv(
-        x, conv, bias, multiplier, residual, scale, None, None, True
-    )
-    assert torch.equal(out, expected)
+    assert torch.equal(out, reference.quantized_conv(x, layer, shortcut, relu))
     for name, value in changes.items():
         part = arguments["layer"][:2] if name in ("x", "packed", "window") else None
         value = value(arguments[name]) if part is None and callable(value) else value

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +42,6 @@ def test_team_does_every_task_once_and_waits_for_it(sanitizer: str, tmp_path: Pa
     if "unexpected memory mapping" in run.stderr:
         pytest.skip("ThreadSanitizer does not run under this kernel's layout of memory")
     assert run.returncode == 0, run.stdout + run.stderr[-3000:]
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def _forward(model: Any, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from resnet_fused import _extension
+from resnet_fused import _extension, parameters
 from resnet_fused.backends.cpu.quantized import PackedQuantizedWeight
 from resnet_fused.numerics import cast, check_op
 from resnet_fused.ops import Convolution
@@ -214,26 +214,22 @@ def quantized_layer_of(
 def quantized_tiled(
     library: ctypes.CDLL,
     x: Tensor,
-    conv: Convolution,
-    bias: Tensor,
-    multiplier: Tensor,
-    shortcut: Tensor | None,
-    shortcut_scale: Tensor | None,
-    projection: Convolution | None,
-    padding_value: Tensor | None,
+    layer: parameters.QuantizedLayer,
+    shortcut: parameters.QuantizedShortcut | None,
     relu: bool,
 ) -> Tensor:
     """`quantized_conv` of the reference, between other memory."""
+    conv, bias, multiplier, padding_value = layer
+    added, scale, projection = shortcut or (None, None, None)
     alive: list[object] = []
     size = (len(conv.weight), *conv.output_size(*x.shape[2:]))
     whole = torch.full((len(x) + 2, *size), 77, dtype=torch.uint8 if relu else torch.int8)
     whole = whole.contiguous(memory_format=NHWC)
     side = residual = None
     if projection is not None:
-        assert shortcut is not None
-        side = ctypes.byref(quantized_layer_of(shortcut, projection, None, alive))
-    elif shortcut is not None:
-        residual = shortcut
+        side = ctypes.byref(quantized_layer_of(added, projection, None, alive))
+    elif added is not None:
+        residual = added
         assert residual.shape[1] == 1 or residual.stride(1) == 1
     strides = [0, 0, 0] if residual is None else [residual.stride(i) for i in (0, 2, 3)]
     library.quantized_conv(
@@ -241,7 +237,7 @@ def quantized_tiled(
         side,
         ctypes.c_void_p(bias.data_ptr()),
         ctypes.c_void_p(multiplier.data_ptr()),
-        None if shortcut_scale is None else ctypes.c_void_p(shortcut_scale.data_ptr()),
+        None if scale is None else ctypes.c_void_p(scale.data_ptr()),
         None if residual is None else ctypes.c_void_p(residual.data_ptr()),
         int(residual is not None and residual.dtype == torch.int8),
         ctypes.c_int64(0 if residual is None else residual.shape[1]),
@@ -258,7 +254,8 @@ def test_random_quantized_layers_equal_the_reference(emulated: ctypes.CDLL) -> N
     compared = 0
     for seed in range(20_000, 20_100):
         arguments = random_quantized_conv(seed)
-        if arguments[6] is not None and arguments[1].groups > 1:
+        _, layer, shortcut, _ = arguments
+        if shortcut is not None and shortcut.projection is not None and layer.conv.groups > 1:
             continue  # the reference's
         found = quantized_tiled(emulated, *arguments)
         assert torch.equal(found, quantized_reference.quantized_conv(*arguments)), f"seed {seed}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,13 +29,6 @@ def pieces() -> CpuTraining:
     found = backends.get("cpu").training
     assert isinstance(found, CpuTraining)
     return found
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def _nhwc(x: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ from resnet_fused import use_backend
 from resnet_fused._extension import tensor_arg
 from resnet_fused.backends import autotune
 from resnet_fused.backends.cuda_sim import SimulatedBackend
-from resnet_fused.parameters import Convolution
+from resnet_fused.ops.registry import registered
+from resnet_fused.parameters import Convolution, QuantizedLayer, QuantizedShortcut
 from resnet_fused.quantization import quantize
 from resnet_fused.reference import quantized as reference
 from resnet_fused.reference.quantized import FLOAT8
@@ -193,10 +194,10 @@ def test_a_signed_strided_narrower_shortcut_is_added(
 ):
     rng = generator()
     arguments = make_quantized_conv(CASES[name], rng, "identity", dtype)
-    unsigned = arguments[4]
-    arguments[4] = signed_shortcut(CASES[name], rng, channels, stride)
+    unsigned = arguments[2]
+    arguments[2] = unsigned._replace(x=signed_shortcut(CASES[name], rng, channels, stride))
     expected = check(simulator, tile, arguments)
-    arguments[4] = unsigned
+    arguments[2] = unsigned
     assert not torch.equal(expected, reference.quantized_conv(*arguments))
 
 
@@ -272,10 +273,12 @@ def test_whole_numbers_in_e4m3(simulator, float8_tile, name, shortcut, relu):
         rng = generator(1)
         height, width = CASES[name].output_size
         shape = (CASES[name].batch, 48, 2 * height - 1, 2 * width - 1)
-        arguments[4] = make_integers(shape, FLOAT8, rng)
+        x = make_integers(shape, FLOAT8, rng)
         weight = make_integers((CASES[name].out_channels, 48, 1, 1), FLOAT8, rng)
-        arguments[6] = arguments[6]._replace(weight=weight)
-    arguments[3] = arguments[3] * 100  # some beyond 448
+        projection = arguments[2].projection._replace(weight=weight)
+        arguments[2] = arguments[2]._replace(x=x, projection=projection)
+    layer = arguments[1]
+    arguments[1] = layer._replace(multiplier=layer.multiplier * 100)  # some beyond 448
     expected = check(simulator, float8_tile, in_whole_numbers(arguments)).float()
     assert expected.max() == 448
     assert expected.min() == (0 if relu else -448)
@@ -292,10 +295,11 @@ def test_any_numbers_in_e4m3(simulator, float8_tile, shortcut):
         CASES["3x3"], generator(), shortcut, FLOAT8, relu=False, side_channels=48
     )
     found = run(simulator, float8_tile, arguments).float()
-    x, conv, bias, *others = arguments
-    error = 0.005 * conv.weight[0].numel() ** 0.5
+    x, layer, *others = arguments
+    error = 0.005 * layer.conv.weight[0].numel() ** 0.5
     low, high = (
-        reference.quantized_conv(x, conv, bias + sign * error, *others).float() for sign in (-1, 1)
+        reference.quantized_conv(x, layer._replace(bias=layer.bias + sign * error), *others).float()
+        for sign in (-1, 1)
     )
     assert ((low <= found) & (found <= high)).all()
     assert (low == high).float().mean() > 0.7
@@ -308,7 +312,7 @@ def test_sums_in_e4m3_are_of_float32(simulator, float8_tile):
     x = torch.full((1, 256, 9, 9), 1.125).to(FLOAT8).contiguous(memory_format=torch.channels_last)
     conv = Convolution(torch.full((32, 256, 3, 3), 1.125).to(FLOAT8), (1, 1), (1, 1))
     vectors = torch.zeros(32), 0.01 + 0.1 * torch.rand(32, generator=rng)
-    check(simulator, float8_tile, [x, conv, *vectors, None, None, None, None, True])
+    check(simulator, float8_tile, [x, QuantizedLayer(conv, *vectors), None, True])
 
 
 def test_waits_for_products_in_e4m3_are_needed(simulator):
@@ -363,8 +367,8 @@ def extremes(x: int, weight: int, dtype: torch.dtype, relu: bool) -> list[Any]:
     bias = torch.arange(64, dtype=torch.int32) * 1000 - 32000
     multiplier = torch.logspace(-7, 3, 64)
     scale = torch.linspace(-3, 1000, 64)
-    conv = Convolution(weights, (1, 1), (1, 1))
-    return [image, conv, bias, multiplier, residual, scale, None, None, relu]
+    layer = QuantizedLayer(Convolution(weights, (1, 1), (1, 1)), bias, multiplier)
+    return [image, layer, QuantizedShortcut(residual, scale), relu]
 
 
 @pytest.mark.parametrize("relu", [True, False], ids=["relu", "signed"])
@@ -377,7 +381,8 @@ def test_extreme_values(simulator, tile, x, weight, dtype, relu):
     arguments = extremes(x, weight, dtype, relu)
     low, high = (0, 255) if relu else (-128, 127)
     assert {low, high} <= {*check(simulator, tile, arguments).flatten().tolist()}
-    product = reference.accumulate(*arguments[:2]).abs().amax((0, 2, 3)) * arguments[3]
+    image, layer, *_ = arguments
+    product = reference.accumulate(image, layer.conv).abs().amax((0, 2, 3)) * layer.multiplier
     assert product.max() > 2**32
 
 
@@ -388,13 +393,13 @@ def test_ties_go_to_even_and_big_sums_round_once(simulator, tile):
     conv = Convolution(torch.zeros(16, 16, 1, 1, dtype=torch.int8))
     conv.weight[:, 0] = 1
     zero, half = torch.zeros(16, dtype=torch.int32), torch.full((16,), 0.5)
-    found = check(simulator, tile, [x, conv, zero, half, None, None, None, None, True])
+    found = check(simulator, tile, [x, QuantizedLayer(conv, zero, half), None, True])
     assert found[0, 3, 0].tolist() == [0, 0, 1, 2, 2, 2, 3, 4, 4, 4, 5, 6, 6, 6, 7, 8]
     bias, small = torch.full_like(zero, 2**30 + 32), torch.full((16,), 2.0**-24)
-    found = check(simulator, tile, [x, conv, bias, small, None, None, None, None, False])
+    found = check(simulator, tile, [x, QuantizedLayer(conv, bias, small), None, False])
     assert found[0, 15, 0].tolist() == [64] * 16
-    shortcut = x.clone()
-    added = check(simulator, tile, [x, conv, zero, 2 * half, shortcut, half, None, None, True])
+    shortcut = QuantizedShortcut(x.clone(), half)
+    added = check(simulator, tile, [x, QuantizedLayer(conv, zero, 2 * half), shortcut, True])
     assert added[0, 0, 0, :4].tolist() == [0, 1, 2 + 1, 3 + 2]
 
 
@@ -402,7 +407,7 @@ def test_height_is_told_from_width(simulator, tile, dtype):
     """A window of 2 x 3 whose strides, paddings and dilations differ, too."""
     arguments = make_quantized_conv(ConvCase(2, 16, 11, 14, 32), generator(), "none", dtype)
     weight = make_integers((32, 16, 2, 3), torch.int8, generator(1))
-    arguments[1] = Convolution(weight, (1, 2), (2, 1), (3, 1))
+    arguments[1] = arguments[1]._replace(conv=Convolution(weight, (1, 2), (2, 1), (3, 1)))
     check(simulator, tile, arguments)
 
 
@@ -410,19 +415,21 @@ def test_bytes_of_the_other_sign_give_other_results(simulator, tile):
     """So a kernel that took the one for the other would not pass."""
     arguments = make_quantized_conv(CASES["3x3"], generator(), "identity")
     expected = reference.quantized_conv(*arguments)
-    for position in (0, 4):
-        other = list(arguments)
-        other[position] = other[position].view(torch.int8)
+    x, layer, shortcut, relu = arguments
+    for other in (
+        [x.view(torch.int8), layer, shortcut, relu],
+        [x, layer, shortcut._replace(x=shortcut.x.view(torch.int8)), relu],
+    ):
         assert not torch.equal(run(simulator, tile, other), expected)
 
 
 def test_a_missing_clamp_would_show():
     """Unlimited, the same values end in other bytes."""
     for relu in (True, False):
-        x, conv, bias, multiplier, *_ = make_quantized_conv(CASES["3x3"], generator(), relu=relu)
-        acc = reference.accumulate(x, conv) + bias[:, None, None]
-        y = (acc.float() * multiplier[:, None, None]).round().long()
-        expected = reference.quantized_conv(x, conv, bias, multiplier, *[None] * 4, relu)
+        x, layer, *_ = make_quantized_conv(CASES["3x3"], generator(), relu=relu)
+        acc = reference.accumulate(x, layer.conv) + layer.bias[:, None, None]
+        y = (acc.float() * layer.multiplier[:, None, None]).round().long()
+        expected = reference.quantized_conv(x, layer, None, relu)
         wrapped = y.to(torch.uint8) if relu else y.to(torch.int8)
         assert not torch.equal(wrapped, expected)
 
@@ -451,7 +458,7 @@ def test_what_is_not_whole_chunks_is_not_served(simulator, name):
 
 def check_served_anyway(simulator: ModuleType, arguments: list[Any]) -> None:
     with use_backend(SimulatedBackend(simulator, capability=90)):
-        found = resnet_fused.ops.quantized_conv(*arguments)
+        found = registered["quantized_conv"](*arguments)
     assert torch.equal(found, reference.quantized_conv(*arguments))
 
 
@@ -476,9 +483,9 @@ def test_other_gpus_and_layers_are_not_served(simulator):
     assert listed(simulator, make_quantized_conv(case, generator(), padding_value=True)) == []
     projected = make_quantized_conv(case, generator(), "projection", side_channels=32)
     assert listed(simulator, projected)
-    mixed = [*projected]
-    mixed[4] = projected[4].view(torch.int8)
-    assert listed(simulator, mixed) == []
+    x, layer, shortcut, relu = projected
+    mixed = shortcut._replace(x=shortcut.x.view(torch.int8))
+    assert listed(simulator, [x, layer, mixed, relu]) == []
 
 
 @pytest.mark.parametrize(
@@ -530,7 +537,8 @@ def blocks(request: pytest.FixtureRequest, simulator: ModuleType) -> dict[str, R
     def made(shortcut: str) -> Runner:
         arguments = make_quantized_conv(case, generator(), shortcut)
         if shortcut == "projection":
-            arguments[4], arguments[6] = arguments[0], arguments[1]
+            x, layer, added, _ = arguments
+            arguments[2] = added._replace(x=x, projection=layer.conv)
         return lambda: run(simulator, request.param, arguments)
 
     return {name: made(name) for name in ("none", "identity", "projection")}

@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_map_only
 from resnet_fused import BackendUnavailableError, ops, use_backend
 from resnet_fused.ops import BatchNorm, ConvBn, Convolution, GroupNorm, Layer, MaxPool
 from resnet_fused.ops.dispatch import serving
+from resnet_fused.ops.registry import registered
+from resnet_fused.parameters import Gate
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import (
     BlockCase,
@@ -73,6 +75,8 @@ def _of(module: Any, name: str) -> Callable[..., Tensor]:
         return _bottleneck
     if module is ops and name == "group_norm_add_relu":
         return _group_norm_add_relu
+    if module is ops and name == "squeeze_excite":
+        return registered[name]
     return getattr(module, name.split()[0])
 
 
@@ -112,6 +116,8 @@ def _with_grad(arguments: list[Any]) -> tuple[list[Any], list[Tensor]]:
             return argument._replace(weight=leaf(argument.weight))
         if isinstance(argument, (BatchNorm, GroupNorm)):
             return argument._replace(weight=leaf(argument.weight), bias=leaf(argument.bias))
+        if isinstance(argument, Gate):
+            return Gate(*map(leaf, argument))
         return leaf(argument) if isinstance(argument, Tensor) else argument
 
     return [prepared(argument) for argument in arguments], leaves
@@ -154,8 +160,8 @@ def _calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         case = ConvCase(2, 6, 6, 6, 8, 3, 1, 1)
         images, normalization = as_images(torch.ones(2, 6, 6, 6))
         ops.image_stem(images, make_convolution(case, generator())[1], normalization)
-        ops.quantized_conv(*make_quantized_conv(case, generator(), "projection"))
-        ops.quantized_stem(*make_quantized_stem(case, generator(), MaxPool()))
+        registered["quantized_conv"](*make_quantized_conv(case, generator(), "projection"))
+        registered["quantized_stem"](*make_quantized_stem(case, generator(), MaxPool()))
         ops.quantized_head(*make_quantized_head(2, 8, 3, 4, generator()))
     return recorder.calls
 

@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from resnet_fused import backends, ops
 from resnet_fused.numerics import bn_add_relu_roundings, cast, check_op
 from resnet_fused.ops import BatchNorm, ConvBn, GroupNorm, MaxPool
+from resnet_fused.ops.registry import registered
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import (
     CONV_CASES,
@@ -284,7 +285,7 @@ def test_squeeze_excite(
         # Mean, hidden value, gate before and behind the sigmoid, product; and the residual.
         roundings = 5 + add if dtype == torch.float32 else 0
         out = check_op(
-            ops.squeeze_excite,
+            registered["squeeze_excite"],
             reference.squeeze_excite,
             arguments,
             noise=NOISE,
@@ -294,7 +295,7 @@ def test_squeeze_excite(
 
 
 def test_squeeze_excite_refuses_what_does_not_fit() -> None:
-    x, reduce, _, expand, *_ = make_squeeze_excite(2, 8, 3, 3, 4, generator())
+    x, (reduce, _, expand, _), *_ = make_squeeze_excite(2, 8, 3, 3, 4, generator())
     for arguments, message in (
         ((x, reduce[:, :4], None, expand, None), r"reduce must have shape \(hidden, 8\)"),
         ((x, reduce, reduce[:3, 0], expand, None), r"reduce_bias must have shape \(4,\)"),

@@ -17,6 +17,8 @@ from resnet_fused import ops, use_backend
 from resnet_fused.backends import Candidate, Candidates
 from resnet_fused.backends.reference import ReferenceBackend
 from resnet_fused.ops import Convolution, MaxPool
+from resnet_fused.ops.registry import registered
+from resnet_fused.parameters import QuantizedLayer, QuantizedShortcut
 from resnet_fused.reference import quantized as reference
 from resnet_fused.reference.quantized import FLOAT8
 from resnet_fused.testing.cases import CONV_CASES, ConvCase, generator
@@ -31,8 +33,8 @@ from resnet_fused.testing.quantized_cases import (
 Op = Callable[..., Tensor]
 
 
-def conv_op(x: Tensor, conv: Convolution, *others: Any) -> Tensor:
-    return ops.quantized_conv(x, conv, *others)
+# With the references' signatures.
+conv_op, stem_op = registered["quantized_conv"], registered["quantized_stem"]
 
 
 def counted(x: Tensor, conv: Convolution, padding: Tensor | None) -> np.ndarray:
@@ -63,30 +65,22 @@ def counted(x: Tensor, conv: Convolution, padding: Tensor | None) -> np.ndarray:
 
 
 def meaning(
-    x: Tensor,
-    conv: Convolution,
-    bias: Tensor,
-    multiplier: Tensor,
-    shortcut: Tensor | None,
-    shortcut_scale: Tensor | None,
-    projection: Convolution | None,
-    padding_value: Tensor | None,
-    relu: bool,
+    x: Tensor, layer: QuantizedLayer, shortcut: QuantizedShortcut | None, relu: bool
 ) -> np.ndarray:
     """The docstring of `reference.quantized`, of int8, written down again in NumPy's float32."""
 
     def per_channel(vector: Tensor) -> np.ndarray:
         return vector.numpy()[:, None, None]
 
-    acc = counted(x, conv, padding_value) + per_channel(bias).astype(object)
+    acc = counted(x, layer.conv, layer.padding_value) + per_channel(layer.bias).astype(object)
     if shortcut is not None:
-        added = shortcut.numpy().astype(object)
-        if projection is not None:
-            added = counted(shortcut, projection, None)
+        added = shortcut.x.numpy().astype(object)
+        if shortcut.projection is not None:
+            added = counted(shortcut.x, shortcut.projection, None)
         width = added.shape[1]
-        scaled = added.astype(np.float32) * per_channel(shortcut_scale)[:width]
+        scaled = added.astype(np.float32) * per_channel(shortcut.scale)[:width]
         acc[:, :width] += np.rint(scaled).astype(np.int64).astype(object)
-    y = np.rint(acc.astype(np.float32) * per_channel(multiplier))
+    y = np.rint(acc.astype(np.float32) * per_channel(layer.multiplier))
     low, high = (0, 255) if relu else (-128, 127)
     return np.clip(y, low, high)
 
@@ -125,12 +119,12 @@ def test_ties_go_to_even_and_big_sums_round_once() -> None:
 def test_float8_rounds_where_the_contract_says() -> None:
     """Beside the exact sum in float64: one rounding to float32 each, one to e4m3."""
     arguments = make_quantized_conv(CONV_CASES["3x3"], generator(), "identity", FLOAT8)
-    x, conv, bias, multiplier, shortcut, scale, *_ = arguments
+    x, (conv, bias, multiplier, _), (shortcut, scale, _), _ = arguments
     exact = reference.accumulate(x, conv).numpy().astype(np.float32)
     vectors = [v.numpy()[:, None, None] for v in (bias, multiplier, scale)]
     acc = exact + vectors[0] + shortcut.float().numpy() * vectors[2]
     y = torch.from_numpy(np.maximum(acc * vectors[1], 0)).clamp(max=448).to(FLOAT8)
-    found = ops.quantized_conv(*arguments)
+    found = conv_op(*arguments)
     assert found.dtype == FLOAT8
     assert torch.equal(found.float(), y.float())
     huge = ops.quantized_conv(x, conv, bias, multiplier * 1e6)
@@ -199,7 +193,7 @@ def test_stems_equal_the_reference(backend: str, name: str, padded: bool) -> Non
     case, pool = STEMS[name]
     arguments = make_quantized_stem(case, generator(), pool, padding_value=padded)
     arguments[0] = arguments[0].contiguous()  # images usually are NCHW
-    assert differences(backend, ops.quantized_stem, reference.quantized_stem, arguments) == 0
+    assert differences(backend, stem_op, reference.quantized_stem, arguments) == 0
 
 
 @pytest.mark.parametrize(
@@ -228,16 +222,16 @@ def test_random_layers_equal_the_reference(backend: str, first: int) -> None:
     for seed in range(first, first + 20):
         arguments = random_quantized_conv(seed)
         found = differences(backend, conv_op, reference.quantized_conv, arguments)
-        assert found == 0, f"seed {seed}: {arguments[1][1:]}, x {tuple(arguments[0].shape)}"
+        assert found == 0, f"seed {seed}: {arguments[1].conv[1:]}, x {tuple(arguments[0].shape)}"
 
 
 def test_weights_are_not_kept_alive(backend: str) -> None:
     """A 1×1 weight is dense as it is: what is kept of it must not be the weight itself."""
-    x, conv, *others = make_quantized_conv(ConvCase(1, 32, 4, 4, 32), generator())
+    x, layer, *others = make_quantized_conv(ConvCase(1, 32, 4, 4, 32), generator())
     with use_backend(backend):
-        conv_op(x, conv, *others)
-    gone = weakref.ref(conv.weight)
-    del conv
+        conv_op(x, layer, *others)
+    gone = weakref.ref(layer.conv.weight)
+    del layer
     gc.collect()
     assert gone() is None
 
@@ -255,7 +249,7 @@ def test_compiles_without_a_graph_break(name: str) -> None:
     op: Op = conv_op
     if name == "stem":
         op, arguments = (
-            ops.quantized_stem,
+            stem_op,
             make_quantized_stem(*STEMS["narrow"][:1], generator(), MaxPool()),
         )
     elif name == "head":
@@ -281,30 +275,39 @@ def test_empty_batches_give_empty_results() -> None:
     assert ops.quantized_head(head[0][:0], *head[1:]).dtype == torch.float32
 
 
-def _with(position: int, value: Any) -> Callable[[list[Any]], list[Any]]:
-    return lambda a: [*a[:position], value(a[position]), *a[position + 1 :]]
-
-
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
-        (_with(0, lambda x: x.float()), TypeError, "input must be uint8 or int8"),
-        (_with(0, lambda x: x[0]), ValueError, "4-dimensional"),
-        (_with(0, lambda x: x[:, :3]), ValueError, "input has 3 channels"),
-        (_with(1, lambda c: c._replace(weight=c.weight.int())), TypeError, "weight must be int8"),
-        (_with(2, lambda b: b.float()), TypeError, "bias must be int32"),
-        (_with(3, lambda m: m[:3]), ValueError, r"multiplier must have shape \(32,\)"),
-        (_with(3, lambda m: m.double()), TypeError, "multiplier must be float32"),
-        (_with(4, lambda s: s[:, :, :2]), ValueError, "shortcut must have shape"),
-        (_with(4, lambda s: None), ValueError, "belong together"),
-        (_with(5, lambda s: None), ValueError, "belong together"),
-        (_with(4, lambda s: s.float()), TypeError, "shortcut must be uint8 or int8"),
-        (_with(7, lambda p: torch.zeros(3, dtype=torch.uint8)), ValueError, "padding_value"),
+        ({"x": lambda x: x.float()}, TypeError, "input must be uint8 or int8"),
+        ({"x": lambda x: x[0]}, ValueError, "4-dimensional"),
+        ({"x": lambda x: x[:, :3]}, ValueError, "input has 3 channels"),
+        (
+            {"conv": lambda c: c._replace(weight=c.weight.int())},
+            TypeError,
+            "weight must be int8",
+        ),
+        ({"bias": lambda b: b.float()}, TypeError, "bias must be int32"),
+        ({"multiplier": lambda m: m[:3]}, ValueError, r"multiplier must have shape \(32,\)"),
+        ({"multiplier": lambda m: m.double()}, TypeError, "multiplier must be float32"),
+        ({"shortcut": lambda s: s[:, :, :2]}, ValueError, "shortcut must have shape"),
+        ({"shortcut": lambda s: None}, ValueError, "belong together"),
+        ({"shortcut_scale": lambda s: None}, ValueError, "belong together"),
+        ({"shortcut": lambda s: s.float()}, TypeError, "shortcut must be uint8 or int8"),
+        (
+            {"padding_value": lambda p: torch.zeros(3, dtype=torch.uint8)},
+            ValueError,
+            "padding_value",
+        ),
     ],
 )
 def test_errors_name_the_argument(
-    change: Callable[[list[Any]], list[Any]], error: type[Exception], said: str
+    change: dict[str, Callable[[Any], Any]], error: type[Exception], said: str
 ) -> None:
-    arguments = make_quantized_conv(CONV_CASES["3x3"], generator(), "identity")
+    x, layer, shortcut, relu = make_quantized_conv(CONV_CASES["3x3"], generator(), "identity")
+    arguments = {
+        **{"x": x, **layer._asdict(), "relu": relu},
+        **{"shortcut": shortcut.x, "shortcut_scale": shortcut.scale},
+    }
+    changed = {name: changes(arguments[name]) for name, changes in change.items()}
     with pytest.raises(error, match=said):
-        conv_op(*change(arguments))
+        ops.quantized_conv(**{**arguments, **changed})

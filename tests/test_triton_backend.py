@@ -31,6 +31,7 @@ from resnet_fused.backends.triton.stem import stem
 from resnet_fused.errors import BackendUnavailableError
 from resnet_fused.numerics import cast, check_op, relative_error
 from resnet_fused.ops import MaxPool
+from resnet_fused.ops.registry import registered
 from resnet_fused.parameters import ConvBn
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import (
@@ -194,7 +195,7 @@ OPS = [
 def test_64_bit_offsets_change_nothing(
     name: str, device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    op = getattr(ops, name.split()[0])
+    op = registered[name.split()[0]]
     arguments = _arguments(name, dtype, device)
     narrow = op(*arguments)
     monkeypatch.setattr(launching, "_NARROW_ELEMENTS", 0)

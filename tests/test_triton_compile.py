@@ -13,7 +13,14 @@ import torch
 from code_budgets import most_spilled
 
 from resnet_fused.backends import Candidate
-from resnet_fused.parameters import BatchNorm, ConvBn, MaxPool
+from resnet_fused.parameters import (
+    BatchNorm,
+    ConvBn,
+    Gate,
+    MaxPool,
+    QuantizedLayer,
+    QuantizedShortcut,
+)
 from resnet_fused.testing.ahead_of_time import (
     DTYPES,
     TARGETS,
@@ -194,8 +201,10 @@ def _resnet(backend: Any, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[]
         _first(
             backend.squeeze_excite,
             meta(BATCH, 1024, 14, 14, dtype=dtype),
-            *(meta(64, 1024, dtype=dtype), meta(64, dtype=dtype)),
-            *(meta(1024, 64, dtype=dtype), meta(1024, dtype=dtype)),
+            Gate(
+                *(meta(64, 1024, dtype=dtype), meta(64, dtype=dtype)),
+                *(meta(1024, 64, dtype=dtype), meta(1024, dtype=dtype)),
+            ),
             meta(BATCH, 1024, 14, 14, dtype=dtype),
             True,
         ),
@@ -214,27 +223,27 @@ def _resnet(backend: Any, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[]
 def _quantized_resnet(backend: Any) -> Iterator[tuple[str, Callable[[], object]]]:
     """Every kind of op that an int8 ResNet-50 has, at shapes with different tiles."""
 
+    def layer(k: int, c: int, kernel: int, stride: int) -> QuantizedLayer:
+        conv = meta_convolution(k, c, kernel, stride, torch.int8)
+        return QuantizedLayer(conv, meta(k, dtype=torch.int32), meta(k, dtype=torch.float32))
+
     def conv(
         c: int, size: int, k: int, kernel: int, stride: int = 1, shortcut: int = 0
     ) -> Callable[[], object]:
         """shortcut: its channels; with as many as the result has, it is added as it is."""
         out = size // stride
-        added = scale = projection = None
+        added = None
         if shortcut:
-            scale = meta(k, dtype=torch.float32)
-            added = meta(BATCH, shortcut, out, out, dtype=torch.uint8)
-        if shortcut not in (0, k):
-            projection = meta_convolution(k, shortcut, 1, 1, torch.int8)
+            added = QuantizedShortcut(
+                meta(BATCH, shortcut, out, out, dtype=torch.uint8),
+                meta(k, dtype=torch.float32),
+                None if shortcut == k else meta_convolution(k, shortcut, 1, 1, torch.int8),
+            )
         return _first(
             backend.quantized_conv,
             meta(BATCH, c, size, size, dtype=torch.uint8),
-            meta_convolution(k, c, kernel, stride, torch.int8),
-            meta(k, dtype=torch.int32),
-            meta(k, dtype=torch.float32),
+            layer(k, c, kernel, stride),
             added,
-            scale,
-            projection,
-            None,
             True,
         )
 
@@ -243,10 +252,7 @@ def _quantized_resnet(backend: Any) -> Iterator[tuple[str, Callable[[], object]]
         _first(
             backend.quantized_stem,
             meta(BATCH, 3, 224, 224, dtype=torch.uint8),
-            meta_convolution(64, 3, 7, 2, torch.int8),
-            meta(64, dtype=torch.int32),
-            meta(64, dtype=torch.float32),
-            meta(3, dtype=torch.uint8),
+            layer(64, 3, 7, 2)._replace(padding_value=meta(3, dtype=torch.uint8)),
             MaxPool(),
         ),
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from resnet_fused import backends, models, tune, use_backend
 from resnet_fused.backends import Candidate, autotune
-from resnet_fused.backends.autotune import Decision, Operand, Tuner, Window
+from resnet_fused.backends.autotune import Decision, Operand, Tuner
 from resnet_fused.backends.autotune.cache import Times
 from resnet_fused.backends.reference import ReferenceBackend
 from resnet_fused.reference import ops as reference
@@ -172,9 +172,9 @@ def test_training_measures_backward_to_everything_but_the_images() -> None:
     assert network.training
 
 
-X = Operand((256, 64, 56, 56), None, True)
-ONE = Window(Operand((256, 64, 1, 1), None, True), (1, 1), (0, 0), (1, 1), 1)
-THREE = Window(Operand((64, 64, 3, 3), None, True), (2, 2), (1, 1), (1, 1), 1)
+X = Operand("256×64×56×56")
+ONE = Operand("256×64×1×1")
+THREE = Operand("64×64×3×3 stride 2,2 padding 1,1")
 
 
 def _row(parts: list[str], winner: str, times: Times, op: str, *described: object) -> tune.Row:

@@ -99,7 +99,6 @@ def quantized_conv(call: Call, gpu: Gpu) -> tuple[Work, str]:
         math.prod(p.window) * p.channels * (tile.m + tile.n // tile.cluster) for p in products
     )
     work = Work(
-        layer="",
         kernel="quantized_conv_sm90_kernel",
         config=f"{tile.m}×{tile.n}×128, {tile.stages} stages"
         + ", cluster" * (tile.cluster > 1)

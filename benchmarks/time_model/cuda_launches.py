@@ -254,7 +254,6 @@ def _conv_bn(call: Call, gpu: Gpu) -> tuple[Work, str]:
         tiles, copied = lines.tiles(batch, size, filters), lines.part(size)[2] * size[1]
         step_bytes = (copied + 3 * 128) * STEP_BYTES  # of x, and of three taps' weights
         work = Work(
-            layer="",
             kernel="conv_bn_sm90_lines_kernel",
             config=f"{lines.positions}×128×64, lines",
             shape=shape,
@@ -278,7 +277,6 @@ def _conv_bn(call: Call, gpu: Gpu) -> tuple[Work, str]:
         copying, terms = (0.0,) * (1 if len(products) == 1 else 3), 64 / tile.splits / 128
         trips = (*copying, *[terms] * len(products), *shares)
         work = Work(
-            layer="",
             kernel="conv_bn_sm90_split_kernel",
             config=f"64×64×64, {tile.splits} blocks a tile",
             shape=shape,
@@ -298,7 +296,6 @@ def _conv_bn(call: Call, gpu: Gpu) -> tuple[Work, str]:
         return work, rf"conv_bn_sm90_split_kernelITLi{tile.splits}ELb{int(len(products) > 1)}E"
     used, resident = min(tiles, tile.used(filters, gpu.sms)), isinstance(tile, ResidentTile)
     work = Work(
-        layer="",
         kernel="conv_bn_sm90_kernel",
         config=f"{tile.m}×{tile.n}×64, {tile.stages} stages"
         + ", cluster" * (tile.cluster > 1)
@@ -345,14 +342,12 @@ def _bottleneck(call: Call, gpu: Gpu) -> tuple[Work, str]:
     halo = 256 / block.side**2
     moved = 2 * positions * (block.channels * (halo + 1) + block.out_channels)
     work = Work(
-        layer="",
         kernel="bottleneck_kernel",
         config=f"14×14 positions, {width} inner channels",
         shape=f"{block.channels}→{block.inner}→{block.out_channels} at {block.image[0]}×"
         f"{block.image[1]}",
         tiles=block.tiles,
         warps=threads // 32,
-        blocks_per_sm=0,
         # Terms of bn1, bn2 and the first slice; the products; a slice, its products and terms.
         trips=(0.5, 0.5, first, taps, 0.5, slices, inside, (slices - 1) / 2),
         shared_loops=(0, 1, 4, 7),
@@ -384,7 +379,6 @@ def _bottleneck_sm90(call: Call, gpu: Gpu) -> tuple[Work, str]:
     halo = 2 * block.strips * (block.strips > 1)
     read = made * (width + halo) / width  # of x
     work = Work(
-        layer="",
         kernel="bottleneck_sm90_kernel",
         config=f"jobs of {block.lines} lines",
         shape=f"{block.channels}→{block.inner}→{block.out_channels} at {height}×{width}"
@@ -428,14 +422,12 @@ def _stem(call: Call, gpu: Gpu) -> tuple[Work, str]:
     x, x_type = _bytes(images), "h" if images.dtype == torch.uint8 else "S2_"
     weights = blocks * 2 * 64 * 147
     work = Work(
-        layer="",
         kernel="stem_sm90_kernel",
         config=f"strips of {lines} pooled lines",
         shape=f"7×7/2 3→{filters} at {image[0]}×{image[1]}, pooled",
         # As many as the blocks with the most strips have, of every block.
         tiles=math.ceil(units / blocks) * blocks * across,
         warps=4,
-        blocks_per_sm=0,
         # Weights and their places, of a block's 8 warps; strips, lines; groups of lines, by others.
         trips=(
             *(blocks / units * 2 * n / 256 for n in (64 * 147 / 8, 64 * 28)),
@@ -465,13 +457,11 @@ def _average_pool(call: Call, gpu: Gpu) -> tuple[Work, str]:
     positions = math.prod(image)
     longest = math.ceil(positions / 16)  # of 16 threads that share a chunk
     work = Work(
-        layer="",
         kernel="average_pool_kernel",
         config="128 channels",
         shape=f"{channels} at {positions}",
         tiles=batch * math.ceil(channels / 128),
         warps=8,
-        blocks_per_sm=0,
         trips=(longest % 4, longest // 4),
         dram_bytes=_bytes(x, call.out),
         l2_bytes=_bytes(x, call.out),
@@ -486,13 +476,11 @@ def _linear(call: Call, gpu: Gpu) -> tuple[Work, str]:
     images = 1 if batch == 1 else 4
     tiles = math.ceil(classes / 8) * math.ceil(batch / images)
     work = Work(
-        layer="",
         kernel="linear_kernel",
         config=f"8 classes × {images} images",
         shape=f"{channels}→{classes}",
         tiles=tiles,
         warps=8,
-        blocks_per_sm=0,
         trips=(math.ceil(channels / 2048),),
         dram_bytes=_bytes(*call.read, call.out),
         l2_bytes=tiles * channels * (8 * 2 + images * 4),

@@ -143,7 +143,6 @@ def _convolution(
     tiles = tile.tiles(rows, channels, classes)
     ping_pong = tile.cluster == 1
     work = Work(
-        layer="",
         kernel="conv_training_sm90_kernel",
         config=f"{tile.m}×{tile.n}×64, {tile.stages} stages"
         + (", ping-pong" if ping_pong else ", cluster"),
@@ -206,7 +205,6 @@ def wgrad(call: Call, gpu: Gpu) -> tuple[Work, str]:
     copying = (1, 4) if width == _PANEL else (1, 4, width // _PANEL)
     moved = int(_bytes(x) * share) + _bytes(grad, parts)
     work = Work(
-        layer="",
         kernel="wgrad_sm90_kernel",
         config=f"256×{width}×64×{count}",
         shape=shape,
@@ -232,13 +230,11 @@ def sum_parts(call: Call, gpu: Gpu) -> tuple[Work, str]:
     unrolled, rest = divmod(count - 1, 4)
     moved = _bytes(parts, call.out)
     work = Work(
-        layer="",
         kernel="sum_parts_kernel",
         config="1024",
         shape=f"{count} parts of {elements}",
         tiles=math.ceil(elements / 1024),
         warps=8,
-        blocks_per_sm=0,
         trips=(unrolled, rest),
         dram_bytes=moved,
         l2_bytes=moved,
@@ -252,13 +248,11 @@ def window_rows(call: Call, gpu: Gpu) -> tuple[Work, str]:
     (x, *_), row = call.arguments, call.out.shape[1]
     moved = _bytes(x, call.out)
     return Work(
-        layer="",
         kernel="window_rows_kernel",
         config="256",
         shape=f"{x[2][1]}→{row} at {x[2][2]}×{x[2][3]}",
         tiles=math.ceil(call.out.numel() / 8 / 256),
         warps=8,
-        blocks_per_sm=0,
         trips=(),
         dram_bytes=moved,
         l2_bytes=moved,

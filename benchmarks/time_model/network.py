@@ -88,7 +88,6 @@ def _library(func: Any, args: Any, kwargs: Any, out: Any) -> Iterator[Work]:
         multiply_adds = written[0].numel() * args[_PRODUCTS[name]].shape[-1]
     more = f" and {len(written) - 1} more" if len(written) > 1 else ""
     yield Work(
-        layer="",
         kernel=f"PyTorch {name}",
         config="",
         shape="×".join(map(str, written[0].shape)) + more,

@@ -36,7 +36,8 @@ _LOAD_STORE_BYTES = 128  # a cycle; narrower accesses of a warp take a cycle as 
 class Work:
     """One launch.
 
-    layer, shape: for people. tiles: independent pieces. warps: of a tile, that run `code`.
+    layer, shape: for people; who reads the network's launches fills in the former, and
+    blocks_per_sm where it is 0. tiles: independent pieces. warps: of a tile, that run `code`.
     trips: per tile, how often each loop of `code` runs, by address, on average over the warps;
     shared_loops: those of them that load what all tiles load, so from L2. persistent: blocks take
     several tiles; the loops beyond `trips` and what is in no loop are then other warps' or run
@@ -49,17 +50,17 @@ class Work:
     code None: a kernel of PyTorch's or its libraries', of which only bytes and products are known.
     """
 
-    layer: str
     kernel: str
     config: str
     shape: str
     tiles: int
     warps: int
-    blocks_per_sm: int
     trips: tuple[float, ...]
     dram_bytes: int
     l2_bytes: int
     multiply_adds: int
+    layer: str = ""
+    blocks_per_sm: int = 0
     operand_bytes: int = 2
     code: Code | None = None
     registers: int = 0

@@ -8,7 +8,17 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..parameters import BatchNorm, ConvBn, Convolution, GroupNorm, MaxPool, Normalization
+from ..parameters import (
+    BatchNorm,
+    ConvBn,
+    Convolution,
+    Gate,
+    GroupNorm,
+    MaxPool,
+    Normalization,
+    QuantizedLayer,
+    QuantizedShortcut,
+)
 from .training import TrainingKernels
 
 
@@ -94,14 +104,7 @@ class Backend(Protocol):
         return ()
 
     def squeeze_excite(
-        self,
-        x: Tensor,
-        reduce: Tensor,
-        reduce_bias: Tensor | None,
-        expand: Tensor,
-        expand_bias: Tensor | None,
-        residual: Tensor | None,
-        relu: bool,
+        self, x: Tensor, gate: Gate, residual: Tensor | None, relu: bool
     ) -> Candidates:
         return ()
 
@@ -109,28 +112,11 @@ class Backend(Protocol):
         return ()
 
     def quantized_conv(
-        self,
-        x: Tensor,
-        conv: Convolution,
-        bias: Tensor,
-        multiplier: Tensor,
-        shortcut: Tensor | None,
-        shortcut_scale: Tensor | None,
-        projection: Convolution | None,
-        padding_value: Tensor | None,
-        relu: bool,
+        self, x: Tensor, layer: QuantizedLayer, shortcut: QuantizedShortcut | None, relu: bool
     ) -> Candidates:
         return ()
 
-    def quantized_stem(
-        self,
-        x: Tensor,
-        conv: Convolution,
-        bias: Tensor,
-        multiplier: Tensor,
-        padding_value: Tensor | None,
-        pool: MaxPool,
-    ) -> Candidates:
+    def quantized_stem(self, x: Tensor, layer: QuantizedLayer, pool: MaxPool) -> Candidates:
         return ()
 
     def quantized_head(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..parameters import BatchNorm, ConvBn, Convolution, GroupNorm, MaxPool
+from ..parameters import BatchNorm, ConvBn, Convolution, GroupNorm, MaxPool, QuantizedLayer
 
 
 def check_is_tensor(name: str, x: object) -> None:
@@ -223,10 +223,9 @@ def check_vector(name: str, vector: Tensor, length: int, dtype: torch.dtype, x: 
         raise ValueError(f"{name} must be contiguous and on {x.device}, found {vector.device}.")
 
 
-def quantized_convolution_shape(
-    x: Tensor, conv: Convolution, bias: Tensor, multiplier: Tensor, padding_value: Tensor | None
-) -> tuple[int, int, int, int]:
+def quantized_layer_shape(x: Tensor, layer: QuantizedLayer) -> tuple[int, int, int, int]:
     """Checks a quantised convolution and what follows it, and returns its (N, K, P, Q)."""
+    conv, bias, multiplier, padding_value = layer
     check_quantized("input", x, conv.weight)
     shape = window_shape("conv", x.shape, conv)
     exact = conv.weight.dtype == torch.int8

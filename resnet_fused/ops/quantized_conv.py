@@ -5,35 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..parameters import Convolution
+from ..parameters import Convolution, QuantizedLayer, QuantizedShortcut
 from ..reference import quantized as reference
-from .checks import check_quantized, check_vector, quantized_convolution_shape, window_shape
+from .checks import check_quantized, check_vector, quantized_layer_shape, window_shape
 from .registry import Op
 
 
 def _output_shape(
-    x: Tensor,
-    conv: Convolution,
-    bias: Tensor,
-    multiplier: Tensor,
-    shortcut: Tensor | None,
-    shortcut_scale: Tensor | None,
-    projection: Convolution | None,
-    padding_value: Tensor | None,
-    relu: bool,
+    x: Tensor, layer: QuantizedLayer, shortcut: QuantizedShortcut | None, relu: bool
 ) -> tuple[int, ...]:
-    shape = quantized_convolution_shape(x, conv, bias, multiplier, padding_value)
-    if shortcut is None or shortcut_scale is None:
-        if shortcut is not None or shortcut_scale is not None or projection is not None:
-            raise ValueError(
-                "shortcut and shortcut_scale belong together, and projection needs both."
-            )
+    shape = quantized_layer_shape(x, layer)
+    if shortcut is None:
         return shape
-    check_vector("shortcut_scale", shortcut_scale, shape[1], torch.float32, x)
-    check_quantized("shortcut", shortcut, conv.weight)
-    found: tuple[int, ...] = tuple(shortcut.shape)
+    added, scale, projection = shortcut
+    check_vector("shortcut_scale", scale, shape[1], torch.float32, x)
+    check_quantized("shortcut", added, layer.conv.weight)
+    found: tuple[int, ...] = tuple(added.shape)
     if projection is not None:
-        check_quantized("shortcut", shortcut, projection.weight)
+        check_quantized("shortcut", added, projection.weight)
         found = window_shape("projection", found, projection)
     narrow = projection is None and 0 < found[1] <= shape[1]
     if (found[0], shape[1] if narrow else found[1], *found[2:]) != shape:
@@ -48,7 +37,7 @@ _op = Op(
     reference.quantized_conv,
     _output_shape,
     lambda backend: backend.quantized_conv,
-    result_dtype=lambda x, conv, *others: reference.quantized_dtype(conv.weight, others[-1]),
+    result_dtype=lambda x, layer, shortcut, relu: reference.quantized_dtype(layer, relu),
 )
 
 
@@ -81,4 +70,9 @@ def quantized_conv(
     Returns (N, K, P, Q), channels_last: uint8 with a ReLU, int8 without, or float8_e4m3fn. It has
     no gradient. Raises ValueError for shapes and devices that disagree, TypeError for dtypes.
     """
-    return _op(x, conv, bias, multiplier, shortcut, shortcut_scale, projection, padding_value, relu)
+    added = None
+    if shortcut is not None and shortcut_scale is not None:
+        added = QuantizedShortcut(shortcut, shortcut_scale, projection)
+    elif shortcut is not None or shortcut_scale is not None or projection is not None:
+        raise ValueError("shortcut and shortcut_scale belong together, and projection needs both.")
+    return _op(x, QuantizedLayer(conv, bias, multiplier, padding_value), added, relu)

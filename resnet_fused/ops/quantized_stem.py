@@ -4,28 +4,21 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..parameters import Convolution, MaxPool
+from ..parameters import Convolution, MaxPool, QuantizedLayer
 from ..reference import quantized as reference
-from .checks import pool_shape, quantized_convolution_shape
+from .checks import pool_shape, quantized_layer_shape
 from .registry import Op
 
 
-def _output_shape(
-    x: Tensor,
-    conv: Convolution,
-    bias: Tensor,
-    multiplier: Tensor,
-    padding_value: Tensor | None,
-    pool: MaxPool,
-) -> tuple[int, ...]:
-    return pool_shape(quantized_convolution_shape(x, conv, bias, multiplier, padding_value), pool)
+def _output_shape(x: Tensor, layer: QuantizedLayer, pool: MaxPool) -> tuple[int, ...]:
+    return pool_shape(quantized_layer_shape(x, layer), pool)
 
 
 _op = Op(
     reference.quantized_stem,
     _output_shape,
     lambda backend: backend.quantized_stem,
-    result_dtype=lambda x, conv, *_: reference.quantized_dtype(conv.weight, True),
+    result_dtype=lambda x, layer, pool: reference.quantized_dtype(layer, True),
 )
 
 
@@ -50,4 +43,5 @@ def quantized_stem(
     Returns the pooled (N, K, P, Q), channels_last, uint8 or float8_e4m3fn. Raises as
     `quantized_conv` does.
     """
-    return _op(x, conv, bias, multiplier, padding_value, MaxPool() if pool is None else pool)
+    layer = QuantizedLayer(conv, bias, multiplier, padding_value)
+    return _op(x, layer, MaxPool() if pool is None else pool)

@@ -2,77 +2,29 @@
 
 An op is described by its plain PyTorch meaning, whose name and signature are the op's, and by the
 function that checks its arguments and gives the result's shape. An argument is annotated as
-`Tensor`, `Tensor | None`, `bool`, or one of the groups of `resnet_fused.parameters`, whose fields
-become consecutive schema arguments; of an absent `ConvBn | None` or `Convolution | None` those
-that are tensors are None.
+`Tensor`, `bool` or one of the groups of `resnet_fused.parameters`, each of which may be absent
+(`| None`); `schema.py` says how the op's schema lists them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
 from ..backends import Backend, Candidate, Candidates, autotune
-from ..parameters import BatchNorm, ConvBn, Convolution, GroupNorm, MaxPool, Normalization
+from ..parameters import ConvBn, Convolution, Gate
 from .checks import check_is_tensor
 from .dispatch import serving
 from .modes import is_recorded, is_transformed, refuse_tangents
+from .schema import Parameter
 
 _LIBRARY = "reference"  # the backend that has no kernels of its own
 
 library = torch.library.Library("resnet_fused", "DEF")
 registered: dict[str, Op] = {}
-
-_SCHEMA: dict[Any, tuple[str, ...]] = {
-    Tensor: ("Tensor {}",),
-    Tensor | None: ("Tensor? {}",),
-    bool: ("bool {}",),
-    Convolution: (
-        "Tensor {}_weight",
-        "int[2] {}_stride",
-        "int[2] {}_padding",
-        "int[2] {}_dilation",
-        "int {}_groups",
-    ),
-    BatchNorm: (
-        "Tensor {}_mean",
-        "Tensor {}_var",
-        "Tensor? {}_weight",
-        "Tensor? {}_bias",
-        "float {}_eps",
-    ),
-    GroupNorm: ("int {}_groups", "Tensor? {}_weight", "Tensor? {}_bias", "float {}_eps"),
-    MaxPool: ("int {}_kernel", "int {}_stride", "int {}_padding"),
-    Normalization: ("float[] {}_mean", "float[] {}_std"),
-}
-_SCHEMA[ConvBn] = (
-    *_SCHEMA[Convolution],
-    *(field.replace("{}", "{}_bn") for field in _SCHEMA[BatchNorm]),
-)
-for _kind in (ConvBn, Convolution):
-    _SCHEMA[_kind | None] = tuple(field.replace("Tensor ", "Tensor? ") for field in _SCHEMA[_kind])
-# The fields that stand for what is absent, by how many there are.
-_NO_TENSOR = cast("Tensor", None)
-_NO_CONVOLUTION = Convolution(_NO_TENSOR)
-_ABSENT: dict[int, tuple[Any, ...]] = {
-    len(fields): fields
-    for fields in (
-        (None,),
-        tuple(_NO_CONVOLUTION),
-        (*_NO_CONVOLUTION, *BatchNorm(*(_NO_TENSOR,) * 4)),
-    )
-}
-_GROUPS: dict[Any, type[Any]] = {
-    Convolution: Convolution,
-    Convolution | None: Convolution,
-    BatchNorm: BatchNorm,
-    GroupNorm: GroupNorm,
-    MaxPool: MaxPool,
-    Normalization: Normalization,
-}
 
 
 class Op:
@@ -97,20 +49,12 @@ class Op:
         self._listed = listed
         self._composition = composition
         self._result_dtype = result_dtype
-        # Looked up here, as Dynamo of PyTorch 2.9 cannot hash a union under Python 3.10.
-        parameters = get_type_hints(reference)
-        del parameters["return"]
-        kinds = tuple(parameters.values())
-        self._layers = tuple(kind in (ConvBn, ConvBn | None) for kind in kinds)
-        self._groups = tuple(_GROUPS.get(kind) for kind in kinds)
-        self._widths = tuple(len(_SCHEMA[kind]) for kind in kinds)
+        kinds = get_type_hints(reference)
+        del kinds["return"]
+        self._parameters = [Parameter(name, kind) for name, kind in kinds.items()]
         self._output_shape = output_shape
         self._reference = reference
-        fields = [
-            field.format(parameter)
-            for parameter, kind in parameters.items()
-            for field in _SCHEMA[kind]
-        ]
+        fields = [field for parameter in self._parameters for field in parameter.fields]
         self._statistics = [field.endswith(("_mean", "_var")) for field in fields]
         arguments = ", ".join(fields)
         library.define(f"{name}({arguments}) -> Tensor")
@@ -137,37 +81,16 @@ class Op:
         return self._overload(*self._flatten(arguments))
 
     def _flatten(self, arguments: Sequence[Any]) -> list[Any]:
-        """Arguments as the schema takes them: groups give way to their fields."""
+        """Arguments as the schema takes them."""
         flat: list[Any] = []
-        for is_layer, width, argument in zip(self._layers, self._widths, arguments, strict=True):
-            if argument is None:
-                flat += _ABSENT[width]
-            elif is_layer:
-                flat += (*argument.conv, *argument.bn)
-            elif isinstance(argument, (BatchNorm, Convolution, GroupNorm, MaxPool, Normalization)):
-                flat += (*argument,)  # Dynamo of PyTorch 2.11 adds no named tuple to a list
-            else:
-                flat.append(argument)
+        for parameter, argument in zip(self._parameters, arguments, strict=True):
+            parameter.flatten(argument, flat)
         return flat
 
     def _group(self, flat: Sequence[Any]) -> list[Any]:
-        arguments: list[Any] = []
-        position = 0
-        for group, width, is_layer in zip(self._groups, self._widths, self._layers, strict=True):
-            fields = flat[position : position + width]
-            if width == 1 or fields[0] is None:
-                arguments.append(fields[0])
-            elif is_layer:
-                split = len(Convolution._fields)
-                bn = BatchNorm(*fields[split:])
-                arguments.append(ConvBn(_convolution(fields[:split]), bn))
-            elif group is Convolution:
-                arguments.append(_convolution(fields))
-            else:
-                assert group is not None
-                arguments.append(group(*fields))
-            position += width
-        return arguments
+        """Arguments as the reference takes them."""
+        fields = iter(flat)
+        return [parameter.group(fields) for parameter in self._parameters]
 
     def _fake(self, *flat: Any) -> Tensor:
         arguments = self._group(flat)
@@ -245,12 +168,6 @@ class Op:
         return tuple(gradients)
 
 
-def _convolution(fields: Sequence[Any]) -> Convolution:
-    # Dispatched through PyTorch, the schema's int[2] arrive as lists.
-    weight, stride, padding, dilation, groups = fields
-    return Convolution(weight, tuple(stride), tuple(padding), tuple(dilation), groups)
-
-
 def empty_result(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised result of that shape, channels_last if it is an image, else like `like`."""
     layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
@@ -275,6 +192,8 @@ def _autocast(argument: Any, dtype: torch.dtype) -> Any:
         return argument._replace(conv=_autocast(argument.conv, dtype))
     if isinstance(argument, Convolution):
         return argument._replace(weight=argument.weight.to(dtype))
+    if isinstance(argument, Gate):
+        return Gate(*(_autocast(field, dtype) for field in argument))
     if (
         isinstance(argument, Tensor)
         and argument.is_floating_point()

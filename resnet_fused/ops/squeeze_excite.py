@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..parameters import Gate
 from ..reference import ops as reference
 from .checks import check_activation, check_like, check_residual
 from .registry import Op
 
 
-def _output_shape(
-    x: Tensor,
-    reduce: Tensor,
-    reduce_bias: Tensor | None,
-    expand: Tensor,
-    expand_bias: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-) -> tuple[int, ...]:
+def _output_shape(x: Tensor, gate: Gate, residual: Tensor | None, relu: bool) -> tuple[int, ...]:
+    reduce, reduce_bias, expand, expand_bias = gate
     check_activation("input", x)
     if 0 in x.shape[2:]:
         raise ValueError(f"input must have at least one pixel, found shape {tuple(x.shape)}.")
@@ -73,4 +67,4 @@ def squeeze_excite(
     Returns a channels_last tensor like x. Raises ValueError for shapes and devices that disagree
     and TypeError for dtypes that do.
     """
-    return _op(x, reduce, reduce_bias, expand, expand_bias, residual, relu)
+    return _op(x, Gate(reduce, reduce_bias, expand, expand_bias), residual, relu)

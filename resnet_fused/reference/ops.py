@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..parameters import BatchNorm, ConvBn, Convolution, GroupNorm, MaxPool, Normalization
+from ..parameters import BatchNorm, ConvBn, Convolution, Gate, GroupNorm, MaxPool, Normalization
 from .convolution import convolve
 
 
@@ -116,30 +116,16 @@ def image_stem(
     return stem(normalise(images, normalization, layer.conv.weight.dtype), layer, pool)
 
 
-def excitation(
-    x: Tensor,
-    reduce: Tensor,
-    reduce_bias: Tensor | None,
-    expand: Tensor,
-    expand_bias: Tensor | None,
-) -> Tensor:
+def excitation(x: Tensor, gate: Gate) -> Tensor:
     """The factors (N, C) of `squeeze_excite`."""
-    hidden = F.relu(F.linear(x.mean((2, 3)), reduce, reduce_bias))
-    return torch.sigmoid(F.linear(hidden, expand, expand_bias))
+    hidden = F.relu(F.linear(x.mean((2, 3)), gate.reduce, gate.reduce_bias))
+    return torch.sigmoid(F.linear(hidden, gate.expand, gate.expand_bias))
 
 
-def squeeze_excite(
-    x: Tensor,
-    reduce: Tensor,
-    reduce_bias: Tensor | None,
-    expand: Tensor,
-    expand_bias: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-) -> Tensor:
+def squeeze_excite(x: Tensor, gate: Gate, residual: Tensor | None, relu: bool) -> Tensor:
     """relu?(x · sigmoid(expand(relu(reduce(global_average_pool(x))))) (+ residual)); x and residual
-    (N, C, H, W), reduce (hidden, C), expand (C, hidden)."""
-    out = x * excitation(x, reduce, reduce_bias, expand, expand_bias)[:, :, None, None]
+    (N, C, H, W)."""
+    out = x * excitation(x, gate)[:, :, None, None]
     return _add_relu(out, residual, relu)
 
 

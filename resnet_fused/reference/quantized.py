@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..parameters import Convolution, MaxPool
+from ..parameters import Convolution, MaxPool, QuantizedLayer, QuantizedShortcut
 from .convolution import convolve
 from .ops import nhwc, pad_channels
 
@@ -52,9 +52,9 @@ def quantize_(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.clamp_(*LIMITS[dtype]).to(dtype)
 
 
-def quantized_dtype(weight: Tensor, relu: bool) -> torch.dtype:
+def quantized_dtype(layer: QuantizedLayer, relu: bool) -> torch.dtype:
     """That of a layer's result."""
-    if weight.dtype == FLOAT8:
+    if layer.conv.weight.dtype == FLOAT8:
         return FLOAT8
     return torch.uint8 if relu else torch.int8
 
@@ -70,41 +70,28 @@ def accumulate(x: Tensor, conv: Convolution, padding_value: Tensor | None = None
 
 
 def quantized_conv(
-    x: Tensor,
-    conv: Convolution,
-    bias: Tensor,
-    multiplier: Tensor,
-    shortcut: Tensor | None,
-    shortcut_scale: Tensor | None,
-    projection: Convolution | None,
-    padding_value: Tensor | None,
-    relu: bool,
+    x: Tensor, layer: QuantizedLayer, shortcut: QuantizedShortcut | None, relu: bool
 ) -> Tensor:
-    """One convolution with what follows it; x (N, C, H, W), shortcut (N, D, P, Q) with D <= K, or
+    """One convolution with what follows it; x (N, C, H, W), shortcut.x (N, D, P, Q) with D <= K, or
     (N, D, H', W') before its projection."""
+    conv, bias, multiplier, padding_value = layer
     acc = accumulate(x, conv, padding_value)
     exact = conv.weight.dtype != FLOAT8
     # Of integers every sum below is exact; of e4m3 numbers each is rounded to float32.
     acc = acc + bias[:, None, None] if exact else acc.float() + bias[:, None, None]
     if shortcut is not None:
-        assert shortcut_scale is not None
-        added = shortcut if projection is None else accumulate(shortcut, projection)
-        added = pad_channels(added.float(), len(bias)) * shortcut_scale[:, None, None]
+        added, scale, projection = shortcut
+        if projection is not None:
+            added = accumulate(added, projection)
+        added = pad_channels(added.float(), len(bias)) * scale[:, None, None]
         acc = acc + (added.round() if exact else added)
     y = acc.float() * multiplier[:, None, None]
-    return nhwc(quantize(F.relu(y) if relu else y, quantized_dtype(conv.weight, relu)))
+    return nhwc(quantize(F.relu(y) if relu else y, quantized_dtype(layer, relu)))
 
 
-def quantized_stem(
-    x: Tensor,
-    conv: Convolution,
-    bias: Tensor,
-    multiplier: Tensor,
-    padding_value: Tensor | None,
-    pool: MaxPool,
-) -> Tensor:
+def quantized_stem(x: Tensor, layer: QuantizedLayer, pool: MaxPool) -> Tensor:
     """max_pool(relu(conv)): `quantized_conv` with a ReLU, and the largest of each window."""
-    out = quantized_conv(x, conv, bias, multiplier, None, None, None, padding_value, True)
+    out = quantized_conv(x, layer, None, True)
     return nhwc(F.max_pool2d(out.float(), *pool).to(out.dtype))
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..parameters import BatchNorm, ConvBn, Convolution, GroupNorm, Normalization
+from ..parameters import BatchNorm, ConvBn, Convolution, Gate, GroupNorm, Normalization
 
 
 class ConvCase(NamedTuple):
@@ -239,7 +239,7 @@ def make_squeeze_excite(
     added = draw(*image).contiguous(memory_format=torch.channels_last) if residual else None
     reduce, expand = draw(hidden, channels, scale=2 * channels**-0.5), draw(channels, hidden)
     biases = (draw(hidden), draw(channels)) if bias else (None, None)
-    return [x, reduce, biases[0], expand, biases[1], added, relu]
+    return [x, Gate(reduce, biases[0], expand, biases[1]), added, relu]
 
 
 def make_gated_integers(x: Tensor, hidden: int, rng: torch.Generator) -> list[Any]:
@@ -252,7 +252,7 @@ def make_gated_integers(x: Tensor, hidden: int, rng: torch.Generator) -> list[An
     channels = x.shape[1]
     reduce, expand = draw(hidden, channels), draw(channels, hidden, scale=2**15)
     residual = draw(*x.shape).contiguous(memory_format=torch.channels_last)
-    return [x, reduce, None, expand, None, residual, True]
+    return [x, Gate(reduce, None, expand, None), residual, True]
 
 
 def randomise_statistics(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

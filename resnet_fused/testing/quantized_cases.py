@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..parameters import Convolution, MaxPool
+from ..parameters import Convolution, MaxPool, QuantizedLayer, QuantizedShortcut
 from ..reference.quantized import FLOAT8
 from .cases import ConvCase, generator
 
@@ -53,53 +53,58 @@ def make_quantized_conv(
     spread = conv.weight[0].numel() ** 0.5 * (1.0 if dtype == FLOAT8 else 128 * 74.0)
     bias = torch.randn(channels, generator=rng) * spread
     multiplier = (0.5 + torch.rand(channels, generator=rng)) * (2 if dtype == FLOAT8 else 80)
-    added: Tensor | None = None
-    scale: Tensor | None = None
-    projection: Convolution | None = None
+    added: QuantizedShortcut | None = None
     height, width = case.output_size
     if shortcut != "none":
         scale = (0.2 + torch.rand(channels, generator=rng)) * spread / 128
     if shortcut == "identity":
-        added = image(*case.output_shape)
+        added = QuantizedShortcut(image(*case.output_shape), scale)
     elif shortcut == "option A":
         narrow = max(1, channels // 2)
-        added = image(case.batch, narrow, 2 * height - 1, 2 * width - 1)[:, :, ::2, ::2]
+        whole = image(case.batch, narrow, 2 * height - 1, 2 * width - 1)
+        added = QuantizedShortcut(whole[:, :, ::2, ::2], scale)
     elif shortcut == "projection":
         side = ConvCase(
             case.batch, side_channels, 2 * height - 1, 2 * width - 1, channels, stride=2
         )
-        added, projection = image(*side[:4]), conv_of(side)
-        assert scale is not None
         scale = scale / (12 * side_channels)
+        added = QuantizedShortcut(image(*side[:4]), scale, conv_of(side))
     padded = make_integers((case.channels,), dtype, rng) if padding_value else None
     if dtype != FLOAT8:
         bias = bias.int()
-    return [x, conv, bias, multiplier / spread, added, scale, projection, padded, relu]
+    return [x, QuantizedLayer(conv, bias, multiplier / spread, padded), added, relu]
 
 
 def in_whole_numbers(arguments: list[Any]) -> list[Any]:
     """An e4m3 layer's operands rounded to integers, few of which are beyond 4, so that there is
     nothing to round in a kernel's sums: neither of 128 products to 14 bits nor, of two convolutions
     in either order, to float32."""
-    x, conv, bias, multiplier, shortcut, scale, projection, padding_value, relu = arguments
+    x, layer, shortcut, relu = arguments
 
-    def rounded(layer: Convolution) -> Convolution:
-        return layer._replace(weight=layer.weight.float().round().to(FLOAT8))
+    def rounded(tensor: Tensor) -> Tensor:
+        return tensor.float().round().to(FLOAT8)
 
-    if projection is not None:
-        bias, scale, projection = bias.round(), scale.log2().round().exp2(), rounded(projection)
+    def rounded_weight(conv: Convolution) -> Convolution:
+        return conv._replace(weight=rounded(conv.weight))
+
+    layer = layer._replace(conv=rounded_weight(layer.conv))
     if shortcut is not None:
-        shortcut = shortcut.float().round().to(FLOAT8)
-    x, conv = x.float().round().to(FLOAT8), rounded(conv)
-    return [x, conv, bias, multiplier, shortcut, scale, projection, padding_value, relu]
+        shortcut = shortcut._replace(x=rounded(shortcut.x))
+        if shortcut.projection is not None:
+            layer = layer._replace(bias=layer.bias.round())
+            shortcut = shortcut._replace(
+                scale=shortcut.scale.log2().round().exp2(),
+                projection=rounded_weight(shortcut.projection),
+            )
+    return [rounded(x), layer, shortcut, relu]
 
 
 def make_quantized_stem(
     case: ConvCase, rng: torch.Generator, pool: MaxPool, **options: Any
 ) -> list[Any]:
     """The arguments of `reference.quantized.quantized_stem`."""
-    made = make_quantized_conv(case, rng, **options)
-    return [*made[:4], made[7], pool]
+    x, layer, *_ = make_quantized_conv(case, rng, **options)
+    return [x, layer, pool]
 
 
 def make_quantized_head(

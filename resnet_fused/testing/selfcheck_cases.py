@@ -367,7 +367,7 @@ def _quantized(dtype: torch.dtype, device: str, num_sms: int) -> Iterator[Case]:
     case = ConvCase(-(-2 * 128 * num_sms // (23 * 19)), 80, 23, 19, 144)
     arguments = _to(device, make_quantized_conv(case, rng, "identity", dtype, relu=False))
     whole = make_quantized_conv(ConvCase(case.batch, 80, 46, 38, 16), rng, "none", torch.int8)[0]
-    arguments[4] = whole.to(device)[:, :, ::2, ::2]
+    arguments[2] = arguments[2]._replace(x=whole.to(device)[:, :, ::2, ::2])
     yield Case("narrower strided signed shortcut", "quantized_conv", arguments)
     stem = make_quantized_stem(
         ConvCase(3 * num_sms, 3, 37, 30, 64, 7, 2, 3), rng, MaxPool(), padding_value=True

@@ -1,6 +1,6 @@
 """Which kernel computes a call: `choose`, and what decides it."""
 
-from .signature import Operand, Window, batch_bucket, describe, signature
+from .signature import Operand, batch_bucket, describe, signature
 from .tuner import BUDGET_SECONDS, Decision, Tuner
 
 tuner = Tuner()
@@ -17,7 +17,6 @@ __all__ = [
     "Decision",
     "Operand",
     "Tuner",
-    "Window",
     "batch_bucket",
     "choose",
     "describe",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,35 +19,8 @@ def batch_bucket(batch: int) -> int:
     return 1 << (batch - 1).bit_length()
 
 
-class Operand(NamedTuple):
-    """A tensor: logical sizes, and whether it lies well."""
-
-    sizes: tuple[int, ...]
-    strides: tuple[int, ...] | None  # of an activation that is not dense in channels_last memory
-    aligned: bool
-
-    def __str__(self) -> str:
-        text = "×".join(map(str, self.sizes))
-        if self.strides is not None:
-            text += f" strides {','.join(map(str, self.strides))}"
-        return text if self.aligned else f"{text} unaligned"
-
-
-class Window(NamedTuple):
-    """A convolution."""
-
-    weight: Operand
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-
-    def __str__(self) -> str:
-        text = str(self.weight)
-        for name, usual in (("stride", (1, 1)), ("padding", (0, 0)), ("dilation", (1, 1))):
-            if (value := getattr(self, name)) != usual:
-                text += f" {name} {value[0]},{value[1]}"
-        return text if self.groups == 1 else f"{text} groups {self.groups}"
+class Operand(str):
+    """A tensor or a convolution, in words: logical sizes, and what is unusual of it."""
 
 
 def signature(arguments: Sequence[Any]) -> tuple[Hashable, ...]:
@@ -59,9 +32,14 @@ def signature(arguments: Sequence[Any]) -> tuple[Hashable, ...]:
     parts: list[Hashable] = []
     _add(arguments, parts)
     if parts[0] == torch.float32:
-        convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-        parts += (convolutions.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
+        parts += _precisions()
     return tuple(parts)
+
+
+def _precisions() -> tuple[str, str]:
+    """Of float32's convolutions and products on a GPU."""
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    return convolutions.fp32_precision, torch.backends.cuda.matmul.fp32_precision
 
 
 def _add(values: Iterable[Any], parts: list[Hashable]) -> None:
@@ -97,9 +75,7 @@ def describe(arguments: Sequence[Any]) -> list[object]:
     parts: list[object] = []
     _describe(arguments, parts)
     if parts[0] == torch.float32:
-        convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-        products = torch.backends.cuda.matmul
-        parts.append((convolutions.fp32_precision, products.fp32_precision))
+        parts.append(_precisions())
     return parts
 
 
@@ -108,11 +84,9 @@ def _describe(values: Iterable[Any], parts: list[object]) -> None:
         if isinstance(value, Tensor):
             if not parts:
                 parts.append(value.dtype)
-            parts.append(_activation(value) if value.dim() == 4 else _operand(value))
+            parts.append(_operand(value, is_activation=value.dim() == 4))
         elif isinstance(value, (Convolution, ConvBn)):
-            conv = value.conv if isinstance(value, ConvBn) else value
-            stride, padding, dilation = map(tuple, conv[1:4])
-            parts.append(Window(_operand(conv.weight), stride, padding, dilation, conv.groups))
+            parts.append(_window(value.conv if isinstance(value, ConvBn) else value))
         elif isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
             if not isinstance(value, BatchNorm):
                 _describe(value, parts)
@@ -120,12 +94,21 @@ def _describe(values: Iterable[Any], parts: list[object]) -> None:
             parts.append(value)
 
 
-def _activation(x: Tensor) -> Operand:
-    batch = x.shape[0] if x.numel() >= _WIDE else batch_bucket(x.shape[0])
-    dense = x.is_contiguous(memory_format=torch.channels_last)
-    strides = None if dense else x.stride()
-    return Operand((batch, *x.shape[1:]), strides, x.data_ptr() % _VECTOR_BYTES == 0)
+def _operand(x: Tensor, is_activation: bool = False) -> Operand:
+    sizes, strides = list(x.shape), ""
+    if is_activation:
+        if x.numel() < _WIDE:
+            sizes[0] = batch_bucket(sizes[0])
+        if not x.is_contiguous(memory_format=torch.channels_last):
+            strides = f" strides {','.join(map(str, x.stride()))}"
+    unaligned = " unaligned" if x.data_ptr() % _VECTOR_BYTES else ""
+    return Operand("×".join(map(str, sizes)) + strides + unaligned)
 
 
-def _operand(x: Tensor) -> Operand:
-    return Operand(tuple(x.shape), None, x.data_ptr() % _VECTOR_BYTES == 0)
+def _window(conv: Convolution) -> Operand:
+    text: str = _operand(conv.weight)
+    for name, usual in (("stride", (1, 1)), ("padding", (0, 0)), ("dilation", (1, 1))):
+        height, width = getattr(conv, name)
+        if (height, width) != usual:
+            text += f" {name} {height},{width}"
+    return Operand(text if conv.groups == 1 else f"{text} groups {conv.groups}")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ... import _extension, settings
 from ...errors import BackendUnavailableError
-from ...parameters import BatchNorm, ConvBn, Convolution, GroupNorm, MaxPool
+from ...parameters import BatchNorm, ConvBn, Convolution, Gate, GroupNorm, MaxPool
 from .. import Backend, Candidate, Candidates
 from ..live_cache import LiveCache
 from ..training import TrainingKernels
@@ -104,14 +104,7 @@ class CpuBackend(QuantizedCpuBackend):
         return (Candidate("cpu", self._stem),)
 
     def squeeze_excite(
-        self,
-        x: Tensor,
-        reduce: Tensor,
-        reduce_bias: Tensor | None,
-        expand: Tensor,
-        expand_bias: Tensor | None,
-        residual: Tensor | None,
-        relu: bool,
+        self, x: Tensor, gate: Gate, residual: Tensor | None, relu: bool
     ) -> Candidates:
         return (Candidate("cpu", functools.partial(squeeze_excite, self.extension)),)
 

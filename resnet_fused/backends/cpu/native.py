@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..._extension import optional_tensor_arg, tensor_arg
-from ...parameters import BatchNorm, Convolution, GroupNorm, MaxPool, is_resnet_stem
+from ...parameters import BatchNorm, Convolution, Gate, GroupNorm, MaxPool, is_resnet_stem
 from ..arguments import BatchNormArg, batch_norm_arg, empty_nhwc, nhwc, residual_arg
 from ..recording import copied
 
@@ -86,10 +86,7 @@ def head(extension: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None) 
 def squeeze_excite(
     extension: ModuleType,
     x: Tensor,
-    reduce: Tensor,
-    reduce_bias: Tensor | None,
-    expand: Tensor,
-    expand_bias: Tensor | None,
+    gate: Gate,
     residual: Tensor | None,
     relu: bool,
 ) -> Tensor:
@@ -97,7 +94,7 @@ def squeeze_excite(
     x = nhwc(x)
     out = torch.empty_like(x)
     layers = []
-    for weight, bias in ((reduce, reduce_bias), (expand, expand_bias)):
+    for weight, bias in (gate[:2], gate[2:]):
         bias = None if bias is None else copied(bias, bias.contiguous())
         weight = copied(weight, weight.contiguous())
         layers.append((tensor_arg(weight), optional_tensor_arg(bias)))

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from ... import settings
 from ..._extension import optional_tensor_arg, tensor_arg
-from ...parameters import Convolution, MaxPool, is_resnet_stem
+from ...parameters import (
+    Convolution,
+    MaxPool,
+    QuantizedLayer,
+    QuantizedShortcut,
+    is_resnet_stem,
+)
+from ...reference.quantized import quantized_dtype
 from .. import Candidate, Candidates
 from ..arguments import empty_nhwc, nhwc, residual_arg
 from ..live_cache import LiveCache
@@ -44,31 +51,24 @@ class QuantizedKernels:
         self._weights: LiveCache[PackedQuantizedWeight] = LiveCache(extension, frozen=True)
 
     def conv(
-        self,
-        x: Tensor,
-        conv: Convolution,
-        bias: Tensor,
-        multiplier: Tensor,
-        shortcut: Tensor | None,
-        shortcut_scale: Tensor | None,
-        projection: Convolution | None,
-        padding_value: Tensor | None,
-        relu: bool,
+        self, x: Tensor, layer: QuantizedLayer, shortcut: QuantizedShortcut | None, relu: bool
     ) -> Tensor:
-        dtype = torch.uint8 if relu else torch.int8
+        conv, bias, multiplier, padding_value = layer
         channels = conv.weight.shape[0]
+        dtype = quantized_dtype(layer, relu)
         out = empty_nhwc(x, channels, *conv.output_size(*x.shape[2:]), dtype)
+        added, scale, projection = shortcut or (None, None, None)
         residual = side = None
-        if shortcut is not None and projection is not None:
-            side = self._layer(shortcut, projection)
+        if added is not None and projection is not None:
+            side = self._layer(added, projection)
         else:
-            residual = residual_arg(shortcut)
+            residual = residual_arg(added)
         self._extension.quantized_conv(
             tensor_arg(out),
             self._layer(x, conv),
             tensor_arg(bias),
             tensor_arg(multiplier),
-            optional_tensor_arg(shortcut_scale),
+            optional_tensor_arg(scale),
             residual,
             side,
             optional_tensor_arg(padding_value),
@@ -76,15 +76,8 @@ class QuantizedKernels:
         )
         return out
 
-    def stem(
-        self,
-        x: Tensor,
-        conv: Convolution,
-        bias: Tensor,
-        multiplier: Tensor,
-        padding_value: Tensor | None,
-        pool: MaxPool,
-    ) -> Tensor:
+    def stem(self, x: Tensor, layer: QuantizedLayer, pool: MaxPool) -> Tensor:
+        conv, bias, multiplier, padding_value = layer
         height, width = x.shape[2:]
         # Halved twice, rounded up.
         pooled = (height + 3) // 4, (width + 3) // 4
@@ -138,33 +131,17 @@ class QuantizedCpuBackend(ReferenceBackend):
         return self._quantized and weight.dtype == torch.int8
 
     def quantized_conv(
-        self,
-        x: Tensor,
-        conv: Convolution,
-        bias: Tensor,
-        multiplier: Tensor,
-        shortcut: Tensor | None,
-        shortcut_scale: Tensor | None,
-        projection: Convolution | None,
-        padding_value: Tensor | None,
-        relu: bool,
+        self, x: Tensor, layer: QuantizedLayer, shortcut: QuantizedShortcut | None, relu: bool
     ) -> Candidates:
+        conv, projection = layer.conv, shortcut and shortcut.projection
         served = self._serves(conv.weight) and (
             projection is None
             or (projection.padding == (0, 0) and conv.groups == projection.groups == 1)
         )
         return (Candidate("cpu", self._kernels.conv),) if served else ()
 
-    def quantized_stem(
-        self,
-        x: Tensor,
-        conv: Convolution,
-        bias: Tensor,
-        multiplier: Tensor,
-        padding_value: Tensor | None,
-        pool: MaxPool,
-    ) -> Candidates:
-        served = self._serves(conv.weight) and is_resnet_stem(conv, pool)
+    def quantized_stem(self, x: Tensor, layer: QuantizedLayer, pool: MaxPool) -> Candidates:
+        served = self._serves(layer.conv.weight) and is_resnet_stem(layer.conv, pool)
         return (Candidate("cpu", self._kernels.stem),) if served else ()
 
     def quantized_head(

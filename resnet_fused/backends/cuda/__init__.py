@@ -33,6 +33,8 @@ from ...parameters import (
     Folded,
     MaxPool,
     Normalization,
+    QuantizedLayer,
+    QuantizedShortcut,
     is_resnet_stem,
 )
 from ...reference.ops import pad_channels
@@ -233,7 +235,7 @@ class CudaBackend(ReferenceBackend):
         layer3: ConvBn,
         projection: ConvBn | None,
     ) -> Candidates:
-        layers = [layer1, layer2, layer3, *([] if projection is None else [projection])]
+        layers = _present((layer1, layer2, layer3, projection))
         if not _resnet_bottleneck(x, [conv for conv, _ in layers]):
             return ()
         return [
@@ -247,17 +249,8 @@ class CudaBackend(ReferenceBackend):
             if self._launcher.can_implement_bottleneck(kernel, x, layers)
         ]
 
-    def _bottleneck(
-        self,
-        kernel: str,
-        x: Tensor,
-        layer1: ConvBn,
-        layer2: ConvBn,
-        layer3: ConvBn,
-        projection: ConvBn | None,
-    ) -> Tensor:
-        layers = [layer1, layer2, layer3, *([] if projection is None else [projection])]
-        return self._launcher.bottleneck(kernel, x, layers)
+    def _bottleneck(self, kernel: str, x: Tensor, *layers: ConvBn | None) -> Tensor:
+        return self._launcher.bottleneck(kernel, x, _present(layers))
 
     def stem(self, x: Tensor, layer: ConvBn, pool: MaxPool) -> Candidates:
         if not _resnet_stem(layer.conv, pool):
@@ -272,26 +265,14 @@ class CudaBackend(ReferenceBackend):
         return (Candidate("cuda fused", self._launcher.image_stem, "cuda image_stem"),)
 
     def quantized_conv(
-        self,
-        x: Tensor,
-        conv: Convolution,
-        bias: Tensor,
-        multiplier: Tensor,
-        shortcut: Tensor | None,
-        shortcut_scale: Tensor | None,
-        projection: Convolution | None,
-        padding_value: Tensor | None,
-        relu: bool,
+        self, x: Tensor, layer: QuantizedLayer, shortcut: QuantizedShortcut | None, relu: bool
     ) -> Candidates:
-        arguments = (
-            *(x, conv, bias, multiplier, shortcut),
-            *(shortcut_scale, projection, padding_value, relu),
-        )
+        conv = layer.conv
         if (
             conv.weight.shape[0] % _CHUNK > 0
-            or padding_value is not None
+            or layer.padding_value is not None
             or conv.groups > 1
-            or (projection is not None and not _can_project(x, shortcut, projection))
+            or (shortcut is not None and not _can_add(x, shortcut))
         ):
             return ()
         return [
@@ -300,7 +281,7 @@ class CudaBackend(ReferenceBackend):
                 functools.partial(self._launcher.quantized_conv, tile),
                 f"cuda quantized {tile}",
             )
-            for tile in self._launcher.quantized_tiles(*arguments)
+            for tile in self._launcher.quantized_tiles(x, layer, shortcut, relu)
         ]
 
     def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Candidates:
@@ -352,9 +333,14 @@ def _resnet_bottleneck(x: Tensor, convolutions: Sequence[Convolution]) -> bool:
     )
 
 
-def _can_project(x: Tensor, shortcut: Tensor | None, projection: Convolution) -> bool:
-    """Whether the kernel that multiplies x may multiply the shortcut too."""
-    return projection.groups == 1 and shortcut is not None and shortcut.dtype == x.dtype
+def _present(layers: Sequence[ConvBn | None]) -> list[ConvBn]:
+    return [layer for layer in layers if layer is not None]
+
+
+def _can_add(x: Tensor, shortcut: QuantizedShortcut) -> bool:
+    """Whether a kernel adds the shortcut: one that multiplies x multiplies only its like."""
+    projection = shortcut.projection
+    return projection is None or (projection.groups == 1 and shortcut.x.dtype == x.dtype)
 
 
 def _convolve(x: Tensor, conv: Convolution) -> Tensor:

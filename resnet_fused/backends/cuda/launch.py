@@ -23,6 +23,8 @@ from ...parameters import (
     MaxPool,
     Normalization,
     OperandTerm,
+    QuantizedLayer,
+    QuantizedShortcut,
 )
 from ...reference.quantized import FLOAT8, quantized_dtype
 from .. import tf32_in_convolutions
@@ -281,32 +283,25 @@ class Launcher:
         return [tile.name for tile in found]
 
     def _quantized_conv_call(
-        self,
-        x: Tensor,
-        conv: Convolution,
-        bias: Tensor,
-        multiplier: Tensor,
-        shortcut: Tensor | None,
-        shortcut_scale: Tensor | None,
-        projection: Convolution | None,
-        padding_value: Tensor | None,
-        relu: bool,
+        self, x: Tensor, layer: QuantizedLayer, shortcut: QuantizedShortcut | None, relu: bool
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """The result to be, and the kernel's other arguments; there is no padding_value."""
+        conv, bias, multiplier, _ = layer
         size = conv.output_size(*x.shape[2:])
+        added, scale, projection = shortcut or (None, None, None)
         side = None
-        if shortcut is not None and projection is not None:
-            side, shortcut = self._quantized_layer(shortcut, projection), None
+        if added is not None and projection is not None:
+            side, added = self._quantized_layer(added, projection), None
         call = (
             self._quantized_layer(x, conv),
             tensor_arg(bias),
             tensor_arg(multiplier),
-            optional_tensor_arg(shortcut_scale),
-            residual_arg(shortcut),
+            optional_tensor_arg(scale),
+            residual_arg(added),
             side,
             relu,
         )
-        dtype = quantized_dtype(conv.weight, relu)
+        dtype = quantized_dtype(layer, relu)
         return empty_nhwc(x, conv.weight.shape[0], *size, dtype), call
 
     def _quantized_layer(self, x: Tensor, conv: Convolution) -> tuple[Any, ...]:

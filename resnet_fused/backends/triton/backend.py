@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...parameters import ConvBn, Convolution, MaxPool
+from ...parameters import ConvBn, MaxPool, QuantizedLayer, QuantizedShortcut
 from .. import Candidates
 from ..reference import ReferenceBackend
 from .convolution import list_conv_bn, list_conv_bn_projection
@@ -96,26 +96,9 @@ class TritonBackend(ReferenceBackend):
         return list_head(x, weight)
 
     def quantized_conv(
-        self,
-        x: Tensor,
-        conv: Convolution,
-        bias: Tensor,
-        multiplier: Tensor,
-        shortcut: Tensor | None,
-        shortcut_scale: Tensor | None,
-        projection: Convolution | None,
-        padding_value: Tensor | None,
-        relu: bool,
+        self, x: Tensor, layer: QuantizedLayer, shortcut: QuantizedShortcut | None, relu: bool
     ) -> Candidates:
-        return list_quantized_conv(x, conv, projection)
+        return list_quantized_conv(x, layer.conv, shortcut and shortcut.projection)
 
-    def quantized_stem(
-        self,
-        x: Tensor,
-        conv: Convolution,
-        bias: Tensor,
-        multiplier: Tensor,
-        padding_value: Tensor | None,
-        pool: MaxPool,
-    ) -> Candidates:
-        return list_quantized_stem(x, conv, pool)
+    def quantized_stem(self, x: Tensor, layer: QuantizedLayer, pool: MaxPool) -> Candidates:
+        return list_quantized_stem(x, layer.conv)

@@ -349,13 +349,6 @@ def packed_window(conv: Convolution, packed: int, gemm: Gemm) -> Window:
     return window._replace(packed_in=conv.weight.shape[1], packed_out=gemm.columns // packed)
 
 
-class _Plan(NamedTuple):
-    """A launch, and the shape of what it writes."""
-
-    shape: tuple[int, int, int, int]
-    launch: Launch
-
-
 def result_shape(x: Tensor, conv: Convolution) -> tuple[int, int, int, int]:
     """The sizes (N, K, P, Q) of the convolution's result."""
     return (x.shape[0], len(conv.weight), *conv.output_size(*x.shape[2:]))
@@ -386,31 +379,28 @@ def plan_conv_bn(
     residual: Tensor | None,
     relu: bool,
     precision: str,
-) -> _Plan:
-    """Of tensors as the kernel takes them."""
+) -> tuple[tuple[int, ...], Launch]:
+    """The result's shape, and the launch, of tensors as the kernel takes them."""
     conv, _ = layer
     packed, gemm = packing(x, conv)
     shape = result_shape(x, conv)
     out = x.new_empty(shape, device="meta").contiguous(memory_format=torch.channels_last)
     block_m, block_n, block_c = config.blocks
     tiles = triton.cdiv(gemm.rows, block_m) * triton.cdiv(gemm.columns, block_n)
-    return _Plan(
-        shape,
-        Launch(
-            conv_bn_kernel,
-            (tiles, conv.groups // packed),
-            config,
-            x.device,
-            residual_channels=None if residual is None else residual.shape[1],
-            residual_strides=strides_beside(residual, out),
-            image=Image.of(x),
-            result=Image.of(out),
-            gemm=gemm,
-            RELU=relu,
-            WINDOW=packed_window(conv, packed, gemm),
-            EVEN=gemm.channels % block_c == 0,
-            TILE=Tile(block_m, block_n, block_c, is_wide(x, conv.weight, out, residual), precision),
-        ),
+    return shape, Launch(
+        conv_bn_kernel,
+        (tiles, conv.groups // packed),
+        config,
+        x.device,
+        residual_channels=None if residual is None else residual.shape[1],
+        residual_strides=strides_beside(residual, out),
+        image=Image.of(x),
+        result=Image.of(out),
+        gemm=gemm,
+        RELU=relu,
+        WINDOW=packed_window(conv, packed, gemm),
+        EVEN=gemm.channels % block_c == 0,
+        TILE=Tile(block_m, block_n, block_c, is_wide(x, conv.weight, out, residual), precision),
     )
 
 
@@ -419,9 +409,9 @@ def conv_bn(
 ) -> Tensor:
     """relu?(bn(conv(x)) (+ residual)): see `resnet_fused.reference.ops.conv_bn`."""
     x, layer, residual = nhwc(x), dense_layer(layer), readable(residual)
-    plan = plan_conv_bn(config, x, layer, residual, relu, convolution_precision(x.dtype))
-    out = empty_nhwc(plan.shape, x)
-    plan.launch(x, layer.conv.weight, layer.bn, residual, out)
+    shape, launch = plan_conv_bn(config, x, layer, residual, relu, convolution_precision(x.dtype))
+    out = empty_nhwc(shape, x)
+    launch(x, layer.conv.weight, layer.bn, residual, out)
     return out
 
 
@@ -446,35 +436,32 @@ def plan_conv_bn_projection(
     shortcut: Tensor,
     projection: ConvBn,
     precision: str,
-) -> _Plan:
+) -> tuple[tuple[int, ...], Launch]:
     """The same with a projection."""
     _, gemm = packing(x, layer.conv)
     shape = result_shape(x, layer.conv)
     out = x.new_empty(shape, device="meta")
     block_m, block_n, block_c = config.blocks
     tiles = triton.cdiv(gemm.rows, block_m) * triton.cdiv(gemm.columns, block_n)
-    return _Plan(
-        shape,
-        Launch(
-            conv_bn_projection_kernel,
-            (tiles,),
-            config,
-            x.device,
-            image=Image.of(x),
-            shortcut_image=Image.of(shortcut),
-            result=Image.of(out),
-            gemm=gemm,
-            WINDOW=Window.of(layer.conv),
-            PROJECTION_WINDOW=Window.of(projection.conv),
-            EVEN=x.shape[1] % block_c == 0,
-            SHORTCUT_EVEN=shortcut.shape[1] % block_c == 0,
-            TILE=Tile(
-                block_m,
-                block_n,
-                block_c,
-                is_wide(x, layer.conv.weight, shortcut, projection.conv.weight, out),
-                precision,
-            ),
+    return shape, Launch(
+        conv_bn_projection_kernel,
+        (tiles,),
+        config,
+        x.device,
+        image=Image.of(x),
+        shortcut_image=Image.of(shortcut),
+        result=Image.of(out),
+        gemm=gemm,
+        WINDOW=Window.of(layer.conv),
+        PROJECTION_WINDOW=Window.of(projection.conv),
+        EVEN=x.shape[1] % block_c == 0,
+        SHORTCUT_EVEN=shortcut.shape[1] % block_c == 0,
+        TILE=Tile(
+            block_m,
+            block_n,
+            block_c,
+            is_wide(x, layer.conv.weight, shortcut, projection.conv.weight, out),
+            precision,
         ),
     )
 
@@ -490,9 +477,9 @@ def conv_bn_projection(
         dense_layer(projection),
     )
     precision = convolution_precision(x.dtype)
-    plan = plan_conv_bn_projection(config, x, layer, shortcut, projection, precision)
-    out = empty_nhwc(plan.shape, x)
-    plan.launch(
+    shape, launch = plan_conv_bn_projection(config, x, layer, shortcut, projection, precision)
+    out = empty_nhwc(shape, x)
+    launch(
         x,
         layer.conv.weight,
         layer.bn,

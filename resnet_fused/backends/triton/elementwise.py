@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...parameters import BatchNorm
+from ...parameters import BatchNorm, Gate
 from ...reference.ops import excitation
 from .. import Candidate, Candidates
 from .launching import Config, Launch, dense, empty_nhwc, is_wide, nhwc, planned
@@ -143,19 +143,11 @@ def list_squeeze_excite() -> Candidates:
     return (Candidate("triton", squeeze_excite, "triton squeeze_excite"),)
 
 
-def squeeze_excite(
-    x: Tensor,
-    reduce: Tensor,
-    reduce_bias: Tensor | None,
-    expand: Tensor,
-    expand_bias: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-) -> Tensor:
+def squeeze_excite(x: Tensor, gate: Gate, residual: Tensor | None, relu: bool) -> Tensor:
     """See `resnet_fused.reference.ops.squeeze_excite`."""
     x = nhwc(x)
     residual = None if residual is None else nhwc(residual)
-    factors = excitation(x, reduce, reduce_bias, expand, expand_bias)
+    factors = excitation(x, gate)
     out = empty_nhwc(x.shape, x)
     _plan_gate(x, factors, residual, relu)(x, factors, residual, out)
     return out

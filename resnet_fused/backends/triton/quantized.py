@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 from triton.language.extra import libdevice
 
-from ...parameters import Convolution, MaxPool
+from ...parameters import Convolution, MaxPool, QuantizedLayer, QuantizedShortcut
+from ...reference.quantized import quantized_dtype
 from .. import Candidates, recording
 from . import launching
 from .convolution import SLICE, configurations, halves, packed_window, packing, result_shape
@@ -448,16 +449,12 @@ def _plan(
 def quantized_conv(
     config: Config,
     x: Tensor,
-    conv: Convolution,
-    bias: Tensor,
-    multiplier: Tensor,
-    shortcut: Tensor | None,
-    shortcut_scale: Tensor | None,
-    projection: Convolution | None,
-    padding_value: Tensor | None,
+    layer: QuantizedLayer,
+    shortcut: QuantizedShortcut | None,
     relu: bool,
 ) -> Tensor:
     """One convolution with what follows it: see `resnet_fused.reference.quantized`."""
+    conv, bias, multiplier, padding_value = layer
     shape = result_shape(x, conv)
     pixel = _pixel(conv)
     weight, offset = _prepared(conv, x, bias, pixel)
@@ -465,21 +462,20 @@ def quantized_conv(
         x, padding_value = _bordered(x, conv, padding_value), None
         conv = conv._replace(padding=(0, 0))
     x, conv = nhwc(x), conv._replace(weight=weight)
+    added, scale, projection = shortcut or (None, None, None)
     side: tuple[Tensor | None, Tensor | None] = (None, None)
-    if projection is not None:
-        assert shortcut is not None
-        shortcut = nhwc(shortcut)
-        side = other, _ = _prepared(projection, shortcut)
+    if added is not None and projection is not None:
+        added = nhwc(added)
+        side = other, _ = _prepared(projection, added)
         projection = projection._replace(weight=other)
-    shortcut = readable(shortcut)
-    out = _empty(shape, torch.uint8 if relu else torch.int8, x)
-    plan = _plan(config, shape, x, conv, shortcut, projection, relu)
-    vectors = offset, multiplier, padding_value
-    plan(x, conv.weight, *vectors, shortcut, shortcut_scale, *side, out)
+    added = readable(added)
+    out = _empty(shape, quantized_dtype(layer, relu), x)
+    plan = _plan(config, shape, x, conv, added, projection, relu)
+    plan(x, conv.weight, offset, multiplier, padding_value, added, scale, *side, out)
     return out
 
 
-def list_quantized_stem(x: Tensor, conv: Convolution, pool: MaxPool) -> Candidates:
+def list_quantized_stem(x: Tensor, conv: Convolution) -> Candidates:
     """Candidates of op `quantized_stem`; none of fp8."""
     if conv.weight.dtype != torch.int8:
         return ()
@@ -509,17 +505,9 @@ def _plan_pool(x: Tensor, pool: MaxPool) -> Launch:
     )
 
 
-def quantized_stem(
-    config: Config,
-    x: Tensor,
-    conv: Convolution,
-    bias: Tensor,
-    multiplier: Tensor,
-    padding_value: Tensor | None,
-    pool: MaxPool,
-) -> Tensor:
+def quantized_stem(config: Config, x: Tensor, layer: QuantizedLayer, pool: MaxPool) -> Tensor:
     """max_pool(relu(conv)): see `resnet_fused.reference.quantized`."""
-    y = quantized_conv(config, x, conv, bias, multiplier, None, None, None, padding_value, True)
+    y = quantized_conv(config, x, layer, None, True)
     out = _empty((*y.shape[:2], *pool.output_size(*y.shape[2:])), y.dtype, y)
     _plan_pool(y, pool)(y, out)
     return out

@@ -14,8 +14,6 @@ pair and the next pair's even element, so each direction is one split, one shift
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -175,15 +173,10 @@ def list_stem(x: Tensor, layer: ConvBn, pool: MaxPool) -> Candidates:
     return launching.candidates(stem, _FMA if fma else _TENSOR_CORE, "triton stem")
 
 
-class _Plan(NamedTuple):
-    """A launch, and the shape of what it writes."""
-
-    shape: tuple[int, int, int, int]
-    launch: Launch
-
-
 @planned
-def _plan(config: Config, x: Tensor, layer: ConvBn, pool: MaxPool, precision: str) -> _Plan:
+def _plan(
+    config: Config, x: Tensor, layer: ConvBn, pool: MaxPool, precision: str
+) -> tuple[tuple[int, ...], Launch]:
     conv, _ = layer
     filters, channels, _, s = conv.weight.shape
     convolved = Image(*conv.output_size(*x.shape[2:]), filters)
@@ -191,35 +184,32 @@ def _plan(config: Config, x: Tensor, layer: ConvBn, pool: MaxPool, precision: st
     shape = (x.shape[0], filters, pooled.h, pooled.w)
     tile_h, tile_w, block_n = config.blocks
     patches = triton.cdiv(pooled.h, tile_h // 2 - 1) * triton.cdiv(pooled.w, tile_w // 2 - 1)
-    return _Plan(
-        shape,
-        Launch(
-            stem_kernel,
-            (x.shape[0] * patches * triton.cdiv(filters, block_n),),
-            config,
-            x.device,
-            image=Image.of(x),
-            convolved=convolved,
-            pooled=pooled,
-            x_strides=Strides(*x.stride()),
-            weight_strides=Strides(*conv.weight.stride()),
-            WINDOW=Window.of(conv),
-            C=channels,
-            PLANAR=x.stride(3) < x.stride(1),
-            WIDE=is_wide(x, x.new_empty(shape, device="meta")),
-            PRECISION=precision,
-            TILE_H=tile_h,
-            TILE_W=tile_w,
-            BLOCK_N=block_n,
-            BLOCK_T=max(16, triton.next_power_of_2(s * channels)),
-        ),
+    return shape, Launch(
+        stem_kernel,
+        (x.shape[0] * patches * triton.cdiv(filters, block_n),),
+        config,
+        x.device,
+        image=Image.of(x),
+        convolved=convolved,
+        pooled=pooled,
+        x_strides=Strides(*x.stride()),
+        weight_strides=Strides(*conv.weight.stride()),
+        WINDOW=Window.of(conv),
+        C=channels,
+        PLANAR=x.stride(3) < x.stride(1),
+        WIDE=is_wide(x, x.new_empty(shape, device="meta")),
+        PRECISION=precision,
+        TILE_H=tile_h,
+        TILE_W=tile_w,
+        BLOCK_N=block_n,
+        BLOCK_T=max(16, triton.next_power_of_2(s * channels)),
     )
 
 
 def stem(config: Config, x: Tensor, layer: ConvBn, pool: MaxPool) -> Tensor:
     """max_pool(relu(bn(conv(x)))): see `resnet_fused.reference.ops.stem`."""
     layer = ConvBn(layer.conv, dense(layer.bn))
-    plan = _plan(config, x, layer, pool, convolution_precision(x.dtype))
-    out = empty_nhwc(plan.shape, x)
-    plan.launch(x, layer.conv.weight, layer.bn, out)
+    shape, launch = _plan(config, x, layer, pool, convolution_precision(x.dtype))
+    out = empty_nhwc(shape, x)
+    launch(x, layer.conv.weight, layer.bn, out)
     return out

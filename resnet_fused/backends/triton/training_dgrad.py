@@ -15,8 +15,6 @@ the result once, 8 bytes per tile and channel of sums.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -246,13 +244,6 @@ def dgrad_configs(
     return [c for c in found if c.blocks[0] <= 128 and c.blocks[0] * c.blocks[1] <= largest]
 
 
-class _Plan(NamedTuple):
-    """A launch, and the shape of the sums that it writes."""
-
-    sums: tuple[int, int, int]
-    launch: Launch
-
-
 @planned
 def _plan(
     config: Config,
@@ -264,7 +255,8 @@ def _plan(
     add_stride: int | None,
     term: OperandTerm | None,
     precision: str,
-) -> _Plan:
+) -> tuple[tuple[int, ...], Launch]:
+    """The shape of the sums, and the launch that writes them too."""
     weight = conv.weight
     gemm = _gemm(conv, shape)
     class_h, class_w = _classes(conv)
@@ -272,30 +264,27 @@ def _plan(
     operand = None if term is None else term.x
     block_m, block_n, block_c = config.blocks
     tiles_m = triton.cdiv(gemm.rows, block_m)
-    return _Plan(
-        (class_h * class_w * tiles_m, 2, shape[1]),
-        Launch(
-            dgrad_kernel,
-            (tiles_m * triton.cdiv(gemm.columns, block_n), conv.groups, class_h * class_w),
-            config,
-            g.device,
-            batch=shape[0],
-            image=Image.of(out),
-            result=Image.of(g),
-            add_image=None if add is None else Image.of(add),
-            operand_strides=strides_beside(operand, out),
-            group_in=gemm.columns,
-            group_out=gemm.channels,
-            tiles_m=tiles_m,
-            WINDOW=Window.of(conv),
-            CLASS_H=class_h,
-            CLASS_W=class_w,
-            ADD_STRIDE=add_stride or 0,
-            EVEN=gemm.channels % block_c == 0,
-            EVEN_COLUMNS=gemm.columns % block_n == 0,
-            EVEN_OPERAND=gemm.columns % block_c == 0,
-            TILE=Tile(block_m, block_n, block_c, is_wide(g, weight, out, add, operand), precision),
-        ),
+    return (class_h * class_w * tiles_m, 2, shape[1]), Launch(
+        dgrad_kernel,
+        (tiles_m * triton.cdiv(gemm.columns, block_n), conv.groups, class_h * class_w),
+        config,
+        g.device,
+        batch=shape[0],
+        image=Image.of(out),
+        result=Image.of(g),
+        add_image=None if add is None else Image.of(add),
+        operand_strides=strides_beside(operand, out),
+        group_in=gemm.columns,
+        group_out=gemm.channels,
+        tiles_m=tiles_m,
+        WINDOW=Window.of(conv),
+        CLASS_H=class_h,
+        CLASS_W=class_w,
+        ADD_STRIDE=add_stride or 0,
+        EVEN=gemm.channels % block_c == 0,
+        EVEN_COLUMNS=gemm.columns % block_n == 0,
+        EVEN_OPERAND=gemm.columns % block_c == 0,
+        TILE=Tile(block_m, block_n, block_c, is_wide(g, weight, out, add, operand), precision),
     )
 
 
@@ -317,9 +306,9 @@ def dgrad(
     if term is not None and term.x.stride(1) != 1:
         term = term._replace(x=nhwc(term.x))
     precision = convolution_precision(g.dtype)
-    plan = _plan(config, g, conv, shape, below, add, add_stride, term, precision)
+    sums_shape, launch = _plan(config, g, conv, shape, below, add, add_stride, term, precision)
     out = empty_nhwc(shape, g)
-    sums = None if below is None else g.new_empty(plan.sums, dtype=torch.float32)
+    sums = None if below is None else g.new_empty(sums_shape, dtype=torch.float32)
     pre_bn, scale_shift = below or (None, None)
-    plan.launch(g, conv.weight, add, *(term or (None,) * 3), pre_bn, scale_shift, out, sums)
+    launch(g, conv.weight, add, *(term or (None,) * 3), pre_bn, scale_shift, out, sums)
     return out, sums

@@ -417,14 +417,14 @@ def folded_end(config: Config, main: Folded, shortcut: Tensor | Folded | None) -
     added: tuple[Any, ...]
     if isinstance(shortcut, Folded):
         other, projection = _layer(shortcut)
-        plan = plan_conv_bn_projection(config, x, layer, other, projection, precision)
+        shape, launch = plan_conv_bn_projection(config, x, layer, other, projection, precision)
         added = (other, projection.conv.weight, projection.bn)
     else:
         residual = readable(shortcut)
-        plan = plan_conv_bn(config, x, layer, residual, True, precision)
+        shape, launch = plan_conv_bn(config, x, layer, residual, True, precision)
         added = (residual,)
-    out = empty_nhwc(plan.shape, x)
-    plan.launch(x, layer.conv.weight, layer.bn, *added, out)
+    out = empty_nhwc(shape, x)
+    launch(x, layer.conv.weight, layer.bn, *added, out)
     return out
 
 
