@@ -409,7 +409,8 @@ def test_our_candidates_pass_the_check_of_the_choice(backend, monkeypatch, name)
         below = Activation(x, scale_shift(x.shape[1], generator(), False))
         kernels.dgrad(g, conv, x.shape, below, None)
     assert set(faults.values()) == {None}
-    assert len(faults) == (3 + 2 if name == "a stem" else 3 + 2 + 3)
+    every = len(TILES) + len(LINE_TILES)
+    assert len(faults) == (3 + 2 if name == "a stem" else every + 2 + every)
 
 
 def test_the_simulated_backend_trains_with_them(backend):
