@@ -79,6 +79,9 @@ def cuda_variant(symbol: str) -> str | None:
         )
         tile = f"{sizes[0]}×{sizes[1]}" if ending else f"256×{sizes[0]}"
         return f"{training[1]} {tile} {ending}".strip()
+    pattern = r"(conv_training_sm90_lines_kernel)I\w*TileILi(\d+)EEELb([01])E"
+    if lines := re.search(pattern, symbol):
+        return f"{lines[1]} {lines[2]}×64 {('statistics', 'masks')[int(lines[3])]}"
     # A name stands behind its length; parts of those before it may look like that too.
     lengths = re.finditer(r"(?=(\d\d)([a-z]\w*_kernel)I)", symbol)
     *_, base = (found[2] for found in lengths if len(found[2]) == int(found[1]))

@@ -25,6 +25,7 @@ from resnet_fused.reference.training import ReferenceTraining
 from resnet_fused.testing.cases import generator
 
 TILES = ("m128n64", "m128n128", "m256n128_cluster")
+LINE_TILES = ("m216n64_lines", "m248n64_lines")  # of whole lines
 WGRAD_TILES = ("m256n64", "m256n128")
 ENDINGS = 5  # statistics, mask, add, folded, sum
 PLAIN = ReferenceTraining()
@@ -63,6 +64,20 @@ GRADIENTS = {
     "3x3 by 2": Case(7, 72, 22, 18, 136, 3, 2, 1),
     "5x5 by 2": Case(3, 136, 10, 22, 40, 5, 2, 2),
 }
+
+
+# For tiles of whole lines: several images of a tile, the last one of fewer; parts of images, the
+# last one of fewer lines; a tile for each image; weights that stay, and others; the shortest lines
+# and about the longest; lines that begin at positions of their own modulo 8.
+LINES = {
+    "7x7": Case(11, 72, 7, 7, 136, 3, 1, 1),
+    "14x14": Case(9, 136, 14, 14, 72, 3, 1, 1),
+    "lines of 56": Case(4, 64, 9, 56, 64, 3, 1, 1),
+    "lines of 33": Case(5, 40, 17, 33, 24, 3, 1, 1),
+    "low": Case(40, 136, 2, 11, 64, 3, 1, 1),
+    "high": Case(3, 24, 70, 7, 72, 3, 1, 1),
+}
+EVERY = {**CASES, **LINES}
 
 
 @pytest.fixture
@@ -120,28 +135,47 @@ def operand_term(
     return OperandTerm(x, half.triu() + half.triu(1).T, offset.round() if integers else offset)
 
 
-@pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize("name", CASES)
+def of_tiles(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Cases with the tiles that compute them."""
+    found = [(name, tile) for name in names for tile in TILES]
+    return found + [(name, tile) for name in LINES for tile in LINE_TILES]
+
+
+@pytest.mark.parametrize(("name", "tile"), of_tiles(CASES))
 def test_forward_is_exact_on_integers_and_its_moments_are_those_of_the_result(
     simulator, backend, half, name, tile
 ):
-    x, conv = convolution(CASES[name], half, integers=True)
+    x, conv = convolution(EVERY[name], half, integers=True)
     out, moments = backend._launcher.conv_stats(tile, x, conv, True)
     counts = simulator.take_statistics()
     expected, _ = PLAIN.conv_stats(wide(x), wide(conv), False)
     assert torch.equal(out, expected.to(half))
     assert counts["bank_conflicts"] == counts["shared_conflicts"] == 0
-    assert_moments(moments, out)
+    assert_moments(moments, out, tile)
     again, nothing = backend._launcher.conv_stats(tile, x, conv, False)
     assert torch.equal(again, out)
     assert nothing is None
 
 
-def assert_moments(moments: Tensor, out: Tensor) -> None:
-    """Of each 128 positions: mean, squared deviations and count, to a few units of float32."""
-    rows = out.permute(0, 2, 3, 1).flatten(0, 2).double()
-    assert len(moments) == -(-len(rows) // 128)
-    for part, found in zip(rows.split(128), moments.double(), strict=True):
+def parts_of(value: Tensor, tile: str) -> list[Tensor]:
+    """(positions, channels) of each part of a result: 128 positions, or the lines of a tile."""
+    rows = value.permute(0, 2, 3, 1)
+    if tile not in LINE_TILES:
+        return list(rows.flatten(0, 2).split(128))
+    height, pitch = rows.shape[1], rows.shape[2] + 1
+    most = int(tile[1:4]) // pitch
+    if most >= height and (height + 1) * pitch % 8 == 0:
+        images = (most + 1) // (height + 1)
+        return [part.flatten(0, 2) for part in rows.split(images)]
+    lines = -(-height // -(-height // most))
+    return [part.flatten(0, 1) for image in rows for part in image.split(lines)]
+
+
+def assert_moments(moments: Tensor, out: Tensor, tile: str) -> None:
+    """Of each part: mean, squared deviations and count, to a few units of float32."""
+    parts = parts_of(out.double(), tile)
+    assert len(moments) == len(parts)
+    for part, found in zip(parts, moments.double(), strict=True):
         mean = part.mean(0)
         squares = (part - mean).square().sum(0)
         assert torch.equal(found[2], torch.full_like(mean, len(part)))
@@ -160,16 +194,31 @@ def test_moments_keep_the_digits_of_a_small_deviation_from_a_large_mean(backend)
     for tile in TILES:
         out, moments = backend._launcher.conv_stats(tile, x, conv, True)
         assert torch.equal(out, x)
-        assert_moments(moments, out)
+        assert_moments(moments, out, tile)
 
 
-@pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize("name", GRADIENTS)
+@pytest.mark.parametrize("tile", LINE_TILES)
+def test_moments_of_lines_keep_the_digits_of_a_small_deviation_from_a_large_mean(backend, tile):
+    """As above, of windows of which one tap counts: all of a tile, and of its positions in vain."""
+    rng = generator()
+    x = torch.full((9, 64, 7, 9), 100.0) + 0.1 * torch.randn((9, 64, 7, 9), generator=rng)
+    x = x.half().contiguous(memory_format=NHWC)
+    eye = torch.zeros(64, 64, 3, 3)
+    eye[:, :, 1, 1] = torch.eye(64)
+    conv = Convolution(eye.half().contiguous(memory_format=NHWC), (1, 1), (1, 1), (1, 1), 1)
+    out, moments = backend._launcher.conv_stats(tile, x, conv, True)
+    assert torch.equal(out, x)
+    assert_moments(moments, out, tile)
+
+
+@pytest.mark.parametrize(("name", "tile"), of_tiles(GRADIENTS))
 @pytest.mark.parametrize("ending", ["", "masks", "adds", "folded", "sums", "sums apart"])
 def test_dgrad_is_exact_on_integers(simulator, backend, half, name, tile, ending):
     if ending in ("folded", "sums", "sums apart") and name != "1x1":
         pytest.skip("ends that are folded are 1 x 1")
-    x, conv = convolution(GRADIENTS[name], half, integers=True)
+    if tile in LINE_TILES and ending != "masks":
+        pytest.skip("whole lines are masked")
+    x, conv = convolution({**GRADIENTS, **LINES}[name], half, integers=True)
     rng = generator(1)
     g = values((len(x), len(conv.weight), *conv.output_size(*x.shape[2:])), half, rng, True)
     below = add = term = None
@@ -197,21 +246,16 @@ def test_dgrad_is_exact_on_integers(simulator, backend, half, name, tile, ending
     (stride, _), products = conv.stride, out.double() * deviation
     classes = [(h, w) for h in range(stride) for w in range(stride)]
     parts = [
-        [
-            part
-            for h, w in classes
-            for part in rows[:, h::stride, w::stride].flatten(0, 2).split(128)
-        ]
-        for rows in (value.permute(0, 2, 3, 1) for value in (out.double(), products))
+        [part for h, w in classes for part in parts_of(of[:, :, h::stride, w::stride], tile)]
+        for of in (out.double(), products)
     ]
     exact = torch.stack([torch.stack([p.sum(0) for p in of]) for of in parts], 1)
     assert torch.equal(sums.double(), exact)
 
 
-@pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize("name", ["3x3", "3x3 by 2"])
+@pytest.mark.parametrize(("name", "tile"), of_tiles(["3x3", "3x3 by 2"]))
 def test_dgrad_keeps_the_contract(backend, half, tile, name):
-    x, conv = convolution(GRADIENTS[name], half, integers=False)
+    x, conv = convolution({**GRADIENTS, **LINES}[name], half, integers=False)
     rng = generator(2)
     g = values((len(x), len(conv.weight), *conv.output_size(*x.shape[2:])), half, rng, False)
     below = Activation(
@@ -283,13 +327,20 @@ def test_what_there_is_no_kernel_for_is_left_to_others(backend):
     assert names("conv_stats", x, conv, True) == ours
     assert names("wgrad", g, x, conv) == wgrads
     assert names("dgrad", g, conv, x.shape, below, None, None) == set()  # of odd sizes
+    lines = {f"cuda {tile}" for tile in LINE_TILES}
     even, even_g = x[:, :, :20, :16], g[:, :, :10, :8]
     masked = Activation(even, below.scale_shift)
     assert names("dgrad", even_g, conv, even.shape, masked, None, None) == ours
     by_one_way = conv._replace(stride=(2, 1))
     assert names("dgrad", g[:, :, :10], by_one_way, (4, 136, 20, 9), None, None, None) == set()
     same = conv._replace(stride=(1, 1))
-    assert names("dgrad", x[:, :72], same, x.shape, below, None, None) == ours
+    assert names("dgrad", x[:, :72], same, x.shape, below, None, None) == ours | lines
+    assert names("conv_stats", x, same, True) == ours | lines
+    wide_x = x.new_zeros(1, 136, 3, 150).contiguous(memory_format=NHWC)
+    assert names("conv_stats", wide_x, same, True) == ours
+    assert names("conv_stats", wide_x[..., :6], same, True) == ours
+    assert names("conv_stats", x, same._replace(padding=(0, 0)), True) == ours
+    assert names("dgrad", x[:, :72], same, x.shape, None, None, None) == ours
     assert names("dgrad", x[:, :72], same, x.shape, None, x, None) == ours
     assert names("dgrad", x[:, :72], same, x.shape, below, x, None) == set()
     assert names("dgrad", x[:, :72], same, x.shape, None, x, 2) == set()
@@ -358,7 +409,8 @@ def test_our_candidates_pass_the_check_of_the_choice(backend, monkeypatch, name)
         below = Activation(x, scale_shift(x.shape[1], generator(), False))
         kernels.dgrad(g, conv, x.shape, below, None)
     assert set(faults.values()) == {None}
-    assert len(faults) == (3 + 2 if name == "a stem" else 3 + 2 + 3)
+    every = len(TILES) + len(LINE_TILES)
+    assert len(faults) == (3 + 2 if name == "a stem" else every + 2 + every)
 
 
 def test_the_simulated_backend_trains_with_them(backend):
@@ -441,13 +493,9 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize(("piece", "tile"), RUNS)
-def test_every_wait_and_fence_is_needed(simulator, backend, piece, tile):
-    """Each that is left out gives a fault or another result, but for those that wait for what is
-    there anyway, which would change nothing."""
-    run = runner(backend, piece, tile)
+def count_needless(simulator: ModuleType, run: Runner) -> Callable[[str, Iterable[int]], int]:
+    """How many of the numbered mistakes change nothing."""
     expected = run()
-    counts = simulator.take_statistics()
 
     def needless(mistake: str, numbers: Iterable[int]) -> int:
         found = 0
@@ -458,6 +506,18 @@ def test_every_wait_and_fence_is_needed(simulator, backend, piece, tile):
         simulator.plant()
         return found
 
+    simulator.take_statistics()
+    return needless
+
+
+@pytest.mark.parametrize(("piece", "tile"), RUNS)
+def test_every_wait_and_fence_is_needed(simulator, backend, piece, tile):
+    """Each that is left out gives a fault or another result, but for those that wait for what is
+    there anyway, which would change nothing."""
+    run = runner(backend, piece, tile)
+    needless = count_needless(simulator, run)
+    run()
+    counts = simulator.take_statistics()
     waits, barriers, stores = (
         counts[name] for name in ("mbarrier_waits", "named_barriers", "store_waits")
     )
@@ -485,6 +545,65 @@ def same(found: list[Tensor | None], expected: list[Tensor | None]) -> bool:
         a is b or (a is not None and b is not None and torch.equal(a, b))
         for a, b in zip(found, expected, strict=True)
     )
+
+
+# Of the four simulated SMs one has three tiles, so that each ring wraps and turns come again.
+LINE_RUNS = [
+    (piece, channels, tile)
+    for piece in ("statistics", "masks")
+    for channels in (40, 72)  # whose weights stay, and which are two steps of depth
+    for tile in LINE_TILES
+]
+
+
+def line_runner(backend: SimulatedBackend, piece: str, channels: int, tile: str) -> Runner:
+    side = 14 if tile == "m216n64_lines" else 7
+    case = Case(
+        9 if side == 14 else 36, channels, side, side, 40 if channels == 72 else 24, 3, 1, 1
+    )
+    x, conv = convolution(case, torch.bfloat16, integers=True)
+    launcher = backend._launcher
+    if piece == "statistics":
+        return lambda: list(launcher.conv_stats(tile, x, conv, True))
+    turned = conv._replace(weight=conv.weight.transpose(0, 1).contiguous(memory_format=NHWC))
+    pre_bn = values((len(x), case.filters, side, side), x.dtype, generator(1), True)
+    below = Activation(pre_bn, scale_shift(case.filters, generator(), True))
+    return lambda: list(launcher.dgrad(tile, x, turned, pre_bn.shape, below, None))
+
+
+@pytest.mark.parametrize(("piece", "channels", "tile"), LINE_RUNS)
+def test_every_wait_and_fence_of_lines_is_needed(simulator, backend, piece, channels, tile):
+    run = line_runner(backend, piece, channels, tile)
+    needless = count_needless(simulator, run)
+    run()
+    counts = simulator.take_statistics()
+    stays = channels == 40
+    # A number is that of a wait of every thread. Of weights that stay the nine waits of a second
+    # tile are needless, and, unless something is copied there, both consumers' for a first result,
+    # which has a place from the start. (Where weights come anew, those have the numbers of waits of
+    # the thread that copies.)
+    needless_waits = stays * (9 + 2 * (piece == "statistics"))
+    assert needless("skipped_mbarrier_wait", range(counts["mbarrier_waits"])) == needless_waits
+    assert counts["mbarrier_waits"] > 22
+    assert needless("skipped_named_barrier", range(counts["named_barriers"])) == 0
+    assert needless("skipped_proxy_fence", range(counts["proxy_fences"])) == 0
+    assert needless("skipped_store_wait", range(counts["store_waits"])) == 0
+    assert needless("skipped_register_release", [0]) == 0
+    # The waits behind a tile's last product, and those behind which stages are filled again.
+    taps = 9 if stays else 18
+    assert counts["product_waits"] == 2 * (taps + 1)
+    assert needless("skipped_product_wait", [taps, 2 * taps + 1]) == 0
+    if not stays:
+        assert needless("skipped_product_wait", range(1, 10)) == 0
+
+
+@pytest.mark.parametrize(("piece", "channels", "tile"), LINE_RUNS)
+def test_lines_are_the_same_in_every_order(simulator, backend, piece, channels, tile):
+    run = line_runner(backend, piece, channels, tile)
+    expected = run()
+    for seed in range(1, 5):
+        simulator.set_schedule(seed)
+        assert same(run(), expected)
 
 
 def test_what_overwrites_a_stage_too_early_is_found(simulator, backend):
@@ -518,7 +637,9 @@ def test_training_kernels_of_sm90_spill_nothing_and_use_their_instructions(
         pytest.skip("built without sm_90a")
     usage = cuobjdump(extension, "--dump-resource-usage", "-arch=sm_90a")
     found = re.findall(
-        r"(conv_training|wgrad)_sm90_kernel\w*:\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage
+        r"(conv_training|wgrad)_sm90_(?:lines_)?kernel\w*:\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)",
+        usage,
     )
-    assert len(found) == 2 * (ENDINGS * len(TILES) + len(WGRAD_TILES))
+    lines = 2 * len(LINE_TILES)  # statistics and mask
+    assert len(found) == 2 * (ENDINGS * len(TILES) + len(WGRAD_TILES) + lines)
     assert {tuple(numbers) for _, *numbers in found} == {("168", "0", "0")}

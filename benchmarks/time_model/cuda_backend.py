@@ -202,12 +202,14 @@ class RecordingBackend(CudaBackend):
             return [SimpleNamespace(name=name) for name in names]
 
         def training_tiles(
-            result: Any, x: Any, weight: Any, operand: int = 0, classes: int = 1
+            result: Any, x: Any, weight: Any, lines: bool, operand: int = 0, classes: int = 1
         ) -> list[Any]:
             batch, channels, *image = result[2]
             steps = math.prod(weight[2][2:]) * math.ceil(x[2][1] / 64) + math.ceil(operand / 64)
-            rows = batch * math.prod(image)
-            names = training.tiles_in_order(rows, channels, steps, gpu.sms, classes)
+            rows, images = batch * math.prod(image), (batch, (image[0], image[1]))
+            names = training.tiles_in_order(
+                rows, channels, steps, gpu.sms, classes, images if lines else None
+            )
             return [SimpleNamespace(name=name) for name in names]
 
         def dgrad_tiles(out: Any, grad: Any, weight: Any, window: Any, *more: Any) -> list[Any]:
@@ -219,12 +221,21 @@ class RecordingBackend(CudaBackend):
             )
             if not turns_round or weight[2][0] % 8 or weight[2][1] % 8:
                 return []
-            operand = 0 if more[4] is None else out[2][1]
-            return training_tiles(out, grad, weight, operand, math.prod(stride))
+            below, term = more[0], more[4]
+            operand = 0 if term is None else out[2][1]
+            lines = below is not None and term is None and training.takes_lines(window, kernel)
+            return training_tiles(out, grad, weight, lines, operand, math.prod(stride))
 
-        def conv_stats_tiles(out: Any, x: Any, weight: Any, *_: Any) -> list[Any]:
+        def conv_stats_tiles(out: Any, x: Any, weight: Any, window: Any, *_: Any) -> list[Any]:
             aligned = weight[2][0] % 8 == weight[2][1] % 8 == 0
-            return training_tiles(out, x, weight) if aligned else []
+            lines = training.takes_lines(window, weight[2][2:])
+            return training_tiles(out, x, weight, lines) if aligned else []
+
+        def conv_stats_parts(out: Any, *arguments: Any) -> int:
+            return training.parts(arguments[-1], out)
+
+        def dgrad_parts(out: Any, grad: Any, weight: Any, window: Any, *more: Any) -> int:
+            return training.parts(more[-1], out, math.prod(window[0]))
 
         def wgrad_tiles(out: Any, grad: Any, *_: Any) -> list[Any]:
             if out[2][0] % 8 or out[2][1] % 8:
@@ -244,12 +255,16 @@ class RecordingBackend(CudaBackend):
             SimpleNamespace(  # type: ignore[arg-type]
                 ConvTile=SimpleNamespace(automatic="automatic"),
                 cuda_conv_bn_tiles=lambda *_: [],
-                TrainingTile=SimpleNamespace(**{name: name for name in training.TILES}),
+                TrainingTile=SimpleNamespace(
+                    **{name: name for name in (*training.TILES, *training.LINES)}
+                ),
                 WgradTile=SimpleNamespace(**{name: name for name in training.WIDTHS}),
                 QuantizedTile=SimpleNamespace(**{name: name for name in cuda_int8.TILES}),
                 cuda_quantized_conv_tiles=int8_tiles,
                 cuda_conv_stats_tiles=conv_stats_tiles,
+                cuda_conv_stats_parts=conv_stats_parts,
                 cuda_dgrad_tiles=dgrad_tiles,
+                cuda_dgrad_parts=dgrad_parts,
                 cuda_wgrad_tiles=wgrad_tiles,
                 cuda_wgrad_parts=wgrad_parts,
                 cuda_bottleneck_can_implement=ask(Block, Block.can_implement),

@@ -1,6 +1,7 @@
 """Training's convolutions on Hopper: tiles and ranges that their host code takes, and their loops.
 
-What csrc/kernels/cuda/conv_training_sm90.cu and wgrad_sm90.cu decide from sizes is said again here.
+What csrc/kernels/cuda/conv_training_sm90.cu, conv_training_sm90_lines.cu and wgrad_sm90.cu decide
+from sizes is said again here.
 """
 
 from __future__ import annotations
@@ -54,9 +55,73 @@ TILES = {
 }
 
 
-def tiles_in_order(rows: int, channels: int, steps: int, sms: int, classes: int = 1) -> list[str]:
-    """The tiles, the one that the heuristic takes first."""
-    return sorted(TILES, key=lambda name: TILES[name].cycles(rows, channels, steps, sms, classes))
+class Lines(NamedTuple):
+    """Of conv_training_sm90_lines.cu: positions of a tile of whole lines, 64 channels."""
+
+    positions: int
+    rows: int = 368  # of x, in a stage
+
+    def part(self, image: Sequence[int]) -> tuple[int, int, int]:
+        """Of images of (height, width): tiles of an image, images of a tile, pixels copied."""
+        height, pitch = image[0], image[1] + 1
+        most = self.positions // pitch
+        segments = math.ceil(height / most)
+        stacks = segments == 1 and (height + 1) * pitch % 8 == 0
+        images = (most + 1) // (height + 1) if stacks else 1
+        lines = images * (height + 1) + 1 if images > 1 else math.ceil(height / segments) + 2
+        return segments, images, lines * pitch + 1
+
+    def parts(self, batch: int, image: Sequence[int]) -> int:
+        segments, images, _ = self.part(image)
+        return math.ceil(batch / images) * segments
+
+    def tiles(self, batch: int, image: Sequence[int], channels: int) -> int:
+        return self.parts(batch, image) * math.ceil(channels / _PANEL)
+
+    def can_take(self, image: Sequence[int]) -> bool:
+        width = image[1]
+        return width >= 7 and width < self.positions <= self.rows - 2 * (width + 2)
+
+    def cycles(self, batch: int, image: Sequence[int], channels: int, steps: int, sms: int) -> int:
+        """By which the host code chooses."""
+        products, end = steps * self.positions * 2, self.positions * 8
+        of_sm = math.ceil(self.tiles(batch, image, channels) / sms)
+        return (of_sm * max(products, (products + end) // 2) + end) * 3 // 4
+
+
+LINES = {"m216n64_lines": Lines(216), "m248n64_lines": Lines(248)}
+
+
+def tiles_in_order(
+    rows: int,
+    channels: int,
+    steps: int,
+    sms: int,
+    classes: int = 1,
+    images: tuple[int, tuple[int, int]] | None = None,
+) -> list[str]:
+    """The tiles, the one that the heuristic takes first; images: how many of what size, where
+    tiles of whole lines may take them."""
+    cycles = {name: of.cycles(rows, channels, steps, sms, classes) for name, of in TILES.items()}
+    if images is not None:
+        batch, size = images
+        for name, lines in LINES.items():
+            if lines.can_take(size):
+                cycles[name] = lines.cycles(batch, size, channels, steps, sms)
+    return sorted(cycles, key=cycles.__getitem__)
+
+
+def takes_lines(window: Sequence[Any], kernel: Sequence[int]) -> bool:
+    """Whether lines of a result are those of what it is made from, under a 3 × 3 window."""
+    return tuple(kernel) == (3, 3) and all(tuple(of) == (1, 1) for of in window)
+
+
+def parts(name: str, out: Any, classes: int = 1) -> int:
+    """Of a result's statistics or sums."""
+    batch, _, *image = out[2]
+    if name in LINES:
+        return LINES[name].parts(batch, image)
+    return classes * math.ceil(batch * math.prod(image) // classes / 128)
 
 
 class Wgrad(NamedTuple):
@@ -162,6 +227,38 @@ def _convolution(
     return work, rf"conv_training_sm90_kernelIT\w*Tile{sizes}\w*EndingE{ending}E"
 
 
+def _lines(
+    name: str, shape: str, out: Tensor, inner: int, gradient: bool, moved: int
+) -> tuple[Work, str]:
+    """Of whole lines, for a result of `out`'s sizes."""
+    lines, (batch, channels, *image) = LINES[name], out.shape
+    chunks, tiles = math.ceil(inner / _PANEL), lines.tiles(batch, image, channels)
+    resident = max(inner, channels) <= _PANEL
+    # Of three taps, a trip of the innermost loop.
+    x_bytes, weight_bytes = lines.part(image)[2] * STEP_BYTES // 3, 3 * _PANEL * STEP_BYTES
+    step_bytes = x_bytes + weight_bytes * (not resident)
+    below = _bytes(out) * gradient
+    work = Work(
+        layer="",
+        kernel="conv_training_sm90_lines_kernel",
+        config=f"{lines.positions}×64×64, lines" + ", resident" * resident,
+        shape=shape,
+        tiles=tiles,
+        # Warpgroups that take turns are two blocks on an SM, as far as a tile's time goes.
+        warps=4,
+        blocks_per_sm=2,
+        trips=(1, chunks, 3 * chunks),  # a tile; the products
+        dram_bytes=moved,
+        l2_bytes=tiles * 3 * chunks * step_bytes + below + _bytes(out),
+        multiply_adds=batch * math.prod(image) * channels * inner * 9,
+        persistent=True,
+        bulk_bytes=step_bytes,
+        resident_bytes=3 * weight_bytes * resident,
+    )
+    sizes = rf"ILi{lines.positions}E"
+    return work, rf"conv_training_sm90_lines_kernelIT\w*Tile{sizes}\w*Lb{int(gradient)}E"
+
+
 def conv_stats(call: Call, gpu: Gpu) -> tuple[Work, str]:
     """Forward, with statistics unless they are of no use."""
     x, weight, window, moments, tile = call.arguments
@@ -169,6 +266,8 @@ def conv_stats(call: Call, gpu: Gpu) -> tuple[Work, str]:
     shape, share = _window(x, weight, window, filters)
     moved = int(_bytes(x) * share) + _bytes(weight, moments, call.out)
     rows, (_, inner, *kernel) = batch * math.prod(image), weight[2]
+    if tile in LINES:
+        return _lines(tile, shape, call.out, inner, False, moved)
     return _convolution(tile, shape, rows, filters, inner, math.prod(kernel), 0, moved)
 
 
@@ -182,6 +281,8 @@ def dgrad(call: Call, gpu: Gpu) -> tuple[Work, str]:
     shape += ", masks" * (below is not None) + ", adds" * (add is not None)
     shape += ", folded" * (term is not None)
     moved = _bytes(grad, weight, below, scale_shift, sums, add, *(term or ()), call.out)
+    if tile in LINES:
+        return _lines(tile, shape, call.out, filters, True, moved)
     rows, ending = batch * math.prod(image), 1 if below is not None else 2
     operand = 0
     if term is not None:

@@ -274,8 +274,7 @@ void set_conv_bn(ConvLaunch& launch, const TensorArg& out, const LayerArg& layer
   launch.writes(op.out, "out", out);
 }
 
-// Throws ValueError where a tile is for other arguments; those of training's forward and dgrad are
-// verified by their kernels.
+// Throws ValueError where a tile is for other arguments.
 template <typename Arguments>
 void check_tile(const Arguments&) {}
 
@@ -362,18 +361,15 @@ void set_training(ConvBn& op, const TensorArg& x, const TensorArg& weight, const
   set_sizes(op, op.conv, x, weight, window, out);
 }
 
-// The statistics or sums of a result: `rows` of (parts, rows, channels); of so many classes of its
-// positions, each by itself.
+// The statistics or sums of a result: `rows` of (parts, rows, channels), as many parts as the tile
+// makes.
 template <typename Arguments>
 void set_parts(Launch<Arguments>& launch, float*& slot, const char* name,
-               const OptionalTensor& parts, std::int64_t rows, const TensorArg& result,
-               std::int64_t classes = 1) {
+               const OptionalTensor& parts, std::int64_t rows, const TensorArg& result) {
   if (!parts) return;
-  const std::int64_t positions = result.sizes[0] * result.sizes[2] * result.sizes[3] / classes;
-  const std::int64_t count =
-      classes * ((positions + resnet_fused::kPartRows - 1) / resnet_fused::kPartRows);
+  const auto& [op, tile, device, kernel] = launch.arguments;
   check_type(name, *parts, ScalarType::kFloat32);
-  check_sizes(name, *parts, {count, rows, result.sizes[1]});
+  check_sizes(name, *parts, {resnet_fused::training_parts(op, tile), rows, result.sizes[1]});
   check_contiguous(name, *parts, 3);
   launch.writes(slot, name, *parts);
 }
@@ -429,8 +425,7 @@ void set_dgrad(DgradLaunch& launch, const TensorArg& out, const TensorArg& grad,
     check_contiguous("scale_shift", *scale_shift, 2);
     launch.reads(op.below_scale_shift, "scale_shift", *scale_shift);
   }
-  const ConvolutionBn& conv = op.op.conv;
-  set_parts(launch, op.sums, "sums", sums, 2, out, std::int64_t{conv.stride_h} * conv.stride_w);
+  set_parts(launch, op.sums, "sums", sums, 2, out);
   launch.writes(op.out, "out", out);
 }
 
@@ -697,6 +692,21 @@ void def_tiled(py::module_& module, const char* name,
              py::arg("device"), py::arg("stream"), meaning);
 }
 
+// Defines cuda_NAME_parts(arguments, tile): how many parts of statistics or sums that tile makes.
+template <typename Op, typename... Arguments>
+void def_parts(py::module_& module, const char* name,
+               void (*set)(Launch<OnDevice<Op, TrainingTile>>&, Arguments...)) {
+  const auto function = [=](Arguments... arguments, TrainingTile tile) {
+    Launch<OnDevice<Op, TrainingTile>> launch;
+    launch.arguments.tile = tile;
+    set(launch, arguments...);
+    return resnet_fused::training_parts(launch.arguments.op, tile);
+  };
+  module.def(("cuda_" + std::string(name) + "_parts").c_str(), function,
+             "Into how many parts that tile's statistics or sums fall; those that it is given are\n"
+             "None.");
+}
+
 // Defines cuda_NAME_tiles(arguments, device), which `list` answers.
 template <typename Op, typename Tile, typename... Arguments>
 void def_tiles(py::module_& module, const char* name,
@@ -787,28 +797,32 @@ void register_cuda_kernels(py::module_& module) {
                           "Positions x channels of a block of a training convolution's kernel.")
       .value("m128n64", TrainingTile::k128x64)
       .value("m128n128", TrainingTile::k128x128)
-      .value("m256n128_cluster", TrainingTile::k256x128Cluster);
+      .value("m256n128_cluster", TrainingTile::k256x128Cluster)
+      .value("m216n64_lines", TrainingTile::k216x64Lines)
+      .value("m248n64_lines", TrainingTile::k248x64Lines);
 
   def_tiled<&resnet_fused::conv_stats>(module, "conv_stats", &set_conv_stats,
                                        "out = conv(x), in float16 or bfloat16, and where moments "
-                                       "is not None, (parts, 3, channels),\n"
-                                       "of every 128 positions of out mean, sum of squared "
-                                       "deviations and count. window is (stride,\n"
-                                       "padding, dilation).",
+                                       "is not None, (cuda_conv_stats_parts,\n"
+                                       "3, channels), of every 128 positions of out, or of a tile "
+                                       "of whole lines, mean, sum of\n"
+                                       "squared deviations and count. window is (stride, padding, "
+                                       "dilation).",
                                        "out", "x", "weight", "window", "moments");
   def_tiles(module, "conv_stats", &set_conv_stats, &resnet_fused::training_tiles);
+  def_parts(module, "conv_stats", &set_conv_stats);
 
   def_tiled<&resnet_fused::dgrad>(
       module, "dgrad", &set_dgrad,
       "out = the gradient of x, where grad is that of conv(x), + add. With below, x being\n"
-      "relu((below - mean) * scale + shift): zero where that is, and sums, (parts, 2, channels), "
-      "of\n"
-      "out and of out * (below - mean) of every 128 positions. scale_shift is (6, channels), "
-      "mean,\n"
-      "scale and shift first. term, of a 1 x 1 convolution without add, is (x, matrix, offset):\n"
-      "matrix * x + offset is added before the mask; matrix (channels, channels) is symmetric.",
+      "relu((below - mean) * scale + shift): zero where that is, and sums, (cuda_dgrad_parts, 2,\n"
+      "channels), of out and of out * (below - mean) of every 128 positions, or of a tile of\n"
+      "whole lines. scale_shift is (6, channels), mean, scale and shift first. term, of a 1 x 1\n"
+      "convolution without add, is (x, matrix, offset): matrix * x + offset is added before the\n"
+      "mask; matrix (channels, channels) is symmetric.",
       "out", "grad", "weight", "window", "below", "scale_shift", "sums", "add", "term");
   def_tiles(module, "dgrad", &set_dgrad, &resnet_fused::training_tiles);
+  def_parts(module, "dgrad", &set_dgrad);
 
   py::enum_<WgradTile>(module, "WgradTile", py::module_local(),
                        "Columns of the weight x output channels of a block of cuda_wgrad.")

@@ -266,9 +266,15 @@ def _training(dtype: torch.dtype, device: str, num_sms: int) -> Iterator[Case]:
     which are no integers, nothing is said."""
     rng = generator()
     images = -(-128 * num_sms // 81)
+    more = {  # what is new in further cases
+        "3x3 of small images": ("conv_stats", "dgrad that masks"),
+        "few channels": ("conv_stats", "wgrad"),
+    }
     for name, case in {
         "1x1": ConvCase(images, 72, 9, 9, 136),
         "3x3": ConvCase(images, 40, 9, 9, 136, 3, 1, 1),
+        # For tiles of whole lines, of several images and with weights that stay.
+        "3x3 of small images": ConvCase(5 * num_sms, 40, 7, 7, 64, 3, 1, 1),
         "3x3 strided": ConvCase(images, 40, 18, 18, 72, 3, 2, 1),
         "few channels": ConvCase(images, 3, 18, 18, 72, 7, 2, 3),
     }.items():
@@ -296,8 +302,8 @@ def _training(dtype: torch.dtype, device: str, num_sms: int) -> Iterator[Case]:
             "pool_gradient": [_integers_like(pooled, x, rng), above, argmax, MaxPool(3, 2, 1)],
         }
         for piece, arguments in pieces.items():
-            if name == "few channels" and piece not in ("conv_stats", "wgrad"):
-                continue  # the others see as little of x's channels as above
+            if piece not in more.get(name, pieces):
+                continue  # the others see as little of what is special as above
             exact = 1 if piece in ("conv_stats", "dgrad that adds") else 9
             yield Case(f"{name} {piece}", f"{TRAINING}.{piece.split()[0]}", arguments, exact)
         if name == "1x1":

@@ -37,6 +37,7 @@
 
 #include "kernels/cuda/batch_norm.cuh"
 #include "kernels/cuda/conv_training_sm90.h"
+#include "kernels/cuda/conv_training_sm90_lines.h"
 #include "kernels/cuda/dtype.cuh"
 #include "kernels/cuda/persistent_conv.cuh"
 
@@ -59,6 +60,10 @@ template <Ending kEnding>
 constexpr bool kHasClasses = kEnding == Ending::kMask || kEnding == Ending::kAdd;
 
 constexpr int kWarps = kWarpgroup / 32;
+
+// Rows of a result, or of a class of a gradient's, that one part of its statistics or sums is
+// about.
+constexpr int kPartRows = 128;
 
 template <int kM, int kN, int kStages, int kResults, int kCluster, bool kPingPong>
 struct Tile : PersistentTile<kM, kN, kStages, kResults, 1, kCluster, 40, 232, kPingPong> {
@@ -638,6 +643,9 @@ cudaError_t run(const ConvBn& a, const Gradient* gradient, const Arguments& to, 
   if (status == cudaSuccess) status = get_num_sms(device, &num_sms);
   if (status != cudaSuccess) return status;
   if (!sm90) return cudaErrorInvalidValue;
+  if (is_lines(tile)) {
+    return training_lines(a, to.below_scale_shift, to.parts, tile, num_sms, stream);
+  }
   return a.dtype == DType::kFloat16
              ? run<__half, kEnding>(a, gradient, to, tile, num_sms, stream)
              : run<__nv_bfloat16, kEnding>(a, gradient, to, tile, num_sms, stream);
@@ -679,6 +687,12 @@ ConvBn as_convolution(const Dgrad& dgrad) {
   return a;
 }
 
+// Whether it has the endings of whole lines.
+bool may_take_lines(const Dgrad& arguments) {
+  return arguments.below != nullptr && arguments.operand.channels == 0 &&
+         arguments.op.conv.stride_h == 1;
+}
+
 bool can_implement(const ConvStats& arguments) { return can_take(arguments.op); }
 
 bool can_implement(const Dgrad& arguments) {
@@ -693,7 +707,23 @@ bool can_implement(const Dgrad& arguments) {
          can_take(as_convolution(arguments));
 }
 
-cudaError_t list_tiles(const ConvBn& a, int num_classes, int device,
+bool can_implement(const ConvStats& arguments, TrainingTile tile) {
+  return can_implement(arguments) &&
+         (!is_lines(tile) || training_lines_can_implement(arguments.op, tile));
+}
+
+bool can_implement(const Dgrad& arguments, TrainingTile tile) {
+  return can_implement(arguments) &&
+         (!is_lines(tile) || (may_take_lines(arguments) &&
+                              training_lines_can_implement(as_convolution(arguments), tile)));
+}
+
+int parts_of(const ConvBn& a, int num_classes, TrainingTile tile) {
+  if (is_lines(tile)) return training_lines_parts(a, tile);
+  return static_cast<int>(num_classes * ceil_div(positions(a), kPartRows));
+}
+
+cudaError_t list_tiles(const ConvBn& a, int num_classes, bool may_take_lines, int device,
                        std::vector<TrainingTile>* found) {
   bool sm90 = false;
   int num_sms = 0;
@@ -701,7 +731,11 @@ cudaError_t list_tiles(const ConvBn& a, int num_classes, int device,
   if (status == cudaSuccess) status = get_num_sms(device, &num_sms);
   if (status != cudaSuccess || !sm90) return status;
   *found = {TrainingTile::k128x64, TrainingTile::k128x128, TrainingTile::k256x128Cluster};
+  for (const TrainingTile tile : {TrainingTile::k216x64Lines, TrainingTile::k248x64Lines}) {
+    if (may_take_lines && training_lines_can_implement(a, tile)) found->push_back(tile);
+  }
   const auto time = [&](TrainingTile tile) {
+    if (is_lines(tile)) return training_lines_cycles(a, tile, num_sms);
     return with_tile(tile, [&](auto t) { return cycles<decltype(t)>(a, num_sms, num_classes); });
   };
   std::stable_sort(found->begin(), found->end(),
@@ -713,25 +747,35 @@ cudaError_t list_tiles(const ConvBn& a, int num_classes, int device,
 
 cudaError_t training_tiles(const ConvStats& arguments, int device,
                            std::vector<TrainingTile>* found) {
-  return can_implement(arguments) ? list_tiles(arguments.op, 1, device, found) : cudaSuccess;
+  return can_implement(arguments) ? list_tiles(arguments.op, 1, true, device, found) : cudaSuccess;
 }
 
 cudaError_t training_tiles(const Dgrad& arguments, int device, std::vector<TrainingTile>* found) {
   if (!can_implement(arguments)) return cudaSuccess;
   const ConvolutionBn& conv = arguments.op.conv;
-  return list_tiles(as_convolution(arguments), conv.stride_h * conv.stride_w, device, found);
+  return list_tiles(as_convolution(arguments), conv.stride_h * conv.stride_w,
+                    may_take_lines(arguments), device, found);
+}
+
+int training_parts(const ConvStats& arguments, TrainingTile tile) {
+  return parts_of(arguments.op, 1, tile);
+}
+
+int training_parts(const Dgrad& arguments, TrainingTile tile) {
+  const ConvolutionBn& conv = arguments.op.conv;
+  return parts_of(as_convolution(arguments), conv.stride_h * conv.stride_w, tile);
 }
 
 cudaError_t conv_stats(const ConvStats& arguments, TrainingTile tile, int device,
                        cudaStream_t stream) {
-  if (!can_implement(arguments)) return cudaErrorInvalidValue;
+  if (!can_implement(arguments, tile)) return cudaErrorInvalidValue;
   Arguments to{};
   to.parts = arguments.moments;
   return run<Ending::kStatistics>(arguments.op, nullptr, to, tile, device, stream);
 }
 
 cudaError_t dgrad(const Dgrad& arguments, TrainingTile tile, int device, cudaStream_t stream) {
-  if (!can_implement(arguments)) return cudaErrorInvalidValue;
+  if (!can_implement(arguments, tile)) return cudaErrorInvalidValue;
   const ConvBn a = as_convolution(arguments);
   Arguments to{};
   to.parts = arguments.sums;

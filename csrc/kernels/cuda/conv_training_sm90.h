@@ -10,12 +10,14 @@
 
 namespace resnet_fused {
 
-// Positions x channels of a block's tile.
-enum class TrainingTile : int { k128x64 = 0, k128x128 = 1, k256x128Cluster = 2 };
-
-// Rows of a result, or of a class of a gradient's, that one part of its statistics or sums is
-// about.
-constexpr int kPartRows = 128;
+// Positions x channels of a block's tile; those of whole lines are conv_training_sm90_lines.cu's.
+enum class TrainingTile : int {
+  k128x64 = 0,
+  k128x128 = 1,
+  k256x128Cluster = 2,
+  k216x64Lines = 3,
+  k248x64Lines = 4
+};
 
 struct ConvStats {
   ConvBn op;       // without batch norm, residual, projection and ReLU
@@ -44,6 +46,10 @@ struct Dgrad {
 cudaError_t training_tiles(const ConvStats& arguments, int device,
                            std::vector<TrainingTile>* tiles);
 cudaError_t training_tiles(const Dgrad& arguments, int device, std::vector<TrainingTile>* tiles);
+
+// Of how many parts of the result `tile` takes statistics or sums.
+int training_parts(const ConvStats& arguments, TrainingTile tile);
+int training_parts(const Dgrad& arguments, TrainingTile tile);
 
 // As conv_bn.
 cudaError_t conv_stats(const ConvStats& arguments, TrainingTile tile, int device,

@@ -145,6 +145,13 @@ __device__ __forceinline__ void store(const PersistentArguments& a, const TileSc
   ptx::bulk_wait_read<0>();
 }
 
+// Of the residual of a tile.
+template <typename Tile>
+__device__ __forceinline__ unsigned residual_bytes(const PersistentArguments&,
+                                                   const TileScheduler<Tile>&) {
+  return Tile::kResultBytes;
+}
+
 // Copies the residual of a tile to where its result will lie.
 template <typename Tile>
 __device__ __forceinline__ void load_residual(const PersistentArguments& a,
@@ -164,8 +171,8 @@ __device__ __forceinline__ void load_residual(const PersistentArguments& a,
 
 // The role of one thread: stores every tile's result, which lies from kFirst on, and fills its
 // place again with the residual of a later tile. To acquire a stage is to know that the result of
-// an earlier one lies there. A kernel whose results lie otherwise brings `store` and
-// `load_residual` of its own Arguments.
+// an earlier one lies there. A kernel whose results lie otherwise brings `store`, `residual_bytes`
+// and `load_residual` of its own Arguments.
 template <typename Tile, typename Results, std::uint32_t kFirst, typename Arguments>
 __device__ __forceinline__ void move_results(const Arguments& a) {
   Results results(a.spin_limit);
@@ -182,7 +189,7 @@ __device__ __forceinline__ void move_results(const Arguments& a) {
       ++filled;
     }
     if (a.has_residual) {
-      results.commit_bytes(Tile::kResultBytes);
+      results.commit_bytes(residual_bytes(a, at));
       load_residual(a, at, place(), results.full());
     } else {
       results.commit();

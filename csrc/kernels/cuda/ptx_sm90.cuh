@@ -407,20 +407,24 @@ template <typename T, bool kTransposedA = false, bool kTransposedB = false, int 
 __device__ __forceinline__ void wgmma(float (&d)[kValues], std::uint64_t a, std::uint64_t b,
                                       bool accumulate) {
   static_assert(kValues % 4 == 0 && kValues >= 4 && kValues <= 128);
-  static_assert(kTransposedB || !kTransposedA);
   if constexpr (std::is_same_v<T, __nv_fp8_e4m3>) {
-    static_assert(!kTransposedB && (kValues == 32 || kValues == 64 || kValues == 128));
+    static_assert(!kTransposedA && !kTransposedB &&
+                  (kValues == 32 || kValues == 64 || kValues == 128));
     RF_WGMMA_BYTES_OF("f32.e4m3.e4m3", ", 1, 1", "+f", RF_O)
   } else if constexpr (std::is_same_v<T, __half>) {
-    if constexpr (kTransposedA) {
+    if constexpr (kTransposedA && kTransposedB) {
       RF_WGMMA_OF(("f16", "1, 1"))
+    } else if constexpr (kTransposedA) {
+      RF_WGMMA_OF(("f16", "1, 0"))
     } else if constexpr (kTransposedB) {
       RF_WGMMA_OF(("f16", "0, 1"))
     } else {
       RF_WGMMA_OF(("f16", "0, 0"))
     }
-  } else if constexpr (kTransposedA) {
+  } else if constexpr (kTransposedA && kTransposedB) {
     RF_WGMMA_OF(("bf16", "1, 1"))
+  } else if constexpr (kTransposedA) {
+    RF_WGMMA_OF(("bf16", "1, 0"))
   } else if constexpr (kTransposedB) {
     RF_WGMMA_OF(("bf16", "0, 1"))
   } else {

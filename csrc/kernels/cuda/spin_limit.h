@@ -35,6 +35,10 @@ enum class PipelineId : std::uint32_t {
   kTrainingOperands,
   kTrainingResult,
   kTrainingTurns,
+  kTrainingLinesPixels,
+  kTrainingLinesWeights,
+  kTrainingLinesResult,
+  kTrainingLinesTurns,
   kWgradOperands
 };
 
@@ -73,6 +77,10 @@ inline std::string to_string(const StuckBarrier& stuck) {
       {"conv_training_sm90", "operands"},
       {"conv_training_sm90", "result"},
       {"conv_training_sm90", "turns"},
+      {"conv_training_sm90_lines", "pixels"},
+      {"conv_training_sm90_lines", "weights"},
+      {"conv_training_sm90_lines", "result"},
+      {"conv_training_sm90_lines", "turns"},
       {"wgrad_sm90", "operands"},
   };
   if (stuck.barrier == 0) return "";

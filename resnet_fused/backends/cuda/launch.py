@@ -6,7 +6,6 @@ serves what is decided in `resnet_fused.backends.cuda`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -39,7 +38,6 @@ from ..arguments import (
 from ..live_cache import LiveCache
 from ..recording import copied
 
-_PART_ROWS = 128  # csrc/kernels/cuda/conv_training_sm90.h
 _LANES = 8  # elements of 16 bytes
 _WIDEST_ROW = 64  # elements of a window's line, a step of the kernels
 
@@ -139,29 +137,29 @@ class Launcher:
         self, tile: str, x: Tensor, conv: Convolution, statistics: bool
     ) -> tuple[Tensor, Tensor | None]:
         """See `resnet_fused.backends.training.TrainingKernels.conv_stats`."""
-        out, moments, call = self._conv_stats_call(x, conv, statistics)
-        self.run(
-            self.extension.cuda_conv_stats, out, *call, getattr(self.extension.TrainingTile, tile)
-        )
+        out, call = self._conv_stats_call(x, conv)
+        named = getattr(self.extension.TrainingTile, tile)
+        moments = None
+        if statistics:
+            parts = self.extension.cuda_conv_stats_parts(tensor_arg(out), *call, None, named)
+            moments = _parts(parts, 3, out)
+        self.run(self.extension.cuda_conv_stats, out, *call, optional_tensor_arg(moments), named)
         return out, moments
 
     def conv_stats_tiles(self, x: Tensor, conv: Convolution) -> list[str]:
         """Names of the tiles by which `conv_stats` computes these arguments."""
-        out, _, call = self._conv_stats_call(x, conv, False)
-        found = self.extension.cuda_conv_stats_tiles(tensor_arg(out), *call, self.place(x.device))
+        out, call = self._conv_stats_call(x, conv)
+        place = self.place(x.device)
+        found = self.extension.cuda_conv_stats_tiles(tensor_arg(out), *call, None, place)
         return [tile.name for tile in found]
 
-    def _conv_stats_call(
-        self, x: Tensor, conv: Convolution, statistics: bool
-    ) -> tuple[Tensor, Tensor | None, tuple[Any, ...]]:
-        """Both results to be, and the kernel's other arguments."""
+    def _conv_stats_call(self, x: Tensor, conv: Convolution) -> tuple[Tensor, tuple[Any, ...]]:
+        """The result to be, and the kernel's other arguments but for the moments."""
         x, conv = nhwc(x), dense_convolution(conv, x.dtype)
         if has_few_channels(conv):
             x, conv = self._window_rows(x, conv)
         out = empty_nhwc(x, len(conv.weight), *conv.output_size(*x.shape[2:]))
-        moments = _parts(out, 3) if statistics else None
-        described = (tensor_arg(x), tensor_arg(conv.weight), _window(conv))
-        return out, moments, (*described, optional_tensor_arg(moments))
+        return out, (tensor_arg(x), tensor_arg(conv.weight), _window(conv))
 
     def dgrad(
         self,
@@ -175,8 +173,13 @@ class Launcher:
         term: OperandTerm | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """See `resnet_fused.backends.training.FoldedEnds.dgrad`; there is no add_stride."""
-        out, sums, call = self._dgrad_call(g, conv, shape, below, add, term)
-        self.run(self.extension.cuda_dgrad, out, *call, getattr(self.extension.TrainingTile, tile))
+        out, call, more = self._dgrad_call(g, conv, shape, below, add, term)
+        named = getattr(self.extension.TrainingTile, tile)
+        sums = None
+        if below is not None:
+            parts = self.extension.cuda_dgrad_parts(tensor_arg(out), *call, None, *more, named)
+            sums = _parts(parts, 2, out)
+        self.run(self.extension.cuda_dgrad, out, *call, optional_tensor_arg(sums), *more, named)
         return out, sums
 
     def dgrad_tiles(
@@ -189,8 +192,9 @@ class Launcher:
         term: OperandTerm | None = None,
     ) -> list[str]:
         """Names of the tiles by which `dgrad` computes these arguments."""
-        out, _, call = self._dgrad_call(g, conv, shape, below, add, term)
-        found = self.extension.cuda_dgrad_tiles(tensor_arg(out), *call, self.place(g.device))
+        out, call, more = self._dgrad_call(g, conv, shape, below, add, term)
+        place = self.place(g.device)
+        found = self.extension.cuda_dgrad_tiles(tensor_arg(out), *call, None, *more, place)
         return [tile.name for tile in found]
 
     def _dgrad_call(
@@ -201,11 +205,10 @@ class Launcher:
         below: Activation | None,
         add: Tensor | None,
         term: OperandTerm | None,
-    ) -> tuple[Tensor, Tensor | None, tuple[Any, ...]]:
-        """Both results to be, and the kernel's other arguments."""
+    ) -> tuple[Tensor, tuple[Any, ...], tuple[Any, ...]]:
+        """The result to be, and the kernel's other arguments before and behind the sums."""
         g, conv = nhwc(g), dense_convolution(conv, g.dtype)
         out = empty_nhwc(g, *shape[1:])
-        sums = None if below is None else _parts(out, 2, math.prod(conv.stride))
         pre_bn, scale_shift = (None, None) if below is None else below
         call = (
             tensor_arg(g),
@@ -213,11 +216,12 @@ class Launcher:
             _window(conv),
             None if pre_bn is None else tensor_arg(nhwc(pre_bn)),
             optional_tensor_arg(scale_shift),
-            optional_tensor_arg(sums),
+        )
+        more = (
             None if add is None else tensor_arg(nhwc(add)),
             None if term is None else (residual_arg(term.x), *map(tensor_arg, term[1:])),
         )
-        return out, sums, call
+        return out, call, more
 
     def wgrad(self, tile: str, g: Tensor, x: Tensor, conv: Convolution) -> Tensor:
         """See `resnet_fused.backends.training.TrainingKernels.wgrad`."""
@@ -407,11 +411,9 @@ def _window(conv: Convolution) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(pair) for pair in conv[1:4])
 
 
-def _parts(result: Tensor, rows: int, classes: int = 1) -> Tensor:
-    """Statistics or sums of a result, for each channel, of every so many positions of a class."""
-    positions = result.numel() // result.shape[1] // classes
-    shape = (classes * -(-positions // _PART_ROWS), rows, result.shape[1])
-    return result.new_empty(shape, dtype=torch.float32)
+def _parts(count: int, rows: int, result: Tensor) -> Tensor:
+    """Statistics or sums of a result, for each channel, in so many parts."""
+    return result.new_empty((count, rows, result.shape[1]), dtype=torch.float32)
 
 
 def _relaid(weight: Tensor) -> Tensor:
