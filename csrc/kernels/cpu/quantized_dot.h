@@ -23,21 +23,78 @@ ISA_INLINE Sums load_sums(const void* p) {
 
 ISA_INLINE void store_sums(std::int32_t* p, Sums v) { std::memcpy(p, &v, sizeof v); }
 
+#ifdef ISA_VNNI
 // sum += the products of 4 unsigned and 4 signed bytes, lane by lane.
 ISA_INLINE Sums multiply_add(Sums bytes, Sums weights, Sums sum) {
-#if defined(ISA_VNNI) && ISA_LANES == 16
+#if ISA_LANES == 16
   return (Sums)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)bytes, (__m512i)weights);
-#elif defined(ISA_VNNI)
-  return (Sums)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)bytes, (__m256i)weights);
 #else
-  // VPMADDUBSW would saturate, so even and odd bytes are widened to 16 bits and taken apart.
-  const __m256i x = (__m256i)bytes, w = (__m256i)weights;
-  const __m256i even = _mm256_madd_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0xff)),
-                                         _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8));
-  const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(x, 8), _mm256_srai_epi16(w, 8));
-  return sum + (Sums)even + (Sums)odd;
+  return (Sums)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)bytes, (__m256i)weights);
 #endif
 }
+#else
+// A vector of weights, split: 32 magnitudes up to 128, and behind them 32 masks.
+constexpr std::int64_t kSplitVector = 2 * sizeof(Sums);
+constexpr std::int64_t kSplitWord = kSplitVector * kTileColumns / kLanes;
+
+// sum += what 4 bytes x make of 4 split weights w, lane by lane: x w - 128 w, or x w + 127 w where
+// w is negative. No sum of two such products leaves the 16 bits to which VPMADDUBSW saturates.
+ISA_INLINE Sums multiply_add(Sums bytes, Sums magnitudes, const std::int8_t* masks, Sums sum) {
+  const __m256i centred = (__m256i)(bytes ^ load_sums(masks));
+  const __m256i pairs = _mm256_maddubs_epi16((__m256i)magnitudes, centred);
+  return sum + (Sums)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+
+// Splits `words` words of kTileColumns columns, whose words lie `pitch` bytes apart. zeros: less
+// what bytes that are zero make of them, column by column, which belongs to every sum.
+ISA_INLINE void split_weights(const std::int8_t* packed, std::int64_t pitch, std::int64_t words,
+                              std::int8_t* split, std::int32_t* zeros) {
+  for (int j = 0; j < kTileColumns / kLanes; ++j) {
+    std::int8_t* to = split + j * kSplitVector;
+    Sums sum = {};
+    for (std::int64_t word = 0; word < words; ++word, to += kSplitWord) {
+      const __m256i w = (__m256i)load_sums(packed + word * pitch + j * kLanes * 4);
+      const __m256i negative = _mm256_cmpgt_epi8(_mm256_setzero_si256(), w);
+      const Sums magnitudes = (Sums)_mm256_abs_epi8(w);
+      const Sums masks = (Sums)_mm256_xor_si256(negative, _mm256_set1_epi8(-128));
+      std::memcpy(to, &magnitudes, sizeof magnitudes);
+      std::memcpy(to + sizeof magnitudes, &masks, sizeof masks);
+      sum = multiply_add(Sums{}, magnitudes, to + sizeof magnitudes, sum);
+    }
+    store_sums(zeros + j * kLanes, -sum);
+  }
+}
+#endif
+
+// kTileColumns columns of weights as accumulate() reads them, and what their sums start from.
+struct Columns {
+  const std::int8_t* weights;
+  std::int64_t pitch;  // bytes from one word's weights to the next's
+  const std::int32_t* start;
+};
+
+#ifdef ISA_VNNI
+constexpr std::int64_t columns_bytes(std::int64_t) { return 0; }
+
+// Of packed columns, that have `words` words and follow each other `pitch` bytes apart.
+ISA_INLINE Columns columns_of(const std::int8_t* packed, std::int64_t pitch, std::int64_t,
+                              const std::int32_t* start, std::int8_t*) {
+  return {packed, pitch, start};
+}
+#else
+constexpr std::int64_t columns_bytes(std::int64_t words) {
+  return words * kSplitWord + kTileColumns * sizeof(std::int32_t);
+}
+
+// Likewise; they are split into columns_bytes(words) of memory.
+ISA_INLINE Columns columns_of(const std::int8_t* packed, std::int64_t pitch, std::int64_t words,
+                              const std::int32_t* start, std::int8_t* memory) {
+  auto* const zeros = reinterpret_cast<std::int32_t*>(memory + words * kSplitWord);
+  split_weights(packed, pitch, words, memory, zeros);
+  for (int j = 0; j < kTileColumns; ++j) zeros[j] += start[j];
+  return {memory, kSplitWord, zeros};
+}
+#endif
 
 // Lines of memory that are fetched into L2 meanwhile, one with each word.
 struct Lines {
@@ -51,11 +108,15 @@ template <int kRows, int kVecs>
 ISA_INLINE void accumulate(Sums (&sum)[kRows][kVecs], const std::uint8_t* const (&rows)[kRows],
                            std::int64_t first, std::int64_t words, const std::int8_t* weights,
                            std::int64_t pitch, Lines& ahead) {
+#ifndef ISA_VNNI
+  pitch = kVecs * kSplitVector;  // a constant
+#endif
   const char* line = ahead.next;
   const std::int64_t step = ahead.left > 0 ? 64 : 0;
   const std::int8_t* const end = weights + words * pitch;
   for (std::int64_t at = first; weights != end; at += 4, weights += pitch, line += step) {
     __builtin_prefetch(line, 0, 2);
+#ifdef ISA_VNNI
     Sums columns[kVecs];
 #pragma GCC unroll 4
     for (int j = 0; j < kVecs; ++j) columns[j] = load_sums(weights + j * kLanes * 4);
@@ -67,6 +128,22 @@ ISA_INLINE void accumulate(Sums (&sum)[kRows][kVecs], const std::uint8_t* const 
 #pragma GCC unroll 4
       for (int j = 0; j < kVecs; ++j) sum[r][j] = multiply_add(bytes, columns[j], sum[r][j]);
     }
+#else
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) {
+      // Words are broadcast anew for each vector: kept, they would push sums out of registers. And
+      // there is one offset to move on instead of a pointer for each row.
+      asm volatile("" : "+r"(at) : : "memory");
+      const Sums magnitudes = load_sums(weights + j * kSplitVector);
+      const std::int8_t* const masks = weights + j * kSplitVector + sizeof magnitudes;
+#pragma GCC unroll 6
+      for (int r = 0; r < kRows; ++r) {
+        std::int32_t word;
+        std::memcpy(&word, at_offset(rows[r], at), sizeof word);
+        sum[r][j] = multiply_add(splat(word), magnitudes, masks, sum[r][j]);
+      }
+    }
+#endif
   }
   ahead = {line, ahead.left - step / 64 * words};
 }
