@@ -12,7 +12,7 @@ struct QuantizedColumns {
   std::uint8_t* out;
   std::int64_t residual_pitch, out_pitch;  // bytes from one pixel to the next
 #ifndef ISA_VNNI
-  const std::int32_t* zeros[2];  // of each pass and tap, which belong to the tap and are in start
+  const std::int32_t* tap_start[2];  // what of each pass's start belongs to each tap
 #endif
 };
 
@@ -93,12 +93,12 @@ struct ConvTile {
         for (std::int64_t y = 0; y < window.kernel[0]; ++y) {
           for (std::int64_t x = 0; x < window.kernel[1]; ++x) {
             if (has(taps, y, x)) continue;
-            const std::int32_t* const zeros =
-                columns.zeros[p] + (y * window.kernel[1] + x) * kTileColumns;
+            const std::int32_t* const start =
+                columns.tap_start[p] + (y * window.kernel[1] + x) * kTileColumns;
 #pragma GCC unroll 6
             for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-              for (int j = 0; j < kVecs; ++j) sum[r][j] -= load_sums(zeros + j * kLanes);
+              for (int j = 0; j < kVecs; ++j) sum[r][j] -= load_sums(start + j * kLanes);
             }
           }
         }
@@ -179,29 +179,31 @@ ISA_INLINE void fetch(const Pass& pass, std::int64_t strip) {
 }
 
 #ifndef ISA_VNNI
-constexpr std::int64_t kSplitBytes = 192 << 10;  // of weights split at a time, beside x in L2
+constexpr std::int64_t kPreparedBytes = 192 << 10;  // of weights at a time, beside x in L2
 
-// Memory that split columns of a pass take, whose numbers follow their weights.
-ISA_INLINE std::int64_t split_bytes_of(const Pass& pass) {
-  const std::int64_t numbers = (pass.layout.taps + 1) * kTileColumns;
-  return pass.layout.words() * kSplitWord +
-         numbers * static_cast<std::int64_t>(sizeof(std::int32_t));
+// Memory that kTileColumns prepared columns of a pass take, behind whose weights follow what their
+// sums begin with, for each tap and together.
+ISA_INLINE std::int64_t prepared_bytes_of(const Pass& pass) {
+  const std::int64_t starts = (pass.layout.taps + 1) * kTileColumns;
+  return pass.layout.words() * kWordBytes +
+         starts * static_cast<std::int64_t>(sizeof(std::int32_t));
 }
 
-// Splits the columns' weights, to be read by tiles.
-ISA_INLINE void split(const Pass& pass, int p, QuantizedColumns& columns, std::int8_t* memory) {
-  const std::int64_t tap_words = pass.tap_words, taps = pass.layout.taps;
-  auto* const zeros = reinterpret_cast<std::int32_t*>(memory + taps * tap_words * kSplitWord);
-  std::int32_t* const start = zeros + taps * kTileColumns;
+// Prepares the weights of columns for their tiles.
+ISA_INLINE void prepare(const Pass& pass, int p, QuantizedColumns& columns, std::int8_t* memory) {
+  const std::int64_t taps = pass.layout.taps, tap_bytes = pass.tap_words * kWordBytes;
+  auto* const tap_start = reinterpret_cast<std::int32_t*>(memory + taps * tap_bytes);
+  std::int32_t* const start = tap_start + taps * kTileColumns;
   std::copy_n(columns.start[p], kTileColumns, start);
   for (std::int64_t tap = 0; tap < taps; ++tap) {
-    split_weights(columns.weights[p] + tap * tap_words * columns.pitch, columns.pitch, tap_words,
-                  memory + tap * tap_words * kSplitWord, zeros + tap * kTileColumns);
-    for (int j = 0; j < kTileColumns; ++j) start[j] += zeros[tap * kTileColumns + j];
+    std::int32_t* const own = tap_start + tap * kTileColumns;
+    prepare(columns.weights[p] + tap * pass.tap_words * columns.pitch, columns.pitch,
+            pass.tap_words, memory + tap * tap_bytes, own);
+    for (int j = 0; j < kTileColumns; ++j) start[j] += own[j];
   }
   columns.weights[p] = memory;
   columns.start[p] = start;
-  columns.zeros[p] = zeros;
+  columns.tap_start[p] = tap_start;
 }
 #endif
 
@@ -213,17 +215,17 @@ ISA void quantized_conv_task(const Shared& shared, std::int64_t pixel_task,
   const std::int64_t row_bytes =
       round_up(shared.count * count * static_cast<std::int64_t>(sizeof(Row)), 64);
 #ifdef ISA_VNNI
-  constexpr std::int64_t at_once = kQuantizedStrip, split_bytes = 0;
+  constexpr std::int64_t at_once = kQuantizedStrip, prepared_bytes = 0;
 #else
-  // Columns whose weights are split at a time: few where sums are long.
-  std::int64_t bytes = split_bytes_of(shared.passes[0]);
-  if (shared.count == 2) bytes += split_bytes_of(shared.passes[1]);
-  const std::int64_t at_once =
-      std::clamp(kSplitBytes / bytes * kTileColumns, std::int64_t{kTileColumns}, kQuantizedStrip);
-  const std::int64_t split_bytes = at_once / kTileColumns * bytes;
+  // Columns whose weights are prepared at a time: few where sums are long.
+  std::int64_t bytes = prepared_bytes_of(shared.passes[0]);
+  if (shared.count == 2) bytes += prepared_bytes_of(shared.passes[1]);
+  const std::int64_t at_once = std::clamp(kPreparedBytes / bytes * kTileColumns,
+                                          std::int64_t{kTileColumns}, kQuantizedStrip);
+  const std::int64_t prepared_bytes = at_once / kTileColumns * bytes;
 #endif
   auto* const memory = reinterpret_cast<Row*>(thread_scratch(2).floats(
-      (row_bytes + split_bytes) / static_cast<std::int64_t>(sizeof(float))));
+      (row_bytes + prepared_bytes) / static_cast<std::int64_t>(sizeof(float))));
   Row* const all_rows[2] = {memory, memory + count};
   shared.fill_rows(begin, end, all_rows);
   TileState state;
@@ -269,10 +271,10 @@ ISA void quantized_conv_task(const Shared& shared, std::int64_t pixel_task,
       for (std::int64_t j = part; j < std::min(part + at_once, width); j += kTileColumns) {
         QuantizedColumns& columns = all_columns[j / kTileColumns];
         for (int p = 0; p < shared.count; ++p) {
-          split(shared.passes[p], p, columns, to);
-          to += split_bytes_of(shared.passes[p]);
+          prepare(shared.passes[p], p, columns, to);
+          to += prepared_bytes_of(shared.passes[p]);
         }
-        columns.pitch = kSplitWord;
+        columns.pitch = kWordBytes;
       }
 #endif
       for (std::int64_t i = 0; i < count; i += kTileRows) {
