@@ -147,6 +147,31 @@ def test_the_ends_of_the_ranges(kernels: QuantizedKernels, dtype: torch.dtype, r
         assert same(kernels.conv(*arguments), reference.quantized_conv(*arguments))
 
 
+@pytest.mark.parametrize("column", [0, 7, 8, 15, 40])
+def test_one_pair_beyond_16_bits(kernels: QuantizedKernels, column: int) -> None:
+    """Without VPDPBUSD, words in which no pair of weights of one sign exceeds 128 are multiplied by
+    VPMADDUBSW as they are, and others are not: pairs at that limit and next to it, and words of
+    either kind beside each other, at the border too."""
+    x = make_integers((2, 64, 5, 6), torch.uint8, generator()) // 128 * 255
+    x = x.contiguous(memory_format=NHWC)
+    x[0] = 255
+    quiet = torch.randint(-64, 65, (64, 64, 3, 3), generator=generator(1), dtype=torch.int8)
+    bias = torch.arange(64, dtype=torch.int32) * 100
+    pairs = [(64, 64), (65, 64), (127, 1), (127, 2), (-64, -64), (-64, -65), (-128, 0), (-128, -1)]
+    for first, second in [*pairs, (-128, 127), (-128, -128), (127, 127)]:
+        weight = quiet.clone()
+        weight[column, 6:8, 1, 1] = torch.tensor([first, second])
+        weight[column, 40:42, 0, 2] = torch.tensor([second, first])
+        conv = Convolution(weight, (1, 1), (1, 1))
+        # The sum of the first image's middle comes to 100, so that a single unit shows.
+        middle = 255 * weight[column].sum(dtype=torch.int32)
+        bias[column] = 100 - middle
+        arguments = (x, conv, bias, torch.ones(64), None, None, None, None, True)
+        expected = reference.quantized_conv(*arguments)
+        assert expected[0, column, 2, 2] == 100
+        assert same(kernels.conv(*arguments), expected), (first, second)
+
+
 def test_halves_go_to_even(kernels: QuantizedKernels) -> None:
     """In the result, in what a residual adds and in what a projection adds."""
     values = list(range(256))

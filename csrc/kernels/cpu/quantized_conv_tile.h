@@ -11,6 +11,9 @@ struct QuantizedColumns {
   const std::uint8_t* residual;  // nullptr: none
   std::uint8_t* out;
   std::int64_t residual_pitch, out_pitch;  // bytes from one pixel to the next
+#ifndef ISA_VNNI
+  const std::int32_t* tap_start[2];  // what of each pass's start belongs to each tap
+#endif
 };
 
 // The memory of a result's row is fetched while the second tile before it is made.
@@ -86,6 +89,20 @@ struct ConvTile {
         } else if (!alike) {
           for (int r = 1; r < kRows; ++r) taps = union_of(taps, pass.borders[rows[r].border]);
         }
+#ifndef ISA_VNNI
+        for (std::int64_t y = 0; y < window.kernel[0]; ++y) {
+          for (std::int64_t x = 0; x < window.kernel[1]; ++x) {
+            if (has(taps, y, x)) continue;
+            const std::int32_t* const start =
+                columns.tap_start[p] + (y * window.kernel[1] + x) * kTileColumns;
+#pragma GCC unroll 6
+            for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+              for (int j = 0; j < kVecs; ++j) sum[r][j] -= load_sums(start + j * kLanes);
+            }
+          }
+        }
+#endif
       }
       // Neighbouring taps are one run of words where nothing lies between them.
       const std::int64_t together =
@@ -161,13 +178,54 @@ ISA_INLINE void fetch(const Pass& pass, std::int64_t strip) {
   for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(weights + i, 0, 2);
 }
 
+#ifndef ISA_VNNI
+constexpr std::int64_t kPreparedBytes = 192 << 10;  // of weights at a time, beside x in L2
+
+// Memory that kTileColumns prepared columns of a pass take, behind whose weights follow what their
+// sums begin with, for each tap and together.
+ISA_INLINE std::int64_t prepared_bytes_of(const Pass& pass) {
+  const std::int64_t starts = (pass.layout.taps + 1) * kTileColumns;
+  return pass.layout.words() * kWordBytes +
+         starts * static_cast<std::int64_t>(sizeof(std::int32_t));
+}
+
+// Prepares the weights of columns for their tiles.
+ISA_INLINE void prepare(const Pass& pass, int p, QuantizedColumns& columns, std::int8_t* memory) {
+  const std::int64_t taps = pass.layout.taps, tap_bytes = pass.tap_words * kWordBytes;
+  auto* const tap_start = reinterpret_cast<std::int32_t*>(memory + taps * tap_bytes);
+  std::int32_t* const start = tap_start + taps * kTileColumns;
+  std::copy_n(columns.start[p], kTileColumns, start);
+  for (std::int64_t tap = 0; tap < taps; ++tap) {
+    std::int32_t* const own = tap_start + tap * kTileColumns;
+    prepare(columns.weights[p] + tap * pass.tap_words * columns.pitch, columns.pitch,
+            pass.tap_words, memory + tap * tap_bytes, own);
+    for (int j = 0; j < kTileColumns; ++j) start[j] += own[j];
+  }
+  columns.weights[p] = memory;
+  columns.start[p] = start;
+  columns.tap_start[p] = tap_start;
+}
+#endif
+
 ISA void quantized_conv_task(const Shared& shared, std::int64_t pixel_task,
                              std::int64_t strip_task) {
   const std::int64_t begin = pixel_task * shared.pixels() / shared.pixel_tasks;
   const std::int64_t end = (pixel_task + 1) * shared.pixels() / shared.pixel_tasks;
   const std::int64_t count = end - begin;
+  const std::int64_t row_bytes =
+      round_up(shared.count * count * static_cast<std::int64_t>(sizeof(Row)), 64);
+#ifdef ISA_VNNI
+  constexpr std::int64_t at_once = kQuantizedStrip, prepared_bytes = 0;
+#else
+  // Columns whose weights are prepared at a time: few where sums are long.
+  std::int64_t bytes = prepared_bytes_of(shared.passes[0]);
+  if (shared.count == 2) bytes += prepared_bytes_of(shared.passes[1]);
+  const std::int64_t at_once = std::clamp(kPreparedBytes / bytes * kTileColumns,
+                                          std::int64_t{kTileColumns}, kQuantizedStrip);
+  const std::int64_t prepared_bytes = at_once / kTileColumns * bytes;
+#endif
   auto* const memory = reinterpret_cast<Row*>(thread_scratch(2).floats(
-      shared.count * count * static_cast<std::int64_t>(sizeof(Row) / sizeof(float))));
+      (row_bytes + prepared_bytes) / static_cast<std::int64_t>(sizeof(float))));
   Row* const all_rows[2] = {memory, memory + count};
   shared.fill_rows(begin, end, all_rows);
   TileState state;
@@ -207,17 +265,31 @@ ISA void quantized_conv_task(const Shared& shared, std::int64_t pixel_task,
       columns.out = static_cast<std::uint8_t*>(op.out) + first + j;
       columns.out_pitch = op.conv.out_channels;
     }
-    for (std::int64_t i = 0; i < count; i += kTileRows) {
-      const Row* const rows[2] = {all_rows[0] + i, all_rows[1] + i};
-      for (std::int64_t j = 0; j < width; j += kTileColumns) {
-        const QuantizedColumns& columns = all_columns[j / kTileColumns];
-        const std::int64_t wide = std::min<std::int64_t>(width - j, kTileColumns);
-        const std::int64_t valid = std::min(layout.out_channels - column - j, wide);
-        const std::int64_t added = std::clamp<std::int64_t>(residual.channels - first - j, 0, wide);
-        if (valid == wide && (added == 0 || (added == wide && residual.in_line()))) {
-          multiply_tile(state, count - i, width - j, shared, columns, rows, next);
-        } else {
-          multiply_part(state, count - i, width - j, shared, columns, valid, added, rows, next);
+    for (std::int64_t part = 0; part < width; part += at_once) {
+#ifndef ISA_VNNI
+      auto* to = reinterpret_cast<std::int8_t*>(memory) + row_bytes;
+      for (std::int64_t j = part; j < std::min(part + at_once, width); j += kTileColumns) {
+        QuantizedColumns& columns = all_columns[j / kTileColumns];
+        for (int p = 0; p < shared.count; ++p) {
+          prepare(shared.passes[p], p, columns, to);
+          to += prepared_bytes_of(shared.passes[p]);
+        }
+        columns.pitch = kWordBytes;
+      }
+#endif
+      for (std::int64_t i = 0; i < count; i += kTileRows) {
+        const Row* const rows[2] = {all_rows[0] + i, all_rows[1] + i};
+        for (std::int64_t j = part; j < std::min(part + at_once, width); j += kTileColumns) {
+          const QuantizedColumns& columns = all_columns[j / kTileColumns];
+          const std::int64_t wide = std::min<std::int64_t>(width - j, kTileColumns);
+          const std::int64_t valid = std::min(layout.out_channels - column - j, wide);
+          const std::int64_t added =
+              std::clamp<std::int64_t>(residual.channels - first - j, 0, wide);
+          if (valid == wide && (added == 0 || (added == wide && residual.in_line()))) {
+            multiply_tile(state, count - i, width - j, shared, columns, rows, next);
+          } else {
+            multiply_part(state, count - i, width - j, shared, columns, valid, added, rows, next);
+          }
         }
       }
     }

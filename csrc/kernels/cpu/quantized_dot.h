@@ -1,7 +1,13 @@
 // The micro-kernel of the quantised kernels, inside an instruction set's namespace; included first
 // by their `*_tile.h`. It keeps kTileRows x kTileColumns sums in registers (AVX-512: 24 of 32 in 4
-// vectors a row; AVX2: 12 of 16, in 2): for each word of 4 activations, broadcast from a row, one
-// VPDPBUSD with every vector of weights.
+// vectors a row; AVX2: 12 of 16, in 2), and takes words of 4 activations, broadcast from a row.
+//
+// With VNNI each word costs one VPDPBUSD with every vector of weights. Without, VPMADDUBSW adds
+// pairs of products in 16 bits, VPMADDWD with ones adds those to 32. The first saturates where
+// weights of one sign exceed 128 together (255 x 128 < 2^15). A word of weights in which a pair
+// does so in any of the tile's columns is split beforehand, into magnitudes and signs: the sign is
+// applied to x - 128, by one exclusive or, and products of up to 128 x 128 fit in pairs. So a
+// multiplication never saturates, at 3 instructions for 32 products, or 4 where words are split.
 #include "vec.h"
 
 typedef std::int32_t Sums __attribute__((vector_size(ISA_LANES * 4)));
@@ -23,21 +29,124 @@ ISA_INLINE Sums load_sums(const void* p) {
 
 ISA_INLINE void store_sums(std::int32_t* p, Sums v) { std::memcpy(p, &v, sizeof v); }
 
+#ifdef ISA_VNNI
 // sum += the products of 4 unsigned and 4 signed bytes, lane by lane.
 ISA_INLINE Sums multiply_add(Sums bytes, Sums weights, Sums sum) {
-#if defined(ISA_VNNI) && ISA_LANES == 16
+#if ISA_LANES == 16
   return (Sums)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)bytes, (__m512i)weights);
-#elif defined(ISA_VNNI)
-  return (Sums)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)bytes, (__m256i)weights);
 #else
-  // VPMADDUBSW would saturate, so even and odd bytes are widened to 16 bits and taken apart.
-  const __m256i x = (__m256i)bytes, w = (__m256i)weights;
-  const __m256i even = _mm256_madd_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0xff)),
-                                         _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8));
-  const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(x, 8), _mm256_srai_epi16(w, 8));
-  return sum + (Sums)even + (Sums)odd;
+  return (Sums)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)bytes, (__m256i)weights);
 #endif
 }
+#else
+// A vector of weights as it is read: 32 bytes of magnitudes up to 128 and 32 of masks, or, in a
+// plain word, the weights themselves and zeros, which no mask is.
+constexpr std::int64_t kVectorBytes = 2 * sizeof(Sums);
+constexpr std::int64_t kWordBytes = kVectorBytes * kTileColumns / kLanes;
+
+ISA_INLINE bool is_plain(const std::int8_t* word) { return word[sizeof(Sums)] == 0; }
+
+// sum += pairs of 16 bits.
+ISA_INLINE Sums add_pairs(__m256i pairs, Sums sum) {
+  return sum + (Sums)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+
+// sum += the products of 4 unsigned bytes x and 4 plain weights, lane by lane.
+ISA_INLINE Sums multiply_plain(Sums x, Sums weights, Sums sum) {
+  return add_pairs(_mm256_maddubs_epi16((__m256i)x, (__m256i)weights), sum);
+}
+
+// The same with split weights w, but for terms that do not depend on x: the mask makes x - 128 of
+// x, and 127 - x where w is negative.
+ISA_INLINE Sums multiply_split(Sums x, Sums magnitudes, Sums masks, Sums sum) {
+  return add_pairs(_mm256_maddubs_epi16((__m256i)magnitudes, (__m256i)(x ^ masks)), sum);
+}
+
+// Whether a pair of weights of one sign exceeds 128.
+ISA_INLINE bool may_saturate(Sums weights) {
+  const __m256i w = (__m256i)weights, zero = {}, ones = _mm256_set1_epi8(1);
+  const __m256i above = _mm256_maddubs_epi16(ones, _mm256_max_epi8(w, zero));
+  const __m256i below = _mm256_maddubs_epi16(ones, _mm256_min_epi8(w, zero));
+  const __m256i limit = _mm256_set1_epi16(128);
+  const __m256i beyond = _mm256_or_si256(_mm256_cmpgt_epi16(above, limit),
+                                         _mm256_cmpgt_epi16(_mm256_sub_epi16(zero, limit), below));
+  return _mm256_movemask_epi8(beyond) != 0;
+}
+
+// Writes `words` words of kTileColumns columns, which lie `pitch` bytes apart, as they are read.
+// start: what each column's sum has to begin with, against the terms that do not depend on x.
+ISA_INLINE void prepare(const std::int8_t* packed, std::int64_t pitch, std::int64_t words,
+                        std::int8_t* to, std::int32_t* start) {
+  constexpr int kVecs = kTileColumns / kLanes;
+  Sums sum[kVecs] = {};
+  for (std::int64_t word = 0; word < words; ++word, packed += pitch) {
+    bool plain = true;
+    for (int j = 0; j < kVecs; ++j) plain &= !may_saturate(load_sums(packed + j * kLanes * 4));
+    for (int j = 0; j < kVecs; ++j, to += kVectorBytes) {
+      Sums weights = load_sums(packed + j * kLanes * 4), masks = {};
+      if (!plain) {
+        const __m256i negative = _mm256_cmpgt_epi8(_mm256_setzero_si256(), (__m256i)weights);
+        masks = (Sums)_mm256_xor_si256(negative, _mm256_set1_epi8(-128));
+        weights = (Sums)_mm256_abs_epi8((__m256i)weights);
+        sum[j] = multiply_split(Sums{}, weights, masks, sum[j]);  // of zeros: those terms
+      }
+      std::memcpy(to, &weights, sizeof weights);
+      std::memcpy(to + sizeof weights, &masks, sizeof masks);
+    }
+  }
+  for (int j = 0; j < kVecs; ++j) store_sums(start + j * kLanes, -sum[j]);
+}
+
+// sum += words of kRows rows * one word of weights. Words are broadcast anew for each vector: kept,
+// they would push sums out of registers. And there is one offset to move on, not a pointer a row.
+template <int kRows, int kVecs>
+ISA_INLINE void accumulate_word(Sums (&sum)[kRows][kVecs], const std::uint8_t* const (&rows)[kRows],
+                                std::int64_t& at, const std::int8_t* weights, bool plain) {
+#pragma GCC unroll 4
+  for (int j = 0; j < kVecs; ++j, weights += kVectorBytes) {
+    asm volatile("" : "+r"(at) : : "memory");
+    const Sums first = load_sums(weights);
+    const Sums masks = load_sums(weights + sizeof first);
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+      std::int32_t word;
+      std::memcpy(&word, at_offset(rows[r], at), sizeof word);
+      sum[r][j] = plain ? multiply_plain(splat(word), first, sum[r][j])
+                        : multiply_split(splat(word), first, masks, sum[r][j]);
+    }
+  }
+}
+#endif
+
+// kTileColumns columns of weights as accumulate() reads them, and what their sums start from.
+struct Columns {
+  const std::int8_t* weights;
+  std::int64_t pitch;  // bytes from one word's weights to the next's
+  const std::int32_t* start;
+};
+
+#ifdef ISA_VNNI
+constexpr std::int64_t columns_bytes(std::int64_t) { return 0; }
+
+// Of packed columns, that have `words` words and follow each other `pitch` bytes apart.
+ISA_INLINE Columns columns_of(const std::int8_t* packed, std::int64_t pitch, std::int64_t,
+                              const std::int32_t* start, std::int8_t*) {
+  return {packed, pitch, start};
+}
+#else
+constexpr std::int64_t columns_bytes(std::int64_t words) {
+  return words * kWordBytes + kTileColumns * sizeof(std::int32_t);
+}
+
+// Likewise, prepared in columns_bytes(words) of memory.
+ISA_INLINE Columns columns_of(const std::int8_t* packed, std::int64_t pitch, std::int64_t words,
+                              const std::int32_t* start, std::int8_t* memory) {
+  auto* const own_start = reinterpret_cast<std::int32_t*>(memory + words * kWordBytes);
+  prepare(packed, pitch, words, memory, own_start);
+  for (int j = 0; j < kTileColumns; ++j) own_start[j] += start[j];
+  return {memory, kWordBytes, own_start};
+}
+#endif
 
 // Lines of memory that are fetched into L2 meanwhile, one with each word.
 struct Lines {
@@ -51,11 +160,15 @@ template <int kRows, int kVecs>
 ISA_INLINE void accumulate(Sums (&sum)[kRows][kVecs], const std::uint8_t* const (&rows)[kRows],
                            std::int64_t first, std::int64_t words, const std::int8_t* weights,
                            std::int64_t pitch, Lines& ahead) {
+#ifndef ISA_VNNI
+  pitch = kVecs * kVectorBytes;  // a constant
+#endif
   const char* line = ahead.next;
   const std::int64_t step = ahead.left > 0 ? 64 : 0;
   const std::int8_t* const end = weights + words * pitch;
   for (std::int64_t at = first; weights != end; at += 4, weights += pitch, line += step) {
     __builtin_prefetch(line, 0, 2);
+#ifdef ISA_VNNI
     Sums columns[kVecs];
 #pragma GCC unroll 4
     for (int j = 0; j < kVecs; ++j) columns[j] = load_sums(weights + j * kLanes * 4);
@@ -67,6 +180,13 @@ ISA_INLINE void accumulate(Sums (&sum)[kRows][kVecs], const std::uint8_t* const 
 #pragma GCC unroll 4
       for (int j = 0; j < kVecs; ++j) sum[r][j] = multiply_add(bytes, columns[j], sum[r][j]);
     }
+#else
+    if (is_plain(weights)) {
+      accumulate_word(sum, rows, at, weights, true);
+    } else {
+      accumulate_word(sum, rows, at, weights, false);
+    }
+#endif
   }
   ahead = {line, ahead.left - step / 64 * words};
 }

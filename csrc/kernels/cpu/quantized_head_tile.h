@@ -22,18 +22,17 @@ ISA void pool_task(const HeadPass& pass, std::int64_t image, std::int64_t first,
 // Products of some planes' rows with some columns of weights.
 template <int kRows, int kVecs>
 struct HeadTile {
-  ISA static void run(const HeadPass& pass, std::int64_t row, const std::int8_t* weights,
-                      std::int64_t pitch, std::int32_t* to) {
+  ISA static void run(const HeadPass& pass, std::int64_t row, const Columns& columns,
+                      std::int32_t* to, std::int64_t pitch) {
     Sums sum[kRows][kVecs];
-    constexpr std::int32_t kZeros[kTileColumns] = {};
-    begin(sum, kZeros);
+    begin(sum, columns.start);
     const std::uint8_t* at[kRows];
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) at[r] = pass.plane_rows + (row + r) * pass.row_bytes;
     Lines none;
-    accumulate(sum, at, 0, pass.layout.words(), weights, pitch, none);
+    accumulate(sum, at, 0, pass.layout.words(), columns.weights, columns.pitch, none);
 #pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r, to += pitch / 4) {
+    for (int r = 0; r < kRows; ++r, to += pitch) {
 #pragma GCC unroll 4
       for (int j = 0; j < kVecs; ++j) store_sums(to + j * kLanes, sum[r][j]);
     }
@@ -47,10 +46,14 @@ ISA void multiply_task(const HeadPass& pass, std::int64_t strip, std::int32_t* s
   const std::int64_t rows = pass.op.x.batch * pass.planes, width = pass.layout.width(strip);
   const auto* const weights =
       static_cast<const std::int8_t*>(pass.op.packed) + pass.layout.offset(strip);
-  for (std::int64_t row = 0; row < rows; row += kTileRows) {
-    for (std::int64_t j = 0; j < width; j += kTileColumns) {
-      HeadTiles::at(rows - row, width - j)(pass, row, weights + j * 4, width * 4,
-                                           sums + row * width + j);
+  const std::int64_t words = pass.layout.words();
+  constexpr std::int32_t kZeros[kTileColumns] = {};
+  auto* const memory =
+      reinterpret_cast<std::int8_t*>(thread_scratch(0).floats(columns_bytes(words) / 4));
+  for (std::int64_t j = 0; j < width; j += kTileColumns) {
+    const Columns columns = columns_of(weights + j * 4, width * 4, words, kZeros, memory);
+    for (std::int64_t row = 0; row < rows; row += kTileRows) {
+      HeadTiles::at(rows - row, width - j)(pass, row, columns, sums + row * width + j, width);
     }
   }
 }

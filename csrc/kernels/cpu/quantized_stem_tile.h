@@ -7,17 +7,18 @@ constexpr std::int64_t kStep = 2 * kChannels;  // bytes between output pixels' w
 template <int kRows, int kVecs>
 struct StemTile {
   ISA static void run(const StemPass& pass, const std::uint8_t* const rows[kFilter],
-                      std::int64_t offset, const std::int8_t* weights, std::int64_t pitch,
-                      std::int64_t first, std::uint8_t* to, std::int64_t to_pitch) {
+                      std::int64_t offset, const Columns& columns, std::int64_t first,
+                      std::uint8_t* to, std::int64_t to_pitch) {
     Sums sum[kRows][kVecs];
-    begin(sum, pass.start.data() + first);
+    begin(sum, columns.start);
     const std::int64_t words = pass.layout.tap_words();
     Lines none;
     for (int row = 0; row < kFilter; ++row) {
       const std::uint8_t* at[kRows];
 #pragma GCC unroll 6
       for (int r = 0; r < kRows; ++r) at[r] = rows[row] + offset + r * kStep;
-      accumulate(sum, at, 0, words, weights + row * words * pitch, pitch, none);
+      accumulate(sum, at, 0, words, columns.weights + row * words * columns.pitch, columns.pitch,
+                 none);
     }
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r, to += to_pitch) {
@@ -89,6 +90,19 @@ ISA void quantized_stem_task(const StemPass& pass, const Band& band) {
     x_rows[i] = pass.padding[i % ring_bytes % kChannels];
   }
 
+  std::vector<Columns> all_columns;
+  const std::int64_t tile_bytes = columns_bytes(layout.words());
+  auto* memory = reinterpret_cast<std::int8_t*>(
+      thread_scratch(0).floats(layout.padded() / kTileColumns * tile_bytes / 4));
+  for (std::int64_t strip = 0; strip < layout.strips(); ++strip) {
+    const std::int64_t width = layout.width(strip);
+    for (std::int64_t j = 0; j < width; j += kTileColumns, memory += tile_bytes) {
+      all_columns.push_back(columns_of(
+          static_cast<const std::int8_t*>(op.packed) + layout.offset(strip) + j * 4, width * 4,
+          layout.words(), pass.start.data() + layout.column(strip) + j, memory));
+    }
+  }
+
   const std::int64_t pooled_width = stem_halved(conv_width);
   std::uint8_t* const out =
       op.out + band.image * stem_halved(conv_height) * pooled_width * op.out_channels;
@@ -110,12 +124,10 @@ ISA void quantized_stem_task(const StemPass& pass, const Band& band) {
     for (std::int64_t strip = 0; strip < layout.strips(); ++strip) {
       const std::int64_t width = layout.width(strip), column = layout.column(strip);
       for (std::int64_t j = 0; j < width; j += kTileColumns) {
-        const std::int8_t* const weights =
-            static_cast<const std::int8_t*>(op.packed) + layout.offset(strip) + j * 4;
         for (std::int64_t x = 0; x < conv_width; x += kTileRows) {
-          StemTiles::at(conv_width - x, width - j)(pass, rows, x * kStep, weights, width * 4,
-                                                   column + j, conv_row + x * pitch + column + j,
-                                                   pitch);
+          StemTiles::at(conv_width - x, width - j)(
+              pass, rows, x * kStep, all_columns[(column + j) / kTileColumns], column + j,
+              conv_row + x * pitch + column + j, pitch);
         }
       }
     }
