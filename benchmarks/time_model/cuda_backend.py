@@ -276,7 +276,7 @@ class RecordingBackend(CudaBackend):
         kernels = (
             *("conv_bn", "bn_add_relu", "bottleneck", "bottleneck_sm90"),
             *("bottleneck_sm90_cluster", "stem", "linear", "average_pool"),
-            *( "conv_stats", "dgrad", "wgrad", "window_rows", "quantized_conv"),
+            *("conv_stats", "dgrad", "wgrad", "window_rows", "quantized_conv"),
         )
         super().__init__(
             SimpleNamespace(  # type: ignore[arg-type]

@@ -32,9 +32,9 @@
 // with the mbarriers, which lie at the same place in all blocks. Middle: the ring of 4 pairs and
 // one again, 2 stages of accumulators, 2 of conv2's result; 138 KiB.
 //
-// Of two lines of 28 pixels and 512 channels, 338 KiB cross shared memory in a block of the ends:
-// 112 that products read, 98 that copies write, 112 of shortcut, result and scale and shift, 28 of
-// conv1's lines; 2,700 cycles, beside 1,931 of products. In one of the middle it is 190 KiB, 1,520
+// Of two lines of 28 pixels and 512 channels, 348 KiB cross shared memory in a block of the ends:
+// 116 that products read, 102 that copies write, 100 of shortcut, result and scale and shift, 30 of
+// conv1's lines; 2,780 cycles, beside 2,000 of products. In one of the middle it is 220 KiB, 1,760
 // cycles beside 2,483.
 //
 // Pipelines (arrivals that fill / that empty a stage): pixels (1 and their bytes / the 4 warps of
@@ -195,10 +195,10 @@ __device__ __forceinline__ void make_conv1(const Arguments& a, int rank) {
   std::uint32_t weights[kDepth][kDepths][4];
 #pragma unroll
   for (int p = 0; p < kDepth; ++p) {
-    load_weights<T>(weights[p],
-                    static_cast<const T*>(b.conv1.weight) + std::int64_t{first} * b.channels +
-                        p * kMapChannels,
-                    b.channels, b.inner - first, b.channels - p * kMapChannels);
+    load_weights<T>(
+        weights[p],
+        static_cast<const T*>(b.conv1.weight) + std::int64_t{first} * b.channels + p * kMapChannels,
+        b.channels, b.inner - first, b.channels - p * kMapChannels);
   }
   const Channels channels = channels_of(b.conv1.bn, first, b.inner);
   const std::uint64_t stages = ptx::matrix_descriptor(Ends::kPixels);

@@ -7,8 +7,8 @@
 namespace resnet_fused {
 
 // Whether this build and `device` have the kernel and it computes `arguments`: 16-bit types,
-// channels that are multiples of 8 and 16-byte aligned tensors, stride 1, x as shortcut, inner up to
-// 128, out_channels up to 512, lines of up to 28 pixels.
+// channels that are multiples of 8 and 16-byte aligned tensors, stride 1, x as shortcut, inner up
+// to 128, out_channels up to 512, lines of up to 28 pixels.
 bool bottleneck_sm90_cluster_can_implement(const Bottleneck& arguments, int device);
 
 // Whether it can and, by the model of time, is faster than a kernel for each layer and than the one

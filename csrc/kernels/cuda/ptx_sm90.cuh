@@ -227,8 +227,8 @@ __device__ __forceinline__ void copy_to_cluster(std::uint32_t to, std::uint32_t 
       : "memory");
 }
 
-// mbarrier_arrive_cluster with the cluster's scope, and a wait for such arrivals: what the one wrote, the other
-// sees. A release of that scope is a fence of the whole GPU's in machine code.
+// mbarrier_arrive_cluster with the cluster's scope, and a wait for such arrivals: what the one
+// wrote, the other sees. A release of that scope is a fence of the whole GPU's in machine code.
 __device__ __forceinline__ void mbarrier_publish_cluster(std::uint32_t address) {
   asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address)
                : "memory");
