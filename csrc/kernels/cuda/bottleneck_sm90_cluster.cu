@@ -524,7 +524,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int rank = blockIdx.x % kRanks;
   ptx::wait_for_earlier_kernels();
   if (rank < kEnds) prepare_ends(a.block, rank);
-  __syncthreads();
   cluster_barrier();
 
   const int warpgroup = ptx::uniform(threadIdx.x / kWarpgroup);
