@@ -159,7 +159,7 @@ BUDGETS: dict[str, tuple[int, int]] = {
     "bottleneck_kernel 128 inner, stride 2 projection": (226, 3629),
     "bottleneck_kernel 128 inner, stride 1": (370, 4958),
     "bottleneck_kernel 128 inner, stride 1 projection": (366, 4919),
-    "bottleneck_sm90_cluster_kernel": (771, 3155),
+    "bottleneck_sm90_cluster_kernel": (771, 3154),
     "bottleneck_sm90_kernel 64 inner, stride 1": (778, 2472),
     "bottleneck_sm90_kernel 64 inner, stride 1 projection": (754, 2493),
     "linear_kernel 8 4": (413, 331),
