@@ -52,7 +52,6 @@ constexpr int kN = 56;         // pixels of a line: columns of a product
 constexpr int kRuns = kN / 8;  // of 8 pixels, of which a lane holds two
 constexpr int kTiles = 4;      // of 64 output channels, at most
 constexpr int kTaps = 9;
-constexpr int kDepths = 4;                   // products of depth 16 in a panel
 constexpr int kPanelBytes = kN * kRowBytes;  // of 64 channels of a line
 constexpr int kPitch = kN + 2;               // rows of a line of the ring
 constexpr int kLineBytes = kPitch * kRowBytes;
@@ -136,50 +135,6 @@ class JobScheduler {
   const Arguments& a_;
   unsigned job_ = blockIdx.x;
 };
-
-// A lane's part of 64 x 16 weights, wgmma's operand A: `from` is that of channel 0, their rows lie
-// `stride` elements apart, and `rows` and `depth` of them are there; zeros beyond.
-template <typename T>
-__device__ __forceinline__ void load_weights(std::uint32_t (&to)[4], const void* from,
-                                             std::int64_t stride, int rows, int depth) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int k = threadIdx.x % 4 * 2 + i / 2 * 8;
-    to[i] = 0;
-    if (row(i % 2) < rows && k < depth) {
-      to[i] = ptx::load_global(reinterpret_cast<const std::uint32_t*>(static_cast<const T*>(from) +
-                                                                      row(i % 2) * stride + k));
-    }
-  }
-}
-
-// Those of 64 x 64.
-template <typename T>
-__device__ __forceinline__ void load_weights(std::uint32_t (&to)[kDepths][4], const void* from,
-                                             std::int64_t stride, int rows, int depth) {
-#pragma unroll
-  for (int k = 0; k < kDepths; ++k) {
-    load_weights<T>(to[k], static_cast<const T*>(from) + 16 * k, stride, rows, depth - 16 * k);
-  }
-}
-
-// 16-bit values of a lane's channels, of two neighbouring pixels in each run of 8.
-using Pairs = std::uint32_t[kRuns][2];
-
-// The pixels of a panel from row `halo` on; behind the last one comes the last one again.
-__device__ __forceinline__ void load_pairs(Pairs& pairs, std::uint32_t line, int halo) {
-  const std::uint32_t from = matrix_row(line + halo * kRowBytes);
-#pragma unroll
-  for (int j = 0; j + 1 < kRuns; j += 2) {
-    std::uint32_t loaded[4];
-    ptx::ldmatrix_trans(loaded, from + j * 8 * kRowBytes);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) pairs[j + k / 2][k % 2] = loaded[k];
-  }
-  const bool beyond = threadIdx.x % 8 + halo == 8;
-  ptx::ldmatrix_trans(pairs[kRuns - 1], beyond ? matrix_row(line) + (kRuns - 1) * 8 * kRowBytes
-                                               : from + (kRuns - 1) * 8 * kRowBytes);
-}
 
 using Acc = float[kN / 2];
 
@@ -419,9 +374,9 @@ class Conv3 {
     for (int m = 0; m < kTiles; ++m) {
       Acc& now = acc[m % 2];
       Acc& beside = projected[kProjection ? m % 2 : 0];
-      Pairs shortcut;
+      Pairs<kRuns> shortcut;
       if constexpr (!kProjection) {
-        load_pairs(shortcut, x + m * kPanelBytes, a_.halo);
+        load_pairs<kRuns>(shortcut, x + m * kPanelBytes, a_.halo);
         // The result's rows are others then, which lanes have read for each other.
         if (a_.halo > 0) ptx::named_barrier(4 + threadIdx.x % kWarpgroup / 32, 32);
       }
