@@ -19,7 +19,7 @@ from resnet_fused import _extension
 from resnet_fused.backends.cpu.onednn import OneDnnConvolution
 from resnet_fused.ops import BatchNorm, ConvBn, Convolution
 from resnet_fused.reference import ops as reference
-from resnet_fused.reference.convolution import usual_strides, well_posed
+from resnet_fused.reference.convolution import convolve, usual_strides, well_posed
 from resnet_fused.reference.training import ReferenceTraining
 from resnet_fused.testing.cases import generator
 from resnet_fused.testing.on import On
@@ -126,9 +126,31 @@ def test_odd_geometries_are_exact(name: str, convolve: Any, dtype: torch.dtype) 
 def test_odd_geometries_of_one_group_are_exact_by_onednn(name: str) -> None:
     """In bfloat16, which the cpu backend leaves to it on some processors."""
     require("cpu", "cpu", torch.bfloat16)
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN has no bfloat16 on this processor")
     x, conv = ODD[name].make(torch.bfloat16)
     out = OneDnnConvolution(_extension.load(), conv)(x, identity_layer(conv).bn, None, False)
     assert torch.equal(out.double(), convolution(x, conv))
+
+
+@pytest.mark.parametrize("channels", [3, 5, 7])
+def test_weight_gradient_of_a_moving_pointwise_window_of_few_channels(channels: int) -> None:
+    """PyTorch's own is memory of others with AVX2, and differs from call to call."""
+    rng = generator()
+    x = torch.randn(2, channels, 12, 12, generator=rng).contiguous(
+        memory_format=torch.channels_last
+    )
+    weight = torch.randn(8, channels, 1, 1, generator=rng)
+
+    def gradient(x: Tensor, weight: Tensor) -> Tensor:
+        leaf = weight.clone().requires_grad_()
+        convolve(x, Convolution(leaf, (2, 2))).square().sum().backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    expected = gradient(x.double(), weight.double())
+    for _ in range(20):
+        torch.testing.assert_close(gradient(x, weight).double(), expected, rtol=1e-5, atol=1e-4)
 
 
 @WAYS
