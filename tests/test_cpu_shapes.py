@@ -134,15 +134,15 @@ def kernels(case: Case) -> Iterator[tuple[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def ways() -> dict[str, On]:
+def ways() -> dict[str, CpuBackend]:
     """The backend as it is, and as on a processor where oneDNN has to compute bfloat16."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_extension.load(), "cpu_convolves_bf16", lambda: False)
         onednn = CpuBackend()
-    return {"cpu": On(backends.get("cpu")), "cpu by oneDNN": On(onednn)}
+    return {"cpu": backends.get("cpu"), "cpu by oneDNN": onednn}
 
 
-def wrong(case: Case, ways: dict[str, On]) -> Iterator[str]:
+def wrong(case: Case, ways: dict[str, CpuBackend]) -> Iterator[str]:
     """The ways that compute it wrong."""
     truth = case.truth()
     for dtype in (torch.float32, torch.bfloat16):
@@ -151,10 +151,10 @@ def wrong(case: Case, ways: dict[str, On]) -> Iterator[str]:
         for form, isa in kernels(given):
             if not torch.equal(by_kernel(given, form, isa), rounded):
                 yield f"{form} {isa} {dtype}"
-        for name, on in ways.items():
-            if backends.get("cpu").unsupported(given.x.device, dtype):
+        for name, backend in ways.items():
+            if backend.unsupported(given.x.device, dtype):
                 continue
-            if not torch.equal(on.conv_bn(*given), rounded):
+            if not torch.equal(On(backend).conv_bn(*given), rounded):
                 yield f"{name} {dtype}"
 
 
@@ -162,7 +162,7 @@ PARTS = [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, 11
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_random_convolutions_are_exact(part: int, ways: dict[str, On]) -> None:
+def test_random_convolutions_are_exact(part: int, ways: dict[str, CpuBackend]) -> None:
     """300 of them by default, 10,000 with `-m slow`."""
     failures = []
     for number in range(1000 if part else 300):

@@ -83,7 +83,8 @@ def compiles(*arguments: str | Path) -> None:
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    if not _extension.load().cpu_convolves_bf16():
+    extension = _extension.load()
+    if extension.cpu_isa() != "avx512" or not extension.cpu_convolves_bf16():
         pytest.skip("the rest of these kernels needs AVX512_BF16")
     folder = tmp_path_factory.mktemp("tiles")
     emulation = ("-O1", "-include", ROOT / "tests/amx_emulation.h", "-mfma")

@@ -510,11 +510,14 @@ def test_onnx_runtime_agrees(name: str, bytes_: bool, tmp_path: Path) -> None:
     network = quantize(model, [x], **options)
     path = tmp_path / "network.onnx"
     resnet_fused.quantization.export_onnx(network, path)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    # As the nodes say. Fused, its products of bytes saturate where the processor lacks VNNI.
+    as_written = onnxruntime.SessionOptions()
+    as_written.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    session = onnxruntime.InferenceSession(path, as_written, providers=["CPUExecutionProvider"])
     for batch in (x, x[:1, :, :25]):
         (found,) = session.run(None, {"x": batch.numpy()})
         # A unit of some activations apart, which random networks do not damp.
-        assert relative_error(torch.from_numpy(found), network(batch)) < 0.03
+        assert relative_error(torch.from_numpy(found), network(batch)) < 0.01
 
 
 def test_onnx_refuses_what_it_cannot_say(tmp_path: Path) -> None:
