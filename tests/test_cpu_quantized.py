@@ -166,7 +166,7 @@ def test_one_pair_beyond_16_bits(kernels: QuantizedKernels, column: int) -> None
         # The sum of the first image's middle comes to 100, so that a single unit shows.
         middle = 255 * weight[column].sum(dtype=torch.int32)
         bias[column] = 100 - middle
-        arguments = (x, conv, bias, torch.ones(64), None, None, None, None, True)
+        arguments = (x, QuantizedLayer(conv, bias, torch.ones(64)), None, True)
         expected = reference.quantized_conv(*arguments)
         assert expected[0, column, 2, 2] == 100
         assert same(kernels.conv(*arguments), expected), (first, second)
