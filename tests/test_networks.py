@@ -245,7 +245,7 @@ def test_triton_interpreted(name: str, dtype: torch.dtype) -> None:
     require("triton", "cpu", dtype)
     torch.manual_seed(0)
     model = randomise_statistics(SMALL[name]()).eval().to(dtype)
-    x = images(2, 16).to(dtype)
+    x = images(8, 16).to(dtype)
     with torch.no_grad():
         truth = run_modules(copy.deepcopy(model).double(), x.double())
         with use_backend("triton"):

@@ -236,7 +236,11 @@ def test_a_quantised_convolutions_tile_is_the_one_that_the_extension_takes(
 @pytest.mark.parametrize("channels", [8, 64, 576])
 @pytest.mark.parametrize("size", [3, 9, 23, 60])
 def test_trainings_tiles_and_ranges_are_those_of_the_extension(simulator, size, channels, filters):
-    """The simulated GPU has 4 multiprocessors."""
+    """The simulated GPU has 4 multiprocessors. Tiles of whole lines stand among the others."""
+
+    def tiles(found: list[Any]) -> list[str]:
+        return [tile.name for tile in found if not tile.name.endswith("_lines")]
+
     simulator.set_capability(90)
     window = ((1, 1), (1, 1), (1, 1))
 
@@ -249,10 +253,10 @@ def test_trainings_tiles_and_ranges_are_those_of_the_extension(simulator, size, 
     rows = 2 * size * size
     found = simulator.cuda_conv_stats_tiles(out, x, weight, window, None, 0)
     steps = 9 * math.ceil(channels / 64)
-    assert [tile.name for tile in found] == tiles_in_order(rows, filters, steps, 4)
+    assert tiles(found) == tiles_in_order(rows, filters, steps, 4)
     found = simulator.cuda_dgrad_tiles(x, out, weight, window, None, None, None, None, None, 0)
     steps = 9 * math.ceil(filters / 64)
-    assert [tile.name for tile in found] == tiles_in_order(rows, channels, steps, 4)
+    assert tiles(found) == tiles_in_order(rows, channels, steps, 4)
     point, window_of_one = tensor(filters, channels, 1, 1), ((1, 1), (0, 0), (1, 1))
     half = next(
         t for t in (torch.float16, torch.bfloat16) if tensor_arg(torch.empty(1, dtype=t))[1] == 2
@@ -263,7 +267,7 @@ def test_trainings_tiles_and_ranges_are_those_of_the_extension(simulator, size, 
         x, out, point, window_of_one, None, None, None, None, term, 0
     )
     steps = math.ceil(filters / 64) + math.ceil(channels / 64)
-    assert [tile.name for tile in found] == tiles_in_order(rows, channels, steps, 4)
+    assert tiles(found) == tiles_in_order(rows, channels, steps, 4)
     of = Wgrad.of(weight, out, 4)
     found = simulator.cuda_wgrad_tiles(weight, out, x, window, 0)
     assert [tile.name for tile in found] == wgrads_in_order(of)

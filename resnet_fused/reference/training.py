@@ -26,7 +26,7 @@ from ..parameters import (
     OperandTerm,
     PreBnGradient,
 )
-from .convolution import convolve
+from .convolution import convolve, well_posed
 from .ops import nhwc, pad_channels
 
 if TYPE_CHECKING:
@@ -259,7 +259,8 @@ class ReferenceTraining:
         return out, None if below is None else sums(out, below)
 
     def wgrad(self, g: Tensor, x: Tensor, conv: Convolution) -> Tensor:
-        out = conv2d_weight(_wide(x), conv.weight.shape, _wide(g), *conv[1:])
+        x, posed = well_posed(_wide(x), conv)
+        out = conv2d_weight(x, conv.weight.shape, _wide(g), *posed[1:])
         return out.to(conv.weight.dtype).contiguous(memory_format=torch.channels_last)
 
     def bn_relu_pool(self, x: Activation, pool: MaxPool) -> tuple[Tensor, Tensor]:
