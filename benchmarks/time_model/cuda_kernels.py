@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 
@@ -147,7 +148,7 @@ def _cluster_bottleneck(dtype: str) -> OtherKernel:
 
 
 # What a mangled name has behind its folder, and what its groups say.
-_OTHERS = {
+_OTHERS: dict[str, Callable[..., OtherKernel]] = {
     r"bottleneck_sm90_cluster_kernelI(6__half|13__nv_bfloat16)E": _cluster_bottleneck,
     r"conv_bn_sm90_lines_kernelI(6__half|13__nv_bfloat16)Li(\d+)E": _lines,
 }

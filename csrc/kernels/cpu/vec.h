@@ -122,10 +122,11 @@ ISA_INLINE Vec load_words(const std::uint32_t* p) {
   return load(reinterpret_cast<const float*>(p));
 }
 
-// What a convolution multiplies: 32-bit words, each one fp32 number or a pair of bfloat16 ones. AVX2
-// multiplies no pairs but their numbers, as fp32: the first ones of all words of a tile, then the
-// second ones, so that its registers need to hold but one half of each word at a time. There a loop over parts
-// hides its pointers from the compiler, which would keep words in registers not to read them again.
+// What a convolution multiplies: 32-bit words, each one fp32 number or a pair of bfloat16 ones.
+// AVX2 multiplies no pairs but their numbers, as fp32: the first ones of all words of a tile, then
+// the second ones, so that its registers need to hold but one half of each word at a time. There a
+// loop over parts hides its pointers from the compiler, which would keep words in registers not to
+// read them again.
 #if defined(ISA_BF16) && ISA_LANES == 8
 constexpr Format kFormat = Format::kBFloat16;
 using Element = BFloat16;
