@@ -425,6 +425,7 @@ def test_a_whole_step_in_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_layouts_and_empty_batches(fused: None) -> None:
     block, plain, x = _block("basic")
-    out = block(x.contiguous(memory_format=torch.channels_last))
-    assert torch.equal(out, plain(x))
+    # Each held against its own: PyTorch does not promise the same bits for both.
+    for layout in (x, x.contiguous(memory_format=torch.channels_last)):
+        assert torch.equal(block(layout), plain(layout))
     assert block(x[:0]).shape == (0, 16, 8, 6)
