@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from functools import lru_cache
 from types import ModuleType
 
 import pytest
@@ -15,3 +17,19 @@ def cuobjdump(extension: ModuleType, *options: str) -> str:
         return machine_code.cuobjdump(str(extension.__file__), *options)
     except FileNotFoundError as error:
         pytest.skip(str(error))
+
+
+@lru_cache
+def listing(extension: ModuleType, architecture: str) -> str:
+    """The machine code for one architecture: 100 MB, which tests of one process read once."""
+    return cuobjdump(extension, "--dump-sass", f"-arch=sm_{architecture}")
+
+
+def kernels(extension: ModuleType, symbol: str, *architectures: str) -> list[str]:
+    """Listings of the kernels whose mangled name starts with the pattern `symbol`, name first."""
+    return [
+        function
+        for architecture in architectures
+        for function in listing(extension, architecture).split("Function : ")[1:]
+        if re.match(symbol, function)
+    ]

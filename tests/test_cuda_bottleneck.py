@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from machine_code import cuobjdump
+from machine_code import cuobjdump, kernels
 from torch import Tensor
 
 import resnet_fused
@@ -285,10 +285,9 @@ def test_spills_nothing(extension, architectures):
 
 
 def test_uses_tensor_cores_and_moves_sixteen_bytes_an_access(extension, architectures):
-    functions = cuobjdump(extension, "--dump-sass").split("Function : ")[1:]
-    kernels = [f for f in functions if re.match(r"\w*bottleneck_kernelI", f)]
-    assert len(kernels) == KERNELS * len(architectures)
-    for body in kernels:
+    bodies = kernels(extension, r"\w*bottleneck_kernelI", *architectures)
+    assert len(bodies) == KERNELS * len(architectures)
+    for body in bodies:
         for instruction in ("HMMA.16816.F32", "LDSM.16.M88.4", "LDGSTS.E.BYPASS", "STG.E.128"):
             assert instruction in body
         projects = re.match(r"\w*?TileI(?:Li\d+E)+Lb(\d)E", body)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from machine_code import cuobjdump
+from machine_code import cuobjdump, kernels
 from torch import Tensor
 
 import resnet_fused
@@ -86,12 +86,11 @@ def test_nothing_spills(extension, architectures):
 
 def test_tensor_core_kernels_use_their_instructions(extension, architectures):
     """Matrix products, matrix loads, asynchronous 16-byte copies; 16 bytes in each store."""
-    functions = cuobjdump(extension, "--dump-sass").split("Function : ")[1:]
-    kernels = [f for f in functions if re.match(r"\w*conv_bn_kernelI(?!f)", f)]
-    assert len(kernels) == (KERNELS - EXACT_KERNELS) * len(architectures)
-    tf32 = [f for f in kernels if re.match(r"\w*conv_bn_kernelI\w*?4Tf32", f)]
+    bodies = kernels(extension, r"\w*conv_bn_kernelI(?!f)", *architectures)
+    assert len(bodies) == (KERNELS - EXACT_KERNELS) * len(architectures)
+    tf32 = [f for f in bodies if re.match(r"\w*conv_bn_kernelI\w*?4Tf32", f)]
     assert len(tf32) == TF32_KERNELS * len(architectures)
-    for body in kernels:
+    for body in bodies:
         vectorised = re.match(r"\w*?conv_bn_kernelI\w*?EEELb(\d)E", body)
         assert vectorised is not None
         product = "HMMA.1688.F32.TF32" if body in tf32 else "HMMA.16816.F32"
@@ -144,10 +143,9 @@ def test_sm90_kernels_use_their_instructions(extension, architectures):
     registers handed over."""
     if "90a" not in architectures:
         pytest.skip("built without sm_90a")
-    functions = cuobjdump(extension, "--dump-sass", "-arch=sm_90a").split("Function : ")[1:]
-    kernels = [f for f in functions if re.match(r"\w*conv_bn_sm90_kernelI", f)]
-    assert len(kernels) == SM90_KERNELS
-    for body in kernels:
+    bodies = kernels(extension, r"\w*conv_bn_sm90_kernelI", "90a")
+    assert len(bodies) == SM90_KERNELS
+    for body in bodies:
         tile = re.match(r"\w*?TileI((?:L[ib]\d+E)+)E", body)
         assert tile is not None
         _, columns, _, _, _, cluster, *_ = re.findall(r"\d+", tile[1])
@@ -171,10 +169,9 @@ def test_split_kernels_use_their_instructions(extension, architectures):
     """Products, bulk copies, a barrier of the cluster, and 16-byte loads of its shared memory."""
     if "90a" not in architectures:
         pytest.skip("built without sm_90a")
-    functions = cuobjdump(extension, "--dump-sass", "-arch=sm_90a").split("Function : ")[1:]
-    kernels = [f for f in functions if re.match(r"\w*conv_bn_sm90_split_kernelI", f)]
-    assert len(kernels) == SPLIT_KERNELS
-    for body in kernels:
+    bodies = kernels(extension, r"\w*conv_bn_sm90_split_kernelI", "90a")
+    assert len(bodies) == SPLIT_KERNELS
+    for body in bodies:
         found = re.match(r"\w*?split_kernelI\w*?Li(\d)ELb([01])E", body)
         assert found is not None
         splits, projection = map(int, found.groups())
@@ -197,10 +194,9 @@ def test_line_kernels_use_their_instructions(extension, architectures):
     """Wide products, the window's three lines without a copy between; bulk copies and stores."""
     if "90a" not in architectures:
         pytest.skip("built without sm_90a")
-    functions = cuobjdump(extension, "--dump-sass", "-arch=sm_90a").split("Function : ")[1:]
-    kernels = [f for f in functions if re.match(r"\w*conv_bn_sm90_lines_kernelI", f)]
-    assert len(kernels) == 2 * len(LINE_TILES)
-    for body in kernels:
+    bodies = kernels(extension, r"\w*conv_bn_sm90_lines_kernelI", "90a")
+    assert len(bodies) == 2 * len(LINE_TILES)
+    for body in bodies:
         positions = re.match(r"\w*?lines_kernelI\w*?Li(\d+)E", body)
         assert positions is not None
         # Three taps' four depths; that of the last one of a tile is waited for apart.

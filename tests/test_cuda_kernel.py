@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from machine_code import cuobjdump
+from machine_code import cuobjdump, kernels
 from torch import Tensor
 
 from resnet_fused import backends, ops, use_backend
@@ -44,21 +44,18 @@ def test_spills_nothing_and_leaves_room_for_three_blocks(extension):
         assert (stack, local) == ("0", "0")
 
 
-def test_moves_sixteen_bytes_an_access(extension):
-    functions = cuobjdump(extension, "--dump-sass").split("Function : ")[1:]
+def test_moves_sixteen_bytes_an_access(extension, architectures):
     # Mangled template arguments: type, elements a vector, whether a residual is added.
-    kernels = [
-        (found[1], found[2] == "1", body)
-        for body in functions
-        if (found := re.match(r"\w*bn_add_relu_kernelI\w*?Li(\d)ELb(\d)E", body))
-    ]
-    assert len(kernels) == 12 * len(extension.build_info()["cuda_architectures"].split())
-    for lanes, residual, body in kernels:
+    symbol = r"\w*bn_add_relu_kernelI\w*?Li(\d)ELb(\d)E"
+    bodies = kernels(extension, symbol, *architectures)
+    assert len(bodies) == 12 * len(architectures)
+    for body in bodies:
+        lanes, residual = re.match(symbol, body).groups()
         loads, stores = body.count("LDG.E.128"), body.count("STG.E.128")
         if lanes == "1":
             assert (loads, stores) == (0, 0)
         else:
-            assert loads >= (4 if residual else 2)
+            assert loads >= (4 if residual == "1" else 2)
             assert stores >= 2
 
 

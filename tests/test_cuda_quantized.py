@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from machine_code import cuobjdump
+from machine_code import cuobjdump, kernels
 from torch import Tensor
 
 import resnet_fused
@@ -68,11 +68,10 @@ def test_kernels_use_their_instructions(extension, architectures):
     fused."""
     if "90a" not in architectures:
         pytest.skip("built without sm_90a")
-    functions = cuobjdump(extension, "--dump-sass", "-arch=sm_90a").split("Function : ")[1:]
-    kernels = [f for f in functions if re.match(r"\w*quantized_conv_sm90_kernelI", f)]
-    assert len(kernels) == OF_TILE * (2 * len(SM90_TILES) + len(FLOAT8_TILES))
+    bodies = kernels(extension, r"\w*quantized_conv_sm90_kernelI", "90a")
+    assert len(bodies) == OF_TILE * (2 * len(SM90_TILES) + len(FLOAT8_TILES))
     pattern = r"\w*?quantized_conv_sm90_kernelI(h|a|13__nv_fp8_e4m3)NS\w*?TileI((?:L[ib]\d+E)+)E"
-    for body in kernels:
+    for body in bodies:
         found = re.match(pattern, body)
         assert found is not None
         columns, _, _, cluster, *_ = re.findall(r"\d+", found[2])
@@ -105,10 +104,9 @@ def test_the_kernel_for_sm80_spills_nothing_and_uses_its_instructions(extension,
     usage = cuobjdump(extension, "--dump-resource-usage", "-arch=sm_80")
     found = re.findall(r"quantized_conv_kernelI\w*:\s+REG:\d+ STACK:(\d+).*?LOCAL:(\d+)", usage)
     assert found == [("0", "0")] * 2 * OF_TILE * len(SM80_TILES)
-    functions = cuobjdump(extension, "--dump-sass", "-arch=sm_80").split("Function : ")[1:]
-    kernels = [f for f in functions if re.match(r"\w*quantized_conv_kernelI", f)]
-    assert len(kernels) == 2 * OF_TILE * len(SM80_TILES)
-    for body in kernels:
+    bodies = kernels(extension, r"\w*quantized_conv_kernelI", "80")
+    assert len(bodies) == 2 * OF_TILE * len(SM80_TILES)
+    for body in bodies:
         first = "U8" if "quantized_conv_kernelIh" in body else "S8"
         for instruction in (
             rf"IMMA\.16832\.{first}\.S8",

@@ -109,6 +109,12 @@ def without_nvcc(plain: Environment, tmp_path: Path) -> Environment:
     return masked
 
 
+def hurried(env: Environment, folder: Path) -> Environment:
+    """The same, where compilers optimise nothing: these builds are looked at and hardly run."""
+    cxx = plant(folder / "hurried", "c++", f'exec {shutil.which("c++", path=env["PATH"])} "$@" -O0')
+    return {**env, "CXX": str(cxx), "NVCC_APPEND_FLAGS": "-Xcicc=-O0 -Xptxas=-O0"}
+
+
 def build_wheel(source: Path, env: Environment) -> subprocess.CompletedProcess[str]:
     """`pip wheel` with what is installed here, and no way to fetch anything."""
     return run(
@@ -189,7 +195,7 @@ def assert_links_only_the_system(module: Path) -> None:
 @pytest.mark.thorough
 def test_off_builds_a_whole_package_without_cuda(source, plain, python, tmp_path):
     log = tmp_path / "compiled"
-    cxx = plant(tmp_path / "bin", "own-cxx", f'echo "$@" >> {log}; exec c++ "$@"')
+    cxx = plant(tmp_path / "bin", "own-cxx", f'echo "$@" >> {log}; exec c++ "$@" -O0')
     steered = {**plain, "RESNET_FUSED_CUDA": "off", "CXX": f"{cxx} -g0"}
     installed = unpack(source, build_wheel(source, steered))
     assert re.search(r"-g0 .*module\.cpp", log.read_text()), "CXX is what compiles, options and all"
@@ -212,8 +218,8 @@ def test_off_builds_a_whole_package_without_cuda(source, plain, python, tmp_path
 
 
 @needs_tools
-def test_auto_without_compiler_builds_the_rest_and_says_so(source, without_nvcc, python):
-    result = build_wheel(source, without_nvcc)
+def test_auto_without_compiler_builds_the_rest_and_says_so(source, without_nvcc, python, tmp_path):
+    result = build_wheel(source, hurried(without_nvcc, tmp_path))
     installed = unpack(source, result)
     assert "without CUDA: no CUDA compiler was found" in result.stdout
     report = python(installed, without_nvcc, "-m", "resnet_fused.env")
@@ -236,9 +242,9 @@ def test_on_without_compiler_fails_and_says_what_to_do(source, without_nvcc):
 @needs_tools
 @pytest.mark.thorough
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc in PATH")
-def test_on_builds_the_architectures_asked_for(source, plain, python):
+def test_on_builds_the_architectures_asked_for(source, plain, python, tmp_path):
     steered = {**plain, "RESNET_FUSED_CUDA": "on", "RESNET_FUSED_CUDA_ARCHS": "80;90a"}
-    result = build_wheel(source, steered)
+    result = build_wheel(source, hurried(steered, tmp_path))
     installed = unpack(source, result)
     assert re.search(r"CUDA \d+\.\d+\.\d+: sm_80, sm_90a; PTX 80", result.stdout)
     report = python(installed, plain, "-m", "resnet_fused.env")
@@ -278,13 +284,13 @@ def test_unknown_architectures_stop_the_build(source, plain, architectures):
 
 @pytest.mark.thorough
 @pytest.mark.network
-def test_isolated_build_needs_nothing_installed(source, without_nvcc, python):
+def test_isolated_build_needs_nothing_installed(source, without_nvcc, python, tmp_path):
     """pip brings the build's own tools; neither torch nor numpy is among them."""
     result = run(
         *(sys.executable, "-m", "pip", "wheel", "-v", "--no-deps"),
         *("-w", source.parent / "wheels", "."),
         cwd=source,
-        env={**without_nvcc, "RESNET_FUSED_CUDA": "off"},
+        env={**hurried(without_nvcc, tmp_path), "RESNET_FUSED_CUDA": "off"},
     )
     installed = unpack(source, result)
     assert not re.search(r"Collecting (torch|numpy|triton|nvidia)", result.stdout)
