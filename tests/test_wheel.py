@@ -33,14 +33,14 @@ pytestmark = [
 _PYTHONS = ("cp310", "cp311", "cp312", "cp313", "cp314")
 
 
-def _run(
-    *command: str | Path, cwd: Path, env: dict[str, str] | None = None, **more: str
-) -> str:
+def _run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None, **more: str) -> str:
     steered = {k: v for k, v in os.environ.items() if not k.startswith(("RESNET_FUSED_", "CUDA"))}
     result = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
-        env={**steered, "PYTHONPATH": "", "RESNET_FUSED_CUDA": "off", **more} if env is None else env,
+        env={**steered, "PYTHONPATH": "", "RESNET_FUSED_CUDA": "off", **more}
+        if env is None
+        else env,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
