@@ -13,9 +13,10 @@
 // two vectors of weights are loaded for 14 words broadcast from rows, one vector where no more
 // columns are left. A tile's rows are two runs of up to 7 neighbouring pixels, so that maps 7, 14,
 // 28 and 56 wide fill it (AVX2: of 3, and those of equal length join across lines: 7 is 3 + 2 + 2),
-// and taps outside the image, above, below and at the ends of lines, are skipped. In bfloat16 a step is one VDPBF16PS or BFDOT, or on AVX2 two multiply-adds of fp32:
-// exact products, fp32 sums. The order of a sum depends on neither tiles nor threads. With AMX the
-// micro-kernel is conv_amx.h: two runs of up to 16 pixels, 32 columns.
+// and taps outside the image, above, below and at the ends of lines, are skipped. In bfloat16 a
+// step is one VDPBF16PS or BFDOT, or on AVX2 two multiply-adds of fp32: exact products, fp32 sums.
+// The order of a sum depends on neither tiles nor threads. With AMX the micro-kernel is conv_amx.h:
+// two runs of up to 16 pixels, 32 columns.
 //
 // A projection is a second pass over the same tile, made first: its normalised sums wait in L1, in
 // fp32, for the block end's epilogue.
