@@ -143,6 +143,7 @@ SHAPES = [
     (3, 48, 100, 7, 7),
     (1, 31, 47, 13, 3),
     (1, 64, 64, 56, 56),
+    (1, 83, 70, 9, 5),
     (1, 128, 192, 25, 33),
     (2, 512, 512, 7, 7),
 ]
@@ -165,6 +166,7 @@ ACCURATE = [
     (2, 16, 16, 9, 12),
     (1, 32, 48, 13, 9),
     (2, 64, 64, 5, 6),
+    (2, 80, 64, 9, 10),  # a chunk of AVX2's long ones, and a rest
     *(shape for shape in SHAPES if shape[1] % 16 == 0 and min(shape[3:]) >= 5),
 ]
 
@@ -387,6 +389,21 @@ DIRECT = {
     },
     "window wider than the image": ConvCase(2, 48, 9, 3, 32, 7, 1, 3),
     "rows a cache way apart": ConvCase(2, 1024, 5, 7, 40),
+    "every other pixel, a cache way apart": ConvCase(3, 512, 9, 13, 40, stride=2),
+    # Lines whose halves are of two lengths, so that a tile's halves come from different lines.
+    **{
+        f"{kernel}x{kernel}, {width} wide, {batch} images, {stride}": ConvCase(
+            batch, 70, 7, width, 33, kernel, stride, kernel // 2
+        )
+        for kernel, width, batch, stride in [
+            (3, 7, 1, 1),
+            (3, 14, 3, 2),
+            (3, 28, 1, 2),
+            (3, 5, 2, 1),
+            (3, 11, 2, 1),
+            (1, 27, 2, 2),
+        ]
+    },
 }
 
 
@@ -526,6 +543,10 @@ PROJECTIONS = {
     "basic block, odd channels": (
         ConvCase(1, 33, 9, 20, 70, 3, 1, 1),
         ConvCase(1, 17, 9, 20, 70),
+    ),
+    "several rounds of strips": (
+        ConvCase(3, 300, 3, 14, 200),
+        ConvCase(3, 520, 5, 27, 200, 1, 2),
     ),
     "other windows": (ConvCase(3, 16, 6, 30, 40, 3, 1, 1), ConvCase(3, 130, 6, 30, 40, 5, 1, 2)),
 }

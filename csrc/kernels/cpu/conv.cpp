@@ -12,10 +12,11 @@
 // registers (AVX-512: 14 x 32, 28 of 32 registers; AVX2: 6 x 16, 12 of 16; NEON: 14 x 8, 28 of 32):
 // two vectors of weights are loaded for 14 words broadcast from rows, one vector where no more
 // columns are left. A tile's rows are two runs of up to 7 neighbouring pixels, so that maps 7, 14,
-// 28 and 56 wide fill it, and taps outside the image, above, below and at the ends of lines, are
-// skipped. In bfloat16 a step is one VDPBF16PS or BFDOT, or on AVX2 two multiply-adds of fp32:
-// exact products, fp32 sums. The order of a sum depends on neither tiles nor threads. With AMX the
-// micro-kernel is conv_amx.h: two runs of up to 16 pixels, 32 columns.
+// 28 and 56 wide fill it (AVX2: of 3, and those of equal length join across lines: 7 is 3 + 2 + 2),
+// and taps outside the image, above, below and at the ends of lines, are skipped. In bfloat16 a
+// step is one VDPBF16PS or BFDOT, or on AVX2 two multiply-adds of fp32: exact products, fp32 sums.
+// The order of a sum depends on neither tiles nor threads. With AMX the micro-kernel is conv_amx.h:
+// two runs of up to 16 pixels, 32 columns.
 //
 // A projection is a second pass over the same tile, made first: its normalised sums wait in L1, in
 // fp32, for the block end's epilogue.
@@ -240,20 +241,26 @@ constexpr std::int64_t words_of(std::int64_t numbers, Format format) {
   return format == Format::kFloat32 ? numbers : ceil_div(numbers, 2);
 }
 
-// Whether windows may be read where they lie in x.
-bool reads_in_place(const Conv& conv) {
+std::int64_t words_of_window(const Conv& conv) {
+  return conv.window.kernel[0] * conv.window.kernel[1] * words_of(conv.in_channels, conv.format);
+}
+
+// Whether windows may be read where they lie in x. The 6 pixels of AVX2's tiles find room in one
+// set of the L1 cache; in fp32 a copy costs more than it gives.
+bool reads_in_place(const Conv& conv, Isa isa) {
   const Window& window = conv.window;
   const std::int64_t pixel_bytes = 4 * words_of(conv.in_channels, conv.format);
+  const bool in_one_set = isa == Isa::kAvx2 && conv.format == Format::kFloat32;
   return window.padding[0] + window.padding[1] == 0 &&
          (conv.format == Format::kFloat32 || conv.in_channels % 2 == 0) &&
-         window.stride[1] * pixel_bytes % kWayBytes != 0;
+         (in_one_set || window.stride[1] * pixel_bytes % kWayBytes != 0);
 }
 
 // A pointwise convolution as one of a single line: all pixels are neighbours.
-Conv flattened(Conv conv) {
+Conv flattened(Conv conv, Isa isa) {
   const Window& window = conv.window;
   if (window.kernel[0] * window.kernel[1] * window.stride[0] * window.stride[1] == 1 &&
-      reads_in_place(conv) && conv.residual.in_line()) {
+      reads_in_place(conv, isa) && conv.residual.in_line()) {
     conv.width *= conv.batch * conv.height;
     conv.batch = conv.height = 1;
   }
@@ -266,11 +273,15 @@ Plan make_plan(const Conv& conv, Isa isa, std::int64_t threads) {
   plan.out_height = conv_output_size(window, 0, conv.height);
   plan.out_width = conv_output_size(window, 1, conv.width);
   const std::int64_t pixel_words = words_of(conv.in_channels, conv.format);
-  const std::int64_t taps = window.kernel[0] * window.kernel[1];
-  plan.words = taps * pixel_words;
+  plan.words = words_of_window(conv);
   const std::int64_t strip = conv_strip(isa);
   plan.strips = ceil_div(conv.out_channels, strip);
-  plan.strips_together = std::max<std::int64_t>(kTogetherBytes / (plan.words * strip * 4), 1);
+  std::int64_t column_words = plan.words;
+  // A projection's weights too have to find room in AVX2's smaller L2 caches.
+  if (isa == Isa::kAvx2 && conv.projection != nullptr) {
+    column_words += words_of_window(*conv.projection);
+  }
+  plan.strips_together = std::max<std::int64_t>(kTogetherBytes / (column_words * strip * 4), 1);
 
   const int half_rows =
       isa == Isa::kAmx ? kTileRegisterRows : half_rows_of(isa == Isa::kAvx2 ? 8 : 16);
@@ -280,7 +291,7 @@ Plan make_plan(const Conv& conv, Isa isa, std::int64_t threads) {
   plan.images_together = plan.halves_per_line % 2 == 1 ? 2 : 1;
 
   plan.pixel_bytes = 4 * pixel_words;
-  plan.in_place = reads_in_place(conv);
+  plan.in_place = reads_in_place(conv, isa);
   std::int64_t line_pixels = conv.width;
   for (int axis = 0; axis < 2; ++axis) plan.steps[axis] = window.stride[axis];
   if (!plan.in_place) {
@@ -357,7 +368,7 @@ void conv_bn(const Conv& given, Isa isa) {
   std::vector<Pass> passes;
   for (const Conv* conv = &given; conv != nullptr; conv = conv->projection) {
     // Both divide the result alike, so neither may be flattened alone.
-    const Conv flat = given.projection == nullptr ? flattened(*conv) : *conv;
+    const Conv flat = given.projection == nullptr ? flattened(*conv, isa) : *conv;
     passes.push_back({flat, make_plan(flat, isa, max_threads()),
                       Terms(conv->bn, conv->out_channels, conv_strip(isa))});
   }

@@ -303,6 +303,30 @@ ISA_INLINE void add_lines(Tile& tile, const void* data, std::int64_t pitch, std:
   }
 }
 
+// Makes one tile of two that have a half each, of equally many rows; returns how many are left.
+ISA_INLINE int join_halves(Tile* tiles, int count) {
+  Tile* single[kHalfRows + 1] = {};  // by rows
+  int left = 0;
+  for (int i = 0; i < count; ++i) {
+    const Tile tile = tiles[i];
+    Tile*& partner = single[tile.rows];
+    if (tile.count == 1 && partner != nullptr) {
+      partner->halves[partner->count++] = tile.halves[0];
+      partner->first_row = std::min(partner->first_row, tile.first_row);
+      partner->last_row = std::max(partner->last_row, tile.last_row);
+      for (int j = 0; j < tile.stretches; ++j) {
+        partner->lines[partner->stretches++] = tile.lines[j];
+      }
+      partner = nullptr;
+    } else {
+      tiles[left] = tile;
+      if (tile.count == 1) partner = &tiles[left];
+      ++left;
+    }
+  }
+  return left;
+}
+
 // The tiles of a task's pixels; returns their number.
 ISA_INLINE int make_tiles(const Pass& pass, const Operand& operand, std::int64_t begin,
                           std::int64_t end, Tile* tiles) {
@@ -340,6 +364,9 @@ ISA_INLINE int make_tiles(const Pass& pass, const Operand& operand, std::int64_t
       add_lines(tile, conv.residual.data, conv.residual.pixel, low.residual, high.residual);
     }
   }
+  // Lines of 7 and 14 pixels are 3 + 2 + 2 and 3 + 3 + 3 + 3 + 2, and a half alone has too few sums
+  // to hide the latency of a product.
+  if constexpr (kLanes == 8) return join_halves(tiles, count);
   return count;
 }
 

@@ -69,6 +69,8 @@ ISA_INLINE Vec least_result(bool relu) {
 ISA_INLINE Vec at_least(Vec v, Vec least) {
 #if ISA_LANES == 16  // the second operand where either is NaN
   return (Vec)_mm512_max_ps((__m512)least, (__m512)v);
+#elif ISA_LANES == 8
+  return (Vec)_mm256_max_ps((__m256)least, (__m256)v);
 #else
   return v < least ? least : v;
 #endif

@@ -38,8 +38,10 @@
 namespace resnet_fused::cpu {
 namespace {
 
-constexpr std::int64_t kBlock = 64;     // output channels per block of U and M
-constexpr std::int64_t kChunk = 16;     // input channels summed in registers
+constexpr std::int64_t kBlock = 64;  // output channels per block of U and M
+constexpr std::int64_t kChunk = 16;  // input channels summed in registers
+// The same on AVX2, of layers with as many: its small tiles are added up less often.
+constexpr std::int64_t kLongChunk = 64;
 constexpr std::int64_t kRows = 12;      // tiles per task are a multiple of
 constexpr std::int64_t kMaxTiles = 96;  // tiles per task, as far as V and M fit:
 constexpr std::int64_t kScratchBytes = 192 << 10, kMostScratchBytes = 768 << 10;

@@ -126,8 +126,9 @@ ISA_INLINE void multiply_rows(std::int64_t rows, const float* v, std::int64_t v_
 ISA_INLINE void multiply_plane(std::int64_t rows, const float* v, std::int64_t v_stride,
                                const float* u, std::int64_t width, float* m,
                                std::int64_t channels) {
-  for (std::int64_t c = 0; c < channels; c += kChunk, v += kChunk, u += kChunk * width) {
-    const std::int64_t depth = std::min(kChunk, channels - c);
+  const std::int64_t chunk = kLanes == 8 && channels >= kLongChunk ? kLongChunk : kChunk;
+  for (std::int64_t c = 0; c < channels; c += chunk, v += chunk, u += chunk * width) {
+    const std::int64_t depth = std::min(chunk, channels - c);
 #if ISA_LANES == 16
     switch (width / 16) {
       case 4:
