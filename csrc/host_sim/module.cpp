@@ -49,9 +49,9 @@ Chunks tile_chunks(const std::vector<std::uint64_t>& size, const std::vector<std
   return listed(host_sim::tile_chunks(map, first.data(), shared));
 }
 
-std::optional<Chunks> pixel_chunks(const std::array<std::uint64_t, 4>& size,
+std::optional<Chunks> pixel_chunks(const std::array<std::int64_t, 4>& size,
                                    const std::array<int, 2>& lower, const std::array<int, 2>& upper,
-                                   const std::array<std::uint32_t, 2>& step, std::uint32_t pixels,
+                                   const std::array<int, 2>& step, int pixels,
                                    const std::array<std::int32_t, 4>& first,
                                    const std::array<std::uint16_t, 2>& offsets) {
   const resnet_fused::PixelBox box{{lower[0], lower[1]}, {upper[0], upper[1]}, {step[0], step[1]}};

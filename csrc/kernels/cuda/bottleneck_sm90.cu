@@ -34,10 +34,10 @@
 // behind its last product of the line), operand of conv3 (1 / the 4 warps of conv3).
 //
 // Memory: x and the result once, the floor, and the weights from L2 once a block.
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
+#include "kernels/cuda/bottleneck_sm90.cuh"
 #include "kernels/cuda/bottleneck_sm90.h"
 #include "kernels/cuda/channel_rows.cuh"
 #include "kernels/cuda/conv_sm90.cuh"
@@ -500,44 +500,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-bool can_read(const Bottleneck& a) {
-  const bool projection = a.projection.weight != nullptr;
-  for (const void* pointer :
-       {a.x, a.conv1.weight, a.conv2.weight, a.conv3.weight, a.projection.weight}) {
-    if (!aligned(pointer)) return false;
-  }
-  return a.dtype != DType::kFloat32 && a.stride == 1 && a.inner <= 64 && a.inner % 8 == 0 &&
-         a.channels % 8 == 0 && a.out_channels % 8 == 0 && a.out_channels <= 64 * kTiles &&
-         (projection ? a.channels <= 64 : a.channels == a.out_channels) &&
-         std::int64_t{a.height} * a.width * a.channels < std::int64_t{1} << 39;
-}
-
-// Lines of a job: with which the busiest SM makes the fewest of conv1, of which each job computes
-// two more than of the result.
-int choose_lines(const Bottleneck& a, std::int64_t strips, int num_sms) {
-  int chosen = a.height;
-  std::int64_t least = 0;
-  for (int segments = 1; segments <= a.height; ++segments) {
-    const int lines = static_cast<int>(ceil_div(a.height, segments));
-    const std::int64_t jobs = a.batch * strips * ceil_div(a.height, lines);
-    const std::int64_t made = ceil_div(jobs, num_sms) * (lines + 2);
-    if (segments == 1 || made < least) {
-      chosen = lines;
-      least = made;
-    }
-  }
-  return chosen;
-}
-
 template <typename T, bool kProjection>
-cudaError_t make_plan(void* out, const Bottleneck& a, int num_sms, LaunchPlan<Arguments>* plan) {
+cudaError_t run(void* out, const Bottleneck& a, int num_sms, cudaStream_t stream) {
   const std::int64_t strips = a.width <= kN ? 1 : ceil_div(a.width, kN - 2);
-  Arguments& to = plan->arguments;
+  Arguments to{};
   to.block = a;
   to.columns = static_cast<int>(ceil_div(a.width, strips));
   to.strips = static_cast<unsigned>(strips);
   to.halo = strips > 1;
-  to.lines = choose_lines(a, strips, num_sms);
+  to.lines = choose_steps(a.batch * strips, a.height, 2, num_sms);
   to.segments = static_cast<unsigned>(ceil_div(a.height, to.lines));
   to.tiles = static_cast<int>(ceil_div(a.out_channels, kMapChannels));
   const std::int64_t jobs = a.batch * strips * to.segments;
@@ -545,46 +516,36 @@ cudaError_t make_plan(void* out, const Bottleneck& a, int num_sms, LaunchPlan<Ar
   if (jobs > kMaxGridX - num_sms) return cudaErrorInvalidConfiguration;
   to.jobs = static_cast<unsigned>(jobs);
   to.spin_limit = spin_limit;
-  plan->kernel = &bottleneck_sm90_kernel<T, kProjection>;
-  plan->shape = {dim3(std::min<unsigned>(to.jobs, num_sms)), dim3(kThreads),
-                 Layout<kProjection>::kBytes, dim3(1), true};
   const auto encode = [&](CUtensorMap* map, const void* data, int channels, int columns) {
-    const auto size = [](std::int64_t value) { return static_cast<std::uint64_t>(value); };
-    return encode_tiles(map, a.dtype, data,
-                        {size(channels), size(a.width), size(a.height), size(a.batch)},
-                        {static_cast<std::uint32_t>(columns), 1, 1});
+    return encode_tiles(map, a.dtype, data, {channels, a.width, a.height, a.batch},
+                        {columns, 1, 1});
   };
-  const cudaError_t status = encode(&to.x, a.x, a.channels, kN);
-  return status == cudaSuccess ? encode(&to.out, out, a.out_channels, to.columns) : status;
-}
-
-template <typename T>
-cudaError_t make_plan(void* out, const Bottleneck& a, int num_sms, LaunchPlan<Arguments>* plan) {
-  return a.projection.weight != nullptr ? make_plan<T, true>(out, a, num_sms, plan)
-                                        : make_plan<T, false>(out, a, num_sms, plan);
+  cudaError_t status = encode(&to.x, a.x, a.channels, kN);
+  if (status == cudaSuccess) status = encode(&to.out, out, a.out_channels, to.columns);
+  if (status != cudaSuccess) return status;
+  return launch(&bottleneck_sm90_kernel<T, kProjection>,
+                persistent_shape(to.jobs, num_sms, kThreads, Layout<kProjection>::kBytes), stream,
+                to);
 }
 
 }  // namespace
 
-bool bottleneck_sm90_can_implement(const Bottleneck& arguments, int device) {
-  bool sm90 = false;
-  return runs_sm90(device, &sm90) == cudaSuccess && sm90 && can_read(arguments);
+bool bottleneck_sm90_can_implement(const Bottleneck& a, int device) {
+  return can_take(a, device) && a.inner <= 64 && a.out_channels <= 64 * kTiles &&
+         (a.projection.weight == nullptr || a.channels <= 64);
 }
 
-cudaError_t bottleneck_sm90(void* out, const Bottleneck& arguments, int device,
-                            cudaStream_t stream) {
-  const Bottleneck& a = arguments;
+cudaError_t bottleneck_sm90(void* out, const Bottleneck& a, int device, cudaStream_t stream) {
   if (!bottleneck_sm90_can_implement(a, device) || !aligned(out)) return cudaErrorInvalidValue;
   if (a.batch == 0 || a.height == 0 || a.width == 0) return cudaSuccess;
-  LaunchPlan<Arguments> plan;
-  int num_sms = 0;
-  cudaError_t status = get_num_sms(device, &num_sms);
-  if (status == cudaSuccess) {
-    status = a.dtype == DType::kFloat16 ? make_plan<__half>(out, a, num_sms, &plan)
-                                        : make_plan<__nv_bfloat16>(out, a, num_sms, &plan);
-  }
-  if (status == cudaSuccess) status = set_device(device);
-  return status == cudaSuccess ? launch(plan, stream) : status;
+  Machine machine;
+  const cudaError_t status = set_device(device, &machine);
+  if (status != cudaSuccess) return status;
+  return with_half(a.dtype, [&](auto half) {
+    using T = decltype(half);
+    return a.projection.weight != nullptr ? run<T, true>(out, a, machine.num_sms, stream)
+                                          : run<T, false>(out, a, machine.num_sms, stream);
+  });
 }
 
 }  // namespace resnet_fused

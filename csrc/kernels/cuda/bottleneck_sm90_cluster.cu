@@ -49,6 +49,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels/cuda/bottleneck_sm90.cuh"
 #include "kernels/cuda/bottleneck_sm90_cluster.h"
 #include "kernels/cuda/channel_rows.cuh"
 #include "kernels/cuda/conv_sm90.cuh"
@@ -544,34 +545,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   cluster_barrier();  // other blocks reach into this one's shared memory
 }
 
-bool can_read(const Bottleneck& a) {
-  for (const void* pointer : {a.x, a.conv1.weight, a.conv2.weight, a.conv3.weight}) {
-    if (!aligned(pointer)) return false;
-  }
-  return a.dtype != DType::kFloat32 && a.stride == 1 && a.projection.weight == nullptr &&
-         a.inner <= 2 * kProductM && a.inner % 8 == 0 && a.channels == a.out_channels &&
-         a.channels % 8 == 0 && a.channels <= kDepth * kMapChannels && a.width <= kColumns &&
-         std::int64_t{a.height} * a.width * a.channels < std::int64_t{1} << 39;
-}
-
-// Lines of a job: with which the busiest cluster computes the fewest pairs of conv1, of which each
-// job has one more than of the result.
-int choose_lines(const Bottleneck& a, int clusters) {
-  const int pairs = static_cast<int>(ceil_div(a.height, 2));
-  int chosen = 2 * pairs;
-  std::int64_t least = 0;
-  for (int segments = 1; segments <= pairs; ++segments) {
-    const int steps = static_cast<int>(ceil_div(pairs, segments));
-    const std::int64_t jobs = a.batch * ceil_div(pairs, steps);
-    const std::int64_t made = ceil_div(jobs, clusters) * (steps + 1);
-    if (segments == 1 || made < least) {
-      chosen = 2 * steps;
-      least = made;
-    }
-  }
-  return chosen;
-}
-
 // How many clusters the current device runs at once: fewer than a quarter of its SMs, as a cluster
 // has all of its SMs from one group of them.
 cudaError_t count_clusters(int device, int* clusters) {
@@ -604,36 +577,32 @@ cudaError_t count_clusters(int device, int* clusters) {
 }
 
 template <typename T>
-cudaError_t launch(void* out, const Bottleneck& a, int clusters, cudaStream_t stream) {
-  LaunchPlan<Arguments> plan;
-  Arguments& to = plan.arguments;
+cudaError_t run(void* out, const Bottleneck& a, int clusters, cudaStream_t stream) {
+  Arguments to{};
   to.block = a;
-  to.lines = choose_lines(a, clusters);
+  to.lines = 2 * choose_steps(a.batch, static_cast<int>(ceil_div(a.height, 2)), 1, clusters);
   to.segments = static_cast<int>(ceil_div(a.height, to.lines));
   const std::int64_t jobs = a.batch * to.segments;
   // A job's number must not overflow where a cluster advances.
   if (jobs > kMaxGridX - clusters) return cudaErrorInvalidConfiguration;
   to.jobs = static_cast<unsigned>(jobs);
   to.spin_limit = spin_limit;
-  plan.kernel = &bottleneck_sm90_cluster_kernel<T>;
-  plan.shape = {dim3(kRanks * std::min<unsigned>(to.jobs, clusters)), dim3(kThreads),
-                static_cast<std::size_t>(kBytes), dim3(kRanks), true};
   const auto encode = [&](CUtensorMap* map, const void* data) {
-    const auto size = [](std::int64_t value) { return static_cast<std::uint64_t>(value); };
-    return encode_tiles(map, a.dtype, data,
-                        {size(a.channels), size(a.width), size(a.height), size(a.batch)},
+    return encode_tiles(map, a.dtype, data, {a.channels, a.width, a.height, a.batch},
                         {kColumns, 2, 1});
   };
   cudaError_t status = encode(&to.x, a.x);
   if (status == cudaSuccess) status = encode(&to.out, out);
-  return status == cudaSuccess ? resnet_fused::launch(plan, stream) : status;
+  if (status != cudaSuccess) return status;
+  return launch(&bottleneck_sm90_cluster_kernel<T>,
+                persistent_shape(to.jobs, clusters, kThreads, kBytes, kRanks), stream, to);
 }
 
 }  // namespace
 
-bool bottleneck_sm90_cluster_can_implement(const Bottleneck& arguments, int device) {
-  bool sm90 = false;
-  return runs_sm90(device, &sm90) == cudaSuccess && sm90 && can_read(arguments);
+bool bottleneck_sm90_cluster_can_implement(const Bottleneck& a, int device) {
+  return can_take(a, device) && a.projection.weight == nullptr && a.inner <= 2 * kProductM &&
+         a.channels <= kDepth * kMapChannels && a.width <= kColumns;
 }
 
 bool bottleneck_sm90_cluster_is_profitable(const Bottleneck& arguments, int device) {
@@ -641,9 +610,8 @@ bool bottleneck_sm90_cluster_is_profitable(const Bottleneck& arguments, int devi
          2 * arguments.width > kColumns;
 }
 
-cudaError_t bottleneck_sm90_cluster(void* out, const Bottleneck& arguments, int device,
+cudaError_t bottleneck_sm90_cluster(void* out, const Bottleneck& a, int device,
                                     cudaStream_t stream) {
-  const Bottleneck& a = arguments;
   if (!bottleneck_sm90_cluster_can_implement(a, device) || !aligned(out)) {
     return cudaErrorInvalidValue;
   }
@@ -653,8 +621,8 @@ cudaError_t bottleneck_sm90_cluster(void* out, const Bottleneck& arguments, int 
   if (status == cudaSuccess) status = count_clusters(device, &clusters);
   if (status != cudaSuccess) return status;
   if (clusters == 0) return cudaErrorInvalidConfiguration;
-  return a.dtype == DType::kFloat16 ? launch<__half>(out, a, clusters, stream)
-                                    : launch<__nv_bfloat16>(out, a, clusters, stream);
+  return with_half(a.dtype,
+                   [&](auto half) { return run<decltype(half)>(out, a, clusters, stream); });
 }
 
 }  // namespace resnet_fused

@@ -44,14 +44,12 @@ bool conv_bn_can_implement(const ConvBn& arguments, ConvTile tile) {
 }
 
 cudaError_t conv_bn_tiles(const ConvBn& arguments, int device, std::vector<ConvTile>* tiles) {
-  bool sm90 = false;
-  int num_sms = 0;
-  cudaError_t status = runs_sm90(device, &sm90);
-  if (status == cudaSuccess) status = get_num_sms(device, &num_sms);
+  Machine machine;
+  const cudaError_t status = query(device, &machine);
   if (status != cudaSuccess) return status;
   ConvTile chosen = ConvTile::kAuto;
-  if (sm90 && conv_bn_sm90_can_implement(arguments, chosen)) {
-    chosen = conv_bn_sm90_choose(arguments, num_sms);
+  if (machine.sm90 && conv_bn_sm90_can_implement(arguments, chosen)) {
+    chosen = conv_bn_sm90_choose(arguments, machine.num_sms);
     tiles->push_back(chosen);
   }
   for (const ConvTile tile :
@@ -60,7 +58,8 @@ cudaError_t conv_bn_tiles(const ConvBn& arguments, int device, std::vector<ConvT
         ConvTile::k128x256Sm90Cluster, ConvTile::k64x64Sm90Split2, ConvTile::k64x64Sm90Split4,
         ConvTile::k64x64Sm90Split8, ConvTile::k200x128Sm90Lines, ConvTile::k224x128Sm90Lines,
         ConvTile::k64x128Sm90Resident}) {
-    if (tile != chosen && (sm90 || !for_sm90(tile)) && conv_bn_can_implement(arguments, tile)) {
+    if (tile != chosen && (machine.sm90 || !for_sm90(tile)) &&
+        conv_bn_can_implement(arguments, tile)) {
       tiles->push_back(tile);
     }
   }
@@ -72,12 +71,10 @@ cudaError_t conv_bn(const ConvBn& arguments, ConvTile tile, int device, cudaStre
   if (a.batch == 0 || a.out_height == 0 || a.out_width == 0 || a.out_channels == 0) {
     return cudaSuccess;
   }
-  cudaError_t status = set_device(device);
-  int num_sms = 0;
-  bool sm90 = false;
-  if (status == cudaSuccess) status = get_num_sms(device, &num_sms);
-  if (status == cudaSuccess) status = runs_sm90(device, &sm90);
+  Machine machine;
+  const cudaError_t status = set_device(device, &machine);
   if (status != cudaSuccess) return status;
+  const auto& [num_sms, sm90] = machine;
   if (for_sm90(tile) || (tile == ConvTile::kAuto && sm90 && conv_bn_sm90_can_implement(a, tile))) {
     return sm90 ? conv_bn_sm90(a, tile, num_sms, stream) : cudaErrorInvalidValue;
   }

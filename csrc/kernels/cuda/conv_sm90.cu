@@ -281,40 +281,25 @@ template <typename T, typename Tile, bool kProjection>
 __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
     conv_bn_sm90_kernel(const __grid_constant__ PersistentArguments a) {
   using Shared = Shared<Tile>;
-  ptx::registers_at_launch<Tile::kNumLaunchRegisters>();
-  if (threadIdx.x == 0) {
-    Shared::Operands::init(1, Tile::kCluster * Tile::kOfTile * kWarpgroup / 32);
-    Shared::ScaleShifts::init(32, Tile::kOfTile);
-    Shared::Results::init(1, Tile::kOfTile);
-    Shared::Turns::init(1, 1);
-    if constexpr (Tile::kResidentSteps > 0) Shared::Weights::init(1, 1);
-    ptx::fence_mbarrier_init();
-  }
-  meet<Tile::kCluster>();
-  ptx::wait_for_earlier_kernels();
-
-  const int warpgroup = ptx::uniform(threadIdx.x / kWarpgroup);
-  if (warpgroup == 0) {
-    ptx::decrease_registers<Tile::kNumProducerRegisters>();
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (warp == 0 && lane == 0) {
-      if constexpr (Tile::kResidentSteps > 0) {
-        load_resident_weights<Tile>(a);
-        load_operands<Tile, typename Shared::Operands, kProjection, NoWeights>(a);
-      } else {
-        load_operands<Tile, typename Shared::Operands, kProjection>(a);
-      }
-    } else if (warp == 1) {
-      load_scale_shifts<Tile, kProjection>(a);
-    } else if (warp == 2 && lane == 0) {
-      move_results<Tile, typename Shared::Results, Shared::kResults>(a);
-    }
-  } else {
-    ptx::increase_registers<Tile::kNumConsumerRegisters>();
-    consume<T, Tile, kProjection>(a, warpgroup - 1);
-  }
-  // The other block copies into this one's shared memory, and releases its stages.
-  if constexpr (Tile::kCluster > 1) meet<Tile::kCluster>();
+  run_roles<Tile>(
+      [] {
+        Shared::Operands::init(1, Tile::kCluster * Tile::kOfTile * kWarpgroup / 32);
+        Shared::ScaleShifts::init(32, Tile::kOfTile);
+        Shared::Results::init(1, Tile::kOfTile);
+        Shared::Turns::init(1, 1);
+        if constexpr (Tile::kResidentSteps > 0) Shared::Weights::init(1, 1);
+      },
+      [&] {
+        if constexpr (Tile::kResidentSteps > 0) {
+          load_resident_weights<Tile>(a);
+          load_operands<Tile, typename Shared::Operands, kProjection, NoWeights>(a);
+        } else {
+          load_operands<Tile, typename Shared::Operands, kProjection>(a);
+        }
+      },
+      [&] { load_scale_shifts<Tile, kProjection>(a); },
+      [&] { move_results<Tile, typename Shared::Results, Shared::kResults>(a); },
+      [&](int consumer) { consume<T, Tile, kProjection>(a, consumer); });
 }
 
 // Calls function(Tile()) of the type that `tile` names; false if it names none.
@@ -404,27 +389,13 @@ std::int64_t cycles(const ConvBn& a, int num_sms) {
 }
 
 template <typename T, typename Tile, bool kProjection>
-cudaError_t make_plan(const ConvBn& a, int num_sms, LaunchPlan<PersistentArguments>* plan) {
-  const cudaError_t status = encode_arguments<Tile>(&plan->arguments, a);
-  plan->kernel = &conv_bn_sm90_kernel<T, Tile, kProjection>;
-  plan->shape = persistent_shape<Tile>(
-      plan->arguments.tiles, static_cast<int>(blocks<Tile>(a, num_sms)), Shared<Tile>::kBytes);
-  return status;
-}
-
-template <typename T>
-cudaError_t make_plan(const ConvBn& a, ConvTile tile, int num_sms,
-                      LaunchPlan<PersistentArguments>* plan) {
-  cudaError_t status = cudaErrorInvalidValue;
-  with_tile(tile, [&](auto t) {
-    using Tile = decltype(t);
-    if (a.projection.x == nullptr) {
-      status = make_plan<T, Tile, false>(a, num_sms, plan);
-    } else if constexpr (Tile::kResidentSteps == 0) {
-      status = make_plan<T, Tile, true>(a, num_sms, plan);
-    }
-  });
-  return status;
+cudaError_t run(const ConvBn& a, int num_sms, cudaStream_t stream) {
+  PersistentArguments to{};
+  const cudaError_t status = encode_arguments<Tile>(&to, a);
+  if (status != cudaSuccess) return status;
+  return launch_tiles<Tile>(&conv_bn_sm90_kernel<T, Tile, kProjection>, to,
+                            static_cast<int>(blocks<Tile>(a, num_sms)), Shared<Tile>::kBytes,
+                            stream);
 }
 
 }  // namespace
@@ -458,11 +429,18 @@ cudaError_t conv_bn_sm90(const ConvBn& a, ConvTile tile, int num_sms, cudaStream
   if (tile == ConvTile::kAuto) tile = conv_bn_sm90_choose(a, num_sms);
   if (is_split(tile)) return conv_bn_sm90_split(a, tile, stream);
   if (is_lines(tile)) return conv_bn_sm90_lines(a, tile, num_sms, stream);
-  LaunchPlan<PersistentArguments> plan;
-  const cudaError_t status = a.dtype == DType::kFloat16
-                                 ? make_plan<__half>(a, tile, num_sms, &plan)
-                                 : make_plan<__nv_bfloat16>(a, tile, num_sms, &plan);
-  return status == cudaSuccess ? launch(plan, stream) : status;
+  cudaError_t status = cudaErrorInvalidValue;
+  with_tile(tile, [&](auto t) {
+    using Tile = decltype(t);
+    status = with_half(a.dtype, [&](auto half) {
+      using T = decltype(half);
+      if constexpr (Tile::kResidentSteps == 0) {
+        if (a.projection.x != nullptr) return run<T, Tile, true>(a, num_sms, stream);
+      }
+      return run<T, Tile, false>(a, num_sms, stream);
+    });
+  });
+  return status;
 }
 
 }  // namespace resnet_fused

@@ -153,13 +153,42 @@ inline PixelBox pixel_box(const ConvolutionBn& conv) {
   return {{-conv.padding_w, -conv.padding_h},
           {conv.padding_w - conv.dilation_w * (conv.kernel_w - 1),
            conv.padding_h - conv.dilation_h * (conv.kernel_h - 1)},
-          {static_cast<std::uint32_t>(conv.stride_w), static_cast<std::uint32_t>(conv.stride_h)}};
+          {conv.stride_w, conv.stride_h}};
 }
 
 inline bool is_matrix(const ConvolutionBn& conv) {
   return conv.kernel_h * conv.kernel_w * conv.stride_h * conv.stride_w == 1 &&
          conv.padding_h + conv.padding_w == 0;
 }
+
+inline bool is_padded_3x3(const ConvolutionBn& conv) {
+  return conv.kernel_h == 3 && conv.kernel_w == 3 && conv.padding_h == 1 && conv.padding_w == 1 &&
+         conv.stride_h * conv.stride_w * conv.dilation_h * conv.dilation_w == 1;
+}
+
+// What a tile of whole lines takes of the images, where so many `positions` fit and lines begin
+// `pitch` of them apart: lines of an image, or whole images with a line between them, so far as
+// bulk copies can begin at each (at multiples of 1024 bytes).
+struct WholeLines {
+  int lines, segments;  // of a tile in an image, and tiles of one
+  int images;           // of a tile
+  int copied_lines;     // of x
+  std::int64_t parts;   // tiles of all images
+
+  WholeLines(const ConvBn& a, int pitch, int positions) {
+    const int most = positions / pitch;
+    segments = static_cast<int>(ceil_div(a.out_height, most));
+    lines = static_cast<int>(ceil_div(a.out_height, segments));
+    const bool stacks = segments == 1 && (a.out_height + 1) * pitch % 8 == 0;
+    images = stacks ? (most + 1) / (a.out_height + 1) : 1;
+    copied_lines = images > 1 ? images * (a.out_height + 1) + 1 : lines + 2;
+    parts = ceil_div(a.batch, images) * segments;
+  }
+
+  std::int64_t tiles(const ConvBn& a, int channels) const {
+    return parts * ceil_div(a.out_channels, channels);
+  }
+};
 
 inline bool can_read(const ConvolutionBn& conv) {
   constexpr std::int64_t kMaxOffset = 255;  // of a tap (PTX ISA, im2col offsets of 4 dimensions)
@@ -184,25 +213,19 @@ inline cudaError_t encode_x(Product* to, const ConvBn& a, const ConvolutionBn& c
   to->padding_w = conv.padding_w;
   to->matrix = is_matrix(conv);
   to->bn = conv.bn;
-  const auto size = [](std::int64_t value) { return static_cast<std::uint64_t>(value); };
   return to->matrix
-             ? encode_tiles(&to->x, a.dtype, conv.x, {size(conv.channels), size(positions(a))},
-                            {static_cast<std::uint32_t>(m)})
-             : encode_pixels(
-                   &to->x, a.dtype, conv.x,
-                   {size(conv.channels), size(conv.width), size(conv.height), size(a.batch)},
-                   pixel_box(conv), static_cast<std::uint32_t>(m));
+             ? encode_tiles(&to->x, a.dtype, conv.x, {conv.channels, positions(a)}, {m})
+             : encode_pixels(&to->x, a.dtype, conv.x,
+                             {conv.channels, conv.width, conv.height, a.batch}, pixel_box(conv), m);
 }
 
 // Maps for a step of `m` positions, and of `n` output channels.
 inline cudaError_t encode(Product* to, const ConvBn& a, const ConvolutionBn& conv, int m, int n) {
-  const auto size = [](std::int64_t value) { return static_cast<std::uint64_t>(value); };
   const cudaError_t status = encode_x(to, a, conv, m);
   if (status != cudaSuccess) return status;
   return encode_tiles(&to->weight, a.dtype, conv.weight,
-                      {size(conv.channels), size(std::int64_t{conv.kernel_h} * conv.kernel_w),
-                       size(a.out_channels)},
-                      {1, static_cast<std::uint32_t>(n)});
+                      {conv.channels, std::int64_t{conv.kernel_h} * conv.kernel_w, a.out_channels},
+                      {1, n});
 }
 
 // Steps of the K loop.

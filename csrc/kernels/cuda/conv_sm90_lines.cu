@@ -227,31 +227,15 @@ bool with_tile(ConvTile tile, Function&& function) {
   }
 }
 
-// What a tile of so many positions takes of `a`'s images.
-struct Part {
-  int lines, segments, images;
-  int copied_lines;  // of x
-
-  Part(const ConvBn& a, int positions) {
-    const int most = std::min(positions, kRows - 2 * a.out_width) / a.out_width;
-    segments = static_cast<int>(ceil_div(a.out_height, most));
-    lines = static_cast<int>(ceil_div(a.out_height, segments));
-    // Bulk stores begin at multiples of 1024 bytes.
-    const bool stacks = segments == 1 && (a.out_height + 1) * a.out_width % 8 == 0;
-    images = stacks ? (most + 1) / (a.out_height + 1) : 1;
-    copied_lines = images > 1 ? images * (a.out_height + 1) + 1 : lines + 2;
-  }
-
-  std::int64_t tiles(const ConvBn& a) const {
-    return ceil_div(a.batch, images) * segments * ceil_div(a.out_channels, kChannels);
-  }
-};
+// The window's last rows are within a stage.
+WholeLines lines_of(const ConvBn& a, int positions) {
+  return {a, a.out_width, std::min(positions, kRows - 2 * a.out_width)};
+}
 
 template <typename T, int kPositions>
-cudaError_t launch(const ConvBn& a, int num_sms, cudaStream_t stream) {
-  const Part part(a, kPositions);
-  LaunchPlan<Arguments> plan;
-  Arguments& to = plan.arguments;
+cudaError_t run(const ConvBn& a, int num_sms, cudaStream_t stream) {
+  const WholeLines part = lines_of(a, kPositions);
+  Arguments to{};
   to.bn = a.conv.bn;
   to.channels = a.conv.channels;
   to.out_channels = a.out_channels;
@@ -262,31 +246,27 @@ cudaError_t launch(const ConvBn& a, int num_sms, cudaStream_t stream) {
   to.image_bytes = static_cast<unsigned>((a.out_height + 1) * a.out_width * kRowBytes);
   const int copied = part.copied_lines * a.out_width;
   to.copied_bytes = static_cast<unsigned>(copied * kRowBytes);
-  to.tiles = static_cast<unsigned>(part.tiles(a));
+  to.tiles = static_cast<unsigned>(part.tiles(a, kChannels));
   to.tiles_across = static_cast<unsigned>(ceil_div(a.out_channels, kChannels));
   to.relu = a.relu;
   to.spin_limit = spin_limit;
-  plan.kernel = &conv_bn_sm90_lines_kernel<T, kPositions>;
-  plan.shape = {dim3(std::min<unsigned>(to.tiles, num_sms)), dim3(kThreads),
-                static_cast<std::size_t>(Shared<kPositions>::kBytes), dim3(1), true};
-  const auto size = [](std::int64_t value) { return static_cast<std::uint64_t>(value); };
   // A line above each image, and none below.
   cudaError_t status =
-      encode_pixels(&to.x, a.dtype, a.conv.x,
-                    {size(a.conv.channels), size(a.out_width), size(a.out_height), size(a.batch)},
-                    {{-1, -1}, {-1, 0}, {1, 1}}, static_cast<std::uint32_t>(copied));
+      encode_pixels(&to.x, a.dtype, a.conv.x, {a.conv.channels, a.out_width, a.out_height, a.batch},
+                    {{-1, -1}, {-1, 0}, {1, 1}}, copied);
+  if (status == cudaSuccess) {
+    status = encode_tiles(&to.weight, a.dtype, a.conv.weight,
+                          {a.conv.channels, kSide * kSide, a.out_channels}, {1, kChannels});
+  }
   if (status == cudaSuccess) {
     status =
-        encode_tiles(&to.weight, a.dtype, a.conv.weight,
-                     {size(a.conv.channels), kSide * kSide, size(a.out_channels)}, {1, kChannels});
+        encode_tiles(&to.out, a.dtype, a.out, {a.out_channels, a.out_width, a.out_height, a.batch},
+                     {a.out_width, part.lines, 1});
   }
-  if (status == cudaSuccess) {
-    status = encode_tiles(
-        &to.out, a.dtype, a.out,
-        {size(a.out_channels), size(a.out_width), size(a.out_height), size(a.batch)},
-        {static_cast<std::uint32_t>(a.out_width), static_cast<std::uint32_t>(part.lines), 1});
-  }
-  return status == cudaSuccess ? resnet_fused::launch(plan, stream) : status;
+  if (status != cudaSuccess) return status;
+  return launch(&conv_bn_sm90_lines_kernel<T, kPositions>,
+                persistent_shape(to.tiles, num_sms, kThreads, Shared<kPositions>::kBytes), stream,
+                to);
 }
 
 }  // namespace
@@ -296,16 +276,9 @@ bool is_lines(ConvTile tile) {
 }
 
 bool conv_bn_sm90_lines_can_implement(const ConvBn& a, ConvTile tile) {
-  const ConvolutionBn& conv = a.conv;
-  const int sides[] = {conv.kernel_h, conv.kernel_w};
-  const int ones[] = {conv.stride_h,  conv.stride_w,   conv.padding_h,
-                      conv.padding_w, conv.dilation_h, conv.dilation_w};
-  const auto is = [](int value) { return [=](int other) { return other == value; }; };
   bool fits = false;  // the last window's rows in a stage
   with_tile(tile, [&](auto t) { fits = 2 * a.out_width + t.kOf <= kRows; });
-  return fits && a.projection.x == nullptr && a.residual.channels == 0 &&
-         std::all_of(std::begin(sides), std::end(sides), is(kSide)) &&
-         std::all_of(std::begin(ones), std::end(ones), is(1));
+  return fits && a.projection.x == nullptr && a.residual.channels == 0 && is_padded_3x3(a.conv);
 }
 
 // A step's products, as of the other tiles. By the model of time those ask L2 for so much that a
@@ -316,7 +289,7 @@ std::int64_t conv_bn_sm90_lines_cycles(const ConvBn& a, ConvTile tile, int num_s
   with_tile(tile, [&](auto t) {
     constexpr std::int64_t kStep = t.kOf * kChannels * kMapChannels / 2048;
     constexpr std::int64_t kEpilogue = t.kOf * kChannels * 30 / 1000;
-    const std::int64_t of_sm = ceil_div(Part(a, t.kOf).tiles(a), num_sms);
+    const std::int64_t of_sm = ceil_div(lines_of(a, t.kOf).tiles(a, kChannels), num_sms);
     cycles = of_sm * (steps_of(a.conv) * kStep + kEpilogue) * 3 / 4;
   });
   return cycles;
@@ -325,8 +298,9 @@ std::int64_t conv_bn_sm90_lines_cycles(const ConvBn& a, ConvTile tile, int num_s
 cudaError_t conv_bn_sm90_lines(const ConvBn& a, ConvTile tile, int num_sms, cudaStream_t stream) {
   cudaError_t status = cudaErrorInvalidValue;
   with_tile(tile, [&](auto t) {
-    status = a.dtype == DType::kFloat16 ? launch<__half, t.kOf>(a, num_sms, stream)
-                                        : launch<__nv_bfloat16, t.kOf>(a, num_sms, stream);
+    status = with_half(a.dtype, [&](auto half) {
+      return run<decltype(half), decltype(t)::kOf>(a, num_sms, stream);
+    });
   });
   return status;
 }

@@ -253,9 +253,8 @@ int splits_of(ConvTile tile) {
 }
 
 template <typename T, int kSplits, bool kProjection>
-cudaError_t launch(const ConvBn& a, cudaStream_t stream) {
-  LaunchPlan<Arguments> plan;
-  Arguments& to = plan.arguments;
+cudaError_t run(const ConvBn& a, cudaStream_t stream) {
+  Arguments to{};
   to.residual = a.residual;
   to.out = a.out;
   to.out_height = a.out_height;
@@ -270,28 +269,18 @@ cudaError_t launch(const ConvBn& a, cudaStream_t stream) {
     status = encode(&to.projection, a, a.projection, Tile::kM, Tile::kN);
   }
   if (status != cudaSuccess) return status;
-  plan.kernel = &conv_bn_sm90_split_kernel<T, kSplits, kProjection>;
-  plan.shape = {dim3(grid_size(tiles(a) * kSplits)), dim3(kThreads),
-                Shared<kSplits, kProjection>::kBytes, dim3(kSplits), true};
-  return launch(plan, stream);
+  const LaunchShape shape{dim3(grid_size(tiles(a) * kSplits)), dim3(kThreads),
+                          Shared<kSplits, kProjection>::kBytes, dim3(kSplits), true};
+  return launch(&conv_bn_sm90_split_kernel<T, kSplits, kProjection>, shape, stream, to);
 }
 
-template <typename T, int kSplits>
-cudaError_t launch(const ConvBn& a, cudaStream_t stream) {
-  return a.projection.x == nullptr ? launch<T, kSplits, false>(a, stream)
-                                   : launch<T, kSplits, true>(a, stream);
-}
-
-template <typename T>
-cudaError_t launch(const ConvBn& a, int splits, cudaStream_t stream) {
-  switch (splits) {
-    case 2:
-      return launch<T, 2>(a, stream);
-    case 4:
-      return launch<T, 4>(a, stream);
-    default:
-      return launch<T, 8>(a, stream);
-  }
+template <int kSplits>
+cudaError_t run(const ConvBn& a, cudaStream_t stream) {
+  return with_half(a.dtype, [&](auto half) {
+    using T = decltype(half);
+    return a.projection.x == nullptr ? run<T, kSplits, false>(a, stream)
+                                     : run<T, kSplits, true>(a, stream);
+  });
 }
 
 }  // namespace
@@ -320,8 +309,14 @@ std::int64_t conv_bn_sm90_split_cycles(const ConvBn& a, ConvTile tile, int num_s
 }
 
 cudaError_t conv_bn_sm90_split(const ConvBn& a, ConvTile tile, cudaStream_t stream) {
-  return a.dtype == DType::kFloat16 ? launch<__half>(a, splits_of(tile), stream)
-                                    : launch<__nv_bfloat16>(a, splits_of(tile), stream);
+  switch (splits_of(tile)) {
+    case 2:
+      return run<2>(a, stream);
+    case 4:
+      return run<4>(a, stream);
+    default:
+      return run<8>(a, stream);
+  }
 }
 
 }  // namespace resnet_fused

@@ -470,37 +470,26 @@ __global__ void __launch_bounds__(kThreads, 1)
   using Shared = Shared<Tile>;
   using Weights =
       std::conditional_t<kEnding == Ending::kStatistics, WeightRows<Tile>, TransposedWeights<Tile>>;
-  ptx::registers_at_launch<Tile::kNumLaunchRegisters>();
-  if (threadIdx.x == 0) {
-    Shared::Operands::init(1, Tile::kCluster * Tile::kOfTile * kWarps);
-    Shared::Results::init(1, Tile::kOfTile);
-    Shared::Turns::init(1, 1);
-    ptx::fence_mbarrier_init();
-  }
-  meet<Tile::kCluster>();
-  ptx::wait_for_earlier_kernels();
-
-  const int warpgroup = ptx::uniform(threadIdx.x / kWarpgroup);
-  if (warpgroup == 0) {
-    ptx::decrease_registers<Tile::kNumProducerRegisters>();
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (warp == 0 && lane == 0) {
-      if constexpr (kHasClasses<kEnding>) {
-        load_classes<Tile, typename Shared::Operands>(a);
-      } else {
-        load_operands<Tile, typename Shared::Operands, kHasOperand<kEnding>, Weights>(a);
-      }
-    } else if (warp == 2 && lane == 0) {
-      using Results = typename Shared::Results;
-      using OfEnding = std::conditional_t<kHasClasses<kEnding>, Arguments, PersistentArguments>;
-      move_results<Tile, Results, Shared::kResults, OfEnding>(a);
-    }
-  } else {
-    ptx::increase_registers<Tile::kNumConsumerRegisters>();
-    consume<T, Tile, kEnding>(a, warpgroup - 1);
-  }
-  // The other block copies into this one's shared memory, and releases its stages.
-  if constexpr (Tile::kCluster > 1) meet<Tile::kCluster>();
+  run_roles<Tile>(
+      [] {
+        Shared::Operands::init(1, Tile::kCluster * Tile::kOfTile * kWarps);
+        Shared::Results::init(1, Tile::kOfTile);
+        Shared::Turns::init(1, 1);
+      },
+      [&] {
+        if constexpr (kHasClasses<kEnding>) {
+          load_classes<Tile, typename Shared::Operands>(a);
+        } else {
+          load_operands<Tile, typename Shared::Operands, kHasOperand<kEnding>, Weights>(a);
+        }
+      },
+      nullptr,
+      [&] {
+        using Results = typename Shared::Results;
+        using OfEnding = std::conditional_t<kHasClasses<kEnding>, Arguments, PersistentArguments>;
+        move_results<Tile, Results, Shared::kResults, OfEnding>(a);
+      },
+      [&](int consumer) { consume<T, Tile, kEnding>(a, consumer); });
 }
 
 // Calls function(Tile()) of the type that `tile` names.
@@ -589,10 +578,9 @@ cudaError_t encode_gradient(Arguments* to, const ConvBn& a, const Gradient& grad
     status = encode_residual<Tile>(&of.before, view);
   }
   if (to->num_classes == 1 || status != cudaSuccess) return status;
-  const auto size = [](std::int64_t value) { return static_cast<std::uint64_t>(value); };
   const ConvolutionBn& x = a.conv;
   return encode_pixels(
-      &to->conv.x, a.dtype, x.x, {size(x.channels), size(x.width), size(x.height), size(a.batch)},
+      &to->conv.x, a.dtype, x.x, {x.channels, x.width, x.height, a.batch},
       {{-x.padding_w, -x.padding_h},
        {a.out_width - x.width - x.padding_w, a.out_height - x.height - x.padding_h},
        {1, 1}},
@@ -627,8 +615,8 @@ cudaError_t run(const ConvBn& a, const Gradient* gradient, Arguments to, Trainin
       to.projection.weight = gradient->matrix;
     }
     if (status != cudaSuccess) return status;
-    return launch(&conv_training_sm90_kernel<T, Tile, kEnding>,
-                  persistent_shape<Tile>(to.tiles, num_sms, Shared<Tile>::kBytes), stream, to);
+    return launch_tiles<Tile>(&conv_training_sm90_kernel<T, Tile, kEnding>, to, num_sms,
+                              Shared<Tile>::kBytes, stream);
   });
 }
 
@@ -636,19 +624,16 @@ template <Ending kEnding>
 cudaError_t run(const ConvBn& a, const Gradient* gradient, const Arguments& to, TrainingTile tile,
                 int device, cudaStream_t stream) {
   if (positions(a) * a.out_channels == 0) return cudaSuccess;
-  cudaError_t status = set_device(device);
-  bool sm90 = false;
-  int num_sms = 0;
-  if (status == cudaSuccess) status = runs_sm90(device, &sm90);
-  if (status == cudaSuccess) status = get_num_sms(device, &num_sms);
+  Machine machine;
+  const cudaError_t status = set_device(device, &machine);
   if (status != cudaSuccess) return status;
-  if (!sm90) return cudaErrorInvalidValue;
+  if (!machine.sm90) return cudaErrorInvalidValue;
   if (is_lines(tile)) {
-    return training_lines(a, to.below_scale_shift, to.parts, tile, num_sms, stream);
+    return training_lines(a, to.below_scale_shift, to.parts, tile, machine.num_sms, stream);
   }
-  return a.dtype == DType::kFloat16
-             ? run<__half, kEnding>(a, gradient, to, tile, num_sms, stream)
-             : run<__nv_bfloat16, kEnding>(a, gradient, to, tile, num_sms, stream);
+  return with_half(a.dtype, [&](auto half) {
+    return run<decltype(half), kEnding>(a, gradient, to, tile, machine.num_sms, stream);
+  });
 }
 
 bool can_take(const ConvBn& a) {
@@ -725,11 +710,10 @@ int parts_of(const ConvBn& a, int num_classes, TrainingTile tile) {
 
 cudaError_t list_tiles(const ConvBn& a, int num_classes, bool may_take_lines, int device,
                        std::vector<TrainingTile>* found) {
-  bool sm90 = false;
-  int num_sms = 0;
-  cudaError_t status = runs_sm90(device, &sm90);
-  if (status == cudaSuccess) status = get_num_sms(device, &num_sms);
-  if (status != cudaSuccess || !sm90) return status;
+  Machine machine;
+  const cudaError_t status = query(device, &machine);
+  if (status != cudaSuccess || !machine.sm90) return status;
+  const int num_sms = machine.num_sms;
   *found = {TrainingTile::k128x64, TrainingTile::k128x128, TrainingTile::k256x128Cluster};
   for (const TrainingTile tile : {TrainingTile::k216x64Lines, TrainingTile::k248x64Lines}) {
     if (may_take_lines && training_lines_can_implement(a, tile)) found->push_back(tile);
@@ -785,11 +769,10 @@ cudaError_t dgrad(const Dgrad& arguments, TrainingTile tile, int device, cudaStr
   gradient.conv = arguments.op.conv;
   gradient.operand = arguments.operand;
   const auto encode_weight = [&](CUtensorMap* map, const ConvolutionBn& conv) {
-    const auto size = [](std::int64_t value) { return static_cast<std::uint64_t>(value); };
-    return encode_tiles(map, a.dtype, conv.weight,
-                        {size(a.out_channels), size(std::int64_t{conv.kernel_h} * conv.kernel_w),
-                         size(conv.channels)},
-                        {1, kMapChannels});
+    return encode_tiles(
+        map, a.dtype, conv.weight,
+        {a.out_channels, std::int64_t{conv.kernel_h} * conv.kernel_w, conv.channels},
+        {1, kMapChannels});
   };
   const bool folded = arguments.operand.channels > 0, masks = arguments.below != nullptr;
   cudaError_t status = encode_weight(&gradient.weight, a.conv);

@@ -374,30 +374,16 @@ template <typename T, typename Tile, bool kGradient>
 __global__ void __launch_bounds__(kThreads, 1)
     conv_training_sm90_lines_kernel(const __grid_constant__ Arguments a) {
   using Shared = Shared<Tile>;
-  ptx::registers_at_launch<Tile::kNumLaunchRegisters>();
-  if (threadIdx.x == 0) {
-    Shared::Pixels::init(1, kWarpgroup / 32);
-    Shared::Weights::init(1, kWarpgroup / 32);
-    Shared::Results::init(1, 1);
-    Shared::Turns::init(1, 1);
-    ptx::fence_mbarrier_init();
-  }
-  __syncthreads();
-  ptx::wait_for_earlier_kernels();
-
-  const int warpgroup = ptx::uniform(threadIdx.x / kWarpgroup);
-  if (warpgroup == 0) {
-    ptx::decrease_registers<Tile::kNumProducerRegisters>();
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (warp == 0 && lane == 0) {
-      load_operands<Tile, kGradient>(a);
-    } else if (warp == 2 && lane == 0) {
-      move_results<Tile, typename Shared::Results, Shared::kResults>(a);
-    }
-  } else {
-    ptx::increase_registers<Tile::kNumConsumerRegisters>();
-    consume<T, Tile, kGradient>(a, warpgroup - 1);
-  }
+  run_roles<Tile>(
+      [] {
+        Shared::Pixels::init(1, kWarpgroup / 32);
+        Shared::Weights::init(1, kWarpgroup / 32);
+        Shared::Results::init(1, 1);
+        Shared::Turns::init(1, 1);
+      },
+      [&] { load_operands<Tile, kGradient>(a); }, nullptr,
+      [&] { move_results<Tile, typename Shared::Results, Shared::kResults>(a); },
+      [&](int consumer) { consume<T, Tile, kGradient>(a, consumer); });
 }
 
 // Calls function(Tile()) of the type that `tile` names; false if it names none.
@@ -415,31 +401,15 @@ bool with_tile(TrainingTile tile, Function&& function) {
   }
 }
 
-// What a tile of so many positions takes of `a`'s images.
-struct Part {
-  int pitch, lines, segments, images;
-  int copied;  // pixels of x, the last of which is behind the last line
-
-  Part(const ConvBn& a, int positions) : pitch(a.out_width + 1) {
-    const int most = positions / pitch;
-    segments = static_cast<int>(ceil_div(a.out_height, most));
-    lines = static_cast<int>(ceil_div(a.out_height, segments));
-    // Bulk copies begin at multiples of 1024 bytes.
-    const bool stacks = segments == 1 && (a.out_height + 1) * pitch % 8 == 0;
-    images = stacks ? (most + 1) / (a.out_height + 1) : 1;
-    copied = (images > 1 ? images * (a.out_height + 1) + 1 : lines + 2) * pitch + 1;
-  }
-
-  std::int64_t count(const ConvBn& a) const { return ceil_div(a.batch, images) * segments; }
-  std::int64_t tiles(const ConvBn& a) const {
-    return count(a) * ceil_div(a.out_channels, kProductM);
-  }
-};
+// Behind each line is a position that is none.
+WholeLines lines_of(const ConvBn& a, int positions) { return {a, a.out_width + 1, positions}; }
 
 template <typename T, typename Tile>
-cudaError_t launch(const ConvBn& a, const float* below_scale_shift, float* parts, int num_sms,
-                   cudaStream_t stream) {
-  const Part part(a, Tile::kM);
+cudaError_t run(const ConvBn& a, const float* below_scale_shift, float* parts, int num_sms,
+                cudaStream_t stream) {
+  const WholeLines part = lines_of(a, Tile::kM);
+  const int pitch = a.out_width + 1;
+  const int copied = part.copied_lines * pitch + 1;  // the last pixel is behind the last line
   const bool gradient = below_scale_shift != nullptr;
   Arguments to{};
   to.parts = parts;
@@ -448,45 +418,40 @@ cudaError_t launch(const ConvBn& a, const float* below_scale_shift, float* parts
   to.lines = part.lines;
   to.segments = part.segments;
   to.images = part.images;
-  to.pitch = part.pitch;
-  to.image_bytes = static_cast<unsigned>((a.out_height + 1) * part.pitch * kRowBytes);
-  to.copied_bytes = static_cast<unsigned>(part.copied * kRowBytes);
-  to.below_bytes = static_cast<unsigned>(part.images * part.lines * part.pitch * kRowBytes);
+  to.pitch = pitch;
+  to.image_bytes = static_cast<unsigned>((a.out_height + 1) * pitch * kRowBytes);
+  to.copied_bytes = static_cast<unsigned>(copied * kRowBytes);
+  to.below_bytes = static_cast<unsigned>(part.images * part.lines * pitch * kRowBytes);
   to.conv.channels = a.conv.channels;
   to.out_height = a.out_height;
   to.out_width = a.out_width;
   to.out_channels = a.out_channels;
-  to.tiles = static_cast<unsigned>(part.tiles(a));
+  to.tiles = static_cast<unsigned>(part.tiles(a, kProductM));
   to.tiles_across = static_cast<unsigned>(ceil_div(a.out_channels, kProductM));
   to.resident = std::max(a.conv.channels, a.out_channels) <= kMapChannels;
   to.has_residual = gradient;
   to.spin_limit = spin_limit;
-  const auto size = [](std::int64_t value) { return static_cast<std::uint64_t>(value); };
   // A pixel before each line and a line above each image, and none behind and below.
-  cudaError_t status =
-      encode_pixels(&to.conv.x, a.dtype, a.conv.x,
-                    {size(a.conv.channels), size(a.out_width), size(a.out_height), size(a.batch)},
-                    {{-1, -1}, {0, 0}, {1, 1}}, static_cast<std::uint32_t>(part.copied));
+  cudaError_t status = encode_pixels(&to.conv.x, a.dtype, a.conv.x,
+                                     {a.conv.channels, a.out_width, a.out_height, a.batch},
+                                     {{-1, -1}, {0, 0}, {1, 1}}, copied);
   if (status == cudaSuccess) {
-    const Sizes forward = {size(a.conv.channels), kTaps, size(a.out_channels)};
-    const Sizes turned = {size(a.out_channels), kTaps, size(a.conv.channels)};
+    const Sizes forward = {a.conv.channels, kTaps, a.out_channels};
+    const Sizes turned = {a.out_channels, kTaps, a.conv.channels};
     status = encode_tiles(&to.conv.weight, a.dtype, a.conv.weight, gradient ? turned : forward,
                           {1, kProductM});
   }
   // Of a result and of what masks it the pixel behind each line is none.
   const auto encode_lines = [&](CUtensorMap* map, const void* data) {
-    return encode_tiles(
-        map, a.dtype, data,
-        {size(a.out_channels), size(a.out_width), size(a.out_height), size(a.batch)},
-        {static_cast<std::uint32_t>(part.pitch), static_cast<std::uint32_t>(part.lines), 1});
+    return encode_tiles(map, a.dtype, data, {a.out_channels, a.out_width, a.out_height, a.batch},
+                        {pitch, part.lines, 1});
   };
   if (status == cudaSuccess) status = encode_lines(&to.out, a.out);
   if (gradient && status == cudaSuccess) status = encode_lines(&to.residual, a.residual.data);
   if (status != cudaSuccess) return status;
   const auto kernel = gradient ? &conv_training_sm90_lines_kernel<T, Tile, true>
                                : &conv_training_sm90_lines_kernel<T, Tile, false>;
-  return resnet_fused::launch(
-      kernel, persistent_shape<Tile>(to.tiles, num_sms, Shared<Tile>::kBytes), stream, to);
+  return launch_tiles<Tile>(kernel, to, num_sms, Shared<Tile>::kBytes, stream);
 }
 
 }  // namespace
@@ -496,18 +461,12 @@ bool is_lines(TrainingTile tile) {
 }
 
 bool training_lines_can_implement(const ConvBn& a, TrainingTile tile) {
-  const ConvolutionBn& conv = a.conv;
-  const int sides[] = {conv.kernel_h, conv.kernel_w};
-  const int ones[] = {conv.stride_h,  conv.stride_w,   conv.padding_h,
-                      conv.padding_w, conv.dilation_h, conv.dilation_w};
-  const auto is = [](int value) { return [=](int other) { return other == value; }; };
   bool fits = false;  // the last window's rows in a stage
   with_tile(tile, [&](auto t) {
     const int pitch = a.out_width + 1;
     fits = a.out_width >= kShortestLine && pitch <= t.kM && t.kM + 2 * pitch + 2 <= kRows;
   });
-  return fits && std::all_of(std::begin(sides), std::end(sides), is(kSide)) &&
-         std::all_of(std::begin(ones), std::end(ones), is(1));
+  return fits && is_padded_3x3(a.conv);
 }
 
 // A step's products, as of the other tiles, with as much off them as of those of inference's lines
@@ -517,7 +476,7 @@ std::int64_t training_lines_cycles(const ConvBn& a, TrainingTile tile, int num_s
   with_tile(tile, [&](auto t) {
     constexpr std::int64_t kStep = t.kM * kProductM * kMapChannels / 2048;
     constexpr std::int64_t kEnd = t.kM * kProductM / 8;
-    const std::int64_t of_sm = ceil_div(Part(a, t.kM).tiles(a), num_sms);
+    const std::int64_t of_sm = ceil_div(lines_of(a, t.kM).tiles(a, kProductM), num_sms);
     const std::int64_t products = steps_of(a.conv) * kStep;
     cycles = (of_sm * std::max(products, (products + kEnd) / 2) + kEnd) * 3 / 4;
   });
@@ -526,7 +485,7 @@ std::int64_t training_lines_cycles(const ConvBn& a, TrainingTile tile, int num_s
 
 int training_lines_parts(const ConvBn& a, TrainingTile tile) {
   int count = 0;
-  with_tile(tile, [&](auto t) { count = static_cast<int>(Part(a, t.kM).count(a)); });
+  with_tile(tile, [&](auto t) { count = static_cast<int>(lines_of(a, t.kM).parts); });
   return count;
 }
 
@@ -534,10 +493,9 @@ cudaError_t training_lines(const ConvBn& a, const float* below_scale_shift, floa
                            TrainingTile tile, int num_sms, cudaStream_t stream) {
   cudaError_t status = cudaErrorInvalidValue;
   with_tile(tile, [&](auto t) {
-    using Tile = decltype(t);
-    status = a.dtype == DType::kFloat16
-                 ? launch<__half, Tile>(a, below_scale_shift, parts, num_sms, stream)
-                 : launch<__nv_bfloat16, Tile>(a, below_scale_shift, parts, num_sms, stream);
+    status = with_half(a.dtype, [&](auto half) {
+      return run<decltype(half), decltype(t)>(a, below_scale_shift, parts, num_sms, stream);
+    });
   });
   return status;
 }

@@ -8,7 +8,15 @@
 #include <cstring>
 #include <type_traits>
 
+#include "kernels/cuda/tensor.h"
+
 namespace resnet_fused {
+
+// Calls function(T()) of the 16-bit type that `dtype` names.
+template <typename Function>
+auto with_half(DType dtype, Function&& function) {
+  return dtype == DType::kFloat16 ? function(__half()) : function(__nv_bfloat16());
+}
 
 __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }

@@ -41,6 +41,23 @@ inline cudaError_t runs_sm90(int device, bool* runs) {
   return cudaSuccess;
 }
 
+// What kernels are chosen by.
+struct Machine {
+  int num_sms = 0;
+  bool sm90 = false;  // as runs_sm90 says
+};
+
+inline cudaError_t query(int device, Machine* machine) {
+  const cudaError_t status = runs_sm90(device, &machine->sm90);
+  return status == cudaSuccess ? get_num_sms(device, &machine->num_sms) : status;
+}
+
+// The same, and leaves `device` current.
+inline cudaError_t set_device(int device, Machine* machine) {
+  const cudaError_t status = set_device(device);
+  return status == cudaSuccess ? query(device, machine) : status;
+}
+
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // Blocks in one direction of a grid: 0, with which no plan is launched, for more than are possible.
@@ -61,6 +78,14 @@ struct LaunchShape {
   bool overlaps = false;  // may begin, on sm_90, before what it waits for in the kernel has ended
 };
 
+// Blocks, or clusters of so many of them, that take jobs by turns: no more than jobs, nor than
+// `most`.
+inline LaunchShape persistent_shape(unsigned jobs, int most, int threads, std::size_t shared_bytes,
+                                    unsigned cluster = 1) {
+  const unsigned clusters = jobs < static_cast<unsigned>(most) ? jobs : most;
+  return {dim3(clusters * cluster), dim3(threads), shared_bytes, dim3(cluster), true};
+}
+
 // What host code computes before a launch, and can print and test without one.
 template <typename Arguments>
 struct LaunchPlan {
@@ -74,6 +99,7 @@ struct LaunchPlan {
 template <typename Arguments>
 cudaError_t launch(void (*kernel)(Arguments), const LaunchShape& shape, cudaStream_t stream,
                    Arguments arguments) {
+  if (shape.grid.x == 0 || shape.grid.y == 0) return cudaErrorInvalidConfiguration;
 #ifdef RESNET_FUSED_HOST_SIM
   static_cast<void>(stream);
   host_sim::launch(
@@ -115,10 +141,8 @@ cudaError_t launch(void (*kernel)(Arguments), const LaunchShape& shape, cudaStre
 
 template <typename Arguments>
 cudaError_t launch(const LaunchPlan<Arguments>& plan, cudaStream_t stream) {
-  const LaunchShape& shape = plan.shape;
   if (plan.kernel == nullptr) return cudaErrorInvalidValue;
-  if (shape.grid.x == 0 || shape.grid.y == 0) return cudaErrorInvalidConfiguration;
-  return launch(plan.kernel, shape, stream, plan.arguments);
+  return launch(plan.kernel, plan.shape, stream, plan.arguments);
 }
 
 }  // namespace resnet_fused

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/cuda/conv_sm90.cuh"
 #include "kernels/cuda/launch.h"
@@ -240,6 +241,41 @@ __device__ __forceinline__ void meet() {
   }
 }
 
+// A kernel's roles. `init` begins its pipelines; of the first warpgroup one thread loads operands,
+// one warp what else consumers read of channels (nullptr: nothing), and one thread moves results;
+// the other warpgroups, by their number, consume.
+template <typename Tile, typename Init, typename Load, typename LoadChannels, typename Move,
+          typename Consume>
+__device__ __forceinline__ void run_roles(Init init, Load load, LoadChannels load_channels,
+                                          Move move, Consume consume) {
+  constexpr bool kLoadsChannels = !std::is_null_pointer_v<LoadChannels>;
+  ptx::registers_at_launch<Tile::kNumLaunchRegisters>();
+  if (threadIdx.x == 0) {
+    init();
+    ptx::fence_mbarrier_init();
+  }
+  meet<Tile::kCluster>();
+  ptx::wait_for_earlier_kernels();
+
+  const int warpgroup = ptx::uniform(threadIdx.x / kWarpgroup);
+  if (warpgroup == 0) {
+    ptx::decrease_registers<Tile::kNumProducerRegisters>();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (warp == 0 && lane == 0) {
+      load();
+    } else if (kLoadsChannels && warp == 1) {
+      if constexpr (kLoadsChannels) load_channels();
+    } else if (warp == 2 && lane == 0) {
+      move();
+    }
+  } else {
+    ptx::increase_registers<Tile::kNumConsumerRegisters>();
+    consume(warpgroup - 1);
+  }
+  // The other block copies into this one's shared memory, and releases its stages.
+  if constexpr (Tile::kCluster > 1) meet<Tile::kCluster>();
+}
+
 // Tiles of a cluster's blocks together.
 template <typename Tile>
 std::int64_t tiles(const ConvBn& a) {
@@ -250,16 +286,14 @@ std::int64_t tiles(const ConvBn& a) {
 template <typename Tile>
 cudaError_t encode_residual(CUtensorMap* to, const ConvBn& a) {
   const Residual& residual = a.residual;
-  const auto size = [](std::int64_t value) { return static_cast<std::uint64_t>(value); };
   if (residual.in_line()) {
-    return encode_tiles(to, a.dtype, residual.data, {size(residual.channels), size(positions(a))},
-                        {Tile::kM}, {size(residual.pixel)}, Tile::kPanelRowBytes);
+    return encode_tiles(to, a.dtype, residual.data, {residual.channels, positions(a)}, {Tile::kM},
+                        {residual.pixel}, Tile::kPanelRowBytes);
   }
-  return encode_pixels(
-      to, a.dtype, residual.data,
-      {size(residual.channels), size(residual.width), size(residual.height), size(a.batch)},
-      {{0, 0}, {0, 0}, {1, 1}}, Tile::kM,
-      {size(residual.pixel), size(residual.line), size(residual.image)}, Tile::kPanelRowBytes);
+  return encode_pixels(to, a.dtype, residual.data,
+                       {residual.channels, residual.width, residual.height, a.batch},
+                       {{0, 0}, {0, 0}, {1, 1}}, Tile::kM,
+                       {residual.pixel, residual.line, residual.image}, Tile::kPanelRowBytes);
 }
 
 inline bool can_read(const Residual& residual, int element_bytes) {
@@ -287,9 +321,8 @@ cudaError_t encode_result(PersistentArguments* to, const ConvBn& a) {
     const cudaError_t status = encode_residual<Tile>(&to->residual, a);
     if (status != cudaSuccess) return status;
   }
-  const auto size = {static_cast<std::uint64_t>(a.out_channels),
-                     static_cast<std::uint64_t>(positions(a))};
-  return encode_tiles(&to->out, a.dtype, a.out, size, {Tile::kM}, {}, Tile::kPanelRowBytes);
+  return encode_tiles(&to->out, a.dtype, a.out, {a.out_channels, positions(a)}, {Tile::kM}, {},
+                      Tile::kPanelRowBytes);
 }
 
 template <typename Tile>
@@ -301,12 +334,14 @@ cudaError_t encode_arguments(PersistentArguments* to, const ConvBn& a) {
   return status == cudaSuccess ? encode_result<Tile>(to, a) : status;
 }
 
-// As many clusters as the SMs have room for, and no more than tiles.
-template <typename Tile>
-LaunchShape persistent_shape(unsigned tiles, int num_sms, std::size_t shared_bytes) {
-  const int clusters = std::max(1, num_sms / Tile::kCluster) * Tile::kBlocks;
-  return {dim3(std::min<unsigned>(tiles, clusters) * Tile::kCluster), dim3(kThreads), shared_bytes,
-          dim3(Tile::kCluster), true};
+// Launches as many clusters as the SMs have room for, and no more than tiles.
+template <typename Tile, typename Arguments>
+cudaError_t launch_tiles(void (*kernel)(Arguments), const Arguments& arguments, int num_sms,
+                         std::size_t shared_bytes, cudaStream_t stream) {
+  const int most = std::max(1, num_sms / Tile::kCluster) * Tile::kBlocks;
+  const LaunchShape shape =
+      persistent_shape(arguments.tiles, most, kThreads, shared_bytes, Tile::kCluster);
+  return launch(kernel, shape, stream, arguments);
 }
 
 }  // namespace resnet_fused

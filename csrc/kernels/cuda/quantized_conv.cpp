@@ -14,12 +14,6 @@ bool in_chunks(const ConvolutionBn& conv) {
   return conv.channels % 16 == 0 && aligned(conv.x) && aligned(conv.weight);
 }
 
-// Whether the kernel for sm_90a is here, and what both kernels ask of the device.
-cudaError_t query(int device, bool* sm90, int* num_sms) {
-  const cudaError_t status = runs_sm90(device, sm90);
-  return status == cudaSuccess ? get_num_sms(device, num_sms) : status;
-}
-
 }  // namespace
 
 bool quantized_conv_can_implement(const QuantizedConv& arguments, QuantizedTile tile) {
@@ -32,15 +26,14 @@ bool quantized_conv_can_implement(const QuantizedConv& arguments, QuantizedTile 
 
 cudaError_t quantized_conv_tiles(const QuantizedConv& arguments, int device,
                                  std::vector<QuantizedTile>* found) {
-  bool sm90 = false;
-  int num_sms = 0;
-  const cudaError_t status = query(device, &sm90, &num_sms);
+  Machine machine;
+  const cudaError_t status = query(device, &machine);
   if (status != cudaSuccess) return status;
   std::vector<QuantizedTile> tiles;
-  if (sm90 && quantized_conv_sm90_can_implement(arguments)) {
-    tiles = quantized_conv_sm90_tiles(arguments, num_sms);
+  if (machine.sm90 && quantized_conv_sm90_can_implement(arguments)) {
+    tiles = quantized_conv_sm90_tiles(arguments, machine.num_sms);
   }
-  for (const QuantizedTile tile : quantized_conv_sm80_tiles(arguments, num_sms)) {
+  for (const QuantizedTile tile : quantized_conv_sm80_tiles(arguments, machine.num_sms)) {
     tiles.push_back(tile);
   }
   std::copy_if(tiles.begin(), tiles.end(), std::back_inserter(*found),
@@ -52,15 +45,13 @@ cudaError_t quantized_conv(const QuantizedConv& arguments, QuantizedTile tile, i
                            cudaStream_t stream) {
   const ConvBn& a = arguments.conv;
   if (a.batch * a.out_height * a.out_width * a.out_channels == 0) return cudaSuccess;
-  bool sm90 = false;
-  int num_sms = 0;
-  cudaError_t status = set_device(device);
-  if (status == cudaSuccess) status = query(device, &sm90, &num_sms);
+  Machine machine;
+  const cudaError_t status = set_device(device, &machine);
   if (status != cudaSuccess) return status;
   if (!quantized_conv_can_implement(arguments, tile)) return cudaErrorInvalidValue;
   if (tile >= QuantizedTile::k64x64Sm80) return quantized_conv_sm80(arguments, tile, stream);
-  if (!sm90 || !quantized_conv_sm90_can_implement(arguments)) return cudaErrorInvalidValue;
-  return quantized_conv_sm90(arguments, tile, num_sms, stream);
+  if (!machine.sm90 || !quantized_conv_sm90_can_implement(arguments)) return cudaErrorInvalidValue;
+  return quantized_conv_sm90(arguments, tile, machine.num_sms, stream);
 }
 
 }  // namespace resnet_fused

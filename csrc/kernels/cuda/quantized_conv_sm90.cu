@@ -168,34 +168,19 @@ template <typename T, typename Tile, Shortcut kShortcut>
 __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
     quantized_conv_sm90_kernel(const __grid_constant__ Arguments a) {
   using Shared = Shared<Tile>;
-  ptx::registers_at_launch<Tile::kNumLaunchRegisters>();
-  if (threadIdx.x == 0) {
-    Shared::Operands::init(1, Tile::kCluster * Tile::kOfTile * kWarpgroup / 32);
-    Shared::Vectors::init(32, Tile::kOfTile);
-    Shared::Results::init(1, Tile::kOfTile);
-    Shared::Turns::init(1, 1);
-    ptx::fence_mbarrier_init();
-  }
-  meet<Tile::kCluster>();
-  ptx::wait_for_earlier_kernels();
-
-  const int warpgroup = ptx::uniform(threadIdx.x / kWarpgroup);
-  if (warpgroup == 0) {
-    ptx::decrease_registers<Tile::kNumProducerRegisters>();
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (warp == 0 && lane == 0) {
-      load_operands<Tile, typename Shared::Operands, kShortcut == Shortcut::kProjection>(a);
-    } else if (warp == 1) {
-      load_vectors<T, Tile>(a);
-    } else if (warp == 2 && lane == 0) {
-      move_results<Tile, typename Shared::Results, Shared::kResults>(a);
-    }
-  } else {
-    ptx::increase_registers<Tile::kNumConsumerRegisters>();
-    consume<T, Tile, kShortcut>(a, warpgroup - 1);
-  }
-  // The other block copies into this one's shared memory, and releases its stages.
-  if constexpr (Tile::kCluster > 1) meet<Tile::kCluster>();
+  run_roles<Tile>(
+      [] {
+        Shared::Operands::init(1, Tile::kCluster * Tile::kOfTile * kWarpgroup / 32);
+        Shared::Vectors::init(32, Tile::kOfTile);
+        Shared::Results::init(1, Tile::kOfTile);
+        Shared::Turns::init(1, 1);
+      },
+      [&] {
+        load_operands<Tile, typename Shared::Operands, kShortcut == Shortcut::kProjection>(a);
+      },
+      [&] { load_vectors<T, Tile>(a); },
+      [&] { move_results<Tile, typename Shared::Results, Shared::kResults>(a); },
+      [&](int consumer) { consume<T, Tile, kShortcut>(a, consumer); });
 }
 
 constexpr QuantizedTile kTiles[] = {QuantizedTile::k128x64, QuantizedTile::k128x128,
@@ -241,27 +226,22 @@ std::int64_t cycles(const ConvBn& a, int num_sms) {
 }
 
 template <typename T, typename Tile, Shortcut kShortcut>
-cudaError_t make_plan(const QuantizedConv& quantized, int num_sms, LaunchPlan<Arguments>* plan) {
-  Arguments& to = plan->arguments;
+cudaError_t run(const QuantizedConv& quantized, int num_sms, cudaStream_t stream) {
+  Arguments to{};
   to.vectors = {quantized.bias, quantized.multiplier, quantized.shortcut_scale};
   to.residual_is_signed = quantized.residual_dtype == DType::kInt8;
   const cudaError_t status = encode_arguments<Tile>(&to, quantized.conv);
-  plan->kernel = &quantized_conv_sm90_kernel<T, Tile, kShortcut>;
-  plan->shape = persistent_shape<Tile>(to.tiles, num_sms, Shared<Tile>::kBytes);
-  return status;
+  if (status != cudaSuccess) return status;
+  return launch_tiles<Tile>(&quantized_conv_sm90_kernel<T, Tile, kShortcut>, to, num_sms,
+                            Shared<Tile>::kBytes, stream);
 }
 
-template <typename T>
-cudaError_t make_plan(const QuantizedConv& a, QuantizedTile tile, int num_sms,
-                      LaunchPlan<Arguments>* plan) {
-  return with_tile<T>(tile, [&](auto t) {
-    using Tile = decltype(t);
-    if (a.conv.projection.x != nullptr) {
-      return make_plan<T, Tile, Shortcut::kProjection>(a, num_sms, plan);
-    }
-    return a.conv.residual.channels > 0 ? make_plan<T, Tile, Shortcut::kResidual>(a, num_sms, plan)
-                                        : make_plan<T, Tile, Shortcut::kNone>(a, num_sms, plan);
-  });
+// Calls function(T()) of the operands' type.
+template <typename Function>
+auto with_type(DType dtype, Function&& function) {
+  return dtype == DType::kE4m3    ? function(__nv_fp8_e4m3())
+         : dtype == DType::kUInt8 ? function(std::uint8_t())
+                                  : function(std::int8_t());
 }
 
 }  // namespace
@@ -277,9 +257,10 @@ bool quantized_conv_sm90_can_implement(const QuantizedConv& arguments) {
 std::vector<QuantizedTile> quantized_conv_sm90_tiles(const QuantizedConv& arguments, int num_sms) {
   std::vector<QuantizedTile> found(std::begin(kTiles), std::end(kTiles));
   const auto time = [&](QuantizedTile tile) {
-    const auto of = [&](auto t) { return cycles<decltype(t)>(arguments.conv, num_sms); };
-    return arguments.conv.dtype == DType::kE4m3 ? with_tile<__nv_fp8_e4m3>(tile, of)
-                                                : with_tile<std::uint8_t>(tile, of);
+    return with_type(arguments.conv.dtype, [&](auto zero) {
+      return with_tile<decltype(zero)>(
+          tile, [&](auto t) { return cycles<decltype(t)>(arguments.conv, num_sms); });
+    });
   };
   const auto best =
       std::min_element(found.begin(), found.end(),
@@ -288,17 +269,19 @@ std::vector<QuantizedTile> quantized_conv_sm90_tiles(const QuantizedConv& argume
   return found;
 }
 
-cudaError_t quantized_conv_sm90(const QuantizedConv& arguments, QuantizedTile tile, int num_sms,
+cudaError_t quantized_conv_sm90(const QuantizedConv& a, QuantizedTile tile, int num_sms,
                                 cudaStream_t stream) {
-  LaunchPlan<Arguments> plan;
-  const auto make = [&](auto zero) {
-    return make_plan<decltype(zero)>(arguments, tile, num_sms, &plan);
-  };
-  const DType dtype = arguments.conv.dtype;
-  const cudaError_t status = dtype == DType::kE4m3    ? make(__nv_fp8_e4m3{})
-                             : dtype == DType::kUInt8 ? make(std::uint8_t{})
-                                                      : make(std::int8_t{});
-  return status == cudaSuccess ? launch(plan, stream) : status;
+  return with_type(a.conv.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    return with_tile<T>(tile, [&](auto t) {
+      using Tile = decltype(t);
+      if (a.conv.projection.x != nullptr) {
+        return run<T, Tile, Shortcut::kProjection>(a, num_sms, stream);
+      }
+      return a.conv.residual.channels > 0 ? run<T, Tile, Shortcut::kResidual>(a, num_sms, stream)
+                                          : run<T, Tile, Shortcut::kNone>(a, num_sms, stream);
+    });
+  });
 }
 
 }  // namespace resnet_fused

@@ -259,16 +259,14 @@ cudaError_t stem(const Stem& stem, int device, cudaStream_t stream) {
   if (stem.batch == 0 || stem.height == 0 || stem.width == 0 || stem.out_channels == 0) {
     return cudaSuccess;
   }
-  cudaError_t status = set_device(device);
-  int num_sms = 0;
-  bool sm90 = false;
-  if (status == cudaSuccess) status = get_num_sms(device, &num_sms);
-  if (status == cudaSuccess) status = runs_sm90(device, &sm90);
+  Machine machine;
+  const cudaError_t status = set_device(device, &machine);
   if (status != cudaSuccess) return status;
-  if (sm90 && stem_sm90_can_implement(stem)) return stem_sm90(stem, num_sms, stream);
-  return launch(
-      stem.dtype == DType::kFloat16 ? make_plan<__half>(stem) : make_plan<__nv_bfloat16>(stem),
-      stream);
+  if (machine.sm90 && stem_sm90_can_implement(stem)) {
+    return stem_sm90(stem, machine.num_sms, stream);
+  }
+  return with_half(stem.dtype,
+                   [&](auto half) { return launch(make_plan<decltype(half)>(stem), stream); });
 }
 
 }  // namespace resnet_fused

@@ -503,9 +503,9 @@ bool stem_sm90_can_implement(const Stem& stem) {
 
 cudaError_t stem_sm90(const Stem& stem, int num_sms, cudaStream_t stream) {
   if (!stem_sm90_can_implement(stem)) return cudaErrorInvalidValue;
-  return launch(stem.dtype == DType::kFloat16 ? make_plan<__half>(stem, num_sms)
-                                              : make_plan<__nv_bfloat16>(stem, num_sms),
-                stream);
+  return with_half(stem.dtype, [&](auto half) {
+    return launch(make_plan<decltype(half)>(stem, num_sms), stream);
+  });
 }
 
 }  // namespace resnet_fused

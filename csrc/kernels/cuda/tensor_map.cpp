@@ -54,23 +54,24 @@ cudaError_t status_of(CUresult result) {
 // Bytes from each element to the next in all dimensions but the first.
 std::vector<cuuint64_t> bytes_of(DType dtype, Sizes strides, Sizes size) {
   std::vector<cuuint64_t> bytes;
-  for (const std::uint64_t stride : strides) bytes.push_back(stride * element_bytes(dtype));
+  for (const std::int64_t stride : strides) bytes.push_back(stride * element_bytes(dtype));
   if (!bytes.empty()) return bytes;
   cuuint64_t dense = element_bytes(dtype);
-  for (const std::uint64_t s : size) bytes.push_back(dense *= s);
+  for (const std::int64_t s : size) bytes.push_back(dense *= s);
   return bytes;
 }
 
 }  // namespace
 
 cudaError_t encode_tiles(CUtensorMap* map, DType dtype, const void* data, Sizes size,
-                         std::initializer_list<std::uint32_t> box, Sizes strides, int row_bytes) {
+                         std::initializer_list<int> box, Sizes strides, int row_bytes) {
   decltype(cuTensorMapEncodeTiled)* encode = nullptr;
   const cudaError_t status = driver_function("cuTensorMapEncodeTiled", &encode);
   if (status != cudaSuccess) return status;
-  const std::vector<cuuint64_t> sizes(size), bytes = bytes_of(dtype, strides, size);
+  const std::vector<cuuint64_t> sizes(size.begin(), size.end()),
+      bytes = bytes_of(dtype, strides, size);
   std::vector<cuuint32_t> boxes{static_cast<cuuint32_t>(row_bytes / element_bytes(dtype))};
-  boxes.insert(boxes.end(), box);
+  boxes.insert(boxes.end(), box.begin(), box.end());
   const std::vector<cuuint32_t> steps(sizes.size(), 1);
   return status_of(encode(map, map_type(dtype), static_cast<cuuint32_t>(sizes.size()),
                           const_cast<void*>(data), sizes.data(), bytes.data(), boxes.data(),
@@ -89,15 +90,17 @@ bool encodable(const PixelBox& box) {
 }
 
 cudaError_t encode_pixels(CUtensorMap* map, DType dtype, const void* data, Sizes size,
-                          const PixelBox& box, std::uint32_t pixels, Sizes strides, int row_bytes) {
+                          const PixelBox& box, int pixels, Sizes strides, int row_bytes) {
   decltype(cuTensorMapEncodeIm2col)* encode = nullptr;
   const cudaError_t status = driver_function("cuTensorMapEncodeIm2col", &encode);
   if (status != cudaSuccess) return status;
-  const std::vector<cuuint64_t> sizes(size), bytes = bytes_of(dtype, strides, size);
-  const cuuint32_t steps[] = {1, box.step[0], box.step[1], 1};
+  const std::vector<cuuint64_t> sizes(size.begin(), size.end()),
+      bytes = bytes_of(dtype, strides, size);
+  const auto step = [&](int k) { return static_cast<cuuint32_t>(box.step[k]); };
+  const cuuint32_t steps[] = {1, step(0), step(1), 1};
   return status_of(encode(map, map_type(dtype), static_cast<cuuint32_t>(sizes.size()),
                           const_cast<void*>(data), sizes.data(), bytes.data(), box.lower, box.upper,
-                          row_bytes / element_bytes(dtype), pixels, steps,
+                          row_bytes / element_bytes(dtype), static_cast<cuuint32_t>(pixels), steps,
                           CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle_of(row_bytes),
                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
 }

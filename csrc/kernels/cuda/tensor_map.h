@@ -21,18 +21,17 @@ constexpr int kMapChannels = kMapRowBytes / 2;  // of 16 bits
 // in elements: multiples of 16 bytes, and each of the one before (CUDA driver API,
 // cuTensorMapEncodeTiled, globalStrides). None stand for a dense tensor, of rows that are such
 // multiples. `data` is a multiple of 16 bytes.
-using Sizes = std::initializer_list<std::uint64_t>;
+using Sizes = std::initializer_list<std::int64_t>;
 
 // A map for boxes of `row_bytes`, 128 or 64, x `box` elements.
 cudaError_t encode_tiles(CUtensorMap* map, DType dtype, const void* data, Sizes size,
-                         std::initializer_list<std::uint32_t> box, Sizes strides = {},
+                         std::initializer_list<int> box, Sizes strides = {},
                          int row_bytes = kMapRowBytes);
 
 // The (width, height) pixels that a convolution's first tap meets: from `lower` to the image's last
 // pixel + `upper`, every `step`-th.
 struct PixelBox {
-  int lower[2], upper[2];
-  std::uint32_t step[2];
+  int lower[2], upper[2], step[2];
 };
 
 // Whether hardware can express it (CUDA driver API, cuTensorMapEncodeIm2col).
@@ -41,7 +40,7 @@ bool encodable(const PixelBox& box);
 // A map of an image's `size` (channels, width, height, batch) for columns of `row_bytes` x
 // `pixels`.
 cudaError_t encode_pixels(CUtensorMap* map, DType dtype, const void* data, Sizes size,
-                          const PixelBox& box, std::uint32_t pixels, Sizes strides = {},
+                          const PixelBox& box, int pixels, Sizes strides = {},
                           int row_bytes = kMapRowBytes);
 
 }  // namespace resnet_fused

@@ -243,20 +243,14 @@ bool can_implement(const Wgrad& arguments) {
          tiles<Tile256x64>(a) * steps(a) <= kMaxGridX;
 }
 
-cudaError_t device_of(int device, bool* sm90, int* num_sms) {
-  const cudaError_t status = runs_sm90(device, sm90);
-  return status == cudaSuccess ? get_num_sms(device, num_sms) : status;
-}
-
 template <typename T, typename Tile>
 cudaError_t run(const Wgrad& arguments, cudaStream_t stream) {
   const ConvBn& a = arguments.op;
-  const auto size = [](std::int64_t value) { return static_cast<std::uint64_t>(value); };
   Arguments to{};
   cudaError_t status = encode_x(&to.conv, a, a.conv, kStepPositions);
   if (status == cudaSuccess) {
-    status = encode_tiles(&to.grad, a.dtype, arguments.grad,
-                          {size(a.out_channels), size(positions(a))}, {kStepPositions});
+    status = encode_tiles(&to.grad, a.dtype, arguments.grad, {a.out_channels, positions(a)},
+                          {kStepPositions});
   }
   if (status != cudaSuccess) return status;
   to.parts = arguments.parts;
@@ -287,12 +281,12 @@ cudaError_t sum_parts(const Wgrad& arguments, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t wgrad_tiles(const Wgrad& arguments, int device, std::vector<WgradTile>* found) {
-  bool sm90 = false;
-  int num_sms = 0;
-  const cudaError_t status = device_of(device, &sm90, &num_sms);
-  if (status != cudaSuccess || !sm90 || !can_implement(arguments)) return status;
+  Machine machine;
+  const cudaError_t status = query(device, &machine);
+  if (status != cudaSuccess || !machine.sm90 || !can_implement(arguments)) return status;
   const auto time = [&](WgradTile tile) {
-    return with_tile(tile, [&](auto t) { return plan<decltype(t)>(arguments.op, num_sms).cycles; });
+    return with_tile(
+        tile, [&](auto t) { return plan<decltype(t)>(arguments.op, machine.num_sms).cycles; });
   };
   *found = {WgradTile::k256x64, WgradTile::k256x128};
   if (time(found->back()) < time(found->front())) std::swap(found->front(), found->back());
@@ -300,31 +294,28 @@ cudaError_t wgrad_tiles(const Wgrad& arguments, int device, std::vector<WgradTil
 }
 
 cudaError_t wgrad_parts(const Wgrad& arguments, WgradTile tile, int device, int* count) {
-  bool sm90 = false;
-  int num_sms = 0;
-  const cudaError_t status = device_of(device, &sm90, &num_sms);
+  Machine machine;
+  const cudaError_t status = query(device, &machine);
   if (status != cudaSuccess) return status;
   if (!can_implement(arguments)) return cudaErrorInvalidValue;
-  *count = with_tile(tile, [&](auto t) { return plan<decltype(t)>(arguments.op, num_sms).count; });
+  *count = with_tile(
+      tile, [&](auto t) { return plan<decltype(t)>(arguments.op, machine.num_sms).count; });
   return cudaSuccess;
 }
 
 cudaError_t wgrad(const Wgrad& arguments, WgradTile tile, int device, cudaStream_t stream) {
-  cudaError_t status = set_device(device);
-  bool sm90 = false;
-  int num_sms = 0;
-  if (status == cudaSuccess) status = device_of(device, &sm90, &num_sms);
+  Machine machine;
+  const cudaError_t status = set_device(device, &machine);
   if (status != cudaSuccess) return status;
-  if (!sm90 || !can_implement(arguments)) return cudaErrorInvalidValue;
-  const bool half = arguments.op.dtype == DType::kFloat16;
-  status = with_tile(tile, [&](auto t) {
-    using Tile = decltype(t);
-    return half ? run<__half, Tile>(arguments, stream)
-                : run<__nv_bfloat16, Tile>(arguments, stream);
+  if (!machine.sm90 || !can_implement(arguments)) return cudaErrorInvalidValue;
+  return with_half(arguments.op.dtype, [&](auto half) {
+    using T = decltype(half);
+    const cudaError_t status =
+        with_tile(tile, [&](auto t) { return run<T, decltype(t)>(arguments, stream); });
+    if (status != cudaSuccess) return status;
+    return arguments.out_dtype == DType::kFloat32 ? sum_parts<float>(arguments, stream)
+                                                  : sum_parts<T>(arguments, stream);
   });
-  if (status != cudaSuccess) return status;
-  if (arguments.out_dtype == DType::kFloat32) return sum_parts<float>(arguments, stream);
-  return half ? sum_parts<__half>(arguments, stream) : sum_parts<__nv_bfloat16>(arguments, stream);
 }
 
 }  // namespace resnet_fused
