@@ -153,13 +153,15 @@ def choose_tile(
     residual: bool,
     sms: int,
     images: tuple[int, tuple[int, int]] | None = None,
+    signs: bool = False,
 ) -> str:
     """The name of the tile that the heuristic takes for products of so many steps each; images:
-    how many of what size, where tiles of whole lines may take them (`takes_lines`)."""
+    how many of what size, where tiles of whole lines may take them (`takes_lines`); signs: whether
+    the result's are written, which blocks that share a K loop do not."""
     cycles = {
         name: tile.cycles(rows, filters, steps, residual, sms)
         for name, tile in SM90_TILES.items()
-        if tile.can_take(steps)
+        if tile.can_take(steps) and not (signs and isinstance(tile, Split))
     }
     if images is not None:
         batch, size = images
@@ -242,7 +244,7 @@ def _conv_bn(call: Call, gpu: Gpu) -> tuple[Work, str]:
     adds = residual is not None
     size = (image[0], image[1])
     images = (batch, size) if takes_lines(products, adds, size) else None
-    name = choose_tile(rows, filters, steps, adds, gpu.sms, images)
+    name = choose_tile(rows, filters, steps, adds, gpu.sms, images, signs is not None)
     multiply_adds = sum(rows * filters * p.channels * math.prod(p.window) for p in products)
     added = _bytes(call.out) if adds else 0
     x_bytes = sum(batch * math.prod(p.image) * p.channels * 2 * p.read_share for p in products)

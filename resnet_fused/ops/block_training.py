@@ -154,8 +154,8 @@ def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor], list[Ten
             saved.append(products)
         scale_shifts.append(layer_scale_shift(pieces, layers, i, moments, sync_group))
         ends.append(Folded(end_operand, convs[i], scale_shifts[i]))
-    other = ends[1] if shortcut == "projection" else identity
-    y, signs = folded.folded_end(ends[0], other, folded.signs)
+    added = ends[1] if shortcut == "projection" else identity
+    y, signs = folded.folded_end(ends[0], added, folded.signs)
     if signs is not None:
         saved.append(signs)
     return y, saved, scale_shifts
