@@ -76,9 +76,10 @@ def kernel_table(found: dict[Kernel, dict[str, int]]) -> str:
         tile += ", cluster" * (kernel.cluster > 1) + ", ping-pong" * kernel.ping_pong
         tile += ", resident" * (kernel.resident > 0)
         read = "16 bytes" if kernel.vectorised else "one by one"
-        return [kernel.dtype, tile, read, "yes" if kernel.projection else ""]
+        added = ["projection"] * kernel.projection + ["signs"] * kernel.signs
+        return [kernel.dtype, tile, read, ", ".join(added)]
 
-    return table(["type", "tile", "channels", "projection"], found, describe)
+    return table(["type", "tile", "channels", "with"], found, describe)
 
 
 def block_kernel_table(found: dict[BlockKernel, dict[str, int]]) -> str:

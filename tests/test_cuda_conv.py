@@ -1068,6 +1068,7 @@ def call(simulator: ModuleType, x: Tensor, layer: ConvBn, out: Tensor, /, **chan
         "groups": conv.groups,
         "relu": True,
         "tf32": False,
+        "signs": None,
         "tile": simulator.ConvTile.automatic,
         "device": 0,
         "stream": 0,

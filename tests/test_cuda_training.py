@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Iterable
 from types import ModuleType
@@ -20,8 +21,16 @@ from resnet_fused.backends.autotune.verify import Check
 from resnet_fused.backends.cuda_sim import SimulatedBackend
 from resnet_fused.numerics import assert_contract
 from resnet_fused.ops import block_training
-from resnet_fused.parameters import MEAN, SCALE, Activation, Convolution, OperandTerm
-from resnet_fused.reference.training import ReferenceTraining
+from resnet_fused.parameters import (
+    MEAN,
+    SCALE,
+    SHIFT,
+    Activation,
+    Convolution,
+    Folded,
+    OperandTerm,
+)
+from resnet_fused.reference.training import ReferenceTraining, positive, signs_of
 from resnet_fused.testing.cases import generator
 
 TILES = ("m128n64", "m128n128", "m256n128_cluster")
@@ -446,6 +455,74 @@ def test_a_whole_block_with_triton_passes(backend, monkeypatch, shortcut):
         )
     )
     blocks._assert_contract(ours, eager, truth)
+
+
+SIGN_TILES = (
+    *("m128n64_sm90", "m128n128_sm90", "m128n128_sm90_pingpong", "m64n128_sm90_resident"),
+    *("m128n256_sm90_cluster", "m256n128_sm90_cluster"),
+)
+
+
+def folded_end(dtype: torch.dtype, shortcut: str) -> tuple[Folded, Tensor | Folded | None]:
+    """Of channels that fill no whole group of signs; NaN at a position, and a channel whose
+    results are above zero until they are rounded."""
+    x, conv = convolution(CASES["1x1"], dtype, integers=False)
+    x[0, 0, 3, 4] = torch.nan
+    scale_shifts = [scale_shift(len(conv.weight), generator(seed), False) for seed in (1, 2)]
+    for of in scale_shifts:
+        of[SCALE, 3] = 0
+        of[SHIFT, 3] = 1e-8 if dtype == torch.float16 else 1e-41
+    main, other = (Folded(x, conv, of) for of in scale_shifts)
+    added = {
+        "none": None,
+        "identity": values((len(x), len(conv.weight), *x.shape[2:]), dtype, generator(3), False),
+        "projection": other,
+    }
+    return main, added[shortcut]
+
+
+@pytest.mark.parametrize("shortcut", ["none", "identity", "projection"])
+@pytest.mark.parametrize("tile", SIGN_TILES)
+def test_signs_are_those_of_the_result_as_rounded(backend, half, shortcut, tile):
+    if tile == "m64n128_sm90_resident" and shortcut == "projection":
+        pytest.skip("whose weights do not stay")
+    main, other = folded_end(half, shortcut)
+    y, signs = backend._folded_end(tile, main, other, True)
+    plain, none = backend._folded_end(tile, main, other, False)
+    assert none is None
+    assert torch.equal(y.nan_to_num(7), plain.nan_to_num(7))
+    assert torch.equal(signs, signs_of(y))
+    assert not positive(signs, y.shape[1])[0, :, 3, 4].any()  # NaN's gradient is masked
+    if shortcut == "none":
+        assert not positive(signs, y.shape[1])[:, 3].any()
+
+
+def test_only_hoppers_tiles_write_signs(backend):
+    main, other = folded_end(torch.bfloat16, "identity")
+    listed = backend.training_convolutions("folded_end", (main, other, True))
+    assert {candidate.name for candidate in listed} == {f"cuda {tile}" for tile in SIGN_TILES}
+    with pytest.raises(ValueError, match="this tile does not compute"):
+        backend._folded_end("m128n64", main, other, True)
+
+
+def test_wrong_signs_exclude_a_candidate(backend):
+    """Of a bit that is another channel's the tuner finds out, whatever rounding does to signs."""
+    pytest.importorskip("triton")
+    from resnet_fused.backends.triton.training import _PLAIN, _Piece
+
+    plain = _PLAIN["folded_end"]
+    main, other = folded_end(torch.bfloat16, "identity")
+    main = main._replace(x=main.x.nan_to_num(1))
+
+    def off_by_one(*arguments: Any) -> tuple[Tensor, Tensor]:
+        y, signs = backend._folded_end(SIGN_TILES[0], *arguments)
+        return y, signs.roll(1, 1)
+
+    check = Check(plain, (main, other, True), False)
+    right = functools.partial(backend._folded_end, SIGN_TILES[0])
+    assert check.is_possible()
+    assert check.fault(_Piece(right, plain.comparable)) is None
+    assert "result 1" in check.fault(_Piece(off_by_one, plain.comparable))
 
 
 def _trained_by(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:

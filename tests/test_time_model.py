@@ -9,14 +9,16 @@ from typing import Any
 import predict as program
 import pytest
 import torch
-from time_model import beside, cuda_int8
-from time_model.cuda_backend import Block, ClusterBlock, LineBlock
+from time_model import beside, cuda_int8, cuda_launches, triton_launches
+from time_model.cuda_backend import Block, ClusterBlock, LineBlock, RecordingBackend
 from time_model.cuda_launches import choose_tile
 from time_model.cuda_training import WIDTHS, Wgrad, tiles_in_order, wgrads_in_order
 from time_model.rates import GPUS, rates
 from time_model.work import Work, predict, resident_blocks
 
 from resnet_fused._extension import tensor_arg
+from resnet_fused.backends.arguments import empty_signs
+from resnet_fused.parameters import Convolution, Folded
 from resnet_fused.testing import machine_code
 
 # A tile's loop around a main loop; two waits out of line, one of which returns into a loop; a vote;
@@ -172,9 +174,9 @@ def test_a_whole_bottleneck_pays_as_the_extension_says(
 @pytest.mark.parametrize("adds", ["nothing", "residual", "projection"])
 @pytest.mark.parametrize("channels", [(64, 64), (512, 2048), (64, 512)])
 @pytest.mark.parametrize("size", [3, 5, 12, 18, 40, 75, 100])
-@pytest.mark.parametrize("side", [1, 3])
+@pytest.mark.parametrize(("side", "signs"), [(1, False), (1, True), (3, False)])
 def test_a_convolutions_tile_is_the_one_that_the_extension_takes(
-    simulator, side, size, channels, adds
+    simulator, side, signs, size, channels, adds
 ):
     """The simulated GPU has 4 multiprocessors; what it takes stands first among its tiles."""
     inner, filters = channels
@@ -194,10 +196,53 @@ def test_a_convolutions_tile_is_the_one_that_the_extension_takes(
     out = tensor(1, filters, size, size)
     added = out if adds == "residual" else None
     conv = layer(side, side // 2)
-    tiles = simulator.cuda_conv_bn_tiles(out, conv, projection, added, 1, True, False, 0)
+    of_signs = None
+    if signs:
+        count = -(-filters // 64) * 8
+        of_signs = (
+            4096,
+            4,
+            (1, count, size, size),
+            (count * size**2, 1, size * count, count),
+            None,
+        )
+    tiles = simulator.cuda_conv_bn_tiles(out, conv, projection, added, 1, True, False, of_signs, 0)
     steps = [side**2 * inner // 64, *[inner // 64] * (projection is not None)]
     images = (1, (size, size)) if adds == "nothing" and side == 3 else None
-    assert tiles[0].name == choose_tile(size * size, filters, steps, added is not None, 4, images)
+    assert tiles[0].name == choose_tile(
+        size * size, filters, steps, added is not None, 4, images, signs
+    )
+
+
+def test_signs_are_fewer_bytes_than_the_result():
+    """Of the launches' own arguments: what backward reads and, beside its result, a folded end
+    writes."""
+    pytest.importorskip("triton")
+    from resnet_fused.backends.cuda.training import CudaTraining
+
+    gpu, moved = GPUS["h100"], {}
+    x, y = (
+        torch.empty(8, channels, 14, 14, dtype=torch.bfloat16, device="meta")
+        for channels in (256, 1024)
+    )
+    x, y = (t.contiguous(memory_format=torch.channels_last) for t in (x, y))
+    conv = Convolution(y.new_empty(1024, 256, 1, 1), (1, 1), (0, 0), (1, 1), 1)
+    end = Folded(x, conv, y.new_empty(6, 1024, dtype=torch.float32))
+    for signed in (False, True):
+        cuda = RecordingBackend(gpu)
+        cuda.training_convolutions("folded_end", (end, y, True))[0].launch(end, y, signed)
+        work, _ = cuda_launches._conv_bn(cuda.calls[0], gpu)
+        with triton_launches.recorded() as launches:
+            folded = CudaTraining(cuda.training_convolutions).folded_ends(torch.bfloat16)
+            assert folded.signs
+            signs = empty_signs(y.shape, y) if signed else None
+            folded.relu_gradient_sum(torch.empty_like(y), y, signs)
+        tensors = {id(t): t for t in launches[0].named().values() if isinstance(t, torch.Tensor)}
+        read = sum(t.numel() * t.element_size() for t in tensors.values())
+        moved[signed] = work.dram_bytes, read
+    bits = y.numel() // 8
+    assert moved[True][0] - moved[False][0] == bits
+    assert moved[False][1] - moved[True][1] == 2 * y.numel() - bits
 
 
 @pytest.mark.parametrize("adds", ["nothing", "residual", "projection"])

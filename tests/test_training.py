@@ -28,8 +28,8 @@ from resnet_fused.ops import (
 )
 from resnet_fused.ops.dispatch import chosen_backend
 from resnet_fused.ops.training_layers import flatten
-from resnet_fused.parameters import COUNT, MEAN, UNBIASED_VAR
-from resnet_fused.reference.training import ReferenceTraining
+from resnet_fused.parameters import COUNT, MEAN, UNBIASED_VAR, Folded
+from resnet_fused.reference.training import ReferenceTraining, signs_of
 from resnet_fused.testing.cases import generator
 
 Result = tuple[Tensor, list[Tensor]]  # an op's result and its gradients
@@ -402,6 +402,59 @@ def test_folded_ends_are_exact_in_float64(name: str, monkeypatch: pytest.MonkeyP
     x, layers, _ = _block(case._replace(layers=specs))
     x, layers = _prepare(x, layers, torch.float64)
     _gradcheck(_fused_block, x, layers, case.shortcut)
+
+
+class _OfOtherChannels(FoldingReference):
+    """Whose signs are read one channel off."""
+
+    def relu_gradient_sum(
+        self, grad: Tensor, y: Tensor | None, signs: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        assert signs is not None
+        return super().relu_gradient_sum(grad, y, signs.roll(1, 1))
+
+
+def test_backward_reads_signs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong index of them shows in gradients."""
+    case = CASES[FOLDED[0]]
+    x, layers, grad = _block(case)
+    x, layers = _prepare(x, layers, torch.float64)
+    found = []
+    for kernels in (FoldingReference(), _OfOtherChannels()):
+        monkeypatch.setattr(block_training, "kernels", lambda x, kernels=kernels: kernels)
+        y, _ = _block_op(x, layers, case.shortcut)
+        found.append(torch.autograd.grad(y, x, grad.double())[0])
+    assert relative_error(found[1], found[0]) > 0.1
+
+
+@pytest.mark.parametrize("channels", [64, 136, 24])
+def test_tritons_signs(channels: int) -> None:
+    """What its folded end writes and its pass reads, beside NaN; in float16, of which the
+    interpreter has products."""
+    pytest.importorskip("triton")
+    from resnet_fused.backends.triton import training_batch_norm, training_ends
+    from resnet_fused.backends.triton.launching import Config
+
+    rng = generator()
+    x, grad = (
+        torch.randn(2, of, 5, 7, generator=rng).half().contiguous(memory_format=torch.channels_last)
+        for of in (16, channels)
+    )
+    x[0, 0, 0, 0] = grad[1, :, 0, 0] = torch.nan
+    conv = Convolution(torch.randn(channels, 16, 1, 1, generator=rng), (1, 1), (0, 0), (1, 1), 1)
+    end = Folded(x, conv, torch.rand(6, channels, generator=rng) + 0.1)
+    for other in (None, grad, end):
+        for blocks in ((128, 256, 16), (32, 64, 16)):
+            config = Config(blocks, 4, 1)
+            y, signs = training_ends.folded_end(config, end, other, True)
+            assert y.isnan().any()
+            assert torch.equal(signs, signs_of(y))
+            by_signs = training_batch_norm.relu_gradient_sum(grad, None, signs)
+            by_y = training_batch_norm.relu_gradient_sum(grad, y, None)
+            for ours, expected in zip(by_signs, by_y, strict=True):
+                assert torch.equal(ours.nan_to_num(7), expected.nan_to_num(7))
+            right, _ = ReferenceTraining().relu_gradient_sum(grad, None, signs)
+            assert torch.equal(by_signs[0].nan_to_num(7), right.nan_to_num(7))
 
 
 @pytest.mark.parametrize("name", ["bottleneck projection", "bottleneck partly frozen"])

@@ -238,6 +238,10 @@ class RecordingBackend(CudaBackend):
             names = cuda_int8.tiles_in_order(rows, filters, steps, adds, gpu.sms)
             return [SimpleNamespace(name=name) for name in names]
 
+        def conv_bn_tiles(*arguments: Any) -> list[Any]:
+            signs = arguments[-2]
+            return [] if signs is None else [SimpleNamespace(name="automatic")]
+
         def training_tiles(
             result: Any, x: Any, weight: Any, lines: bool, operand: int = 0, classes: int = 1
         ) -> list[Any]:
@@ -292,7 +296,7 @@ class RecordingBackend(CudaBackend):
         super().__init__(
             SimpleNamespace(  # type: ignore[arg-type]
                 ConvTile=SimpleNamespace(automatic="automatic"),
-                cuda_conv_bn_tiles=lambda *_: [],
+                cuda_conv_bn_tiles=conv_bn_tiles,
                 TrainingTile=SimpleNamespace(
                     **{name: name for name in (*training.TILES, *training.LINES)}
                 ),

@@ -24,6 +24,7 @@ class Kernel(NamedTuple):
     claimed: tuple[int, ...] = ()  # registers of copying and of multiplying threads, if different
     ping_pong: bool = False  # whether warpgroups take turns at tiles
     resident: int = 0  # steps whose weights stay in shared memory; stages then hold none
+    signs: bool = False  # whether the result's are written too
 
     @property
     def shared(self) -> int:
@@ -115,7 +116,8 @@ def _kernel(name: str) -> Kernel | None:
     )
     if found is None:
         return None
-    sm90, projection = found[1] is not None, found[5] == "1"
+    sm90 = found[1] is not None
+    projection = found[4 if sm90 else 5] == "1"
     dtype = _DTYPES[found[2]]
     sizes = list(map(int, re.findall(r"L[ib](\d+)E", found[3])))
     if sm90:
@@ -125,6 +127,7 @@ def _kernel(name: str) -> Kernel | None:
             *(sm90, dtype, m, n, 128, 12, stages, True, projection, results, cluster, claimed),
             ping_pong=bool(ping_pong),
             resident=resident,
+            signs=found[5] == "1",
         )
     m, n, row_bytes, warps_m, warps_n, stages, _ = sizes
     warps = warps_m * warps_n

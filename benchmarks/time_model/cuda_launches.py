@@ -153,13 +153,15 @@ def choose_tile(
     residual: bool,
     sms: int,
     images: tuple[int, tuple[int, int]] | None = None,
+    signs: bool = False,
 ) -> str:
     """The name of the tile that the heuristic takes for products of so many steps each; images:
-    how many of what size, where tiles of whole lines may take them (`takes_lines`)."""
+    how many of what size, where tiles of whole lines may take them (`takes_lines`); signs: whether
+    the result's are written, which blocks that share a K loop do not."""
     cycles = {
         name: tile.cycles(rows, filters, steps, residual, sms)
         for name, tile in SM90_TILES.items()
-        if tile.can_take(steps)
+        if tile.can_take(steps) and not (signs and isinstance(tile, Split))
     }
     if images is not None:
         batch, size = images
@@ -233,7 +235,7 @@ def works(
 
 
 def _conv_bn(call: Call, gpu: Gpu) -> tuple[Work, str]:
-    layer, projection, residual, *_ = call.arguments
+    layer, projection, residual, _, _, _, signs, _ = call.arguments
     batch, filters, *image = call.out.shape
     rows = batch * math.prod(image)
     products = [Product.of(one) for one in (layer, projection) if one is not None]
@@ -242,12 +244,13 @@ def _conv_bn(call: Call, gpu: Gpu) -> tuple[Work, str]:
     adds = residual is not None
     size = (image[0], image[1])
     images = (batch, size) if takes_lines(products, adds, size) else None
-    name = choose_tile(rows, filters, steps, adds, gpu.sms, images)
+    name = choose_tile(rows, filters, steps, adds, gpu.sms, images, signs is not None)
     multiply_adds = sum(rows * filters * p.channels * math.prod(p.window) for p in products)
     added = _bytes(call.out) if adds else 0
     x_bytes = sum(batch * math.prod(p.image) * p.channels * 2 * p.read_share for p in products)
     weights = sum(filters * p.channels * math.prod(p.window) * 2 for p in products)
-    dram_bytes = int(x_bytes + weights + added + _bytes(call.out))
+    written = _bytes(call.out) + (0 if signs is None else _bytes(signs[-1]))
+    dram_bytes = int(x_bytes + weights + added + written)
     shape = " + ".join(_shape(p, filters) for p in products) + ", residual" * bool(added)
     if name in LINES:
         lines = LINES[name]
@@ -310,7 +313,7 @@ def _conv_bn(call: Call, gpu: Gpu) -> tuple[Work, str]:
         # A tile; who takes turns may have a loop that waits; the products.
         trips=(1, *[0.0] * (tile.ping_pong and not resident), *steps),
         dram_bytes=dram_bytes,
-        l2_bytes=tiles * sum(steps) * tile.asked_bytes + added + _bytes(call.out),
+        l2_bytes=tiles * sum(steps) * tile.asked_bytes + added + written,
         multiply_adds=multiply_adds,
         persistent=True,
         bulk_bytes=tile.stage_bytes,
@@ -318,7 +321,8 @@ def _conv_bn(call: Call, gpu: Gpu) -> tuple[Work, str]:
     )
     sizes = rf"ILi{tile.m}ELi{tile.n}ELi{tile.stages}ELi\dELi{tile.blocks}ELi{tile.cluster}E"
     turns = rf"\w*Lb{int(tile.ping_pong)}ELi\dEEE"
-    return work, rf"conv_bn_sm90_kernelIT\w*Tile{sizes}{turns}Lb{int(len(products) > 1)}E"
+    ending = rf"Lb{int(len(products) > 1)}ELb{int(signs is not None)}E"
+    return work, rf"conv_bn_sm90_kernelIT\w*Tile{sizes}{turns}{ending}"
 
 
 def _shape(product: Product, filters: int) -> str:

@@ -165,7 +165,7 @@ def _conv_bn(a: Any) -> _Geometry:
         tuple(steps[: len(a.loops)]),
         sum(steps) * (a.TILE.m + a.TILE.n) * a.TILE.c * a.x.element_size(),
         a.gemm.rows * a.result.c * (a.gemm.channels + projected),
-        read + _bytes(a.out),
+        read + _bytes(a.out) + (0 if a.signs is None else _bytes(a.signs)),
     )
 
 

@@ -258,7 +258,7 @@ void set_convolution(ConvLaunch& launch, ConvolutionBn& conv, const LayerArg& la
 
 void set_conv_bn(ConvLaunch& launch, const TensorArg& out, const LayerArg& layer,
                  const std::optional<LayerArg>& projection, const OptionalTensor& residual,
-                 std::int64_t groups, bool relu, bool tf32) {
+                 std::int64_t groups, bool relu, bool tf32, const OptionalTensor& signs) {
   ConvBn& op = launch.arguments.op;
   set_result(op, out, groups);
   op.dtype = dtype_of("out", out);
@@ -273,6 +273,14 @@ void set_conv_bn(ConvLaunch& launch, const TensorArg& out, const LayerArg& layer
   }
   if (out.numel() > 0) set_residual(launch, op.residual, residual, out);
   launch.writes(op.out, "out", out);
+  if (signs) {
+    if (!relu) refuse("signs need a ReLU");
+    check_nhwc("signs", *signs);
+    check_type("signs", *signs, ScalarType::kUInt8);
+    check_sizes("signs", *signs,
+                {out.sizes[0], (out.sizes[1] + 63) / 64 * 8, out.sizes[2], out.sizes[3]});
+    launch.writes(op.signs, "signs", *signs);
+  }
 }
 
 // Throws ValueError where a tile is for other arguments.
@@ -771,9 +779,10 @@ void register_cuda_kernels(py::module_& module) {
       "projection are (x, weight, (stride, padding, dilation), bn), all of out's type but bn. A\n"
       "projection or a residual may be None; a projection needs groups = 1. residual has out's\n"
       "size but maybe fewer channels, which are adjacent; it may be out, and overlaps it in no\n"
-      "other way. tf32: whether products of float32 may round their operands. A tile that cannot\n"
-      "compute this raises ValueError.",
-      "out", "layer", "projection", "residual", "groups", "relu", "tf32");
+      "other way. tf32: whether products of float32 may round their operands. signs, or None:\n"
+      "uint8, 8 bytes for each 64 channels of a position, whose b-th has in bit j whether channel\n"
+      "8 j + b of out is positive. A tile that cannot compute this raises ValueError.",
+      "out", "layer", "projection", "residual", "groups", "relu", "tf32", "signs");
   // `automatic` is not among them; where it stands for one for sm_90a, that one is the first.
   def_tiles(module, "conv_bn", &set_conv_bn, &resnet_fused::conv_bn_tiles);
 

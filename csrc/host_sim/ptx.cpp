@@ -211,6 +211,13 @@ std::uint32_t max_nan_pair(std::uint32_t a, std::uint32_t b) {
 template std::uint32_t max_nan_pair<__half>(std::uint32_t, std::uint32_t);
 template std::uint32_t max_nan_pair<__nv_bfloat16>(std::uint32_t, std::uint32_t);
 
+template <typename T>
+std::uint32_t positive_pair(std::uint32_t pair) {
+  return (low<T>(pair) > 0 ? 0xffffu : 0) | (high<T>(pair) > 0 ? 0xffff0000u : 0);
+}
+template std::uint32_t positive_pair<__half>(std::uint32_t);
+template std::uint32_t positive_pair<__nv_bfloat16>(std::uint32_t);
+
 void ldmatrix_x4(std::uint32_t (&to)[4], std::uint32_t row) {
   MatrixLoad operands{to, row};
   host_sim::collective("ldmatrix", &load_matrices, &operands);

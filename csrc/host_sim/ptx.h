@@ -62,6 +62,8 @@ inline float max_nan(float a, float b) { return a != a || a > b ? a : b; }
 
 template <typename T>
 std::uint32_t max_nan_pair(std::uint32_t a, std::uint32_t b);
+template <typename T>
+std::uint32_t positive_pair(std::uint32_t pair);
 
 inline std::int32_t round_to_int(float value) {
   constexpr float kMost = 2147483648.0f;

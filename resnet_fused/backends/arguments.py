@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,6 +28,13 @@ def empty_nhwc(
     given, type."""
     shape = (x.shape[0], channels, height, width)
     return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=channels_last)
+
+
+def empty_signs(y: Sequence[int], like: Tensor) -> Tensor:
+    """Uninitialised signs of a result of that shape (`resnet_fused.backends.training`)."""
+    batch, channels, *image = y
+    shape = (batch, -(-channels // 64) * 8, *image)
+    return torch.empty(shape, dtype=torch.uint8, device=like.device, memory_format=channels_last)
 
 
 def dense_convolution(conv: Convolution, dtype: torch.dtype) -> Convolution:

@@ -21,6 +21,11 @@ diagonal of W·C·Wᵀ, so that the forward pass is that of inference. Backward,
     the weight's gradient: a·P + b·W·C + v·Σhᵀ with v = b·(W·m - mean) + d;
     the operand's: (Wᵀ·a)·g + M·h + c with M = Wᵀ·b·W, c = Wᵀ·v - M·m.
 Of h between forward and backward a layer keeps `products` (K + 1, C): W·C, and m.
+Of the block's result such an end may write the signs too, a bit an element, which backward then
+reads in the result's place:
+    signs (N, 8·⌈K / 64⌉, P, Q), uint8, channels_last: in bit j of a position's byte 8·i + b,
+        whether the result is positive (NaN is not) in channel 64·i + 8·j + b. Channels lie so in
+        what tensor cores leave to a thread, and 8 neighbours have one bit of 8 neighbouring bytes.
 """
 
 from __future__ import annotations
@@ -71,16 +76,26 @@ class Replays(Protocol):
 class FoldedEnds(Protocol):
     """The pieces of a block whose end is folded, beside those of `TrainingKernels`."""
 
+    @property
+    def signs(self) -> bool:
+        """Whether backward is to read signs: not where writing them takes as long as that saves."""
+
     def operand_moments(self, x: Tensor, conv: Convolution) -> tuple[Tensor, Tensor]:
         """The (1, 3, K) moments of a 1×1 convolution's result, from those of its operand x; and
         its `products`. Deviations are taken from x's first position before they are multiplied,
         so that a large mean loses nothing."""
 
-    def folded_end(self, main: Folded, shortcut: Tensor | Folded | None) -> Tensor:
-        """relu(main + shortcut), rounded once; a shortcut as in `bn_add_relu`."""
+    def folded_end(
+        self, main: Folded, shortcut: Tensor | Folded | None, signs: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """relu(main + shortcut), rounded once, and its signs if they are asked for; a shortcut as
+        in `bn_add_relu`."""
 
-    def relu_gradient_sum(self, grad: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """g = grad where y > 0, else 0, and sums of which the second row is zero."""
+    def relu_gradient_sum(
+        self, grad: Tensor, y: Tensor | None, signs: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """g = grad where y > 0, else 0, and sums of which the second row is zero; by y's signs, or
+        by y where they are None."""
 
     def folded_sums(self, sums: Tensor, gradient: Tensor, end: Folded) -> Tensor:
         """The (1, 2, K) sums of a folded normalisation, from those of g and P, (K, C, 1, 1)."""

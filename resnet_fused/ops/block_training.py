@@ -8,7 +8,8 @@ saved: computing one again reads a quarter of what reading it back would. Where 
 takes the time, on the CPU, they are (`TrainingKernels.saves_all`).
 Where the kernels fold a block's end (`TrainingKernels.folded_ends`), these are never stored at all,
 and the pre-BN output of a 1×1 convolution at the block's beginning is computed again, where its
-input has few channels.
+input has few channels. Backward asks of the result which elements are positive; where the end
+writes that as a bit each (`FoldedEnds.signs`), it is saved beside it, a sixteenth to read.
 Backward forms activations again and the gradient of each pre-BN output, once for dgrad and wgrad.
 dgrad applies the ReLU below it and takes that normalisation's sums; the first layer's adds the
 shortcut's gradient.
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends.arguments import empty_signs
 from ..backends.training import FoldedEnds, TrainingKernels
 from ..parameters import Activation, Convolution, Folded, Layer, OperandTerm, PreBnGradient
 from . import training_programs
@@ -152,7 +154,10 @@ def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor], list[Ten
             saved.append(products)
         scale_shifts.append(layer_scale_shift(pieces, layers, i, moments, sync_group))
         ends.append(Folded(end_operand, convs[i], scale_shifts[i]))
-    y = folded.folded_end(ends[0], ends[1] if shortcut == "projection" else identity)
+    added = ends[1] if shortcut == "projection" else identity
+    y, signs = folded.folded_end(ends[0], added, folded.signs)
+    if signs is not None:
+        saved.append(signs)
     return y, saved, scale_shifts
 
 
@@ -171,6 +176,8 @@ def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor], lis
             saved.append(empty_result(x, shapes[i]))
         elif folded is not None and i >= count - 1 and not layers.frozen[i]:
             saved.append(x.new_empty((shapes[i][1] + 1, layers.weights[i].shape[1]), dtype=wide))
+    if folded is not None and folded.signs:
+        saved.append(empty_signs(shapes[count - 1], x))
     return (
         empty_result(x, shapes[count - 1]),
         saved,
@@ -294,7 +301,7 @@ def _backward(
     branches = {i: activation for i in ends if (activation := activations[i]) is not None}
     sums: dict[int, Tensor] = {}
     if folded is not None:
-        g, g_sums = folded.relu_gradient_sum(grad, y)
+        g, g_sums = folded.relu_gradient_sum(grad, y, next(kept) if folded.signs else None)
     else:
         g, found = pieces.relu_gradient(grad, y, list(branches.values()))
         sums = dict(zip(branches, found, strict=True))

@@ -88,6 +88,23 @@ def sums(g: Tensor, x: Activation) -> Tensor:
     return found.to(x.scale_shift.dtype)
 
 
+def signs_of(y: Tensor) -> Tensor:
+    """Of which elements are positive, as `resnet_fused.backends.training` lays them out."""
+    positive = F.pad(y > 0, (0, 0, 0, 0, 0, -y.shape[1] % 64)).unflatten(1, (-1, 8, 8))
+    found = positive << _bits(y.device)
+    return nhwc(found.sum(2, dtype=torch.uint8).flatten(1, 2))
+
+
+def positive(signs: Tensor, channels: int) -> Tensor:
+    """Which elements `signs` says are positive."""
+    found = signs.unflatten(1, (-1, 1, 8)) >> _bits(signs.device) & 1
+    return found.flatten(1, 3)[:, :channels].bool()
+
+
+def _bits(device: torch.device) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=device)[:, None, None, None]
+
+
 def pre_bn_gradient(gradient: PreBnGradient) -> Tensor:
     """The gradient of a pre-BN output, formed; of the dtype of `gradient.grad`."""
     a, b, d, mean = (_like_channels(v) for v in gradient.coefficients)
@@ -102,6 +119,7 @@ class ReferenceTraining:
     """Implements `TrainingKernels` and `FoldedEnds` of `resnet_fused.backends.training`."""
 
     replays = None
+    signs = True
 
     def saves_all(self) -> bool:
         return False
@@ -121,8 +139,11 @@ class ReferenceTraining:
         dtype = _wide(x).dtype
         return moments.to(dtype), torch.cat([products, mean[None]]).to(dtype)
 
-    def folded_end(self, main: Folded, shortcut: Tensor | Folded | None) -> Tensor:
-        return self._end(main, shortcut).to(main.x.dtype)
+    def folded_end(
+        self, main: Folded, shortcut: Tensor | Folded | None, signs: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        y = self._end(main, shortcut).to(main.x.dtype)
+        return y, signs_of(y) if signs else None
 
     def conv_stats(
         self, x: Tensor, conv: Convolution, statistics: bool
@@ -164,11 +185,16 @@ class ReferenceTraining:
     def relu_gradient(
         self, grad: Tensor, y: Tensor, branches: list[Activation]
     ) -> tuple[Tensor, list[Tensor]]:
-        g = torch.where(y > 0, grad, 0).contiguous(memory_format=torch.channels_last)
+        g = nhwc(torch.where(y > 0, grad, 0))
         return g, [sums(g, branch) for branch in branches]
 
-    def relu_gradient_sum(self, grad: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        g, _ = self.relu_gradient(grad, y, [])
+    def relu_gradient_sum(
+        self, grad: Tensor, y: Tensor | None, signs: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if signs is None:
+            assert y is not None
+            signs = signs_of(y)
+        g = nhwc(torch.where(positive(signs, grad.shape[1]), grad, 0))
         total = _rows(g).sum(0)
         return g, torch.stack([total, torch.zeros_like(total)])[None].to(_wide(g).dtype)
 

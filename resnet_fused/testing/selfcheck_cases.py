@@ -34,7 +34,7 @@ from ..parameters import (
 )
 from ..reference import ops as reference
 from ..reference import quantized
-from ..reference.training import ReferenceTraining
+from ..reference.training import ReferenceTraining, signs_of
 from .cases import (
     BlockCase,
     ConvCase,
@@ -130,7 +130,8 @@ def _operation(backend: Backend, case: Case) -> Callable[..., Any]:
         return attrgetter(case.op)(backend if case.op.startswith(TRAINING) else On(backend))
     assert backend.training is not None
     # Sums, vectors and gradients of weights are wider than the activations.
-    dtype = min(_tensors(case.arguments), key=Tensor.element_size).dtype
+    floating = filter(Tensor.is_floating_point, _tensors(case.arguments))
+    dtype = min(floating, key=Tensor.element_size).dtype
     return getattr(backend.training.folded_ends(dtype), case.op.rsplit(".", 1)[1])
 
 
@@ -343,9 +344,11 @@ def _folded_ends(
     kept = integers(filters + 1, channels)
     pieces: dict[str, list[Any]] = {
         "operand_moments": [torch.cat([x, -x]), conv],
-        "folded_end": [end, grad],
-        "folded_end of two": [end, end],
-        "relu_gradient_sum": [grad, y],
+        "folded_end": [end, grad, False],
+        "folded_end with signs": [end, grad, True],
+        "folded_end of two with signs": [end, end, True],
+        "relu_gradient_sum": [grad, y, None],
+        "relu_gradient_sum by signs": [grad, None, signs_of(y)],
         "folded_sums": [sums, product, end],
         "folded_gradients": [product, kept, sums[:1], coefficients, end, False],
         "dgrad": [grad, conv, x.shape, below, None, None, term],

@@ -40,7 +40,7 @@ cudaError_t wgrad(const Wgrad&, WgradTile, int, cudaStream_t) { return cudaError
 
 bool conv_bn_can_implement(const ConvBn& arguments, ConvTile tile) {
   return for_sm90(tile) ? conv_bn_sm90_can_implement(arguments, tile)
-                        : conv_bn_sm80_can_implement(arguments, tile);
+                        : arguments.signs == nullptr && conv_bn_sm80_can_implement(arguments, tile);
 }
 
 cudaError_t conv_bn_tiles(const ConvBn& arguments, int device, std::vector<ConvTile>* tiles) {

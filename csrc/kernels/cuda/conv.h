@@ -36,6 +36,9 @@ struct ConvBn {
   ConvolutionBn projection;  // of the shortcut; its x is null where there is none
   bool relu;
   bool tf32;  // whether products of float32 may round their operands to TF32
+  // Null, or which values of `out` are positive, a bit each: at each position 8 bytes for every 64
+  // channels, whose b-th has in bit j that of channel 8 j + b. Only behind a ReLU.
+  std::uint8_t* signs = nullptr;
 };
 
 // Output positions x output channels of a block, of the kernel for sm_80 and later or, k...Sm90, of

@@ -43,15 +43,19 @@
 // 8 (the 128-byte swizzle), which TMA writes, wgmma reads, and the epilogue's 8 rows x 4 lanes x 4
 // bytes need to fill all 32 banks once.
 //
+// Signs: where the result's signs are asked for (conv.h), a consumer keeps a bit of each value that
+// it rounds. Of 64 channels its 2 x 8 in a row are two of the row's 8 bytes, which it stores
+// itself.
+//
 // Pipelines (arrivals that fill / that empty a stage): operands (1 and a stage's bytes / the 8
 // consumer warps of each block), resident weights (1 and their bytes / never), scale and shift (32
 // lanes / 2 consumer warpgroups), result (1, and the residual's bytes where there is one, once the
 // result before it has been stored / 2 consumer warpgroups, which leave the result there).
 //
-// Memory: x, weight, residual, shortcut and out once each, the floor, as far as L2 holds what the
-// taps and the blocks of one row of tiles share. Of L2 a tile asks for its operands at every step,
-// with resident weights for x alone: of 256 channels to 1024 at 14 x 14, 256 images, the layer for
-// 411 MB where tiles of 128 x 128 ask for 617.
+// Memory: x, weight, residual, shortcut, out and signs once each, the floor, as far as L2 holds
+// what the taps and the blocks of one row of tiles share. Of L2 a tile asks for its operands at
+// every step, with resident weights for x alone: of 256 channels to 1024 at 14 x 14, 256 images,
+// the layer for 411 MB where tiles of 128 x 128 ask for 617.
 #include <algorithm>
 #include <cstdint>
 
@@ -85,6 +89,11 @@ using Tile128x128PingPong = Tile<128, 128, 4, 2, 1, 1, 40, 232, 2, true>;
 using Tile64x128Resident = Tile<64, 128, 5, 3, 1, 1, 40, 232, 2, true, 8>;
 using Tile128x256 = Tile<128, 256, 3, 1, 1, 2, 40, 232>;
 using Tile256x128 = Tile<256, 128, 3, 1, 1, 2, 40, 232>;
+
+struct Arguments : PersistentArguments {
+  std::uint8_t* signs;  // see conv.h
+  int positions, sign_groups;
+};
 
 // What lies where in shared memory: the operands' stages from 0 on, and so forth.
 template <typename Tile>
@@ -175,13 +184,32 @@ __device__ __forceinline__ void scale_by_ratio(Acc& acc, std::uint32_t scale_shi
   }
 }
 
+// A tile's signs.
+struct Signs {
+  static constexpr int kChannels = 64;  // of 8 bytes
+
+  const Arguments& a;
+  int position, channel;  // the tile's first
+
+  // Of the tile's `row`-th position and its `group`-th 64 channels: the low half of `bits` has
+  // those of the first of this thread's 2 values in each 8 columns, the high half of the second.
+  __device__ __forceinline__ void store(int row, int group, std::uint32_t bits) const {
+    const int from = channel + group * kChannels;
+    if (position + row >= a.positions || from >= a.out_channels) return;
+    const std::int64_t place = std::int64_t{position + row} * a.sign_groups + from / kChannels;
+    const auto pair = static_cast<std::uint16_t>(bits | bits >> 8);
+    ptx::store_global(reinterpret_cast<std::uint16_t*>(a.signs) + place * 4 + threadIdx.x % 4,
+                      pair);
+  }
+};
+
 // Batch norm, the residual that lies in `result`, ReLU, rounding; the values go where the residual
 // was. Columns by kBatch: what a batch needs is loaded before any of it is stored, so that loads
 // wait for each other no more often than the registers ask for.
-template <typename T, typename Tile, typename Acc>
+template <typename T, typename Tile, bool kSigns, typename Acc>
 __device__ __forceinline__ void store_result(Acc& acc, std::uint32_t scale_shift,
                                              std::uint32_t result, int part, bool has_residual,
-                                             bool relu) {
+                                             bool relu, const Signs& signs) {
   using Run = Pack<T, Acc::kRun>;
   constexpr int kBatch = Tile::kEpilogueColumns;
   const Epilogue<T> epilogue(relu);
@@ -191,6 +219,9 @@ __device__ __forceinline__ void store_result(Acc& acc, std::uint32_t scale_shift
     return first + j / 8 * Tile::kPanelBytes + (j % 8 ^ row % 8) * 16 +
            (acc.row(i) - acc.row(0)) * kRowBytes;
   };
+  constexpr int kGroup = Signs::kChannels / 8;  // columns
+  static_assert(kGroup % kBatch == 0 && Acc::kColumns % kGroup == 0);
+  std::uint32_t positive[Acc::kRows];
 #pragma unroll
   for (int begin = 0; begin < Acc::kColumns; begin += kBatch) {
     Run residual[kBatch][Acc::kRows];
@@ -221,7 +252,21 @@ __device__ __forceinline__ void store_result(Acc& acc, std::uint32_t scale_shift
 #pragma unroll
       for (int i = 0; i < Acc::kRows; ++i) {
         if (has_residual) epilogue.add(y[b][i], residual[b][i]);
-        ptx::store_shared(place(i, begin + b), epilogue.pack(y[b][i]));
+        const Run run = epilogue.pack(y[b][i]);
+        ptx::store_shared(place(i, begin + b), run);
+        if constexpr (kSigns) {
+          constexpr std::uint32_t kFirst = 0x10001;
+          std::uint32_t pair;
+          memcpy(&pair, &run, sizeof(pair));
+          if ((begin + b) % kGroup == 0) positive[i] = 0;
+          positive[i] |= ptx::positive_pair<T>(pair) & kFirst << (begin + b) % kGroup;
+        }
+      }
+    }
+    if (kSigns && (begin + kBatch) % kGroup == 0) {
+#pragma unroll
+      for (int i = 0; i < Acc::kRows; ++i) {
+        signs.store(part * Tile::kConsumerM + Acc::row(i), begin / kGroup, positive[i]);
       }
     }
   }
@@ -229,8 +274,8 @@ __device__ __forceinline__ void store_result(Acc& acc, std::uint32_t scale_shift
 
 // The role of a warpgroup: multiplies and finishes its positions of every tile, or every other
 // tile.
-template <typename T, typename Tile, bool kProjection>
-__device__ __forceinline__ void consume(const PersistentArguments& a, int consumer) {
+template <typename T, typename Tile, bool kProjection, bool kSigns>
+__device__ __forceinline__ void consume(const Arguments& a, int consumer) {
   using Shared = Shared<Tile>;
   typename Shared::Operands operands(a.spin_limit);
   typename Shared::ScaleShifts scale_shifts(a.spin_limit);
@@ -265,7 +310,8 @@ __device__ __forceinline__ void consume(const PersistentArguments& a, int consum
         });
     if constexpr (!kProjection) scale_shifts.wait(at.tile());
     results.wait(at.tile());
-    store_result<T, Tile>(acc, scale_shift, result, part, a.has_residual, a.relu);
+    store_result<T, Tile, kSigns>(acc, scale_shift, result, part, a.has_residual, a.relu,
+                                  Signs{a, at.position(), at.channel()});
     ptx::fence_proxy_async();
     ptx::named_barrier(1 + consumer, kWarpgroup);
     if (threadIdx.x % kWarpgroup == 0) {
@@ -277,9 +323,9 @@ __device__ __forceinline__ void consume(const PersistentArguments& a, int consum
   }
 }
 
-template <typename T, typename Tile, bool kProjection>
+template <typename T, typename Tile, bool kProjection, bool kSigns>
 __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
-    conv_bn_sm90_kernel(const __grid_constant__ PersistentArguments a) {
+    conv_bn_sm90_kernel(const __grid_constant__ Arguments a) {
   using Shared = Shared<Tile>;
   run_roles<Tile>(
       [] {
@@ -299,7 +345,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
       },
       [&] { load_scale_shifts<Tile, kProjection>(a); },
       [&] { move_results<Tile, typename Shared::Results, Shared::kResults>(a); },
-      [&](int consumer) { consume<T, Tile, kProjection>(a, consumer); });
+      [&](int consumer) { consume<T, Tile, kProjection, kSigns>(a, consumer); });
 }
 
 // Calls function(Tile()) of the type that `tile` names; false if it names none.
@@ -338,8 +384,8 @@ constexpr ConvTile kTiles[] = {
 };
 
 bool can_take(const ConvBn& a, ConvTile tile) {
-  if (is_split(tile)) return conv_bn_sm90_split_can_implement(a, tile);
-  if (is_lines(tile)) return conv_bn_sm90_lines_can_implement(a, tile);
+  if (is_split(tile)) return a.signs == nullptr && conv_bn_sm90_split_can_implement(a, tile);
+  if (is_lines(tile)) return a.signs == nullptr && conv_bn_sm90_lines_can_implement(a, tile);
   bool takes = false;
   with_tile(tile, [&](auto t) {
     constexpr int kSteps = decltype(t)::kResidentSteps;
@@ -390,11 +436,15 @@ std::int64_t cycles(const ConvBn& a, int num_sms) {
 
 template <typename T, typename Tile, bool kProjection>
 cudaError_t run(const ConvBn& a, int num_sms, cudaStream_t stream) {
-  PersistentArguments to{};
+  Arguments to{};
   const cudaError_t status = encode_arguments<Tile>(&to, a);
   if (status != cudaSuccess) return status;
-  return launch_tiles<Tile>(&conv_bn_sm90_kernel<T, Tile, kProjection>, to,
-                            static_cast<int>(blocks<Tile>(a, num_sms)), Shared<Tile>::kBytes,
+  to.signs = a.signs;
+  to.positions = static_cast<int>(positions(a));
+  to.sign_groups = static_cast<int>(ceil_div(a.out_channels, Signs::kChannels));
+  return launch_tiles<Tile>(a.signs == nullptr ? &conv_bn_sm90_kernel<T, Tile, kProjection, false>
+                                               : &conv_bn_sm90_kernel<T, Tile, kProjection, true>,
+                            to, static_cast<int>(blocks<Tile>(a, num_sms)), Shared<Tile>::kBytes,
                             stream);
 }
 

@@ -110,6 +110,20 @@ __device__ __forceinline__ std::uint32_t max_nan_pair(std::uint32_t a, std::uint
   return larger;
 }
 
+// "set", set.gt.u32.f16x2 or set.gt.u32.bf16x2: ones for each of two 16-bit numbers above zero,
+// which NaN is not.
+template <typename T>
+__device__ __forceinline__ std::uint32_t positive_pair(std::uint32_t pair) {
+  std::uint32_t ones;
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("set.gt.u32.f16x2 %0, %1, %2;" : "=r"(ones) : "r"(pair), "r"(0));
+  } else {
+    static_assert(std::is_same_v<T, __nv_bfloat16>);
+    asm("set.gt.u32.bf16x2 %0, %1, %2;" : "=r"(ones) : "r"(pair), "r"(0));
+  }
+  return ones;
+}
+
 // "cvt", cvt.rni.s32.f32: the nearest integer, ties to even.
 __device__ __forceinline__ std::int32_t round_to_int(float value) { return __float2int_rn(value); }
 

@@ -93,7 +93,8 @@ class CudaBackend(ReferenceBackend):
         first. Pieces and arguments are those of `resnet_fused.backends.training.TrainingKernels`.
         """
         if piece == "folded_end":
-            return self._tiles(self._folded_end, *_folded_layers(*arguments), True)
+            main, shortcut, signs = arguments
+            return self._tiles(self._folded_end, *_folded_layers(main, shortcut), True, signs)
         if piece not in ("conv_stats", "dgrad", "folded_dgrad", "wgrad"):
             return []
         launcher, tensor = self._launcher, arguments[0]
@@ -120,8 +121,13 @@ class CudaBackend(ReferenceBackend):
             for tile in tiles
         ]
 
-    def _folded_end(self, tile: str, main: Folded, shortcut: Tensor | Folded | None) -> Tensor:
-        return self._launcher.conv_bn(tile, *_folded_layers(main, shortcut), True)
+    def _folded_end(
+        self, tile: str, main: Folded, shortcut: Tensor | Folded | None, signs: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        layers = _folded_layers(main, shortcut)
+        if signs:
+            return self._launcher.conv_bn_signs(tile, *layers, True)
+        return self._launcher.conv_bn(tile, *layers, True), None
 
     @property
     def training_tiles(self) -> list[str]:
@@ -183,19 +189,21 @@ class CudaBackend(ReferenceBackend):
 
     def _tiles(
         self,
-        launch: Callable[..., Tensor],
+        launch: Callable[..., Any],
         main: tuple[Tensor, ConvBn],
         projection: tuple[Tensor, ConvBn] | None,
         residual: Tensor | None,
         relu: bool,
+        signs: bool = False,
     ) -> list[Candidate]:
         """Our kernel in each tile that serves the convolution, the heuristic's choice first."""
         if self._tile is not None:
             names = [self._tile.name]
         else:
-            names = self._launcher.tiles(main, projection, residual, relu)
+            names = self._launcher.tiles(main, projection, residual, relu, signs=signs)
             # On Hopper the first one is what `automatic` would take, by a self-check of its own.
-            if not (names and "sm90" in names[0]):
+            # Signs are written on Hopper alone.
+            if not signs and not (names and "sm90" in names[0]):
                 names = ["automatic", *names]
         return [
             Candidate(f"cuda {name}", functools.partial(launch, name), f"cuda conv_bn {name}")

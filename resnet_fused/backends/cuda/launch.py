@@ -32,6 +32,7 @@ from ..arguments import (
     batch_norm_arg,
     dense_convolution,
     empty_nhwc,
+    empty_signs,
     nhwc,
     residual_arg,
 )
@@ -98,14 +99,22 @@ class Launcher:
 
     def conv_bn(self, tile: str, *arguments: Any) -> Tensor:
         out, call = self._conv_bn_call(*arguments)
-        return self.run(
-            self.extension.cuda_conv_bn, out, *call, getattr(self.extension.ConvTile, tile)
-        )
+        named = getattr(self.extension.ConvTile, tile)
+        return self.run(self.extension.cuda_conv_bn, out, *call, None, named)
 
-    def tiles(self, *arguments: Any) -> list[str]:
-        """Names of the tiles by which `conv_bn` computes these arguments."""
+    def conv_bn_signs(self, tile: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """The same, with the result's signs (`resnet_fused.backends.training`)."""
         out, call = self._conv_bn_call(*arguments)
-        found = self.extension.cuda_conv_bn_tiles(tensor_arg(out), *call, self.place(out.device))
+        signs, named = empty_signs(out.shape, out), getattr(self.extension.ConvTile, tile)
+        return self.run(self.extension.cuda_conv_bn, out, *call, tensor_arg(signs), named), signs
+
+    def tiles(self, *arguments: Any, signs: bool = False) -> list[str]:
+        """Names of the tiles by which `conv_bn`, or `conv_bn_signs`, computes these arguments."""
+        out, call = self._conv_bn_call(*arguments)
+        of_signs = tensor_arg(empty_signs(out.shape, out)) if signs else None
+        found = self.extension.cuda_conv_bn_tiles(
+            tensor_arg(out), *call, of_signs, self.place(out.device)
+        )
         return [tile.name for tile in found]
 
     def _conv_bn_call(

@@ -14,6 +14,7 @@ class CudaTraining(TritonTraining):
     """Implements `resnet_fused.backends.training.TrainingKernels`."""
 
     among = "cuda"
+    signs = True
 
     def __init__(self, listed: Callable[[str, tuple[Any, ...]], list[Candidate]]) -> None:
         """`listed`: our candidates for a piece and its arguments."""

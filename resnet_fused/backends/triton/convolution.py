@@ -46,6 +46,8 @@ from .primitives import convolve, normalise, relu, strided_rows, tile_index
 _FAMILY = "triton conv_bn"
 _PACKED_CHANNELS = 32
 SLICE = tl.constexpr(32)
+# Channels of 8 bytes of signs, which one program has.
+SIGNED = tl.constexpr(64)
 
 
 @triton.jit
@@ -64,6 +66,7 @@ def finish(
     residual_row,
     residual_channels,
     out,
+    signs,
     row,
     in_rows,
     first_column,
@@ -75,14 +78,16 @@ def finish(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The epilogue: stores relu?(bn(acc) (+ other_bn(other_acc)) (+ residual)).
+    """The epilogue: stores relu?(bn(acc) (+ other_bn(other_acc)) (+ residual)), and its signs
+    (`resnet_fused.backends.training`) unless they are None.
 
     `residual_row`: where the residual's rows begin, of `residual_channels` channels each; None
     where it is laid out like the result.
     Wide tiles are finished in slices, else scale and shift of all columns are live at once, which
     spills.
     """
-    if BLOCK_N > SLICE:
+    slice_n: tl.constexpr = SLICE if signs is None else SIGNED
+    if slice_n < BLOCK_N:
         accs = halves(acc, BLOCK_M, BLOCK_N)
         other_accs = (None, None)
         if other_acc is not None:
@@ -97,6 +102,7 @@ def finish(
                 residual_row,
                 residual_channels,
                 out,
+                signs,
                 row,
                 in_rows,
                 first_column + half * (BLOCK_N // 2),
@@ -126,7 +132,16 @@ def finish(
             value += tl.load(residual + place, present, other=0.0).to(tl.float32)
         if RELU:
             value = relu(value)
-        tl.store(out + offset, value.to(out.dtype.element_ty), mask)
+        value = value.to(out.dtype.element_ty)
+        tl.store(out + offset, value, mask)
+        if signs is not None:
+            j = tl.arange(0, BLOCK_N // 8)
+            positive = ((value > 0) & valid[None, :]).to(tl.int32)
+            bits = tl.reshape(positive, (BLOCK_M, BLOCK_N // 8, 8)) << j[None, :, None]
+            place = row[:, None] * (tl.cdiv(K, SIGNED) * 8) + tl.arange(0, 8)[None, :]
+            place += first_column // SIGNED * 8
+            inside = (in_rows & (first_column < K))[:, None]
+            tl.store(signs + place, tl.sum(bits, 1).to(tl.uint8), inside)
 
 
 @triton.jit
@@ -136,6 +151,7 @@ def conv_bn_kernel(
     bn,
     residual,
     out,
+    signs,
     residual_channels,
     residual_strides,
     gemm,
@@ -178,6 +194,7 @@ def conv_bn_kernel(
         residual_row,
         residual_channels,
         out,
+        signs,
         row,
         row < gemm.rows,
         first_column,
@@ -200,6 +217,7 @@ def conv_bn_projection_kernel(
     projection,
     projection_bn,
     out,
+    signs,
     image,
     shortcut_image,
     result,
@@ -239,6 +257,7 @@ def conv_bn_projection_kernel(
         None,
         None,
         out,
+        signs,
         row,
         row < gemm.rows,
         first_column,
@@ -379,8 +398,10 @@ def plan_conv_bn(
     residual: Tensor | None,
     relu: bool,
     precision: str,
+    signs: bool = False,
 ) -> tuple[tuple[int, ...], Launch]:
-    """The result's shape, and the launch, of tensors as the kernel takes them."""
+    """The result's shape, and the launch, of tensors as the kernel takes them; signs: whether it
+    is given any to write."""
     conv, _ = layer
     packed, gemm = packing(x, conv)
     shape = result_shape(x, conv)
@@ -411,7 +432,7 @@ def conv_bn(
     x, layer, residual = nhwc(x), dense_layer(layer), readable(residual)
     shape, launch = plan_conv_bn(config, x, layer, residual, relu, convolution_precision(x.dtype))
     out = empty_nhwc(shape, x)
-    launch(x, layer.conv.weight, layer.bn, residual, out)
+    launch(x, layer.conv.weight, layer.bn, residual, out, None)
     return out
 
 
@@ -436,6 +457,7 @@ def plan_conv_bn_projection(
     shortcut: Tensor,
     projection: ConvBn,
     precision: str,
+    signs: bool = False,
 ) -> tuple[tuple[int, ...], Launch]:
     """The same with a projection."""
     _, gemm = packing(x, layer.conv)
@@ -487,5 +509,6 @@ def conv_bn_projection(
         projection.conv.weight,
         projection.bn,
         out,
+        None,
     )
     return out

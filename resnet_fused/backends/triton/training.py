@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ... import _extension
 from ...parameters import Activation, Convolution, Folded, OperandTerm
-from ...reference.training import ReferenceTraining
+from ...reference.training import ReferenceTraining, signs_of
 from .. import Candidate, Candidates, autotune, tf32_in_convolutions
 from ..training import FoldedEnds, Replays
 from . import training_batch_norm as batch_norm
@@ -28,28 +28,45 @@ _reference = ReferenceTraining()
 
 
 class _Piece:
-    """A way to compute a piece. Called, which is how candidates are checked and measured, it merges
-    parts of statistics, of which other configurations make others; `run` leaves them apart."""
+    """A way to compute a piece. Called, which is how candidates are checked and measured, it turns
+    what it found into what can be held against another's; `run` leaves it as it is."""
 
     def __init__(
-        self, run: Callable[..., Any], merge: Callable[[Tensor], Tensor] | None = None
+        self, run: Callable[..., Any], comparable: Callable[[Any], Any] | None = None
     ) -> None:
         self.run = run
-        self.merge = merge
+        self.comparable = comparable
 
     def __call__(self, *arguments: Any) -> Any:
         found = self.run(*arguments)
-        if self.merge is None or found[1] is None:
-            return found
-        return found[0], self.merge(found[1])
+        return found if self.comparable is None else self.comparable(found)
+
+
+def _merged(
+    merge: Callable[[Tensor], Tensor],
+) -> Callable[[tuple[Tensor, Tensor | None]], tuple[Tensor, Tensor | None]]:
+    """Merges parts of statistics, of which other configurations make others."""
+
+    def comparable(found: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        result, parts = found
+        return result, None if parts is None else merge(parts)
+
+    return comparable
+
+
+def _with_right_signs(found: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """A result, and one more than the bytes of its signs that are wrong: signs of a result that is
+    rounded otherwise may differ."""
+    y, signs = found
+    return y, None if signs is None else 1.0 + (signs != signs_of(y)).sum()
 
 
 _PLAIN = {
-    "conv_stats": _Piece(_reference.conv_stats, _reference.merge_moments),
-    "dgrad": _Piece(_reference.dgrad, _reference.merge_sums),
+    "conv_stats": _Piece(_reference.conv_stats, _merged(_reference.merge_moments)),
+    "dgrad": _Piece(_reference.dgrad, _merged(_reference.merge_sums)),
     "wgrad": _Piece(_reference.wgrad),
-    "folded_end": _Piece(_reference.folded_end),
-    "folded_dgrad": _Piece(_reference.dgrad, _reference.merge_sums),
+    "folded_end": _Piece(_reference.folded_end, _with_right_signs),
+    "folded_dgrad": _Piece(_reference.dgrad, _merged(_reference.merge_sums)),
 }
 
 
@@ -100,6 +117,8 @@ class TritonTraining:
 
     # Tells the choices of a subclass, which lists more, from those made here.
     among: Hashable = None
+    # By the model of time the kernels here take longer for signs than backward saves.
+    signs = False
 
     def more(self, piece: str, arguments: tuple[Any, ...]) -> list[Candidate]:
         """What computes a piece beside the kernels here, the expected fastest first."""
@@ -120,7 +139,7 @@ class TritonTraining:
                 *self.more(piece, arguments),
                 *candidates(run, configs(), "triton training"),
             ]
-            found = [c._replace(launch=_Piece(c.launch, plain.merge)) for c in found]
+            found = [c._replace(launch=_Piece(c.launch, plain.comparable)) for c in found]
             return [*found, Candidate("pytorch", plain)]
 
         chosen = autotune.choose(piece, arguments, listed, plain, self.among).launch
@@ -182,20 +201,24 @@ class TritonFoldedEnds:
 
     def __init__(self, kernels: TritonTraining) -> None:
         self._choose = kernels.choose
+        self.signs = kernels.signs
 
     operand_moments = staticmethod(ends.operand_moments)
     relu_gradient_sum = staticmethod(batch_norm.relu_gradient_sum)
     folded_sums = staticmethod(ends.folded_sums)
     folded_gradients = staticmethod(ends.folded_gradients)
 
-    def folded_end(self, main: Folded, shortcut: Tensor | Folded | None) -> Tensor:
+    def folded_end(
+        self, main: Folded, shortcut: Tensor | Folded | None, signs: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        arguments = (main, shortcut, signs)
         run = self._choose(
             "folded_end",
-            (main, shortcut),
+            arguments,
             ends.folded_end,
-            lambda: ends.folded_end_configs(main, shortcut),
+            lambda: ends.folded_end_configs(*arguments),
         )
-        found: Tensor = run(main, shortcut)
+        found: tuple[Tensor, Tensor | None] = run(*arguments)
         return found
 
     def dgrad(

@@ -215,6 +215,7 @@ def bn_add_relu_kernel(
 def relu_gradient_kernel(
     grad,
     y,
+    signs,
     pre_bn,
     scale_shift,
     sums,
@@ -230,7 +231,8 @@ def relu_gradient_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Grid: (blocks of TILES·BLOCK_M rows × K,). sums: (row blocks, 2, K), of which the second row
-    is zero where pre_bn is None; other_*: of the projection, or None."""
+    is zero where pre_bn is None; other_*: of the projection, or None. signs: of y, which then is
+    None."""
     tiles_n = tl.cdiv(K, BLOCK_C)
     block = tl.program_id(0) // tiles_n
     first_row = block * (TILES * BLOCK_M)
@@ -249,7 +251,13 @@ def relu_gradient_kernel(
         row = first_row + tile * BLOCK_M + tl.arange(0, BLOCK_M)
         offset = row[:, None] * K + channel[None, :]
         mask = (row < rows)[:, None] & valid[None, :]
-        passes = tl.load(y + offset, mask, other=0.0) > 0
+        if signs is not None:
+            place = row[:, None] * (tl.cdiv(K, 64) * 8)
+            place += (channel // 64 * 8 + channel % 8)[None, :]
+            bits = tl.load(signs + place, mask, other=0).to(tl.int32)
+            passes = (bits >> (channel // 8 % 8)[None, :]) & 1 != 0
+        else:
+            passes = tl.load(y + offset, mask, other=0.0) > 0
         g = tl.where(passes, tl.load(grad + offset, mask, other=0.0), 0.0)
         tl.store(out + offset, g, mask)
         g = for_sums(g)
@@ -440,11 +448,14 @@ def bn_add_relu(main: Activation, shortcut: Tensor | Activation | None) -> Tenso
 
 @planned
 def _plan_relu_gradient(
-    grad: Tensor, y: Tensor, branches: Sequence[tuple[Tensor | None, Tensor | None]]
+    grad: Tensor,
+    y: Tensor | None,
+    signs: Tensor | None,
+    branches: Sequence[tuple[Tensor | None, Tensor | None]],
 ) -> tuple[int, Launch]:
     """The number of row blocks, and the launch."""
-    channels = y.shape[1]
-    rows = y.numel() // channels
+    channels = grad.shape[1]
+    rows = grad.numel() // channels
     config = pass_tile(channels)
     block_m, block_c = config.blocks
     blocks = triton.cdiv(rows, _TILES * block_m)
@@ -452,11 +463,11 @@ def _plan_relu_gradient(
         relu_gradient_kernel,
         (blocks * triton.cdiv(channels, block_c),),
         config,
-        y.device,
+        grad.device,
         rows=rows,
         K=channels,
         TILES=_TILES,
-        WIDE=is_wide(y),
+        WIDE=is_wide(grad),
         BLOCK_M=block_m,
         BLOCK_C=block_c,
     )
@@ -466,28 +477,37 @@ def relu_gradient(
     grad: Tensor, y: Tensor, branches: Sequence[Activation]
 ) -> tuple[Tensor, list[Tensor]]:
     """See `TrainingKernels.relu_gradient`; one or two branches."""
-    return _relu_gradient(grad, y, [(nhwc(b.pre_bn), b.scale_shift) for b in branches])
+    return _relu_gradient(grad, nhwc(y), None, [(nhwc(b.pre_bn), b.scale_shift) for b in branches])
 
 
-def relu_gradient_sum(grad: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def relu_gradient_sum(
+    grad: Tensor, y: Tensor | None, signs: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """See `FoldedEnds.relu_gradient_sum`."""
-    g, (sums,) = _relu_gradient(grad, y, [(None, None)])
+    if signs is not None:
+        y, signs = None, nhwc(signs)
+    elif y is not None:
+        y = nhwc(y)
+    g, (sums,) = _relu_gradient(grad, y, signs, [(None, None)])
     return g, sums
 
 
 def _relu_gradient(
-    grad: Tensor, y: Tensor, branches: Sequence[tuple[Tensor | None, Tensor | None]]
+    grad: Tensor,
+    y: Tensor | None,
+    signs: Tensor | None,
+    branches: Sequence[tuple[Tensor | None, Tensor | None]],
 ) -> tuple[Tensor, list[Tensor]]:
-    grad, y = nhwc(grad), nhwc(y)
-    blocks, launch = _plan_relu_gradient(grad, y, branches)
-    out = empty_nhwc(y.shape, y)
+    grad = nhwc(grad)
+    blocks, launch = _plan_relu_gradient(grad, y, signs, branches)
+    out = empty_nhwc(grad.shape, grad)
     sums: list[Tensor] = []
     vectors: list[Tensor | None] = []
     for branch in branches:
-        sums.append(y.new_empty((blocks, 2, y.shape[1]), dtype=torch.float32))
+        sums.append(grad.new_empty((blocks, 2, grad.shape[1]), dtype=torch.float32))
         vectors += (*branch, sums[-1])
     vectors += [None] * (6 - len(vectors))
-    launch(grad, y, *vectors, out)
+    launch(grad, y, signs, *vectors, out)
     return out, sums
 
 

@@ -20,9 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ...parameters import Convolution, Folded, OperandTerm
-from ..arguments import dense_convolution, given_scale
+from ..arguments import dense_convolution, empty_signs, given_scale
 from . import launching
-from .convolution import configurations, packing, plan_conv_bn, plan_conv_bn_projection
+from .convolution import SIGNED, configurations, packing, plan_conv_bn, plan_conv_bn_projection
 from .launching import (
     Config,
     Image,
@@ -402,30 +402,36 @@ def operand_moments(x: Tensor, conv: Convolution) -> tuple[Tensor, Tensor]:
     return moments, products
 
 
-def folded_end_configs(main: Folded, shortcut: Tensor | Folded | None) -> list[Config]:
+def folded_end_configs(main: Folded, shortcut: Tensor | Folded | None, signs: bool) -> list[Config]:
     """Launch configurations, the heuristic's choice first."""
     _, gemm = packing(main.x, main.conv)
     accumulators = 1 + isinstance(shortcut, Folded)
     precision = convolution_precision(main.x.dtype)
-    return configurations(gemm, main.x, precision, accumulators=accumulators)
+    found = configurations(gemm, main.x, precision, accumulators=accumulators)
+    least = min(gemm.columns, SIGNED.value) if signs else 0
+    return [c for c in found if c.blocks[1] >= least]
 
 
-def folded_end(config: Config, main: Folded, shortcut: Tensor | Folded | None) -> Tensor:
+def folded_end(
+    config: Config, main: Folded, shortcut: Tensor | Folded | None, signs: bool
+) -> tuple[Tensor, Tensor | None]:
     """See `resnet_fused.backends.training.FoldedEnds.folded_end`."""
     x, layer = _layer(main)
     precision = convolution_precision(x.dtype)
     added: tuple[Any, ...]
     if isinstance(shortcut, Folded):
         other, projection = _layer(shortcut)
-        shape, launch = plan_conv_bn_projection(config, x, layer, other, projection, precision)
+        shape, launch = plan_conv_bn_projection(
+            config, x, layer, other, projection, precision, signs
+        )
         added = (other, projection.conv.weight, projection.bn)
     else:
         residual = readable(shortcut)
-        shape, launch = plan_conv_bn(config, x, layer, residual, True, precision)
+        shape, launch = plan_conv_bn(config, x, layer, residual, True, precision, signs)
         added = (residual,)
-    out = empty_nhwc(shape, x)
-    launch(x, layer.conv.weight, layer.bn, *added, out)
-    return out
+    out, own = empty_nhwc(shape, x), empty_signs(shape, x) if signs else None
+    launch(x, layer.conv.weight, layer.bn, *added, out, own)
+    return out, own
 
 
 def _layer(end: Folded) -> tuple[Tensor, Any]:
