@@ -63,7 +63,7 @@ SM90_TILES = (
 )
 # With resident weights: for each 16-bit type, without projection.
 RESIDENT_TILE = "m64n128_sm90_resident"
-SM90_KERNELS = 2 * 2 * len(SM90_TILES) + 2
+SM90_KERNELS = 2 * (2 * 2 * len(SM90_TILES) + 2)  # each with and without the result's signs
 # Tiles whose K loop the blocks of a cluster share, by their number; each has a kernel for each
 # 16-bit type, with and without projection.
 SPLIT_TILES = {f"m64n64_sm90_split{n}": n for n in (2, 4, 8)}
