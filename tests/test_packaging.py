@@ -110,8 +110,8 @@ def without_nvcc(plain: Environment, tmp_path: Path) -> Environment:
 
 
 def hurried(env: Environment, folder: Path) -> Environment:
-    """The same, where C++ is not optimised: these builds are looked at and hardly run. CUDA code is,
-    because ptxas needs that to fit some kernels' registers."""
+    """The same, where C++ is not optimised: these builds are looked at and hardly run. CUDA code
+    is, because ptxas needs that to fit some kernels' registers."""
     cxx = plant(folder / "hurried", "c++", f'exec {shutil.which("c++", path=env["PATH"])} "$@" -O0')
     return {**env, "CXX": str(cxx)}
 
