@@ -109,10 +109,12 @@ def without_nvcc(plain: Environment, tmp_path: Path) -> Environment:
     return masked
 
 
-def hurried(env: Environment, folder: Path) -> Environment:
+def unoptimised(env: Environment, folder: Path) -> Environment:
     """The same, where C++ is not optimised: these builds are looked at and hardly run. CUDA code
     is, because ptxas needs that to fit some kernels' registers."""
-    cxx = plant(folder / "hurried", "c++", f'exec {shutil.which("c++", path=env["PATH"])} "$@" -O0')
+    cxx = plant(
+        folder / "unoptimised", "c++", f'exec {shutil.which("c++", path=env["PATH"])} "$@" -O0'
+    )
     return {**env, "CXX": str(cxx)}
 
 
@@ -220,7 +222,7 @@ def test_off_builds_a_whole_package_without_cuda(source, plain, python, tmp_path
 
 @needs_tools
 def test_auto_without_compiler_builds_the_rest_and_says_so(source, without_nvcc, python, tmp_path):
-    result = build_wheel(source, hurried(without_nvcc, tmp_path))
+    result = build_wheel(source, unoptimised(without_nvcc, tmp_path))
     installed = unpack(source, result)
     assert "without CUDA: no CUDA compiler was found" in result.stdout
     report = python(installed, without_nvcc, "-m", "resnet_fused.env")
@@ -245,7 +247,7 @@ def test_on_without_compiler_fails_and_says_what_to_do(source, without_nvcc):
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc in PATH")
 def test_on_builds_the_architectures_asked_for(source, plain, python, tmp_path):
     steered = {**plain, "RESNET_FUSED_CUDA": "on", "RESNET_FUSED_CUDA_ARCHS": "80;90a"}
-    result = build_wheel(source, hurried(steered, tmp_path))
+    result = build_wheel(source, unoptimised(steered, tmp_path))
     installed = unpack(source, result)
     assert re.search(r"CUDA \d+\.\d+\.\d+: sm_80, sm_90a; PTX 80", result.stdout)
     report = python(installed, plain, "-m", "resnet_fused.env")
@@ -291,7 +293,7 @@ def test_isolated_build_needs_nothing_installed(source, without_nvcc, python, tm
         *(sys.executable, "-m", "pip", "wheel", "-v", "--no-deps"),
         *("-w", source.parent / "wheels", "."),
         cwd=source,
-        env={**hurried(without_nvcc, tmp_path), "RESNET_FUSED_CUDA": "off"},
+        env={**unoptimised(without_nvcc, tmp_path), "RESNET_FUSED_CUDA": "off"},
     )
     installed = unpack(source, result)
     assert not re.search(r"Collecting (torch|numpy|triton|nvidia)", result.stdout)

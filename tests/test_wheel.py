@@ -92,14 +92,14 @@ def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         if shutil.which(tool) is None:
             pytest.skip(f"building the wheel needs {tool}")
     folder = tmp_path_factory.mktemp("wheel")
-    hurried = folder / "c++"  # nothing here asks for speed
-    hurried.write_text(f'#!/bin/sh\nexec {shutil.which("c++")} "$@" -O1\n')
-    hurried.chmod(0o755)
+    compiler = folder / "c++"  # nothing here asks for speed
+    compiler.write_text(f'#!/bin/sh\nexec {shutil.which("c++")} "$@" -O1\n')
+    compiler.chmod(0o755)
     _run(
         *(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index"),
         *("-w", folder, request.getfixturevalue("sdist")),
         cwd=folder,
-        CXX=str(hurried),
+        CXX=str(compiler),
     )
     (found,) = folder.glob("*.whl")
     return found
