@@ -186,6 +186,7 @@ PROFILED = (
     "conv_bn 3×3/1 256→256 on 14×14, cuda m128n128",
     "bottleneck/1 256→64→256 on 56×56, cuda fused",
     "bottleneck/1 256→64→256 on 56×56, cuda fused sm90",
+    "bottleneck/1 512→128→512 on 28×28, cuda fused cluster",
     "stem 7×7/2 3→64 on 224×224, cuda fused",
 )
 
@@ -223,7 +224,7 @@ def training_tests(options: argparse.Namespace, gpu: Gpu) -> Step:
 def training(options: argparse.Namespace, gpu: Gpu) -> Step:
     peers = options.peers or ["eager channels_last", "torch.compile"]
     command = _training(options, "training")
-    only = ["--only", "resnet_fused triton", *peers]
+    only = ["--only", "resnet_fused cuda", "resnet_fused triton", *peers]
     return Step("training", 170, 230, [[*command, *only]], _BY_HEURISTIC)
 
 

@@ -64,9 +64,10 @@ class Trained(NamedTuple):
 
 
 PLAIN = "training ops in PyTorch"  # what ours saves for backward can be read off it anywhere
-PROFILED = ("resnet_fused", "resnet_fused triton", PLAIN)
+PROFILED = ("resnet_fused", "resnet_fused cuda", "resnet_fused triton", PLAIN)
 ALL = {
     "resnet_fused": Trained(resnet_fused),  # block by block what was measured fastest
+    "resnet_fused cuda": Trained(resnet_fused, within=partial(resnet_fused.use_backend, "cuda")),
     "resnet_fused triton": Trained(
         resnet_fused, within=partial(resnet_fused.use_backend, "triton")
     ),
