@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from triton.compiler import CompiledKernel
 
 from ..._extension import optional_tensor_arg
@@ -168,7 +169,7 @@ class Launch:
     def __call__(self, *tensors: Any) -> None:
         recorder = recording.recorder.get()
         if recorder is not None:
-            recorder.add_call(self.replay, list(map(optional_tensor_arg, tensors)))
+            self._record(recorder, tensors)
         if self._index is not None and torch._C._cuda_getDevice() != self._index:
             with torch.cuda.device(self._index):
                 self._start(tensors)
@@ -179,6 +180,22 @@ class Launch:
         """Starts it anew, on the device that is current, with addresses in place of tensors."""
         assert self._compiled is not None
         self._compiled(*addresses, *self.settled)
+
+    def _record(self, recorder: Any, arguments: tuple[Any, ...]) -> None:
+        leaves, structure = tree_flatten(arguments)
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        replay = self.replay
+        if len(leaves) > len(arguments):  # some are groups of tensors and numbers
+
+            def replay(*addresses: Any) -> None:
+                values = list(leaves)
+                for place, address in zip(places, addresses, strict=True):
+                    values[place] = address
+                self.replay(*tree_unflatten(values, structure))
+
+        else:
+            places = list(range(len(leaves)))
+        recorder.add_call(replay, [optional_tensor_arg(leaves[place]) for place in places])
 
     def _start(self, tensors: tuple[Any, ...]) -> None:
         if self._compiled is not None:

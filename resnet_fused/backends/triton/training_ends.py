@@ -108,15 +108,17 @@ def merge_gram_kernel(
     parts,
     sums,
     gram,
-    mean,
+    products,
     count,
     rows,
+    K,
     C,
     STEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid: (blocks of C × C,), STEP parts at a time. gram (C, C): the sum of products of
-    deviations from the mean (C,), float32. first_position (C,): of the operand."""
+    deviations from the mean, which is the last row of products (K + 1, C), float32.
+    first_position (C,): of the operand."""
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     in_pairs = pair < C * C
     left = pair // C
@@ -135,7 +137,7 @@ def merge_gram_kernel(
     centred = tl.sum(total, 0) - left_mean * tl.sum(right_sum, 0)
     tl.store(gram + pair, centred, in_pairs)
     origin = tl.load(first_position + left, in_pairs, other=0.0).to(tl.float64)
-    tl.store(mean + left, origin + left_mean, in_pairs & (right == 0))
+    tl.store(products + K * C + left, origin + left_mean, in_pairs & (right == 0))
 
 
 @triton.jit
@@ -366,6 +368,7 @@ def _plan_moments(x: Tensor, conv: Convolution) -> _Moments:
             x.device,
             count=parts,
             rows=rows,
+            K=filters,
             C=channels,
             STEP=step,
             BLOCK=block,
@@ -397,7 +400,7 @@ def operand_moments(x: Tensor, conv: Convolution) -> tuple[Tensor, Tensor]:
     gram, products = empty(channels, channels), empty(filters + 1, channels)
     moments = empty(1, 3, filters)
     plan.gram(x, parts, sums)
-    plan.merge(x[0, :, 0, 0], parts, sums, gram, products[-1])
+    plan.merge(x[0, :, 0, 0], parts, sums, gram, products)
     plan.moments(conv.weight, gram, products, moments)
     return moments, products
 
