@@ -224,7 +224,8 @@ def training_tests(options: argparse.Namespace, gpu: Gpu) -> Step:
 def training(options: argparse.Namespace, gpu: Gpu) -> Step:
     peers = options.peers or ["eager channels_last", "torch.compile"]
     command = _training(options, "training")
-    only = ["--only", "resnet_fused cuda", "resnet_fused triton", *peers]
+    ours = ["resnet_fused cuda", "resnet_fused cuda, graph", "resnet_fused triton"]
+    only = ["--only", *ours, *peers]
     return Step("training", 170, 230, [[*command, *only]], _BY_HEURISTIC)
 
 

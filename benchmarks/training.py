@@ -73,12 +73,25 @@ class Row:
 
 
 def training_step(
-    model: nn.Module, x: Tensor, target: Tensor, dtype: torch.dtype | None, lr: float = 0.05
+    model: nn.Module,
+    x: Tensor,
+    target: Tensor,
+    dtype: torch.dtype | None,
+    lr: float = 0.05,
+    graph: bool = False,
 ) -> Callable[[], Tensor]:
-    """A call that trains `model` for one step and returns the loss; autocast to `dtype`."""
+    """A call that trains `model` for one step and returns the loss; autocast to `dtype`.
+
+    `graph`: as one CUDA graph.
+    """
     optimizer = torch.optim.SGD(
         model.parameters(), lr=lr, momentum=0.9, fused=x.is_cuda and dtype is not None
     )
+    if graph:
+        whole = resnet_fused.graphed_step(
+            model, F.cross_entropy, optimizer, x, target, autocast=dtype
+        )
+        return lambda: whole(x, target)
 
     def step() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
@@ -222,7 +235,9 @@ class Contestant:
             model = baselines.network(trained.library, row.model).to(device).train()
             with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
                 row.kept_bytes = resnet_fused.kept_activation_bytes(model, x).total
-            self._step = training_step(trained.prepare(model), x, target, dtype)
+            self._step = training_step(
+                trained.prepare(model), x, target, dtype, graph=trained.graph
+            )
             for _ in range(3):
                 self._step()
             if device.type == "cuda":

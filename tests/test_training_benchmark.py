@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -189,6 +190,18 @@ def test_a_nudge_is_one_unit_in_the_last_place() -> None:
     for old, new in zip(before, model.parameters(), strict=True):
         assert torch.equal(torch.nextafter(old, new), new)
         assert (old != new).all()
+
+
+def test_kernels_that_overlap_take_together_as_long_as_the_gpu_worked() -> None:
+    def event(name: str, start: int, end: int) -> SimpleNamespace:
+        where = SimpleNamespace(start=start, end=end)
+        return SimpleNamespace(
+            name=name, device_type=SimpleNamespace(name="CUDA"), time_range=where
+        )
+
+    ran = [event("a", 0, 10), event("b", 1, 12), event("c", 3, 5), event("a", 20, 30)]
+    times = training_profile._times(SimpleNamespace(events=lambda: ran), gpu=True)
+    assert times == {"a": (2, pytest.approx(20e-6)), "b": (1, pytest.approx(2e-6)), "c": (1, 0.0)}
 
 
 def test_profile_puts_kernels_beside_their_floors(monkeypatch: pytest.MonkeyPatch) -> None:

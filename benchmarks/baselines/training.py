@@ -56,18 +56,22 @@ def fused(device: torch.device) -> AbstractContextManager[None]:
 
 
 class Trained(NamedTuple):
-    """The library that makes the model, what is done to it, and within what it is trained."""
+    """The library that makes the model, what is done to it, within what it is trained, and whether
+    a step is one CUDA graph."""
 
     library: Any
     prepare: Callable[[nn.Module], nn.Module] = channels_last
     within: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+    graph: bool = False
 
 
 PLAIN = "training ops in PyTorch"  # what ours saves for backward can be read off it anywhere
+_CUDA = Trained(resnet_fused, within=partial(resnet_fused.use_backend, "cuda"))
 PROFILED = ("resnet_fused", "resnet_fused cuda", "resnet_fused triton", PLAIN)
 ALL = {
     "resnet_fused": Trained(resnet_fused),  # block by block what was measured fastest
-    "resnet_fused cuda": Trained(resnet_fused, within=partial(resnet_fused.use_backend, "cuda")),
+    "resnet_fused cuda": _CUDA,
+    "resnet_fused cuda, graph": _CUDA._replace(graph=True),
     "resnet_fused triton": Trained(
         resnet_fused, within=partial(resnet_fused.use_backend, "triton")
     ),
