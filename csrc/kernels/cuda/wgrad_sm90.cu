@@ -2,14 +2,14 @@
 //
 // Algorithm: out[k, tap, c] = sum over positions m of grad[m, k] * x[pixel(m) + tap, c], a product
 // whose depth is positions: a step of the K loop takes 64 of them. Columns of the weight, 64
-// channels of one tap a panel, are the rows of wgmma's D, and output channels its columns. One
-// thread asks for a step's panels: of x in im2col mode, under the panel's tap, of 1 x 1 windows
-// that move by single pixels in tiled mode; of grad in tiled mode. Positions fall into ranges, so
-// that there are blocks for all SMs; a block writes the fp32 sums of its range, and a second kernel
-// adds those of all ranges in their order: the same bits at each call.
+// channels of one tap a panel, are the rows of wgmma's D, and output channels its columns. A thread
+// asks for each panel: of x in im2col mode, under the panel's tap, of 1 x 1 windows that move by
+// single pixels in tiled mode; of grad in tiled mode. Positions fall into ranges, so that there are
+// blocks for all SMs; a block writes the fp32 sums of its range, and a second kernel adds those of
+// all ranges in their order: the same bits at each call.
 //
-// Roles: a thread of the first warpgroup copies; two warpgroups are consumers of 128 columns of the
-// weight each.
+// Roles: five or six threads of the first warp copy; two warpgroups are consumers of 128 columns of
+// the weight each.
 //
 // Tiles (columns of the weight x output channels x positions, stages): 256 x 128 x 64, 4; 256 x 64
 // x 64, 5. One block a SM.
@@ -40,6 +40,7 @@ template <int kN_, int kStages_>
 struct Tile {
   static constexpr int kM = 256, kN = kN_, kStages = kStages_;
   static constexpr int kConsumerM = kM / kNumConsumers;
+  static constexpr int kPanelsOfX = kM / kMapChannels, kPanels = kPanelsOfX + kN / kMapChannels;
   static constexpr int kStageBytes = (kM + kN) * kRowBytes;
   using Operands = Pipeline<PipelineId::kWgradOperands, kStages * kStageBytes, kStages>;
   static constexpr int kBytes = Operands::kEnd;
@@ -74,38 +75,36 @@ struct Place {
   }
 };
 
-// The role of one thread: asks for the panels of every step.
+// The role of a thread for each panel of a stage, x's first: asks for it in every step.
 template <typename Tile>
-__device__ __forceinline__ void load_operands(const Arguments& a, const Place<Tile>& place) {
+__device__ __forceinline__ void load_panel(const Arguments& a, const Place<Tile>& place,
+                                           int panel) {
   const Product& conv = a.conv;
+  const bool is_of_x = panel < Tile::kPanelsOfX;
+  // Beyond the last panel channels beyond the last one, which are zeros.
+  const int wanted = place.first_panel + panel, last = a.panels - 1;
+  const int tap = (wanted < last ? wanted : last) / a.chunks;
+  const int r = tap / conv.kernel_w, s = tap % conv.kernel_w;
+  const int c = is_of_x ? (wanted - tap * a.chunks) * kMapChannels
+                        : place.first_filter + (panel - Tile::kPanelsOfX) * kMapChannels;
   typename Tile::Operands operands(a.spin_limit);
 #pragma unroll 1
   for (int step = 0; step < place.steps; ++step) {
     const int position = (place.first_step + step) * kStepPositions;
+    const std::uint32_t to = operands.stage() * Tile::kStageBytes + panel * kPanelBytes;
     const Pixel pixel(position, a.out_height, a.out_width);
-    const int h = pixel.h * conv.stride_h - conv.padding_h;
-    const int w = pixel.w * conv.stride_w - conv.padding_w;
-    std::uint32_t to = operands.stage() * Tile::kStageBytes;
     operands.acquire(blockIdx.x);
-    operands.commit_bytes(Tile::kStageBytes);
-#pragma unroll 1
-    for (int i = 0; i < Tile::kM / kMapChannels; ++i, to += kPanelBytes) {
-      // Beyond the last panel channels beyond the last one, which are zeros.
-      const int panel = place.first_panel + i, last = a.panels - 1;
-      const int tap = (panel < last ? panel : last) / a.chunks;
-      const int c = (panel - tap * a.chunks) * kMapChannels;
-      if (conv.matrix) {
-        ptx::load_tile(to, conv.x, operands.full(), {c, position});
-      } else {
-        const int r = tap / conv.kernel_w, s = tap % conv.kernel_w;
-        ptx::load_pixels(to, conv.x, operands.full(), {c, w, h, pixel.image},
-                         {static_cast<std::uint16_t>(s * conv.dilation_w),
-                          static_cast<std::uint16_t>(r * conv.dilation_h)});
-      }
-    }
-#pragma unroll 1
-    for (int k = 0; k < Tile::kN; k += kMapChannels, to += kPanelBytes) {
-      ptx::load_tile(to, a.grad, operands.full(), {place.first_filter + k, position});
+    operands.commit_bytes(kPanelBytes);
+    if (!is_of_x) {
+      ptx::load_tile(to, a.grad, operands.full(), {c, position});
+    } else if (conv.matrix) {
+      ptx::load_tile(to, conv.x, operands.full(), {c, position});
+    } else {
+      const int h = pixel.h * conv.stride_h - conv.padding_h;
+      const int w = pixel.w * conv.stride_w - conv.padding_w;
+      ptx::load_pixels(to, conv.x, operands.full(), {c, w, h, pixel.image},
+                       {static_cast<std::uint16_t>(s * conv.dilation_w),
+                        static_cast<std::uint16_t>(r * conv.dilation_h)});
     }
     operands.advance();
   }
@@ -145,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     wgrad_sm90_kernel(const __grid_constant__ Arguments a) {
   ptx::registers_at_launch<kNumLaunchRegisters>();
   if (threadIdx.x == 0) {
-    Tile::Operands::init(1, kNumConsumers * kWarpgroup / 32);
+    Tile::Operands::init(Tile::kPanels, kNumConsumers * kWarpgroup / 32);
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
@@ -155,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warpgroup = ptx::uniform(threadIdx.x / kWarpgroup);
   if (warpgroup == 0) {
     ptx::decrease_registers<kNumProducerRegisters>();
-    if (threadIdx.x == 0) load_operands<Tile>(a, place);
+    if (threadIdx.x < Tile::kPanels) load_panel<Tile>(a, place, threadIdx.x);
   } else {
     ptx::increase_registers<kNumConsumerRegisters>();
     consume<T, Tile>(a, place, warpgroup - 1);
