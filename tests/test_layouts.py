@@ -58,12 +58,14 @@ def field(descriptor: int, first: int, last: int) -> int:
 
 @pytest.mark.parametrize("row_bytes", MODES)
 def test_descriptors_have_the_fields_of_the_table(simulator, row_bytes):
-    """Addresses and offsets as (x & 0x3ffff) >> 4; bits that the table does not name are 0."""
+    """Addresses and offsets as (x & 0x3ffff) >> 4, whatever the address of a block in a cluster
+    has above them; bits that the table does not name are 0."""
     for offset in range(0, 227 * 1024, 32):
         for base in range(8):
             descriptor = simulator.matrix_descriptor(offset, row_bytes, base)
             assert field(descriptor, 0, 13) == offset // 16
             assert field(descriptor, 14, 15) == 0
+            assert field(descriptor, 16, 29) == 1  # unused with a swizzle
             assert field(descriptor, 30, 31) == 0
             assert field(descriptor, 32, 45) == 8 * row_bytes // 16
             assert field(descriptor, 46, 48) == 0

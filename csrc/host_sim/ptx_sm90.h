@@ -10,7 +10,11 @@
 
 namespace resnet_fused::ptx {
 
-inline std::uint32_t shared_address(std::uint32_t offset) { return offset; }
+// As in a cluster, where the bits above an offset name the block ("Shared State Space"): whatever
+// takes an offset must leave them out.
+inline std::uint32_t shared_address(std::uint32_t offset) {
+  return host_sim::address_of(offset, 0);
+}
 
 inline void mbarrier_init(std::uint32_t at, std::uint32_t count) {
   host_sim::mbarrier_init(at, count);

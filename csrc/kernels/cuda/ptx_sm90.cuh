@@ -522,12 +522,17 @@ namespace resnet_fused::ptx {
 // Bytes by which an operand begins later whose descriptor is larger by 1.
 constexpr unsigned kDescriptorUnit = 16;
 
+// An address as matrix descriptors have it. In a cluster the bits above those 18 name the block,
+// and would be added to the next field, the leading byte offset.
+__device__ __forceinline__ std::uint64_t descriptor_address(std::uint32_t offset) {
+  return (shared_address(offset) & 0x3ffff) / kDescriptorUnit;
+}
+
 // "Matrix Descriptor Format" of an operand of wgmma: rows of kRowBytes (128, 64 or 32), one behind
 // the other, whose 16-byte chunks are permuted as a tensor map's swizzle of that many bytes does.
 // `offset` names the first row, plus 32 bytes for each 16 elements of depth. The pattern repeats
 // after 8 rows; `base_offset` is 0 where it counts them from an address that is a multiple of that,
-// as bulk copies do, and otherwise the 128-byte row, modulo 8, from which it does. (The format
-// masks 18 bits of the address; no block's shared memory reaches beyond them.)
+// as bulk copies do, and otherwise the 128-byte row, modulo 8, from which it does.
 template <int kRowBytes = 128>
 __device__ __forceinline__ std::uint64_t matrix_descriptor(std::uint32_t offset,
                                                            std::uint32_t base_offset = 0) {
@@ -536,7 +541,7 @@ __device__ __forceinline__ std::uint64_t matrix_descriptor(std::uint32_t offset,
   constexpr std::uint64_t kEightRows = 8 * kRowBytes >> 4;  // stride byte offset
   constexpr std::uint64_t kLeading = 1;                     // unused with a swizzle
   return kSwizzle << 62 | std::uint64_t{base_offset} << 49 | kEightRows << 32 | kLeading << 16 |
-         shared_address(offset) >> 4;
+         descriptor_address(offset);
 }
 
 // The same of a transposed operand of 16-bit elements ("Leading/Stride Dimension Byte Offset" of
@@ -555,7 +560,7 @@ __device__ __forceinline__ std::uint64_t plain_descriptor(std::uint32_t offset,
                                                           std::uint32_t chunks_apart,
                                                           std::uint32_t rows_apart = 128) {
   return std::uint64_t{rows_apart >> 4} << 32 | std::uint64_t{chunks_apart >> 4} << 16 |
-         shared_address(offset) >> 4;
+         descriptor_address(offset);
 }
 
 }  // namespace resnet_fused::ptx
