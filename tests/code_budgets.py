@@ -29,7 +29,6 @@ _TENSOR = {
     "conv_bn_kernel": _WARP,
     "bottleneck_kernel": _WARP,
     "bottleneck_sm90_kernel": _HOPPER,
-    "bottleneck_sm90_cluster_kernel": _HOPPER,
     "stem_kernel": _WARP,
     "stem_sm90_kernel": _HOPPER,
     "conv_bn_kernel:": _HOPPER,
@@ -175,7 +174,6 @@ BUDGETS: dict[str, tuple[int, int]] = {
     "bottleneck_kernel 128 inner, stride 2 projection": (226, 3629),
     "bottleneck_kernel 128 inner, stride 1": (370, 4958),
     "bottleneck_kernel 128 inner, stride 1 projection": (366, 4919),
-    "bottleneck_sm90_cluster_kernel": (771, 3154),
     "bottleneck_sm90_kernel 64 inner, stride 1": (778, 2472),
     "bottleneck_sm90_kernel 64 inner, stride 1 projection": (754, 2493),
     "linear_kernel 8 4": (413, 331),
@@ -288,8 +286,7 @@ def most_spilled(kernel: dict[str, Any], capability: int, dtype: str) -> int:
 
 # What is known to be slow, and why it stands:
 # - dgrad with a ReLU below waits for each product;
-# - a warpgroup of bottleneck_sm90.cu, as of bottleneck_sm90_cluster.cu, waits for its lines'
-#   products while the others multiply;
+# - a warpgroup of bottleneck_sm90.cu waits for its line's products while the others multiply;
 # - the Triton stems read 3 channels one by one, which its training kernels do too; stem.cu copies
 #   pixels and weights so as well;
 # - stem_sm90.cu waits for the second of two products, under which the first one's line is pooled;
@@ -301,7 +298,6 @@ def most_spilled(kernel: dict[str, Any], capability: int, dtype: str) -> int:
 #   product is waited for; what follows are vectors and small matrices in L2, of tiles too small for
 #   a warpgroup.
 KNOWN: dict[str, dict[str, Any]] = {
-    "bottleneck_sm90_cluster_kernel": {"products_pending": 0},
     "bottleneck_sm90_kernel 64 inner, stride 1": {"products_pending": 0},
     "bottleneck_sm90_kernel 64 inner, stride 1 projection": {"products_pending": 0},
     "conv_bn_kernel 128×128": {"load_bytes_elsewhere": {"2": 8}},

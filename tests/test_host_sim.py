@@ -548,7 +548,6 @@ CONFORMANCE_SM90 = {
     "cluster read": (lambda: random_words(128), 128),
     "cluster write": (lambda: random_words(512), 512),
     "cluster arrivals": (lambda: random_words(128), 64),
-    "cluster copy": (lambda: random_words(256), 256),
     "multicast": (lambda: random_words(512), 1024),
     "multicast of pixels": (lambda: random_words(72 * 32), 4 * 640),
     "two producers": (lambda: random_words(1536), 192),

@@ -118,10 +118,11 @@ def stem(simulator: ModuleType, capability: int) -> Tensor:
     return On(backend).stem(x, layer, MaxPool())
 
 
-def bottleneck(simulator: ModuleType, kernel: str, case: BlockCase) -> Tensor:
+def bottleneck(simulator: ModuleType, kernel: str, channels: int, images: int) -> Tensor:
+    case = BlockCase(images, channels, 14, 14, 64, 64, 1, projection=True)
     x, *layers = make_bottleneck(case, generator(), torch.bfloat16)
     backend = SimulatedBackend(simulator, capability=90)
-    return backend._launcher.bottleneck(kernel, x, [y for y in layers if y is not None])
+    return backend._launcher.bottleneck(kernel, x, layers)
 
 
 def head(simulator: ModuleType) -> Tensor:
@@ -157,21 +158,8 @@ NETWORK: dict[str, Callable[[ModuleType], Tensor]] = {
     **{f"m{n}n128_sm90_lines": partial(lines, tile=f"m{n}n128_sm90_lines") for n in (200, 224)},
     "stem": partial(stem, capability=80),
     "stem sm90": partial(stem, capability=90),
-    "bottleneck": partial(
-        bottleneck,
-        kernel="cuda_bottleneck",
-        case=BlockCase(1, 72, 14, 14, 64, 64, 1, projection=True),
-    ),
-    "bottleneck sm90": partial(
-        bottleneck,
-        kernel="cuda_bottleneck_sm90",
-        case=BlockCase(5, 64, 14, 14, 64, 64, 1, projection=True),
-    ),
-    "bottleneck cluster": partial(
-        bottleneck,
-        kernel="cuda_bottleneck_sm90_cluster",
-        case=BlockCase(3, 136, 5, 20, 104, 136),
-    ),
+    "bottleneck": partial(bottleneck, kernel="cuda_bottleneck", channels=72, images=1),
+    "bottleneck sm90": partial(bottleneck, kernel="cuda_bottleneck_sm90", channels=64, images=5),
     "head": head,
     "bn_add_relu": bn_add_relu,
 }

@@ -157,43 +157,6 @@ class LineBlock(Block):
     is_profitable = can_implement
 
 
-class ClusterBlock(Block):
-    """What bottleneck_sm90_cluster.cu decides of it."""
-
-    @property
-    def clusters(self) -> int:
-        """That run at once. A cluster has all of its 4 SMs from one group, of 16 or 18, so that 32
-        of an H100's 33 may be what runs; the batches of the tables take either as long."""
-        return self.sms // 4
-
-    @property
-    def steps(self) -> int:
-        """Pairs of lines of a job."""
-        pairs = math.ceil(self.image[0] / 2)
-
-        def made(steps: int) -> int:
-            jobs = self.batch * math.ceil(pairs / steps)
-            return math.ceil(jobs / self.clusters) * (steps + 1)
-
-        return min((math.ceil(pairs / n) for n in range(1, pairs + 1)), key=made)
-
-    @property
-    def jobs(self) -> int:
-        return self.batch * math.ceil(math.ceil(self.image[0] / 2) / self.steps)
-
-    def can_implement(self) -> bool:
-        return (
-            self.inner <= 128
-            and self.channels == self.out_channels <= 512
-            and self.image[1] <= 28
-            and self.stride == 1
-            and not self.projects
-        )
-
-    def is_profitable(self) -> bool:
-        return self.inner > 64 and 2 * self.image[1] > 28
-
-
 @dataclass
 class Call:
     kernel: str
@@ -289,9 +252,8 @@ class RecordingBackend(CudaBackend):
             return plan[1]
 
         kernels = (
-            *("conv_bn", "bn_add_relu", "bottleneck", "bottleneck_sm90"),
-            *("bottleneck_sm90_cluster", "stem", "linear", "average_pool"),
-            *("conv_stats", "dgrad", "wgrad", "window_rows", "quantized_conv"),
+            *("conv_bn", "bn_add_relu", "bottleneck", "bottleneck_sm90", "stem", "linear"),
+            *("average_pool", "conv_stats", "dgrad", "wgrad", "window_rows", "quantized_conv"),
         )
         super().__init__(
             SimpleNamespace(  # type: ignore[arg-type]
@@ -313,12 +275,6 @@ class RecordingBackend(CudaBackend):
                 cuda_bottleneck_is_profitable=ask(Block, Block.is_profitable),
                 cuda_bottleneck_sm90_can_implement=ask(LineBlock, LineBlock.can_implement),
                 cuda_bottleneck_sm90_is_profitable=ask(LineBlock, LineBlock.is_profitable),
-                cuda_bottleneck_sm90_cluster_can_implement=ask(
-                    ClusterBlock, ClusterBlock.can_implement
-                ),
-                cuda_bottleneck_sm90_cluster_is_profitable=ask(
-                    ClusterBlock, ClusterBlock.is_profitable
-                ),
                 **{f"cuda_{name}": partial(str, name) for name in kernels},
             )
         )

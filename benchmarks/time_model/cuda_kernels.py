@@ -141,18 +141,8 @@ def _lines(dtype: str, positions: str) -> OtherKernel:
     return OtherKernel("conv_sm90_lines.cu", _DTYPES[dtype], tile, 12, shared, (40, 232))
 
 
-def _cluster_bottleneck(dtype: str) -> OtherKernel:
-    """Of bottleneck_sm90_cluster.cu, of the blocks that need more: panels of x, shortcut and
-    result, conv2's result, pairs of conv1's lines, the terms, the mbarriers."""
-    panel, pair = 56 * 128, 2 * 36 * 128
-    shared = (10 + 3 * 4 + 2 * 2) * panel + 4 * pair + 256 * 16 + 16 * (10 + 3 + 4 + 2 + 2)
-    tile = "2 lines of 28, cluster"
-    return OtherKernel("bottleneck_sm90_cluster.cu", _DTYPES[dtype], tile, 12, shared, (40, 232))
-
-
 # What a mangled name has behind its folder, and what its groups say.
 _OTHERS: dict[str, Callable[..., OtherKernel]] = {
-    r"bottleneck_sm90_cluster_kernelI(6__half|13__nv_bfloat16)E": _cluster_bottleneck,
     r"conv_bn_sm90_lines_kernelI(6__half|13__nv_bfloat16)Li(\d+)E": _lines,
 }
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from resnet_fused.testing import machine_code
 
 from . import cuda_int8, cuda_kernels, cuda_training
-from .cuda_backend import STEP_BYTES, Block, Call, ClusterBlock, LineBlock, PersistentTile, Product
+from .cuda_backend import STEP_BYTES, Block, Call, LineBlock, PersistentTile, Product
 from .rates import Gpu
 from .work import Work, resident_blocks
 
@@ -402,45 +402,6 @@ def _bottleneck_sm90(call: Call, gpu: Gpu) -> tuple[Work, str]:
     return work, rf"bottleneck_sm90_kernelITLb{int(block.projects)}E"
 
 
-def _bottleneck_sm90_cluster(call: Call, gpu: Gpu) -> tuple[Work, str]:
-    x, layers, stride = call.arguments
-    block = ClusterBlock.of(x, layers, stride, gpu.sms)
-    height, width = block.image
-    # Steps of two lines of the busiest cluster, on each of its SMs: those of the ends, whose shared
-    # memory takes longer than the products of the others.
-    busy = min(block.jobs, block.clusters)
-    tiles = math.ceil(block.jobs / block.clusters) * 4 * busy * block.steps
-    job, made = 1 / block.steps, (block.steps + 1) / block.steps  # pairs of lines of conv1
-    conv3, conv1 = (job, 1.0, 1.0), (job, made, made / 2)
-    conv2 = (0.0, 0.0, 0.0)  # of the other SMs
-    copying = (job / 4, 0.0, 2 * made, 0.0, job / 4, 1 / 4, 0.0, 1.0)
-    trips = (*conv3, *conv1, *conv2, *copying)
-    panel, sent = 56 * 128, 66 * 128
-    positions = block.batch * height * width
-    weights = block.channels * block.inner + 9 * block.inner**2 + block.inner * block.out_channels
-    read = (2 * made + 1) * block.channels  # for conv1 by two blocks, as the shortcut by one
-    # x, and conv1's lines as they leave; operand, shortcut and result.
-    bulk = made * (8 * panel + 2.5 * sent) + (2 + 4 + 4) * panel
-    work = Work(
-        layer="",
-        kernel="bottleneck_sm90_cluster_kernel",
-        config=f"jobs of {2 * block.steps} lines, cluster",
-        shape=f"{block.channels}→{block.inner}→{block.out_channels} at {height}×{width}",
-        tiles=tiles,
-        warps=4,
-        blocks_per_sm=1,
-        trips=trips,
-        beside=tuple(range(2, len(trips))),
-        dram_bytes=int(2 * (positions * (block.channels + block.out_channels) + weights)),
-        l2_bytes=int(2 * positions * (read + block.out_channels)),
-        multiply_adds=positions * weights,
-        persistent=True,
-        bulk_bytes=int(bulk / (made + 1)),  # of the steps of products
-        resident_bytes=2 * weights // 4,
-    )
-    return work, r"bottleneck_sm90_cluster_kernelIT"
-
-
 def _stem(call: Call, gpu: Gpu) -> tuple[Work, str]:
     batch, _, *image = call.read[0].shape
     filters, *pooled = call.out.shape[1:]
@@ -537,7 +498,6 @@ _DESCRIBE: dict[str, Callable[[Call, Gpu], tuple[Work, str]]] = {
     "conv_bn": _conv_bn,
     "bottleneck": _bottleneck,
     "bottleneck_sm90": _bottleneck_sm90,
-    "bottleneck_sm90_cluster": _bottleneck_sm90_cluster,
     "stem": _stem,
     "average_pool": _average_pool,
     "linear": _linear,

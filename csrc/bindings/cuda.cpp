@@ -17,7 +17,6 @@
 #include "kernels/cuda/bn_add_relu.h"
 #include "kernels/cuda/bottleneck.h"
 #include "kernels/cuda/bottleneck_sm90.h"
-#include "kernels/cuda/bottleneck_sm90_cluster.h"
 #include "kernels/cuda/conv.h"
 #include "kernels/cuda/conv_training_sm90.h"
 #include "kernels/cuda/head.h"
@@ -549,11 +548,6 @@ struct OnWgmma {
   static constexpr auto kCanImplement = &resnet_fused::bottleneck_sm90_can_implement;
   static constexpr auto kIsProfitable = kCanImplement;
 };
-struct OnCluster {
-  static constexpr auto kRun = &resnet_fused::bottleneck_sm90_cluster;
-  static constexpr auto kCanImplement = &resnet_fused::bottleneck_sm90_cluster_can_implement;
-  static constexpr auto kIsProfitable = &resnet_fused::bottleneck_sm90_cluster_is_profitable;
-};
 
 template <typename Kernel>
 cudaError_t run_block(const BlockTo& to, int device, CUstream_st* stream) {
@@ -889,8 +883,6 @@ void register_cuda_kernels(py::module_& module) {
       "conv2 is 3 x 3 with padding 1, the others 1 x 1; conv2 and the projection have the stride.\n"
       "out is no part of x.");
   def_bottleneck("bottleneck_sm90", OnWgmma{}, "The same, by the kernel for sm_90a.");
-  def_bottleneck("bottleneck_sm90_cluster", OnCluster{},
-                 "The same, by the one whose weights a cluster of blocks holds.");
 
   def<&resnet_fused::stem>(
       module, "stem", &set_stem,

@@ -30,7 +30,6 @@
 // a block, 0.7 KiB a position there.
 #include "kernels/cuda/bottleneck.h"
 #include "kernels/cuda/bottleneck_sm90.h"
-#include "kernels/cuda/bottleneck_sm90_cluster.h"
 #include "kernels/cuda/epilogue.cuh"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/mma_sync.cuh"
@@ -478,11 +477,6 @@ Plan make_plan(void* out, const Bottleneck& a, int device) {
 #ifndef RESNET_FUSED_SM90
 bool bottleneck_sm90_can_implement(const Bottleneck&, int) { return false; }
 cudaError_t bottleneck_sm90(void*, const Bottleneck&, int, cudaStream_t) {
-  return cudaErrorInvalidValue;
-}
-bool bottleneck_sm90_cluster_can_implement(const Bottleneck&, int) { return false; }
-bool bottleneck_sm90_cluster_is_profitable(const Bottleneck&, int) { return false; }
-cudaError_t bottleneck_sm90_cluster(void*, const Bottleneck&, int, cudaStream_t) {
   return cudaErrorInvalidValue;
 }
 #endif
