@@ -84,19 +84,16 @@ def test_a_seed_gives_the_same_order_again(simulator):
     assert len(set(first)) > 1
 
 
-def conv(
-    simulator: ModuleType, tile: str, capability: int, projection: bool, side: int = 3
-) -> Tensor:
+def conv(simulator: ModuleType, tile: str, capability: int, projection: bool) -> Tensor:
     backend = On(SimulatedBackend(simulator, getattr(simulator.ConvTile, tile), capability))
     rng = generator()
-    lines, padding = (9, (1, 1)) if side == 3 else (50, (0, 0))
-    x = torch.randn(1, 72, lines, 32, generator=rng).half()
-    conv = Convolution(torch.randn(72, 72, side, side, generator=rng).half(), (1, 1), padding)
+    x = torch.randn(1, 72, 9, 32, generator=rng).half()
+    conv = Convolution(torch.randn(72, 72, 3, 3, generator=rng).half(), (1, 1), (1, 1))
     layer = ConvBn(conv, make_batch_norm(72, rng))
     if projection:
         shortcut = Convolution(torch.randn(72, 72, 1, 1, generator=rng).half())
         return backend.conv_bn_projection(x, layer, x, layer._replace(conv=shortcut))
-    residual = torch.randn(1, 72, lines, 32, generator=rng).half()
+    residual = torch.randn(1, 72, 9, 32, generator=rng).half()
     return backend.conv_bn(x, layer, residual, True)
 
 
@@ -151,9 +148,6 @@ NETWORK: dict[str, Callable[[ModuleType], Tensor]] = {
         for projection in (False, True)
     },
     "m128n128": partial(conv, tile="m128n128", capability=80, projection=False),
-    "m64n128_sm90_resident": partial(
-        conv, tile="m64n128_sm90_resident", capability=90, projection=False, side=1
-    ),
     "m64n64_sm90_split4": partial(conv, tile="m64n64_sm90_split4", capability=90, projection=False),
     **{f"m{n}n128_sm90_lines": partial(lines, tile=f"m{n}n128_sm90_lines") for n in (200, 224)},
     "stem": partial(stem, capability=80),

@@ -23,15 +23,13 @@ class Kernel(NamedTuple):
     cluster: int = 1  # blocks that share copies of weights
     claimed: tuple[int, ...] = ()  # registers of copying and of multiplying threads, if different
     ping_pong: bool = False  # whether warpgroups take turns at tiles
-    resident: int = 0  # steps whose weights stay in shared memory; stages then hold none
     signs: bool = False  # whether the result's are written too
 
     @property
     def shared(self) -> int:
         """Bytes of dynamic shared memory: the stages, and 16 bytes a channel of batch norm; on
-        sm_90a the results, resident weights and two such sets, and the mbarriers."""
-        rows = self.stages * self.positions + (self.resident or self.stages) * self.channels
-        stages = rows * self.row_bytes
+        sm_90a the results and two such sets, and the mbarriers."""
+        stages = self.stages * (self.positions + self.channels) * self.row_bytes
         terms = 16 * self.channels
         if not self.sm90:
             return stages + terms
@@ -121,12 +119,11 @@ def _kernel(name: str) -> Kernel | None:
     dtype = _DTYPES[found[2]]
     sizes = list(map(int, re.findall(r"L[ib](\d+)E", found[3])))
     if sm90:
-        m, n, stages, results, _, cluster, copying, multiplying, _, ping_pong, resident = sizes
+        m, n, stages, results, _, cluster, copying, multiplying, _, ping_pong = sizes
         claimed = (copying, multiplying)
         return Kernel(
             *(sm90, dtype, m, n, 128, 12, stages, True, projection, results, cluster, claimed),
             ping_pong=bool(ping_pong),
-            resident=resident,
             signs=found[5] == "1",
         )
     m, n, row_bytes, warps_m, warps_n, stages, _ = sizes

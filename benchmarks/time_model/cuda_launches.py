@@ -33,10 +33,6 @@ class Tile(PersistentTile):
         """steps: of each product's K loop."""
         return True
 
-    def used(self, filters: int, sms: int) -> int:
-        """SMs that a layer of enough tiles uses."""
-        return sms
-
     def cycles(
         self, rows: int, filters: int, steps: Sequence[int], residual: bool, sms: int
     ) -> int:
@@ -45,34 +41,11 @@ class Tile(PersistentTile):
         of_element = 30 + 100 * residual
         epilogue = self.m * self.n * of_element // 1000 + 30 * self.n * (len(steps) > 1)
         products = sum(steps) * step
-        of_sm = math.ceil(self.tiles(rows, filters) / self.used(filters, sms))
+        of_sm = math.ceil(self.tiles(rows, filters) / sms)
         if self.ping_pong:
             alone = epilogue * 7 // 5
             return of_sm * max(products, products // 2 + alone) + alone
         return of_sm * products + math.ceil(of_sm / self.blocks) * epilogue
-
-
-class ResidentTile(Tile):
-    """Of conv_sm90.cu, with resident weights."""
-
-    @property
-    def stage_bytes(self) -> int:
-        return self.m * STEP_BYTES
-
-    asked_bytes = stage_bytes
-
-    def can_take(self, steps: Sequence[int]) -> bool:
-        return len(steps) == 1 and steps[0] <= 8
-
-    def used(self, filters: int, sms: int) -> int:
-        across = math.ceil(filters / self.n)
-        return max(1, sms // across) * across
-
-    def cycles(
-        self, rows: int, filters: int, steps: Sequence[int], residual: bool, sms: int
-    ) -> int:
-        weights = sum(steps) * self.n * STEP_BYTES // 64
-        return (super().cycles(rows, filters, steps, residual, sms) + weights) * 7 // 8
 
 
 class Split(NamedTuple):
@@ -139,7 +112,6 @@ SM90_TILES: dict[str, Tile | Split] = {
     "m64n64_sm90_split2": Split(2),
     "m64n64_sm90_split4": Split(4),
     "m64n64_sm90_split8": Split(8),
-    "m64n128_sm90_resident": ResidentTile(64, 128, 5, 1, ping_pong=True),
 }
 
 
@@ -297,30 +269,26 @@ def _conv_bn(call: Call, gpu: Gpu) -> tuple[Work, str]:
             meetings=2,
         )
         return work, rf"conv_bn_sm90_split_kernelITLi{tile.splits}ELb{int(len(products) > 1)}E"
-    used, resident = min(tiles, tile.used(filters, gpu.sms)), isinstance(tile, ResidentTile)
     work = Work(
         kernel="conv_bn_sm90_kernel",
         config=f"{tile.m}×{tile.n}×64, {tile.stages} stages"
         + ", cluster" * (tile.cluster > 1)
-        + ", ping-pong" * tile.ping_pong
-        + ", resident" * resident,
+        + ", ping-pong" * tile.ping_pong,
         shape=shape,
-        # As many as the busiest SM has, of every SM.
-        tiles=math.ceil(tiles / used) * gpu.sms if used < gpu.sms else tiles,
+        tiles=tiles,
         # Warpgroups that take turns are two blocks on an SM, as far as a tile's time goes.
         warps=4 if tile.ping_pong else 8,
         blocks_per_sm=2 if tile.ping_pong else tile.blocks,
-        # A tile; who takes turns may have a loop that waits; the products.
-        trips=(1, *[0.0] * (tile.ping_pong and not resident), *steps),
+        # A tile; who takes turns has a loop that waits; the products.
+        trips=(1, *[0.0] * tile.ping_pong, *steps),
         dram_bytes=dram_bytes,
         l2_bytes=tiles * sum(steps) * tile.asked_bytes + added + written,
         multiply_adds=multiply_adds,
         persistent=True,
         bulk_bytes=tile.stage_bytes,
-        resident_bytes=sum(steps) * tile.n * STEP_BYTES if resident else 0,
     )
     sizes = rf"ILi{tile.m}ELi{tile.n}ELi{tile.stages}ELi\dELi{tile.blocks}ELi{tile.cluster}E"
-    turns = rf"\w*Lb{int(tile.ping_pong)}ELi\dEEE"
+    turns = rf"\w*Lb{int(tile.ping_pong)}EEE"
     ending = rf"Lb{int(len(products) > 1)}ELb{int(signs is not None)}E"
     return work, rf"conv_bn_sm90_kernelIT\w*Tile{sizes}{turns}{ending}"
 

@@ -753,8 +753,7 @@ void register_cuda_kernels(py::module_& module) {
       .value("m64n64_sm90_split4", ConvTile::k64x64Sm90Split4)
       .value("m64n64_sm90_split8", ConvTile::k64x64Sm90Split8)
       .value("m200n128_sm90_lines", ConvTile::k200x128Sm90Lines)
-      .value("m224n128_sm90_lines", ConvTile::k224x128Sm90Lines)
-      .value("m64n128_sm90_resident", ConvTile::k64x128Sm90Resident);
+      .value("m224n128_sm90_lines", ConvTile::k224x128Sm90Lines);
 
   // Of every kernel: tensors are as tensor_arg.h says, sizes those of NCHW; images and weights are
   // dense and channels_last, vectors contiguous, float32, float16 or bfloat16. A kernel is queued
