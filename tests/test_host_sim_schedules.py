@@ -115,11 +115,11 @@ def stem(simulator: ModuleType, capability: int) -> Tensor:
     return On(backend).stem(x, layer, MaxPool())
 
 
-def bottleneck(simulator: ModuleType, kernel: str, channels: int, images: int) -> Tensor:
+def bottleneck(simulator: ModuleType, capability: int, channels: int, images: int) -> Tensor:
     case = BlockCase(images, channels, 14, 14, 64, 64, 1, projection=True)
-    x, *layers = make_bottleneck(case, generator(), torch.bfloat16)
-    backend = SimulatedBackend(simulator, capability=90)
-    return backend._launcher.bottleneck(kernel, x, layers)
+    arguments = make_bottleneck(case, generator(), torch.bfloat16)
+    (only,) = SimulatedBackend(simulator, capability=capability).bottleneck(*arguments)
+    return only.launch(*arguments)
 
 
 def head(simulator: ModuleType) -> Tensor:
@@ -152,8 +152,8 @@ NETWORK: dict[str, Callable[[ModuleType], Tensor]] = {
     **{f"m{n}n128_sm90_lines": partial(lines, tile=f"m{n}n128_sm90_lines") for n in (200, 224)},
     "stem": partial(stem, capability=80),
     "stem sm90": partial(stem, capability=90),
-    "bottleneck": partial(bottleneck, kernel="cuda_bottleneck", channels=72, images=1),
-    "bottleneck sm90": partial(bottleneck, kernel="cuda_bottleneck_sm90", channels=64, images=5),
+    "bottleneck": partial(bottleneck, capability=80, channels=72, images=1),
+    "bottleneck sm90": partial(bottleneck, capability=90, channels=64, images=5),
     "head": head,
     "bn_add_relu": bn_add_relu,
 }

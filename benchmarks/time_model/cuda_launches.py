@@ -21,7 +21,7 @@ from torch import Tensor
 from resnet_fused.testing import machine_code
 
 from . import cuda_int8, cuda_kernels, cuda_training
-from .cuda_backend import STEP_BYTES, Block, Call, LineBlock, PersistentTile, Product
+from .cuda_backend import STEP_BYTES, Block, Call, PersistentTile, Product
 from .rates import Gpu
 from .work import Work, resident_blocks
 
@@ -299,40 +299,9 @@ def _shape(product: Product, filters: int) -> str:
     return f"{r}×{s}{stride} {product.channels}→{filters} at {product.image[0]}×{product.image[1]}"
 
 
-def _bottleneck(call: Call, gpu: Gpu) -> tuple[Work, str]:
-    x, layers, stride = call.arguments
-    block = Block.of(x, layers, stride, gpu.sms)
-    if block.projects or block.stride > 1:
-        raise ValueError("the model knows no whole block with projection; describe its loops.")
-    width = 64 if block.inner <= 64 else 128
-    threads = 2 * width
-    slices = math.ceil(block.out_channels / width)
-    first, taps = math.ceil(block.channels / 32), 9 * width // 64
-    inside = slices * (width // 64)
-    positions = block.batch * math.prod(block.image)
-    weights = block.channels * block.inner + 9 * block.inner**2 + block.inner * block.out_channels
-    halo = 256 / block.side**2
-    moved = 2 * positions * (block.channels * (halo + 1) + block.out_channels)
-    work = Work(
-        kernel="bottleneck_kernel",
-        config=f"14×14 positions, {width} inner channels",
-        shape=f"{block.channels}→{block.inner}→{block.out_channels} at {block.image[0]}×"
-        f"{block.image[1]}",
-        tiles=block.tiles,
-        warps=threads // 32,
-        # Terms of bn1, bn2 and the first slice; the products; a slice, its products and terms.
-        trips=(0.5, 0.5, first, taps, 0.5, slices, inside, (slices - 1) / 2),
-        shared_loops=(0, 1, 4, 7),
-        dram_bytes=int(2 * (positions * (block.channels + block.out_channels) + weights)),
-        l2_bytes=int(moved) + 2 * block.tiles * weights,
-        multiply_adds=positions * weights,
-    )
-    return work, rf"bottleneck_kernelIT\w*TileILi{width}ELi1ELb0E"
-
-
 def _bottleneck_sm90(call: Call, gpu: Gpu) -> tuple[Work, str]:
     x, layers, stride = call.arguments
-    block = LineBlock.of(x, layers, stride, gpu.sms)
+    block = Block.of(x, layers, stride, gpu.sms)
     height, width = block.image
     depth, results = 1 if block.projects else 4, math.ceil(block.out_channels / 64)
     made = (block.lines + 2) / block.lines  # lines of conv1 for one of the result
@@ -464,7 +433,6 @@ def _linear(call: Call, gpu: Gpu) -> tuple[Work, str]:
 
 _DESCRIBE: dict[str, Callable[[Call, Gpu], tuple[Work, str]]] = {
     "conv_bn": _conv_bn,
-    "bottleneck": _bottleneck,
     "bottleneck_sm90": _bottleneck_sm90,
     "stem": _stem,
     "average_pool": _average_pool,

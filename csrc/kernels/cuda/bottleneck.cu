@@ -453,8 +453,11 @@ Plan plan_dtype(void* out, const Bottleneck& a) {
   return a.inner > 64 ? plan_width<T, 128>(out, a) : plan_width<T, 64>(out, a);
 }
 
-// Without a kernel where none can implement it on `device`.
+// Without a kernel where none can implement it on `device`. On sm_90 a kernel for each layer, on
+// wgmma, is faster: an H200 takes 546 us for those of a block of stage 1 and 974 for this one.
 Plan make_plan(void* out, const Bottleneck& a, int device) {
+  bool sm90 = false;
+  if (runs_sm90(device, &sm90) != cudaSuccess || sm90) return {};
   if (a.channels % 8 != 0 || a.inner % 8 != 0 || a.out_channels % 8 != 0) return {};
   if (a.projection.weight == nullptr && a.channels != a.out_channels) return {};
   for (const void* pointer :
