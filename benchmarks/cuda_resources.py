@@ -74,7 +74,6 @@ def kernel_table(found: dict[Kernel, dict[str, int]]) -> str:
     def describe(kernel: Kernel) -> list[str]:
         tile = f"{kernel.positions} × {kernel.channels}"
         tile += ", cluster" * (kernel.cluster > 1) + ", ping-pong" * kernel.ping_pong
-        tile += ", resident" * (kernel.resident > 0)
         read = "16 bytes" if kernel.vectorised else "one by one"
         added = ["projection"] * kernel.projection + ["signs"] * kernel.signs
         return [kernel.dtype, tile, read, ", ".join(added)]

@@ -184,9 +184,7 @@ PROFILED = (
     "conv_bn 3×3/1 256→256 on 14×14, cuda m128n128_sm90",
     "conv_bn 3×3/1 256→256 on 14×14, cuda m200n128_sm90_lines",
     "conv_bn 3×3/1 256→256 on 14×14, cuda m128n128",
-    "bottleneck/1 256→64→256 on 56×56, cuda fused",
     "bottleneck/1 256→64→256 on 56×56, cuda fused sm90",
-    "bottleneck/1 512→128→512 on 28×28, cuda fused cluster",
     "stem 7×7/2 3→64 on 224×224, cuda fused",
 )
 

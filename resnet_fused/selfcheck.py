@@ -55,11 +55,7 @@ _AS_IT_COMES = {"RESNET_FUSED_TUNE": "off", "RESNET_FUSED_SELFCHECK": "off"}
 # The candidates that the families of `cuda` are about, where an op has several, by what a family of
 # its own adds to the op's name.
 _KERNELS: dict[str, dict[str, str | None]] = {
-    "bottleneck": {
-        "": "cuda fused",
-        " sm90": "cuda fused sm90",
-        " cluster": "cuda fused cluster",
-    },
+    "bottleneck": {"": "cuda fused", " sm90": "cuda fused sm90"},
     "stem": {"": "cuda fused"},
     "image_stem": {"": "cuda fused"},
     "head": {"": "cuda linear"},

@@ -29,7 +29,6 @@ _TENSOR = {
     "conv_bn_kernel": _WARP,
     "bottleneck_kernel": _WARP,
     "bottleneck_sm90_kernel": _HOPPER,
-    "bottleneck_sm90_cluster_kernel": _HOPPER,
     "stem_kernel": _WARP,
     "stem_sm90_kernel": _HOPPER,
     "conv_bn_kernel:": _HOPPER,
@@ -103,7 +102,6 @@ BUDGETS: dict[str, tuple[int, int]] = {
     "conv_bn_sm90_kernel 128×128 projection": (65, 2120),
     "conv_bn_sm90_kernel 128×128 ping-pong": (78, 2176),
     "conv_bn_sm90_kernel 128×128 ping-pong projection": (76, 2764),
-    "conv_bn_sm90_kernel 64×128 ping-pong resident": (58, 1706),
     "conv_bn_sm90_kernel 128×256 cluster": (70, 2161),
     "conv_bn_sm90_kernel 128×256 cluster projection": (72, 2806),
     "conv_bn_sm90_kernel 256×128 cluster": (82, 2086),
@@ -114,7 +112,6 @@ BUDGETS: dict[str, tuple[int, int]] = {
     "conv_bn_sm90_kernel 128×128 projection signs": (65, 2278),
     "conv_bn_sm90_kernel 128×128 ping-pong signs": (78, 2469),
     "conv_bn_sm90_kernel 128×128 ping-pong projection signs": (76, 3056),
-    "conv_bn_sm90_kernel 64×128 ping-pong resident signs": (59, 1864),
     "conv_bn_sm90_kernel 128×256 cluster signs": (70, 2470),
     "conv_bn_sm90_kernel 128×256 cluster projection signs": (72, 3115),
     "conv_bn_sm90_kernel 256×128 cluster signs": (82, 2380),
@@ -288,8 +285,7 @@ def most_spilled(kernel: dict[str, Any], capability: int, dtype: str) -> int:
 
 # What is known to be slow, and why it stands:
 # - dgrad with a ReLU below waits for each product;
-# - a warpgroup of bottleneck_sm90.cu, as of bottleneck_sm90_cluster.cu, waits for its lines'
-#   products while the others multiply;
+# - a warpgroup of bottleneck_sm90.cu waits for its line's products while the others multiply;
 # - the Triton stems read 3 channels one by one, which its training kernels do too; stem.cu copies
 #   pixels and weights so as well;
 # - stem_sm90.cu waits for the second of two products, under which the first one's line is pooled;
@@ -301,7 +297,6 @@ def most_spilled(kernel: dict[str, Any], capability: int, dtype: str) -> int:
 #   product is waited for; what follows are vectors and small matrices in L2, of tiles too small for
 #   a warpgroup.
 KNOWN: dict[str, dict[str, Any]] = {
-    "bottleneck_sm90_cluster_kernel": {"products_pending": 0},
     "bottleneck_sm90_kernel 64 inner, stride 1": {"products_pending": 0},
     "bottleneck_sm90_kernel 64 inner, stride 1 projection": {"products_pending": 0},
     "conv_bn_kernel 128×128": {"load_bytes_elsewhere": {"2": 8}},

@@ -91,7 +91,7 @@ def cuda_variant(symbol: str) -> str | None:
         return f"{base} {kernel.inner} inner, stride {kernel.stride}{projection}"
     if isinstance(kernel, cuda_kernels.Kernel):
         tile = f"{kernel.positions}×{kernel.channels}" + " cluster" * (kernel.cluster > 1)
-        tile += " ping-pong" * kernel.ping_pong + " resident" * (kernel.resident > 0)
+        tile += " ping-pong" * kernel.ping_pong
         tile += " projection" * kernel.projection + " signs" * kernel.signs
         return f"{base} {tile}" if kernel.vectorised else None
     sizes = re.search(r"13__nv_bfloat16(?:S2_|(h))?((?:L[ib]\d+E)*)E", symbol)

@@ -14,9 +14,9 @@ from machine_code import cuobjdump, kernels
 from torch import Tensor
 
 import resnet_fused
-from resnet_fused import use_backend
+from resnet_fused import Bottleneck, ResNet, use_backend
 from resnet_fused._extension import tensor_arg
-from resnet_fused.backends import Candidate
+from resnet_fused.backends import Candidate, autotune
 from resnet_fused.backends.arguments import batch_norm_arg
 from resnet_fused.backends.cuda_sim import SimulatedBackend
 from resnet_fused.numerics import assert_contract, cast, check_op
@@ -154,7 +154,7 @@ NOT_OFFERED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", NOT_OFFERED)
 def test_is_not_implemented(simulator, name):
-    simulator.set_capability(90)
+    simulator.set_capability(80)
     assert can_implement(simulator)
     assert not can_implement(simulator, **NOT_OFFERED[name])
     assert not is_profitable(simulator, **NOT_OFFERED[name])
@@ -169,8 +169,8 @@ def test_is_not_implemented(simulator, name):
     assert not can_implement(simulator, dtype=0)
 
 
-def test_is_implemented_where_it_fits_shared_memory(simulator):
-    for capability, widest in ((80, 128), (86, 64), (89, 64), (90, 128), (120, 64)):
+def test_is_implemented_where_it_fits_shared_memory_but_not_on_hopper(simulator):
+    for capability, widest in ((80, 128), (86, 64), (89, 64), (90, 0), (120, 64)):
         simulator.set_capability(capability)
         for inner in (64, 128):
             for projects in (False, True):
@@ -180,7 +180,7 @@ def test_is_implemented_where_it_fits_shared_memory(simulator):
 
 def test_is_profitable_in_the_first_stage(simulator):
     """And not where recomputation outweighs the traffic, nor where few images leave a GPU idle."""
-    simulator.set_capability(90)
+    simulator.set_capability(80)
     assert is_profitable(simulator)
     assert not is_profitable(simulator, channels=64, projects=True)
     wide = {"channels": 512, "inner": 128, "out_channels": 512, "image": (28, 28)}
@@ -199,6 +199,32 @@ def test_heuristic_takes_the_whole_block(simulator, half):
     out = On(SimulatedBackend(simulator, capability=80)).bottleneck(*arguments)
     assert torch.equal(out.double(), rounded_truth(arguments))
     assert simulator.take_statistics()["waits"] == 4 * (8 + 9 + 4)
+
+
+def test_on_hopper_a_networks_blocks_have_one_kernel_in_stage_1_alone(simulator):
+    """The others' layers have one each, as have those that are too wide for any kernel."""
+    torch.manual_seed(0)
+    net = randomise_statistics(ResNet(Bottleneck, [2, 2, 1, 1])).eval().half()
+    x = torch.randn(2, 3, 33, 33, generator=generator()).half()
+    backend = SimulatedBackend(simulator, capability=90)
+    listed: list[list[str]] = []
+
+    def bottleneck(*arguments: Any) -> list[Candidate]:
+        candidates = SimulatedBackend.bottleneck(backend, *arguments)
+        listed.append([candidate.name for candidate in candidates])
+        return candidates
+
+    backend.bottleneck = bottleneck  # type: ignore[method-assign]
+    with torch.no_grad(), use_backend(backend), autotune.tuner.watch() as decisions:
+        result = net(x)
+    with torch.no_grad(), use_backend("reference"):
+        assert_contract(result, net(x), net.double()(x.double()))
+    assert listed == [["cuda fused sm90"]] * 2 + [[]] * 4
+    chosen = [d.candidate.name for d in decisions if d.op == "bottleneck"]
+    assert chosen == ["cuda fused sm90"] * 2 + ["layers"] * 4
+    layers = [d.candidate.name for d in decisions if d.op.startswith("conv_bn")]
+    assert len(layers) == 4 * 3
+    assert all("sm90" in name for name in layers)
 
 
 def test_reads_tensors_off_sixteen_bytes_layer_by_layer(simulator, half):

@@ -61,9 +61,7 @@ SM90_TILES = (
     "m128n256_sm90_cluster",
     "m256n128_sm90_cluster",
 )
-# With resident weights: for each 16-bit type, without projection.
-RESIDENT_TILE = "m64n128_sm90_resident"
-SM90_KERNELS = 2 * (2 * 2 * len(SM90_TILES) + 2)  # each with and without the result's signs
+SM90_KERNELS = 2 * 2 * 2 * len(SM90_TILES)  # each with and without the result's signs
 # Tiles whose K loop the blocks of a cluster share, by their number; each has a kernel for each
 # 16-bit type, with and without projection.
 SPLIT_TILES = {f"m64n64_sm90_split{n}": n for n in (2, 4, 8)}
@@ -121,10 +119,7 @@ def test_sm90_kernels_spill_nothing(extension, architectures):
     # The third number is what the kernels tell the simulator of registers at launch.
     assert set(found) == {
         ("128", "64", "80", "0", "0"),
-        *(
-            (m, n, "168", "0", "0")
-            for m, n in (("64", "128"), ("128", "128"), ("128", "256"), ("256", "128"))
-        ),
+        *((m, n, "168", "0", "0") for m, n in (("128", "128"), ("128", "256"), ("256", "128"))),
     }
     split = re.findall(
         r"conv_bn_sm90_split_kernel\w*:\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage
@@ -436,72 +431,6 @@ def test_sm90_projection_where_both_scales_are_zero(sm90, half):
     zero = layer._replace(bn=layer.bn._replace(weight=torch.zeros(24, dtype=half)))
     out = sm90.conv_bn_projection(x, zero, x, zero)
     assert torch.equal(out, torch.full_like(out, 2.0))  # both biases
-
-
-# One step to eight, by channels or taps; tails of positions and channels; blocks of one group of
-# channels and of several, each with more tiles than there are stages and results, and more groups
-# than the simulated GPU has SMs.
-RESIDENT_CASES = {
-    **{name: SM90_CASES[name] for name in ("pointwise", "pointwise strided", "persistent")},
-    "eight steps": ConvCase(3, 488, 13, 29, 264),
-    "taps": ConvCase(2, 72, 21, 23, 136, 2, 1, 1),
-    "many channels": ConvCase(1, 136, 12, 13, 648),
-}
-
-
-@pytest.fixture
-def resident(simulator: ModuleType) -> On:
-    """The backend on a simulated Hopper GPU, with resident weights for every convolution."""
-    tile = getattr(simulator.ConvTile, RESIDENT_TILE)
-    return On(SimulatedBackend(simulator, tile, capability=90))
-
-
-@pytest.mark.parametrize("name", RESIDENT_CASES)
-def test_resident_weights_are_exact_on_integers_and_free_of_bank_conflicts(
-    simulator, resident, half, name
-):
-    case = RESIDENT_CASES[name]
-    rng = generator()
-    x, layer = make_integers(case, rng, half)
-    residual = make_residual(case, x, rng).round_()
-    narrower = make_identity(case, 72, 2, x, rng)
-    for added in (residual, narrower, None):
-        expected = truth(x, layer, added, True)
-        assert torch.equal(resident.conv_bn(x, layer, added, True).double(), expected)
-    counts = simulator.take_statistics()
-    assert counts["products"] > 0
-    assert counts["bank_conflicts"] == counts["shared_conflicts"] == 0
-
-
-@pytest.mark.parametrize("name", RESIDENT_CASES)
-def test_resident_weights_keep_the_contract(resident, half, name):
-    x, layer = make_convolution(RESIDENT_CASES[name], generator(), half)
-    check_op(resident.conv_bn, reference.conv_bn, [x, layer, None, False])
-
-
-def test_resident_weights_are_copied_once(simulator, resident, half):
-    """Of 18 rows of 64 positions and 2 groups of channels, for 2 blocks each: x at each of 3 steps,
-    2 stores for each tile; the weights of 3 steps for each block."""
-    x, layer = make_integers(ConvCase(2, 192, 18, 32, 256), generator(), half)
-    resident.conv_bn(x, layer, None, True)
-    assert simulator.take_statistics()["bulk_copies"] == 2 * 18 * (3 + 2) + 4 * 3
-
-
-def test_resident_weights_are_of_eight_steps_at_most_and_no_projection(simulator, half):
-    backend = SimulatedBackend(simulator, capability=90)
-
-    def listed(candidates: Any) -> bool:
-        return f"cuda {RESIDENT_TILE}" in {candidate.name for candidate in candidates}
-
-    for case, expected in (
-        (ConvCase(1, 512, 5, 5, 64), True),
-        (ConvCase(1, 520, 5, 5, 64), False),
-        (ConvCase(1, 64, 5, 5, 64, 3, 1, 1), False),
-    ):
-        x, layer = make_integers(case, generator(), half)
-        assert listed(backend.conv_bn(x, layer, None, True)) == expected
-    x, layer = make_integers(ConvCase(1, 64, 5, 5, 64), generator(), half)
-    assert not listed(backend.conv_bn_projection(x, layer, x, layer))
 
 
 # 9 steps and more: as many for each block, or not; tails of positions and channels; more tiles

@@ -48,13 +48,6 @@ def test_an_mbarrier_counts_arrivals_of_the_other_block(seeded):
     assert out == list(range(127, 63, -1))
 
 
-def test_copies_reach_the_other_blocks_shared_memory(seeded):
-    """cp.async.bulk, .shared::cluster from .shared::cta, whose bytes that block's mbarrier counts:
-    256 bytes each way, twice."""
-    out = seeded.run_primitive("cluster copy", WORDS[:256], 256)
-    assert out == [*range(127, -1, -1), *range(255, 127, -1)]
-
-
 def test_multicast_lands_in_every_block_of_the_mask(seeded):
     """cp.async.bulk.tensor, .multicast::cluster: two tiles, one after the other, each in both."""
     out = seeded.run_primitive("multicast", WORDS, 4 * TILE)
@@ -101,13 +94,6 @@ FAULTS = {
     r"and 0 bytes missing\); in block \(1, 0, 0\): threads 0-63 exited",
     "cluster arrivals of a block's scope": UNSEEN,
     "cluster arrivals waited for in a block's scope": UNSEEN,
-    "cluster copy before the other block is ready": f"{NOT_STARTED}|{NOT_READY}",
-    "cluster copy to one block, counted in the other": "to another block than that of its mbarrier",
-    "cluster copy of what is not fenced": "no fence.proxy.async between",
-    "cluster copy not waited for": "in flight|with no barrier between",
-    "cluster copy not announced": r"deadlock .*more bytes than expected have come",
-    "cluster copy overwritten early": f"{OVERWRITES}|has an asynchronous operation read|in flight",
-    "cluster copy without a last barrier": "whose threads have exited|is the last of its block",
     "multicast before the other block is ready": NOT_READY,
     "multicast to one block": rf"deadlock .*; in block \(1, 0, 0\): {WAITS} 1 \(phase 0, 0 "
     r"arrivals and 1024 bytes missing\)",
@@ -124,7 +110,7 @@ def test_fault_is_reported_in_every_order(seeded, name):
         seeded.run_primitive(name, WORDS, 4 * TILE)
 
 
-@pytest.mark.parametrize("name", ["cluster read", "cluster write", "cluster copy", "multicast"])
+@pytest.mark.parametrize("name", ["cluster read", "cluster write", "multicast"])
 def test_every_cluster_barrier_is_needed(simulator, name):
     simulator.run_primitive(name, WORDS, 4 * TILE)
     barriers = simulator.take_statistics()["cluster_barriers"]

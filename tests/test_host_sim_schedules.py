@@ -84,19 +84,16 @@ def test_a_seed_gives_the_same_order_again(simulator):
     assert len(set(first)) > 1
 
 
-def conv(
-    simulator: ModuleType, tile: str, capability: int, projection: bool, side: int = 3
-) -> Tensor:
+def conv(simulator: ModuleType, tile: str, capability: int, projection: bool) -> Tensor:
     backend = On(SimulatedBackend(simulator, getattr(simulator.ConvTile, tile), capability))
     rng = generator()
-    lines, padding = (9, (1, 1)) if side == 3 else (50, (0, 0))
-    x = torch.randn(1, 72, lines, 32, generator=rng).half()
-    conv = Convolution(torch.randn(72, 72, side, side, generator=rng).half(), (1, 1), padding)
+    x = torch.randn(1, 72, 9, 32, generator=rng).half()
+    conv = Convolution(torch.randn(72, 72, 3, 3, generator=rng).half(), (1, 1), (1, 1))
     layer = ConvBn(conv, make_batch_norm(72, rng))
     if projection:
         shortcut = Convolution(torch.randn(72, 72, 1, 1, generator=rng).half())
         return backend.conv_bn_projection(x, layer, x, layer._replace(conv=shortcut))
-    residual = torch.randn(1, 72, lines, 32, generator=rng).half()
+    residual = torch.randn(1, 72, 9, 32, generator=rng).half()
     return backend.conv_bn(x, layer, residual, True)
 
 
@@ -118,10 +115,11 @@ def stem(simulator: ModuleType, capability: int) -> Tensor:
     return On(backend).stem(x, layer, MaxPool())
 
 
-def bottleneck(simulator: ModuleType, kernel: str, case: BlockCase) -> Tensor:
-    x, *layers = make_bottleneck(case, generator(), torch.bfloat16)
-    backend = SimulatedBackend(simulator, capability=90)
-    return backend._launcher.bottleneck(kernel, x, [y for y in layers if y is not None])
+def bottleneck(simulator: ModuleType, capability: int, channels: int, images: int) -> Tensor:
+    case = BlockCase(images, channels, 14, 14, 64, 64, 1, projection=True)
+    arguments = make_bottleneck(case, generator(), torch.bfloat16)
+    (only,) = SimulatedBackend(simulator, capability=capability).bottleneck(*arguments)
+    return only.launch(*arguments)
 
 
 def head(simulator: ModuleType) -> Tensor:
@@ -150,28 +148,12 @@ NETWORK: dict[str, Callable[[ModuleType], Tensor]] = {
         for projection in (False, True)
     },
     "m128n128": partial(conv, tile="m128n128", capability=80, projection=False),
-    "m64n128_sm90_resident": partial(
-        conv, tile="m64n128_sm90_resident", capability=90, projection=False, side=1
-    ),
     "m64n64_sm90_split4": partial(conv, tile="m64n64_sm90_split4", capability=90, projection=False),
     **{f"m{n}n128_sm90_lines": partial(lines, tile=f"m{n}n128_sm90_lines") for n in (200, 224)},
     "stem": partial(stem, capability=80),
     "stem sm90": partial(stem, capability=90),
-    "bottleneck": partial(
-        bottleneck,
-        kernel="cuda_bottleneck",
-        case=BlockCase(1, 72, 14, 14, 64, 64, 1, projection=True),
-    ),
-    "bottleneck sm90": partial(
-        bottleneck,
-        kernel="cuda_bottleneck_sm90",
-        case=BlockCase(5, 64, 14, 14, 64, 64, 1, projection=True),
-    ),
-    "bottleneck cluster": partial(
-        bottleneck,
-        kernel="cuda_bottleneck_sm90_cluster",
-        case=BlockCase(3, 136, 5, 20, 104, 136),
-    ),
+    "bottleneck": partial(bottleneck, capability=80, channels=72, images=1),
+    "bottleneck sm90": partial(bottleneck, capability=90, channels=64, images=5),
     "head": head,
     "bn_add_relu": bn_add_relu,
 }

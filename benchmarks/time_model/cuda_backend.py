@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 STEP_BYTES = 128  # of a row of an operand
-_MOST_PER_ELEMENT = 128  # multiply-adds for which a whole block pays (bottleneck.cu)
 
 
 class PersistentTile(NamedTuple):
@@ -79,7 +78,7 @@ class Product(NamedTuple):
 
 
 class Block(NamedTuple):
-    """What the extension is told of a bottleneck."""
+    """What the extension is told of a bottleneck, and bottleneck_sm90.cu decides of it."""
 
     batch: int
     image: tuple[int, int]
@@ -97,38 +96,6 @@ class Block(NamedTuple):
         inner, out_channels = (layers[i][0][2][0] for i in (0, 2))
         projects = len(layers) > 3
         return cls(batch, tuple(image), channels, inner, out_channels, stride, projects, sms)
-
-    @property
-    def side(self) -> int:
-        return 14 // self.stride
-
-    @property
-    def tiles(self) -> int:
-        return self.batch * math.prod(
-            math.ceil(math.ceil(n / self.stride) / self.side) for n in self.image
-        )
-
-    def can_implement(self) -> bool:
-        return self.inner <= 128
-
-    @property
-    def products(self) -> int:
-        """Multiply-adds that a tile computes."""
-        width = 64 if self.inner <= 64 else 128
-        ends = (width + self.projects * self.channels) * self.out_channels
-        return 256 * self.channels * width + (16 // self.stride) ** 2 * (9 * width**2 + ends)
-
-    def is_profitable(self) -> bool:
-        pixels = self.batch * math.prod(self.image)
-        positions = self.batch * math.prod(math.ceil(n / self.stride) for n in self.image)
-        moved = pixels * (self.channels + 2 * self.inner) + positions * (
-            2 * self.inner + self.channels + self.out_channels
-        )
-        return self.tiles >= self.sms and self.products * self.tiles <= _MOST_PER_ELEMENT * moved
-
-
-class LineBlock(Block):
-    """What bottleneck_sm90.cu decides of it."""
 
     @property
     def strips(self) -> int:
@@ -153,45 +120,6 @@ class LineBlock(Block):
     def can_implement(self) -> bool:
         fits = self.channels <= 64 if self.projects else self.channels == self.out_channels
         return self.inner <= 64 and self.out_channels <= 256 and self.stride == 1 and fits
-
-    is_profitable = can_implement
-
-
-class ClusterBlock(Block):
-    """What bottleneck_sm90_cluster.cu decides of it."""
-
-    @property
-    def clusters(self) -> int:
-        """That run at once. A cluster has all of its 4 SMs from one group, of 16 or 18, so that 32
-        of an H100's 33 may be what runs; the batches of the tables take either as long."""
-        return self.sms // 4
-
-    @property
-    def steps(self) -> int:
-        """Pairs of lines of a job."""
-        pairs = math.ceil(self.image[0] / 2)
-
-        def made(steps: int) -> int:
-            jobs = self.batch * math.ceil(pairs / steps)
-            return math.ceil(jobs / self.clusters) * (steps + 1)
-
-        return min((math.ceil(pairs / n) for n in range(1, pairs + 1)), key=made)
-
-    @property
-    def jobs(self) -> int:
-        return self.batch * math.ceil(math.ceil(self.image[0] / 2) / self.steps)
-
-    def can_implement(self) -> bool:
-        return (
-            self.inner <= 128
-            and self.channels == self.out_channels <= 512
-            and self.image[1] <= 28
-            and self.stride == 1
-            and not self.projects
-        )
-
-    def is_profitable(self) -> bool:
-        return self.inner > 64 and 2 * self.image[1] > 28
 
 
 @dataclass
@@ -222,8 +150,8 @@ class RecordingBackend(CudaBackend):
     """The CUDA backend over an extension that only remembers what it was asked for."""
 
     def __init__(self, gpu: Gpu) -> None:
-        def ask(kind: type[Block], question: Callable[[Any], bool]) -> Callable[..., bool]:
-            return lambda x, layers, stride, _: question(kind.of(x, layers, stride, gpu.sms))
+        def takes_block(x: Any, layers: Any, stride: int, _: int) -> bool:
+            return Block.of(x, layers, stride, gpu.sms).can_implement()
 
         from . import cuda_int8  # which need what stands above
         from . import cuda_training as training
@@ -289,9 +217,8 @@ class RecordingBackend(CudaBackend):
             return plan[1]
 
         kernels = (
-            *("conv_bn", "bn_add_relu", "bottleneck", "bottleneck_sm90"),
-            *("bottleneck_sm90_cluster", "stem", "linear", "average_pool"),
-            *("conv_stats", "dgrad", "wgrad", "window_rows", "quantized_conv"),
+            *("conv_bn", "bn_add_relu", "bottleneck_sm90", "stem", "linear"),
+            *("average_pool", "conv_stats", "dgrad", "wgrad", "window_rows", "quantized_conv"),
         )
         super().__init__(
             SimpleNamespace(  # type: ignore[arg-type]
@@ -309,16 +236,9 @@ class RecordingBackend(CudaBackend):
                 cuda_dgrad_parts=dgrad_parts,
                 cuda_wgrad_tiles=wgrad_tiles,
                 cuda_wgrad_parts=wgrad_parts,
-                cuda_bottleneck_can_implement=ask(Block, Block.can_implement),
-                cuda_bottleneck_is_profitable=ask(Block, Block.is_profitable),
-                cuda_bottleneck_sm90_can_implement=ask(LineBlock, LineBlock.can_implement),
-                cuda_bottleneck_sm90_is_profitable=ask(LineBlock, LineBlock.is_profitable),
-                cuda_bottleneck_sm90_cluster_can_implement=ask(
-                    ClusterBlock, ClusterBlock.can_implement
-                ),
-                cuda_bottleneck_sm90_cluster_is_profitable=ask(
-                    ClusterBlock, ClusterBlock.is_profitable
-                ),
+                cuda_bottleneck_can_implement=lambda *_: False,
+                cuda_bottleneck_sm90_can_implement=takes_block,
+                cuda_bottleneck_sm90_is_profitable=takes_block,
                 **{f"cuda_{name}": partial(str, name) for name in kernels},
             )
         )

@@ -23,15 +23,13 @@ class Kernel(NamedTuple):
     cluster: int = 1  # blocks that share copies of weights
     claimed: tuple[int, ...] = ()  # registers of copying and of multiplying threads, if different
     ping_pong: bool = False  # whether warpgroups take turns at tiles
-    resident: int = 0  # steps whose weights stay in shared memory; stages then hold none
     signs: bool = False  # whether the result's are written too
 
     @property
     def shared(self) -> int:
         """Bytes of dynamic shared memory: the stages, and 16 bytes a channel of batch norm; on
-        sm_90a the results, resident weights and two such sets, and the mbarriers."""
-        rows = self.stages * self.positions + (self.resident or self.stages) * self.channels
-        stages = rows * self.row_bytes
+        sm_90a the results and two such sets, and the mbarriers."""
+        stages = self.stages * (self.positions + self.channels) * self.row_bytes
         terms = 16 * self.channels
         if not self.sm90:
             return stages + terms
@@ -121,12 +119,11 @@ def _kernel(name: str) -> Kernel | None:
     dtype = _DTYPES[found[2]]
     sizes = list(map(int, re.findall(r"L[ib](\d+)E", found[3])))
     if sm90:
-        m, n, stages, results, _, cluster, copying, multiplying, _, ping_pong, resident = sizes
+        m, n, stages, results, _, cluster, copying, multiplying, _, ping_pong = sizes
         claimed = (copying, multiplying)
         return Kernel(
             *(sm90, dtype, m, n, 128, 12, stages, True, projection, results, cluster, claimed),
             ping_pong=bool(ping_pong),
-            resident=resident,
             signs=found[5] == "1",
         )
     m, n, row_bytes, warps_m, warps_n, stages, _ = sizes
@@ -141,18 +138,8 @@ def _lines(dtype: str, positions: str) -> OtherKernel:
     return OtherKernel("conv_sm90_lines.cu", _DTYPES[dtype], tile, 12, shared, (40, 232))
 
 
-def _cluster_bottleneck(dtype: str) -> OtherKernel:
-    """Of bottleneck_sm90_cluster.cu, of the blocks that need more: panels of x, shortcut and
-    result, conv2's result, pairs of conv1's lines, the terms, the mbarriers."""
-    panel, pair = 56 * 128, 2 * 36 * 128
-    shared = (10 + 3 * 4 + 2 * 2) * panel + 4 * pair + 256 * 16 + 16 * (10 + 3 + 4 + 2 + 2)
-    tile = "2 lines of 28, cluster"
-    return OtherKernel("bottleneck_sm90_cluster.cu", _DTYPES[dtype], tile, 12, shared, (40, 232))
-
-
 # What a mangled name has behind its folder, and what its groups say.
 _OTHERS: dict[str, Callable[..., OtherKernel]] = {
-    r"bottleneck_sm90_cluster_kernelI(6__half|13__nv_bfloat16)E": _cluster_bottleneck,
     r"conv_bn_sm90_lines_kernelI(6__half|13__nv_bfloat16)Li(\d+)E": _lines,
 }
 

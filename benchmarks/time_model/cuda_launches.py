@@ -21,7 +21,7 @@ from torch import Tensor
 from resnet_fused.testing import machine_code
 
 from . import cuda_int8, cuda_kernels, cuda_training
-from .cuda_backend import STEP_BYTES, Block, Call, ClusterBlock, LineBlock, PersistentTile, Product
+from .cuda_backend import STEP_BYTES, Block, Call, PersistentTile, Product
 from .rates import Gpu
 from .work import Work, resident_blocks
 
@@ -33,10 +33,6 @@ class Tile(PersistentTile):
         """steps: of each product's K loop."""
         return True
 
-    def used(self, filters: int, sms: int) -> int:
-        """SMs that a layer of enough tiles uses."""
-        return sms
-
     def cycles(
         self, rows: int, filters: int, steps: Sequence[int], residual: bool, sms: int
     ) -> int:
@@ -45,34 +41,11 @@ class Tile(PersistentTile):
         of_element = 30 + 100 * residual
         epilogue = self.m * self.n * of_element // 1000 + 30 * self.n * (len(steps) > 1)
         products = sum(steps) * step
-        of_sm = math.ceil(self.tiles(rows, filters) / self.used(filters, sms))
+        of_sm = math.ceil(self.tiles(rows, filters) / sms)
         if self.ping_pong:
             alone = epilogue * 7 // 5
             return of_sm * max(products, products // 2 + alone) + alone
         return of_sm * products + math.ceil(of_sm / self.blocks) * epilogue
-
-
-class ResidentTile(Tile):
-    """Of conv_sm90.cu, with resident weights."""
-
-    @property
-    def stage_bytes(self) -> int:
-        return self.m * STEP_BYTES
-
-    asked_bytes = stage_bytes
-
-    def can_take(self, steps: Sequence[int]) -> bool:
-        return len(steps) == 1 and steps[0] <= 8
-
-    def used(self, filters: int, sms: int) -> int:
-        across = math.ceil(filters / self.n)
-        return max(1, sms // across) * across
-
-    def cycles(
-        self, rows: int, filters: int, steps: Sequence[int], residual: bool, sms: int
-    ) -> int:
-        weights = sum(steps) * self.n * STEP_BYTES // 64
-        return (super().cycles(rows, filters, steps, residual, sms) + weights) * 7 // 8
 
 
 class Split(NamedTuple):
@@ -139,7 +112,6 @@ SM90_TILES: dict[str, Tile | Split] = {
     "m64n64_sm90_split2": Split(2),
     "m64n64_sm90_split4": Split(4),
     "m64n64_sm90_split8": Split(8),
-    "m64n128_sm90_resident": ResidentTile(64, 128, 5, 1, ping_pong=True),
 }
 
 
@@ -297,30 +269,26 @@ def _conv_bn(call: Call, gpu: Gpu) -> tuple[Work, str]:
             meetings=2,
         )
         return work, rf"conv_bn_sm90_split_kernelITLi{tile.splits}ELb{int(len(products) > 1)}E"
-    used, resident = min(tiles, tile.used(filters, gpu.sms)), isinstance(tile, ResidentTile)
     work = Work(
         kernel="conv_bn_sm90_kernel",
         config=f"{tile.m}×{tile.n}×64, {tile.stages} stages"
         + ", cluster" * (tile.cluster > 1)
-        + ", ping-pong" * tile.ping_pong
-        + ", resident" * resident,
+        + ", ping-pong" * tile.ping_pong,
         shape=shape,
-        # As many as the busiest SM has, of every SM.
-        tiles=math.ceil(tiles / used) * gpu.sms if used < gpu.sms else tiles,
+        tiles=tiles,
         # Warpgroups that take turns are two blocks on an SM, as far as a tile's time goes.
         warps=4 if tile.ping_pong else 8,
         blocks_per_sm=2 if tile.ping_pong else tile.blocks,
-        # A tile; who takes turns may have a loop that waits; the products.
-        trips=(1, *[0.0] * (tile.ping_pong and not resident), *steps),
+        # A tile; who takes turns has a loop that waits; the products.
+        trips=(1, *[0.0] * tile.ping_pong, *steps),
         dram_bytes=dram_bytes,
         l2_bytes=tiles * sum(steps) * tile.asked_bytes + added + written,
         multiply_adds=multiply_adds,
         persistent=True,
         bulk_bytes=tile.stage_bytes,
-        resident_bytes=sum(steps) * tile.n * STEP_BYTES if resident else 0,
     )
     sizes = rf"ILi{tile.m}ELi{tile.n}ELi{tile.stages}ELi\dELi{tile.blocks}ELi{tile.cluster}E"
-    turns = rf"\w*Lb{int(tile.ping_pong)}ELi\dEEE"
+    turns = rf"\w*Lb{int(tile.ping_pong)}EEE"
     ending = rf"Lb{int(len(products) > 1)}ELb{int(signs is not None)}E"
     return work, rf"conv_bn_sm90_kernelIT\w*Tile{sizes}{turns}{ending}"
 
@@ -331,40 +299,9 @@ def _shape(product: Product, filters: int) -> str:
     return f"{r}×{s}{stride} {product.channels}→{filters} at {product.image[0]}×{product.image[1]}"
 
 
-def _bottleneck(call: Call, gpu: Gpu) -> tuple[Work, str]:
-    x, layers, stride = call.arguments
-    block = Block.of(x, layers, stride, gpu.sms)
-    if block.projects or block.stride > 1:
-        raise ValueError("the model knows no whole block with projection; describe its loops.")
-    width = 64 if block.inner <= 64 else 128
-    threads = 2 * width
-    slices = math.ceil(block.out_channels / width)
-    first, taps = math.ceil(block.channels / 32), 9 * width // 64
-    inside = slices * (width // 64)
-    positions = block.batch * math.prod(block.image)
-    weights = block.channels * block.inner + 9 * block.inner**2 + block.inner * block.out_channels
-    halo = 256 / block.side**2
-    moved = 2 * positions * (block.channels * (halo + 1) + block.out_channels)
-    work = Work(
-        kernel="bottleneck_kernel",
-        config=f"14×14 positions, {width} inner channels",
-        shape=f"{block.channels}→{block.inner}→{block.out_channels} at {block.image[0]}×"
-        f"{block.image[1]}",
-        tiles=block.tiles,
-        warps=threads // 32,
-        # Terms of bn1, bn2 and the first slice; the products; a slice, its products and terms.
-        trips=(0.5, 0.5, first, taps, 0.5, slices, inside, (slices - 1) / 2),
-        shared_loops=(0, 1, 4, 7),
-        dram_bytes=int(2 * (positions * (block.channels + block.out_channels) + weights)),
-        l2_bytes=int(moved) + 2 * block.tiles * weights,
-        multiply_adds=positions * weights,
-    )
-    return work, rf"bottleneck_kernelIT\w*TileILi{width}ELi1ELb0E"
-
-
 def _bottleneck_sm90(call: Call, gpu: Gpu) -> tuple[Work, str]:
     x, layers, stride = call.arguments
-    block = LineBlock.of(x, layers, stride, gpu.sms)
+    block = Block.of(x, layers, stride, gpu.sms)
     height, width = block.image
     depth, results = 1 if block.projects else 4, math.ceil(block.out_channels / 64)
     made = (block.lines + 2) / block.lines  # lines of conv1 for one of the result
@@ -400,45 +337,6 @@ def _bottleneck_sm90(call: Call, gpu: Gpu) -> tuple[Work, str]:
         resident_bytes=2 * weights,
     )
     return work, rf"bottleneck_sm90_kernelITLb{int(block.projects)}E"
-
-
-def _bottleneck_sm90_cluster(call: Call, gpu: Gpu) -> tuple[Work, str]:
-    x, layers, stride = call.arguments
-    block = ClusterBlock.of(x, layers, stride, gpu.sms)
-    height, width = block.image
-    # Steps of two lines of the busiest cluster, on each of its SMs: those of the ends, whose shared
-    # memory takes longer than the products of the others.
-    busy = min(block.jobs, block.clusters)
-    tiles = math.ceil(block.jobs / block.clusters) * 4 * busy * block.steps
-    job, made = 1 / block.steps, (block.steps + 1) / block.steps  # pairs of lines of conv1
-    conv3, conv1 = (job, 1.0, 1.0), (job, made, made / 2)
-    conv2 = (0.0, 0.0, 0.0)  # of the other SMs
-    copying = (job / 4, 0.0, 2 * made, 0.0, job / 4, 1 / 4, 0.0, 1.0)
-    trips = (*conv3, *conv1, *conv2, *copying)
-    panel, sent = 56 * 128, 66 * 128
-    positions = block.batch * height * width
-    weights = block.channels * block.inner + 9 * block.inner**2 + block.inner * block.out_channels
-    read = (2 * made + 1) * block.channels  # for conv1 by two blocks, as the shortcut by one
-    # x, and conv1's lines as they leave; operand, shortcut and result.
-    bulk = made * (8 * panel + 2.5 * sent) + (2 + 4 + 4) * panel
-    work = Work(
-        layer="",
-        kernel="bottleneck_sm90_cluster_kernel",
-        config=f"jobs of {2 * block.steps} lines, cluster",
-        shape=f"{block.channels}→{block.inner}→{block.out_channels} at {height}×{width}",
-        tiles=tiles,
-        warps=4,
-        blocks_per_sm=1,
-        trips=trips,
-        beside=tuple(range(2, len(trips))),
-        dram_bytes=int(2 * (positions * (block.channels + block.out_channels) + weights)),
-        l2_bytes=int(2 * positions * (read + block.out_channels)),
-        multiply_adds=positions * weights,
-        persistent=True,
-        bulk_bytes=int(bulk / (made + 1)),  # of the steps of products
-        resident_bytes=2 * weights // 4,
-    )
-    return work, r"bottleneck_sm90_cluster_kernelIT"
 
 
 def _stem(call: Call, gpu: Gpu) -> tuple[Work, str]:
@@ -535,9 +433,7 @@ def _linear(call: Call, gpu: Gpu) -> tuple[Work, str]:
 
 _DESCRIBE: dict[str, Callable[[Call, Gpu], tuple[Work, str]]] = {
     "conv_bn": _conv_bn,
-    "bottleneck": _bottleneck,
     "bottleneck_sm90": _bottleneck_sm90,
-    "bottleneck_sm90_cluster": _bottleneck_sm90_cluster,
     "stem": _stem,
     "average_pool": _average_pool,
     "linear": _linear,

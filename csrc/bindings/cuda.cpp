@@ -17,7 +17,6 @@
 #include "kernels/cuda/bn_add_relu.h"
 #include "kernels/cuda/bottleneck.h"
 #include "kernels/cuda/bottleneck_sm90.h"
-#include "kernels/cuda/bottleneck_sm90_cluster.h"
 #include "kernels/cuda/conv.h"
 #include "kernels/cuda/conv_training_sm90.h"
 #include "kernels/cuda/head.h"
@@ -549,11 +548,6 @@ struct OnWgmma {
   static constexpr auto kCanImplement = &resnet_fused::bottleneck_sm90_can_implement;
   static constexpr auto kIsProfitable = kCanImplement;
 };
-struct OnCluster {
-  static constexpr auto kRun = &resnet_fused::bottleneck_sm90_cluster;
-  static constexpr auto kCanImplement = &resnet_fused::bottleneck_sm90_cluster_can_implement;
-  static constexpr auto kIsProfitable = &resnet_fused::bottleneck_sm90_cluster_is_profitable;
-};
 
 template <typename Kernel>
 cudaError_t run_block(const BlockTo& to, int device, CUstream_st* stream) {
@@ -759,8 +753,7 @@ void register_cuda_kernels(py::module_& module) {
       .value("m64n64_sm90_split4", ConvTile::k64x64Sm90Split4)
       .value("m64n64_sm90_split8", ConvTile::k64x64Sm90Split8)
       .value("m200n128_sm90_lines", ConvTile::k200x128Sm90Lines)
-      .value("m224n128_sm90_lines", ConvTile::k224x128Sm90Lines)
-      .value("m64n128_sm90_resident", ConvTile::k64x128Sm90Resident);
+      .value("m224n128_sm90_lines", ConvTile::k224x128Sm90Lines);
 
   // Of every kernel: tensors are as tensor_arg.h says, sizes those of NCHW; images and weights are
   // dense and channels_last, vectors contiguous, float32, float16 or bfloat16. A kernel is queued
@@ -889,8 +882,6 @@ void register_cuda_kernels(py::module_& module) {
       "conv2 is 3 x 3 with padding 1, the others 1 x 1; conv2 and the projection have the stride.\n"
       "out is no part of x.");
   def_bottleneck("bottleneck_sm90", OnWgmma{}, "The same, by the kernel for sm_90a.");
-  def_bottleneck("bottleneck_sm90_cluster", OnCluster{},
-                 "The same, by the one whose weights a cluster of blocks holds.");
 
   def<&resnet_fused::stem>(
       module, "stem", &set_stem,

@@ -487,28 +487,6 @@ void load_tensor(std::uint32_t to, const CUtensorMap& map, std::uint32_t mbarrie
               static_cast<std::uint16_t>(1u << cluster_rank()));
 }
 
-void copy_to_cluster(Address to, std::uint32_t from, std::uint32_t bytes, Address at) {
-  may_switch();
-  Mbarrier& barrier = mbarrier(at);
-  if (!barrier.fenced) fault("counts bytes by %s, with no fence.mbarrier_init", barrier.name);
-  if (rank_of(to) != rank_of(at)) fault("copies to another block than that of its mbarrier");
-  if (bytes == 0 || (bytes | from | to) % kChunk != 0) {
-    fault("copies %u bytes from %u to %u, no multiples of %u", bytes, from, offset_of(to), kChunk);
-  }
-  shared_bytes(to, bytes, "copies to");
-  Load load{at, bytes, {}};
-  unsigned char* const source = shared_bytes(own(from), bytes, "copies from");
-  for (std::uint32_t k = 0; k < bytes; k += kChunk) {
-    load.chunks.push_back({to + k, source + k, kChunk});
-  }
-  ++statistics().bulk_copies;
-  const Access access{barrier.agent, barrier.phases + 1};
-  visit(rank_of(to), access);
-  agent_reads(own(from), bytes, access);
-  agent_writes(to, bytes, access);
-  state.loads.push_back(std::move(load));
-}
-
 void store_tensor(const CUtensorMap& map, std::uint32_t offset, const std::int32_t* coordinates,
                   bool im2col) {
   may_switch();

@@ -42,9 +42,6 @@ void load_tensor(std::uint32_t to, const CUtensorMap& map, std::uint32_t mbarrie
 void load_tensor(std::uint32_t to, const CUtensorMap& map, std::uint32_t mbarrier,
                  const std::int32_t* coordinates, const std::uint16_t* offsets,
                  std::uint16_t ranks);
-// "cp.async.bulk" from the block's own shared memory to that of a block of the cluster, where the
-// mbarrier counts the bytes. Lands likewise, and reads only then.
-void copy_to_cluster(Address to, std::uint32_t from, std::uint32_t bytes, Address mbarrier);
 void store_tensor(const CUtensorMap& map, std::uint32_t offset, const std::int32_t* coordinates,
                   bool im2col);
 // "cp.async.bulk.commit_group", and "cp.async.bulk.wait_group.read" for all but the last groups.

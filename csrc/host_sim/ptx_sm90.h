@@ -85,13 +85,6 @@ void store_cluster(std::uint32_t address, const V& value) {
 inline void mbarrier_arrive_cluster(std::uint32_t address) {
   host_sim::mbarrier_arrive(address, 0);
 }
-inline void mbarrier_arrive_expect_cluster(std::uint32_t address, std::uint32_t bytes) {
-  host_sim::mbarrier_arrive(address, bytes);
-}
-inline void copy_to_cluster(std::uint32_t to, std::uint32_t from, std::uint32_t bytes,
-                            std::uint32_t mbarrier) {
-  host_sim::copy_to_cluster(to, from, bytes, mbarrier);
-}
 inline void mbarrier_publish_cluster(std::uint32_t address) {
   host_sim::mbarrier_arrive(address, 0, host_sim::Scope::kCluster);
 }

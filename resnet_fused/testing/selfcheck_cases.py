@@ -238,13 +238,6 @@ def _others(family: str, dtype: torch.dtype, device: str, num_sms: int) -> Itera
                 family,
                 make_bottleneck(block, rng, dtype, device, make_integers),
             )
-        # As wide in all respects as one kernel for a cluster of blocks takes it.
-        widest = BlockCase(num_sms, 512, 6, 28, 128, 512)
-        yield Case(
-            "128 inner channels of 512",
-            family,
-            make_bottleneck(widest, rng, dtype, device, make_integers),
-        )
     elif family in ("stem", "image_stem"):
         for channels, height, width in ((64, 37, 30), (24, 9, 50), (64, 36, 40)):
             case = ConvCase(images, 3, height, width, channels, 7, 2, 3)

@@ -44,8 +44,6 @@ enum Mistake {
   kBlocksAcquire,
   kReleasesEarly,  // what it has yet to read
   kReleasesAlone,  // what the other block has yet to read
-  kNoFence,        // between a write and its copy
-  kNoWait,         // for what it overwrites or reads
 };
 
 __device__ void cluster_barrier() {
@@ -180,42 +178,6 @@ __global__ void pixels(const __grid_constant__ Arguments a) {
   cluster_barrier();
 }
 
-// Each block's threads write their words, whose copy goes to the other block and is read there from
-// the other end; twice, the second time once the first has been read.
-template <Mistake kMistake>
-__global__ void copy_across(const Arguments a) {
-  constexpr std::uint32_t kBytes = 4 * kThreads, kTo = 1024;
-  const unsigned mirrored = blockDim.x - 1 - threadIdx.x;
-  if (threadIdx.x == 0) {
-    ptx::mbarrier_init(kFull, 1);
-    ptx::mbarrier_init(kEmpty, blockDim.x);
-    ptx::fence_mbarrier_init();
-  }
-  if (kMistake == kNoFirstBarrier) {
-    __syncthreads();
-  } else {
-    cluster_barrier();
-  }
-  const int other = ptx::cluster_rank() ^ 1;
-  const std::uint32_t full = ptx::cluster_address(kFull, other);
-  for (std::uint32_t turn = 0; turn < 2; ++turn) {
-    const unsigned word = 2 * kThreads * turn + number();
-    if (kMistake != kReleasesEarly) ptx::mbarrier_wait(kEmpty, turn % 2 ^ 1);
-    ptx::store_shared(4 * threadIdx.x, ptx::load_global(a.in + word));
-    if (kMistake != kNoFence) ptx::fence_proxy_async();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      if (kMistake != kNoArrival) ptx::mbarrier_arrive_expect_cluster(full, kBytes);
-      const int to = kMistake == kOneBlock ? other ^ 1 : other;
-      ptx::copy_to_cluster(ptx::cluster_address(kTo, to), 0, kBytes, full);
-    }
-    if (kMistake != kNoWait) ptx::mbarrier_wait(kFull, turn % 2);
-    ptx::store_global(a.out + word, ptx::load_shared<std::uint32_t>(kTo + 4 * mirrored));
-    ptx::mbarrier_arrive_cluster(ptx::cluster_address(kEmpty, other));
-  }
-  if (kMistake != kNoLastBarrier) cluster_barrier();
-}
-
 template <auto* kKernel, unsigned kBlocks = 2>
 cudaError_t launch(const Arguments& arguments) {
   return resnet_fused::launch(kKernel, {dim3(kBlocks), dim3(kThreads), kSharedBytes, dim3(2)},
@@ -263,14 +225,6 @@ const Tests& cluster_tests() {
       {"cluster arrivals missing", &plain<&arrive_across<kNoArrival>>},
       {"cluster arrivals of a block's scope", &plain<&arrive_across<kBlocksRelease>>},
       {"cluster arrivals waited for in a block's scope", &plain<&arrive_across<kBlocksAcquire>>},
-      {"cluster copy", &plain<&copy_across<kNone>>},
-      {"cluster copy before the other block is ready", &plain<&copy_across<kNoFirstBarrier>>},
-      {"cluster copy to one block, counted in the other", &plain<&copy_across<kOneBlock>>},
-      {"cluster copy of what is not fenced", &plain<&copy_across<kNoFence>>},
-      {"cluster copy not waited for", &plain<&copy_across<kNoWait>>},
-      {"cluster copy not announced", &plain<&copy_across<kNoArrival>>},
-      {"cluster copy overwritten early", &plain<&copy_across<kReleasesEarly>>},
-      {"cluster copy without a last barrier", &plain<&copy_across<kNoLastBarrier>>},
       {"multicast", &over_tiles<kNone>},
       {"multicast before the other block is ready", &over_tiles<kNoFirstBarrier>},
       {"multicast to one block", &over_tiles<kOneBlock>},

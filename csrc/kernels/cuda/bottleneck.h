@@ -32,9 +32,9 @@ struct Bottleneck {
 // The size of the result: of the image, divided by the stride and rounded up.
 constexpr int strided(int size, int stride) { return size / stride + (size % stride != 0); }
 
-// Whether the kernel computes `arguments` on `device`: 16-bit types, channels that are multiples of
-// 8 and 16-byte aligned tensors, inner up to 128, strides 1 and 2, 2 with a projection only, and
-// enough shared memory.
+// Whether the kernel computes `arguments` on `device`, which is none that has the kernels for
+// sm_90a: 16-bit types, channels that are multiples of 8 and 16-byte aligned tensors, inner up to
+// 128, strides 1 and 2, 2 with a projection only, and enough shared memory.
 bool bottleneck_can_implement(const Bottleneck& arguments, int device);
 
 // Whether the kernel can implement it and, by the arithmetic of docs/cuda_kernels.md, is faster

@@ -37,7 +37,6 @@
 #include <cstdint>
 #include <cstring>
 
-#include "kernels/cuda/bottleneck_sm90.cuh"
 #include "kernels/cuda/bottleneck_sm90.h"
 #include "kernels/cuda/channel_rows.cuh"
 #include "kernels/cuda/conv_sm90.cuh"
@@ -52,6 +51,7 @@ constexpr int kN = 56;         // pixels of a line: columns of a product
 constexpr int kRuns = kN / 8;  // of 8 pixels, of which a lane holds two
 constexpr int kTiles = 4;      // of 64 output channels, at most
 constexpr int kTaps = 9;
+constexpr int kDepths = 4;                   // products of depth 16 in a panel
 constexpr int kPanelBytes = kN * kRowBytes;  // of 64 channels of a line
 constexpr int kPitch = kN + 2;               // rows of a line of the ring
 constexpr int kLineBytes = kPitch * kRowBytes;
@@ -135,6 +135,50 @@ class JobScheduler {
   const Arguments& a_;
   unsigned job_ = blockIdx.x;
 };
+
+// A lane's part of 64 x 16 weights, wgmma's operand A: `from` is that of channel 0, their rows lie
+// `stride` elements apart, and `rows` and `depth` of them are there; zeros beyond.
+template <typename T>
+__device__ __forceinline__ void load_weights(std::uint32_t (&to)[4], const void* from,
+                                             std::int64_t stride, int rows, int depth) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int k = threadIdx.x % 4 * 2 + i / 2 * 8;
+    to[i] = 0;
+    if (row(i % 2) < rows && k < depth) {
+      to[i] = ptx::load_global(reinterpret_cast<const std::uint32_t*>(static_cast<const T*>(from) +
+                                                                      row(i % 2) * stride + k));
+    }
+  }
+}
+
+// Those of 64 x 64.
+template <typename T>
+__device__ __forceinline__ void load_weights(std::uint32_t (&to)[kDepths][4], const void* from,
+                                             std::int64_t stride, int rows, int depth) {
+#pragma unroll
+  for (int k = 0; k < kDepths; ++k) {
+    load_weights<T>(to[k], static_cast<const T*>(from) + 16 * k, stride, rows, depth - 16 * k);
+  }
+}
+
+// 16-bit values of a lane's channels, of two neighbouring pixels in each run of 8.
+using Pairs = std::uint32_t[kRuns][2];
+
+// The pixels of a panel from row `halo` on; behind the last one comes the last one again.
+__device__ __forceinline__ void load_pairs(Pairs& pairs, std::uint32_t line, int halo) {
+  const std::uint32_t from = matrix_row(line + halo * kRowBytes);
+#pragma unroll
+  for (int j = 0; j + 1 < kRuns; j += 2) {
+    std::uint32_t loaded[4];
+    ptx::ldmatrix_trans(loaded, from + j * 8 * kRowBytes);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) pairs[j + k / 2][k % 2] = loaded[k];
+  }
+  const bool beyond = threadIdx.x % 8 + halo == 8;
+  ptx::ldmatrix_trans(pairs[kRuns - 1], beyond ? matrix_row(line) + (kRuns - 1) * 8 * kRowBytes
+                                               : from + (kRuns - 1) * 8 * kRowBytes);
+}
 
 using Acc = float[kN / 2];
 
@@ -374,9 +418,9 @@ class Conv3 {
     for (int m = 0; m < kTiles; ++m) {
       Acc& now = acc[m % 2];
       Acc& beside = projected[kProjection ? m % 2 : 0];
-      Pairs<kRuns> shortcut;
+      Pairs shortcut;
       if constexpr (!kProjection) {
-        load_pairs<kRuns>(shortcut, x + m * kPanelBytes, a_.halo);
+        load_pairs(shortcut, x + m * kPanelBytes, a_.halo);
         // The result's rows are others then, which lanes have read for each other.
         if (a_.halo > 0) ptx::named_barrier(4 + threadIdx.x % kWarpgroup / 32, 32);
       }
@@ -500,6 +544,23 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
+// Lines of a job: with which the busiest SM makes the fewest of conv1, of which each job computes
+// two more than of the result.
+int choose_lines(const Bottleneck& a, std::int64_t strips, int num_sms) {
+  int chosen = a.height;
+  std::int64_t least = 0;
+  for (int segments = 1; segments <= a.height; ++segments) {
+    const std::int64_t lines = ceil_div(a.height, segments);
+    const std::int64_t jobs = a.batch * strips * ceil_div(a.height, lines);
+    const std::int64_t made = ceil_div(jobs, num_sms) * (lines + 2);
+    if (segments == 1 || made < least) {
+      chosen = static_cast<int>(lines);
+      least = made;
+    }
+  }
+  return chosen;
+}
+
 template <typename T, bool kProjection>
 cudaError_t run(void* out, const Bottleneck& a, int num_sms, cudaStream_t stream) {
   const std::int64_t strips = a.width <= kN ? 1 : ceil_div(a.width, kN - 2);
@@ -508,7 +569,7 @@ cudaError_t run(void* out, const Bottleneck& a, int num_sms, cudaStream_t stream
   to.columns = static_cast<int>(ceil_div(a.width, strips));
   to.strips = static_cast<unsigned>(strips);
   to.halo = strips > 1;
-  to.lines = choose_steps(a.batch * strips, a.height, 2, num_sms);
+  to.lines = choose_lines(a, strips, num_sms);
   to.segments = static_cast<unsigned>(ceil_div(a.height, to.lines));
   to.tiles = static_cast<int>(ceil_div(a.out_channels, kMapChannels));
   const std::int64_t jobs = a.batch * strips * to.segments;
@@ -531,8 +592,17 @@ cudaError_t run(void* out, const Bottleneck& a, int num_sms, cudaStream_t stream
 }  // namespace
 
 bool bottleneck_sm90_can_implement(const Bottleneck& a, int device) {
-  return can_take(a, device) && a.inner <= 64 && a.out_channels <= 64 * kTiles &&
-         (a.projection.weight == nullptr || a.channels <= 64);
+  bool sm90 = false;
+  if (runs_sm90(device, &sm90) != cudaSuccess || !sm90) return false;
+  for (const void* pointer :
+       {a.x, a.conv1.weight, a.conv2.weight, a.conv3.weight, a.projection.weight}) {
+    if (!aligned(pointer)) return false;
+  }
+  const bool projection = a.projection.weight != nullptr;
+  return a.dtype != DType::kFloat32 && a.stride == 1 && a.inner <= 64 && a.inner % 8 == 0 &&
+         a.channels % 8 == 0 && a.out_channels % 8 == 0 && a.out_channels <= 64 * kTiles &&
+         (projection ? a.channels <= 64 : a.channels == a.out_channels) &&
+         std::int64_t{a.height} * a.width * a.channels < std::int64_t{1} << 39;
 }
 
 cudaError_t bottleneck_sm90(void* out, const Bottleneck& a, int device, cudaStream_t stream) {

@@ -1,5 +1,5 @@
 // What kernels for sm_90a share whose products have 64 output channels as rows and pixels as
-// columns: a lane's channels, weights in registers, and values as rows of pixels in shared memory.
+// columns: a lane's channels, and their values as rows of pixels in shared memory.
 #pragma once
 
 #include <cstdint>
@@ -32,34 +32,6 @@ __device__ __forceinline__ Channels channels_of(const BatchNorm& bn, int first, 
   return channels;
 }
 
-constexpr int kDepths = 4;  // products of depth 16 in a panel, 64 channels
-
-// A lane's part of 64 x 16 weights, wgmma's operand A: `from` is that of channel 0, their rows lie
-// `stride` elements apart, and `rows` and `depth` of them are there; zeros beyond.
-template <typename T>
-__device__ __forceinline__ void load_weights(std::uint32_t (&to)[4], const void* from,
-                                             std::int64_t stride, int rows, int depth) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int k = threadIdx.x % 4 * 2 + i / 2 * 8;
-    to[i] = 0;
-    if (row(i % 2) < rows && k < depth) {
-      to[i] = ptx::load_global(reinterpret_cast<const std::uint32_t*>(static_cast<const T*>(from) +
-                                                                      row(i % 2) * stride + k));
-    }
-  }
-}
-
-// Those of 64 x 64.
-template <typename T>
-__device__ __forceinline__ void load_weights(std::uint32_t (&to)[kDepths][4], const void* from,
-                                             std::int64_t stride, int rows, int depth) {
-#pragma unroll
-  for (int k = 0; k < kDepths; ++k) {
-    load_weights<T>(to[k], static_cast<const T*>(from) + 16 * k, stride, rows, depth - 16 * k);
-  }
-}
-
 // Where the lane's row of the first matrices lies, for ldmatrix and stmatrix, of a panel that
 // begins at `line`: a warp's 16 channels of 8 pixels, twice.
 __device__ __forceinline__ std::uint32_t matrix_row(std::uint32_t line) {
@@ -69,47 +41,20 @@ __device__ __forceinline__ std::uint32_t matrix_row(std::uint32_t line) {
   return pixel + (chunk ^ pixel / kRowBytes % 8) * 16;
 }
 
-// 16-bit values of a lane's channels, of two neighbouring pixels in each run of 8.
-template <int kRuns>
-using Pairs = std::uint32_t[kRuns][2];
-
-// The pixels of a panel from row `halo` on, of an odd number of runs; behind the last one comes the
-// last one again.
-template <int kRuns>
-__device__ __forceinline__ void load_pairs(Pairs<kRuns>& pairs, std::uint32_t line, int halo) {
-  static_assert(kRuns % 2 == 1);
-  const std::uint32_t from = matrix_row(line + halo * kRowBytes);
-#pragma unroll
-  for (int j = 0; j + 1 < kRuns; j += 2) {
-    std::uint32_t loaded[4];
-    ptx::ldmatrix_trans(loaded, from + j * 8 * kRowBytes);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) pairs[j + k / 2][k % 2] = loaded[k];
-  }
-  const bool beyond = threadIdx.x % 8 + halo == 8;
-  ptx::ldmatrix_trans(pairs[kRuns - 1], beyond ? matrix_row(line) + (kRuns - 1) * 8 * kRowBytes
-                                               : from + (kRuns - 1) * 8 * kRowBytes);
-}
-
 // Stores kRuns runs of 8 pixels of a warp's 16 channels as rows of a panel: `pair(j, half)` is what
-// the lane has of run j. `moved(j)`: by how many rows, a multiple of 8, the row that the lane names
-// of runs j and j + 1 lies behind its pixel's place.
-template <int kRuns, typename Pair, typename Moved>
-__device__ __forceinline__ void store_line(std::uint32_t line, Pair pair, Moved moved) {
+// the lane has of run j.
+template <int kRuns, typename Pair>
+__device__ __forceinline__ void store_line(std::uint32_t line, Pair pair) {
   const std::uint32_t to = matrix_row(line);
 #pragma unroll
   for (int j = 0; j + 1 < kRuns; j += 2) {
-    ptx::stmatrix_trans<4>(to + (j * 8 + moved(j)) * kRowBytes,
+    ptx::stmatrix_trans<4>(to + j * 8 * kRowBytes,
                            {pair(j, 0), pair(j, 1), pair(j + 1, 0), pair(j + 1, 1)});
   }
   if constexpr (kRuns % 2 == 1) {
-    ptx::stmatrix_trans<2>(to + ((kRuns - 1) * 8 + moved(kRuns - 1)) * kRowBytes,
+    ptx::stmatrix_trans<2>(to + (kRuns - 1) * 8 * kRowBytes,
                            {pair(kRuns - 1, 0), pair(kRuns - 1, 1)});
   }
-}
-template <int kRuns, typename Pair>
-__device__ __forceinline__ void store_line(std::uint32_t line, Pair pair) {
-  store_line<kRuns>(line, pair, [](int) { return 0; });
 }
 
 template <typename T>

@@ -56,8 +56,7 @@ cudaError_t conv_bn_tiles(const ConvBn& arguments, int device, std::vector<ConvT
        {ConvTile::k64x64, ConvTile::k128x64, ConvTile::k128x128, ConvTile::k128x64Sm90,
         ConvTile::k128x128Sm90, ConvTile::k128x128Sm90PingPong, ConvTile::k256x128Sm90Cluster,
         ConvTile::k128x256Sm90Cluster, ConvTile::k64x64Sm90Split2, ConvTile::k64x64Sm90Split4,
-        ConvTile::k64x64Sm90Split8, ConvTile::k200x128Sm90Lines, ConvTile::k224x128Sm90Lines,
-        ConvTile::k64x128Sm90Resident}) {
+        ConvTile::k64x64Sm90Split8, ConvTile::k200x128Sm90Lines, ConvTile::k224x128Sm90Lines}) {
     if (tile != chosen && (machine.sm90 || !for_sm90(tile)) &&
         conv_bn_can_implement(arguments, tile)) {
       tiles->push_back(tile);

@@ -61,7 +61,6 @@ enum class ConvTile : int {
   // Of whole lines, for 3 x 3 windows.
   k200x128Sm90Lines = 12,
   k224x128Sm90Lines = 13,
-  k64x128Sm90Resident = 14,  // all weights of its channels stay in shared memory
 };
 
 // Whether `tile` can implement `arguments`, on a device that it is made for.

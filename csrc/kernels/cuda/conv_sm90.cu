@@ -22,40 +22,32 @@
 // Turns: of the ping-pong tile each consumer has all positions of every other tile, and its
 // epilogue runs under the other's products.
 //
-// Resident weights: where a layer has few steps, a block keeps the weights of its 128 channels for
-// all of them, and its tiles have these channels and no others; stages hold x alone. There are as
-// many blocks as fit the SMs of each group of channels.
-//
 // Clusters: two blocks may take tiles of the same channels and adjacent positions. Each then copies
 // one half of the weights of a step to both (multicast), so that L2 is asked for them once. A stage
 // is free once the consumers of both blocks have released it. Where the number of tiles of
 // positions is odd, one of the last pair computes zeros, of which nothing is stored.
 //
 // Tiles (positions x channels x depth, stages, results, blocks per SM): 128 x 64 x 64, 3, 2, 2;
-// 128 x 128 x 64, 4, 2, 1, with turns or without; 64 x 128 x 64, 5, 3, 1, with turns and resident
-// weights of up to 8 steps; of two blocks in a cluster: 128 x 256 x 64 and 256 x 128 x 64, 3, 1, 1.
-// A cluster walks through tiles that are as many apart as there are clusters, channels first, so
-// that those in flight share positions.
+// 128 x 128 x 64, 4, 2, 1, with turns or without; of two blocks in a cluster: 128 x 256 x 64 and
+// 256 x 128 x 64, 3, 1, 1. A cluster walks through tiles that are as many apart as there are
+// clusters, channels first, so that those in flight share positions.
 //
-// Shared memory: kStages x (positions + channels) rows of 128 bytes, of positions alone where
-// weights are resident; the results, in panels of 64 channels; resident weights; 2 x scale and
-// shift; mbarriers. Rows of 128 bytes have their 16-byte chunks permuted by the row's number modulo
-// 8 (the 128-byte swizzle), which TMA writes, wgmma reads, and the epilogue's 8 rows x 4 lanes x 4
-// bytes need to fill all 32 banks once.
+// Shared memory: kStages x (positions + channels) rows of 128 bytes; the results, in panels of 64
+// channels; 2 x scale and shift; mbarriers. Rows of 128 bytes have their 16-byte chunks permuted by
+// the row's number modulo 8 (the 128-byte swizzle), which TMA writes, wgmma reads, and the
+// epilogue's 8 rows x 4 lanes x 4 bytes need to fill all 32 banks once.
 //
 // Signs: where the result's signs are asked for (conv.h), a consumer keeps a bit of each value that
 // it rounds. Of 64 channels its 2 x 8 in a row are two of the row's 8 bytes, which it stores
 // itself.
 //
 // Pipelines (arrivals that fill / that empty a stage): operands (1 and a stage's bytes / the 8
-// consumer warps of each block), resident weights (1 and their bytes / never), scale and shift (32
-// lanes / 2 consumer warpgroups), result (1, and the residual's bytes where there is one, once the
-// result before it has been stored / 2 consumer warpgroups, which leave the result there).
+// consumer warps of each block), scale and shift (32 lanes / 2 consumer warpgroups), result (1, and
+// the residual's bytes where there is one, once the result before it has been stored / 2 consumer
+// warpgroups, which leave the result there).
 //
 // Memory: x, weight, residual, shortcut, out and signs once each, the floor, as far as L2 holds
-// what the taps and the blocks of one row of tiles share. Of L2 a tile asks for its operands at
-// every step, with resident weights for x alone: of 256 channels to 1024 at 14 x 14, 256 images,
-// the layer for 411 MB where tiles of 128 x 128 ask for 617.
+// what the taps and the blocks of one row of tiles share.
 #include <algorithm>
 #include <cstdint>
 
@@ -72,21 +64,17 @@ constexpr int kScaleShiftBuffers = 2;  // of scale and shift
 
 template <int kM, int kN, int kStages, int kResults, int kBlocks, int kCluster,
           int kNumProducerRegisters, int kNumConsumerRegisters, int kEpilogueColumns_ = 4,
-          bool kPingPong = false, int kResidentSteps_ = 0>
+          bool kPingPong = false>
 struct Tile : PersistentTile<kM, kN, kStages, kResults, kBlocks, kCluster, kNumProducerRegisters,
                              kNumConsumerRegisters, kPingPong> {
   static constexpr int kScaleShiftBytes = kN * static_cast<int>(sizeof(ScaleShift));
   // Of 8 channels, that an epilogue works at together.
   static constexpr int kEpilogueColumns = kEpilogueColumns_;
-  static constexpr int kResidentSteps = kResidentSteps_;  // at most, whose weights stay; 0: none
-  static constexpr int kStepWeightBytes = kN * kRowBytes;
-  static constexpr int kStageBytes = kM * kRowBytes + (kResidentSteps ? 0 : kStepWeightBytes);
 };
 
 using Tile128x64 = Tile<128, 64, 3, 2, 2, 1, 40, 96>;
 using Tile128x128 = Tile<128, 128, 4, 2, 1, 1, 40, 232>;
 using Tile128x128PingPong = Tile<128, 128, 4, 2, 1, 1, 40, 232, 2, true>;
-using Tile64x128Resident = Tile<64, 128, 5, 3, 1, 1, 40, 232, 2, true, 8>;
 using Tile128x256 = Tile<128, 256, 3, 1, 1, 2, 40, 232>;
 using Tile256x128 = Tile<256, 128, 3, 1, 1, 2, 40, 232>;
 
@@ -99,41 +87,15 @@ struct Arguments : PersistentArguments {
 template <typename Tile>
 struct Shared {
   static constexpr int kResults = Tile::kStages * Tile::kStageBytes;
-  static constexpr int kWeights = kResults + Tile::kResults * Tile::kResultBytes;  // resident
-  static constexpr int kScaleShift = kWeights + Tile::kResidentSteps * Tile::kStepWeightBytes;
+  static constexpr int kScaleShift = kResults + Tile::kResults * Tile::kResultBytes;
   static constexpr int kMbarriers = kScaleShift + kScaleShiftBuffers * Tile::kScaleShiftBytes;
   using Operands = Pipeline<PipelineId::kConvOperands, kMbarriers, Tile::kStages>;
   using ScaleShifts = Pipeline<PipelineId::kConvScaleShift, Operands::kEnd, kScaleShiftBuffers>;
   using Results = Pipeline<PipelineId::kConvResult, ScaleShifts::kEnd, Tile::kResults>;
   using Turns = Pipeline<PipelineId::kConvTurns, Results::kEnd, 1>;
-  using Weights = Pipeline<PipelineId::kConvWeights, Turns::kEnd, 1>;
   static constexpr int kBytes = kMbarriers + 256;
-  static_assert(Weights::kEnd <= kBytes && kWeights % 1024 == 0 && kBytes <= 227 * 1024);
+  static_assert(Turns::kEnd <= kBytes && kBytes <= 227 * 1024);
 };
-
-// What load_operands calls where weights are resident.
-struct NoWeights {
-  __device__ __forceinline__ static void load(const Product&, std::uint32_t, std::uint32_t, int,
-                                              int, int) {}
-};
-
-// Asks for the weights of all steps, which stay.
-template <typename Tile>
-__device__ __forceinline__ void load_resident_weights(const PersistentArguments& a) {
-  using Shared = Shared<Tile>;
-  const TileScheduler<Tile> at(a);  // all of this block's tiles have the first one's channels
-  const typename Shared::Weights weights(a.spin_limit);
-  std::uint32_t to = Shared::kWeights;
-  weights.commit_bytes(steps_of(a.conv) * Tile::kStepWeightBytes);
-  const int taps = a.conv.kernel_h * a.conv.kernel_w;
-#pragma unroll 1
-  for (int tap = 0; tap < taps; ++tap) {
-#pragma unroll 1
-    for (int c = 0; c < a.conv.channels; c += kMapChannels, to += Tile::kStepWeightBytes) {
-      ptx::load_tile(to, a.conv.weight, weights.full(), {c, tap, at.channel()});
-    }
-  }
-}
 
 // The role of one warp: computes scale and shift of every tile's channels. With SMs by the dozen a
 // block's tiles have the same channels again and again: what a stage holds already stays.
@@ -281,8 +243,6 @@ __device__ __forceinline__ void consume(const Arguments& a, int consumer) {
   typename Shared::ScaleShifts scale_shifts(a.spin_limit);
   typename Shared::Results results(a.spin_limit);
   typename Shared::Turns turns(a.spin_limit);
-  constexpr std::uint32_t kResident = Tile::kResidentSteps > 0 ? Shared::kWeights : 0;
-  if constexpr (kResident > 0) typename Shared::Weights(a.spin_limit).wait(0);
   const int part = Tile::kPingPong ? 0 : consumer;  // of a tile's positions
   int turn = 0;
 #pragma unroll 1
@@ -304,10 +264,11 @@ __device__ __forceinline__ void consume(const Arguments& a, int consumer) {
       scale_shifts.wait(at.tile());
       scale_by_ratio(acc, scale_shift);
     }
-    acc.template multiply<T, Tile, Tile::kCluster, kProjection, Columns::kNone, kResident>(
-        steps_of(a.conv), part, at.tile(), operands, [&] {
-          if constexpr (Tile::kPingPong) pass_turn(consumer, turns);
-        });
+    const auto asked = [&] {
+      if constexpr (Tile::kPingPong) pass_turn(consumer, turns);
+    };
+    acc.template multiply<T, Tile, Tile::kCluster, kProjection>(steps_of(a.conv), part, at.tile(),
+                                                                operands, asked);
     if constexpr (!kProjection) scale_shifts.wait(at.tile());
     results.wait(at.tile());
     store_result<T, Tile, kSigns>(acc, scale_shift, result, part, a.has_residual, a.relu,
@@ -333,16 +294,8 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
         Shared::ScaleShifts::init(32, Tile::kOfTile);
         Shared::Results::init(1, Tile::kOfTile);
         Shared::Turns::init(1, 1);
-        if constexpr (Tile::kResidentSteps > 0) Shared::Weights::init(1, 1);
       },
-      [&] {
-        if constexpr (Tile::kResidentSteps > 0) {
-          load_resident_weights<Tile>(a);
-          load_operands<Tile, typename Shared::Operands, kProjection, NoWeights>(a);
-        } else {
-          load_operands<Tile, typename Shared::Operands, kProjection>(a);
-        }
-      },
+      [&] { load_operands<Tile, typename Shared::Operands, kProjection>(a); },
       [&] { load_scale_shifts<Tile, kProjection>(a); },
       [&] { move_results<Tile, typename Shared::Results, Shared::kResults>(a); },
       [&](int consumer) { consume<T, Tile, kProjection, kSigns>(a, consumer); });
@@ -361,9 +314,6 @@ bool with_tile(ConvTile tile, Function&& function) {
     case ConvTile::k128x128Sm90PingPong:
       function(Tile128x128PingPong());
       return true;
-    case ConvTile::k64x128Sm90Resident:
-      function(Tile64x128Resident());
-      return true;
     case ConvTile::k128x256Sm90Cluster:
       function(Tile128x256());
       return true;
@@ -380,27 +330,12 @@ constexpr ConvTile kTiles[] = {
     ConvTile::k128x64Sm90,         ConvTile::k128x128Sm90,      ConvTile::k128x128Sm90PingPong,
     ConvTile::k256x128Sm90Cluster, ConvTile::k64x64Sm90Split2,  ConvTile::k64x64Sm90Split4,
     ConvTile::k64x64Sm90Split8,    ConvTile::k200x128Sm90Lines, ConvTile::k224x128Sm90Lines,
-    ConvTile::k64x128Sm90Resident,
 };
 
 bool can_take(const ConvBn& a, ConvTile tile) {
   if (is_split(tile)) return a.signs == nullptr && conv_bn_sm90_split_can_implement(a, tile);
   if (is_lines(tile)) return a.signs == nullptr && conv_bn_sm90_lines_can_implement(a, tile);
-  bool takes = false;
-  with_tile(tile, [&](auto t) {
-    constexpr int kSteps = decltype(t)::kResidentSteps;
-    takes = kSteps == 0 || (a.projection.x == nullptr && steps_of(a.conv) <= kSteps);
-  });
-  return takes;
-}
-
-// Blocks that a launch has at most: of resident weights as many of each group of channels, so that
-// every tile of a block, gridDim.x further on, has the same.
-template <typename Tile>
-std::int64_t blocks(const ConvBn& a, int num_sms) {
-  if (Tile::kResidentSteps == 0) return num_sms;
-  const std::int64_t across = ceil_div(a.out_channels, Tile::kN);
-  return std::max<std::int64_t>(1, num_sms / across) * across;
+  return with_tile(tile, [](auto) {});
 }
 
 // Cycles that the SM with the most tiles takes: a step as long as its products or what it asks of
@@ -408,14 +343,10 @@ std::int64_t blocks(const ConvBn& a, int num_sms) {
 // where they take turns, but which one alone takes longer for. The numbers fit an H200's times of
 // ResNet-50's layers at 1, 32 and 256 images, in all tiles; per element of a tile they are 1/1000.
 // What a projection adds goes with the tile's channels: both batch norms, which one warp computes.
-// Resident weights are copied once. By the model of time tiles that have them take a quarter less
-// than the others, whose fitted numbers show nothing of what they ask of L2; no GPU has run them,
-// and seven eighths lie between.
 template <typename Tile>
 std::int64_t cycles(const ConvBn& a, int num_sms) {
   constexpr std::int64_t kTensor = Tile::kM * Tile::kN * kMapChannels / 2048;
-  constexpr bool kResident = Tile::kResidentSteps > 0;
-  constexpr std::int64_t kAsked = (Tile::kM + (kResident ? 0 : Tile::kWeightRows)) * kRowBytes;
+  constexpr std::int64_t kAsked = (Tile::kM + Tile::kWeightRows) * kRowBytes;
   constexpr int kL2BytesPerCycle = 64;  // of an SM
   constexpr std::int64_t kStep = std::max(kTensor, kAsked / kL2BytesPerCycle);
   const bool projects = a.projection.x != nullptr;
@@ -424,12 +355,10 @@ std::int64_t cycles(const ConvBn& a, int num_sms) {
       std::int64_t{Tile::kM} * Tile::kN * of_element / 1000 + (projects ? 30 * Tile::kN : 0);
   const std::int64_t products =
       (steps_of(a.conv) + (projects ? steps_of(a.projection) : 0)) * kStep;
-  const std::int64_t of_sm = ceil_div(tiles<Tile>(a) * Tile::kCluster, blocks<Tile>(a, num_sms));
+  const std::int64_t of_sm = ceil_div(tiles<Tile>(a) * Tile::kCluster, num_sms);
   if (Tile::kPingPong) {
     const std::int64_t alone = epilogue * 7 / 5;
-    const std::int64_t found = of_sm * std::max(products, products / 2 + alone) + alone;
-    const std::int64_t weights = steps_of(a.conv) * Tile::kStepWeightBytes / kL2BytesPerCycle;
-    return kResident ? (found + weights) * 7 / 8 : found;
+    return of_sm * std::max(products, products / 2 + alone) + alone;
   }
   return of_sm * products + ceil_div(of_sm, Tile::kBlocks) * epilogue;
 }
@@ -444,8 +373,7 @@ cudaError_t run(const ConvBn& a, int num_sms, cudaStream_t stream) {
   to.sign_groups = static_cast<int>(ceil_div(a.out_channels, Signs::kChannels));
   return launch_tiles<Tile>(a.signs == nullptr ? &conv_bn_sm90_kernel<T, Tile, kProjection, false>
                                                : &conv_bn_sm90_kernel<T, Tile, kProjection, true>,
-                            to, static_cast<int>(blocks<Tile>(a, num_sms)), Shared<Tile>::kBytes,
-                            stream);
+                            to, num_sms, Shared<Tile>::kBytes, stream);
 }
 
 }  // namespace
@@ -484,10 +412,8 @@ cudaError_t conv_bn_sm90(const ConvBn& a, ConvTile tile, int num_sms, cudaStream
     using Tile = decltype(t);
     status = with_half(a.dtype, [&](auto half) {
       using T = decltype(half);
-      if constexpr (Tile::kResidentSteps == 0) {
-        if (a.projection.x != nullptr) return run<T, Tile, true>(a, num_sms, stream);
-      }
-      return run<T, Tile, false>(a, num_sms, stream);
+      return a.projection.x == nullptr ? run<T, Tile, false>(a, num_sms, stream)
+                                       : run<T, Tile, true>(a, num_sms, stream);
     });
   });
   return status;

@@ -66,22 +66,18 @@ class Accumulators {
   // The sum of `steps` steps, at least one, of the `part`-th kM positions; kGoesOn: added to what
   // the accumulators hold. A stage holds a step's Tile::kM rows of x and kN of the weight; where
   // one lies by columns, 64 rows of depth for every 64 of them. It is released once it has been
-  // multiplied, in all kBlocks blocks that it was copied to. kResident: where the weights of all
-  // steps lie, if they do not come in the stages. `asked` is called when the last step's products
-  // are under way.
+  // multiplied, in all kBlocks blocks that it was copied to. `asked` is called when the last step's
+  // products are under way.
   template <typename T, typename Tile, int kBlocks, bool kGoesOn = false,
-            Columns kColumnsOf = Columns::kNone, std::uint32_t kResident = 0, typename Operands,
-            typename Asked>
+            Columns kColumnsOf = Columns::kNone, typename Operands, typename Asked>
   __device__ __forceinline__
       void multiply(int steps, int part, int tile, Operands& operands, Asked asked) {
     constexpr unsigned kUnit = ptx::kDescriptorUnit;
-    constexpr unsigned kStageUnits = (Tile::kM + (kResident ? 0 : kN)) * kRowBytes / kUnit;
-    constexpr unsigned kWeightUnits = kN * kRowBytes / kUnit;
+    constexpr unsigned kStageUnits = (Tile::kM + kN) * kRowBytes / kUnit;
     constexpr std::uint32_t kPanelBytes = kMapChannels * kRowBytes;
     constexpr bool kTransposedX = kColumnsOf == Columns::kBoth;
     constexpr bool kTransposedWeight = kColumnsOf != Columns::kNone;
-    const std::uint32_t x_at = part * kM * kRowBytes;
-    const std::uint32_t weight_at = kResident ? kResident : Tile::kM * kRowBytes;
+    const std::uint32_t x_at = part * kM * kRowBytes, weight_at = Tile::kM * kRowBytes;
     const std::uint64_t first_x =
         kTransposedX ? ptx::transposed_descriptor(x_at, kPanelBytes) : ptx::matrix_descriptor(x_at);
     const std::uint64_t first_weight = kTransposedWeight
@@ -91,8 +87,7 @@ class Accumulators {
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       const unsigned stage = operands.stage() * kStageUnits;
-      const std::uint64_t x = first_x + stage;
-      const std::uint64_t weight = first_weight + (kResident ? step * kWeightUnits : stage);
+      const std::uint64_t x = first_x + stage, weight = first_weight + stage;
       operands.wait(tile);
       ptx::wgmma_fence(d_);
 #pragma unroll

@@ -48,17 +48,6 @@ class Pipeline {
     ptx::mbarrier_arrive_cluster(ptx::cluster_address(empty(stage), rank));
   }
 
-  // The same from another block of the cluster: an arrival in the block of that rank, which
-  // announces copies from this block's shared memory to that one's, and such a copy.
-  __device__ __forceinline__ static void commit_bytes_of(int stage, int rank, std::uint32_t bytes) {
-    ptx::mbarrier_arrive_expect_cluster(ptx::cluster_address(full(stage), rank), bytes);
-  }
-  __device__ __forceinline__ static void send(int stage, int rank, std::uint32_t to,
-                                              std::uint32_t from, std::uint32_t bytes) {
-    ptx::copy_to_cluster(ptx::cluster_address(to, rank), from, bytes,
-                         ptx::cluster_address(full(stage), rank));
-  }
-
   __device__ __forceinline__ void advance() {
     if (++stage_ == kStages) {
       stage_ = 0;

@@ -208,27 +208,8 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(std::uint32_t address) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
 }
 
-// The same with ".expect_tx": announces `bytes` by copies to that block's shared memory.
-__device__ __forceinline__ void mbarrier_arrive_expect_cluster(std::uint32_t address,
-                                                               std::uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cluster.b64 _, [%0], %1;" ::"r"(address),
-               "r"(bytes)
-               : "memory");
-}
-
-// "cp.async.bulk": from this block's shared memory to that of any block of the cluster, where the
-// mbarrier counts the bytes; multiples of 16.
-__device__ __forceinline__ void copy_to_cluster(std::uint32_t to, std::uint32_t from,
-                                                std::uint32_t bytes, std::uint32_t mbarrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, "
-      "[%3];" ::"r"(to),
-      "r"(shared_address(from)), "r"(bytes), "r"(mbarrier)
-      : "memory");
-}
-
-// mbarrier_arrive_cluster with the cluster's scope, and a wait for such arrivals: what the one
-// wrote, the other sees. A release of that scope is a fence of the whole GPU's in machine code.
+// The same with the cluster's scope, and a wait for such arrivals: what the one wrote, the other
+// sees. A release of that scope is a fence of the whole GPU's in machine code.
 __device__ __forceinline__ void mbarrier_publish_cluster(std::uint32_t address) {
   asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address)
                : "memory");

@@ -56,7 +56,6 @@ _WIDEST_INNER = 128
 # The kernels for whole bottlenecks: the candidate's name, the extension's, the family's.
 _BOTTLENECKS = (
     ("cuda fused sm90", "cuda_bottleneck_sm90", "cuda bottleneck sm90"),
-    ("cuda fused cluster", "cuda_bottleneck_sm90_cluster", "cuda bottleneck cluster"),
     ("cuda fused", "cuda_bottleneck", "cuda bottleneck"),
 )
 
