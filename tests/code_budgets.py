@@ -172,7 +172,6 @@ BUDGETS: dict[str, tuple[int, int]] = {
     "bottleneck_kernel 128 inner, stride 2 projection": (226, 3629),
     "bottleneck_kernel 128 inner, stride 1": (370, 4958),
     "bottleneck_kernel 128 inner, stride 1 projection": (366, 4919),
-    "bottleneck_sm90_cluster_kernel": (779, 3154),
     "bottleneck_sm90_kernel 64 inner, stride 1": (787, 2472),
     "bottleneck_sm90_kernel 64 inner, stride 1 projection": (776, 2493),
     "linear_kernel 8 4": (413, 331),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +204,44 @@ def test_a_convolutions_tile_is_the_one_that_the_extension_takes(
     assert tiles[0].name == choose_tile(
         size * size, filters, steps, added is not None, 4, images, signs
     )
+
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "h200"
+
+
+@pytest.mark.parametrize(
+    ("batch", "most"), [(256, 0.01), (32, 0.02), (1, 0.03)], ids=["256", "32", "1"]
+)
+def test_the_tiles_taken_are_nearly_the_fastest_that_an_h200_measured(simulator, batch, most):
+    """Of the convolutions of a ResNet-50, in total; with 256 images each for itself as well. The
+    older files lack tiles of whole lines, and have some that are gone."""
+    if batch == 256:
+        rows = json.loads((RESULTS / "layers_256.json").read_text())["rows"]
+    else:
+        rows = json.loads((RESULTS / "tried_tiles.json").read_text())["layers"][str(batch)]
+    taken = fastest = 0.0
+    for row in rows:
+        pattern = r"conv_bn\w* (\d)×\d/(\d) (\d+)→(\d+) on (\d+)×\d+( \+ shortcut)?"
+        if (found := re.fullmatch(pattern, row["layer"])) is None:
+            continue
+        side, stride, channels, filters, size = map(int, found.groups()[:5])
+        size //= stride
+        positions = batch * size**2
+        steps = [side**2 * channels // 64]
+        if row["op"] == "conv_bn_projection":
+            steps.append(row["operations"] // (2 * positions * filters * 64) - steps[0])
+        seconds = {
+            tile: statistics.median(times)
+            for name, times in row["seconds"].items()
+            if (tile := name.removeprefix("cuda ")) in simulator.ConvTile.__members__
+        }
+        lines = side == 3 and stride == 1 and "cuda m200n128_sm90_lines" in row["seconds"]
+        images = (batch, (size, size)) if lines else None
+        tile = choose_tile(positions, filters, steps, found[6] is not None, 132, images)
+        assert batch < 256 or seconds[tile] < 1.08 * min(seconds.values()), row["layer"]
+        taken += row["calls"] * seconds[tile]
+        fastest += row["calls"] * min(seconds.values())
+    assert 0 < taken < (1 + most) * fastest
 
 
 def test_signs_are_fewer_bytes_than_the_result():

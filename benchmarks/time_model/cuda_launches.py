@@ -26,6 +26,11 @@ from .rates import Gpu
 from .work import Work, resident_blocks
 
 
+def step_cycles(m: int, n: int, rows: int) -> int:
+    """Of a step of a tile, by which the host code chooses."""
+    return max(m * n * 64 // 2048 * 9 // 8, m // 64 * (64 + n) + rows)
+
+
 class Tile(PersistentTile):
     """Of conv_sm90.cu."""
 
@@ -37,15 +42,14 @@ class Tile(PersistentTile):
         self, rows: int, filters: int, steps: Sequence[int], residual: bool, sms: int
     ) -> int:
         """By which the host code chooses."""
-        step = max(self.m * self.n * 64 // 2048, self.asked_bytes // 64)
-        of_element = 30 + 100 * residual
-        epilogue = self.m * self.n * of_element // 1000 + 30 * self.n * (len(steps) > 1)
-        products = sum(steps) * step
+        step = step_cycles(self.m, self.n, self.m + self.n)
+        if self.cluster > 1:
+            step = step * 9 // 8
+        products = sum(steps) * step + 64 * self.n // self.blocks * (len(steps) > 1)
+        epilogue = self.m * self.n // 64 * (9 if residual else 1)
         of_sm = math.ceil(self.tiles(rows, filters) / sms)
-        if self.ping_pong:
-            alone = epilogue * 7 // 5
-            return of_sm * max(products, products // 2 + alone) + alone
-        return of_sm * products + math.ceil(of_sm / self.blocks) * epilogue
+        seen = math.ceil(of_sm / 2) + 2 if self.ping_pong else math.ceil(of_sm / self.blocks)
+        return of_sm * products + seen * epilogue
 
 
 class Split(NamedTuple):
@@ -69,8 +73,7 @@ class Split(NamedTuple):
     def cycles(
         self, rows: int, filters: int, steps: Sequence[int], residual: bool, sms: int
     ) -> int:
-        step = self.stage_bytes // 122
-        of_block = sum(self.shares(steps)) * step + 2700 * len(steps)
+        of_block = sum(self.shares(steps)) * step_cycles(64, 64, 64 + 64) + 2500 * len(steps)
         return math.ceil(self.tiles(rows, filters) / sms) * of_block
 
 
@@ -99,8 +102,9 @@ class Lines(NamedTuple):
 
     def cycles(self, batch: int, image: Sequence[int], filters: int, steps: int, sms: int) -> int:
         of_sm = math.ceil(self.tiles(batch, image, filters) / sms)
-        step, epilogue = self.positions * 128 * 64 // 2048, self.positions * 128 * 30 // 1000
-        return of_sm * (steps * step + epilogue) * 3 // 4
+        copied = self.part(image)[2] * image[1] // 3 + 128  # rows of a step
+        step = step_cycles(128, self.positions, copied)
+        return of_sm * (steps * step + self.positions * 128 // 64)
 
 
 # Those that the heuristic knows, in its order.

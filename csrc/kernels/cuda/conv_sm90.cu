@@ -338,29 +338,25 @@ bool can_take(const ConvBn& a, ConvTile tile) {
   return with_tile(tile, [](auto) {});
 }
 
-// Cycles that the SM with the most tiles takes: a step as long as its products or what it asks of
-// L2 takes, and the epilogue, which only another block of the SM hides, or the other warpgroup
-// where they take turns, but which one alone takes longer for. The numbers fit an H200's times of
-// ResNet-50's layers at 1, 32 and 256 images, in all tiles; per element of a tile they are 1/1000.
-// What a projection adds goes with the tile's channels: both batch norms, which one warp computes.
+// Cycles that the SM with the most tiles takes: steps, and epilogues so far as no other products
+// hide them, those of another block of the SM or of the other warpgroup where they take turns; its
+// last one and the other's last one run under nothing. The numbers are fitted to an H200's times of
+// ResNet-50's layers in all tiles, at 256 images, 32 and one: a residual's element takes 1/8 of a
+// cycle; a cluster's blocks, which wait for each other, 9/8 of the time; a projection 64 cycles for
+// each of the tile's channels, as products pause while its sums are multiplied, unless the SM's
+// other block has some.
 template <typename Tile>
 std::int64_t cycles(const ConvBn& a, int num_sms) {
-  constexpr std::int64_t kTensor = Tile::kM * Tile::kN * kMapChannels / 2048;
-  constexpr std::int64_t kAsked = (Tile::kM + Tile::kWeightRows) * kRowBytes;
-  constexpr int kL2BytesPerCycle = 64;  // of an SM
-  constexpr std::int64_t kStep = std::max(kTensor, kAsked / kL2BytesPerCycle);
+  constexpr std::int64_t kAlone = step_cycles(Tile::kM, Tile::kN, Tile::kM + Tile::kN);
+  constexpr std::int64_t kStep = Tile::kCluster > 1 ? kAlone * 9 / 8 : kAlone;
+  constexpr int kHidden = Tile::kPingPong ? 2 : Tile::kBlocks;  // one of so many epilogues is seen
   const bool projects = a.projection.x != nullptr;
-  const int of_element = 30 + (a.residual.channels > 0 ? 100 : 0);
+  const std::int64_t steps = steps_of(a.conv) + (projects ? steps_of(a.projection) : 0);
+  const std::int64_t products = steps * kStep + (projects ? 64 * Tile::kN / Tile::kBlocks : 0);
   const std::int64_t epilogue =
-      std::int64_t{Tile::kM} * Tile::kN * of_element / 1000 + (projects ? 30 * Tile::kN : 0);
-  const std::int64_t products =
-      (steps_of(a.conv) + (projects ? steps_of(a.projection) : 0)) * kStep;
+      Tile::kM * Tile::kN / kEpilogueElements * (a.residual.channels > 0 ? 9 : 1);
   const std::int64_t of_sm = ceil_div(tiles<Tile>(a) * Tile::kCluster, num_sms);
-  if (Tile::kPingPong) {
-    const std::int64_t alone = epilogue * 7 / 5;
-    return of_sm * std::max(products, products / 2 + alone) + alone;
-  }
-  return of_sm * products + ceil_div(of_sm, Tile::kBlocks) * epilogue;
+  return of_sm * products + (ceil_div(of_sm, kHidden) + (Tile::kPingPong ? 2 : 0)) * epilogue;
 }
 
 template <typename T, typename Tile, bool kProjection>

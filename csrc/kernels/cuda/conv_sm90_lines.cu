@@ -281,16 +281,14 @@ bool conv_bn_sm90_lines_can_implement(const ConvBn& a, ConvTile tile) {
   return fits && a.projection.x == nullptr && a.residual.channels == 0 && is_padded_3x3(a.conv);
 }
 
-// A step's products, as of the other tiles. By the model of time those ask L2 for so much that a
-// step takes them half as long again, which their numbers, fitted to an H200's times, do not show;
-// no GPU has run this kernel, and three quarters lie between.
 std::int64_t conv_bn_sm90_lines_cycles(const ConvBn& a, ConvTile tile, int num_sms) {
   std::int64_t cycles = 0;
   with_tile(tile, [&](auto t) {
-    constexpr std::int64_t kStep = t.kOf * kChannels * kMapChannels / 2048;
-    constexpr std::int64_t kEpilogue = t.kOf * kChannels * 30 / 1000;
-    const std::int64_t of_sm = ceil_div(lines_of(a, t.kOf).tiles(a, kChannels), num_sms);
-    cycles = of_sm * (steps_of(a.conv) * kStep + kEpilogue) * 3 / 4;
+    const WholeLines part = lines_of(a, t.kOf);
+    const int copied = part.copied_lines * a.out_width / kSide + kChannels;  // rows of a step
+    const std::int64_t of_sm = ceil_div(part.tiles(a, kChannels), num_sms);
+    cycles = of_sm * (steps_of(a.conv) * step_cycles(kChannels, t.kOf, copied) +
+                      t.kOf * kChannels / kEpilogueElements);
   });
   return cycles;
 }

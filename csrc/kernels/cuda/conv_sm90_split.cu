@@ -295,8 +295,9 @@ bool conv_bn_sm90_split_can_implement(const ConvBn& a, ConvTile tile) {
 }
 
 std::int64_t conv_bn_sm90_split_cycles(const ConvBn& a, ConvTile tile, int num_sms) {
-  constexpr int kStep = kStageBytes / 122;
-  constexpr int kMeeting = 2700;  // of a cluster's blocks, and what each adds up of a product
+  constexpr std::int64_t kStep = step_cycles(Tile::kM, Tile::kN, Tile::kM + Tile::kN);
+  // Of a cluster's blocks, and what each adds up of a product: fitted to an H200's times.
+  constexpr int kMeeting = 2500;
   const int splits = splits_of(tile);
   const std::int64_t blocks = tiles(a) * splits;
   std::int64_t steps = ceil_div(steps_of(a.conv), splits);
