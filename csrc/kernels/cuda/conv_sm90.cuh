@@ -224,9 +224,10 @@ inline cudaError_t encode(Product* to, const ConvBn& a, const ConvolutionBn& con
 }
 
 // Cycles of a step of a tile of m x n, by which heuristics choose. Those of its products, at 8/9 of
-// the tensor cores' rate, fitted to an H200's times: power keeps even cuBLAS at 801 of 989 TFLOP/s.
-// Or those of shared memory, 128 bytes each: every 64 x n of the products reads both operands, and
-// copies write `rows` of 128 bytes. For tiles of 128 x 128 and smaller these are more.
+// the tensor cores' rate, fitted to an H200's times: no large product passed 801 of 989 TFLOP/s
+// there. Or those of shared memory, 128 bytes each: every 64 x n of the products reads both
+// operands, and copies write `rows` of 128 bytes. For tiles of 128 x 128 and smaller these are
+// more.
 constexpr std::int64_t step_cycles(std::int64_t m, std::int64_t n, std::int64_t rows) {
   const std::int64_t products = m * n * kMapChannels / 2048 * 9 / 8;
   const std::int64_t shared = m / kProductM * (kProductM + n) + rows;
