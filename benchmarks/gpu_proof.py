@@ -127,8 +127,8 @@ def selfcheck(options: argparse.Namespace, gpu: Gpu) -> Step:
     if options.rehearse:
         command += ["--backend", "cuda_sim", "--only", "m128n64_sm90", "stem", "head"]
         return Step("selfcheck", 50, 120, [command], {"RESNET_FUSED_HOST_SIM_CAPABILITY": "90"})
-    command += ["--record", "--seconds", "60", "--jobs", "12"]
-    return Step("selfcheck", 60, 120, [command])
+    command += ["--record", "--seconds", "120", "--jobs", "12"]
+    return Step("selfcheck", 60, 150, [command])
 
 
 def primitives(options: argparse.Namespace, gpu: Gpu) -> Step:

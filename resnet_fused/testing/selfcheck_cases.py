@@ -142,7 +142,7 @@ def check_case(backend: Backend, case: Case, kernel: str | None = None, repeats:
     Raises AssertionError where the result is wrong.
     """
     op = _operation(backend, case)
-    expected = _expected(case)
+    expected: list[Tensor] = []
     for turn in range(repeats):
         tuner = autotune.tuner
         with (
@@ -154,6 +154,7 @@ def check_case(backend: Backend, case: Case, kernel: str | None = None, repeats:
             out = _tensors(op(*case.arguments))
         if kernel is not None and all(d.candidate.name != kernel for d in decisions):
             return False
+        expected = expected or _expected(case)  # of what is served only: float64 takes its time
         for ours, right in zip(out, expected, strict=False):
             _compare(ours, right, f"{case.name}, run {turn}")
     return True
