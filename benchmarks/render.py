@@ -43,10 +43,11 @@ def verdict(comparison: Comparison) -> str:
     if comparison.gate_is_red():
         return "A result of ours is wrong: no speed-up is stated."
     ours = comparison.best_of_ours()
-    best = next((entry for entry in ranked(comparison) if not entry.ours), None)
-    if ours is None or best is None:
+    # What computes in fewer bits has no speed-up.
+    best = next((e for e in ranked(comparison) if not e.ours and e.speedup), None)
+    if ours is None or best is None or best.speedup is None:
         return "Nothing to compare was measured."
-    times = best.speedup or 0.0
+    times = best.speedup
     if times >= 1:
         found = f"**{ours.title}** wins: {times:.2f}× the best peer, {best.title}."
     else:

@@ -65,4 +65,8 @@ def test_verdicts_by_hand() -> None:
         "**entry 1** wins: 1.25× ours, entry 0."
     )
     assert "wrong" in render.verdict(comparison(60, 40, wrong=True))
-    assert render.verdict(comparison(60)) == "Nothing to compare was measured."
+    alone = comparison(60)
+    assert render.verdict(alone) == "Nothing to compare was measured."
+    alone.entries.append(Entry("int8", "int8", status="measured", bound=0.2, rounds=[[0.1]]))
+    alone.summarise()
+    assert render.verdict(alone) == "Nothing to compare was measured."
