@@ -67,6 +67,8 @@ def test_verdicts_by_hand() -> None:
     assert "wrong" in render.verdict(comparison(60, 40, wrong=True))
     alone = comparison(60)
     assert render.verdict(alone) == "Nothing to compare was measured."
-    alone.entries.append(Entry("int8", "int8", status="measured", bound=0.2, rounds=[[0.1]]))
+    alone.entries.append(
+        Entry("int8", "int8", ours=False, bound=0.2, status="measured", rounds=[[0.1]])
+    )
     alone.summarise()
     assert render.verdict(alone) == "Nothing to compare was measured."
