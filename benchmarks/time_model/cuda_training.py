@@ -303,7 +303,6 @@ def wgrad(call: Call, gpu: Gpu) -> tuple[Work, str]:
     # What is there of panels of x and of grad, of a step of all blocks of a range.
     asked = of.panels * math.ceil(of.filters / width) * 2 * min(of.channels, _PANEL)
     asked += math.ceil(of.panels / 4) * 2 * of.filters
-    copying = (1, 4) if width == _PANEL else (1, 4, width // _PANEL)
     moved = int(_bytes(x) * share) + _bytes(grad, parts)
     work = Work(
         kernel="wgrad_sm90_kernel",
@@ -312,9 +311,9 @@ def wgrad(call: Call, gpu: Gpu) -> tuple[Work, str]:
         tiles=blocks,
         warps=8,
         blocks_per_sm=1,
-        # The products; one thread of another warp copies.
-        trips=(steps, *(steps * trips / 8 for trips in copying)),
-        beside=tuple(range(1, 1 + len(copying))),
+        # The products; another warp copies.
+        trips=(steps, steps / 8),
+        beside=(1,),
         dram_bytes=moved,
         l2_bytes=asked * of.steps * _PANEL + _bytes(parts),
         multiply_adds=of.positions * of.filters * of.channels * math.prod(of.window),
