@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from triton.compiler import CompiledKernel
 
-from ..._extension import optional_tensor_arg
+from ..._extension import optional_tensor_arg, tensor_arg
 from ...parameters import BatchNorm, ConvBn, Convolution
 from .. import Candidate, recording, tf32_in_convolutions
 from ..arguments import dense_convolution
@@ -182,20 +182,20 @@ class Launch:
         self._compiled(*addresses, *self.settled)
 
     def _record(self, recorder: Any, arguments: tuple[Any, ...]) -> None:
+        if all(a is None or isinstance(a, Tensor) for a in arguments):
+            recorder.add_call(self.replay, list(map(optional_tensor_arg, arguments)))
+            return
+        # Some are groups of tensors and numbers, of which the recorder takes the tensors.
         leaves, structure = tree_flatten(arguments)
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        replay = self.replay
-        if len(leaves) > len(arguments):  # some are groups of tensors and numbers
 
-            def replay(*addresses: Any) -> None:
-                values = list(leaves)
-                for place, address in zip(places, addresses, strict=True):
-                    values[place] = address
-                self.replay(*tree_unflatten(values, structure))
+        def replay(*addresses: Any) -> None:
+            values = list(leaves)
+            for place, address in zip(places, addresses, strict=True):
+                values[place] = address
+            self.replay(*tree_unflatten(values, structure))
 
-        else:
-            places = list(range(len(leaves)))
-        recorder.add_call(replay, [optional_tensor_arg(leaves[place]) for place in places])
+        recorder.add_call(replay, [tensor_arg(leaves[place]) for place in places])
 
     def _start(self, tensors: tuple[Any, ...]) -> None:
         if self._compiled is not None:
