@@ -310,11 +310,11 @@ def in_main_loop(code: Code, base: str) -> Instruction:
 
 @pytest.fixture(scope="module")
 def sm90_work(extension, architectures) -> Work:
-    """A block end with projection of a ResNet-50 in a tile without turns, and its compiled code."""
+    """A block end with projection of a ResNet-18 in a tile without turns, and its compiled code."""
     if "90a" not in architectures:
         pytest.skip("built without sm_90a")
     file = Path(str(extension.__file__))
-    works = network.inference("resnet50", 32, torch.bfloat16, GPUS["h100"], file)
+    works = network.inference("resnet18", 64, torch.bfloat16, GPUS["h100"], file)
     found = (work for work in works if work.config == "128×128×64, 4 stages")
     return next(work for work in found if "+" in work.shape)
 
