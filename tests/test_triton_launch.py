@@ -6,8 +6,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,8 +18,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from resnet_fused.backends import autotune
+from resnet_fused.backends import autotune, recording
 from resnet_fused.backends.autotune.verify import Check
+from resnet_fused.backends.triton.launching import Config, Launch
 from resnet_fused.parameters import Activation, BatchNorm, Convolution
 from resnet_fused.testing.cases import generator
 
@@ -36,6 +39,31 @@ def test_later_launches_take_what_the_first_one_compiled() -> None:
         env={**environment, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_a_recorded_launch_takes_other_addresses_and_holds_no_tensor() -> None:
+    """Tensors in groups, whose numbers and gaps stay as they were."""
+    recorded: list[tuple[Callable[..., None], list[Any]]] = []
+    started: list[tuple[Any, ...]] = []
+    kernel = SimpleNamespace(__name__="kernel", arg_names=["x", "bn", "out", "N"])
+    launch = Launch(kernel, (1,), Config((), 4, 1), torch.device("cpu"), N=7)
+    launch._compiled = lambda *arguments: started.append(arguments)
+    x, out, mean, weight, bias = (torch.zeros(3) for _ in range(5))
+    given = BatchNorm(mean, None, weight, bias, 0.5)  # type: ignore[arg-type]
+    recorder = SimpleNamespace(add_call=lambda *call: recorded.append(call))
+    token = recording.recorder.set(recorder)
+    try:
+        launch(x, given, out)
+    finally:
+        recording.recorder.reset(token)
+    (replay, described), tensors = recorded.pop(), [x, mean, weight, bias, out]
+    assert [address for address, *_ in described] == [t.data_ptr() for t in tensors]
+    replay(1, 2, 3, 4, 5)
+    assert started == [(x, given, out, 7), (1, BatchNorm(2, None, 3, 4, 0.5), 5, 7)]  # type: ignore
+    held = [weakref.ref(tensor) for tensor in tensors]
+    started.clear()
+    del x, out, mean, weight, bias, given, tensors, described
+    assert [ref() for ref in held] == [None] * 5
 
 
 class _Utils:

@@ -34,10 +34,6 @@ def step_cycles(m: int, n: int, rows: int) -> int:
 class Tile(PersistentTile):
     """Of conv_sm90.cu."""
 
-    def can_take(self, steps: Sequence[int]) -> bool:
-        """steps: of each product's K loop."""
-        return True
-
     def cycles(
         self, rows: int, filters: int, steps: Sequence[int], residual: bool, sms: int
     ) -> int:
@@ -62,9 +58,6 @@ class Split(NamedTuple):
     def tiles(self, rows: int, filters: int) -> int:
         """Of all blocks."""
         return math.ceil(rows / 64) * math.ceil(filters / 64) * self.splits
-
-    def can_take(self, steps: Sequence[int]) -> bool:
-        return min(steps) >= self.splits
 
     def shares(self, steps: Sequence[int]) -> list[int]:
         """A block's steps of each product."""
@@ -137,7 +130,7 @@ def choose_tile(
     cycles = {
         name: tile.cycles(rows, filters, steps, residual, sms)
         for name, tile in SM90_TILES.items()
-        if tile.can_take(steps) and not (signs and isinstance(tile, Split))
+        if not (isinstance(tile, Split) and (signs or min(steps) < tile.splits))
     }
     if images is not None:
         batch, size = images

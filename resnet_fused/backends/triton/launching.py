@@ -188,6 +188,9 @@ class Launch:
         # Some are groups of tensors and numbers, of which the recorder takes the tensors.
         leaves, structure = tree_flatten(arguments)
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        tensors = [tensor_arg(leaves[place]) for place in places]
+        for place in places:  # a program lives for long, and is to hold none of them
+            leaves[place] = None
 
         def replay(*addresses: Any) -> None:
             values = list(leaves)
@@ -195,7 +198,7 @@ class Launch:
                 values[place] = address
             self.replay(*tree_unflatten(values, structure))
 
-        recorder.add_call(replay, [tensor_arg(leaves[place]) for place in places])
+        recorder.add_call(replay, tensors)
 
     def _start(self, tensors: tuple[Any, ...]) -> None:
         if self._compiled is not None:
