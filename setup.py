@@ -33,7 +33,9 @@ from build_backend import (  # noqa: E402  (the folder is not always on the path
     require_cxx,
 )
 
-DEFAULT_ARCHITECTURES = "80;86;89;90a;100a;120"
+# Code of sm_86 serves sm_87 and sm_89 too, for which ptxas writes the same; that of sm_100 and
+# sm_120 serves what shares their major version.
+DEFAULT_ARCHITECTURES = "80;86;90a;100;120"
 OLDEST_CUDA = (12, 5)  # whose CCCL spells the barriers and copies of sm_90a (cuda::ptx)
 
 

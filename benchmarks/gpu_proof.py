@@ -85,8 +85,8 @@ def find_gpu() -> Gpu:
     except (OSError, subprocess.SubprocessError, IndexError, ValueError) as error:
         raise SystemExit(f"no NVIDIA GPU found by nvidia-smi ({error}); see --rehearse") from error
     number = capability.strip().replace(".", "")
-    # The kernels' own instructions of these belong to one architecture, not to later ones.
-    architecture = number + "a" * (number in ("90", "100"))
+    # wgmma belongs to one architecture, not to later ones.
+    architecture = number + "a" * (number == "90")
     name = re.sub(r"\W+", "_", name.lower().removeprefix("nvidia ")).strip("_")
     return Gpu(name, architecture)
 

@@ -27,7 +27,7 @@ VARIABLES = (
     Variable("RESNET_FUSED_CUDA", "auto", "build: auto, on or off; `on` fails without nvcc"),
     Variable(
         "RESNET_FUSED_CUDA_ARCHS",
-        "80;86;89;90a;100a;120",
+        "80;86;90a;100;120",
         "build: CUDA architectures, separated by semicolons; PTX of the oldest and newest is added",
     ),
     Variable(

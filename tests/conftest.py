@@ -32,6 +32,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--wheel", help="a built wheel, for tests/test_wheel.py")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | None:
+    """Workers take whole stretches of the tests and steal from each other at the end, so that what
+    a module's tests share is made once."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m selects by the markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks what uses the fixture `simulator`, and skips what this machine or build lacks."""

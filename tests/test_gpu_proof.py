@@ -164,7 +164,7 @@ def test_sizes_and_peers_can_be_narrowed() -> None:
         ("NVIDIA H200, 9.0\nNVIDIA H200, 9.0", Gpu("h200", "90a")),
         ("NVIDIA A100-SXM4-40GB, 8.0", Gpu("a100_sxm4_40gb", "80")),
         ("NVIDIA GeForce RTX 4090, 8.9", Gpu("geforce_rtx_4090", "89")),
-        ("NVIDIA B200, 10.0", Gpu("b200", "100a")),
+        ("NVIDIA B200, 10.0", Gpu("b200", "100")),
     ],
 )
 def test_results_and_architecture_follow_the_gpu(answer: str, expected: Gpu, tools: Path) -> None:

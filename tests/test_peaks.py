@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from machine_code import cuobjdump
@@ -24,7 +23,7 @@ def machine_code_of_peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     source = ROOT / "benchmarks" / "microbenchmarks" / "peaks.cu"
     command = [nvcc, "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-o", program, source]
     subprocess.run([*command, "-gencode", "arch=compute_90a,code=sm_90a"], check=True)
-    listing = cuobjdump(SimpleNamespace(__file__=str(program)), "--dump-sass")  # type: ignore[arg-type]
+    listing = cuobjdump(program, "--dump-sass")
     return {
         re.sub(r"\w*?peaks_cu\w*?\d+([a-z]+_kernel)(?:ILi(\d+)E)?\w*", r"\1\2", name): body
         for name, body in (part.split("\n", 1) for part in listing.split("Function : ")[1:])

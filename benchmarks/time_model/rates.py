@@ -24,7 +24,7 @@ LIMITS = {
     "86": Limits(100, 48, 16),
     "89": Limits(100, 48, 24),
     "90a": Limits(228, 64, 32),
-    "100a": Limits(228, 64, 32),
+    "100": Limits(228, 64, 32),
     "120": Limits(100, 48, 24),
 }
 RESERVED = 1024  # bytes of shared memory that the system takes per block, from sm_80 on

@@ -300,8 +300,9 @@ def resources(text: str) -> dict[str, Resources]:
     }
 
 
-def cuobjdump(file: str | Path, *options: str) -> str:
-    """What `cuobjdump *options file` prints; FileNotFoundError where there is no cuobjdump."""
+def cuobjdump(file: str | Path, *options: str, folder: Path | None = None) -> str:
+    """What `cuobjdump *options file` prints, run in `folder`; FileNotFoundError where there is no
+    cuobjdump."""
     folders = [os.environ.get("PATH", "")]
     try:
         import triton
@@ -315,7 +316,7 @@ def cuobjdump(file: str | Path, *options: str) -> str:
             "no cuobjdump, neither in triton's package nor in PATH; install triton or CUDA"
         )
     command = [program, *options, str(file)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stdout
 
 
 def of_cubin(cubin: bytes) -> tuple[Code, Resources]:
