@@ -245,9 +245,7 @@ def _resnet(backend: Any, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[]
     )
 
 
-def _quantized_resnet(
-    backend: Any, float8: bool
-) -> Iterator[tuple[str, Callable[[], object]]]:
+def _quantized_resnet(backend: Any, float8: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     """Every kind of op that an int8 or fp8 ResNet-50 has, at shapes with different tiles."""
     weights, activations, biases = torch.int8, torch.uint8, torch.int32
     if float8:

@@ -59,7 +59,9 @@ class TritonBackend(ReferenceBackend):
 
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if dtype not in _DTYPES:
-            return f"its kernels take float32, float16, bfloat16, bytes and float8_e4m3fn, not {dtype}"
+            return (
+                f"its kernels take float32, float16, bfloat16, bytes and float8_e4m3fn, not {dtype}"
+            )
         if INTERPRETED:
             if device.type != "cpu":
                 return f"TRITON_INTERPRET=1 interprets CPU tensors, and the input is on {device}"

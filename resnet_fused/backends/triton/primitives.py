@@ -171,8 +171,8 @@ def to_e4m3(values, LOW: tl.constexpr, BYTES: tl.constexpr):
         rounded = tl.where(
             magnitude < 0x3C800000, shifted.to(tl.int32, bitcast=True) - 0x46800000, rounded
         )
-        rounded = tl.where(magnitude > 0x7F800000, 0x7F, rounded)
-        return (rounded | ((bits >> 24) & 0x80)).to(tl.uint8)
+        signed = rounded | ((bits >> 24) & 0x80)
+        return tl.where(magnitude > 0x7F800000, 0x7F, signed).to(tl.uint8)
     else:
         return values.to(tl.float8e4nv)
 

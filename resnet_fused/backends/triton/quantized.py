@@ -6,11 +6,11 @@ which every GPU has. A projected shortcut is a second accumulator of the same pr
 is that of `resnet_fused.reference.quantized`, bit for bit, hence no multiplication is fused with an
 addition.
 Images of few channels are first written with their border and 4 (8, …) channels a pixel, so that a
-window row is one run of memory and the inner dimension of a step.
+window row is one run of memory and the inner dimension of a step, filled up with zero weights.
 Tiles: those of `convolution.py`, of int8 with 128 input channels a step.
-Memory traffic: a byte an element of x, of the weights (from L2; of e4m3 two), of the shortcut and of
-the result;
-of images also that of their copy, and the stem's result once more, on its way to the pool.
+Memory traffic: a byte an element of x, of the weights (from L2; of e4m3 two), of the shortcut and
+of the result; of images also that of their copy, and the stem's result once more, on its way to the
+pool.
 """
 
 from __future__ import annotations
@@ -153,11 +153,11 @@ def _finish(
                 total += scaled
         value = total.to(tl.float32) * tl.load(multiplier + channel, valid, other=0.0)[None, :]
         if exact:
-            low: tl.constexpr = 0.0 if RELU else -128.0
-            tl.store(out + offset, to_byte(value, low).to(out.dtype.element_ty), mask)
+            quantized = to_byte(value, 0.0 if RELU else -128.0).to(out.dtype.element_ty)
         else:
             low: tl.constexpr = 0.0 if RELU else -448.0
-            tl.store(out + offset, to_e4m3(value, low, out.dtype.element_ty == tl.uint8), mask)
+            quantized = to_e4m3(value, low, out.dtype.element_ty == tl.uint8)
+        tl.store(out + offset, quantized, mask)
 
 
 @triton.jit
@@ -185,8 +185,9 @@ def quantized_conv_kernel(
     TILE: tl.constexpr,
 ):
     """Grid: (tiles of rows × columns, packs), as in `convolution.conv_bn_kernel`. bias and
-    projection_offset hold what `convolve` leaves to add, the latter of int8 alone. shortcut_image and shortcut_strides are
-    None where there is no shortcut, and where it is laid out like the result."""
+    projection_offset hold what `convolve` leaves to add, the latter of int8 alone. shortcut_image
+    and shortcut_strides are None where there is no shortcut, and where it is laid out like the
+    result."""
     row, first_column = tile_index(gemm.rows, gemm.columns, TILE.m, TILE.n, TILE.is_wide)
     pack = tl.program_id(1)
     column = first_column + tl.arange(0, TILE.n)

@@ -1,9 +1,9 @@
 """Images as a quantised network's first layer takes them: x / scale + zero, rounded, in one pass.
 
-Algorithm: element by element, each step rounded as in `resnet_fused.reference.quantized`, whose bits
-these are; divisions are IEEE's. A program has one plane of a contiguous image, and so one channel,
-or a run of a channels_last one.
-Tiles: 2048 elements.
+Algorithm: element by element, each step rounded as in `resnet_fused.reference.quantized`, whose
+bits these are; divisions are IEEE's. A program has a part of one plane of contiguous images, and so
+one channel, or of all of channels_last ones.
+Tiles: 1024 elements.
 Memory traffic: the images once, a byte an element of the result.
 """
 
@@ -64,7 +64,7 @@ def quantized_images_kernel(
     tl.store(out + start + place, quantized, valid)
 
 
-_CONFIG = Config((2048,), 4, 1)
+_CONFIG = Config((1024,), 4, 1)
 
 
 def list_quantized_images() -> Candidates:
