@@ -53,9 +53,9 @@ def quantize(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def quantize_(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`quantize` in the memory of x, which it changes."""
-    if dtype != FLOAT8:
+    if not dtype.is_floating_point:
         x.round_()
-    return x.clamp_(*LIMITS[dtype]).to(dtype)
+    return x.clamp_(*LIMITS.get(dtype, LIMITS[FLOAT8])).to(dtype)
 
 
 def quantized_images(x: Tensor, quantization: ImageQuantization, float8: bool) -> Tensor:
@@ -85,9 +85,10 @@ def _of_image(vector: Tensor) -> Tensor:
 
 
 def quantized_dtype(layer: QuantizedLayer, relu: bool) -> torch.dtype:
-    """That of a layer's result."""
-    if layer.conv.weight.dtype == FLOAT8:
-        return FLOAT8
+    """That of a layer's result. Of e4m3 numbers given in float64 it is float64: not rounded, what
+    a result in e4m3 is held against."""
+    if layer.conv.weight.dtype.is_floating_point:
+        return layer.conv.weight.dtype
     return torch.uint8 if relu else torch.int8
 
 
@@ -108,7 +109,7 @@ def quantized_conv(
     (N, D, H', W') before its projection."""
     conv, bias, multiplier, padding_value = layer
     acc = accumulate(x, conv, padding_value)
-    exact = conv.weight.dtype != FLOAT8
+    exact = not conv.weight.is_floating_point()
     # Of integers every sum below is exact; of e4m3 numbers each is rounded to float32.
     acc = acc + bias[:, None, None] if exact else acc.float() + bias[:, None, None]
     if shortcut is not None:
