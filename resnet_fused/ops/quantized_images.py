@@ -9,6 +9,7 @@ from ..parameters import ImageQuantization
 from ..reference import quantized as reference
 from ..reference.quantized import FLOAT8
 from .checks import check_vector
+from .dispatch import chosen_backend
 from .registry import Op
 
 
@@ -56,4 +57,9 @@ def quantized_images(
     """
     if dtype not in (torch.uint8, FLOAT8):
         raise TypeError(f"dtype must be uint8 or float8_e4m3fn, found {dtype}.")
-    return _op(x, ImageQuantization(scale, zero, mean, std), dtype == FLOAT8)
+    arguments = (x, ImageQuantization(scale, zero, mean, std), dtype == FLOAT8)
+    if x.device.type == "cpu" and chosen_backend() is None:
+        # PyTorch's ops are all there is, and take less time than an op's way to them.
+        _output_shape(*arguments)
+        return reference.quantized_images(*arguments)
+    return _op(*arguments)
