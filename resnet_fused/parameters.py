@@ -138,6 +138,19 @@ class Gate(NamedTuple):
     expand_bias: Tensor | None
 
 
+class ImageQuantization(NamedTuple):
+    """How images become quantised, channel by channel: x / scale + zero, rounded.
+
+    scale, zero: (C,) float32. mean, std: (C,) float32, of images of bytes, from which
+    (x - mean) / std is made first; None for floating ones.
+    """
+
+    scale: Tensor
+    zero: Tensor
+    mean: Tensor | None = None
+    std: Tensor | None = None
+
+
 class QuantizedLayer(NamedTuple):
     """A convolution of quantised numbers, and how its sums become the result's: the fields are
     arguments of `resnet_fused.ops.quantized_conv`."""

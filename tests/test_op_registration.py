@@ -33,6 +33,7 @@ from resnet_fused.testing.cases import (
 from resnet_fused.testing.quantized_cases import (
     make_quantized_conv,
     make_quantized_head,
+    make_quantized_images,
     make_quantized_stem,
 )
 
@@ -162,6 +163,7 @@ def _calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         ops.image_stem(images, make_convolution(case, generator())[1], normalization)
         registered["quantized_conv"](*make_quantized_conv(case, generator(), "projection"))
         registered["quantized_stem"](*make_quantized_stem(case, generator(), MaxPool()))
+        registered["quantized_images"](*make_quantized_images((2, 3, 4, 5), generator()))
         ops.quantized_head(*make_quantized_head(2, 8, 3, 4, generator()))
     return recorder.calls
 

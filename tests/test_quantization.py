@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 import resnet_fused
 from resnet_fused import BasicBlock, Bottleneck, CheckpointError, PlainBlock, use_backend
+from resnet_fused.backends import autotune
 from resnet_fused.models.network import ResidualNetwork, StageShape
 from resnet_fused.numerics import relative_error
 from resnet_fused.plan import record
@@ -152,12 +154,39 @@ def test_triton_equals_the_reference_in_networks(name: str) -> None:
     require("triton", "cpu", torch.uint8)
     x = (images(2) * 60 + 90).clamp(0, 255).byte()
     network = quantize(make(name), [x], normalization=(MEAN, STD))
-    with use_backend("reference"):
-        expected = network(x)
-    with use_backend("triton"):
-        found = network(x)
-    assert expected.std() > 0
-    assert torch.equal(found, expected)
+    for given in (x, images(2, 29, seed=1)):
+        with use_backend("reference"):
+            expected = network(given)
+        with use_backend("triton"), _chosen() as chosen:
+            found = network(given)
+        assert expected.std() > 0
+        assert torch.equal(found, expected)
+        assert all(name.startswith("triton") for name in chosen)
+
+
+@pytest.mark.parametrize("name", ["bottlenecks", "option A", "grouped", "CIFAR"])
+def test_fp8_networks_on_triton(name: str) -> None:
+    """Every layer by a kernel; sums in float32 now and then make another e4m3 number."""
+    require("triton", "cpu", FLOAT8)
+    x = (images(2) * 60 + 90).clamp(0, 255).byte()
+    network = quantize(make(name), [x], FLOAT8, normalization=(MEAN, STD))
+    for given in (x, images(2, 29, seed=1)):
+        with use_backend("reference"):
+            expected = network(given)
+        with use_backend("triton"), _chosen() as chosen:
+            found = network(given)
+        assert all(name.startswith("triton") for name in chosen)
+        assert len(chosen) == 1 + len(list(network.layers()))
+        assert relative_error(found, expected) < 0.02
+
+
+@contextlib.contextmanager
+def _chosen() -> Iterator[list[str]]:
+    """The names of the candidates that ops take within."""
+    names: list[str] = []
+    with autotune.tuner.watch() as decisions:
+        yield names
+    names += [decision.candidate.name for decision in decisions]
 
 
 def test_a_forward_is_one_program(monkeypatch: pytest.MonkeyPatch) -> None:

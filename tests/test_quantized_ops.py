@@ -15,6 +15,7 @@ from torch import Tensor
 
 from resnet_fused import ops, use_backend
 from resnet_fused.backends import Candidate, Candidates
+from resnet_fused.backends.autotune.verify import uninitialised_memory_is_nan
 from resnet_fused.backends.reference import ReferenceBackend
 from resnet_fused.ops import Convolution, MaxPool
 from resnet_fused.ops.registry import registered
@@ -24,8 +25,10 @@ from resnet_fused.reference.quantized import FLOAT8
 from resnet_fused.testing.cases import CONV_CASES, ConvCase, generator
 from resnet_fused.testing.quantized_cases import (
     SHORTCUTS,
+    in_whole_numbers,
     make_quantized_conv,
     make_quantized_head,
+    make_quantized_images,
     make_quantized_stem,
     random_quantized_conv,
 )
@@ -35,6 +38,7 @@ Op = Callable[..., Tensor]
 
 # With the references' signatures.
 conv_op, stem_op = registered["quantized_conv"], registered["quantized_stem"]
+images_op = registered["quantized_images"]
 
 
 def counted(x: Tensor, conv: Convolution, padding: Tensor | None) -> np.ndarray:
@@ -144,13 +148,21 @@ class Broken(ReferenceBackend):
 
 def differences(backend: Any, op: Op, expected: Op, arguments: list[Any]) -> int:
     """How many elements of the backend's result are not the reference's bits."""
-    with use_backend(backend):
+    with use_backend(backend), uninitialised_memory_is_nan():
         found = op(*arguments)
     truth = expected(*arguments)
     assert (found.dtype, found.shape) == (truth.dtype, truth.shape)
-    assert found.dim() == 2 or found.is_contiguous(memory_format=torch.channels_last)
+    if found.dim() == 2 or (op is images_op and not channels_last(arguments[0])):
+        assert found.is_contiguous()
+    else:
+        assert channels_last(found)
     bits = torch.int32 if truth.dtype == torch.float32 else torch.uint8
-    return int((found.view(bits) != truth.view(bits)).sum())
+    unlike = found.view(bits) != truth.view(bits)
+    return int((unlike & ~(found.isnan() & truth.isnan())).sum())  # NaNs have many bits
+
+
+def channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def off_by_one(y: Tensor) -> Tensor:
@@ -163,6 +175,13 @@ def test_a_planted_fault_shows() -> None:
     compared = conv_op, reference.quantized_conv, arguments
     assert differences(Broken(lambda y: y), *compared) == 0
     assert differences(Broken(off_by_one), *compared) == 1
+
+
+@pytest.fixture
+def triton() -> str:
+    """The backend whose kernels take e4m3 numbers on every GPU."""
+    require("triton", "cpu", FLOAT8)
+    return "triton"
 
 
 @pytest.fixture(params=["reference", "cpu", "triton", "cuda_sim"])
@@ -196,13 +215,170 @@ def test_stems_equal_the_reference(backend: str, name: str, padded: bool) -> Non
     assert differences(backend, stem_op, reference.quantized_stem, arguments) == 0
 
 
-@pytest.mark.parametrize(
-    ("batch", "channels", "size", "classes"), [(2, 512, 1, 10), (3, 2048, 7, 33), (1, 19, 3, 5)]
-)
-def test_heads_equal_the_reference(
-    backend: str, batch: int, channels: int, size: int, classes: int
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+@pytest.mark.parametrize("name", CONV_CASES)
+def test_whole_numbers_in_e4m3(triton: str, name: str, shortcut: str) -> None:
+    arguments = make_quantized_conv(CONV_CASES[name], generator(), shortcut, FLOAT8)
+    arguments = in_whole_numbers(arguments)
+    assert differences(triton, conv_op, reference.quantized_conv, arguments) == 0
+    arguments[-1] = False
+    assert differences(triton, conv_op, reference.quantized_conv, arguments) == 0
+
+
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+def test_any_numbers_in_e4m3(triton: str, shortcut: str) -> None:
+    """What sums in float32 lose shows where it makes another e4m3 number, which is the next one."""
+    case = CONV_CASES["3x3"]
+    arguments = make_quantized_conv(case, generator(), shortcut, FLOAT8, True)
+    with use_backend(triton):
+        found = conv_op(*arguments)
+    truth = reference.quantized_conv(*arguments)
+    far = (found.view(torch.uint8).int() - truth.view(torch.uint8).int()).abs()
+    assert far.max() <= 1
+    assert far.float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["zeros", "padding value"])
+@pytest.mark.parametrize("name", STEMS)
+def test_stems_in_e4m3(triton: str, name: str, padded: bool) -> None:
+    case, pool = STEMS[name]
+    arguments = make_quantized_stem(case, generator(), pool, dtype=FLOAT8, padding_value=padded)
+    assert differences(triton, stem_op, reference.quantized_stem, arguments) == 0
+    planar = [arguments[0].view(torch.uint8).contiguous().view(FLOAT8), *arguments[1:]]
+    assert differences(triton, stem_op, reference.quantized_stem, planar) == 0
+
+
+IMAGES = {"odd": (2, 3, 37, 41), "long": (3, 4, 48, 56), "one pixel": (1, 1, 1, 1)}
+
+
+@pytest.mark.parametrize("float8", [False, True], ids=["uint8", "e4m3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "cropped"])
+@pytest.mark.parametrize("name", IMAGES)
+def test_images_equal_the_reference(
+    triton: str, name: str, layout: str, dtype: torch.dtype, float8: bool
 ) -> None:
-    arguments = make_quantized_head(batch, channels, size, classes, generator())
+    arguments = make_quantized_images(IMAGES[name], generator(), dtype, float8)
+    x = arguments[0]
+    if layout == "channels_last":
+        arguments[0] = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "cropped":
+        arguments[0] = torch.cat([x, x], 3)[..., : x.shape[3]]
+    assert differences(triton, images_op, reference.quantized_images, arguments) == 0
+    found = reference.quantized_images(*arguments)
+    if dtype != torch.uint8 and x.numel() > 1:
+        ends = reference.LIMITS[found.dtype]
+        assert (found.float().min(), found.float().max()) == ends
+
+
+def test_images_are_rounded_as_by_hand() -> None:
+    """Halves to even, behind a division and an addition in float32 each; the ends."""
+    x = torch.tensor([0.5, 1.5, 2.5, -1000.0, 1000.0]).view(1, 1, 1, 5)
+    one, ten = torch.ones(1), torch.full((1,), 10.0)
+    assert ops.quantized_images(x, one, ten).flatten().tolist() == [10, 12, 12, 0, 255]
+    assert ops.quantized_images(x, ten / 3, ten).flatten().tolist() == [10, 10, 11, 0, 255]
+    levels = torch.tensor([0, 100, 101], dtype=torch.uint8).view(1, 1, 1, 3)
+    mean, std = 100 * one, 2 * one
+    found = ops.quantized_images(levels, one, 0 * one, mean, std, FLOAT8)
+    assert found.flatten().tolist() == [-48.0, 0.0, 0.5]  # -50 lies between -48 and -52
+    with pytest.raises(ValueError, match="mean and std go with images of bytes"):
+        ops.quantized_images(levels, one, one)
+    with pytest.raises(ValueError, match=r"scale must have shape \(2,\)"):
+        ops.quantized_images(x.expand(1, 2, 1, 5), one, one)
+    with pytest.raises(TypeError, match=r"found torch\.int32"):
+        ops.quantized_images(x.int(), one, one)
+    with pytest.raises(TypeError, match="dtype must be uint8 or float8_e4m3fn"):
+        ops.quantized_images(x, one, one, dtype=torch.int8)
+
+
+def test_nan_stays_one_in_e4m3(triton: str) -> None:
+    """In an image, a layer and the logits. Of the stem, whose window rows are filled up with zero
+    weights, it may reach windows beside it, but no other image."""
+    images = make_quantized_images((2, 3, 9, 7), generator(), float8=True)
+    images[0][1, 2, 3, 3] = torch.nan
+    assert differences(triton, images_op, reference.quantized_images, images) == 0
+    case = ConvCase(2, 3, 9, 7, 20, 3, 1, 1)
+    stem = make_quantized_stem(case, generator(), MaxPool(), dtype=FLOAT8)
+    stem[0] = reference.quantized_images(*images).float().round().to(FLOAT8)
+    pooled = reference.quantized_stem(*stem)
+    with use_backend(triton):
+        found = stem_op(*stem)
+    assert 0 < pooled[1].isnan().sum() <= found[1].isnan().sum() < found[1].numel()
+    assert not found[0].isnan().any()
+    assert torch.equal(found.float()[~found.isnan()], pooled.float()[~found.isnan()])
+    case = ConvCase(2, 20, 5, 4, 16, 3, 1, 1)
+    layer = in_whole_numbers(make_quantized_conv(case, generator(), dtype=FLOAT8))
+    layer[0] = pooled.float().round().to(FLOAT8)
+    assert differences(triton, conv_op, reference.quantized_conv, layer) == 0
+    head = [pooled, *make_quantized_head(2, 20, 3, 5, generator(), FLOAT8)[1:]]
+    assert differences(triton, ops.quantized_head, reference.quantized_head, head) == 0
+    assert reference.quantized_head(*head).isnan().all(1).tolist() == [False, True]
+
+
+HEADS = [(2, 512, 1, 10), (3, 2048, 7, 33), (1, 19, 3, 5), (2, 70, 12, 65)]
+
+
+@pytest.mark.parametrize(("batch", "channels", "size", "classes"), HEADS)
+def test_heads_in_e4m3(triton: str, batch: int, channels: int, size: int, classes: int) -> None:
+    """Bit for bit, as the sums of integers that they are."""
+    arguments = make_quantized_head(batch, channels, size, classes, generator(), FLOAT8)
+    assert differences(triton, ops.quantized_head, reference.quantized_head, arguments) == 0
+
+
+def test_heads_of_the_largest_e4m3_numbers(triton: str) -> None:
+    """Sums of 24 bits times 18 bits, 2048 of them, which no float32 sum holds."""
+    x = torch.full((1, 2048, 7, 7), 448.0).to(FLOAT8)
+    x.view(torch.uint8)[:, ::2] = 0xC0 - 1  # -1.875
+    x.view(torch.uint8)[:, 1, 0, 0] = 1  # the smallest, 2**-9
+    weight = torch.full((2, 2048), -448.0).to(FLOAT8)
+    weight.view(torch.uint8)[1, ::3] = 1
+    arguments = [x, weight, torch.zeros(2), torch.ones(2)]
+    assert differences(triton, ops.quantized_head, reference.quantized_head, arguments) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, FLOAT8], ids=["uint8", "e4m3"])
+def test_64_bit_offsets_change_nothing(
+    triton: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from resnet_fused.backends.triton import launching
+
+    monkeypatch.setattr(launching, "_NARROW_ELEMENTS", 0)
+    monkeypatch.setattr(launching, "_plans", {})
+    float8 = dtype == FLOAT8
+    images = make_quantized_images((2, 3, 37, 41), generator(), torch.float32, float8)
+    assert differences(triton, images_op, reference.quantized_images, images) == 0
+    stem = make_quantized_stem(*STEMS["resnet"][:1], generator(), MaxPool(), dtype=dtype)
+    assert differences(triton, stem_op, reference.quantized_stem, stem) == 0
+    head = make_quantized_head(2, 70, 12, 65, generator(), dtype)
+    assert differences(triton, ops.quantized_head, reference.quantized_head, head) == 0
+
+
+def test_every_e4m3_number_and_every_kind_of_rounding(triton: str) -> None:
+    """What a 1×1 layer of the weight 1 reads, and what it writes of float32 numbers: ties, their
+    neighbours, subnormal numbers, the ends. Interpreted, and on a GPU before sm_89, by integer
+    instructions; Triton's interpreter rounds subnormal e4m3 numbers otherwise by itself."""
+    x = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).view(FLOAT8)
+    one, zero = torch.ones(1), torch.zeros(1)
+    layer = QuantizedLayer(Convolution(one.to(FLOAT8).view(1, 1, 1, 1)), zero, one)
+    assert differences(triton, conv_op, reference.quantized_conv, [x, layer, None, False]) == 0
+    values = torch.arange(127, dtype=torch.uint8).view(FLOAT8).float()
+    ties = (values[1:] + values[:-1]) / 2
+    near = [torch.nextafter(ties, torch.tensor(end)) for end in (0.0, 1000.0)]
+    positive = torch.cat([ties, *near, torch.tensor([2.0**-11, 1e-40, 1e30, torch.inf])])
+    bias = torch.cat([positive, -positive, torch.tensor([torch.nan])])
+    weight = torch.zeros(len(bias), 1, 1, 1).to(FLOAT8)
+    layer = QuantizedLayer(Convolution(weight), bias, torch.ones(len(bias)))
+    for relu in (False, True):
+        arguments = [torch.ones(1, 1, 1, 1).to(FLOAT8), layer, None, relu]
+        assert differences(triton, conv_op, reference.quantized_conv, arguments) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8], ids=["uint8", "int8"])
+@pytest.mark.parametrize(("batch", "channels", "size", "classes"), HEADS)
+def test_heads_equal_the_reference(
+    backend: str, batch: int, channels: int, size: int, classes: int, dtype: torch.dtype
+) -> None:
+    arguments = make_quantized_head(batch, channels, size, classes, generator(), dtype)
     assert differences(backend, ops.quantized_head, reference.quantized_head, arguments) == 0
 
 
@@ -243,7 +419,7 @@ def test_two_thousand_random_layers_equal_the_reference(backend: str) -> None:
         test_random_layers_equal_the_reference(backend, first)
 
 
-@pytest.mark.parametrize("name", ["none", "identity", "projection", "stem", "head"])
+@pytest.mark.parametrize("name", ["none", "identity", "projection", "stem", "images", "head"])
 def test_compiles_without_a_graph_break(name: str) -> None:
     torch.compiler.reset()
     op: Op = conv_op
@@ -252,6 +428,8 @@ def test_compiles_without_a_graph_break(name: str) -> None:
             stem_op,
             make_quantized_stem(*STEMS["narrow"][:1], generator(), MaxPool()),
         )
+    elif name == "images":
+        op, arguments = images_op, make_quantized_images((2, 3, 5, 7), generator())
     elif name == "head":
         op, arguments = ops.quantized_head, make_quantized_head(2, 8, 3, 5, generator())
     else:
@@ -273,6 +451,8 @@ def test_empty_batches_give_empty_results() -> None:
     assert conv_op(x[:0], *others).dtype == torch.int8
     head = make_quantized_head(1, 8, 3, 5, generator())
     assert ops.quantized_head(head[0][:0], *head[1:]).dtype == torch.float32
+    images, *given = make_quantized_images((1, 3, 5, 7), generator())
+    assert images_op(images[:0], *given).dtype == torch.uint8
 
 
 @pytest.mark.parametrize(

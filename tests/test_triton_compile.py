@@ -17,10 +17,12 @@ from resnet_fused.parameters import (
     BatchNorm,
     ConvBn,
     Gate,
+    ImageQuantization,
     MaxPool,
     QuantizedLayer,
     QuantizedShortcut,
 )
+from resnet_fused.reference.quantized import FLOAT8
 from resnet_fused.testing.ahead_of_time import (
     DTYPES,
     TARGETS,
@@ -80,19 +82,42 @@ def test_kernels_of_resnets(capability: int, dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "capability", [90, *(pytest.param(c, marks=pytest.mark.thorough) for c in (80, 100, 120))]
+    ("capability", "dtype"),
+    [
+        (90, "int8"),
+        (80, "float8"),
+        *(
+            pytest.param(capability, dtype, marks=pytest.mark.thorough)
+            for capability, dtype in (
+                *((80, "int8"), (100, "int8"), (120, "int8")),
+                *((90, "float8"), (100, "float8"), (120, "float8")),
+            )
+        ),
+    ],
 )
-def test_kernels_of_int8_resnets(capability: int) -> None:
-    """As above, and on Hopper integer products of whole warp groups."""
-    kernels = compiled_kernels(__file__, capability, "int8")
-    names = {"border_kernel", "max_pool_kernel", "quantized_conv_kernel"}
-    assert {kernel["kernel"] for kernel in kernels} == names
+def test_kernels_of_quantised_resnets(capability: int, dtype: str) -> None:
+    """As above; on Hopper int8's products are of whole warp groups, and e4m3 numbers are made
+    float16 by instructions of their own from sm_89 on."""
+    kernels = compiled_kernels(__file__, capability, dtype)
+    assert {kernel["kernel"] for kernel in kernels} == {
+        "quantized_images_kernel",
+        "border_kernel",
+        "max_pool_kernel",
+        "quantized_conv_kernel",
+        "pixel_sums_kernel",
+        "quantized_head_kernel",
+    }
     for kernel in kernels:
         assert kernel["spilled"] == 0, kernel
         assert kernel["divisions"] == 0, kernel
+        if kernel["kernel"] == "quantized_head_kernel":
+            assert kernel["copies"][-1] == 16, kernel
         if kernel["kernel"] != "quantized_conv_kernel":
             continue
         assert TARGETS[capability].instruction in kernel["instructions"], kernel
+        if dtype == "float8":
+            assert kernel["converts_e4m3"] == (capability >= 89), kernel
+            continue
         assert kernel["copies"][-1] == (8 if "stem" in kernel["name"] else 16), kernel
         if capability == 90:
             used = kernel["code"]["tensor_instructions"]
@@ -220,12 +245,15 @@ def _resnet(backend: Any, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[]
     )
 
 
-def _quantized_resnet(backend: Any) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Every kind of op that an int8 ResNet-50 has, at shapes with different tiles."""
+def _quantized_resnet(backend: Any, float8: bool) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every kind of op that an int8 or fp8 ResNet-50 has, at shapes with different tiles."""
+    weights, activations, biases = torch.int8, torch.uint8, torch.int32
+    if float8:
+        weights, activations, biases = FLOAT8, FLOAT8, torch.float32
 
     def layer(k: int, c: int, kernel: int, stride: int) -> QuantizedLayer:
-        conv = meta_convolution(k, c, kernel, stride, torch.int8)
-        return QuantizedLayer(conv, meta(k, dtype=torch.int32), meta(k, dtype=torch.float32))
+        conv = meta_convolution(k, c, kernel, stride, weights)
+        return QuantizedLayer(conv, meta(k, dtype=biases), meta(k, dtype=torch.float32))
 
     def conv(
         c: int, size: int, k: int, kernel: int, stride: int = 1, shortcut: int = 0
@@ -235,24 +263,31 @@ def _quantized_resnet(backend: Any) -> Iterator[tuple[str, Callable[[], object]]
         added = None
         if shortcut:
             added = QuantizedShortcut(
-                meta(BATCH, shortcut, out, out, dtype=torch.uint8),
+                meta(BATCH, shortcut, out, out, dtype=activations),
                 meta(k, dtype=torch.float32),
-                None if shortcut == k else meta_convolution(k, shortcut, 1, 1, torch.int8),
+                None if shortcut == k else meta_convolution(k, shortcut, 1, 1, weights),
             )
         return _first(
             backend.quantized_conv,
-            meta(BATCH, c, size, size, dtype=torch.uint8),
+            meta(BATCH, c, size, size, dtype=activations),
             layer(k, c, kernel, stride),
             added,
             True,
         )
 
+    vectors = [meta(3, dtype=torch.float32) for _ in range(4)]
+    for name, x, given in (
+        ("images", meta(BATCH, 3, 224, 224, dtype=torch.float32).contiguous(), vectors[:2]),
+        ("channels_last images", meta(BATCH, 3, 224, 224, dtype=torch.float16), vectors[:2]),
+        ("images of bytes", meta(BATCH, 3, 224, 224, dtype=torch.uint8), vectors),
+    ):
+        yield name, _first(backend.quantized_images, x, ImageQuantization(*given), float8)
     yield (
         "stem",
         _first(
             backend.quantized_stem,
-            meta(BATCH, 3, 224, 224, dtype=torch.uint8),
-            layer(64, 3, 7, 2)._replace(padding_value=meta(3, dtype=torch.uint8)),
+            meta(BATCH, 3, 224, 224, dtype=activations),
+            layer(64, 3, 7, 2)._replace(padding_value=meta(3, dtype=activations)),
             MaxPool(),
         ),
     )
@@ -262,6 +297,15 @@ def _quantized_resnet(backend: Any) -> Iterator[tuple[str, Callable[[], object]]
     yield "stage 2 expand", conv(128, 28, 512, 1, shortcut=512)
     yield "stage 4 reduce", conv(2048, 7, 512, 1)
     yield "stage 4 3x3", conv(512, 7, 512, 3)
+    yield (
+        "head",
+        _first(
+            backend.quantized_head,
+            meta(BATCH, 2048, 7, 7, dtype=activations),
+            meta(1000, 2048, dtype=weights),
+            *(meta(1000, dtype=torch.float32) for _ in range(2)),
+        ),
+    )
 
 
 def _worker(capability: int, dtype: str) -> None:
@@ -277,8 +321,8 @@ def _worker(capability: int, dtype: str) -> None:
         kinds = {"fma": r"\bfma\.rn\.f32\b", "add": r"\badd(?:\.rn)?\.f32\b"}
         print(json.dumps({name: len(re.findall(kind, ptx)) for name, kind in kinds.items()}))
         return
-    if dtype == "int8":
-        compile_launches(capability, _quantized_resnet(TritonBackend()))
+    if dtype in ("int8", "float8"):
+        compile_launches(capability, _quantized_resnet(TritonBackend(), dtype == "float8"))
         return
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
     compile_launches(capability, _resnet(TritonBackend(), DTYPES[dtype]))

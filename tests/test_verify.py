@@ -21,7 +21,10 @@ from resnet_fused.backends.autotune import Tuner, verify
 from resnet_fused.backends.autotune.cache import FILE
 from resnet_fused.backends.reference import ReferenceBackend
 from resnet_fused.reference import ops as reference
+from resnet_fused.reference import quantized
+from resnet_fused.reference.quantized import FLOAT8
 from resnet_fused.testing.cases import ConvCase, generator, make_convolution, make_residual
+from resnet_fused.testing.quantized_cases import make_quantized_conv
 
 CASE = ConvCase(2, 16, 7, 6, 24, 3, 1, 1)
 
@@ -329,3 +332,27 @@ def test_settings_of_pytorch_are_as_before_a_check() -> None:
             assert state() == before
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("shortcut", ["none", "projection"])
+def test_results_in_e4m3_are_held_to_their_one_rounding(shortcut: str) -> None:
+    """The truth is not rounded: a sum in float32 may end as the next number where it lies half way,
+    and three hundredths more of every value may not pass."""
+    case = CASE._replace(channels=64, height=12, width=12)
+    arguments = make_quantized_conv(case, generator(), shortcut, FLOAT8, relu=False)
+    check = verify.Check(quantized.quantized_conv, arguments, per_image=True)
+    assert check.is_possible()
+    assert check.fault(quantized.quantized_conv) is None
+
+    def scaled(factor: float) -> Callable[..., Tensor]:
+        def launch(x: Tensor, layer: Any, *others: Any) -> Tensor:
+            layer = layer._replace(multiplier=layer.multiplier * factor)
+            return quantized.quantized_conv(x, layer, *others)
+
+        return launch
+
+    nearly = scaled(1 + 2**-10)
+    right = quantized.quantized_conv(*arguments)
+    assert not torch.equal(nearly(*arguments).view(torch.uint8), right.view(torch.uint8))
+    assert check.fault(nearly) is None
+    assert "an error of" in str(check.fault(scaled(33 / 32)))

@@ -14,6 +14,7 @@ from ..parameters import (
     Convolution,
     Gate,
     GroupNorm,
+    ImageQuantization,
     MaxPool,
     Normalization,
     QuantizedLayer,
@@ -109,6 +110,11 @@ class Backend(Protocol):
         return ()
 
     def head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Candidates:
+        return ()
+
+    def quantized_images(
+        self, x: Tensor, quantization: ImageQuantization, float8: bool
+    ) -> Candidates:
         return ()
 
     def quantized_conv(

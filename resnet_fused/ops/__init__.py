@@ -13,6 +13,7 @@ from .head import head
 from .image_stem import image_stem
 from .quantized_conv import quantized_conv
 from .quantized_head import quantized_head
+from .quantized_images import quantized_images
 from .quantized_stem import quantized_stem
 from .squeeze_excite import squeeze_excite
 from .stem import stem
@@ -39,6 +40,7 @@ __all__ = [
     "image_stem",
     "quantized_conv",
     "quantized_head",
+    "quantized_images",
     "quantized_stem",
     "residual_block_training",
     "squeeze_excite",

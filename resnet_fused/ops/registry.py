@@ -40,15 +40,18 @@ class Op:
         listed: Callable[[Backend], Callable[..., Candidates]],
         composition: Candidate | None = None,
         result_dtype: Callable[..., torch.dtype] | None = None,
+        keeps_layout: bool = False,
     ) -> None:
         """`listed`: a backend's method that lists this op's candidates. `composition`: the op made
         of other ops, each of which makes its own choice. `result_dtype`: of a quantised op, which
-        has no gradient and which autocast does not concern; others give what they take."""
+        has no gradient and which autocast does not concern; others give what they take.
+        `keeps_layout`: the result is channels_last if the main input is, else contiguous."""
         self.name = name = reference.__name__
         registered[name] = self
         self._listed = listed
         self._composition = composition
         self._result_dtype = result_dtype
+        self._keeps_layout = keeps_layout
         kinds = get_type_hints(reference)
         del kinds["return"]
         self._parameters = [Parameter(name, kind) for name, kind in kinds.items()]
@@ -97,8 +100,11 @@ class Op:
         return self._empty(arguments, self._output_shape(*arguments))
 
     def _empty(self, arguments: Sequence[Any], shape: Sequence[int]) -> Tensor:
+        x = arguments[0]
         dtype = None if self._result_dtype is None else self._result_dtype(*arguments)
-        return empty_result(arguments[0], shape, dtype)
+        if self._keeps_layout and not x.is_contiguous(memory_format=torch.channels_last):
+            return torch.empty(shape, dtype=dtype, device=x.device)
+        return empty_result(x, shape, dtype)
 
     def _run(self, *flat: Any) -> Tensor:
         refuse_tangents(self.name, flat)

@@ -18,10 +18,11 @@ from ..ops.conv_bn_projection import conv_bn_projection
 from ..ops.head import head
 from ..ops.quantized_conv import quantized_conv
 from ..ops.quantized_head import quantized_head
+from ..ops.quantized_images import quantized_images
 from ..ops.quantized_stem import quantized_stem
 from ..parameters import BatchNorm, ConvBn, Convolution, MaxPool
 from ..reference.ops import nhwc
-from ..reference.quantized import FLOAT8, quantize, quantize_
+from ..reference.quantized import FLOAT8, quantize
 
 _Window = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
 
@@ -253,20 +254,15 @@ class Images(Frozen):
                 )
             if dtype == torch.uint8:
                 return x
-            x = (x - _image(self.mean)) / _image(self.std)
         elif not x.is_floating_point():
             raise TypeError(f"input must be floating point or uint8, found {x.dtype}.")
-        if dtype == torch.float32:
-            return x.float()
-        x, scale, zero = x.float(), _image(self.scale), _image(self.zero)
-        if rows := x.is_contiguous(memory_format=torch.channels_last):
-            # PyTorch is several times faster where the last axis is a long one.
-            width = x.shape[3]
-            x = x.permute(0, 2, 3, 1).flatten(2)
-            scale, zero = self.scale.repeat(width), self.zero.repeat(width)
-        # In place from here on: fresh memory costs more than the arithmetic.
-        x = quantize_((x / scale).add_(zero), dtype)
-        return x.unflatten(2, (width, -1)).permute(0, 3, 1, 2) if rows else x
+        if dtype != torch.float32:
+            x = x.float() if x.dtype == torch.float64 else x  # which no kernel reads
+            mean, std = (self.mean, self.std) if x.dtype == torch.uint8 else (None, None)
+            return quantized_images(x, self.scale, self.zero, mean, std, dtype)
+        if self.mean is not None and self.std is not None and x.dtype == torch.uint8:
+            x = (x - _image(self.mean)) / _image(self.std)
+        return x.float()
 
     def dequantized(self, x: Tensor) -> Tensor:
         """What `forward` gave, as floats."""

@@ -32,7 +32,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..parameters import Convolution, MaxPool, QuantizedLayer, QuantizedShortcut
+from ..parameters import (
+    Convolution,
+    ImageQuantization,
+    MaxPool,
+    QuantizedLayer,
+    QuantizedShortcut,
+)
 from .convolution import convolve
 from .ops import nhwc, pad_channels
 
@@ -47,15 +53,42 @@ def quantize(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def quantize_(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`quantize` in the memory of x, which it changes."""
-    if dtype != FLOAT8:
+    if not dtype.is_floating_point:
         x.round_()
-    return x.clamp_(*LIMITS[dtype]).to(dtype)
+    return x.clamp_(*LIMITS.get(dtype, LIMITS[FLOAT8])).to(dtype)
+
+
+def quantized_images(x: Tensor, quantization: ImageQuantization, float8: bool) -> Tensor:
+    """x (N, C, H, W) / scale + zero, as uint8 or e4m3; of bytes (x - mean) / std in place of x.
+    Every step is rounded to float32, which floating images are made first.
+
+    The result is channels_last where x is, else contiguous.
+    """
+    scale, zero, mean, std = quantization
+    if mean is not None and std is not None:
+        x = (x - _of_image(mean)) / _of_image(std)
+    x = x.float()
+    if rows := x.is_contiguous(memory_format=torch.channels_last):
+        # PyTorch is several times faster where the last axis is a long one.
+        width = x.shape[3]
+        x = x.permute(0, 2, 3, 1).flatten(2)
+        scale, zero = scale.repeat(width), zero.repeat(width)
+    else:
+        x, scale, zero = x.contiguous(), _of_image(scale), _of_image(zero)
+    # In place from here on: fresh memory costs more than the arithmetic.
+    x = quantize_((x / scale).add_(zero), FLOAT8 if float8 else torch.uint8)
+    return x.unflatten(2, (width, -1)).permute(0, 3, 1, 2) if rows else x
+
+
+def _of_image(vector: Tensor) -> Tensor:
+    return vector[:, None, None]
 
 
 def quantized_dtype(layer: QuantizedLayer, relu: bool) -> torch.dtype:
-    """That of a layer's result."""
-    if layer.conv.weight.dtype == FLOAT8:
-        return FLOAT8
+    """That of a layer's result. Of e4m3 numbers given in float64 it is float64: not rounded, what
+    a result in e4m3 is held against."""
+    if layer.conv.weight.dtype.is_floating_point:
+        return layer.conv.weight.dtype
     return torch.uint8 if relu else torch.int8
 
 
@@ -76,7 +109,7 @@ def quantized_conv(
     (N, D, H', W') before its projection."""
     conv, bias, multiplier, padding_value = layer
     acc = accumulate(x, conv, padding_value)
-    exact = conv.weight.dtype != FLOAT8
+    exact = not conv.weight.is_floating_point()
     # Of integers every sum below is exact; of e4m3 numbers each is rounded to float32.
     acc = acc + bias[:, None, None] if exact else acc.float() + bias[:, None, None]
     if shortcut is not None:

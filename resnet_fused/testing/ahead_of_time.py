@@ -48,6 +48,7 @@ _TYPES = {
     torch.uint8: "u8",
     torch.int8: "i8",
     torch.int32: "i32",
+    torch.float8_e4m3fn: "fp8e4nv",
 }
 DTYPES = {
     "float16": torch.float16,
@@ -98,7 +99,7 @@ def recorded_launches(capability: int) -> Iterator[list[Launch]]:
     from ..backends.triton import launching
 
     launches: list[Launch] = []
-    limits = launching.Machine(*TARGETS[capability][:2])
+    limits = launching.Machine(*TARGETS[capability][:2], converts_e4m3=capability >= 89)
 
     def record(plan: Any, *tensors: Any) -> None:
         launches.append(Launch(plan, tensors))
@@ -144,6 +145,7 @@ def _print_facts(name: str, launch: Launch, compiled: Any) -> None:
         "rows": next(iter(config.blocks), 0),  # passes over whole rows have no blocks
         "instructions": [i for i in INSTRUCTIONS if i in ptx],
         "copies": _copy_widths(ptx),
+        "converts_e4m3": "cvt.rn.f16x2.e4m3x2" in ptx,
         **_loops(ptx),
         "shared": compiled.metadata.shared,
         **used._asdict(),

@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..parameters import Convolution, MaxPool, QuantizedLayer, QuantizedShortcut
+from ..parameters import (
+    Convolution,
+    ImageQuantization,
+    MaxPool,
+    QuantizedLayer,
+    QuantizedShortcut,
+)
 from ..reference.quantized import FLOAT8
 from .cases import ConvCase, generator
 
@@ -75,6 +81,25 @@ def make_quantized_conv(
     return [x, QuantizedLayer(conv, bias, multiplier / spread, padded), added, relu]
 
 
+def make_quantized_images(
+    shape: tuple[int, int, int, int],
+    rng: torch.Generator,
+    dtype: torch.dtype = torch.float32,
+    float8: bool = False,
+) -> list[Any]:
+    """The arguments of `reference.quantized.quantized_images`, contiguous: of images of bytes or
+    of that floating dtype, whose first and last element are clamped."""
+    if dtype == torch.uint8:
+        x = torch.randint(0, 256, shape, generator=rng, dtype=dtype)
+        normalization = tuple(20 + 80 * torch.rand(shape[1], generator=rng) for _ in range(2))
+    else:
+        x, normalization = torch.randn(shape, generator=rng).to(dtype), ()
+        x.view(-1)[0], x.view(-1)[-1] = 1e4, -1e4
+    scale = 0.01 + 0.01 * torch.rand(shape[1], generator=rng)
+    zero = torch.zeros(shape[1]) if float8 else 100 + 30 * torch.rand(shape[1], generator=rng)
+    return [x, ImageQuantization(scale, zero.round(), *normalization), float8]
+
+
 def in_whole_numbers(arguments: list[Any]) -> list[Any]:
     """An e4m3 layer's operands rounded to integers, few of which are beyond 4, so that there is
     nothing to round in a kernel's sums: neither of 128 products to 14 bits nor, of two convolutions
@@ -87,7 +112,8 @@ def in_whole_numbers(arguments: list[Any]) -> list[Any]:
     def rounded_weight(conv: Convolution) -> Convolution:
         return conv._replace(weight=rounded(conv.weight))
 
-    layer = layer._replace(conv=rounded_weight(layer.conv))
+    padding = None if layer.padding_value is None else rounded(layer.padding_value)
+    layer = layer._replace(conv=rounded_weight(layer.conv), padding_value=padding)
     if shortcut is not None:
         shortcut = shortcut._replace(x=rounded(shortcut.x))
         if shortcut.projection is not None:
@@ -102,8 +128,9 @@ def in_whole_numbers(arguments: list[Any]) -> list[Any]:
 def make_quantized_stem(
     case: ConvCase, rng: torch.Generator, pool: MaxPool, **options: Any
 ) -> list[Any]:
-    """The arguments of `reference.quantized.quantized_stem`."""
-    x, layer, *_ = make_quantized_conv(case, rng, **options)
+    """The arguments of `reference.quantized.quantized_stem`; e4m3 ones in whole numbers."""
+    arguments = make_quantized_conv(case, rng, **options)
+    x, layer, *_ = in_whole_numbers(arguments) if arguments[0].dtype == FLOAT8 else arguments
     return [x, layer, pool]
 
 
@@ -116,7 +143,8 @@ def make_quantized_head(
     dtype: torch.dtype = torch.uint8,
 ) -> list[Any]:
     """The arguments of `reference.quantized.quantized_head`."""
-    x = make_integers((batch, channels, size, size + 1), dtype, rng)
+    x = make_integers((batch, channels, size, size + 1), dtype, rng).view(torch.uint8)
+    x = x.contiguous(memory_format=torch.channels_last).view(dtype)
     weight = make_integers((classes, channels), FLOAT8 if dtype == FLOAT8 else torch.int8, rng)
     multiplier = torch.rand(classes, generator=rng) * 1e-4
     return [x, weight, torch.randn(classes, generator=rng), multiplier]

@@ -47,7 +47,13 @@ from .cases import (
     make_residual,
 )
 from .on import On
-from .quantized_cases import in_whole_numbers, make_quantized_conv, make_quantized_stem
+from .quantized_cases import (
+    in_whole_numbers,
+    make_quantized_conv,
+    make_quantized_head,
+    make_quantized_images,
+    make_quantized_stem,
+)
 
 CONVOLUTION = "conv_bn"
 TRAINING = "training"
@@ -354,7 +360,7 @@ def _folded_ends(
 def _quantized(dtype: torch.dtype, device: str, num_sms: int) -> Iterator[Case]:
     """Convolutions of as many positions as `_convolutions` has, of bytes of their whole range, or
     of whole numbers in e4m3; some of channels in chunks of 16, and some not."""
-    exact = dtype == quantized.FLOAT8
+    float8 = dtype == quantized.FLOAT8
     rng = generator()
     cases = {
         "pointwise": (ConvCase(1, 72, 23, 19, 136), "none"),
@@ -369,20 +375,34 @@ def _quantized(dtype: torch.dtype, device: str, num_sms: int) -> Iterator[Case]:
         height, width = case.output_size
         case = case._replace(batch=-(-2 * 128 * num_sms // (height * width)))
         arguments = make_quantized_conv(case, rng, shortcut, dtype, side_channels=48)
-        arguments = in_whole_numbers(arguments) if exact else arguments
+        arguments = in_whole_numbers(arguments) if float8 else arguments
         yield Case(name, "quantized_conv", _to(device, arguments))
-    if exact:
-        return
-    # Of an even number of lines, so that tensor maps can express every second one.
-    case = ConvCase(-(-2 * 128 * num_sms // (23 * 19)), 80, 23, 19, 144)
-    arguments = _to(device, make_quantized_conv(case, rng, "identity", dtype, relu=False))
-    whole = make_quantized_conv(ConvCase(case.batch, 80, 46, 38, 16), rng, "none", torch.int8)[0]
-    arguments[2] = arguments[2]._replace(x=whole.to(device)[:, :, ::2, ::2])
-    yield Case("narrower strided signed shortcut", "quantized_conv", arguments)
+    if not float8:
+        # Of an even number of lines, so that tensor maps can express every second one.
+        case = ConvCase(-(-2 * 128 * num_sms // (23 * 19)), 80, 23, 19, 144)
+        arguments = _to(device, make_quantized_conv(case, rng, "identity", dtype, relu=False))
+        whole = make_quantized_conv(ConvCase(case.batch, 80, 46, 38, 16), rng, "none", torch.int8)
+        arguments[2] = arguments[2]._replace(x=whole[0].to(device)[:, :, ::2, ::2])
+        yield Case("narrower strided signed shortcut", "quantized_conv", arguments)
     stem = make_quantized_stem(
-        ConvCase(3 * num_sms, 3, 37, 30, 64, 7, 2, 3), rng, MaxPool(), padding_value=True
+        ConvCase(3 * num_sms, 3, 37, 30, 64, 7, 2, 3),
+        rng,
+        MaxPool(),
+        dtype=dtype,
+        padding_value=True,
     )
     yield Case("stem", "quantized_stem", _to(device, stem))
+    shape = (3 * num_sms, 3, 37, 30)
+    images = _to(device, make_quantized_images(shape, rng, torch.float32, float8))
+    yield Case("images", "quantized_images", images)
+    images[0] = images[0].contiguous(memory_format=torch.channels_last)
+    yield Case("channels_last images", "quantized_images", images)
+    images = _to(device, make_quantized_images(shape, rng, torch.uint8, float8))
+    yield Case("images of bytes", "quantized_images", images)
+    # Sums of as many digits as a ResNet's, and of one more.
+    for size, batch in ((7, 3 * num_sms), (24, 3)):
+        head = make_quantized_head(batch, 200, size, 136, rng, dtype)
+        yield Case(f"head of {size} lines", "quantized_head", _to(device, head))
 
 
 def _to(device: str, values: Any) -> Any:

@@ -17,12 +17,15 @@ from .convolution import list_conv_bn, list_conv_bn_projection
 from .elementwise import list_bn_add_relu, list_squeeze_excite
 from .head import list_head
 from .quantized import list_quantized_conv, list_quantized_stem
+from .quantized_head import list_quantized_head
+from .quantized_images import list_quantized_images
 from .stem import list_stem
 from .training import TritonTraining
 
 # Decided when the kernels are defined, that is, when this module is imported.
 INTERPRETED = triton.knobs.runtime.interpret
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int8)
+_QUANTIZED = (torch.uint8, torch.int8, torch.float8_e4m3fn)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, *_QUANTIZED)
 
 
 @triton.jit
@@ -56,7 +59,9 @@ class TritonBackend(ReferenceBackend):
 
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if dtype not in _DTYPES:
-            return f"its kernels take float32, float16, bfloat16 and 8-bit integers, not {dtype}"
+            return (
+                f"its kernels take float32, float16, bfloat16, bytes and float8_e4m3fn, not {dtype}"
+            )
         if INTERPRETED:
             if device.type != "cpu":
                 return f"TRITON_INTERPRET=1 interprets CPU tensors, and the input is on {device}"
@@ -95,6 +100,9 @@ class TritonBackend(ReferenceBackend):
     def head(self, x: Tensor, weight: Tensor, *_: Any) -> Candidates:
         return list_head(x, weight)
 
+    def quantized_images(self, *_: Any) -> Candidates:
+        return list_quantized_images()
+
     def quantized_conv(
         self, x: Tensor, layer: QuantizedLayer, shortcut: QuantizedShortcut | None, relu: bool
     ) -> Candidates:
@@ -102,3 +110,6 @@ class TritonBackend(ReferenceBackend):
 
     def quantized_stem(self, x: Tensor, layer: QuantizedLayer, pool: MaxPool) -> Candidates:
         return list_quantized_stem(x, layer.conv)
+
+    def quantized_head(self, x: Tensor, weight: Tensor, *_: Any) -> Candidates:
+        return list_quantized_head(x, weight)

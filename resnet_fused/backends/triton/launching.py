@@ -44,6 +44,7 @@ class Machine(NamedTuple):
 
     num_sms: int
     shared_bytes: int  # that one program may use
+    converts_e4m3: bool = False  # in hardware, without which Triton knows no such type
     interpreted: bool = False
 
 
@@ -53,7 +54,11 @@ def machine(device: torch.device) -> Machine:
     if device.type != "cuda":
         return Machine(1, 227 * 1024, interpreted=True)
     properties: Any = torch.cuda.get_device_properties(device)  # stubs lack some of them
-    return Machine(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    return Machine(
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+        (properties.major, properties.minor) >= (8, 9),
+    )
 
 
 def candidates(run: Callable[..., Any], configs: Iterable[Config], family: str) -> list[Candidate]:
@@ -244,6 +249,13 @@ def planned(make: Callable[_Parameters, _Plan]) -> Callable[_Parameters, _Plan]:
 nhwc: Callable[[Tensor], Tensor] = operator.methodcaller(
     "contiguous", memory_format=torch.channels_last
 )
+
+
+def for_kernels(x: Tensor) -> Tensor:
+    """x; of e4m3, where the GPU converts no such numbers, its bytes (`primitives.from_e4m3`)."""
+    if x.dtype == torch.float8_e4m3fn and not machine(x.device).converts_e4m3:
+        return x.view(torch.uint8)
+    return x
 
 
 def strides_beside(tensor: Tensor | None, out: Tensor) -> Strides | None:

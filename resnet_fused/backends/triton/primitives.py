@@ -137,6 +137,47 @@ def relu(values):
 
 
 @triton.jit
+def from_e4m3(values):
+    """Float16 of e4m3 numbers or of their bytes: exactly, a NaN as a NaN. A byte's exponent, put
+    where float16 has its own, is one whose bias is greater by 8; a subnormal number stays one."""
+    if values.dtype == tl.uint8:
+        magnitude = (values & 0x7F).to(tl.uint16)
+        bits = ((values & 0x80).to(tl.uint16) << 8) | (magnitude << 7)
+        number = bits.to(tl.float16, bitcast=True) * 256.0
+        return tl.where(magnitude == 0x7F, float("nan"), number)
+    else:
+        return values.to(tl.float16)
+
+
+@triton.jit
+def to_byte(values, LOW: tl.constexpr):
+    """float32 numbers as integers from LOW, 0 or -128, to LOW + 255: rounded to nearest even."""
+    values = tl.minimum(tl.maximum(values, LOW), LOW + 255.0)
+    # The sum of 1.5 · 2**23 and a small integer ends in its bits.
+    return (values + 12582912.0).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def to_e4m3(values, LOW: tl.constexpr, BYTES: tl.constexpr):
+    """float32 numbers as e4m3, or as its BYTES, within LOW and 448: rounded to nearest even."""
+    values = tl.where(values < LOW, LOW, tl.where(values > 448.0, 448.0, values))  # passes NaN on
+    if BYTES:
+        bits = values.to(tl.int32, bitcast=True)
+        magnitude = bits & 0x7FFFFFFF
+        # The last of 3 bits is the 20th, and the exponent's bias less by 120.
+        rounded = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
+        # Below 2**-6 whole multiples of 2**-9, as which the sum with 2**14 ends.
+        shifted = tl.abs(values) + 16384.0
+        rounded = tl.where(
+            magnitude < 0x3C800000, shifted.to(tl.int32, bitcast=True) - 0x46800000, rounded
+        )
+        signed = rounded | ((bits >> 24) & 0x80)
+        return tl.where(magnitude > 0x7F800000, 0x7F, signed).to(tl.uint8)
+    else:
+        return values.to(tl.float8e4nv)
+
+
+@triton.jit
 def _round_to_tf32(x):
     """To the nearest number with 10 bits behind the point, ties away from zero, as cvt.rna.tf32 of
     the PTX ISA does; what is not finite stays as it is."""
@@ -225,6 +266,8 @@ def convolve(
 
     Integers: weights are int8. Triton's products take two operands of one type, so 128 comes off
     each uint8 input: the caller adds 128 · the sum of a column's weights to the int32 result.
+    e4m3 numbers, or their bytes, are multiplied by weights of float16, which holds them: products
+    are exact, and sums of float32.
     padding_value: (C,), what pixels of the padding hold; None for zero.
 
     Where small groups are packed, `weight` is (…, WINDOW.packed_in), the tile's `channels`
@@ -320,7 +363,9 @@ def convolve(
             b = tl.load(b_tile)
         else:
             b = tl.load(b_tile, in_channels[:, None], other=0.0)
-        if x.dtype.element_ty == tl.uint8:
+        if weight.dtype.element_ty != tl.int8 and a.dtype.primitive_bitwidth == 8:
+            a = from_e4m3(a)
+        elif x.dtype.element_ty == tl.uint8:
             a = (a ^ 128).to(tl.int8, bitcast=True)
         acc = multiply(a, b, acc, tl.constexpr(TILE.precision))
         if not WINDOW.is_flat:

@@ -1,13 +1,16 @@
-"""Quantised int8 convolutions: relu?(conv(x) + bias (+ shortcut)), requantised; pooled, the stem.
+"""Quantised convolutions: relu?(conv(x) + bias (+ shortcut)), requantised; pooled, the stem.
 
-Algorithm: the implicit GEMM of `convolution.py` with int32 accumulators on int8 tensor cores. A
-projected shortcut is a second accumulator of the same program. The epilogue is that of
-`resnet_fused.reference.quantized`, bit for bit, hence no multiplication is fused with an addition.
+Algorithm: the implicit GEMM of `convolution.py` with int32 accumulators on int8 tensor cores; of
+e4m3 numbers, made float16 on their way from shared memory, with float32 ones on those of float16,
+which every GPU has. A projected shortcut is a second accumulator of the same program. The epilogue
+is that of `resnet_fused.reference.quantized`, bit for bit, hence no multiplication is fused with an
+addition.
 Images of few channels are first written with their border and 4 (8, …) channels a pixel, so that a
-window row is one run of memory and the inner dimension of a step.
-Tiles: those of `convolution.py` with 128 input channels a step.
-Memory traffic: a byte an element of x, of the weights (from L2), of the shortcut and of the result;
-of images also that of their copy, and the stem's result once more, on its way to the pool.
+window row is one run of memory and the inner dimension of a step, filled up with zero weights.
+Tiles: those of `convolution.py`, of int8 with 128 input channels a step.
+Memory traffic: a byte an element of x, of the weights (from L2; of e4m3 two), of the shortcut and
+of the result; of images also that of their copy, and the stem's result once more, on its way to the
+pool.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from triton.language.extra import libdevice
 
 from ...parameters import Convolution, MaxPool, QuantizedLayer, QuantizedShortcut
-from ...reference.quantized import quantized_dtype
+from ...reference.quantized import FLOAT8, quantized_dtype
 from .. import Candidates, recording
 from . import launching
 from .convolution import SLICE, configurations, halves, packed_window, packing, result_shape
@@ -35,18 +38,27 @@ from .launching import (
     Strides,
     Tile,
     Window,
+    for_kernels,
     is_wide,
     nhwc,
     planned,
     readable,
     strides_beside,
 )
-from .primitives import convolve, is_inside, split_position, strided_rows, tile_index
+from .primitives import (
+    convolve,
+    from_e4m3,
+    is_inside,
+    split_position,
+    strided_rows,
+    tile_index,
+    to_byte,
+    to_e4m3,
+)
 
 _FAMILY = "triton quantized"
 _MOST_RUN = 64  # channels of a window row, if it is to be a step's inner dimension
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-_SHIFTER = tl.constexpr(12582912.0)  # 1.5 · 2**23: the sum with a small integer ends in its bits
 
 
 @triton.jit
@@ -117,24 +129,35 @@ def _finish(
         valid = column < out_channels
         offset = row[:, None] * K + channel[None, :]
         mask = in_rows[:, None] & valid[None, :]
+        exact: tl.constexpr = acc.dtype == tl.int32
         total = acc + tl.load(bias + channel, valid, other=0)[None, :]
         if shortcut_scale is not None:
             if projected is not None:
-                added = projected + tl.load(projected_offset + channel, valid, other=0)[None, :]
+                added = projected
+                if exact:
+                    added += tl.load(projected_offset + channel, valid, other=0)[None, :]
             else:
                 place = offset
                 present = mask
                 if residual_row is not None:
                     place = residual_row[:, None] + channel[None, :]
                     present = mask & (channel < residual_channels)[None, :]
-                added = tl.load(residual + place, present, other=0)
+                added = tl.load(residual + place, present, other=0.0)
+                if not exact:
+                    added = from_e4m3(added)
             scale = tl.load(shortcut_scale + channel, valid, other=0.0)[None, :]
-            total += _rounded(added.to(tl.float32) * scale)
+            scaled = added.to(tl.float32) * scale
+            if exact:
+                total += _rounded(scaled)
+            else:
+                total += scaled
         value = total.to(tl.float32) * tl.load(multiplier + channel, valid, other=0.0)[None, :]
-        low = 0.0 if RELU else -128.0
-        high = 255.0 if RELU else 127.0
-        value = tl.minimum(tl.maximum(value, low), high) + _SHIFTER
-        tl.store(out + offset, value.to(tl.int32, bitcast=True).to(out.dtype.element_ty), mask)
+        if exact:
+            quantized = to_byte(value, 0.0 if RELU else -128.0).to(out.dtype.element_ty)
+        else:
+            low: tl.constexpr = 0.0 if RELU else -448.0
+            quantized = to_e4m3(value, low, out.dtype.element_ty == tl.uint8)
+        tl.store(out + offset, quantized, mask)
 
 
 @triton.jit
@@ -162,8 +185,9 @@ def quantized_conv_kernel(
     TILE: tl.constexpr,
 ):
     """Grid: (tiles of rows × columns, packs), as in `convolution.conv_bn_kernel`. bias and
-    projection_offset hold what `convolve` leaves to add. shortcut_image and shortcut_strides are
-    None where there is no shortcut, and where it is laid out like the result."""
+    projection_offset hold what `convolve` leaves to add, the latter of int8 alone. shortcut_image
+    and shortcut_strides are None where there is no shortcut, and where it is laid out like the
+    result."""
     row, first_column = tile_index(gemm.rows, gemm.columns, TILE.m, TILE.n, TILE.is_wide)
     pack = tl.program_id(1)
     column = first_column + tl.arange(0, TILE.n)
@@ -276,15 +300,15 @@ def max_pool_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Grid: (blocks of positions, blocks of channels). Of a uint8 map, in which no value is below
-    the border's zero."""
+    """Grid: (blocks of positions, blocks of channels). Of a map of uint8, or of e4m3 as int8, whose
+    order is the same; no value is below the border's zero."""
     position = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     if WIDE:
         position = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     valid = (position < positions)[:, None] & (channel < image.c)[None, :]
     n, p, q = split_position(position, pooled.h, pooled.w)
-    best = tl.zeros((BLOCK_P, BLOCK_C), tl.uint8)
+    best = tl.zeros((BLOCK_P, BLOCK_C), x.dtype.element_ty)
     for tap in tl.static_range(SIZE * SIZE):
         h = p * STRIDE - PADDING + tap // SIZE
         w = q * STRIDE - PADDING + tap % SIZE
@@ -301,12 +325,12 @@ _POOL = Config((16, 64), 4, 1)
 
 class _Prepared(NamedTuple):
     """A weight as a kernel reads it, None where that is the weight itself, which a cache of weak
-    keys must not hold; and (K,) int32: the bias, and what `convolve` leaves to add. key: of what
-    they were made, frozen tensors, so that their versions tell."""
+    keys must not hold; and (K,): the bias, and what `convolve` leaves to add, or None of e4m3
+    without a bias. key: of what they were made, frozen tensors, so that their versions tell."""
 
     key: tuple[Any, ...]
     weight: Tensor | None
-    offset: Tensor
+    offset: Tensor | None
     bias: Tensor | None  # held, so that its id stays its own
 
 
@@ -315,7 +339,7 @@ _PREPARED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def _prepared(
     conv: Convolution, like: Tensor, bias: Tensor | None = None, pixel: int = 0
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """`conv`'s dense weight, of window rows where an image has that many channels a pixel, and
     offsets for inputs of the type of `like`."""
     weight = conv.weight
@@ -324,14 +348,15 @@ def _prepared(
         key += (id(bias), recording.version(bias))
     found: _Prepared | None = _PREPARED.get(weight)
     if found is None or found.key != key:
-        offset = weight.sum((1, 2, 3), dtype=torch.int32)
-        offset = offset * 128 if like.dtype == torch.uint8 else torch.zeros_like(offset)
-        if bias is not None:
-            offset = offset + bias
-        dense = nhwc(weight)
+        if weight.dtype == FLOAT8:
+            dense, offset = nhwc(weight.half()), bias
+        else:
+            dense, offset = nhwc(weight), weight.sum((1, 2, 3), dtype=torch.int32)
+            offset = offset * 128 if like.dtype == torch.uint8 else torch.zeros_like(offset)
+            offset = offset if bias is None else offset + bias
         if pixel:
             channels, _, s = weight.shape[1:]
-            runs = F.pad(weight.permute(0, 2, 3, 1), (0, pixel - channels, 0, _run(conv) - s))
+            runs = F.pad(dense.permute(0, 2, 3, 1), (0, pixel - channels, 0, _run(conv) - s))
             dense = nhwc(runs.flatten(2)[..., None].permute(0, 2, 1, 3))
         own = None if dense is weight else dense
         found = _PREPARED[weight] = _Prepared(key, own, offset, bias)
@@ -358,7 +383,9 @@ def _bordered(x: Tensor, conv: Convolution, padding_value: Tensor | None) -> Ten
     beyond = _run(conv) - conv.weight.shape[3]
     shape = (x.shape[0], _pixel(conv), height + 2 * pad_h, width + 2 * pad_w + beyond)
     out = _empty(shape, x.dtype, x)
-    _plan_border(x, out, (pad_h, pad_w))(x, padding_value, out)
+    border = None if padding_value is None else padding_value.view(torch.uint8)
+    x, copy = x.view(torch.uint8), out.view(torch.uint8)
+    _plan_border(x, copy, (pad_h, pad_w))(x, border, copy)
     return out
 
 
@@ -388,9 +415,7 @@ def _plan_border(x: Tensor, out: Tensor, padding: tuple[int, int]) -> Launch:
 
 
 def list_quantized_conv(x: Tensor, conv: Convolution, projection: Convolution | None) -> Candidates:
-    """Candidates of op `quantized_conv`; none of fp8."""
-    if conv.weight.dtype != torch.int8:
-        return ()
+    """Candidates of op `quantized_conv`."""
     if projection is not None and (
         conv.groups > 1 or projection.groups > 1 or tuple(projection.padding) != (0, 0)
     ):
@@ -402,7 +427,9 @@ def _listed(run: Callable[..., Tensor], x: Tensor, conv: Convolution, sums: int 
     """`run` in each configuration for so many accumulators."""
     packed, gemm = packing(x, conv)
     taps = conv.weight[0, 0].numel()
-    configs = configurations(gemm, x, "ieee", taps, conv.groups // packed, sums)
+    # Of e4m3 it is float16 that is multiplied.
+    like = x.new_empty(0, dtype=torch.float16) if x.dtype == FLOAT8 else x
+    configs = configurations(gemm, like, "ieee", taps, conv.groups // packed, sums)
     return launching.candidates(run, configs, _FAMILY)
 
 
@@ -461,24 +488,25 @@ def quantized_conv(
     if pixel:
         x, padding_value = _bordered(x, conv, padding_value), None
         conv = conv._replace(padding=(0, 0))
-    x, conv = nhwc(x), conv._replace(weight=weight)
+    x, conv = nhwc(for_kernels(x)), conv._replace(weight=weight)
     added, scale, projection = shortcut or (None, None, None)
     side: tuple[Tensor | None, Tensor | None] = (None, None)
-    if added is not None and projection is not None:
-        added = nhwc(added)
-        side = other, _ = _prepared(projection, added)
-        projection = projection._replace(weight=other)
-    added = readable(added)
+    if added is not None:
+        if projection is not None:
+            side = other, _ = _prepared(projection, added)
+            projection = projection._replace(weight=other)
+            added = nhwc(added)
+        added = readable(for_kernels(added))
+    if padding_value is not None:
+        padding_value = for_kernels(padding_value)
     out = _empty(shape, quantized_dtype(layer, relu), x)
     plan = _plan(config, shape, x, conv, added, projection, relu)
-    plan(x, conv.weight, offset, multiplier, padding_value, added, scale, *side, out)
+    plan(x, conv.weight, offset, multiplier, padding_value, added, scale, *side, for_kernels(out))
     return out
 
 
 def list_quantized_stem(x: Tensor, conv: Convolution) -> Candidates:
-    """Candidates of op `quantized_stem`; none of fp8."""
-    if conv.weight.dtype != torch.int8:
-        return ()
+    """Candidates of op `quantized_stem`."""
     return _listed(quantized_stem, x, conv)
 
 
@@ -509,5 +537,7 @@ def quantized_stem(config: Config, x: Tensor, layer: QuantizedLayer, pool: MaxPo
     """max_pool(relu(conv)): see `resnet_fused.reference.quantized`."""
     y = quantized_conv(config, x, layer, None, True)
     out = _empty((*y.shape[:2], *pool.output_size(*y.shape[2:])), y.dtype, y)
-    _plan_pool(y, pool)(y, out)
+    # As int8 no e4m3 number, a negative zero either, is above the border by its sign.
+    read, written = (t.view(torch.int8) if t.dtype == FLOAT8 else t for t in (y, out))
+    _plan_pool(read, pool)(read, written)
     return out
