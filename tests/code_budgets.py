@@ -181,20 +181,20 @@ BUDGETS: dict[str, tuple[int, int]] = {
     "stem_kernel bytes": (56, 1301),
     "stem_sm90_kernel 0": (845, 1295),
     "stem_sm90_kernel bytes 0": (846, 1514),
-    "stem_kernel: stem (16, 16, 64) 8 warps": (371, 1666),
-    "conv_bn_projection_kernel: stage 1 projection (128, 128, 64) 8 warps": (80, 2252),
-    "conv_bn_kernel: stage 1 3x3 (256, 64, 64) 8 warps": (163, 1589),
-    "conv_bn_kernel: stage 1 expand (128, 128, 64) 8 warps": (80, 1500),
-    "conv_bn_kernel: stage 2 3x3 strided (256, 128, 64) 8 warps": (167, 2570),
-    "conv_bn_projection_kernel: stage 2 projection (128, 128, 64) 8 warps": (80, 2412),
-    "conv_bn_kernel: stage 2 reduce (256, 128, 64) 8 warps": (105, 2158),
-    "conv_bn_kernel: stage 3 3x3 (128, 256, 64) 8 warps": (123, 2790),
-    "conv_bn_kernel: stage 4 3x3 (128, 128, 64) 8 warps": (114, 1586),
-    "conv_bn_kernel: stage 4 expand (128, 256, 64) 8 warps": (93, 2829),
-    "conv_bn_kernel: stage 2 shortcut option A (256, 128, 64) 8 warps": (167, 2766),
-    "conv_bn_kernel: stage 1 of ResNeXt 3x3 (256, 32, 32) 8 warps": (115, 901),
-    "bn_add_relu_kernel: elementwise () 4 warps": (0, 449),
-    "gate_add_relu_kernel: squeeze and excitation () 4 warps": (0, 449),
+    "stem_kernel: stem (16, 16, 64) 8 warps": (371, 1115),
+    "conv_bn_projection_kernel: stage 1 projection (128, 128, 64) 8 warps": (69, 1271),
+    "conv_bn_kernel: stage 1 3x3 (256, 64, 64) 8 warps": (163, 1024),
+    "conv_bn_kernel: stage 1 expand (128, 128, 64) 8 warps": (69, 919),
+    "conv_bn_kernel: stage 2 3x3 strided (256, 128, 64) 8 warps": (167, 1444),
+    "conv_bn_projection_kernel: stage 2 projection (128, 128, 64) 8 warps": (76, 1430),
+    "conv_bn_kernel: stage 2 reduce (256, 128, 64) 8 warps": (90, 1034),
+    "conv_bn_kernel: stage 3 3x3 (128, 256, 64) 8 warps": (123, 1478),
+    "conv_bn_kernel: stage 4 3x3 (128, 128, 64) 8 warps": (131, 948),
+    "conv_bn_kernel: stage 4 expand (128, 256, 64) 8 warps": (78, 1678),
+    "conv_bn_kernel: stage 2 shortcut option A (256, 128, 64) 8 warps": (167, 2059),
+    "conv_bn_kernel: stage 1 of ResNeXt 3x3 (256, 32, 32) 8 warps": (126, 639),
+    "bn_add_relu_kernel: elementwise () 4 warps": (0, 374),
+    "gate_add_relu_kernel: squeeze and excitation () 4 warps": (0, 386),
     "head_kernel: head (16, 64, 32) 4 warps": (1274, 1062),
     "conv_stats_kernel: 256×64×64 8 warps 3 stages 7×7/2": (1187, 1748),
     "merge_moments_kernel: 32 4 warps 1 stages": (105, 543),
@@ -245,6 +245,20 @@ BUDGETS: dict[str, tuple[int, int]] = {
     "dgrad_kernel: 128×128×64 8 warps 3 stages 1×1, folded": (100, 1146),
     "dgrad_kernel: 128×64×64 8 warps 3 stages 1×1, masks, folded": (91, 1338),
     "dgrad_kernel: 128×64×64 8 warps 3 stages 1×1, folded": (97, 629),
+}
+
+# The same of Triton's convolutions for B200 (sm_100) and GeForce RTX 50 (sm_120), by capability.
+BLACKWELL: dict[int, dict[str, tuple[int, int]]] = {
+    100: {
+        "stage 1 projection (128, 128, 64) 8 warps": (120, 1267),
+        "stage 2 reduce (256, 128, 64) 8 warps": (111, 1329),
+        "stage 3 3x3 (128, 256, 64) 8 warps": (145, 1491),
+    },
+    120: {
+        "stage 1 projection (128, 128, 64) 8 warps": (126, 1175),
+        "stage 2 reduce (128, 128, 64) 8 warps": (126, 691),
+        "stage 3 3x3 (128, 128, 64) 8 warps": (171, 910),
+    },
 }
 
 # Bytes of a thread's registers that a version of Triton keeps in memory, by GPU and kernel; all

@@ -14,7 +14,7 @@ from triton.compiler import CompiledKernel
 
 from ..._extension import optional_tensor_arg, tensor_arg
 from ...parameters import BatchNorm, ConvBn, Convolution
-from .. import Candidate, recording, tf32_in_convolutions
+from .. import Candidate, has_tensor_memory, recording, tf32_in_convolutions
 from ..arguments import dense_convolution
 from ..arguments import readable as readable
 
@@ -44,6 +44,7 @@ class Machine(NamedTuple):
 
     num_sms: int
     shared_bytes: int  # that one program may use
+    tensor_memory: bool = False  # whether products are tcgen05's
     interpreted: bool = False
 
 
@@ -53,7 +54,11 @@ def machine(device: torch.device) -> Machine:
     if device.type != "cuda":
         return Machine(1, 227 * 1024, interpreted=True)
     properties: Any = torch.cuda.get_device_properties(device)  # stubs lack some of them
-    return Machine(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    return Machine(
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+        has_tensor_memory(device),
+    )
 
 
 def candidates(run: Callable[..., Any], configs: Iterable[Config], family: str) -> list[Candidate]:
