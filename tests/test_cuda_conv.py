@@ -23,12 +23,12 @@ from torch import Tensor
 import resnet_fused
 from resnet_fused import use_backend
 from resnet_fused._extension import optional_tensor_arg, tensor_arg
-from resnet_fused.backends import autotune
+from resnet_fused.backends import autotune, cuda, has_tensor_memory
 from resnet_fused.backends.arguments import batch_norm_arg
 from resnet_fused.backends.cuda import CudaBackend
 from resnet_fused.backends.cuda_sim import SimulatedBackend
 from resnet_fused.numerics import assert_contract, cast, check_op
-from resnet_fused.parameters import BatchNorm, ConvBn, Convolution, MaxPool
+from resnet_fused.parameters import BatchNorm, ConvBn, Convolution, MaxPool, QuantizedLayer
 from resnet_fused.reference import ops as reference
 from resnet_fused.reference.convolution import convolve
 from resnet_fused.testing.cases import (
@@ -621,7 +621,7 @@ def test_sm90_leaves_the_rest_to_sm80(simulator, sm90, name):
 
 def test_capability_chooses_the_kernel(simulator, half):
     x, layer = make_convolution(ConvCase(1, 16, 8, 8, 16, 3, 1, 1), generator(), half)
-    for capability in (80, 90):
+    for capability in (80, 90, 100, 120):
         On(SimulatedBackend(simulator, capability=capability)).conv_bn(x, layer, None, True)
         assert (simulator.take_statistics()["bulk_copies"] > 0) == (capability == 90)
     tile = simulator.ConvTile.m128n64_sm90
@@ -721,6 +721,47 @@ def test_what_the_heuristic_leaves_to_cudnn_may_be_ours_by_measurement(simulator
     listed = WithCudnn(simulator, capability=80).conv_bn(x, layer, None, True)
     assert [candidate.name for candidate in listed] == ["cudnn", *names("m64n64")]
     assert listed[0].is_profitable
+
+
+@pytest.mark.parametrize("major", [8, 9, 10, 12])
+def test_tensor_memory_is_that_of_sm100(monkeypatch, major):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    assert has_tensor_memory.__wrapped__(torch.device("cuda")) == (major == 10)
+    assert not has_tensor_memory.__wrapped__(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "left"),
+    [(100, None, True), (100, "not installed", False), (120, None, False)],
+)
+def test_convolutions_are_left_to_tritons_tcgen05(
+    simulator, half, monkeypatch, capability, triton, left
+):
+    """Our kernels, which serve everywhere from sm_80, stay candidates, and are preferred again
+    where there is no Triton."""
+    monkeypatch.setattr(cuda, "has_tensor_memory", lambda device: capability == 100)
+    monkeypatch.setattr(cuda, "unavailable", lambda name: triton)
+    backend, rng = WithCudnn(simulator, capability=capability), generator()
+    x, layer = make_convolution(ConvCase(1, 64, 9, 9, 64), rng, half)
+    _, expanding = make_convolution(ConvCase(1, 64, 9, 9, 256), rng, half)
+    _, middle = make_convolution(ConvCase(1, 64, 9, 9, 64, 3, 1, 1), rng, half)
+    quantized = QuantizedLayer(
+        expanding.conv._replace(weight=torch.ones(256, 64, 1, 1, dtype=torch.int8)),
+        torch.zeros(256, dtype=torch.int32),
+        torch.ones(256),
+    )
+    bytes_ = torch.zeros(1, 64, 9, 9, dtype=torch.uint8)
+    found = {
+        "plain": backend.conv_bn(x, layer, None, True),
+        "projection": backend.conv_bn_projection(x, expanding, x, expanding),
+        "int8": backend.quantized_conv(bytes_, quantized, None, True),
+    }
+    for name, listed in found.items():
+        assert listed, name
+        assert all("sm90" not in candidate.name for candidate in listed), name
+        assert [c.is_profitable for c in listed] == [not left] * len(listed), name
+    (block,) = backend.bottleneck(x, layer, middle, expanding, expanding)
+    assert not (left and block.is_profitable)
 
 
 @pytest.mark.parametrize("tile", TILES[:2])

@@ -463,12 +463,13 @@ def test_on_a_device_that_is_not_the_current_one(dtype: torch.dtype) -> None:
 
 
 H200 = Machine(132, 227 * 1024)
+B200 = Machine(148, 227 * 1024, tensor_memory=True)
 
 
 def test_candidates_fit_the_machine_and_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     gemm = convolution.Gemm(rows=256 * 56 * 56, columns=64, channels=64)
     small = Machine(20, 99 * 1024)
-    for limits in (H200, small):
+    for limits in (H200, B200, small):
         found = _configurations(monkeypatch, limits, gemm, taps=9)
         assert len(found) > 1
         assert len(set(found)) == len(found)
@@ -500,6 +501,15 @@ def test_the_heuristic_takes_large_tiles_for_large_problems(
     gemm = convolution.Gemm(rows=256 * 14 * 14, columns=256, channels=256)
     found = _configurations(monkeypatch, H200, gemm, taps=9)
     assert found[0] == Config((128, 256, 64), 8, 3)
+
+
+def test_tiles_alone_on_an_sm_copy_further_ahead_of_tcgen05(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gemm = convolution.Gemm(rows=256 * 14 * 14, columns=256, channels=256)
+    found = _configurations(monkeypatch, B200, gemm, taps=9)
+    assert found[0] == Config((128, 256, 64), 8, 4)
+    assert Config((128, 128, 64), 8, 3) in found  # two of them share an SM
 
 
 def test_names_of_candidates_are_short_and_unlike() -> None:

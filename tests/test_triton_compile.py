@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from code_budgets import most_spilled
+from code_budgets import BLACKWELL, COMPILERS, most_spilled
 
 from resnet_fused.backends import Candidate
 from resnet_fused.parameters import (
@@ -54,6 +54,11 @@ CASES = [
 ]
 
 
+# Layers that show a tile each; and the products of tensor cores in machine code.
+TELLING = ("stage 1 projection", "stage 2 reduce", "stage 3 3x3")
+PRODUCTS = {100: "UTCHMMA", 120: "HMMA.16816.F32"}
+
+
 @pytest.mark.parametrize(("capability", "dtype"), CASES)
 def test_kernels_of_resnets(capability: int, dtype: str) -> None:
     """No unknown spill, tensor cores in use, 16-byte copies, no division in a loop."""
@@ -69,6 +74,7 @@ def test_kernels_of_resnets(capability: int, dtype: str) -> None:
     for kernel in kernels:
         assert kernel["spilled"] <= most_spilled(kernel, capability, dtype), kernel
         assert kernel["divisions"] == 0, kernel
+        assert kernel["shared"] <= TARGETS[capability].shared_bytes, kernel
         if kernel["kernel"] in ("bn_add_relu_kernel", "gate_add_relu_kernel"):
             continue
         assert kernel["loops"] > 0, kernel
@@ -79,6 +85,28 @@ def test_kernels_of_resnets(capability: int, dtype: str) -> None:
         elif dtype not in ("float32", "tf32"):
             # 16 images a tile are too few for the newer chips' warp-group instructions.
             assert "mma.sync" in kernel["instructions"], kernel
+
+
+@pytest.mark.parametrize("capability", sorted(BLACKWELL))
+def test_convolutions_on_blackwell(capability: int) -> None:
+    """The chip's products in the main loop, fed by 16-byte copies a step and more ahead; no spill;
+    a block's share of shared memory; and instructions within a budget."""
+    kernels = compiled_kernels(__file__, capability, "bfloat16", *TELLING)
+    assert [kernel["name"] for kernel in kernels] == list(BLACKWELL[capability])
+    for kernel in kernels:
+        code = kernel["code"]
+        (product,) = code["tensor_instructions"]
+        assert product.startswith(PRODUCTS[capability]), kernel
+        assert kernel["instructions"] == [TARGETS[capability].instruction], kernel
+        assert kernel["spilled"] == 0, kernel
+        assert kernel["shared"] <= TARGETS[capability].shared_bytes, kernel
+        assert code["load_bytes"] == {}, kernel
+        assert set(code["copy_bytes"]) == {"16"}, kernel
+        assert code["copies_pending"] >= 2, kernel  # groups, two of which are a step's
+        if COMPILERS["triton"] == f"triton {triton.__version__}":
+            main, elsewhere = BLACKWELL[capability][kernel["name"]]
+            assert code["instructions_main_loop"] <= main, kernel
+            assert code["instructions_elsewhere"] <= elsewhere, kernel
 
 
 @pytest.mark.parametrize(
@@ -308,8 +336,8 @@ def _quantized_resnet(backend: Any, float8: bool) -> Iterator[tuple[str, Callabl
     )
 
 
-def _worker(capability: int, dtype: str) -> None:
-    """Compiles what a ResNet-50 launches."""
+def _worker(capability: int, dtype: str, names: Sequence[str]) -> None:
+    """Compiles what a ResNet-50 launches, or of it what has one of those names."""
     from resnet_fused.backends.triton.backend import TritonBackend
 
     if dtype == "sums":
@@ -325,8 +353,9 @@ def _worker(capability: int, dtype: str) -> None:
         compile_launches(capability, _quantized_resnet(TritonBackend(), dtype == "float8"))
         return
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
-    compile_launches(capability, _resnet(TritonBackend(), DTYPES[dtype]))
+    calls = _resnet(TritonBackend(), DTYPES[dtype])
+    compile_launches(capability, (call for call in calls if not names or call[0] in names))
 
 
 if __name__ == "__main__":
-    _worker(int(sys.argv[1]), sys.argv[2])
+    _worker(int(sys.argv[1]), sys.argv[2], sys.argv[3:])

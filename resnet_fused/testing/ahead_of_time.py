@@ -33,6 +33,10 @@ class Target(NamedTuple):
     shared_bytes: int
     instruction: str
 
+    @property
+    def has_tensor_memory(self) -> bool:
+        return self.instruction == "tcgen05.mma"
+
 
 TARGETS = {
     80: Target(108, 163 * 1024, "mma.sync"),
@@ -99,7 +103,10 @@ def recorded_launches(capability: int) -> Iterator[list[Launch]]:
     from ..backends.triton import launching
 
     launches: list[Launch] = []
-    limits = launching.Machine(*TARGETS[capability][:2], converts_e4m3=capability >= 89)
+    target = TARGETS[capability]
+    limits = launching.Machine(
+        target.num_sms, target.shared_bytes, capability >= 89, target.has_tensor_memory
+    )
 
     def record(plan: Any, *tensors: Any) -> None:
         launches.append(Launch(plan, tensors))

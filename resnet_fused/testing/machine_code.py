@@ -24,7 +24,7 @@ _INSTRUCTION = re.compile(
     r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);", re.ASCII
 )
 LOADS, STORES, COPY = ("LDG", "LD"), ("STG", "ST", "RED", "ATOMG"), "LDGSTS"
-PRODUCTS = ("HGMMA", "IGMMA", "HMMA", "IMMA")
+PRODUCTS = ("HGMMA", "IGMMA", "HMMA", "IMMA", "UTCHMMA", "UTCIMMA", "UTCQMMA")
 _WARP_PRODUCTS = {"16832": 4096, "16816": 2048, "1688": 1024, "1684": 512}  # multiply-adds
 _SHARED, _MATRICES = ("LDS", "STS"), ("LDSM", "STSM")
 # Bodies this short only wait: poll an mbarrier, or trap.

@@ -38,7 +38,7 @@ from ...parameters import (
     is_resnet_stem,
 )
 from ...reference.ops import pad_channels
-from .. import Backend, Candidate, Candidates, unavailable
+from .. import Backend, Candidate, Candidates, has_tensor_memory, unavailable
 from ..arguments import dense_convolution, given_scale
 from ..reference import ReferenceBackend
 from ..training import TrainingKernels
@@ -172,7 +172,8 @@ class CudaBackend(ReferenceBackend):
         tiles = self._tiles(self._conv_bn, (x, layer), None, residual, relu)
         if self._tile is not None:
             return tiles
-        cudnn = Candidate("cudnn", self._conv_bn_of_cudnn, "cuda bn_add_relu")
+        preferred = not _left_to_triton(x)
+        cudnn = Candidate("cudnn", self._conv_bn_of_cudnn, "cuda bn_add_relu", preferred)
         return [cudnn, *tiles] if self._left_to_cudnn(x, layer.conv) else [*tiles, cudnn]
 
     def conv_bn_projection(
@@ -184,7 +185,7 @@ class CudaBackend(ReferenceBackend):
         tiles = self._tiles(
             self._conv_bn_projection, (x, layer), (shortcut, projection), None, True
         )
-        return [tile._replace(is_profitable=not left) for tile in tiles]
+        return [tile._replace(is_profitable=tile.is_profitable and not left) for tile in tiles]
 
     def _tiles(
         self,
@@ -204,8 +205,11 @@ class CudaBackend(ReferenceBackend):
             # Signs are written on Hopper alone.
             if not signs and not (names and "sm90" in names[0]):
                 names = ["automatic", *names]
+        preferred = not _left_to_triton(main[0])
         return [
-            Candidate(f"cuda {name}", functools.partial(launch, name), f"cuda conv_bn {name}")
+            Candidate(
+                f"cuda {name}", functools.partial(launch, name), f"cuda conv_bn {name}", preferred
+            )
             for name in names
         ]
 
@@ -251,7 +255,8 @@ class CudaBackend(ReferenceBackend):
                 name,
                 functools.partial(self._bottleneck, kernel),
                 family,
-                self._launcher.is_bottleneck_profitable(kernel, x, layers),
+                not _left_to_triton(x)
+                and self._launcher.is_bottleneck_profitable(kernel, x, layers),
             )
             for name, kernel, family in _BOTTLENECKS
             if self._launcher.can_implement_bottleneck(kernel, x, layers)
@@ -288,6 +293,7 @@ class CudaBackend(ReferenceBackend):
                 f"cuda {tile}",
                 functools.partial(self._launcher.quantized_conv, tile),
                 f"cuda quantized {tile}",
+                not _left_to_triton(x),
             )
             for tile in self._launcher.quantized_tiles(x, layer, shortcut, relu)
         ]
@@ -339,6 +345,11 @@ def _resnet_bottleneck(x: Tensor, convolutions: Sequence[Convolution]) -> bool:
             for conv, (kernel, stride, padding) in zip(convolutions, windows, strict=False)
         )
     )
+
+
+def _left_to_triton(x: Tensor) -> bool:
+    """Whether the heuristic prefers Triton's convolutions, which use tcgen05 where ours do not."""
+    return has_tensor_memory(x.device) and not unavailable("triton")
 
 
 def _present(layers: Sequence[ConvBn | None]) -> list[ConvBn]:

@@ -329,7 +329,8 @@ def configurations(
 
     The heuristic: rounds of programs over the SMs × the cost of a tile, which is its products plus
     its operands' traffic (64 products' worth for each row or column). Tiles over 128×128 fill an SM
-    alone, so they are left to inner dimensions long enough to hide an epilogue.
+    alone, so they are left to inner dimensions long enough to hide an epilogue. Where products are
+    tcgen05's, which take half as long, a tile alone in an SM's memory copies one more step ahead.
     """
     limits, itemsize = launching.machine(like.device), like.element_size()
     if limits.interpreted:  # its time goes with the number of steps more than with their size
@@ -347,7 +348,10 @@ def configurations(
         if block_m * block_n > 128 * 128 and taps * gemm.channels < 512:
             continue
         block_m, block_n, block_c = _cut((block_m, block_n, block_c), gemm, itemsize)
-        if stages * (block_m + block_n) * block_c * itemsize > limits.shared_bytes:
+        step_bytes = (block_m + block_n) * block_c * itemsize
+        if limits.tensor_memory and 2 * stages * step_bytes > limits.shared_bytes:
+            stages += 1
+        if stages * step_bytes > limits.shared_bytes:
             continue
         tiles = triton.cdiv(gemm.rows, block_m) * triton.cdiv(gemm.columns, block_n) * packs
         cost = triton.cdiv(tiles, limits.num_sms) * (block_m * block_n + 64 * (block_m + block_n))

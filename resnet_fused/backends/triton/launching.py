@@ -14,7 +14,7 @@ from triton.compiler import CompiledKernel
 
 from ..._extension import optional_tensor_arg, tensor_arg
 from ...parameters import BatchNorm, ConvBn, Convolution
-from .. import Candidate, recording, tf32_in_convolutions
+from .. import Candidate, has_tensor_memory, recording, tf32_in_convolutions
 from ..arguments import dense_convolution
 from ..arguments import readable as readable
 
@@ -45,6 +45,7 @@ class Machine(NamedTuple):
     num_sms: int
     shared_bytes: int  # that one program may use
     converts_e4m3: bool = False  # in hardware, without which Triton knows no such type
+    tensor_memory: bool = False  # whether products are tcgen05's
     interpreted: bool = False
 
 
@@ -58,6 +59,7 @@ def machine(device: torch.device) -> Machine:
         properties.multi_processor_count,
         properties.shared_memory_per_block_optin,
         (properties.major, properties.minor) >= (8, 9),
+        has_tensor_memory(device),
     )
 
 

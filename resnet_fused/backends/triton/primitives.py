@@ -50,8 +50,8 @@ def bn_scale_shift(bn, channel, mask):
     None, a `arguments.given_scale`.
 
     scale = γ/√(var + ε) comes from the hardware's approximate 1/√ and one Newton step with the
-    roundings of its residual added back: threads repeat this for every column they hold, and a
-    library root and quotient would take several times as long.
+    roundings of its residual added back: a library root and quotient would take several times as
+    long.
     """
     mean = tl.load(bn.mean + channel, mask, other=0.0).to(tl.float32)
     if bn.var is None:
@@ -79,6 +79,17 @@ def bn_scale_shift(bn, channel, mask):
 
 
 @triton.jit
+def computed_once(vector):
+    """`vector`, which each warp computes once, by shuffles or through shared memory.
+
+    Where a vector meets a tile, Triton lets every thread compute it anew for all columns that the
+    thread has of the tile; on sm_100, whose products leave a row to a thread, that is once for each
+    element. It does not do so through a gather.
+    """
+    return tl.gather(vector, tl.arange(0, vector.shape[0]), 0)
+
+
+@triton.jit
 def normalise(values, bn, channel, mask, EXACT: tl.constexpr):
     """Batch norm of float32 (rows, channels), parameters as in `bn_scale_shift`.
 
@@ -87,9 +98,9 @@ def normalise(values, bn, channel, mask, EXACT: tl.constexpr):
     lost, so that the result is rounded once; 16-bit results have nothing to gain from it.
     """
     mean, scale, scale_low, shift = bn_scale_shift(bn, channel, mask)
-    mean = mean[None, :]
-    scale = scale[None, :]
-    shift = shift[None, :]
+    mean = computed_once(mean)[None, :]
+    scale = computed_once(scale)[None, :]
+    shift = computed_once(shift)[None, :]
     difference = values - mean
     if EXACT:
         back = difference - values
@@ -99,7 +110,8 @@ def normalise(values, bn, channel, mask, EXACT: tl.constexpr):
         total = product + shift
         back = total - product
         low = (product - (total - back)) + (shift - back) + product_low
-        low += tl.fma(difference, scale_low[None, :], difference_low * scale)
+        scale_low = computed_once(scale_low)[None, :]
+        low += tl.fma(difference, scale_low, difference_low * scale)
         return total + tl.where(low == low, low, 0.0)  # infinities leave no remainder
     return tl.fma(difference, scale, shift)
 
@@ -132,8 +144,9 @@ def for_sums(values):
 
 @triton.jit
 def relu(values):
-    """ReLU that passes NaN on, as PyTorch's does."""
-    return tl.where(values < 0, 0.0, values)
+    """ReLU that passes NaN on, as PyTorch's does. A maximum becomes a part of the conversion to 16
+    bits, which a choice does not."""
+    return tl.maximum(values, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
