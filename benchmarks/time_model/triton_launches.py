@@ -80,7 +80,7 @@ def works(
         _, loops = code.regions()
         geometry = _DESCRIBE[plan.kernel.__name__](SimpleNamespace(**named, loops=loops))
         tensors = {id(t): t for t in named.values() if isinstance(t, Tensor)}
-        grid = math.prod(plan.grid)
+        grid = geometry.tiles or math.prod(plan.grid)
         moved = geometry.bytes or sum(_bytes(t) for t in tensors.values())
         yield Work(
             layer=name_of(list(tensors.values())),
@@ -110,7 +110,7 @@ def _bytes(tensor: Tensor) -> int:
 
 class _Geometry(NamedTuple):
     """trips, shared_loops: as in `Work`. asked: bytes that a block asks of L2 in its main loop, 0
-    where nothing is asked for twice. bytes: of DRAM, where not every tensor counts once."""
+    where nothing is asked for twice. tiles: where not every program of the grid computes. bytes: of DRAM, where not every tensor counts once."""
 
     shape: str
     trips: tuple[float, ...] = ()
@@ -119,6 +119,7 @@ class _Geometry(NamedTuple):
     bytes: int = 0
     shared_loops: tuple[int, ...] = ()
     operand_bytes: int = 2
+    tiles: int = 0
 
 
 def _window(a: Any) -> str:
@@ -202,8 +203,14 @@ def _end_products(a: Any) -> _Geometry:
 
 def _end_matrix(a: Any) -> _Geometry:
     steps = math.ceil(a.K / a.BLOCK_K)
-    asked = steps * a.BLOCK_K * 4 * a.BLOCK
-    return _Geometry(f"{a.K} rows of {a.C}", (steps,), asked, shared_loops=(0,))
+    asked, blocks = steps * a.BLOCK_K * 4 * a.BLOCK, math.ceil(a.C / a.BLOCK)
+    return _Geometry(
+        f"{a.K} rows of {a.C}",
+        (steps,),
+        asked,
+        shared_loops=(0,),
+        tiles=blocks * (blocks + 1) // 2,  # at the diagonal and below
+    )
 
 
 def _end_offset(a: Any) -> _Geometry:

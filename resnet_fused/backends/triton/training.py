@@ -84,14 +84,15 @@ class TritonReplays:
         )
 
     def operands(self, weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-        lowered = [
-            weight if weight.dtype == dtype else torch.empty_like(weight, dtype=dtype)
-            for weight in weights
-        ]
-        pairs = [(a, b) for a, b in zip(lowered, weights, strict=True) if a is not b]
-        if pairs:  # by one launch, where each weight would take one of its own
+        lowered, copies, sources = list(weights), [], []
+        for i, weight in enumerate(weights):
+            if weight.dtype != dtype:
+                lowered[i] = torch.empty_like(weight, dtype=dtype)
+                copies.append(lowered[i])
+                sources.append(weight)
+        if copies:  # by one launch, where each weight would take one of its own
             with torch.no_grad():
-                torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+                torch._foreach_copy_(copies, sources)
         return list(map(nhwc, lowered))
 
     def allocator(
