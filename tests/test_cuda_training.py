@@ -20,7 +20,7 @@ from resnet_fused.backends import autotune
 from resnet_fused.backends.autotune.verify import Check
 from resnet_fused.backends.cuda_sim import SimulatedBackend
 from resnet_fused.numerics import assert_contract
-from resnet_fused.ops import block_training
+from resnet_fused.ops import block_training, training_programs
 from resnet_fused.parameters import (
     MEAN,
     SCALE,
@@ -381,6 +381,16 @@ def test_what_there_is_no_kernel_for_is_left_to_others(backend):
     older = SimulatedBackend(backend.extension, capability=80).training_convolutions
     assert older("conv_stats", (x, conv, True)) == []
     assert older("wgrad", (g, x, conv)) == []
+
+
+@pytest.mark.parametrize("name", ["a stem", "few channels"])
+def test_lines_of_few_channels_are_laid_out_by_launches(backend, name):
+    """The weight's too: where PyTorch computes anything, a training op is no program."""
+    x, conv = convolution(CASES[name], torch.bfloat16, integers=True)
+    with training_programs._Watch() as watch:
+        (tile, *_) = backend._launcher.conv_stats_tiles(x, conv)
+        backend._launcher.conv_stats(tile, x, conv, True)
+    assert not watch.computed
 
 
 @pytest.mark.parametrize("name", ["3x3", "a stem"])

@@ -538,6 +538,28 @@ def test_many_parts_merge_as_one() -> None:
     )
 
 
+@pytest.mark.parametrize(("filters", "channels"), [(72, 40), (24, 300)])
+def test_a_folded_ends_moments_from_many_parts(
+    filters: int, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of integers, whose sums are exact: what the matrix loses is what float32 does."""
+    require("triton", "cpu", torch.float16)
+    from resnet_fused.backends.triton import launching, training_ends
+
+    monkeypatch.setattr(launching, "machine", lambda _: launching.Machine(40, 227 * 1024))
+    monkeypatch.setattr(training_ends, "_LEAST_POSITIONS", 16)
+    rng = generator()
+    x = torch.randint(-3, 4, (2, channels, 19, 17), generator=rng).to(torch.float16)
+    weight = torch.randint(-3, 4, (filters, channels, 1, 1), generator=rng).to(torch.float16)
+    end = Convolution(weight)
+    found = training_ends.operand_moments(x, end)
+    right = FoldingReference().operand_moments(x.double(), end._replace(weight=weight.double()))
+    for ours, truth in zip(found, right, strict=True):
+        assert relative_error(ours, truth) < 1e-6
+    (moments,), (expected,) = found[0], right[0]
+    torch.testing.assert_close(moments[1].double(), expected[1], rtol=1e-6, atol=0)
+
+
 def test_same_bits_every_time(target: tuple[str, torch.dtype]) -> None:
     device, dtype = target
     x, layers, grad = _block(CASES["bottleneck projection"])

@@ -44,6 +44,7 @@ KERNELS = {
 FOLDED = {
     "gram_kernel",
     "merge_gram_kernel",
+    "end_products_kernel",
     "end_moments_kernel",
     "conv_bn_kernel",
     "conv_bn_projection_kernel",

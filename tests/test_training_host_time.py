@@ -22,7 +22,7 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of a ResNet-50 step, batch 2 of 64²; in float16, under autocast, blocks fold their ends.
-LAUNCHES = {"float32": 488, "float16": 572}
+LAUNCHES = {"float32": 488, "float16": 592}
 # By folder of resnet_fused; Python 3.12 inlines comprehensions and makes fewer.
 FOLDERS = ("backends/triton", "backends/autotune", "")
 BUDGETS = {"float32": (155, 20, 1730), "float16": (170, 20, 1730)}

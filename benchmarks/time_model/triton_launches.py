@@ -21,7 +21,6 @@ from .rates import Gpu
 from .work import Work, resident_blocks
 
 CAPABILITY = 90
-_MERGED = 32  # parts that a step of a merge takes
 
 
 class _Recorded(TritonBackend):
@@ -81,7 +80,7 @@ def works(
         _, loops = code.regions()
         geometry = _DESCRIBE[plan.kernel.__name__](SimpleNamespace(**named, loops=loops))
         tensors = {id(t): t for t in named.values() if isinstance(t, Tensor)}
-        grid = math.prod(plan.grid)
+        grid = geometry.tiles or math.prod(plan.grid)
         moved = geometry.bytes or sum(_bytes(t) for t in tensors.values())
         yield Work(
             layer=name_of(list(tensors.values())),
@@ -111,7 +110,7 @@ def _bytes(tensor: Tensor) -> int:
 
 class _Geometry(NamedTuple):
     """trips, shared_loops: as in `Work`. asked: bytes that a block asks of L2 in its main loop, 0
-    where nothing is asked for twice. bytes: of DRAM, where not every tensor counts once."""
+    where nothing is asked for twice. tiles: where not every program of the grid computes. bytes: of DRAM, where not every tensor counts once."""
 
     shape: str
     trips: tuple[float, ...] = ()
@@ -120,6 +119,7 @@ class _Geometry(NamedTuple):
     bytes: int = 0
     shared_loops: tuple[int, ...] = ()
     operand_bytes: int = 2
+    tiles: int = 0
 
 
 def _window(a: Any) -> str:
@@ -181,14 +181,41 @@ def _gram(a: Any) -> _Geometry:
 
 
 def _merge_gram(a: Any) -> _Geometry:
-    return _Geometry(f"{a.count} parts of {a.C * a.C}", (math.ceil(a.count / a.STEP),))
+    # Each program reads a row of every part, and the sums of its columns.
+    asked = 8 * a.count * a.BLOCK
+    return _Geometry(f"{a.count} parts of {a.C * a.C}", (math.ceil(a.count / a.STEP),), asked)
 
 
-def _small_product(a: Any) -> _Geometry:
-    """Of matrices that lie in L2; its loops, nested or one behind the other, are as many steps."""
-    steps = math.ceil(a.C / a.BLOCK_C) if hasattr(a, "BLOCK_C") else math.ceil(a.K / a.BLOCK_K)
-    loops = len(a.loops)
-    return _Geometry(f"{a.K} rows of {a.C}", (steps,) * loops, shared_loops=tuple(range(loops)))
+def _by_rows(a: Any) -> _Geometry:
+    """Of matrices that lie in L2; loops one behind the other, each through the columns, behind one
+    through parts of sums."""
+    loops, steps = len(a.loops), math.ceil(a.C / a.BLOCK_C)
+    merges = [math.ceil(a.parts / a.PARTS)] if hasattr(a, "parts") else []
+    trips = (*merges, *(steps,) * loops)[:loops]
+    return _Geometry(f"{a.K} rows of {a.C}", trips, shared_loops=tuple(range(loops)))
+
+
+def _end_products(a: Any) -> _Geometry:
+    steps = math.ceil(a.C / a.BLOCK_C)
+    asked = steps * a.BLOCK_C * (2 * a.BLOCK_K + 4 * a.BLOCK_C)
+    return _Geometry(f"{a.K} rows of {a.C}", (steps,), asked, shared_loops=(0,))
+
+
+def _end_matrix(a: Any) -> _Geometry:
+    steps = math.ceil(a.K / a.BLOCK_K)
+    asked, blocks = steps * a.BLOCK_K * 4 * a.BLOCK, math.ceil(a.C / a.BLOCK)
+    return _Geometry(
+        f"{a.K} rows of {a.C}",
+        (steps,),
+        asked,
+        shared_loops=(0,),
+        tiles=blocks * (blocks + 1) // 2,  # at the diagonal and below
+    )
+
+
+def _end_offset(a: Any) -> _Geometry:
+    trips = math.ceil(a.K / a.BLOCK_K), math.ceil(a.C / a.BLOCK_K)
+    return _Geometry(f"{a.K} rows of {a.C}", trips, shared_loops=(0, 1))
 
 
 def _quantized_conv(a: Any) -> _Geometry:
@@ -286,13 +313,11 @@ def _relu_gradient(a: Any) -> _Geometry:
     return _Geometry(f"{a.rows} rows of {a.K}", (a.TILES,))
 
 
-def _merge(loops: int) -> Callable[[Any], _Geometry]:
-    def describe(a: Any) -> _Geometry:
-        parts = min(getattr(a, "CHUNK", a.parts), a.parts)
-        trips = (math.ceil(parts / _MERGED),) * loops
-        return _Geometry(f"{a.parts} parts of {a.K}", trips, shared_loops=tuple(range(loops)))
-
-    return describe
+def _merge(a: Any) -> _Geometry:
+    parts = min(getattr(a, "CHUNK", a.parts), a.parts)
+    trips = (math.ceil(parts / a.PARTS),) * len(a.loops)
+    shared = tuple(range(len(trips)))
+    return _Geometry(f"{a.parts} parts of {a.K}", trips, shared_loops=shared)
 
 
 def _sum_parts(a: Any) -> _Geometry:
@@ -310,11 +335,12 @@ _DESCRIBE: dict[str, Callable[[Any], _Geometry]] = {
     "conv_bn_projection_kernel": _conv_bn,
     "gram_kernel": _gram,
     "merge_gram_kernel": _merge_gram,
-    "end_moments_kernel": _small_product,
-    "end_sums_kernel": _small_product,
-    "end_gradients_kernel": _small_product,
-    "end_matrix_kernel": _small_product,
-    "end_offset_kernel": _small_product,
+    "end_products_kernel": _end_products,
+    "end_moments_kernel": _by_rows,
+    "end_sums_kernel": _by_rows,
+    "end_gradients_kernel": _by_rows,
+    "end_matrix_kernel": _end_matrix,
+    "end_offset_kernel": _end_offset,
     "quantized_conv_kernel": _quantized_conv,
     "border_kernel": lambda a: _Geometry(f"{a.image.c} of {a.image.h}×{a.image.w}, with a border"),
     "max_pool_kernel": _max_pool,
@@ -328,9 +354,9 @@ _DESCRIBE: dict[str, Callable[[Any], _Geometry]] = {
     "pool_gradient_kernel": _rows,
     "pre_bn_gradient_kernel": _pre_bn_gradient,
     "relu_gradient_kernel": _relu_gradient,
-    "merge_moments_kernel": _merge(2),
-    "merge_sums_kernel": _merge(1),
-    "bn_scale_shift_kernel": _merge(2),
-    "bn_backward_coefficients_kernel": _merge(2),
+    "merge_moments_kernel": _merge,
+    "merge_sums_kernel": _merge,
+    "bn_scale_shift_kernel": _merge,
+    "bn_backward_coefficients_kernel": _merge,
     "sum_parts_kernel": _sum_parts,
 }

@@ -166,7 +166,10 @@ class Launcher:
         """The result to be, and the kernel's other arguments but for the moments."""
         x, conv = nhwc(x), dense_convolution(conv, x.dtype)
         if has_few_channels(conv):
+            # A window as wide as the weight covers a line of it whole.
+            lines = self._rows(conv.weight, 1, conv.weight.shape[3], 1, 0)
             x, conv = self._window_rows(x, conv)
+            conv = conv._replace(weight=lines)
         out = empty_nhwc(x, len(conv.weight), *conv.output_size(*x.shape[2:]))
         return out, (tensor_arg(x), tensor_arg(conv.weight), _window(conv))
 
@@ -260,23 +263,20 @@ class Launcher:
         return out, (tensor_arg(nhwc(g)), tensor_arg(nhwc(x)), _window(conv))
 
     def _window_rows(self, x: Tensor, conv: Convolution) -> tuple[Tensor, Convolution]:
-        """A convolution of few channels as one of the window's lines: (R, 1) of S · C channels."""
-        x, (filters, channels, height, width) = nhwc(x), conv.weight.shape
-        row = -(-width * channels // _LANES) * _LANES
+        """A convolution of few channels as one of the window's lines: (R, 1) of S · C channels, of
+        a weight that is not filled in."""
+        height, width = conv.weight.shape[2:]
         _, out_width = conv.output_size(*x.shape[2:])
-        rows = self.run(
-            self.extension.cuda_window_rows,
-            empty_nhwc(x, row, x.shape[2], out_width),
-            tensor_arg(x),
-            *(width, conv.stride[1], conv.padding[1]),
-        )
-        weight = conv.weight.new_zeros((filters, height, 1, row))
-        lines = conv.weight.permute(0, 2, 3, 1).reshape(filters, height, 1, width * channels)
-        weight[..., : width * channels] = lines
+        rows = self._rows(nhwc(x), out_width, width, conv.stride[1], conv.padding[1])
+        weight = empty_nhwc(conv.weight, rows.shape[1], height, 1)
         stride, padding, dilation = (pair[0] for pair in conv[1:4])
-        return rows, Convolution(
-            weight.permute(0, 3, 1, 2), (stride, 1), (padding, 0), (dilation, 1), 1
-        )
+        return rows, Convolution(weight, (stride, 1), (padding, 0), (dilation, 1), 1)
+
+    def _rows(self, x: Tensor, out_width: int, width: int, stride: int, padding: int) -> Tensor:
+        """What a window covers of each line at each place; zeros up to whole chunks."""
+        row = -(-width * x.shape[1] // _LANES) * _LANES
+        out = empty_nhwc(x, row, x.shape[2], out_width)
+        return self.run(self.extension.cuda_window_rows, out, tensor_arg(x), width, stride, padding)
 
     def quantized_conv(self, tile: str, *arguments: Any) -> Tensor:
         out, call = self._quantized_conv_call(*arguments)

@@ -191,7 +191,7 @@ def to_e4m3(values, LOW: tl.constexpr, BYTES: tl.constexpr):
 
 
 @triton.jit
-def _round_to_tf32(x):
+def round_to_tf32(x):
     """To the nearest number with 10 bits behind the point, ties away from zero, as cvt.rna.tf32 of
     the PTX ISA does; what is not finite stays as it is."""
     bits = x.to(tl.int32, bitcast=True)
@@ -211,8 +211,8 @@ def multiply(a, b, acc, PRECISION: tl.constexpr):
     making one chain of it.
     """
     if PRECISION == "tf32" and a.dtype == tl.float32:
-        a = _round_to_tf32(a)
-        b = _round_to_tf32(b)
+        a = round_to_tf32(a)
+        b = round_to_tf32(b)
     if PRECISION == "ieee" and a.dtype == tl.float32:
         step = tl.dot(a, b, input_precision="ieee", max_num_imprecise_acc=1, out_dtype=acc.dtype)
         return acc + step

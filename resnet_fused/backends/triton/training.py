@@ -84,7 +84,16 @@ class TritonReplays:
         )
 
     def operands(self, weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-        return [nhwc(weight.to(dtype)) for weight in weights]
+        lowered, copies, sources = list(weights), [], []
+        for i, weight in enumerate(weights):
+            if weight.dtype != dtype:
+                lowered[i] = torch.empty_like(weight, dtype=dtype)
+                copies.append(lowered[i])
+                sources.append(weight)
+        if copies:  # by one launch, where each weight would take one of its own
+            with torch.no_grad():
+                torch._foreach_copy_(copies, sources)
+        return list(map(nhwc, lowered))
 
     def allocator(
         self,

@@ -2,11 +2,14 @@
 backward coefficients computed, the block's end, and the gradient that enters the block there.
 
 Algorithm: every reduction is a sum over parts in a fixed order, so that the same inputs give the
-same bits. Moments merge stably: first the mean of all parts, as a deviation from the first part's,
-then the squared deviations from it (Chan, Golub and LeVeque, 1979); nothing large is subtracted
-from something large. Vectors are short, so they are computed in float64 and rounded once. Where
-there are many, a first launch merges chunks of them side by side.
-Tiles: merging (32 parts × 32 channels); the passes over activations (BLOCK_M × BLOCK_C).
+same bits. Moments merge in float64 as deviations from the first part's mean: with d a part's, n its
+count and S its squares, the mean moves by m = Σn·d / N and the squares are Σ(S + n·d²) - N·m²
+(Chan, Golub and LeVeque, 1979). What cancels there is the first part's own deviation alone: of 16
+digits at most as many as the number of parts has. Vectors are short, so what takes time is waiting:
+a program loads all that it merges at once or in two steps, of few channels, so that many SMs wait
+side by side. Where there are very many parts, a first launch merges chunks of them.
+Tiles: merging (256 parts × 8 channels, few parts 16 × 32); the passes over activations
+(BLOCK_M × BLOCK_C).
 Memory traffic: the passes read and write each tensor once; vectors are negligible.
 """
 
@@ -41,47 +44,48 @@ from .primitives import (
     tile_index,
 )
 
-_CHUNK = 64  # parts that one program merges where there are many
-_DIRECT = 256  # parts that the last merge takes without a first one
-_BLOCK_C = 32
-_MERGE = Config((_BLOCK_C,), 4, 1)
-_STEP = tl.constexpr(32)
+_FEW = Config((16, 32), 4, 1)  # parts × channels
+_MANY = Config((256, 8), 8, 1)
+_CHUNK = _MANY.blocks[0]  # parts that one program merges in a first launch
+_DIRECT = 2 * _CHUNK  # parts that the last merge takes without a first one
 _ELEMENTS = 4096  # of a tile of the passes over activations
 _TILES = 4  # row tiles that one program of a reducing pass goes through
 
 
 @triton.jit
-def merged_moments(moments, first, last, K, channel, valid):
-    """Float64 moments of the parts first..last-1 of (parts, 3, K) together, per channel."""
-    part = tl.arange(0, _STEP)
-    origin = tl.load(moments + first * 3 * K + channel, valid, other=0.0)
-    count = tl.zeros((_STEP, channel.shape[0]), tl.float64)
+def merged_moments(moments, first, last, K, channel, valid, PARTS: tl.constexpr):
+    """Float64 moments of the parts first..last-1 of (parts, 3, K) together, per channel; PARTS of
+    them at a time."""
+    part = tl.arange(0, PARTS)
+    origin = tl.load(moments + first * 3 * K + channel, valid, other=0.0).to(tl.float64)
+    count = tl.zeros((PARTS, channel.shape[0]), tl.float64)
     shift = count
-    for start in range(first, last, _STEP):
+    squares = count
+    for start in range(first, last, PARTS):
         mask = (start + part < last)[:, None] & valid[None, :]
         place = moments + (start + part)[:, None] * (3 * K) + channel[None, :]
         n = tl.load(place + 2 * K, mask, other=0.0)
+        deviation = tl.load(place, mask, other=0.0).to(tl.float64) - origin[None, :]
+        moved = n * deviation
         count += n
-        shift += n * (tl.load(place, mask, other=0.0) - origin[None, :]).to(tl.float64)
+        shift += moved
+        squares += tl.load(place + K, mask, other=0.0) + moved * deviation
     total = tl.sum(count, 0)
-    mean = origin + tl.sum(shift, 0) / tl.maximum(total, 1.0)
-    squares = tl.zeros((_STEP, channel.shape[0]), tl.float64)
-    for start in range(first, last, _STEP):
-        mask = (start + part < last)[:, None] & valid[None, :]
-        place = moments + (start + part)[:, None] * (3 * K) + channel[None, :]
-        deviation = tl.load(place, mask, other=0.0) - mean[None, :]
-        n = tl.load(place + 2 * K, mask, other=0.0)
-        squares += tl.load(place + K, mask, other=0.0) + n * deviation * deviation
-    return mean, tl.sum(squares, 0), total
+    sum_shift = tl.sum(shift, 0)
+    mean_shift = sum_shift / tl.maximum(total, 1.0)
+    merged = tl.sum(squares, 0) - sum_shift * mean_shift
+    # Rounding may take squares of nothing below zero; NaN is to pass.
+    return origin + mean_shift, tl.where(merged < 0, 0.0, merged), total
 
 
 @triton.jit
-def merged_sums(sums, first, last, K, channel, valid):
-    """Both sums, in float64, of the parts first..last-1 of (parts, 2, K), per channel."""
-    part = tl.arange(0, _STEP)
-    sum_g = tl.zeros((_STEP, channel.shape[0]), tl.float64)
+def merged_sums(sums, first, last, K, channel, valid, PARTS: tl.constexpr):
+    """Both sums, in float64, of the parts first..last-1 of (parts, 2, K), per channel; PARTS of
+    them at a time."""
+    part = tl.arange(0, PARTS)
+    sum_g = tl.zeros((PARTS, channel.shape[0]), tl.float64)
     sum_centred = sum_g
-    for start in range(first, last, _STEP):
+    for start in range(first, last, PARTS):
         mask = (start + part < last)[:, None] & valid[None, :]
         place = sums + (start + part)[:, None] * (2 * K) + channel[None, :]
         sum_g += tl.load(place, mask, other=0.0)
@@ -90,14 +94,14 @@ def merged_sums(sums, first, last, K, channel, valid):
 
 
 @triton.jit
-def merge_moments_kernel(moments, out, parts, K, CHUNK, BLOCK_C: tl.constexpr):
+def merge_moments_kernel(moments, out, parts, K, CHUNK, PARTS: tl.constexpr, BLOCK_C: tl.constexpr):
     """Grid: (chunks, blocks of K). out: (chunks, 3, K)."""
     chunk = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     valid = channel < K
     first = chunk * CHUNK
     last = tl.minimum(first + CHUNK, parts)
-    mean, squares, count = merged_moments(moments, first, last, K, channel, valid)
+    mean, squares, count = merged_moments(moments, first, last, K, channel, valid, PARTS)
     place = out + chunk * 3 * K + channel
     tl.store(place, mean, valid)
     tl.store(place + K, squares, valid)
@@ -105,25 +109,33 @@ def merge_moments_kernel(moments, out, parts, K, CHUNK, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def merge_sums_kernel(sums, out, parts, K, CHUNK, BLOCK_C: tl.constexpr):
-    """Grid: (chunks, blocks of K). out: (chunks, 2, K)."""
+def merge_sums_kernel(sums, out, parts, K, CHUNK, PARTS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Grid: (chunks, blocks of K). out: (1, 2, K), or of several chunks (2 · chunks, 2, K): what
+    rounding took from a chunk's sums is a part as well."""
     chunk = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     valid = channel < K
     first = chunk * CHUNK
     last = tl.minimum(first + CHUNK, parts)
-    sum_g, sum_centred = merged_sums(sums, first, last, K, channel, valid)
+    sum_g, sum_centred = merged_sums(sums, first, last, K, channel, valid, PARTS)
     place = out + chunk * 2 * K + channel
     tl.store(place, sum_g, valid)
     tl.store(place + K, sum_centred, valid)
+    chunks = tl.num_programs(0)
+    if chunks > 1:
+        place += chunks * 2 * K
+        tl.store(place, sum_g - sum_g.to(tl.float32), valid)
+        tl.store(place + K, sum_centred - sum_centred.to(tl.float32), valid)
 
 
 @triton.jit
-def bn_scale_shift_kernel(moments, weight, bias, out, eps, parts, K, BLOCK_C: tl.constexpr):
+def bn_scale_shift_kernel(
+    moments, weight, bias, out, eps, parts, K, PARTS: tl.constexpr, BLOCK_C: tl.constexpr
+):
     """Grid: (blocks of K,). out: the (6, K) `scale_shift` of `resnet_fused.backends.training`."""
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     valid = channel < K
-    mean, squares, count = merged_moments(moments, 0, parts, K, channel, valid)
+    mean, squares, count = merged_moments(moments, 0, parts, K, channel, valid, PARTS)
     invstd = 1.0 / tl.sqrt(squares / tl.maximum(count, 1.0) + eps)
     place = out + channel
     tl.store(place, mean, valid)
@@ -146,12 +158,14 @@ def bn_backward_coefficients_kernel(
     total_parts,
     K,
     FROZEN: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Grid: (blocks of K,). Coefficients from `total`, parameter gradients from `sums`."""
+    """Grid: (blocks of K,). Coefficients from `total`, or from `sums` where that is None; parameter
+    gradients from `sums`."""
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     valid = channel < K
-    sum_g, sum_centred = merged_sums(sums, 0, parts, K, channel, valid)
+    sum_g, sum_centred = merged_sums(sums, 0, parts, K, channel, valid, PARTS)
     mean = tl.load(scale_shift + channel, valid, other=0.0)
     scale = tl.load(scale_shift + K + channel, valid, other=0.0)
     invstd = tl.load(scale_shift + 3 * K + channel, valid, other=0.0)
@@ -161,7 +175,9 @@ def bn_backward_coefficients_kernel(
     d = b
     if not FROZEN:
         count = tl.load(scale_shift + 5 * K + channel, valid, other=1.0)
-        total_g, total_centred = merged_sums(total, 0, total_parts, K, channel, valid)
+        total_g, total_centred = sum_g, sum_centred
+        if total is not None:
+            total_g, total_centred = merged_sums(total, 0, total_parts, K, channel, valid, PARTS)
         b = -scale.to(tl.float64) * invstd * invstd * (total_centred / count)
         d = -scale * (total_g / count)
     place = coefficients + channel
@@ -318,34 +334,43 @@ def pass_tile(channels: int) -> Config:
 @planned
 def _plan_merge(parts: Tensor, kernel: Any, chunk: int) -> Launch:
     count, _, channels = parts.shape
+    step, block_c = _MANY.blocks
     return Launch(
         kernel,
-        (triton.cdiv(count, chunk), triton.cdiv(channels, _BLOCK_C)),
-        _MERGE,
+        (triton.cdiv(count, chunk), triton.cdiv(channels, block_c)),
+        _MANY,
         parts.device,
         parts=count,
         K=channels,
         CHUNK=chunk,
-        BLOCK_C=_BLOCK_C,
+        PARTS=step,
+        BLOCK_C=block_c,
     )
 
 
 def _merge(parts: Tensor, kernel: Any, chunk: int) -> Tensor:
     launch = _plan_merge(parts, kernel, chunk)
-    out = parts.new_empty((launch.grid[0], *parts.shape[1:]))
+    chunks = launch.grid[0]
+    count = 2 * chunks if kernel is merge_sums_kernel and chunks > 1 else chunks
+    out = parts.new_empty((count, *parts.shape[1:]))
     launch(parts, out)
     return out
 
 
 def few_sums(sums: Tensor) -> Tensor:
-    """Parts of sums, few enough to be merged by who reads them."""
-    return _few(sums, merge_sums_kernel)
+    """Parts of sums, few enough to be merged by who reads them and more beside them."""
+    return _few(sums, merge_sums_kernel, _CHUNK)
 
 
-def _few(parts: Tensor, kernel: Any) -> Tensor:
-    while len(parts) > _DIRECT:
+def _few(parts: Tensor, kernel: Any, most: int = _DIRECT) -> Tensor:
+    while len(parts) > most:
         parts = _merge(parts, kernel, _CHUNK)
     return parts
+
+
+def _last_merge(parts: int) -> Config:
+    """Of a kernel that merges so many parts and uses what that gives."""
+    return _FEW if parts <= _FEW.blocks[0] else _MANY
 
 
 def merge_moments(moments: Tensor) -> Tensor:
@@ -363,15 +388,18 @@ def merge_sums(sums: Tensor) -> Tensor:
 @planned
 def _plan_scale_shift(moments: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Launch:
     parts, _, channels = moments.shape
+    config = _last_merge(parts)
+    step, block_c = config.blocks
     return Launch(
         bn_scale_shift_kernel,
-        (triton.cdiv(channels, _BLOCK_C),),
-        _MERGE,
+        (triton.cdiv(channels, block_c),),
+        config,
         moments.device,
         eps=eps,
         parts=parts,
         K=channels,
-        BLOCK_C=_BLOCK_C,
+        PARTS=step,
+        BLOCK_C=block_c,
     )
 
 
@@ -384,18 +412,23 @@ def bn_scale_shift(moments: Tensor, weight: Tensor, bias: Tensor, eps: float) ->
 
 
 @planned
-def _plan_coefficients(sums: Tensor, total: Tensor, scale_shift: Tensor, frozen: bool) -> Launch:
+def _plan_coefficients(
+    sums: Tensor, total: Tensor | None, scale_shift: Tensor, frozen: bool
+) -> Launch:
     channels = scale_shift.shape[1]
+    config = _last_merge(len(sums))
+    step, block_c = config.blocks
     return Launch(
         bn_backward_coefficients_kernel,
-        (triton.cdiv(channels, _BLOCK_C),),
-        _MERGE,
+        (triton.cdiv(channels, block_c),),
+        config,
         sums.device,
         parts=len(sums),
-        total_parts=len(total),
+        total_parts=0 if total is None else len(total),
         K=channels,
         FROZEN=frozen,
-        BLOCK_C=_BLOCK_C,
+        PARTS=step,
+        BLOCK_C=block_c,
     )
 
 
@@ -404,12 +437,12 @@ def bn_backward_coefficients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `TrainingKernels.bn_backward_coefficients`."""
     few = _few(sums, merge_sums_kernel)
-    total = few if total is sums else total
+    others = None if total is sums else total
     channels = scale_shift.shape[1]
     coefficients = scale_shift.new_empty((4, channels))
     weight_grad, bias_grad = scale_shift.new_empty(channels), scale_shift.new_empty(channels)
-    launch = _plan_coefficients(few, total, scale_shift, frozen)
-    launch(few, total, scale_shift, coefficients, weight_grad, bias_grad)
+    launch = _plan_coefficients(few, others, scale_shift, frozen)
+    launch(few, others, scale_shift, coefficients, weight_grad, bias_grad)
     return coefficients, weight_grad, bias_grad
 
 

@@ -3,9 +3,11 @@
 Algorithm: products of the operand's deviations, channel by channel, are summed over positions as a
 weight's gradient is, in parts; deviations are from the first position, so that a mean that is large
 beside them loses nothing, and are centred in float64 once the parts are merged. What follows are
-products of the small matrices: W·C forward, Wᵀ·b·W backward, and their diagonals.
+products of the small matrices: W·C forward, Wᵀ·b·W backward, and their diagonals. These move next
+to no bytes: what takes time is loads that wait for one another, so a program takes few steps, of as
+much as it can hold, and there are programs for all SMs.
 Tiles: BLOCK_M × BLOCK_N channels of C, BLOCK_C positions a step; of the small products
-16 × 64 and 32 × 64.
+64 × 64 and 32 × 32; of rows of matrices 2048 elements a step.
 Memory traffic: the operand once for each tile of its channels, 4 bytes per part and pair of
 channels; the matrices, of K × C at most, stay in L2.
 """
@@ -36,16 +38,17 @@ from .launching import (
     planned,
     readable,
 )
-from .primitives import multiply, split_position
+from .primitives import multiply, round_to_tf32, split_position
 from .training_batch_norm import few_sums, merged_sums
 
 _SMALL = Config((64, 64, 64), 4, 3)  # of up to 64 channels
 _LARGE = Config((128, 128, 64), 8, 3)
 _LEAST_POSITIONS = 1024  # of a part
-_MERGE = Config((16, 64), 4, 1)  # parts × pairs of channels
-_ROWS = Config((16, 64), 4, 2)  # filters × channels
-_MATRIX = Config((32, 64), 4, 2)
-_VECTOR = Config((32, 64), 4, 1)
+_ELEMENTS = 2048  # of a step of what goes through rows or parts
+_MOST_PARTS = 64  # of a step of merge_gram
+_PRODUCTS = Config((64, 64), 4, 2)  # filters × channels
+_MATRIX = Config((32, 64), 4, 2)  # channels, both; filters a step
+_VECTOR = Config((16, 256), 8, 1)  # channels × filters
 
 
 @triton.jit
@@ -116,71 +119,76 @@ def merge_gram_kernel(
     STEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid: (blocks of C × C,), STEP parts at a time. gram (C, C): the sum of products of
-    deviations from the mean, which is the last row of products (K + 1, C), float32.
-    first_position (C,): of the operand."""
-    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    in_pairs = pair < C * C
-    left = pair // C
-    right = pair % C
-    some = tl.arange(0, STEP)[:, None]
+    """Grid: (C, blocks of C), STEP parts at a time. gram (2, C, C): the sum of products of
+    deviations from the mean, as much as TF32 keeps of it, and the rest. The mean is the last row of
+    products (K + 1, C), float32. first_position (C,): of the operand."""
+    left = tl.program_id(0)
+    right = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    valid = right < C
     total = tl.zeros((STEP, BLOCK), tl.float64)
-    left_sum = total
     right_sum = total
+    left_sum = tl.zeros((STEP,), tl.float64)
     for first in range(0, count, STEP):
-        mask = (first + some < count) & in_pairs[None, :]
-        part = first + some
-        total += tl.load(parts + part * C * C + pair[None, :], mask, other=0.0)
-        left_sum += tl.load(sums + part * C + left[None, :], mask, other=0.0)
-        right_sum += tl.load(sums + part * C + right[None, :], mask, other=0.0)
+        part = first + tl.arange(0, STEP)
+        in_parts = part < count
+        mask = in_parts[:, None] & valid[None, :]
+        row = part * C
+        place = ((row + left) * C)[:, None] + right[None, :]
+        total += tl.load(parts + place, mask, other=0.0)
+        right_sum += tl.load(sums + row[:, None] + right[None, :], mask, other=0.0)
+        left_sum += tl.load(sums + row + left, in_parts, other=0.0)
     left_mean = tl.sum(left_sum, 0) / rows
-    centred = tl.sum(total, 0) - left_mean * tl.sum(right_sum, 0)
-    tl.store(gram + pair, centred, in_pairs)
-    origin = tl.load(first_position + left, in_pairs, other=0.0).to(tl.float64)
-    tl.store(products + K * C + left, origin + left_mean, in_pairs & (right == 0))
+    centred = (tl.sum(total, 0) - left_mean * tl.sum(right_sum, 0)).to(tl.float32)
+    kept = (centred.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    tl.store(gram + left * C + right, kept, valid)
+    tl.store(gram + (C + left) * C + right, centred - kept, valid)
+    if tl.program_id(1) == 0:
+        tl.store(products + K * C + left, tl.load(first_position + left).to(tl.float64) + left_mean)
+
+
+@triton.jit
+def end_products_kernel(weight, gram, products, K, C, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Grid: (blocks of K, blocks of C). products[:K] = W·gram, which is symmetric, by both of its
+    parts; of a 16-bit weight TF32 loses nothing."""
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_k = (k < K)[:, None]
+    in_columns = (column < C)[:, None]
+    acc = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+    for first in range(0, C, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        in_inner = (c < C)[None, :]
+        w = tl.load(weight + k[:, None] * C + c[None, :], in_k & in_inner, other=0.0)
+        place = gram + column[:, None] * C + c[None, :]
+        kept = tl.load(place, in_columns & in_inner, other=0.0)
+        rest = tl.load(place + C * C, in_columns & in_inner, other=0.0)
+        w = w.to(tl.float32)
+        acc = tl.dot(w, tl.trans(rest), acc, input_precision="tf32")
+        acc = tl.dot(w, tl.trans(kept), acc, input_precision="tf32")
+    tl.store(products + k[:, None] * C + column[None, :], acc, in_k & (column < C)[None, :])
 
 
 @triton.jit
 def end_moments_kernel(
-    weight,
-    gram,
-    products,
-    moments,
-    rows,
-    K,
-    C,
-    BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    weight, products, moments, rows, K, C, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """Grid: (blocks of K,). products (K + 1, C): W·gram is written, the mean in the last row read;
-    moments: (3, K)."""
+    """Grid: (blocks of K,). moments: (3, K), from products (K + 1, C)."""
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     in_k = k < K
-    squares = tl.zeros((BLOCK_K,), tl.float32)
+    squares = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
     mean = squares
-    inner = tl.arange(0, BLOCK_C)
     for first in range(0, C, BLOCK_C):
-        column = first + inner
-        in_columns = column < C
-        acc = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
-        for c in range(0, C, BLOCK_C):
-            in_inner = c + inner < C
-            mask = in_k[:, None] & in_inner[None, :]
-            w = tl.load(weight + k[:, None] * C + (c + inner)[None, :], mask, other=0.0)
-            place = gram + (c + inner)[:, None] * C + column[None, :]
-            g = tl.load(place, in_inner[:, None] & in_columns[None, :], other=0.0)
-            acc = multiply(w.to(tl.float32), g, acc, "ieee")
-        mask = in_k[:, None] & in_columns[None, :]
+        column = first + tl.arange(0, BLOCK_C)
+        mask = in_k[:, None] & (column < C)[None, :]
         place = k[:, None] * C + column[None, :]
-        tl.store(products + place, acc, mask)
         w = tl.load(weight + place, mask, other=0.0).to(tl.float32)
-        squares += tl.sum(acc * w, 1)
-        operand = tl.load(products + K * C + column, in_columns, other=0.0)
-        mean += tl.sum(w * operand[None, :], 1)
-    tl.store(moments + k, mean, in_k)
+        squares += w * tl.load(products + place, mask, other=0.0)
+        mean += w * tl.load(products + K * C + column, column < C, other=0.0)[None, :]
+    total = tl.sum(squares, 1)
+    tl.store(moments + k, tl.sum(mean, 1), in_k)
     # Rounding may take a variance of nothing below zero; NaN is to pass.
-    tl.store(moments + K + k, tl.where(squares < 0, 0.0, squares), in_k)
-    tl.store(moments + 2 * K + k, tl.zeros_like(mean) + rows, in_k)
+    tl.store(moments + K + k, tl.where(total < 0, 0.0, total), in_k)
+    tl.store(moments + 2 * K + k, tl.zeros_like(total) + rows, in_k)
 
 
 @triton.jit
@@ -193,23 +201,24 @@ def end_sums_kernel(
     parts,
     K,
     C,
+    PARTS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Grid: (blocks of K,). out (2, K) from sums (parts, 2, K) of g and gradient P (K, C)."""
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     in_k = k < K
-    sum_g, _ = merged_sums(sums, 0, parts, K, k, in_k)
-    product = tl.zeros((BLOCK_K,), tl.float64)
+    sum_g, _ = merged_sums(sums, 0, parts, K, k, in_k, PARTS)
+    product = tl.zeros((BLOCK_K, BLOCK_C), tl.float64)
     for c in range(0, C, BLOCK_C):
         column = c + tl.arange(0, BLOCK_C)
         mask = in_k[:, None] & (column < C)[None, :]
         place = k[:, None] * C + column[None, :]
         p = tl.load(gradient + place, mask, other=0.0).to(tl.float64)
-        product += tl.sum(p * tl.load(weight + place, mask, other=0.0).to(tl.float64), 1)
+        product += p * tl.load(weight + place, mask, other=0.0).to(tl.float64)
     mean = tl.load(scale_shift + k, in_k, other=0.0).to(tl.float64)
     tl.store(out + k, sum_g, in_k)
-    tl.store(out + K + k, product - mean * sum_g, in_k)
+    tl.store(out + K + k, tl.sum(product, 1) - mean * sum_g, in_k)
 
 
 @triton.jit
@@ -237,14 +246,14 @@ def end_gradients_kernel(
     shift = a
     if products is not None:
         b = tl.load(coefficients + K + k, in_k, other=0.0)
-        mean = tl.zeros((BLOCK_K,), tl.float32)
+        mean = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
         for c in range(0, C, BLOCK_C):
             column = c + tl.arange(0, BLOCK_C)
             mask = in_k[:, None] & (column < C)[None, :]
             w = tl.load(weight + k[:, None] * C + column[None, :], mask, other=0.0)
             operand = tl.load(products + K * C + column, column < C, other=0.0)
-            mean += tl.sum(w.to(tl.float32) * operand[None, :], 1)
-        shift = b * (mean - tl.load(coefficients + 3 * K + k, in_k, other=0.0))
+            mean += w.to(tl.float32) * operand[None, :]
+        shift = b * (tl.sum(mean, 1) - tl.load(coefficients + 3 * K + k, in_k, other=0.0))
         shift += tl.load(coefficients + 2 * K + k, in_k, other=0.0)
         tl.store(rest + k, shift, in_k)
     for c in range(0, C, BLOCK_C):
@@ -266,7 +275,10 @@ def end_gradients_kernel(
 def end_matrix_kernel(
     weight, coefficients, matrix, K, C, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """Grid: (blocks of C, blocks of C). matrix (C, C) = Wᵀ·b·W."""
+    """Grid: (blocks of C, blocks of C). matrix (C, C) = Wᵀ·b·W, which is symmetric: programs at its
+    diagonal and below write both halves."""
+    if tl.program_id(0) < tl.program_id(1):
+        return
     left = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     right = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     in_left = (left < C)[None, :]
@@ -278,10 +290,13 @@ def end_matrix_kernel(
         b = tl.load(coefficients + K + k, k < K, other=0.0)[:, None]
         a = tl.load(weight + k[:, None] * C + left[None, :], in_k & in_left, other=0.0)
         w = tl.load(weight + k[:, None] * C + right[None, :], in_k & in_right, other=0.0)
-        # Finer than the type that the matrix is rounded to.
-        acc = multiply(tl.trans(a).to(tl.float32), w.to(tl.float32) * b, acc, "tf32")
-    place = matrix + left[:, None] * C + right[None, :]
-    tl.store(place, acc.to(matrix.dtype.element_ty), (left < C)[:, None] & in_right)
+        # Finer than the type that the matrix is rounded to, and of the weight nothing is lost.
+        b_tile = round_to_tf32(w.to(tl.float32) * b)
+        acc = tl.dot(tl.trans(a).to(tl.float32), b_tile, acc, input_precision="tf32")
+    mask = (left < C)[:, None] & in_right
+    found = acc.to(matrix.dtype.element_ty)
+    tl.store(matrix + left[:, None] * C + right[None, :], found, mask)
+    tl.store(matrix + right[None, :] * C + left[:, None], found, mask)
 
 
 @triton.jit
@@ -313,10 +328,11 @@ def end_offset_kernel(
         place = k[:, None] * C + channel[None, :]
         w = tl.load(weight + place, mask, other=0.0).to(tl.float64)
         rounded = tl.load(scaled + place, mask, other=0.0).to(tl.float64)
-        a = tl.load(coefficients + k, in_k, other=0.0).to(tl.float64)
         g = tl.load(sums + k, in_k, other=0.0).to(tl.float64) / rows
-        total += w * tl.load(rest + k, in_k, other=0.0)[:, None]
-        total += (w * a[:, None] - rounded) * g[:, None]
+        # Of each filter: what its weight and what its rounded weight is multiplied by.
+        of_weight = tl.load(coefficients + k, in_k, other=0.0) * g
+        of_weight += tl.load(rest + k, in_k, other=0.0)
+        total += w * of_weight[:, None] - rounded * g[:, None]
     for first in range(0, C, BLOCK_K):
         c = first + tl.arange(0, BLOCK_K)
         mask = (c < C)[:, None] & valid[None, :]
@@ -331,7 +347,14 @@ class _Moments(NamedTuple):
     parts: int
     gram: Launch
     merge: Launch
+    products: Launch
     moments: Launch
+
+
+def _by_rows(channels: int) -> Config:
+    """Of a kernel that goes through rows of a matrix: (filters × channels)."""
+    block_c = min(max(triton.next_power_of_2(channels), 16), 256)
+    return Config((_ELEMENTS // block_c, block_c), 4, 1)
 
 
 @planned
@@ -345,8 +368,11 @@ def _plan_moments(x: Tensor, conv: Convolution) -> _Moments:
     parts = max(1, min(rows // _LEAST_POSITIONS, 2 * launching.machine(x.device).num_sms // tiles))
     rows_per_part = triton.cdiv(triton.cdiv(rows, parts), block_c) * block_c
     parts = triton.cdiv(rows, rows_per_part)
-    step, block = _MERGE.blocks
-    block_k, block_c_small = _ROWS.blocks
+    step = min(max(triton.next_power_of_2(parts), 4), _MOST_PARTS)
+    merge = Config((step, _ELEMENTS // step), 4, 1)
+    block_k, block_columns = _PRODUCTS.blocks
+    by_rows = _by_rows(channels)
+    sizes: dict[str, Any] = {"K": filters, "C": channels}
     return _Moments(
         parts,
         Launch(
@@ -363,26 +389,33 @@ def _plan_moments(x: Tensor, conv: Convolution) -> _Moments:
         ),
         Launch(
             merge_gram_kernel,
-            (triton.cdiv(channels * channels, block),),
-            _MERGE,
+            (channels, triton.cdiv(channels, merge.blocks[1])),
+            merge,
             x.device,
             count=parts,
             rows=rows,
-            K=filters,
-            C=channels,
             STEP=step,
-            BLOCK=block,
+            BLOCK=merge.blocks[1],
+            **sizes,
+        ),
+        Launch(
+            end_products_kernel,
+            (triton.cdiv(filters, block_k), triton.cdiv(channels, block_columns)),
+            _PRODUCTS,
+            x.device,
+            BLOCK_K=block_k,
+            BLOCK_C=block_columns,
+            **sizes,
         ),
         Launch(
             end_moments_kernel,
-            (triton.cdiv(filters, block_k),),
-            _ROWS,
+            (triton.cdiv(filters, by_rows.blocks[0]),),
+            by_rows,
             x.device,
             rows=rows,
-            K=filters,
-            C=channels,
-            BLOCK_K=block_k,
-            BLOCK_C=block_c_small,
+            BLOCK_K=by_rows.blocks[0],
+            BLOCK_C=by_rows.blocks[1],
+            **sizes,
         ),
     )
 
@@ -397,11 +430,12 @@ def operand_moments(x: Tensor, conv: Convolution) -> tuple[Tensor, Tensor]:
         return x.new_empty(shape, dtype=torch.float32)
 
     parts, sums = empty(plan.parts, channels, channels), empty(plan.parts, channels)
-    gram, products = empty(channels, channels), empty(filters + 1, channels)
+    gram, products = empty(2, channels, channels), empty(filters + 1, channels)
     moments = empty(1, 3, filters)
     plan.gram(x, parts, sums)
     plan.merge(x[0, :, 0, 0], parts, sums, gram, products)
-    plan.moments(conv.weight, gram, products, moments)
+    plan.products(conv.weight, gram, products)
+    plan.moments(conv.weight, products, moments)
     return moments, products
 
 
@@ -445,15 +479,17 @@ def _layer(end: Folded) -> tuple[Tensor, Any]:
 @planned
 def _plan_sums(sums: Tensor, conv: Convolution) -> Launch:
     filters, channels = conv.weight.shape[:2]
-    block_k, block_c = _ROWS.blocks
+    by_rows = _by_rows(channels)
+    block_k, block_c = by_rows.blocks
     return Launch(
         end_sums_kernel,
         (triton.cdiv(filters, block_k),),
-        _ROWS,
+        by_rows,
         sums.device,
         parts=len(sums),
         K=filters,
         C=channels,
+        PARTS=_ELEMENTS // block_k,
         BLOCK_K=block_k,
         BLOCK_C=block_c,
     )
@@ -481,7 +517,8 @@ def _plan_gradients(x: Tensor, conv: Convolution) -> _Gradients:
     filters, channels = conv.weight.shape[:2]
     p, q = conv.output_size(*x.shape[2:])
     rows = len(x) * p * q
-    block_k, block_c = _ROWS.blocks
+    by_rows = _by_rows(channels)
+    block_k, block_c = by_rows.blocks
     block, step = _MATRIX.blocks
     blocks = triton.cdiv(channels, block)
     width, depth = _VECTOR.blocks
@@ -490,7 +527,7 @@ def _plan_gradients(x: Tensor, conv: Convolution) -> _Gradients:
         Launch(
             end_gradients_kernel,
             (triton.cdiv(filters, block_k),),
-            _ROWS,
+            by_rows,
             x.device,
             rows=rows,
             BLOCK_K=block_k,
