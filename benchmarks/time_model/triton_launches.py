@@ -110,7 +110,8 @@ def _bytes(tensor: Tensor) -> int:
 
 class _Geometry(NamedTuple):
     """trips, shared_loops: as in `Work`. asked: bytes that a block asks of L2 in its main loop, 0
-    where nothing is asked for twice. tiles: where not every program of the grid computes. bytes: of DRAM, where not every tensor counts once."""
+    where nothing is asked for twice. bytes: of DRAM, where not every tensor counts once. tiles:
+    where not every program of the grid computes."""
 
     shape: str
     trips: tuple[float, ...] = ()
