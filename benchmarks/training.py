@@ -247,8 +247,7 @@ def gate(name: str, device: torch.device) -> dict[str, Any]:
     )
     worst = list(each).index(least)
     errors[f"gradient of {least}"] = {
-        key: statistics.median(errors_of[worst] for errors_of in gradients[key])
-        for key in probes
+        key: statistics.median(errors_of[worst] for errors_of in gradients[key]) for key in probes
     }
     errors["losses"] = {key: statistics.median(runs) for key, runs in distances_of.items()}
     return {"model": name, "errors": errors, "chance": by_chance, "losses": losses, "green": green}
