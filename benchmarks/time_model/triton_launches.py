@@ -244,6 +244,23 @@ def _quantized_conv(a: Any) -> _Geometry:
     )
 
 
+def _pixel_sums(a: Any) -> _Geometry:
+    return _Geometry(f"{a.positions} pixels of {a.C}", (math.ceil(a.positions / a.BLOCK_P),))
+
+
+def _quantized_head(a: Any) -> _Geometry:
+    """A loop over channels, in one over pairs of digits; counted as one."""
+    steps = a.DIGITS * a.WEIGHT_DIGITS * math.ceil(a.C / a.BLOCK_C)
+    return _Geometry(
+        f"{a.C}→{a.classes} of {a.DIGITS} digits",
+        (steps,) * len(a.loops),
+        steps * (a.BLOCK_M + a.BLOCK_N) * a.BLOCK_C,
+        a.batch * a.classes * a.C * a.DIGITS * a.WEIGHT_DIGITS,
+        shared_loops=tuple(range(len(a.loops))),
+        operand_bytes=1,
+    )
+
+
 def _max_pool(a: Any) -> _Geometry:
     return _Geometry(f"{a.SIZE}×{a.SIZE}/{a.STRIDE} of {a.image.c} at {a.image.h}×{a.image.w}")
 
@@ -328,6 +345,9 @@ _DESCRIBE: dict[str, Callable[[Any], _Geometry]] = {
     "quantized_conv_kernel": _quantized_conv,
     "border_kernel": lambda a: _Geometry(f"{a.image.c} of {a.image.h}×{a.image.w}, with a border"),
     "max_pool_kernel": _max_pool,
+    "quantized_images_kernel": lambda a: _Geometry(f"{a.CHANNELS} channels to bytes"),
+    "pixel_sums_kernel": _pixel_sums,
+    "quantized_head_kernel": _quantized_head,
     "dgrad_kernel": _dgrad,
     "wgrad_kernel": _wgrad,
     "bn_add_relu_kernel": _rows,
