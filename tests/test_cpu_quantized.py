@@ -12,7 +12,8 @@ from torch import Tensor
 import resnet_fused
 from resnet_fused import _extension, ops, use_backend
 from resnet_fused._extension import tensor_arg
-from resnet_fused.backends.cpu.quantized import PackedQuantizedWeight, QuantizedKernels
+from resnet_fused.backends.cpu.native import pack
+from resnet_fused.backends.cpu.quantized import QuantizedKernels
 from resnet_fused.ops import Convolution, MaxPool
 from resnet_fused.ops.registry import registered
 from resnet_fused.parameters import QuantizedLayer, QuantizedShortcut
@@ -331,7 +332,7 @@ def chain(residuals: dict[int, int]) -> tuple[Any, list[Any], list[Tensor]]:
     recorder = _C.Recorder()
     for i in range(5):
         _, layer, *_ = make_quantized_conv(case, generator(i))
-        packed.append(PackedQuantizedWeight(_C, "conv", layer.conv.weight, 1).packed)
+        packed.append(pack(_C, "quantized_conv", layer.conv.weight, 1))
         layers.append(layer)
         values.append(torch.empty_like(x))
         added = values[residuals[i]] if i in residuals else None
@@ -382,7 +383,7 @@ def conv_arguments(**changes: Any) -> dict[str, Any]:
     x, layer, shortcut, relu = make_quantized_conv(
         ConvCase(1, 8, 5, 5, 16, 3, 1, 1), generator(), "identity"
     )
-    packed = PackedQuantizedWeight(_C, "conv", layer.conv.weight, 1).packed
+    packed = pack(_C, "quantized_conv", layer.conv.weight, 1)
     window = ((3, 3), (1, 1), (1, 1), (1, 1), 1)
     out = torch.empty_like(shortcut.x)
     arguments = {

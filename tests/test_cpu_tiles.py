@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import _extension, parameters
-from resnet_fused.backends.cpu.quantized import PackedQuantizedWeight
+from resnet_fused.backends.cpu.native import pack
 from resnet_fused.numerics import cast, check_op
 from resnet_fused.ops import Convolution
 from resnet_fused.parameters import ConvBn
@@ -199,7 +199,7 @@ def test_denormal_factors_count_as_zero(emulated: ctypes.CDLL) -> None:
 def quantized_layer_of(
     x: Tensor, conv: Convolution, padding_value: Tensor | None, alive: list[object]
 ) -> QuantizedLayer:
-    packed = PackedQuantizedWeight(_extension.load(), "conv", conv.weight, conv.groups).packed
+    packed = pack(_extension.load(), "quantized_conv", conv.weight, conv.groups)
     x = x.contiguous(memory_format=NHWC)
     alive += [x, packed]
     window = [*conv.weight.shape[2:], *conv.stride, *conv.padding, *conv.dilation]

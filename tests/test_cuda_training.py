@@ -335,48 +335,40 @@ def test_what_there_is_no_kernel_for_is_left_to_others(backend):
     ours, wgrads = ({f"cuda {tile}" for tile in of} for of in (TILES, WGRAD_TILES))
     assert names("conv_stats", x, conv, True) == ours
     assert names("wgrad", g, x, conv) == wgrads
-    assert names("dgrad", g, conv, x.shape, below, None, None) == set()  # of odd sizes
+    assert names("dgrad", g, conv, x.shape, below, None, None, None) == set()  # of odd sizes
     lines = {f"cuda {tile}" for tile in LINE_TILES}
     even, even_g = x[:, :, :20, :16], g[:, :, :10, :8]
     masked = Activation(even, below.scale_shift)
-    assert names("dgrad", even_g, conv, even.shape, masked, None, None) == ours
+    assert names("dgrad", even_g, conv, even.shape, masked, None, None, None) == ours
     by_one_way = conv._replace(stride=(2, 1))
-    assert names("dgrad", g[:, :, :10], by_one_way, (4, 136, 20, 9), None, None, None) == set()
+    assert (
+        names("dgrad", g[:, :, :10], by_one_way, (4, 136, 20, 9), None, None, None, None) == set()
+    )
     same = conv._replace(stride=(1, 1))
-    assert names("dgrad", x[:, :72], same, x.shape, below, None, None) == ours | lines
+    assert names("dgrad", x[:, :72], same, x.shape, below, None, None, None) == ours | lines
     assert names("conv_stats", x, same, True) == ours | lines
     wide_x = x.new_zeros(1, 136, 3, 150).contiguous(memory_format=NHWC)
     assert names("conv_stats", wide_x, same, True) == ours
     assert names("conv_stats", wide_x[..., :6], same, True) == ours
     assert names("conv_stats", x, same._replace(padding=(0, 0)), True) == ours
-    assert names("dgrad", x[:, :72], same, x.shape, None, None, None) == ours
-    assert names("dgrad", x[:, :72], same, x.shape, None, x, None) == ours
-    assert names("dgrad", x[:, :72], same, x.shape, below, x, None) == set()
-    assert names("dgrad", x[:, :72], same, x.shape, None, x, 2) == set()
+    assert names("dgrad", x[:, :72], same, x.shape, None, None, None, None) == ours
+    assert names("dgrad", x[:, :72], same, x.shape, None, x, None, None) == ours
+    assert names("dgrad", x[:, :72], same, x.shape, below, x, None, None) == set()
+    assert names("dgrad", x[:, :72], same, x.shape, None, x, 2, None) == set()
     point = same._replace(weight=same.weight[:, :, :1, :1], padding=(0, 0))
     term = operand_term(x.shape, torch.bfloat16, generator(), True)
-    assert names("folded_dgrad", x[:, :72], point, x.shape, below, None, None, term) == ours
-    assert names("folded_dgrad", x[:, :72], point, x.shape, None, None, None, term) == ours
-    assert names("folded_dgrad", x[:, :72], point, x.shape, None, x, None, term) == set()
-    assert names("folded_dgrad", x[:, :72], point, x.shape, None, x, 2, term) == set()
-    assert names("folded_dgrad", x[:, :72], same, x.shape, below, None, None, term) == set()
+    assert names("dgrad", x[:, :72], point, x.shape, below, None, None, term) == ours
+    assert names("dgrad", x[:, :72], point, x.shape, None, None, None, term) == ours
+    assert names("dgrad", x[:, :72], point, x.shape, None, x, None, term) == set()
+    assert names("dgrad", x[:, :72], point, x.shape, None, x, 2, term) == set()
+    assert names("dgrad", x[:, :72], same, x.shape, below, None, None, term) == set()
     apart = operand_term((*x.shape[:2], 41, 33), torch.bfloat16, generator(), True)
     apart = apart._replace(x=apart.x[:, :, ::2, ::2])  # whose images lie apart by half a line
-    assert names("folded_dgrad", x[:, :72], point, x.shape, None, None, None, apart) == set()
+    assert names("dgrad", x[:, :72], point, x.shape, None, None, None, apart) == set()
     odd = conv._replace(weight=conv.weight[:70])
     assert names("conv_stats", x, odd, True) == set()
-    assert (
-        names(
-            "dgrad",
-            x[:, :72],
-            same._replace(weight=same.weight[:, :3]),
-            (4, 3, 21, 17),
-            None,
-            None,
-            None,
-        )
-        == set()
-    )
+    few = same._replace(weight=same.weight[:, :3])
+    assert names("dgrad", x[:, :72], few, (4, 3, 21, 17), None, None, None, None) == set()
     assert names("conv_stats", x.float(), wide(conv), True) == set()
     older = SimulatedBackend(backend.extension, capability=80).training_convolutions
     assert older("conv_stats", (x, conv, True)) == []

@@ -33,6 +33,7 @@
 #include "tensor_arg.h"
 
 namespace py = pybind11;
+using namespace pybind11::literals;
 namespace cpu = resnet_fused::cpu;
 
 namespace {
@@ -46,6 +47,12 @@ struct ConvLaunch {
   cpu::Conv conv, projection;
   bool projected;
   cpu::Isa isa;
+
+  template <auto kKernel>
+  void call(std::uintptr_t) {
+    if (projected) conv.projection = &projection;
+    kKernel(conv, isa);
+  }
 };
 
 template <typename Arguments>
@@ -61,6 +68,49 @@ void set_batch_norm(Launch<Arguments>& launch, cpu::BatchNorm& slot,
   slot.eps = eps;
 }
 
+cpu::Isa choose_conv_isa(const std::string& isa) {
+  return choose_isa(isa, {cpu::Isa::kNeon, cpu::Isa::kAmx});
+}
+
+// A weight as far as the size of its packed form depends on it.
+TensorArg packed_from(ScalarType type, std::int64_t out_channels, std::int64_t in_channels,
+                      const Pair& kernel) {
+  TensorArg weight;
+  weight.type = type;
+  weight.rank = 4;
+  weight.sizes = {out_channels, in_channels, kernel[0], kernel[1]};
+  return weight;
+}
+
+std::int64_t conv_bytes(const TensorArg& weight, cpu::Isa isa) {
+  check_weight(weight);
+  const auto& [out_channels, in_channels, height, width] = weight.sizes;
+  return 4 * cpu::conv_weight_words(in_channels, out_channels, height * width,
+                                    format_of("weight", weight), isa);
+}
+
+std::int64_t conv_packed_bytes(const TensorArg& weight, const std::string& isa) {
+  return conv_bytes(weight, choose_conv_isa(isa));
+}
+
+void conv_pack(const void* from, void* to, const TensorArg& weight, const std::string& isa) {
+  cpu::conv_transform_weights(from, weight.strides.data(), to, weight.sizes[1], weight.sizes[0],
+                              weight.sizes.data() + 2, format_of("weight", weight),
+                              choose_conv_isa(isa));
+}
+
+std::int64_t winograd_packed_bytes(const TensorArg& weight) {
+  check_weight(weight);
+  check_type("weight", weight, ScalarType::kFloat32);
+  check_sizes("weight", weight, {weight.sizes[0], weight.sizes[1], 3, 3});
+  return 4 * cpu::winograd_weight_floats(weight.sizes[1], weight.sizes[0]);
+}
+
+void winograd_pack(const void* from, void* to, const TensorArg& weight) {
+  cpu::winograd_transform_weights(static_cast<const float*>(from), weight.strides.data(),
+                                  static_cast<float*>(to), weight.sizes[1], weight.sizes[0]);
+}
+
 std::int64_t stem_packed_bytes(const TensorArg& weight) {
   check_weight(weight);
   check_sizes("weight", weight, {weight.sizes[0], 3, 7, 7});
@@ -71,31 +121,9 @@ std::int64_t stem_packed_bytes(const TensorArg& weight) {
   return 4 * cpu::stem_weight_words(weight.sizes[0], format_of("weight", weight));
 }
 
-cpu::Isa choose_conv_isa(const std::string& isa) {
-  return choose_isa(isa, {cpu::Isa::kNeon, cpu::Isa::kAmx});
-}
-
-void conv_pack(const TensorArg& weight, const TensorArg& packed, const std::string& isa) {
-  const cpu::Isa chosen = choose_conv_isa(isa);
-  const auto [from, to] = weights_of(weight, packed, conv_packed_bytes(weight, chosen));
-  const cpu::Format format = format_of("weight", weight);
-  py::gil_scoped_release unlocked;
-  cpu::conv_transform_weights(from, weight.strides.data(), to, weight.sizes[1], weight.sizes[0],
-                              weight.sizes.data() + 2, format, chosen);
-}
-
-void winograd_pack(const TensorArg& weight, const TensorArg& packed) {
-  const auto [from, to] = weights_of(weight, packed, winograd_packed_bytes(weight));
-  py::gil_scoped_release unlocked;
-  cpu::winograd_transform_weights(static_cast<const float*>(from), weight.strides.data(),
-                                  static_cast<float*>(to), weight.sizes[1], weight.sizes[0]);
-}
-
-void stem_pack(const TensorArg& weight, const TensorArg& packed) {
-  const auto [from, to] = weights_of(weight, packed, stem_packed_bytes(weight));
-  const cpu::Format format = format_of("weight", weight);
-  py::gil_scoped_release unlocked;
-  cpu::stem_transform_weights(from, weight.strides.data(), to, weight.sizes[0], format);
+void stem_pack(const void* from, void* to, const TensorArg& weight) {
+  cpu::stem_transform_weights(from, weight.strides.data(), to, weight.sizes[0],
+                              format_of("weight", weight));
 }
 
 // Throws unless the groups divide the weight's output channels; then its packed bytes.
@@ -111,14 +139,11 @@ std::int64_t grouped_packed_bytes(const TensorArg& weight, std::int64_t groups,
                                        format_of("weight", weight), choose_isa(isa));
 }
 
-void grouped_pack(const TensorArg& weight, const TensorArg& packed, std::int64_t groups,
+void grouped_pack(const void* from, void* to, const TensorArg& weight, std::int64_t groups,
                   const std::string& isa) {
-  const auto [from, to] = weights_of(weight, packed, grouped_packed_bytes(weight, groups, isa));
-  const cpu::Format format = format_of("weight", weight);
-  const cpu::Isa chosen = choose_isa(isa);
-  py::gil_scoped_release unlocked;
   cpu::grouped_transform_weights(from, weight.strides.data(), to, weight.sizes[1], weight.sizes[0],
-                                 weight.sizes.data() + 2, groups, format, chosen);
+                                 weight.sizes.data() + 2, groups, format_of("weight", weight),
+                                 choose_isa(isa));
 }
 
 // Fills in what convolutions, grouped ones and projections have in common; `out` is (N, K, P, Q).
@@ -127,27 +152,15 @@ template <typename Arguments, typename PackedBytesOf>
 void set_conv(Launch<Arguments>& launch, cpu::Conv& conv, const Layer& layer, const TensorArg& out,
               const PackedBytesOf& packed_bytes) {
   const auto& [x, packed, window, bn] = layer;
-  check_nhwc("x", x);
   check_type("x", x, out.type);
-  conv.window = window_of(window);
-  conv.format = format_of("x", x);
-  const std::int64_t height = cpu::conv_output_size(conv.window, 0, x.sizes[2]);
-  const std::int64_t width = cpu::conv_output_size(conv.window, 1, x.sizes[3]);
-  check_sizes("out", out, {x.sizes[0], out.sizes[1], height, width});
-  std::tie(conv.batch, conv.in_channels, conv.height, conv.width) = std::tuple_cat(x.sizes);
-  conv.out_channels = out.sizes[1];
+  set_sizes(conv, "x", x, "out", out, window);
   if (conv.in_channels < 1) refuse("x has no channels");
-  check_packed(packed, packed_bytes(packed_from(x.type, conv.out_channels, conv.in_channels,
-                                                std::get<0>(window))));
   check_apart("out", out, "x", x);
   launch.reads(conv.x, "x", x);
-  launch.reads(conv.packed, "packed", packed);
+  set_packed(
+      launch, conv.packed, packed,
+      packed_bytes(packed_from(x.type, conv.out_channels, conv.in_channels, std::get<0>(window))));
   set_batch_norm(launch, conv.bn, bn, conv.out_channels);
-}
-
-void run_conv(ConvLaunch& launch, std::uintptr_t) {
-  if (launch.projected) launch.conv.projection = &launch.projection;
-  cpu::conv_bn(launch.conv, launch.isa);
 }
 
 void conv_bn(const TensorArg& out, const Layer& layer, const OptionalTensor& residual, bool relu,
@@ -160,7 +173,7 @@ void conv_bn(const TensorArg& out, const Layer& layer, const OptionalTensor& res
   check_convolves(format_of("out", out), chosen);
   if (out.numel() == 0) return;
   const auto packed_bytes = [&](const TensorArg& weight) {
-    return conv_packed_bytes(weight, launch.arguments.isa);
+    return conv_bytes(weight, launch.arguments.isa);
   };
   set_conv(launch, conv, layer, out, packed_bytes);
   if ((has_projection = projection.has_value())) {
@@ -171,11 +184,7 @@ void conv_bn(const TensorArg& out, const Layer& layer, const OptionalTensor& res
   launch.writes(conv.out, "out", out);
   projected.out = nullptr;
   conv.relu = relu;
-  launch.run<run_conv>();
-}
-
-void run_grouped(WithIsa<cpu::GroupedConv>& launch, std::uintptr_t) {
-  cpu::grouped_conv_bn(launch.op, launch.isa);
+  launch.run<&cpu::conv_bn>();
 }
 
 void grouped_conv_bn(const TensorArg& out, const Layer& layer, std::int64_t groups,
@@ -197,11 +206,7 @@ void grouped_conv_bn(const TensorArg& out, const Layer& layer, std::int64_t grou
   set_residual(launch, op.conv.residual, residual, out);
   launch.writes(op.conv.out, "out", out);
   op.conv.relu = relu;
-  launch.run<run_grouped>();
-}
-
-void run_winograd(WithIsa<cpu::WinogradConv>& launch, std::uintptr_t) {
-  cpu::winograd_conv(launch.op, launch.isa);
+  launch.run<&cpu::grouped_conv_bn>();
 }
 
 void winograd_conv(const TensorArg& out, const Layer& layer, const OptionalTensor& residual,
@@ -223,20 +228,16 @@ void winograd_conv(const TensorArg& out, const Layer& layer, const OptionalTenso
   if (x.numel() == 0) refuse("x has no channels");
   std::tie(conv.batch, conv.in_channels, conv.height, conv.width) = std::tuple_cat(x.sizes);
   conv.out_channels = out.sizes[1];
-  check_packed(packed, winograd_packed_bytes(
-                           packed_from(x.type, conv.out_channels, conv.in_channels, {3, 3})));
   check_apart("out", out, "x", x);
   launch.reads(conv.x, "x", x);
-  launch.reads(conv.packed, "packed", packed);
+  set_packed(
+      launch, conv.packed, packed,
+      winograd_packed_bytes(packed_from(x.type, conv.out_channels, conv.in_channels, {3, 3})));
   set_batch_norm(launch, conv.bn, bn, conv.out_channels);
   set_residual(launch, conv.residual, residual, out);
   launch.writes(conv.out, "out", out);
   conv.relu = relu;
-  launch.run<run_winograd>();
-}
-
-void run_stem(WithIsa<cpu::Stem>& launch, std::uintptr_t) {
-  cpu::stem_conv_pool(launch.op, launch.isa);
+  launch.run<&cpu::winograd_conv>();
 }
 
 void stem_conv_pool(const TensorArg& out, const TensorArg& x, const TensorArg& packed,
@@ -247,7 +248,7 @@ void stem_conv_pool(const TensorArg& out, const TensorArg& x, const TensorArg& p
   const auto pooled = [](std::int64_t size) { return cpu::stem_halved(cpu::stem_halved(size)); };
   check_sizes("x", x, {x.sizes[0], 3, x.sizes[2], x.sizes[3]});
   check_sizes("out", out, {x.sizes[0], out.sizes[1], pooled(x.sizes[2]), pooled(x.sizes[3])});
-  check_packed(packed, stem_packed_bytes(packed_from(x.type, out.sizes[1], 3, {7, 7})));
+  const std::int64_t packed_bytes = stem_packed_bytes(packed_from(x.type, out.sizes[1], 3, {7, 7}));
   Launch<WithIsa<cpu::Stem>> launch;
   cpu::Stem& stem = launch.arguments.op;
   launch.arguments.isa = choose_isa(isa, {cpu::Isa::kNeon});
@@ -258,26 +259,22 @@ void stem_conv_pool(const TensorArg& out, const TensorArg& x, const TensorArg& p
   stem.out_channels = out.sizes[1];
   check_apart("out", out, "x", x);
   launch.reads(stem.x, "x", x);
-  launch.reads(stem.packed, "packed", packed);
+  set_packed(launch, stem.packed, packed, packed_bytes);
   set_batch_norm(launch, stem.bn, bn, stem.out_channels);
   launch.writes(stem.out, "out", out);
-  launch.run<run_stem>();
+  launch.run<&cpu::stem_conv_pool>();
 }
-
-void run_bn_add_relu(cpu::BnAddRelu& op, std::uintptr_t) { cpu::bn_add_relu(op); }
 
 void bn_add_relu(const TensorArg& out, const TensorArg& x, const BatchNorm& bn,
                  const OptionalTensor& residual, bool relu) {
   check_nhwc("x", x);
-  check_nhwc("out", out);
-  check_type("x", x, out.type);
+  check_like("out", out, x);
   const auto& [batch, channels, height, width] = x.sizes;
-  check_sizes("out", out, {batch, channels, height, width});
   Launch<cpu::BnAddRelu> launch;
   cpu::BnAddRelu& op = launch.arguments;
   op.format = format_of("x", x);
   if (out.numel() == 0) return;
-  if (x.address != out.address) check_apart("out", out, "x", x);
+  check_same_or_apart("out", out, "x", x);
   op.pixels = batch * height * width;
   op.channels = channels;
   op.relu = relu;
@@ -285,21 +282,15 @@ void bn_add_relu(const TensorArg& out, const TensorArg& x, const BatchNorm& bn,
   set_batch_norm(launch, op.bn, bn, channels);
   set_residual(launch, op.residual, residual, out);
   launch.writes(op.out, "out", out);
-  launch.run<run_bn_add_relu>();
-}
-
-void run_group_norm_add_relu(cpu::GroupNormAddRelu& op, std::uintptr_t) {
-  cpu::group_norm_add_relu(op);
+  launch.run<&cpu::bn_add_relu>();
 }
 
 void group_norm_add_relu(const TensorArg& out, const TensorArg& x, std::int64_t groups,
                          const OptionalTensor& weight, const OptionalTensor& bias, double eps,
                          const OptionalTensor& residual, bool relu) {
   check_nhwc("x", x);
-  check_nhwc("out", out);
-  check_type("x", x, out.type);
+  check_like("out", out, x);
   const auto& [batch, channels, height, width] = x.sizes;
-  check_sizes("out", out, {batch, channels, height, width});
   if (groups < 1 || channels % groups != 0) {
     refuse("groups must divide the " + std::to_string(channels) + " channels, found " +
            std::to_string(groups));
@@ -308,7 +299,7 @@ void group_norm_add_relu(const TensorArg& out, const TensorArg& x, std::int64_t 
   cpu::GroupNormAddRelu& op = launch.arguments;
   op.format = format_of("x", x);
   if (out.numel() == 0) return;
-  if (x.address != out.address) check_apart("out", out, "x", x);
+  check_same_or_apart("out", out, "x", x);
   op.batch = batch;
   op.pixels = height * width;
   op.channels = channels;
@@ -321,10 +312,8 @@ void group_norm_add_relu(const TensorArg& out, const TensorArg& x, std::int64_t 
   set_vector(launch, op.bias, "bias", bias, channels);
   set_residual(launch, op.residual, residual, out);
   launch.writes(op.out, "out", out);
-  launch.run<run_group_norm_add_relu>();
+  launch.run<&cpu::group_norm_add_relu>();
 }
-
-void run_head(cpu::Head& head, std::uintptr_t) { cpu::head(head); }
 
 void head(const TensorArg& out, const TensorArg& x, const TensorArg& weight,
           const OptionalTensor& bias) {
@@ -349,18 +338,10 @@ void head(const TensorArg& out, const TensorArg& x, const TensorArg& weight,
   op.weight_stride = weight.strides[0];
   launch.reads(op.x, "x", x);
   launch.reads(op.weight, "weight", weight);
-  op.bias = nullptr;
-  if (bias) {
-    check_sizes("bias", *bias, {classes});
-    check_contiguous("bias", *bias, 1);
-    check_type("bias", *bias, x.type);
-    launch.reads(op.bias, "bias", *bias);
-  }
+  set_array(launch, op.bias, "bias", bias, x.type, {classes});
   launch.writes(op.out, "out", out);
-  launch.run<run_head>();
+  launch.run<&cpu::head>();
 }
-
-void run_squeeze_excite(cpu::SqueezeExcite& op, std::uintptr_t) { cpu::squeeze_excite(op); }
 
 // Weight and bias.
 using Linear = std::tuple<TensorArg, OptionalTensor>;
@@ -369,25 +350,15 @@ void set_linear(Launch<cpu::SqueezeExcite>& launch, const void*& weight_slot,
                 const void*& bias_slot, const char* name, const Linear& linear, std::int64_t rows,
                 std::int64_t columns, ScalarType type) {
   const auto& [weight, bias] = linear;
-  check_sizes(name, weight, {rows, columns});
-  check_contiguous(name, weight, 2);
-  check_type(name, weight, type);
-  launch.reads(weight_slot, name, weight);
-  bias_slot = nullptr;
-  if (!bias) return;
-  check_sizes("bias", *bias, {rows});
-  check_contiguous("bias", *bias, 1);
-  check_type("bias", *bias, type);
-  launch.reads(bias_slot, "bias", *bias);
+  set_array(launch, weight_slot, name, weight, type, {rows, columns});
+  set_array(launch, bias_slot, "bias", bias, type, {rows});
 }
 
 void squeeze_excite(const TensorArg& out, const TensorArg& x, const Linear& reduce,
                     const Linear& expand, const OptionalTensor& residual, bool relu) {
   check_nhwc("x", x);
-  check_nhwc("out", out);
-  check_type("x", x, out.type);
+  check_like("out", out, x);
   const auto& [batch, channels, height, width] = x.sizes;
-  check_sizes("out", out, {batch, channels, height, width});
   check_rank("reduce", std::get<0>(reduce), 2);
   Launch<cpu::SqueezeExcite> launch;
   cpu::SqueezeExcite& op = launch.arguments;
@@ -401,12 +372,12 @@ void squeeze_excite(const TensorArg& out, const TensorArg& x, const Linear& redu
   set_linear(launch, op.reduce, op.reduce_bias, "reduce", reduce, op.hidden, channels, x.type);
   set_linear(launch, op.expand, op.expand_bias, "expand", expand, channels, op.hidden, x.type);
   if (out.numel() == 0) return;
-  if (x.address != out.address) check_apart("out", out, "x", x);
+  check_same_or_apart("out", out, "x", x);
   launch.reads(op.x, "x", x);
   launch.may_replace(op.x);
   set_residual(launch, op.residual, residual, out);
   launch.writes(op.out, "out", out);
-  launch.run<run_squeeze_excite>();
+  launch.run<&cpu::squeeze_excite>();
 }
 
 // Tensors whose elements fill one span of memory each.
@@ -517,33 +488,27 @@ void register_cpu_kernels(py::module_& module) {
 
   // Of every kernel: tensors are as tensor_arg.h says, sizes those of NCHW; x and out are dense
   // and channels_last, of one type.
-  const auto packing = [&](const std::string& name, auto bytes, auto pack, const char* meaning,
-                           const auto&... options) {
-    module.def((name + "_packed_bytes").c_str(), bytes, py::arg("weight"), options...,
-               ("Bytes of what " + name + "_pack makes of such a weight.").c_str());
-    module.def((name + "_pack").c_str(), pack, py::arg("weight"), py::arg("packed"), options...,
-               meaning);
-  };
-  packing(
-      "conv",
-      [](const TensorArg& weight, const std::string& isa) {
-        return conv_packed_bytes(weight, choose_conv_isa(isa));
-      },
-      &conv_pack,
+  def_packing(
+      module, "conv", &conv_packed_bytes, conv_pack,
       "packed = the weight (out_channels, in_channels, height, width), float32 or bfloat16, of\n"
       "any strides, reordered for conv_bn with the same isa: out_channels rounded up to whole\n"
       "tiles and, in bfloat16, an odd number of weights a channel up to an even one.",
-      py::arg("isa") = "");
-  packing("winograd", &winograd_packed_bytes, &winograd_pack,
-          "packed = the transformed weight (out_channels, in_channels, 3, 3), float32, of any\n"
-          "strides, for winograd_conv: 16/9 of its size, with out_channels rounded up to 16.");
-  packing("stem", &stem_packed_bytes, &stem_pack,
-          "packed = the weight (out_channels, 3, 7, 7), float32 or bfloat16, of any strides,\n"
-          "reordered for stem_conv_pool; out_channels is a multiple of 32.");
+      "isa"_a = "");
+  def_packing(module, "winograd", &winograd_packed_bytes, winograd_pack,
+              "packed = the transformed weight (out_channels, in_channels, 3, 3), float32, of any\n"
+              "strides, for winograd_conv: 16/9 of its size, with out_channels rounded up to 16.");
+  def_packing(module, "stem", &stem_packed_bytes, stem_pack,
+              "packed = the weight (out_channels, 3, 7, 7), float32 or bfloat16, of any strides,\n"
+              "reordered for stem_conv_pool; out_channels is a multiple of 32.");
+  def_packing(
+      module, "grouped", &grouped_packed_bytes, grouped_pack,
+      "packed = the weight (out_channels, in_channels / groups, height, width), float32 or\n"
+      "bfloat16, of any strides, reordered for grouped_conv_bn with the same isa.",
+      "groups"_a, "isa"_a = "");
 
   module.def(
-      "conv_bn", &conv_bn, py::arg("out"), py::arg("layer"), py::arg("residual"), py::arg("relu"),
-      py::arg("projection") = py::none(), py::arg("isa") = "",
+      "conv_bn", &conv_bn, "out"_a, "layer"_a, "residual"_a, "relu"_a, "projection"_a = py::none(),
+      "isa"_a = "",
       "out = relu?(bn(conv(x)) (+ residual)) with one group, float32 or bfloat16. layer is (x,\n"
       "packed weight, (kernel, stride, padding, dilation), bn), and bn is (mean, var, weight,\n"
       "bias, eps) with vectors of any stride, float32, bfloat16 or float64, weight and bias None\n"
@@ -554,69 +519,60 @@ void register_cpu_kernels(py::module_& module) {
       "isa=\"amx\" multiplies bfloat16 in tiles. Raises\n"
       "ValueError for what does not fit, and for a processor without the instructions.");
 
-  module.def("grouped_packed_bytes", &grouped_packed_bytes, py::arg("weight"), py::arg("groups"),
-             py::arg("isa") = "", "Bytes of what grouped_pack makes of such a weight.");
-  module.def("grouped_pack", &grouped_pack, py::arg("weight"), py::arg("packed"), py::arg("groups"),
-             py::arg("isa") = "",
-             "packed = the weight (out_channels, in_channels / groups, height, width), float32 or\n"
-             "bfloat16, of any strides, reordered for grouped_conv_bn with the same isa.");
-  module.def("grouped_conv_bn", &grouped_conv_bn, py::arg("out"), py::arg("layer"),
-             py::arg("groups"), py::arg("residual"), py::arg("relu"), py::arg("isa") = "",
+  module.def("grouped_conv_bn", &grouped_conv_bn, "out"_a, "layer"_a, "groups"_a, "residual"_a,
+             "relu"_a, "isa"_a = "",
              "conv_bn with any number of groups, without a projection. A number of x reaches its\n"
              "own group's results only. bfloat16 is multiplied in float32, as exactly, where the\n"
              "processor lacks AVX512_BF16.");
 
-  module.def("winograd_conv", &winograd_conv, py::arg("out"), py::arg("layer"), py::arg("residual"),
-             py::arg("relu"), py::arg("isa") = "",
+  module.def("winograd_conv", &winograd_conv, "out"_a, "layer"_a, "residual"_a, "relu"_a,
+             "isa"_a = "",
              "conv_bn for windows of 3 x 3 with stride, padding and dilation 1, in float32, by\n"
              "Winograd's F(2x2, 3x3) (arXiv:1509.09308). A non-finite input reaches all of its\n"
              "2 x 2 output tile.");
 
-  module.def("stem_conv_pool", &stem_conv_pool, py::arg("out"), py::arg("x"), py::arg("packed"),
-             py::arg("bn"), py::arg("isa") = "",
+  module.def("stem_conv_pool", &stem_conv_pool, "out"_a, "x"_a, "packed"_a, "bn"_a, "isa"_a = "",
              "out = max_pool(relu(bn(conv(x)))) of 3 channels, float32 or bfloat16: 7 x 7\n"
              "convolution of stride 2 and padding 3, 3 x 3 max pool of stride 2 and padding 1.\n"
              "Sums are float32. The rest is as in conv_bn.");
 
-  module.def("bn_add_relu", &bn_add_relu, py::arg("out"), py::arg("x"), py::arg("bn"),
-             py::arg("residual"), py::arg("relu"),
+  module.def("bn_add_relu", &bn_add_relu, "out"_a, "x"_a, "bn"_a, "residual"_a, "relu"_a,
              "out = relu?(bn(x) (+ residual)), as in conv_bn; out may be x. Runs on every\n"
              "processor.");
 
-  module.def("group_norm_add_relu", &group_norm_add_relu, py::arg("out"), py::arg("x"),
-             py::arg("groups"), py::arg("weight"), py::arg("bias"), py::arg("eps"),
-             py::arg("residual"), py::arg("relu"),
+  module.def("group_norm_add_relu", &group_norm_add_relu, "out"_a, "x"_a, "groups"_a, "weight"_a,
+             "bias"_a, "eps"_a, "residual"_a, "relu"_a,
              "out = relu?(group_norm(x) (+ residual)), float32 or bfloat16; out may be x, and the\n"
              "residual is as in conv_bn. weight and bias have a value a channel, or are None; of\n"
              "any stride, float32, bfloat16 or float64. Statistics and result are computed in\n"
              "float32 or better, rounded once. Runs on every processor.");
 
-  module.def("head", &head, py::arg("out"), py::arg("x"), py::arg("weight"), py::arg("bias"),
+  module.def("head", &head, "out"_a, "x"_a, "weight"_a, "bias"_a,
              "out = linear(mean of x over its pixels): weight (classes, channels) with contiguous\n"
              "rows, bias (classes) or None, out (batch, classes), all of one type, float32 or\n"
              "bfloat16. Sums are float32, rounded once. Runs on every processor.");
 
-  module.def("squeeze_excite", &squeeze_excite, py::arg("out"), py::arg("x"), py::arg("reduce"),
-             py::arg("expand"), py::arg("residual"), py::arg("relu"),
+  module.def("squeeze_excite", &squeeze_excite, "out"_a, "x"_a, "reduce"_a, "expand"_a,
+             "residual"_a, "relu"_a,
              "out = relu?(x * sigmoid(expand(relu(reduce(mean of x over its pixels)))) (+\n"
              "residual)); out may be x. reduce and expand are (weight, bias or None), of (hidden,\n"
              "channels) and (channels, hidden), dense and of x's type, float32 or bfloat16.\n"
              "Computed in float32, rounded once. Runs on every processor.");
 
   module.def(
-      "fingerprints", &fingerprints, py::arg("tensors"),
+      "fingerprints", &fingerprints, "tensors"_a,
       "A 64-bit hash of each tensor's bytes, in one parallel region. Certain to change when\n"
       "the bytes of one aligned 8-byte word change; the same for any number of threads. Not\n"
       "cryptographic.");
 
   py::class_<Contents>(module, "Contents", py::module_local(),
                        "Tensors, which it does not keep alive, and fingerprints that they had.")
-      .def(py::init<const std::vector<TensorArg>&, std::vector<std::uint64_t>, bool>(),
-           py::arg("tensors"), py::arg("fingerprints"), py::arg("watchable"))
+      .def(py::init<const std::vector<TensorArg>&, std::vector<std::uint64_t>, bool>(), "tensors"_a,
+           "fingerprints"_a, "watchable"_a)
       .def_property_readonly("watched", &Contents::watched,
                              "Whether run() knows from the system's page tables that the tensors\n"
                              "are unchanged, and need not read them.")
-      .def("run", &Contents::run, py::arg("program"), py::arg("tensors"), py::arg("arena"),
+      .def("run", &Contents::run, "program"_a, "tensors"_a, "arena"_a,
            py::call_guard<py::gil_scoped_release>(),
            "program.run(tensors, arena), for launches of this module's CPU kernels, in one\n"
            "parallel region; whether all tensors still have their fingerprints, else the output\n"

@@ -27,10 +27,16 @@ using Pair = std::array<std::int64_t, 2>;
 // Kernel size, stride, padding, dilation.
 using Window = std::tuple<Pair, Pair, Pair, Pair>;
 
-template <typename Kernel>
+// What a kernel takes besides the instructions to use.
+template <typename Op, typename Isa = cpu::Isa>
 struct WithIsa {
-  Kernel op;
-  cpu::Isa isa;
+  Op op;
+  Isa isa;
+
+  template <auto kKernel>
+  void call(std::uintptr_t) {
+    kKernel(op, isa);
+  }
 };
 
 inline cpu::Format format_of(const char* name, const TensorArg& tensor) {
@@ -101,54 +107,42 @@ inline cpu::Isa choose_isa(const std::string& name, std::initializer_list<cpu::I
          "\"; cpu_isa() tells what it has");
 }
 
-inline void check_weight(const TensorArg& weight) {
-  check_rank("weight", weight, 4);
-  if (weight.numel() == 0) refuse("weight is empty: " + listed(weight.sizes.data(), 4));
+inline void check_weight(const TensorArg& weight, int rank = 4) {
+  check_rank("weight", weight, rank);
+  if (weight.numel() == 0) refuse("weight is empty: " + listed(weight.sizes.data(), rank));
 }
 
-inline std::int64_t conv_packed_bytes(const TensorArg& weight, cpu::Isa isa) {
-  check_weight(weight);
-  const auto& [out_channels, in_channels, height, width] = weight.sizes;
-  return 4 * cpu::conv_weight_words(in_channels, out_channels, height * width,
-                                    format_of("weight", weight), isa);
-}
-
-inline std::int64_t winograd_packed_bytes(const TensorArg& weight) {
-  check_weight(weight);
-  check_type("weight", weight, ScalarType::kFloat32);
-  check_sizes("weight", weight, {weight.sizes[0], weight.sizes[1], 3, 3});
-  return 4 * cpu::winograd_weight_floats(weight.sizes[1], weight.sizes[0]);
-}
-
-inline void check_packed(const TensorArg& packed, std::int64_t bytes) {
-  check_type("packed", packed, ScalarType::kUInt8);
-  check_sizes("packed", packed, {bytes});
-  check_contiguous("packed", packed, 1);
+template <typename Arguments, typename T>
+void set_packed(Launch<Arguments>& launch, const T*& slot, const TensorArg& packed,
+                std::int64_t bytes) {
+  check_array("packed", packed, ScalarType::kUInt8, {bytes});
   if (packed.address % sizeof(float) != 0) refuse("packed is not aligned to 4 bytes");
+  launch.reads(slot, "packed", packed);
 }
 
-// The pointers to weight and packed memory.
-inline std::pair<const void*, void*> weights_of(const TensorArg& weight, const TensorArg& packed,
-                                                std::int64_t bytes) {
-  check_packed(packed, bytes);
+// Defines NAME_packed_bytes(weight, options) as `bytes`, and NAME_pack(weight, packed, options) by
+// `pack`(weight's memory, packed memory, weight, options).
+template <typename... Options, typename Pack, typename... Names>
+void def_packing(pybind11::module_& module, const std::string& name,
+                 std::int64_t (*bytes)(const TensorArg&, Options...), const Pack& pack,
+                 const char* meaning, const Names&... names) {
+  namespace py = pybind11;
   struct Pointers {
-    const void* weight;
-    void* packed;
+    const void *weight, *packed;
   };
-  Launch<Pointers> checked;
-  checked.reads(checked.arguments.weight, "weight", weight);
-  checked.writes(checked.arguments.packed, "packed", packed);
-  return {checked.arguments.weight, checked.arguments.packed};
-}
-
-// The size of a convolution's weight, as far as its packed form depends on it.
-inline TensorArg packed_from(ScalarType type, std::int64_t out_channels, std::int64_t in_channels,
-                             const Pair& kernel) {
-  TensorArg weight;
-  weight.type = type;
-  weight.rank = 4;
-  weight.sizes = {out_channels, in_channels, kernel[0], kernel[1]};
-  return weight;
+  const auto checked_pack = [=](const TensorArg& weight, const TensorArg& packed,
+                                Options... options) {
+    Launch<Pointers> checked;
+    auto& [from, to] = checked.arguments;
+    set_packed(checked, to, packed, bytes(weight, options...));
+    checked.reads(from, "weight", weight);
+    const py::gil_scoped_release unlocked;
+    pack(from, const_cast<void*>(to), weight, options...);
+  };
+  module.def((name + "_packed_bytes").c_str(), bytes, py::arg("weight"), names...,
+             ("Bytes of what " + name + "_pack makes of such a weight.").c_str());
+  module.def((name + "_pack").c_str(), checked_pack, py::arg("weight"), py::arg("packed"), names...,
+             meaning);
 }
 
 inline cpu::Window window_of(const Window& window) {
@@ -168,4 +162,20 @@ inline cpu::Window window_of(const Window& window) {
     all.dilation[axis] = dilation[axis];
   }
   return all;
+}
+
+// Window, format and sizes of a convolution of `x` with result `y`.
+template <typename Conv>
+void set_sizes(Conv& conv, const char* x_name, const TensorArg& x, const char* y_name,
+               const TensorArg& y, const Window& window) {
+  check_nhwc(x_name, x);
+  check_nhwc(y_name, y);
+  check_type(y_name, y, x.type);
+  conv.window = window_of(window);
+  conv.format = format_of(x_name, x);
+  std::tie(conv.batch, conv.in_channels, conv.height, conv.width) = std::tuple_cat(x.sizes);
+  conv.out_channels = y.sizes[1];
+  check_sizes(y_name, y,
+              {conv.batch, conv.out_channels, cpu::conv_output_size(conv.window, 0, conv.height),
+               cpu::conv_output_size(conv.window, 1, conv.width)});
 }

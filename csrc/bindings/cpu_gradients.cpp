@@ -11,35 +11,16 @@
 #include "register.h"
 
 namespace py = pybind11;
+using namespace pybind11::literals;
 
 namespace {
-
-// Fills in the sizes of a convolution of x (N, C, H, W) with gradient `grad` of its result.
-template <typename Conv>
-void set_sizes(Conv& conv, const char* name, const TensorArg& x, const TensorArg& grad,
-               const Window& window) {
-  check_nhwc(name, x);
-  check_nhwc("grad", grad);
-  check_type("grad", grad, x.type);
-  conv.window = window_of(window);
-  conv.format = format_of(name, x);
-  std::tie(conv.batch, conv.in_channels, conv.height, conv.width) = std::tuple_cat(x.sizes);
-  conv.out_channels = grad.sizes[1];
-  check_sizes("grad", grad,
-              {conv.batch, conv.out_channels, cpu::conv_output_size(conv.window, 0, conv.height),
-               cpu::conv_output_size(conv.window, 1, conv.width)});
-}
-
-void run_wgrad(WithIsa<cpu::ConvWgrad>& launch, std::uintptr_t) {
-  cpu::conv_wgrad(launch.op, launch.isa);
-}
 
 void conv_wgrad(const TensorArg& out, const TensorArg& x, const TensorArg& grad,
                 const Window& window, const std::string& isa) {
   Launch<WithIsa<cpu::ConvWgrad>> launch;
   cpu::ConvWgrad& conv = launch.arguments.op;
   launch.arguments.isa = choose_isa(isa);
-  set_sizes(conv, "x", x, grad, window);
+  set_sizes(conv, "x", x, "grad", grad, window);
   check_convolves(conv.format, launch.arguments.isa);
   check_sizes("out", out,
               {conv.out_channels, conv.in_channels, conv.window.kernel[0], conv.window.kernel[1]});
@@ -55,15 +36,14 @@ void conv_wgrad(const TensorArg& out, const TensorArg& x, const TensorArg& grad,
   launch.reads(conv.x, "x", x);
   launch.reads(conv.grad, "grad", grad);
   launch.writes(conv.out, "out", out);
-  launch.run<run_wgrad>();
+  launch.run<&cpu::conv_wgrad>();
 }
 
 }  // namespace
 
 void register_cpu_gradients(py::module_& module) {
   module.def(
-      "conv_wgrad", &conv_wgrad, py::arg("out"), py::arg("x"), py::arg("grad"), py::arg("window"),
-      py::arg("isa") = "",
+      "conv_wgrad", &conv_wgrad, "out"_a, "x"_a, "grad"_a, "window"_a, "isa"_a = "",
       "out = the gradient with respect to the weight (out_channels, in_channels, height, width)\n"
       "of a convolution with one group, of x and the gradient of its result, float32 or bfloat16.\n"
       "out is float32 or of their type, contiguous or channels_last; window is (kernel, stride,\n"

@@ -103,6 +103,16 @@ struct OnDevice {
   Tile tile;
   int device;
   const char* name;  // of the kernel, for errors
+
+  template <auto kKernel>
+  void call(std::uintptr_t stream) {
+    const auto queue = reinterpret_cast<CUstream_st*>(stream);
+    if constexpr (std::is_same_v<Tile, NoTile>) {
+      check_cuda(name, kKernel(op, device, queue));
+    } else {
+      check_cuda(name, kKernel(op, tile, device, queue));
+    }
+  }
 };
 using ConvLaunch = Launch<OnDevice<ConvBn, ConvTile>>;
 using QuantizedConvLaunch = Launch<OnDevice<QuantizedConv, QuantizedTile>>;
@@ -115,16 +125,6 @@ struct BlockTo {
   Bottleneck block;
   void* out;
 };
-
-template <auto kKernel, typename Op, typename Tile>
-void run_on_device(OnDevice<Op, Tile>& launch, std::uintptr_t stream) {
-  const auto queue = reinterpret_cast<CUstream_st*>(stream);
-  if constexpr (std::is_same_v<Tile, NoTile>) {
-    check_cuda(launch.name, kKernel(launch.op, launch.device, queue));
-  } else {
-    check_cuda(launch.name, kKernel(launch.op, launch.tile, launch.device, queue));
-  }
-}
 
 DType dtype_of(const char* name, const TensorArg& tensor) {
   switch (tensor.type) {
@@ -175,10 +175,9 @@ void set_batch_norm(Launch<Arguments>& launch, BatchNorm& slot, const BatchNormA
 void set_bn_add_relu(Launch<OnDevice<BnAddRelu>>& launch, const TensorArg& out, const TensorArg& x,
                      const BatchNormArg& bn, const OptionalTensor& residual, bool relu) {
   check_nhwc("x", x);
-  check_nhwc("out", out);
   check_type("x", x, out.type);
+  check_like("out", out, x);
   const auto& [batch, channels, height, width] = x.sizes;
-  check_sizes("out", out, {batch, channels, height, width});
   BnAddRelu& op = launch.arguments.op;
   op.dtype = dtype_of("x", x);
   op.rows = batch * height * width;
@@ -317,10 +316,7 @@ void set_quantized_conv(QuantizedConvLaunch& launch, const TensorArg& out,
                         const TensorArg& multiplier, const OptionalTensor& shortcut_scale,
                         const OptionalTensor& residual,
                         const std::optional<QuantizedLayerArg>& projection, bool relu) {
-  if (residual && projection) refuse("residual and projection exclude each other");
-  if (shortcut_scale.has_value() != (residual || projection)) {
-    refuse("shortcut_scale goes with a residual or a projection, and with nothing else");
-  }
+  check_shortcut(shortcut_scale.has_value(), residual.has_value(), projection.has_value());
   QuantizedConv& op = launch.arguments.op;
   set_result(op.conv, out, 1);
   const TensorArg& first = std::get<0>(layer);
@@ -346,9 +342,7 @@ void set_quantized_conv(QuantizedConvLaunch& launch, const TensorArg& out,
   }
   if (residual && out.numel() > 0) {
     op.residual_dtype = byte_dtype_of("residual", *residual, first);
-    TensorArg as_out = out;  // set_residual wants one type, and both are single bytes
-    as_out.type = residual->type;
-    set_residual(launch, op.conv.residual, residual, as_out);
+    set_residual(launch, op.conv.residual, residual, out, residual->type);
   }
   launch.writes(op.conv.out, "out", out);
 }
@@ -376,10 +370,8 @@ void set_parts(Launch<Arguments>& launch, float*& slot, const char* name,
                const OptionalTensor& parts, std::int64_t rows, const TensorArg& result) {
   if (!parts) return;
   const auto& [op, tile, device, kernel] = launch.arguments;
-  check_type(name, *parts, ScalarType::kFloat32);
-  check_sizes(name, *parts, {resnet_fused::training_parts(op, tile), rows, result.sizes[1]});
-  check_contiguous(name, *parts, 3);
-  launch.writes(slot, name, *parts);
+  set_array(launch, slot, name, parts, ScalarType::kFloat32,
+            {resnet_fused::training_parts(op, tile), rows, result.sizes[1]});
 }
 
 void set_conv_stats(ConvStatsLaunch& launch, const TensorArg& out, const TensorArg& x,
@@ -404,9 +396,7 @@ void set_dgrad(DgradLaunch& launch, const TensorArg& out, const TensorArg& grad,
   set_training(op.op, out, weight, window, grad);
   const auto set = [&](const void*& slot, const char* name, const OptionalTensor& tensor) {
     if (!tensor) return;
-    check_nhwc(name, *tensor);
-    check_type(name, *tensor, out.type);
-    check_sizes(name, *tensor, {out.sizes[0], out.sizes[1], out.sizes[2], out.sizes[3]});
+    check_like(name, *tensor, out);
     launch.reads(slot, name, *tensor);
   };
   launch.reads(op.grad, "grad", grad);
@@ -418,21 +408,11 @@ void set_dgrad(DgradLaunch& launch, const TensorArg& out, const TensorArg& grad,
     const std::int64_t channels = out.sizes[1];
     check_sizes("operand", operand, {out.sizes[0], channels, out.sizes[2], out.sizes[3]});
     if (out.numel() > 0) set_residual(launch, op.operand, operand, out);
-    check_type("matrix", matrix, out.type);
-    check_sizes("matrix", matrix, {channels, channels});
-    check_contiguous("matrix", matrix, 2);
-    launch.reads(op.operand_matrix, "matrix", matrix);
-    check_type("offset", offset, ScalarType::kFloat32);
-    check_sizes("offset", offset, {channels});
-    check_contiguous("offset", offset, 1);
-    launch.reads(op.operand_offset, "offset", offset);
+    set_array(launch, op.operand_matrix, "matrix", matrix, out.type, {channels, channels});
+    set_array(launch, op.operand_offset, "offset", offset, ScalarType::kFloat32, {channels});
   }
-  if (scale_shift) {
-    check_type("scale_shift", *scale_shift, ScalarType::kFloat32);
-    check_sizes("scale_shift", *scale_shift, {6, out.sizes[1]});
-    check_contiguous("scale_shift", *scale_shift, 2);
-    launch.reads(op.below_scale_shift, "scale_shift", *scale_shift);
-  }
+  set_array(launch, op.below_scale_shift, "scale_shift", scale_shift, ScalarType::kFloat32,
+            {6, out.sizes[1]});
   set_parts(launch, op.sums, "sums", sums, 2, out);
   launch.writes(op.out, "out", out);
 }
@@ -456,10 +436,7 @@ void set_wgrad_in_parts(WgradLaunch& launch, const TensorArg& out, const TensorA
   set_wgrad(launch, out, grad, x, window);
   Wgrad& op = launch.arguments.op;
   op.count = size("parts", parts.sizes[0], 1);
-  check_type("parts", parts, ScalarType::kFloat32);
-  check_sizes("parts", parts, {op.count, out.numel()});
-  check_contiguous("parts", parts, 2);
-  launch.writes(op.parts, "parts", parts);
+  set_array(launch, op.parts, "parts", parts, ScalarType::kFloat32, {op.count, out.numel()});
 }
 
 int count_parts(const OnDevice<Wgrad, WgradTile>& launch) {
@@ -653,12 +630,7 @@ void set_linear(Launch<OnDevice<Linear>>& launch, const TensorArg& out, const Te
   op.classes = size("classes", weight.sizes[0], 0);
   launch.reads(op.x, "x", x);
   launch.reads(op.weight, "weight", weight);
-  if (bias) {
-    check_sizes("bias", *bias, {weight.sizes[0]});
-    check_contiguous("bias", *bias, 1);
-    check_type("bias", *bias, out.type);
-    launch.reads(op.bias, "bias", *bias);
-  }
+  set_array(launch, op.bias, "bias", bias, out.type, {weight.sizes[0]});
   launch.writes(op.out, "out", out);
 }
 
@@ -677,7 +649,7 @@ void def(py::module_& module, const char* name, void (*set)(Launch<OnDevice<Op>>
     Launch<OnDevice<Op>> launch;
     prepare(launch, name, device);
     set(launch, arguments...);
-    launch.template run<run_on_device<kKernel, Op, NoTile>>(stream);
+    launch.template run<kKernel>(stream);
   };
   module.def(("cuda_" + std::string(name)).c_str(), function, py::arg(names)..., py::arg("device"),
              py::arg("stream"), meaning);
@@ -694,7 +666,7 @@ void def_tiled(py::module_& module, const char* name,
     launch.arguments.tile = tile;
     set(launch, arguments...);
     check_tile(launch.arguments);
-    launch.template run<run_on_device<kKernel, Op, Tile>>(stream);
+    launch.template run<kKernel>(stream);
   };
   module.def(("cuda_" + std::string(name)).c_str(), function, py::arg(names)..., py::arg("tile"),
              py::arg("device"), py::arg("stream"), meaning);

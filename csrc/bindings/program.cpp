@@ -12,6 +12,7 @@
 #endif
 
 namespace py = pybind11;
+using namespace pybind11::literals;
 
 namespace {
 
@@ -282,8 +283,7 @@ void register_programs(py::module_& module) {
           "run",
           [](const Program& program, std::vector<std::uintptr_t> tensors, std::uintptr_t arena,
              std::uintptr_t stream) { program.run(std::move(tensors), arena, stream); },
-          py::arg("tensors"), py::arg("arena"), py::arg("stream") = 0,
-          py::call_guard<py::gil_scoped_release>(),
+          "tensors"_a, "arena"_a, "stream"_a = 0, py::call_guard<py::gil_scoped_release>(),
           "Runs every launch, on `stream`. Addresses of all inputs and then of all outputs, of "
           "the\n"
           "sizes, strides and types that were recorded, and of arena_bytes bytes, aligned as was\n"
@@ -295,18 +295,18 @@ void register_programs(py::module_& module) {
       .def("start", &Recorder::start)
       .def("stop", &Recorder::stop)
       .def("__len__", &Recorder::size)
-      .def("add_call", &Recorder::add_call, py::arg("function"), py::arg("tensors"),
+      .def("add_call", &Recorder::add_call, "function"_a, "tensors"_a,
            "Adds a launch by function(address, ...) of the tensors, None for None. Which of them\n"
            "it writes is not told: all but a program's inputs count as written.")
-      .def("program", &Recorder::program, py::arg("first"), py::arg("last"), py::arg("inputs"),
-           py::arg("outputs"), py::arg("constants"), py::arg("alignment"),
+      .def("program", &Recorder::program, "first"_a, "last"_a, "inputs"_a, "outputs"_a,
+           "constants"_a, "alignment"_a,
            "Launches `first` to before `last` as a Program from inputs to outputs, none of which\n"
            "overlap. It keeps no tensor alive: `constants`, all else that they may read, have to\n"
            "stay where they are. None where they read anything else or leave part of an output\n"
            "unwritten.");
 
   module.def(
-      "stub_kernels", [](bool stubbed) { kernels_stubbed = stubbed; }, py::arg("stubbed"),
+      "stub_kernels", [](bool stubbed) { kernels_stubbed = stubbed; }, "stubbed"_a,
       "While True, kernels of this module are called for but do not run, in every thread: what\n"
       "remains is the host's time.");
 }

@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <initializer_list>
 #include <memory>
 #include <optional>
 #include <type_traits>
@@ -147,10 +148,17 @@ class Launch {
     for (Access& access : accesses_) access.replaceable |= access.offset == offset_of(&slot);
   }
 
-  template <void (*kRun)(Arguments&, std::uintptr_t)>
+  // By kKernel(arguments), or arguments.call<kKernel>(stream) where they are more than the
+  // kernel's.
+  template <auto kKernel>
   void run(std::uintptr_t stream = 0) {
-    const Kernel kernel = [](void* arguments, std::uintptr_t stream) {
-      kRun(*static_cast<Arguments*>(arguments), stream);
+    const Kernel kernel = [](void* bytes, std::uintptr_t stream) {
+      Arguments& taken = *static_cast<Arguments*>(bytes);
+      if constexpr (std::is_invocable_v<decltype(kKernel), Arguments&>) {
+        kKernel(taken);
+      } else {
+        taken.template call<kKernel>(stream);
+      }
     };
     if (Recorder* const recorder = Recorder::active()) {
       const auto* const bytes = reinterpret_cast<const std::byte*>(&arguments);
@@ -180,5 +188,20 @@ class Launch {
   std::vector<Access> accesses_;
   std::vector<PyObject*> tensors_;
 };
+
+// Sets `slot` to the array, if there is one, which must have that type and those sizes and be
+// contiguous. It is read if `slot` points to what is constant, else written.
+template <typename Arguments, typename T>
+void set_array(Launch<Arguments>& launch, T*& slot, const char* name,
+               const std::optional<TensorArg>& tensor, ScalarType type,
+               std::initializer_list<std::int64_t> sizes) {
+  if (!tensor) return;
+  check_array(name, *tensor, type, sizes);
+  if constexpr (std::is_const_v<T>) {
+    launch.reads(slot, name, *tensor);
+  } else {
+    launch.writes(slot, name, *tensor);
+  }
+}
 
 void register_programs(pybind11::module_& module);

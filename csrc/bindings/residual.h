@@ -13,15 +13,15 @@ inline bool is_like(const std::optional<TensorArg>& residual, const TensorArg& o
 }
 
 // Of a result `out` (N, K, P, Q) without empty sizes, dense and channels_last. Throws ValueError
-// where the residual cannot be read, or where writing `out` would change it: they may only be one
-// tensor.
+// where the residual, of that type, cannot be read, or where writing `out` would change it: they
+// may only be one tensor.
 template <typename Arguments>
 void set_residual(Launch<Arguments>& launch, resnet_fused::Residual& slot,
-                  const std::optional<TensorArg>& residual, const TensorArg& out) {
+                  const std::optional<TensorArg>& residual, const TensorArg& out, ScalarType type) {
   slot = {};
   if (!residual) return;
   check_rank("residual", *residual, 4);
-  check_type("residual", *residual, out.type);
+  check_type("residual", *residual, type);
   const auto& [batch, out_channels, height, width] = out.sizes;
   const std::int64_t channels = residual->sizes[1];
   if (channels < 1 || channels > out_channels) {
@@ -44,4 +44,18 @@ void set_residual(Launch<Arguments>& launch, resnet_fused::Residual& slot,
   slot.image = image;
   slot.line = line;
   slot.pixel = pixel;
+}
+
+template <typename Arguments>
+void set_residual(Launch<Arguments>& launch, resnet_fused::Residual& slot,
+                  const std::optional<TensorArg>& residual, const TensorArg& out) {
+  set_residual(launch, slot, residual, out, out.type);
+}
+
+// Of a quantised convolution: which of them it has.
+inline void check_shortcut(bool scale, bool residual, bool projection) {
+  if (residual && projection) refuse("residual and projection exclude each other");
+  if (scale != (residual || projection)) {
+    refuse("shortcut_scale goes with a residual or a projection, and with nothing else");
+  }
 }

@@ -7,6 +7,7 @@
 #include "register.h"
 
 namespace py = pybind11;
+using namespace pybind11::literals;
 
 namespace {
 
@@ -118,10 +119,10 @@ bool unchanged(const py::tuple& snapshot) {
 }  // namespace
 
 void register_snapshots(py::module_& module) {
-  module.def("snapshot", &snapshot, py::arg("modules"),
+  module.def("snapshot", &snapshot, "modules"_a,
              "What the modules are, for unchanged(): the types, attributes and, of those that are\n"
              "dicts or lists, their contents, by identity. None where it cannot be told.");
-  module.def("unchanged", &unchanged, py::arg("snapshot"),
+  module.def("unchanged", &unchanged, "snapshot"_a,
              "Whether every module still has the type, with the same methods, and the attributes\n"
              "that it had when snapshot() was called.");
 }

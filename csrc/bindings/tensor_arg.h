@@ -128,9 +128,31 @@ inline void check_contiguous(const char* name, const TensorArg& tensor, int rank
   }
 }
 
+// An array of that type and those sizes, contiguous.
+inline void check_array(const char* name, const TensorArg& tensor, ScalarType type,
+                        std::initializer_list<std::int64_t> sizes) {
+  check_type(name, tensor, type);
+  check_sizes(name, tensor, sizes);
+  check_contiguous(name, tensor, static_cast<int>(sizes.size()));
+}
+
+// An NHWC tensor of the type and the sizes of `other`.
+inline void check_like(const char* name, const TensorArg& tensor, const TensorArg& other) {
+  check_nhwc(name, tensor);
+  check_type(name, tensor, other.type);
+  const auto& [batch, channels, height, width] = other.sizes;
+  check_sizes(name, tensor, {batch, channels, height, width});
+}
+
 inline void check_apart(const char* a_name, const TensorArg& a, const char* b_name,
                         const TensorArg& b) {
   if (a.span().overlaps(b.span())) refuse(std::string(a_name) + " overlaps " + b_name);
+}
+
+// Throws unless `out` is `tensor` itself or apart from it.
+inline void check_same_or_apart(const char* out_name, const TensorArg& out, const char* name,
+                                const TensorArg& tensor) {
+  if (out.address != tensor.address) check_apart(out_name, out, name, tensor);
 }
 
 namespace pybind11::detail {

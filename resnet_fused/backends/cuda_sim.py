@@ -59,7 +59,7 @@ class _SimulatedTraining(ReferenceTraining):
         return found
 
     def dgrad(self, *arguments: Any) -> tuple[Tensor, Tensor | None]:
-        all_of_them = (*arguments, None)[:6]  # without an add_stride
+        all_of_them = (*arguments, None, None)[:7]  # without add_stride and term
         found: tuple[Tensor, Tensor | None] = self._run("dgrad", super().dgrad, all_of_them)
         return found
 

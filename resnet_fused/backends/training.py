@@ -113,18 +113,6 @@ class FoldedEnds(Protocol):
         what to take x's gradient by: the convolution that is scaled by a, and, unless frozen, the
         rest."""
 
-    def dgrad(
-        self,
-        g: Tensor,
-        conv: Convolution,
-        shape: torch.Size,
-        below: Activation | None,
-        add: Tensor | None,
-        add_stride: int | None = None,
-        term: OperandTerm | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """That of `TrainingKernels`, with a further term in the gradient."""
-
 
 class TrainingKernels(Protocol):
     """The pieces. Activations are channels_last, sums are taken in float32 in a fixed order."""
@@ -187,6 +175,7 @@ class TrainingKernels(Protocol):
         below: Activation | None,
         add: Tensor | None,
         add_stride: int | None = None,
+        term: OperandTerm | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The gradient (+ add) of a convolution's input of that shape, g being its result's.
 
@@ -196,6 +185,8 @@ class TrainingKernels(Protocol):
 
         Where the input is the activation `below`, its ReLU's mask is applied and the sums of its
         normalisation are returned too.
+
+        `term` is what a folded end adds (`FoldedEnds.folded_gradients`).
         """
 
     def wgrad(self, g: Tensor, x: Tensor, conv: Convolution) -> Tensor:

@@ -343,9 +343,7 @@ def _backward(
         add_stride: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         above, conv, term = gradient
-        if folded is None or term is None:
-            return pieces.dgrad(above, conv, shape, below, add, add_stride)
-        return folded.dgrad(above, conv, shape, below, add, add_stride, term)
+        return pieces.dgrad(above, conv, shape, below, add, add_stride, term)
 
     shortcut_grad = g if shortcut in ("identity", "padded") else None
     add_stride = stride if shortcut == "padded" else None

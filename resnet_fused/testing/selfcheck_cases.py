@@ -351,8 +351,9 @@ def _folded_ends(
         "relu_gradient_sum by signs": [grad, None, signs_of(y)],
         "folded_sums": [sums, product, end],
         "folded_gradients": [product, kept, sums[:1], coefficients, end, False],
-        "dgrad": [grad, conv, x.shape, below, None, None, term],
     }
+    dgrad = [grad, conv, x.shape, below, None, None, term]
+    yield Case("1x1 dgrad, folded", f"{TRAINING}.dgrad", dgrad)
     for name, arguments in pieces.items():
         yield Case(f"1x1 {name}, folded", f"{FOLDED}.{name.split()[0]}", arguments)
 
@@ -445,6 +446,6 @@ def cases(
         for case in make(served[name], device, num_sms):
             training = backend.training
             folds = training is not None and training.folded_ends(served[name]) is not None
-            if case.op.startswith(FOLDED) and not folds:
+            if case.name.endswith(", folded") and not folds:
                 continue
             yield case._replace(name=f"{name} {case.name}")

@@ -195,14 +195,16 @@ void add_strided(const AddStrided& op) {
                [&](std::int64_t i) { task(op, i * step, std::min((i + 1) * step, lines)); });
 }
 
-void pool_activation(const Pooling& op, void* out, std::uint8_t* argmax) {
+void pool_activation(const PoolActivation& of) {
+  const Pooling& op = of.pooling;
   const auto task = tasks().pool;
   parallel_for(op.batch * op.out_height, [&](std::int64_t i) {
-    task(op, i / op.out_height, i % op.out_height, out, argmax);
+    task(op, i / op.out_height, i % op.out_height, of.out, of.argmax);
   });
 }
 
-void pool_gradient(const Pooling& op, const PoolGradient& of) {
+void pool_gradient(const PoolGradient& of) {
+  const Pooling& op = of.pooling;
   const std::int64_t bands = ceil_div(op.height, kPoolLines), parts = op.batch * bands;
   const std::int64_t padded = round_up(op.channels, kPadding);
   double* const part = partial_sums(parts, 2 * padded);
@@ -215,51 +217,49 @@ void pool_gradient(const Pooling& op, const PoolGradient& of) {
   add_parts(part, parts, 2, padded, op.channels, out);
 }
 
-void bn_scale_shift(const float* moments, std::int64_t parts, std::int64_t channels,
-                    const Vector& weight, const Vector& bias, double eps, float* scale_shift) {
-  for (std::int64_t c = 0; c < channels; ++c) {
+void bn_scale_shift(const BnScaleShift& op) {
+  for (std::int64_t c = 0; c < op.channels; ++c) {
     const auto value = [&](std::int64_t part, int row) {
-      return static_cast<double>(moments[(3 * part + row) * channels + c]);
+      return static_cast<double>(op.moments[(3 * part + row) * op.channels + c]);
     };
     double total = 0, shift = 0, squares = 0;
-    for (std::int64_t i = 0; i < parts; ++i) {
+    for (std::int64_t i = 0; i < op.parts; ++i) {
       total += value(i, 2);
       shift += value(i, 2) * (value(i, 0) - value(0, 0));
     }
     const double mean = value(0, 0) + shift / total;
-    for (std::int64_t i = 0; i < parts; ++i) {
+    for (std::int64_t i = 0; i < op.parts; ++i) {
       const double apart = value(i, 0) - mean;
       squares += value(i, 1) + value(i, 2) * apart * apart;
     }
-    const double invstd = 1.0 / std::sqrt(squares / total + eps);
-    const double values[6] = {mean,   element(weight, c) * invstd,        element(bias, c),
+    const double invstd = 1.0 / std::sqrt(squares / total + op.eps);
+    const double values[6] = {mean,   element(op.weight, c) * invstd,     element(op.bias, c),
                               invstd, squares / std::max(total - 1, 1.0), total};
     for (int row = 0; row < 6; ++row) {
-      scale_shift[row * channels + c] = static_cast<float>(values[row]);
+      op.scale_shift[row * op.channels + c] = static_cast<float>(values[row]);
     }
   }
 }
 
-void bn_backward_coefficients(const float* sums, std::int64_t parts, const float* total,
-                              std::int64_t total_parts, const float* scale_shift,
-                              std::int64_t channels, bool frozen, float* coefficients,
-                              float* weight_grad, float* bias_grad) {
+void bn_backward_coefficients(const BnBackwardCoefficients& op) {
   const auto sum_of = [&](const float* all, std::int64_t count, std::int64_t at) {
     double sum = 0;
-    for (std::int64_t i = 0; i < count; ++i) sum += all[2 * channels * i + at];
+    for (std::int64_t i = 0; i < count; ++i) sum += all[2 * op.channels * i + at];
     return sum;
   };
-  for (std::int64_t c = 0; c < channels; ++c) {
-    const double scale = scale_shift[channels + c], invstd = scale_shift[3 * channels + c];
-    const double count = scale_shift[5 * channels + c];
-    const double b = -scale * invstd * invstd * sum_of(total, total_parts, channels + c) / count;
-    const double d = -scale * sum_of(total, total_parts, c) / count;
-    coefficients[c] = static_cast<float>(scale);
-    coefficients[channels + c] = frozen ? 0.0f : static_cast<float>(b);
-    coefficients[2 * channels + c] = frozen ? 0.0f : static_cast<float>(d);
-    coefficients[3 * channels + c] = scale_shift[c];
-    weight_grad[c] = static_cast<float>(invstd * sum_of(sums, parts, channels + c));
-    bias_grad[c] = static_cast<float>(sum_of(sums, parts, c));
+  for (std::int64_t c = 0; c < op.channels; ++c) {
+    const double scale = op.scale_shift[op.channels + c],
+                 invstd = op.scale_shift[3 * op.channels + c];
+    const double count = op.scale_shift[5 * op.channels + c];
+    const double b =
+        -scale * invstd * invstd * sum_of(op.total, op.total_parts, op.channels + c) / count;
+    const double d = -scale * sum_of(op.total, op.total_parts, c) / count;
+    op.coefficients[c] = static_cast<float>(scale);
+    op.coefficients[op.channels + c] = op.frozen ? 0.0f : static_cast<float>(b);
+    op.coefficients[2 * op.channels + c] = op.frozen ? 0.0f : static_cast<float>(d);
+    op.coefficients[3 * op.channels + c] = op.scale_shift[c];
+    op.weight_grad[c] = static_cast<float>(invstd * sum_of(op.sums, op.parts, op.channels + c));
+    op.bias_grad[c] = static_cast<float>(sum_of(op.sums, op.parts, c));
   }
 }
 

@@ -75,36 +75,50 @@ struct Pooling {
   Activation activation;  // (batch, height, width, channels)
 };
 
-void moments(const Moments& op);
-void normalise_add_relu(const NormaliseAddRelu& op);
-void relu_gradient(const ReluGradient& op);
-void pre_bn_gradient(const PreBnGradient& op);
-void add_strided(const AddStrided& op);
-
 // out (batch, out_height, out_width, channels) = max_pool(activation), and where in its window each
 // maximum stands, counted along lines: of equal values the first.
-void pool_activation(const Pooling& op, void* out, std::uint8_t* argmax);
+struct PoolActivation {
+  Pooling pooling;
+  void* out;
+  std::uint8_t* argmax;
+};
 
 // g (batch, height, width, channels): grad of the pooled activation, through pooling and ReLU, and
 // its sums (2, channels).
 struct PoolGradient {
+  Pooling pooling;
   const void* grad;
   const std::uint8_t* argmax;
   void* g;
   float* sums;
 };
 
-void pool_gradient(const Pooling& op, const PoolGradient& of);
-
 // scale_shift (6, channels) from the moments (parts, 3, channels), merged in their order in fp64.
-void bn_scale_shift(const float* moments, std::int64_t parts, std::int64_t channels,
-                    const Vector& weight, const Vector& bias, double eps, float* scale_shift);
+struct BnScaleShift {
+  const float* moments;
+  std::int64_t parts, channels;
+  Vector weight, bias;
+  double eps;
+  float* scale_shift;
+};
 
 // coefficients (4, channels) and the gradients of weight and bias (channels), from the sums
 // (parts, 2, channels) of this rank and of all.
-void bn_backward_coefficients(const float* sums, std::int64_t parts, const float* total,
-                              std::int64_t total_parts, const float* scale_shift,
-                              std::int64_t channels, bool frozen, float* coefficients,
-                              float* weight_grad, float* bias_grad);
+struct BnBackwardCoefficients {
+  const float *sums, *total, *scale_shift;
+  std::int64_t parts, total_parts, channels;
+  bool frozen;
+  float *coefficients, *weight_grad, *bias_grad;
+};
+
+void moments(const Moments& op);
+void normalise_add_relu(const NormaliseAddRelu& op);
+void relu_gradient(const ReluGradient& op);
+void pre_bn_gradient(const PreBnGradient& op);
+void add_strided(const AddStrided& op);
+void pool_activation(const PoolActivation& op);
+void pool_gradient(const PoolGradient& op);
+void bn_scale_shift(const BnScaleShift& op);
+void bn_backward_coefficients(const BnBackwardCoefficients& op);
 
 }  // namespace resnet_fused::cpu

@@ -103,7 +103,7 @@ def squeeze_excite(
 
 
 def pack(extension: ModuleType, form: str, weight: Tensor, *options: Any) -> Tensor:
-    """The weight as the kernels of that form read it: "conv", "grouped", "winograd" or "stem"."""
+    """The weight as the kernels of that form read it: "conv", "quantized_conv" and so on."""
     described = tensor_arg(weight)
     size = getattr(extension, f"{form}_packed_bytes")(described, *options)
     packed = torch.empty(size, dtype=torch.uint8)

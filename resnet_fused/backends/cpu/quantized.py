@@ -6,7 +6,7 @@ They equal `resnet_fused.reference.quantized` bit for bit in int8, with any numb
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,20 +25,14 @@ from .. import Candidate, Candidates
 from ..arguments import empty_nhwc, nhwc, residual_arg
 from ..live_cache import LiveCache
 from ..reference import ReferenceBackend
+from .native import pack
 
 _MOST_CHANNELS = 65536  # of the head
 _MOST_PIXELS = 2**23
 
 
-class PackedQuantizedWeight:
-    """A weight as the kernels of that form read it: "conv", with groups, "stem" or "head"."""
-
-    def __init__(self, extension: ModuleType, form: str, weight: Tensor, *groups: int) -> None:
-        described = tensor_arg(weight)
-        size = getattr(extension, f"quantized_{form}_packed_bytes")(described, *groups)
-        self.packed = torch.empty(size, dtype=torch.uint8)
-        pack = getattr(extension, f"quantized_{form}_pack")
-        pack(described, *groups, tensor_arg(self.packed))
+class PackedQuantizedWeight(NamedTuple):
+    packed: Tensor  # under the name by which plans find it
 
 
 class QuantizedKernels:
@@ -106,11 +100,12 @@ class QuantizedKernels:
         return out
 
     def _packed(self, form: str, weight: Tensor, *groups: int) -> Tensor:
+        def packed() -> PackedQuantizedWeight:
+            return PackedQuantizedWeight(
+                pack(self._extension, f"quantized_{form}", weight, *groups)
+            )
 
-        def pack() -> PackedQuantizedWeight:
-            return PackedQuantizedWeight(self._extension, form, weight, *groups)
-
-        return self._weights.get(weight, (form, *groups), pack).packed
+        return self._weights.get(weight, (form, *groups), packed).packed
 
     def _layer(self, x: Tensor, conv: Convolution) -> tuple[Any, ...]:
         window = (conv.weight.shape[2:], *conv[1:])

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ... import settings
 from ..._extension import optional_tensor_arg, tensor_arg
-from ...parameters import Activation, Convolution, Layer, MaxPool, PreBnGradient
+from ...parameters import Activation, Convolution, Layer, MaxPool, OperandTerm, PreBnGradient
 from ...reference.convolution import convolve, well_posed
 from ...reference.training import ReferenceTraining
 from ..arguments import nhwc, residual_arg
@@ -137,7 +137,9 @@ class CpuTraining:
         below: Activation | None,
         add: Tensor | None,
         add_stride: int | None = None,
+        term: OperandTerm | None = None,
     ) -> tuple[Tensor, Tensor | None]:
+        assert term is None  # no ends are folded
         before, after = (add, None) if add_stride in (None, 1) else (None, add)
         if before is not None:
             before = before[:, : shape[1]]

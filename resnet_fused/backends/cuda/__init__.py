@@ -94,27 +94,22 @@ class CudaBackend(ReferenceBackend):
         if piece == "folded_end":
             main, shortcut, signs = arguments
             return self._tiles(self._folded_end, *_folded_layers(main, shortcut), True, signs)
-        if piece not in ("conv_stats", "dgrad", "folded_dgrad", "wgrad"):
+        if piece not in ("conv_stats", "dgrad", "wgrad"):
             return []
         launcher, tensor = self._launcher, arguments[0]
         conv = next(argument for argument in arguments if isinstance(argument, Convolution))
         if tensor.dtype not in (torch.float16, torch.bfloat16) or conv.groups > 1:
             return []
         tiles: list[str] = []
-        run: Callable[..., Any] = getattr(launcher, piece.removeprefix("folded_"))
+        run: Callable[..., Any] = getattr(launcher, piece)
         if piece == "conv_stats":
             tiles = launcher.conv_stats_tiles(tensor, conv)
         elif piece == "wgrad" and conv.weight.dtype in (torch.float32, tensor.dtype):
             tiles = launcher.wgrad_tiles(*arguments)
-        elif piece == "folded_dgrad":
-            add, add_stride, term = arguments[4:]
-            if add is add_stride is None:
-                of_dgrad = (*arguments[:5], term)
-                tiles = launcher.dgrad_tiles(*of_dgrad)
         elif piece == "dgrad":
-            below, add, add_stride = arguments[3:]
-            if add_stride is None and (below is None or add is None):
-                tiles = launcher.dgrad_tiles(*arguments[:5])
+            below, add, add_stride, term = arguments[3:]
+            if add_stride is None and (add is None or below is term is None):
+                tiles = launcher.dgrad_tiles(*arguments[:5], *arguments[6:])
         return [
             Candidate(f"cuda {tile}", functools.partial(run, tile), f"cuda training {tile}")
             for tile in tiles

@@ -184,7 +184,7 @@ class Launcher:
         add_stride: int | None = None,
         term: OperandTerm | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """See `resnet_fused.backends.training.FoldedEnds.dgrad`; there is no add_stride."""
+        """See `resnet_fused.backends.training.TrainingKernels.dgrad`; there is no add_stride."""
         out, call, more = self._dgrad_call(g, conv, shape, below, add, term)
         named = getattr(self.extension.TrainingTile, tile)
         sums = None

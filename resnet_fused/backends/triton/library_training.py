@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...parameters import Activation, Convolution
+from ...parameters import Activation, Convolution, OperandTerm
 from ...reference.convolution import convolve
 from .launching import Launch, is_wide, nhwc, planned
 from .primitives import tile_index
@@ -93,7 +93,9 @@ class LibraryTraining(TritonTraining):
         below: Activation | None,
         add: Tensor | None,
         add_stride: int | None = None,
+        term: OperandTerm | None = None,
     ) -> tuple[Tensor, Tensor | None]:
+        assert term is None  # no ends are folded
         x = g.new_empty(1).expand(shape)  # of which only the sizes count
         out = _convolution_backward(g, x, conv, 0)
         if add is not None and add_stride is None:

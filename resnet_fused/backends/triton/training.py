@@ -66,7 +66,6 @@ _PLAIN = {
     "dgrad": _Piece(_reference.dgrad, _merged(_reference.merge_sums)),
     "wgrad": _Piece(_reference.wgrad),
     "folded_end": _Piece(_reference.folded_end, _with_right_signs),
-    "folded_dgrad": _Piece(_reference.dgrad, _merged(_reference.merge_sums)),
 }
 
 
@@ -191,10 +190,14 @@ class TritonTraining:
         below: Activation | None,
         add: Tensor | None,
         add_stride: int | None = None,
+        term: OperandTerm | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        arguments = (g, conv, shape, below, add, add_stride)
+        arguments = (g, conv, shape, below, add, add_stride, term)
         run = self.choose(
-            "dgrad", arguments, dgrad, lambda: dgrad_configs(g, conv, shape, below is not None)
+            "dgrad",
+            arguments,
+            dgrad,
+            lambda: dgrad_configs(g, conv, shape, below is not None, folded=term is not None),
         )
         found: tuple[Tensor, Tensor | None] = run(*arguments)
         return found
@@ -226,26 +229,6 @@ class TritonFoldedEnds:
             arguments,
             ends.folded_end,
             lambda: ends.folded_end_configs(*arguments),
-        )
-        found: tuple[Tensor, Tensor | None] = run(*arguments)
-        return found
-
-    def dgrad(
-        self,
-        g: Tensor,
-        conv: Convolution,
-        shape: torch.Size,
-        below: Activation | None,
-        add: Tensor | None,
-        add_stride: int | None = None,
-        term: OperandTerm | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        arguments = (g, conv, shape, below, add, add_stride, term)
-        run = self._choose(
-            "folded_dgrad",
-            arguments,
-            dgrad,
-            lambda: dgrad_configs(g, conv, shape, below is not None, folded=True),
         )
         found: tuple[Tensor, Tensor | None] = run(*arguments)
         return found

@@ -298,7 +298,7 @@ def dgrad(
     add_stride: int | None = None,
     term: OperandTerm | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """See `resnet_fused.backends.training.FoldedEnds.dgrad`."""
+    """See `resnet_fused.backends.training.TrainingKernels.dgrad`."""
     g = nhwc(g)
     conv = dense_convolution(conv, g.dtype)
     below = None if below is None else Activation(nhwc(below.pre_bn), below.scale_shift)
