@@ -22,7 +22,6 @@ class Limits(NamedTuple):
 LIMITS = {
     "80": Limits(164, 64, 32),
     "86": Limits(100, 48, 16),
-    "89": Limits(100, 48, 24),
     "90a": Limits(228, 64, 32),
     "100": Limits(228, 64, 32),
     "120": Limits(100, 48, 24),
