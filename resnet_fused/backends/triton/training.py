@@ -197,7 +197,7 @@ class TritonTraining:
             "dgrad",
             arguments,
             dgrad,
-            lambda: dgrad_configs(g, conv, shape, below is not None, folded=term is not None),
+            lambda: dgrad_configs(g, conv, shape, below is not None, term is not None),
         )
         found: tuple[Tensor, Tensor | None] = run(*arguments)
         return found

@@ -224,7 +224,7 @@ def _gemm(conv: Convolution, shape: torch.Size) -> Gemm:
 
 
 def dgrad_configs(
-    g: Tensor, conv: Convolution, shape: torch.Size, masks: bool, folded: bool = False
+    g: Tensor, conv: Convolution, shape: torch.Size, masks: bool, folded: bool
 ) -> list[Config]:
     """Launch configurations, the heuristic's choice first. masks: whether a ReLU is below."""
     class_h, class_w = _classes(conv)
