@@ -29,6 +29,8 @@ cudaError_t training_tiles(const ConvStats&, int, std::vector<TrainingTile>*) {
   return cudaSuccess;
 }
 cudaError_t training_tiles(const Dgrad&, int, std::vector<TrainingTile>*) { return cudaSuccess; }
+int training_parts(const ConvStats&, TrainingTile) { return 0; }
+int training_parts(const Dgrad&, TrainingTile) { return 0; }
 cudaError_t conv_stats(const ConvStats&, TrainingTile, int, cudaStream_t) {
   return cudaErrorInvalidValue;
 }
