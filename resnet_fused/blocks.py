@@ -43,7 +43,8 @@ class PaddedIdentity(nn.Module):
     place, and no padded copy is made.
 
     Args:
-        inplanes, outplanes: channels of x and of the result, whose last ones are zero.
+        inplanes: channels of x.
+        outplanes: channels of the result, whose last ones are zero.
         stride: rows and columns from one sample to the next.
 
     Raises ValueError where channels would have to be dropped.

@@ -1,7 +1,9 @@
-"""Documents: the commands of docs/paper.md are accepted, and what documents name is there."""
+"""Documents: the commands of docs/paper.md are accepted, and what documents and docstrings name is
+there."""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import shlex
@@ -47,3 +49,25 @@ def test_files_that_contributing_names_exist() -> None:
     for file in named:
         places = (ROOT / file, ROOT / "resnet_fused" / file)
         assert "NAME" in file or any(place.exists() for place in places), file
+
+
+def test_arguments_that_docstrings_describe_exist() -> None:
+    """One by one, as the site's strict build asks for."""
+    found = 0
+    for path in sorted((ROOT / "resnet_fused").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.FunctionDef | ast.ClassDef):
+                continue
+            section = re.search(r"^Args:\n((?: .*\n|\n)+)", f"{ast.get_docstring(node)}\n", re.M)
+            if section is None:
+                continue
+            (function,) = (
+                n
+                for n in [node, *getattr(node, "body", [])]
+                if isinstance(n, ast.FunctionDef) and (n is node or n.name == "__init__")
+            )
+            arguments = [n.arg for n in ast.walk(function.args) if isinstance(n, ast.arg)]
+            described = re.findall(r"^ {4}\*{0,2}(\S[^:]*):", section[1], re.M)
+            assert set(described) <= set(arguments), f"{path}:{node.lineno}"
+            found += len(described)
+    assert found

@@ -48,8 +48,10 @@ def quantized_images(
 
     Args:
         x: (N, C, H, W), floating point, or uint8.
-        scale, zero: (C,) float32; a float v is (quantised - zero) · scale.
-        mean, std: (C,) float32, of bytes alone: (x - mean) / std is what is quantised.
+        scale: (C,) float32; a float v is (quantised - zero) · scale.
+        zero: (C,) float32.
+        mean: (C,) float32, of bytes alone: (x - mean) / std is what is quantised.
+        std: (C,) float32, of bytes alone.
         dtype: of the result, uint8 or float8_e4m3fn.
 
     Returns (N, C, H, W), channels_last if x is and contiguous otherwise. Raises ValueError for

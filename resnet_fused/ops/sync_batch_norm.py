@@ -103,7 +103,8 @@ def sync_batch_norm(
 
     Args:
         x: (N, C, H, W), floating; N may be 0, and differ from rank to rank.
-        weight, bias: (C,) of any floating dtype, or None for 1 and 0.
+        weight: (C,) of any floating dtype, or None for 1.
+        bias: (C,) of any floating dtype, or None for 0.
         sync_group: name of the process group; "" for this process alone.
 
     Returns (N, C, H, W), channels_last, of x's dtype, and the (6, C) `scale_shift` (rows:

@@ -323,7 +323,8 @@ def graphed_step(
         optimizer: of the model's parameters. Those with a `capturable` argument need it True; a
             learning rate that a schedule changes has to be a tensor, as a number is captured as it
             is.
-        example_input, example_target: on the GPU; the graph serves their shapes and dtypes.
+        example_input: on the GPU; the graph serves its shape and dtype.
+        example_target: on the GPU; the graph serves its shape and dtype.
         autocast: the dtype to compute in, or None.
         scaler: of the losses in float16, or None.
 
