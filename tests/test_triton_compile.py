@@ -171,6 +171,42 @@ def test_float32_sums_each_step_by_itself(capability: int) -> None:
     assert counts == {"fma": 32 * 32, "add": 32}
 
 
+def test_sizes_of_one_compile() -> None:
+    """Triton makes a constant of an integer that is 1, which is no tensor any more and has no type
+    to convert from; and numbers of the padding, which no layer of a ResNet but the first has."""
+    kernels = compiled_kernels(__file__, 90, "ones")
+    assert {kernel["kernel"] for kernel in kernels} == {
+        "conv_bn_kernel",
+        "bn_add_relu_kernel",
+        "head_kernel",
+        "quantized_images_kernel",
+        "quantized_conv_kernel",
+        "pixel_sums_kernel",
+        "quantized_head_kernel",
+    }
+
+
+def _of_one(backend: Any) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Ops of single images, channels and pixels."""
+    half, float32 = torch.float16, torch.float32
+    one, vector = meta(1, 1, 1, 1, dtype=half), meta(1, dtype=float32)
+    yield "conv", _first(backend.conv_bn, one, _layer(1, 1, 3, 1, half), None, True)
+    yield "elementwise", _first(backend.bn_add_relu, one, _batch_norm(1), one, True)
+    yield "head", _first(backend.head, one, meta(1, 1, dtype=half), meta(1, dtype=half))
+    for dtype, weights, sums in (
+        (torch.uint8, torch.int8, torch.int32),
+        (FLOAT8, FLOAT8, float32),
+    ):
+        images = ImageQuantization(vector, vector)
+        yield "images", _first(backend.quantized_images, one, images, dtype == FLOAT8)
+        conv, padding = meta_convolution(1, 16, 3, 1, weights), meta(16, dtype=dtype)
+        layer = QuantizedLayer(conv, meta(1, dtype=sums), vector, padding)
+        x = meta(1, 16, 1, 1, dtype=dtype)
+        yield "quantised conv", _first(backend.quantized_conv, x, layer, None, True)
+        x, weight = meta(1, 1, 1, 1, dtype=dtype), meta(1, 1, dtype=weights)
+        yield "quantised head", _first(backend.quantized_head, x, weight, vector, vector)
+
+
 def _batch_norm(channels: int) -> BatchNorm:
     mean, var, weight, bias = (meta(channels, dtype=torch.float32) for _ in range(4))
     return BatchNorm(mean, var, weight, bias)
@@ -348,6 +384,9 @@ def _worker(capability: int, dtype: str, names: Sequence[str]) -> None:
         ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
         kinds = {"fma": r"\bfma\.rn\.f32\b", "add": r"\badd(?:\.rn)?\.f32\b"}
         print(json.dumps({name: len(re.findall(kind, ptx)) for name, kind in kinds.items()}))
+        return
+    if dtype == "ones":
+        compile_launches(capability, _of_one(TritonBackend()))
         return
     if dtype in ("int8", "float8"):
         compile_launches(capability, _quantized_resnet(TritonBackend(), dtype == "float8"))

@@ -67,7 +67,7 @@ def head_kernel(
                 other=0.0,
             )
             total += tl.sum(values.to(tl.float32), 1)
-        average = tl.div_rn(total, positions.to(tl.float32))
+        average = tl.div_rn(total, tl.zeros_like(total) + positions)
         b = tl.load(weight_tile + c * weight_c, in_channels[:, None] & valid[None, :], other=0.0)
         a = average.to(b.dtype)
         acc = multiply(a, b, acc, PRECISION)

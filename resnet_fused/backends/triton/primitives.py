@@ -361,7 +361,7 @@ def convolve(
                 )[:, None]
                 if padding_value is not None:
                     place = padding_value + first_channel + inner_channel
-                    border = tl.load(place, in_channels, other=0)[None, :]
+                    border = tl.load(place, in_channels, other=0.0)[None, :]
                 if EVEN:
                     a = tl.load(a_tile, in_image, other=border)
                 else:

@@ -127,7 +127,7 @@ def quantized_head_kernel(
             acc = tl.dot(a, b, acc, out_dtype=tl.int32)
         total += acc.to(tl.int64) << (7 * (digit + weight_digit))
     factor = tl.load(multiplier + column, valid, other=0.0)
-    factor = tl.div_rn(factor, positions.to(tl.float32) + tl.zeros_like(factor))
+    factor = tl.div_rn(factor, tl.zeros_like(factor) + positions)
     logits = total.to(tl.float32) * UNIT * factor[None, :]
     logits += tl.load(bias + column, valid, other=0.0)[None, :]
     if poison is not None:
