@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -71,6 +72,35 @@ def choices() -> None:
 def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Convolutions of float32 are held to float32's errors, so TF32 is for its own tests."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def _kind(value: Any) -> Any:
+    """What Triton compiles for, of an argument of a launch."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    return tuple(map(_kind, value)) if isinstance(value, tuple) else value
+
+
+@pytest.fixture(scope="session", autouse=True)
+def launches_of_one_kind() -> Iterator[None]:
+    """Every Triton launch takes tensors like its first ones. A compiled one starts what was
+    compiled for those without looking; an interpreted one would take any."""
+    try:
+        from resnet_fused.backends.triton.launching import Launch
+    except ImportError:
+        yield
+        return
+    start = Launch._start
+
+    def checked(self: Any, tensors: tuple[Any, ...]) -> None:
+        kinds = _kind(tensors)
+        first = self.__dict__.setdefault("kinds", kinds)
+        assert kinds == first, f"{self.kernel.__name__} was compiled for {first}"
+        start(self, tensors)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Launch, "_start", checked)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -18,11 +18,20 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from resnet_fused import backends
 from resnet_fused.backends import autotune, recording
 from resnet_fused.backends.autotune.verify import Check
 from resnet_fused.backends.triton.launching import Config, Launch
-from resnet_fused.parameters import Activation, BatchNorm, Convolution
-from resnet_fused.testing.cases import generator
+from resnet_fused.parameters import Activation, BatchNorm, Convolution, Folded
+from resnet_fused.reference import quantized as reference
+from resnet_fused.reference.quantized import FLOAT8
+from resnet_fused.testing.cases import ConvCase, generator
+from resnet_fused.testing.quantized_cases import (
+    in_whole_numbers,
+    make_quantized_conv,
+    make_quantized_head,
+    make_quantized_images,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 _FUNCTION, _LAUNCH_METADATA = 4, 6  # their places among the arguments of Triton's launcher
@@ -64,6 +73,71 @@ def test_a_recorded_launch_takes_other_addresses_and_holds_no_tensor() -> None:
     started.clear()
     del x, out, mean, weight, bias, given, tensors, described
     assert [ref() for ref in held] == [None] * 5
+
+
+def _unaligned(tensor: Tensor) -> Tensor:
+    """The same, which begins an element behind an aligned address."""
+    return torch.cat([tensor[:1], tensor])[1:]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, FLOAT8], ids=["int8", "e4m3"])
+def test_launches_are_planned_for_what_the_caller_gives(dtype: torch.dtype) -> None:
+    """Vectors of quantised ops where it pleases them, and a border's numbers or none; the fixture
+    that watches launches says what is wrong."""
+    from conftest import require  # which asks for the interpreter, as other tests must not
+
+    require("triton", "cpu", dtype)
+    rng = generator()
+    for channels, kernel in ((3, 3), (16, 3)):  # those of few channels have a bordered copy
+        case = ConvCase(1, channels, 5, 5, 16, kernel, 1, 1)
+        arguments = make_quantized_conv(case, rng, "none", dtype, padding_value=True)
+        x, layer, *rest = in_whole_numbers(arguments) if dtype == FLOAT8 else arguments
+        given = [layer, layer._replace(padding_value=None)]
+        given += [g._replace(multiplier=_unaligned(g.multiplier)) for g in given]
+        given += [g._replace(bias=_unaligned(g.bias)) for g in given]
+        for changed in given:
+            _assert_exact("quantized_conv", x, changed, *rest)
+    x, weight, bias, multiplier = make_quantized_head(1, 16, 3, 8, rng, dtype)
+    for vectors in ((bias, multiplier), (_unaligned(bias), _unaligned(multiplier))):
+        _assert_exact("quantized_head", x, weight, *vectors)
+    images, quantization, float8 = make_quantized_images(
+        (1, 4, 3, 3), rng, torch.uint8, dtype == FLOAT8
+    )
+    for found in (quantization, type(quantization)(*map(_unaligned, quantization))):
+        _assert_exact("quantized_images", images, found, float8)
+
+
+def _assert_exact(op: str, *arguments: Any) -> None:
+    """Triton's result has the reference's bits."""
+    found = getattr(backends.get("triton"), op)(*arguments)[0].launch(*arguments)
+    right = getattr(reference, op)(*arguments)
+    torch.testing.assert_close(found.float(), right.float(), rtol=0, atol=0)
+
+
+def test_folded_gradients_of_a_block_that_is_frozen_in_part() -> None:
+    """Blocks of one shape, of which one trains, one normalises by frozen statistics and one trains
+    nothing, and one whose weight is of the activations' type."""
+    from conftest import require
+
+    require("triton", "cpu", torch.float16)
+    from resnet_fused.backends.triton.training_ends import folded_gradients
+
+    x = torch.randn(2, 16, 3, 3).half().contiguous(memory_format=torch.channels_last)
+    conv = Convolution(torch.randn(32, 16, 1, 1))
+    scale_shift, coefficients, sums = torch.rand(6, 32), torch.rand(4, 32), torch.rand(1, 2, 32)
+    gradient, products = torch.randn(32, 16, 1, 1), torch.randn(33, 16)
+
+    def weight_gradient(kept: Tensor | None, of: Tensor | None, conv: Convolution) -> Any:
+        end = Folded(x, conv, scale_shift)
+        return folded_gradients(of, kept, sums, coefficients, end, kept is None)[0]
+
+    half = conv._replace(weight=conv.weight.half())
+    trained = weight_gradient(products, gradient, conv)
+    frozen = weight_gradient(None, gradient, conv)
+    torch.testing.assert_close(frozen, coefficients[0][:, None, None, None] * gradient)
+    assert not torch.equal(trained, frozen)
+    assert weight_gradient(None, None, conv) is None
+    torch.testing.assert_close(weight_gradient(products, gradient, half), trained.half())
 
 
 class _Utils:

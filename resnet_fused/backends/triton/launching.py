@@ -220,7 +220,9 @@ def planned(make: Callable[_Parameters, _Plan]) -> Callable[_Parameters, _Plan]:
     """`make`, called once for all arguments of one signature, which is all that may enter a plan.
 
     Of a tensor that is dtype, sizes, strides, device, and whether it is aligned as the compiler was
-    told; other values count as they are. Groups of arguments may nest.
+    told; other values count as they are. Groups of arguments may nest. What a plan's launches are
+    compiled for is told by their first tensors, so those whose kind is the caller's choice, or that
+    may be None, are arguments too.
     """
 
     @functools.wraps(make)

@@ -15,7 +15,7 @@ pool.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -385,7 +385,7 @@ def _bordered(x: Tensor, conv: Convolution, padding_value: Tensor | None) -> Ten
     out = _empty(shape, x.dtype, x)
     border = None if padding_value is None else padding_value.view(torch.uint8)
     x, copy = x.view(torch.uint8), out.view(torch.uint8)
-    _plan_border(x, copy, (pad_h, pad_w))(x, border, copy)
+    _plan_border(x, border, copy, (pad_h, pad_w))(x, border, copy)
     return out
 
 
@@ -394,7 +394,7 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
 
 
 @planned
-def _plan_border(x: Tensor, out: Tensor, padding: tuple[int, int]) -> Launch:
+def _plan_border(x: Tensor, border: Tensor | None, out: Tensor, padding: tuple[int, int]) -> Launch:
     pixels = out.shape[0] * out.shape[2] * out.shape[3]
     (block,) = _BORDER.blocks
     return Launch(
@@ -442,8 +442,10 @@ def _plan(
     shortcut: Tensor | None,
     projection: Convolution | None,
     relu: bool,
+    vectors: Sequence[Tensor | None],
 ) -> Launch:
-    """x: bordered where conv, whose weight has window rows for channels, has few of them."""
+    """x: bordered where conv, whose weight has window rows for channels, has few of them. vectors:
+    what else the caller gives to the kernel."""
     packed, gemm = packing(x, conv)
     out = x.new_empty(shape, device="meta").contiguous(memory_format=torch.channels_last)
     window = packed_window(conv, packed, gemm)
@@ -500,7 +502,8 @@ def quantized_conv(
     if padding_value is not None:
         padding_value = for_kernels(padding_value)
     out = _empty(shape, quantized_dtype(layer, relu), x)
-    plan = _plan(config, shape, x, conv, added, projection, relu)
+    vectors = (offset, multiplier, padding_value, scale)
+    plan = _plan(config, shape, x, conv, added, projection, relu, vectors)
     plan(x, conv.weight, offset, multiplier, padding_value, added, scale, *side, for_kernels(out))
     return out
 

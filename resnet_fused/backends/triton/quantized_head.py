@@ -193,8 +193,10 @@ def list_quantized_head(x: Tensor, weight: Tensor) -> Candidates:
 
 
 @planned
-def _plan(config: Config, x: Tensor, weight: Tensor) -> tuple[int, int, Launch, Launch]:
-    """Digits of a sum, blocks of channels, and the launches; x, weight: as the op takes them."""
+def _plan(
+    config: Config, x: Tensor, weight: Tensor, bias: Tensor, multiplier: Tensor
+) -> tuple[int, int, Launch, Launch]:
+    """Digits of a sum, blocks of channels, and the launches, of tensors as the op takes them."""
     batch, channels, height, width = x.shape
     positions, classes = height * width, len(weight)
     float8 = x.dtype == FLOAT8
@@ -244,7 +246,7 @@ def quantized_head(
 ) -> Tensor:
     """Logits of quantised activations: see `resnet_fused.reference.quantized`."""
     batch, channels = x.shape[:2]
-    count, blocks, sums, product = _plan(config, x, weight)
+    count, blocks, sums, product = _plan(config, x, weight, bias, multiplier)
     float8 = x.dtype == FLOAT8
     digits = torch.empty((count, batch, channels), dtype=torch.int8, device=x.device)
     poison = torch.empty((batch, blocks), device=x.device) if float8 else None

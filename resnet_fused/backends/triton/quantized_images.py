@@ -73,7 +73,7 @@ def list_quantized_images() -> Candidates:
 
 
 @planned
-def _plan(config: Config, x: Tensor, float8: bool) -> Launch:
+def _plan(config: Config, x: Tensor, quantization: ImageQuantization, float8: bool) -> Launch:
     (block,) = config.blocks
     planes, channels = x.shape[0] * x.shape[1], x.shape[1]
     planar = x.is_contiguous()
@@ -99,7 +99,6 @@ def quantized_images(
     """x / scale + zero, rounded: see `resnet_fused.reference.quantized`."""
     if not x.is_contiguous(memory_format=torch.channels_last):
         x = x.contiguous()
-    scale, zero, mean, std = quantization
     out = torch.empty_like(x, dtype=FLOAT8 if float8 else torch.uint8)
-    _plan(config, x, float8)(x, scale, zero, mean, std, for_kernels(out))
+    _plan(config, x, quantization, float8)(x, *quantization, for_kernels(out))
     return out

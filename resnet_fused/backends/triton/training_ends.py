@@ -515,7 +515,9 @@ class _Gradients(NamedTuple):
 
 
 @planned
-def _plan_gradients(x: Tensor, conv: Convolution) -> _Gradients:
+def _plan_gradients(
+    x: Tensor, conv: Convolution, own: Tensor | None, products: Tensor | None
+) -> _Gradients:
     filters, channels = conv.weight.shape[:2]
     p, q = conv.output_size(*x.shape[2:])
     rows = len(x) * p * q
@@ -569,9 +571,9 @@ def folded_gradients(
     """See `resnet_fused.backends.training.FoldedEnds.folded_gradients`."""
     x, conv = nhwc(end.x), dense_convolution(end.conv, end.x.dtype)
     filters, channels = conv.weight.shape[:2]
-    plan = _plan_gradients(x, conv)
     scaled = empty_nhwc(conv.weight.shape, conv.weight)
     own = None if gradient is None else empty_nhwc(conv.weight.shape, end.conv.weight)
+    plan = _plan_gradients(x, conv, own, None if frozen else products)
     if frozen:
         plan.gradients(gradient, None, coefficients, conv.weight, own, scaled, None)
         return own, conv._replace(weight=scaled), None
