@@ -79,7 +79,9 @@ class LiveCache(Generic[Packed]):
         content = _identity(weight) if frozen else self._content(weight)
         entry = slot.packed.get(place)
         if entry is None or entry[0] != content:
-            entry = slot.packed[place] = (content, pack())
+            entry = content, pack()
+            if recording.may_keep(weight):
+                slot.packed[place] = entry
         packed = entry[1]
         if (notes := recording.current.get()) is not None:
             noted = notes.frozen if frozen else notes.packed

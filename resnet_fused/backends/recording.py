@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -73,6 +74,17 @@ def copied(source: Tensor, copy: Tensor) -> Tensor:
     if copy is not source and (notes := current.get()) is not None:
         notes.copies.append((source, copy))
     return copy
+
+
+def may_keep(source: Tensor) -> bool:
+    """Whether what was made of `source` just now may serve later calls as well. They may be on
+    other streams, which do not wait for this one, so it waits here until all is computed; while a
+    CUDA graph is captured nothing is, and memory made then is the graph's."""
+    if source.is_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            return False
+        torch.cuda.current_stream(source.device).synchronize()
+    return True
 
 
 def version(tensor: Tensor) -> int:

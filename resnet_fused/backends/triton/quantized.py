@@ -359,7 +359,9 @@ def _prepared(
             runs = F.pad(dense.permute(0, 2, 3, 1), (0, pixel - channels, 0, _run(conv) - s))
             dense = nhwc(runs.flatten(2)[..., None].permute(0, 2, 1, 3))
         own = None if dense is weight else dense
-        found = _PREPARED[weight] = _Prepared(key, own, offset, bias)
+        found = _Prepared(key, own, offset, bias)
+        if recording.may_keep(weight):
+            _PREPARED[weight] = found
     return weight if found.weight is None else found.weight, found.offset
 
 

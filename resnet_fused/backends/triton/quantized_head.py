@@ -169,7 +169,8 @@ def _split(weight: Tensor) -> Tensor:
             digits.append(rest & 127)
             rest = rest >> _DIGIT
         found = _Digits(version, torch.stack([*digits, rest]).to(torch.int8))
-        _DIGITS_OF[weight] = found
+        if recording.may_keep(weight):
+            _DIGITS_OF[weight] = found
     return found.digits
 
 
