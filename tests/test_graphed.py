@@ -152,6 +152,19 @@ def test_another_backend_is_captured_anew(recorded):
     assert recorded.captured == 2
 
 
+def test_another_precision_of_products_is_captured_anew(recorded):
+    model, x = network(), images()
+    fast = graphed(model, x)
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32" if before != "tf32" else "ieee"
+        fast(x)
+    finally:
+        matmul.fp32_precision = before
+    assert recorded.captured == 2
+
+
 def test_a_graph_refuses_what_it_cannot_do(recorded):
     model, x = network(), images()
     fast = graphed(model, x)

@@ -7,7 +7,7 @@ error that says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -79,6 +79,12 @@ def _warm_up(step: Callable[[], object]) -> None:
     torch.cuda.current_stream().wait_stream(stream)
 
 
+def _surroundings(x: Tensor) -> Hashable:
+    """What a capture depends on beside the network: as a plan does, and, as it holds the last
+    layer's product in any case, on how float32's are computed."""
+    return surroundings(x), torch.backends.cuda.matmul.fp32_precision
+
+
 def _snapshot(model: nn.Module) -> Snapshot:
     snapshot = Snapshot(_extension.load(), list(model.modules()))
     if not snapshot.is_complete():
@@ -103,7 +109,7 @@ class Graphed:
         _check_cuda("input", x)
         _check_same("input", x, self._input)
         _check_plain_call()
-        if not (self._snapshot.holds() and surroundings(self._input) == self._surroundings):
+        if not (self._snapshot.holds() and _surroundings(self._input) == self._surroundings):
             self._capture()
         with torch.no_grad():
             self._input.copy_(x)
@@ -124,7 +130,7 @@ class Graphed:
             with torch.cuda.graph(self._graph):
                 self._output = self._model(self._input)
         # After the warm-up, which may have chosen kernels.
-        self._surroundings = surroundings(self._input)
+        self._surroundings = _surroundings(self._input)
 
 
 def graphed(model: nn.Module, example: Tensor) -> Graphed:
@@ -174,7 +180,7 @@ class GraphedStep:
         if not (
             self._snapshot.holds()
             and self._trained == _trained(self._snapshot)
-            and surroundings(self._input) == self._surroundings
+            and _surroundings(self._input) == self._surroundings
         ):
             raise RuntimeError(
                 "the model, or what surrounds it, is not what it was when the step was captured: "
@@ -213,7 +219,7 @@ class GraphedStep:
         self._snapshot = _snapshot(model)
         self._trained = _trained(self._snapshot)
         self._settings = _settings(self._optimizer)
-        self._surroundings = surroundings(self._input)
+        self._surroundings = _surroundings(self._input)
 
     def _step(self) -> Tensor:
         self._optimizer.zero_grad(set_to_none=True)
