@@ -45,14 +45,15 @@ def cuda_facts(extension, architectures) -> Facts:
     for architecture in {"80", "90a"} & set(architectures):
         usage = cuobjdump(extension, "--dump-resource-usage", f"-arch=sm_{architecture}")
         used = machine_code.resources(usage)
-        for code in machine_code.disassembled(listing(extension, architecture)):
-            name = cuda_variant(code.name)
+        listings = machine_code.listings(listing(extension, architecture))
+        for symbol, kernel in listings.items():
+            name = cuda_variant(symbol)
             of_sm80 = name is not None and name.startswith(
                 ("conv_bn_kernel", "quantized_conv_kernel")
             )
             if name is None or (architecture == "80") != of_sm80:
                 continue
-            found[name] = facts(code, used[code.name])
+            found[name] = facts(machine_code.read(symbol, kernel), used[symbol])
     return found
 
 
@@ -298,12 +299,12 @@ def test_a_warpgroups_product_has_every_width(tmp_path):
 
 
 def edited(code: Code, edit: Callable[[Instruction], Instruction]) -> Code:
-    return code._replace(instructions=tuple(map(edit, code.instructions)))
+    return replace(code, instructions=tuple(map(edit, code.instructions)))
 
 
 def in_main_loop(code: Code, base: str) -> Instruction:
     """The first instruction of that kind in the main loop."""
-    main = code.main_loop()
+    main = code.main_loop
     assert main is not None
     return next(i for i in main.body if i.base == base)
 
@@ -354,14 +355,15 @@ def test_a_narrower_load_is_found(sm90_work):
 
 def test_a_doubled_epilogue_is_found(sm90_work):
     """Every instruction of the tile's loop but its branches and products, twice."""
-    _, loops = sm90_work.code.regions()
+    _, loops = sm90_work.code.regions
     repeated = {i for i in loops[0].body if i.target is None and i.base not in ("SYNCS", "BAR")}
-    code = sm90_work.code._replace(
+    code = replace(
+        sm90_work.code,
         instructions=tuple(
             again
             for i in sm90_work.code.instructions
             for again in ([i, i._replace(address=i.address + 1)] if i in repeated else [i])
-        )
+        ),
     )
     assert "instructions_elsewhere" in sm90_violations(sm90_work, code)
     assert slower(sm90_work, code) > 1.05
