@@ -29,6 +29,7 @@ from time_model.rates import GPUS, Rates, assumptions, rates
 from time_model.work import Work, facts, predict
 
 from resnet_fused import _extension
+from resnet_fused.tune import ARCHITECTURES
 
 NOTE = (
     "A model, not a measurement: times follow from compiled code, shapes and assumed rates; "
@@ -171,8 +172,9 @@ def table(found: dict[str, Any]) -> str:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = results.parser(__doc__, "json", "plot")
-    parser.add_argument("--arch", default="resnet50")
-    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--arch", default="resnet50", choices=ARCHITECTURES, metavar="NETWORK",
+                        help=f"one of {', '.join(ARCHITECTURES)}")  # fmt: skip
+    parser.add_argument("--batch", type=results.positive, default=256)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "int8"), default="bfloat16")
     parser.add_argument("--gpu", choices=tuple(GPUS), default="h100")
     parser.add_argument("--training", action="store_true", help="a step, not a forward")

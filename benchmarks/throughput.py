@@ -92,7 +92,7 @@ def parse(arguments: Sequence[str] | None, baselines: Sequence[Baseline]) -> arg
     parser.add_argument("--images", type=Path, help="folder of photographs (scikit-image's)")
     parser.add_argument("--weights", help="torchvision's name, e.g. DEFAULT, or a file (random)")
     parser.add_argument(
-        "--rounds", type=results.positive, help="rounds of turns (8; with --quick: 3)"
+        "--rounds", type=results.positive, help="rounds of turns (5; with --quick: 3)"
     )
     parser.add_argument("--quick", action="store_true", help="few short rounds, one dtype")
     parser.add_argument(
@@ -123,7 +123,7 @@ def parse(arguments: Sequence[str] | None, baselines: Sequence[Baseline]) -> arg
         parser.error("--rest is for a CPU; calls on a GPU are timed in one queue")
     options.batch = options.batch or ([1, 32, 256] if gpu else [8])
     options.dtype = options.dtype or _usual_dtypes(options.device, options.quick)
-    options.rounds = options.rounds or (3 if options.quick else 8)
+    options.rounds = options.rounds or (3 if options.quick else 5)
     options.round_seconds = 0.3 if gpu else 0.6
     return options
 

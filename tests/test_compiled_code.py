@@ -14,7 +14,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -42,17 +43,17 @@ def cuda_facts(extension, architectures) -> Facts:
     """Of the CUDA kernels for bfloat16, whole chunks: sm_90a's, and the convolution for sm_80; and
     of the quantised ones for uint8."""
     found: Facts = {}
+    of_sm80 = ("conv_bn_kernel", "quantized_conv_kernel")
     for architecture in {"80", "90a"} & set(architectures):
         usage = cuobjdump(extension, "--dump-resource-usage", f"-arch=sm_{architecture}")
         used = machine_code.resources(usage)
-        for code in machine_code.disassembled(listing(extension, architecture)):
-            name = cuda_variant(code.name)
-            of_sm80 = name is not None and name.startswith(
-                ("conv_bn_kernel", "quantized_conv_kernel")
-            )
-            if name is None or (architecture == "80") != of_sm80:
+        bases = of_sm80 if architecture == "80" else ("",)
+        text = "".join(listing(extension, architecture, base) for base in bases)
+        for symbol, kernel in machine_code.listings(text).items():
+            name = cuda_variant(symbol)
+            if name is None or name.startswith(of_sm80) != (architecture == "80"):
                 continue
-            found[name] = facts(code, used[code.name])
+            found[name] = facts(machine_code.read(symbol, kernel), used[symbol])
     return found
 
 
@@ -113,11 +114,17 @@ def triton_facts() -> Facts:
 
 
 @pytest.fixture(scope="module")
-def training_record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def predict_here() -> Iterator[Callable[..., dict[str, Any]]]:
+    """`predicted` of this checkout."""
+    with predicted(ROOT) as ask:
+        yield ask
+
+
+@pytest.fixture(scope="module")
+def training_record(predict_here: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     """The model's file for a training step of Triton's kernels alone on an H100."""
     pytest.importorskip("triton")
-    options = ("--training", "--backend", "triton")
-    return run_predict(tmp_path_factory.mktemp("predict"), *options, root=ROOT)
+    return predict_here("--training", "--backend", "triton")
 
 
 @pytest.fixture(scope="module")
@@ -156,15 +163,38 @@ def worse(fact: str, one: Any, other: Any) -> Any:
     return max(one, other)
 
 
-def run_predict(folder: Path, *options: str, root: Path) -> dict[str, Any]:
-    """What predict.py of the checkout `root` writes."""
-    file = folder / "predicted.json"
-    environment = {**os.environ, "RESNET_FUSED_TUNE": "off", "PYTHONPATH": str(root)}
+PREDICTING = """
+import json, predict, sys
+for line in sys.stdin:
+    print(json.dumps(predict.record(predict.parse(json.loads(line)))), flush=True)
+"""
+
+
+@contextmanager
+def predicted(root: Path) -> Iterator[Callable[..., dict[str, Any]]]:
+    """Within, what predict.py of the checkout `root` writes with some options. One process serves
+    all calls, as what it compiled and read for one of them serves the next."""
+    path = f"{root / 'benchmarks'}{os.pathsep}{root}"
+    environment = {**os.environ, "RESNET_FUSED_TUNE": "off", "PYTHONPATH": path}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, root / "benchmarks" / "predict.py", *options, "--json", file]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-    return json.loads(file.read_text())
+    with subprocess.Popen(
+        [sys.executable, "-c", PREDICTING],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        asked, answers = process.stdin, process.stdout
+        assert asked is not None
+        assert answers is not None
+
+        def ask(*options: str) -> dict[str, Any]:
+            print(json.dumps(options), file=asked, flush=True)
+            answer = answers.readline()
+            assert answer, "predict.py failed; its error is above"
+            return json.loads(answer)
+
+        yield ask
 
 
 def skip_unless_compiled_by(**versions: str | None) -> None:
@@ -213,19 +243,19 @@ def test_no_spills_by_any_compiler(request, of):
         assert kernel["spilled"] == 0, name
 
 
-def test_predicted_inference(extension, architectures, tmp_path):
+def test_predicted_inference(extension, architectures, predict_here):
     if "90a" not in architectures:
         pytest.skip("built without sm_90a")
     skip_unless_compiled_by(nvcc=extension.build_info()["cuda_note"])
-    check_time(run_predict(tmp_path, root=ROOT), "h100_inference_256")
+    check_time(predict_here(), "h100_inference_256")
 
 
-def test_predicted_int8(extension, architectures, tmp_path):
+def test_predicted_int8(extension, architectures, predict_here):
     pytest.importorskip("triton")
     if "90a" not in architectures:
         pytest.skip("built without sm_90a")
     skip_unless_compiled_by(triton=triton_version(), nvcc=extension.build_info()["cuda_note"])
-    check_time(run_predict(tmp_path, "--dtype", "int8", root=ROOT), "h100_int8_256")
+    check_time(predict_here("--dtype", "int8"), "h100_int8_256")
 
 
 def test_predicted_training(training_record):
@@ -233,12 +263,12 @@ def test_predicted_training(training_record):
     check_time(training_record, "h100_training_triton_256")
 
 
-def test_predicted_training_with_our_convolutions(extension, architectures, tmp_path):
+def test_predicted_training_with_our_convolutions(extension, architectures, predict_here):
     pytest.importorskip("triton")
     if "90a" not in architectures:
         pytest.skip("built without sm_90a")
     skip_unless_compiled_by(triton=triton_version(), nvcc=extension.build_info()["cuda_note"])
-    check_time(run_predict(tmp_path, "--training", root=ROOT), "h100_training_256")
+    check_time(predict_here("--training"), "h100_training_256")
 
 
 def check_time(record: dict[str, Any], name: str) -> None:
@@ -298,12 +328,12 @@ def test_a_warpgroups_product_has_every_width(tmp_path):
 
 
 def edited(code: Code, edit: Callable[[Instruction], Instruction]) -> Code:
-    return code._replace(instructions=tuple(map(edit, code.instructions)))
+    return replace(code, instructions=tuple(map(edit, code.instructions)))
 
 
 def in_main_loop(code: Code, base: str) -> Instruction:
     """The first instruction of that kind in the main loop."""
-    main = code.main_loop()
+    main = code.main_loop
     assert main is not None
     return next(i for i in main.body if i.base == base)
 
@@ -354,14 +384,15 @@ def test_a_narrower_load_is_found(sm90_work):
 
 def test_a_doubled_epilogue_is_found(sm90_work):
     """Every instruction of the tile's loop but its branches and products, twice."""
-    _, loops = sm90_work.code.regions()
+    _, loops = sm90_work.code.regions
     repeated = {i for i in loops[0].body if i.target is None and i.base not in ("SYNCS", "BAR")}
-    code = sm90_work.code._replace(
+    code = replace(
+        sm90_work.code,
         instructions=tuple(
             again
             for i in sm90_work.code.instructions
             for again in ([i, i._replace(address=i.address + 1)] if i in repeated else [i])
-        )
+        ),
     )
     assert "instructions_elsewhere" in sm90_violations(sm90_work, code)
     assert slower(sm90_work, code) > 1.05
@@ -427,8 +458,8 @@ def test_regressions_planted_in_triton_are_found(names, tmp_path):
         text = source.read_text()
         assert text.count(before) == 1
         source.write_text(text.replace(before, after))
-    options = ("--training", "--backend", "triton")
-    found = facts_of_rows(run_predict(tmp_path, *options, root=tmp_path)["layers"])
+    with predicted(tmp_path) as ask:
+        found = facts_of_rows(ask("--training", "--backend", "triton")["layers"])
     new = {
         (kernel.split(":")[0], rule)
         for kernel, those in found.items()

@@ -80,8 +80,21 @@ def test_initialisation_is_torchvisions_bit_for_bit(name: str, arguments: dict) 
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-@pytest.mark.parametrize("size", [(224, 224), (97, 131)], ids=str)
-@pytest.mark.parametrize("name", FAMILY)
+# A network of each kind of block at ImageNet's size; the wide and deep ones take minutes there.
+AT_224 = ("resnet18", "resnet50", "resnext50_32x4d")
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *((name, (97, 131)) for name in FAMILY),
+        *(
+            pytest.param(name, (224, 224), marks=() if name in AT_224 else pytest.mark.slow)
+            for name in FAMILY
+        ),
+    ],
+    ids=str,
+)
 def test_error_is_no_larger_than_torchvisions(name: str, size: tuple[int, int]) -> None:
     ours, theirs = pair(name)
     x = images(1, *size)

@@ -219,6 +219,11 @@ def test_off_builds_a_whole_package_with_nothing_installed(source, plain, python
 
     report = python(installed, plain, "-m", "resnet_fused.env")
     assert "built by" in report
+    assert re.search(r"reference +available", report)
+    version = (
+        "from resnet_fused import _extension; print(_extension.load().build_info()['version'])"
+    )
+    assert python(installed, plain, "-c", version).strip() == __version__
     assert "left out: RESNET_FUSED_CUDA=off when it was built" in report
     asked = (
         "import resnet_fused\n"
@@ -229,16 +234,15 @@ def test_off_builds_a_whole_package_with_nothing_installed(source, plain, python
 
 
 @needs_tools
-def test_auto_without_compiler_builds_the_rest_and_says_so(source, without_nvcc, python, tmp_path):
-    result = build_wheel(source, unoptimised(without_nvcc, tmp_path))
-    installed = unpack(source, result)
-    assert "without CUDA: no CUDA compiler was found" in result.stdout
-    report = python(installed, without_nvcc, "-m", "resnet_fused.env")
-    assert re.search("left out: no CUDA compiler was found .* when it was built", report)
-    assert re.search(r"cuda +unavailable: .*no CUDA compiler", report)
-    assert re.search(r"reference +available", report)
-    asked = "from resnet_fused import _extension; print(_extension.load().build_info()['version'])"
-    assert python(installed, without_nvcc, "-c", asked).strip() == __version__
+def test_auto_without_compiler_leaves_cuda_out_and_says_so(source, without_nvcc, tmp_path):
+    """What CMake is asked for; by RESNET_FUSED_CUDA=off, above, it is asked the same."""
+    asked = tmp_path / "asked.txt"
+    folder = plant(tmp_path / "bin", "cmake", f'printf "%s\\n" "$@" >> {asked}; exit 1').parent
+    result = build_wheel(source, {**without_nvcc, "PATH": f"{folder}:{without_nvcc['PATH']}"})
+    reason = "no CUDA compiler was found in CUDACXX, CUDA_HOME or PATH when it was built"
+    assert f"resnet_fused {__version__} builds for CPU, without CUDA: {reason}" in result.stdout
+    options = asked.read_text().splitlines()
+    assert {"-DRESNET_FUSED_CUDA=OFF", f"-DRESNET_FUSED_CUDA_NOTE={reason}"} <= set(options)
 
 
 @needs_tools

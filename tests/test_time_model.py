@@ -63,19 +63,19 @@ def code() -> machine_code.Code:
 
 
 def test_loops_of_a_listing(code):
-    outside, (tiles, main) = code.regions()
+    outside, (tiles, main) = code.regions
     assert [i.address for i in outside] == [0x0, 0x110]
     assert (tiles.first, tiles.last) == (0x10, 0x100)
     assert [i.address for i in tiles.body] == [0x10, *range(0xC0, 0x110, 0x10)]
     assert (main.first, main.last) == (0x20, 0xB0)
     # The wait out of line belongs to the loop that it returns to.
     assert {i.address for i in main.body} == {*range(0x20, 0xC0, 0x10), 0x1000, 0x1010, 0x1020}
-    assert code.main_loop() == main
+    assert code.main_loop == main
     assert (main.products_pending, main.copies_pending) == (1, 2)
 
 
 def test_what_a_loop_does(code):
-    main = code.main_loop()
+    main = code.main_loop
     assert main is not None
     done = machine_code.tally(main.body)
     assert done.multiply_adds == {"HGMMA": 2 * 64 * 128 * 16 // 4}

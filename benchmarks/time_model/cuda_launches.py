@@ -156,28 +156,34 @@ def _bytes(*tensors: Tensor) -> int:
 
 
 @cache
-def codes(extension: Path) -> dict[str, tuple[machine_code.Code, machine_code.Resources]]:
-    """The kernels for sm_90a in the extension, by mangled name."""
-    options = ("-arch=sm_90a",)
-    used = machine_code.resources(
-        machine_code.cuobjdump(extension, "--dump-resource-usage", *options)
+def _resources(extension: Path) -> dict[str, machine_code.Resources]:
+    """Of the kernels for sm_90a in the extension, by mangled name."""
+    return machine_code.resources(
+        machine_code.cuobjdump(extension, "--dump-resource-usage", "-arch=sm_90a")
     )
-    text = machine_code.cuobjdump(extension, "--dump-sass", *options)
-    return {code.name: (code, used[code.name]) for code in machine_code.disassembled(text)}
+
+
+@cache
+def _code(extension: Path, name: str) -> machine_code.Code:
+    """Of the kernel with that mangled name."""
+    options = ("--dump-sass", "-arch=sm_90a", f"--function={name}")
+    (code,) = machine_code.disassembled(machine_code.cuobjdump(extension, *options))
+    return code
 
 
 def compiled(work: Work, symbol: str, extension: Path) -> Work:
     """`work` with the one kernel whose mangled name matches `symbol`."""
-    found = [both for name, both in codes(extension).items() if re.search(symbol, name)]
+    used = _resources(extension)
+    found = [name for name in used if re.search(symbol, name)]
     if len(found) != 1:
         raise ValueError(f"{len(found)} kernels of the extension match {symbol}; expected one.")
-    code, used = found[0]
-    kernel = cuda_kernels.described(code.name)
+    (name,) = found
+    kernel = cuda_kernels.described(name)
     return replace(
         work,
-        code=code,
-        registers=used.registers,
-        spilled=used.spilled,
+        code=_code(extension, name),
+        registers=used[name].registers,
+        spilled=used[name].spilled,
         shared_bytes=work.shared_bytes if kernel is None else kernel.shared,
     )
 

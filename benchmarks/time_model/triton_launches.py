@@ -77,7 +77,7 @@ def works(
         plan = launch.plan
         code, used, shared = _compile(launch)
         named = launch.named()
-        _, loops = code.regions()
+        _, loops = code.regions
         geometry = _DESCRIBE[plan.kernel.__name__](SimpleNamespace(**named, loops=loops))
         tensors = {id(t): t for t in named.values() if isinstance(t, Tensor)}
         grid = geometry.tiles or math.prod(plan.grid)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from resnet_fused.testing import machine_code
-from resnet_fused.testing.machine_code import LANES, LOADS, Code, Loop, Tally, tally
+from resnet_fused.testing.machine_code import LANES, Code, Loop, Tally, tally
 
 from .rates import RESERVED, Gpu, Limits, Rates
 
@@ -104,7 +104,7 @@ def resident_blocks(limits: Limits, registers: int, shared_bytes: int, warps: in
 @functools.cache
 def parts(code: Code) -> tuple[Tally, tuple[tuple[Loop, Tally], ...]]:
     """What the code does outside loops, and each loop with what one trip does."""
-    outside, loops = code.regions()
+    outside, loops = code.regions
     return tally(outside), tuple((loop, tally(loop.body)) for loop in loops)
 
 
@@ -136,7 +136,7 @@ def _waits(loop: Loop, product: float, from_l2: bool, r: Rates) -> dict[str, flo
     waits = {}
     if loop.products_pending == 0 and loop.has_products:
         waits["product"] = product + r.synchronisation
-    if any(i.base in LOADS for i in loop.body):
+    if loop.loads:
         waits["latency"] = r.l2_latency if from_l2 else r.latency
     return waits
 
@@ -222,12 +222,15 @@ def predict(work: Work, gpu: Gpu, r: Rates) -> Prediction:
     return Prediction(time + r.launch, floor, bound, waves, busy, chains)
 
 
+_facts = functools.cache(machine_code.facts)
+
+
 def facts(work: Work) -> dict[str, Any]:
     """What the compiled code says, for a result file; instructions of one warp, for a tile."""
     if work.code is None:
         return {}
     outside, loops = parts(work.code)
-    main = work.code.main_loop()
+    main = work.code.main_loop
     described = list(zip(work.trips, loops, strict=False))
     elsewhere = sum(
         trips * done.instructions for trips, (loop, done) in described if not loop.has_products
@@ -239,5 +242,5 @@ def facts(work: Work) -> dict[str, Any]:
         "blocks_per_sm": work.blocks_per_sm,
         "main_loop_trips": sum(trips for trips, (loop, _) in described if loop == main),
         "instructions_outside": round(elsewhere + outside.instructions * (not work.persistent)),
-        "code": machine_code.facts(work.code),
+        "code": _facts(work.code),
     }

@@ -6,6 +6,7 @@ Loops that only wait (for an mbarrier, for a turn of the uniform datapath) are l
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -13,6 +14,8 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,7 +79,8 @@ class Tally(NamedTuple):
     shared_bytes: int
 
 
-class Loop(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Loop:
     """A natural loop: addresses of its first instruction and of its last backward branch; `body`
     without the loops inside it."""
 
@@ -84,13 +88,13 @@ class Loop(NamedTuple):
     last: int
     body: tuple[Instruction, ...]
 
-    @property
+    @cached_property
     def products_pending(self) -> int | None:
         """How many groups of warpgroups' products may be unfinished where the loop waits; None: no
         wait."""
         return self._pending(r"WARPGROUP\.DEPBAR\.LE", "gsb0")
 
-    @property
+    @cached_property
     def copies_pending(self) -> int | None:
         """How many groups of LDGSTS may be unfinished where the loop waits; None: no wait."""
         if not any(i.base == "LDGDEPBAR" for i in self.body):
@@ -105,17 +109,24 @@ class Loop(NamedTuple):
         ]
         return min(counts, default=None)
 
-    @property
+    @cached_property
     def has_products(self) -> bool:
         return any(i.base in PRODUCTS for i in self.body)
 
+    @cached_property
+    def loads(self) -> bool:
+        """Whether it loads global memory into registers."""
+        return any(i.base in LOADS for i in self.body)
 
-class Code(NamedTuple):
+
+@dataclass(frozen=True, eq=False)
+class Code:
     """One kernel's machine code."""
 
     name: str
     instructions: tuple[Instruction, ...]
 
+    @cached_property
     def regions(self) -> tuple[list[Instruction], list[Loop]]:
         """What is in no loop, and the loops by address.
 
@@ -137,11 +148,12 @@ class Code(NamedTuple):
         for header, (_, last) in sorted(natural.items()):
             body = sorted(bodies.get(header, []))
             loops.append(Loop(blocks[header].instructions[0].address, last, tuple(body)))
-        return sorted(bodies[None]), sorted(loops)
+        return sorted(bodies[None]), sorted(loops, key=lambda loop: (loop.first, loop.last))
 
+    @cached_property
     def main_loop(self) -> Loop | None:
         """The longest loop with matrix products, or, without any, with loads of 16 bytes."""
-        _, loops = self.regions()
+        _, loops = self.regions
         candidates = [loop for loop in loops if loop.has_products] or [
             loop for loop in loops if any(i.base in LOADS and i.width == 16 for i in loop.body)
         ]
@@ -251,8 +263,8 @@ def facts(code: Code) -> dict[str, Any]:
     load_bytes_elsewhere: of loops without products. Widths are bytes of a lane, as text, with how
     many instructions have them; the pending counts are those of `Loop`.
     """
-    outside, loops = code.regions()
-    main = code.main_loop()
+    outside, loops = code.regions
+    main = code.main_loop
     body = outside if main is None else main.body
     elsewhere = [i for loop in loops if loop != main and not loop.has_products for i in loop.body]
     done = tally(body)
@@ -272,16 +284,26 @@ def _by_width(counts: Counter[int]) -> dict[str, int]:
     return {str(width): count for width, count in sorted(counts.items())}
 
 
+def listings(text: str) -> dict[str, str]:
+    """What `cuobjdump --dump-sass` printed, by kernel; reading one takes longer than finding it."""
+    parts = re.split(r"^\s*Function : ", text, flags=re.MULTILINE)[1:]
+    return {part.split("\n", 1)[0].strip(): part for part in parts}
+
+
+def read(name: str, listing: str) -> Code:
+    """One of `listings`."""
+    return Code(
+        name,
+        tuple(
+            Instruction(int(address, 16), predicate.strip(), opcode, operands.strip())
+            for address, predicate, opcode, operands in _INSTRUCTION.findall(listing)
+        ),
+    )
+
+
 def disassembled(text: str) -> Iterator[Code]:
-    """The kernels of what `cuobjdump --dump-sass` printed."""
-    for part in re.split(r"^\s*Function : ", text, flags=re.MULTILINE)[1:]:
-        yield Code(
-            part.split("\n", 1)[0].strip(),
-            tuple(
-                Instruction(int(address, 16), predicate.strip(), opcode, operands.strip())
-                for address, predicate, opcode, operands in _INSTRUCTION.findall(part)
-            ),
-        )
+    """Every kernel of what `cuobjdump --dump-sass` printed."""
+    return itertools.starmap(read, listings(text).items())
 
 
 class Resources(NamedTuple):
