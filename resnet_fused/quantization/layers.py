@@ -30,7 +30,7 @@ from ..parameters import (
     QuantizedShortcut,
 )
 from ..reference.ops import nhwc
-from ..reference.quantized import FLOAT8, quantize
+from ..reference.quantized import FLOAT8, of_image, quantize
 
 _Window = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
 
@@ -274,22 +274,12 @@ class Images(Frozen):
             of_bytes = (self.mean, self.std) if x.dtype == torch.uint8 else ()
             return quantized_images(x, ImageQuantization(self.scale, self.zero, *of_bytes), dtype)
         if self.mean is not None and self.std is not None and x.dtype == torch.uint8:
-            x = (x - _image(self.mean)) / _image(self.std)
+            x = (x - of_image(self.mean)) / of_image(self.std)
         return x.float()
-
-    def dequantized(self, x: Tensor) -> Tensor:
-        """What `forward` gave, as floats."""
-        if x.dtype == torch.float32:
-            return x
-        return (x.float() - _image(self.zero)) * _image(self.scale)
 
     def extra_repr(self) -> str:
         kind = "normalised floats" if self.mean is None else "bytes or normalised floats"
         return f"{kind} as {str(self.geometry.dtype)[6:]}"
-
-
-def _image(vector: Tensor) -> Tensor:
-    return vector[:, None, None]
 
 
 def dequantize(x: Tensor, scale: Tensor) -> Tensor:
