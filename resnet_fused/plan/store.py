@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import _extension, fusion
 from ..ops.dispatch import chosen_backend
+from ..ops.training_programs import is_capturing
 from .arena import Arenas
 from .record import Network, Plan, record
 from .validity import surroundings
@@ -62,7 +63,7 @@ class Plans:
         if entry.left >= 0:
             return None
         extension = _extension_for()
-        if extension is None or not x.numel() or _is_capturing(x):
+        if extension is None or not x.numel() or is_capturing(x):
             entry.postpone()
             return None
         out, entry.plan = record(network, x, extension)
@@ -88,10 +89,6 @@ def _extension_for() -> ModuleType | None:
     if extension is None and _extension.available() is None:
         extension = _extension.load()
     return extension
-
-
-def _is_capturing(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def run(network: Network, x: Tensor) -> Tensor | None:
