@@ -200,8 +200,15 @@ def _pixel_sums(x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 @planned
 def _plan(
-    config: Config, digits: Tensor, weight: Tensor, poison: Tensor | None, positions: int
+    config: Config,
+    positions: int,
+    digits: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    multiplier: Tensor,
+    poison: Tensor | None,
 ) -> Launch:
+    """Of the tensors that the kernel takes, all of whose kinds it is compiled for."""
     _, batch, channels = digits.shape
     classes = weight.shape[1]
     block_m, block_n, block_c = config.blocks
@@ -236,6 +243,6 @@ def quantized_head(
     else:
         factors = weight.contiguous()[None]
     out = torch.empty((len(x), len(weight)), device=x.device)
-    launch = _plan(config, digits, factors, poison, x.shape[2] * x.shape[3])
-    launch(digits, factors, bias, multiplier, poison, out)
+    tensors = (digits, factors, bias, multiplier, poison)
+    _plan(config, x.shape[2] * x.shape[3], *tensors)(*tensors, out)
     return out
