@@ -41,6 +41,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
 SECONDS = {"first": 540, "training": 570, "tuning": 570, "checks": 570}
+_PRINTED = 4000  # characters of each command's output; the log has all
 _SECONDS_TO_END = 8  # that a step has to keep what it has, before it is killed
 _SECONDS_TO_PACK = 3
 
@@ -413,7 +414,7 @@ class Proof:
             _end(child)
             with open(log.name, "rb") as written:
                 written.seek(begin)
-                sys.stdout.write(written.read().decode(errors="replace")[-self.options.tail :])
+                sys.stdout.write(written.read().decode(errors="replace")[-_PRINTED:])
             sys.stdout.flush()
 
     def _record(self, outcome: Outcome) -> None:
@@ -506,13 +507,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--commit", help="of the sources, where the tree's git does not know it")
     parser.add_argument("--seconds", type=int, help="of the whole call (540; 570)")
-    parser.add_argument(
-        "--tail",
-        type=int,
-        default=4000,
-        metavar="CHARACTERS",
-        help="of each command's output to print; the log has all (%(default)s)",
-    )
     parser.add_argument("--rehearse", action="store_true", help="the same steps without a GPU")
     parser.add_argument("--list", action="store_true", help="print the steps and run none")
     options = parser.parse_args(arguments)

@@ -141,8 +141,9 @@ class Gate(NamedTuple):
 class ImageQuantization(NamedTuple):
     """How images become quantised, channel by channel: x / scale + zero, rounded.
 
-    scale, zero: (C,) float32. mean, std: (C,) float32, of images of bytes, from which
-    (x - mean) / std is made first; None for floating ones.
+    scale, zero: (C,) float32; a float v is (quantised - zero) · scale.
+    mean, std: (C,) float32, of images of bytes, from which (x - mean) / std is made first; None for
+        floating ones.
     """
 
     scale: Tensor
@@ -152,8 +153,14 @@ class ImageQuantization(NamedTuple):
 
 
 class QuantizedLayer(NamedTuple):
-    """A convolution of quantised numbers, and how its sums become the result's: the fields are
-    arguments of `resnet_fused.ops.quantized_conv`."""
+    """A convolution of quantised numbers, and how its sums become the result's
+    (`resnet_fused.reference.quantized`).
+
+    conv: its weight (K, C/groups, R, S) is int8, or float8_e4m3fn as the input then is.
+    bias: (K,) in the accumulator's scale; int32, of fp8 float32.
+    multiplier: (K,) float32, accumulator's scale / result's scale.
+    padding_value: (C,) of the input's dtype, what pixels of the padding hold; zero if None.
+    """
 
     conv: Convolution
     bias: Tensor
@@ -162,7 +169,13 @@ class QuantizedLayer(NamedTuple):
 
 
 class QuantizedShortcut(NamedTuple):
-    """What a quantised layer adds to its sums: x, or a projection of x, times a scale."""
+    """What a quantised layer adds to its sums: x, or a projection of x, times a scale.
+
+    x: a quantised tensor of the result's shape, (N, D, P, Q) with D <= K and any strides, or what
+        `projection` is applied to.
+    scale: (K,) float32, the scale of x, or of the projection's accumulator, / accumulator's scale.
+    projection: a second convolution, whose result has the first one's shape.
+    """
 
     x: Tensor
     scale: Tensor

@@ -15,7 +15,6 @@ from resnet_fused._extension import tensor_arg
 from resnet_fused.backends.cpu.native import pack
 from resnet_fused.backends.cpu.quantized import QuantizedKernels
 from resnet_fused.ops import Convolution, MaxPool
-from resnet_fused.ops.registry import registered
 from resnet_fused.parameters import QuantizedLayer, QuantizedShortcut
 from resnet_fused.reference import quantized as reference
 from resnet_fused.testing.cases import ConvCase, generator
@@ -32,8 +31,6 @@ if reason := _extension.available():
 _C = _extension.load()
 
 ISAS = ("avx512vnni", "avxvnni", "avx2", "amx")
-# With the references' signatures.
-conv_op, stem_op = registered["quantized_conv"], registered["quantized_stem"]
 NHWC = torch.channels_last
 STEM = ConvCase(2, 3, 37, 41, 64, 7, 2, 3)
 
@@ -261,13 +258,13 @@ def test_ops_run_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     backend = create()
     with use_backend(backend):
-        conv_op(*make_quantized_conv(LAYERS["3x3"], generator()))
-        stem_op(*make_quantized_stem(STEM, generator(), MaxPool()))
+        ops.quantized_conv(*make_quantized_conv(LAYERS["3x3"], generator()))
+        ops.quantized_stem(*make_quantized_stem(STEM, generator(), MaxPool()))
         ops.quantized_head(*make_quantized_head(1, 8, 3, 5, generator()))
         # Not a ResNet's stem, and a projection with padding: the reference's.
-        stem_op(*make_quantized_stem(STEM, generator(), MaxPool(2, 2, 0)))
+        ops.quantized_stem(*make_quantized_stem(STEM, generator(), MaxPool(2, 2, 0)))
         arguments = make_quantized_conv(LAYERS["grouped"], generator(), "projection")
-        conv_op(*arguments)
+        ops.quantized_conv(*arguments)
     assert called == ["conv", "stem", "head"]
 
 
@@ -275,9 +272,9 @@ def test_an_edited_weight_is_packed_anew() -> None:
     arguments = make_quantized_conv(LAYERS["3x3"], generator())
     weight = arguments[1].conv.weight
     with use_backend("cpu"):
-        before = conv_op(*arguments)
+        before = ops.quantized_conv(*arguments)
         weight.neg_()
-        after = conv_op(*arguments)
+        after = ops.quantized_conv(*arguments)
     assert not torch.equal(before, after)
     assert torch.equal(after, reference.quantized_conv(*arguments))
 

@@ -19,11 +19,10 @@ from machine_code import cuobjdump, kernels
 from torch import Tensor
 
 import resnet_fused
-from resnet_fused import use_backend
+from resnet_fused import ops, use_backend
 from resnet_fused._extension import tensor_arg
 from resnet_fused.backends import autotune
 from resnet_fused.backends.cuda_sim import SimulatedBackend
-from resnet_fused.ops.registry import registered
 from resnet_fused.parameters import Convolution, QuantizedLayer, QuantizedShortcut
 from resnet_fused.quantization import quantize
 from resnet_fused.reference import quantized as reference
@@ -456,7 +455,7 @@ def test_what_is_not_whole_chunks_is_not_served(simulator, name):
 
 def check_served_anyway(simulator: ModuleType, arguments: list[Any]) -> None:
     with use_backend(SimulatedBackend(simulator, capability=90)):
-        found = registered["quantized_conv"](*arguments)
+        found = ops.quantized_conv(*arguments)
     assert torch.equal(found, reference.quantized_conv(*arguments))
 
 

@@ -161,8 +161,8 @@ def _calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         case = ConvCase(2, 6, 6, 6, 8, 3, 1, 1)
         images, normalization = as_images(torch.ones(2, 6, 6, 6))
         ops.image_stem(images, make_convolution(case, generator())[1], normalization)
-        registered["quantized_conv"](*make_quantized_conv(case, generator(), "projection"))
-        registered["quantized_stem"](*make_quantized_stem(case, generator(), MaxPool()))
+        ops.quantized_conv(*make_quantized_conv(case, generator(), "projection"))
+        ops.quantized_stem(*make_quantized_stem(case, generator(), MaxPool()))
         registered["quantized_images"](*make_quantized_images((2, 3, 4, 5), generator()))
         ops.quantized_head(*make_quantized_head(2, 8, 3, 4, generator()))
     return recorder.calls

@@ -17,9 +17,14 @@ from resnet_fused import ops, use_backend
 from resnet_fused.backends import Candidate, Candidates
 from resnet_fused.backends.autotune.verify import uninitialised_memory_is_nan
 from resnet_fused.backends.reference import ReferenceBackend
-from resnet_fused.ops import Convolution, MaxPool
+from resnet_fused.ops import (
+    Convolution,
+    ImageQuantization,
+    MaxPool,
+    QuantizedLayer,
+    QuantizedShortcut,
+)
 from resnet_fused.ops.registry import registered
-from resnet_fused.parameters import QuantizedLayer, QuantizedShortcut
 from resnet_fused.reference import quantized as reference
 from resnet_fused.reference.quantized import FLOAT8
 from resnet_fused.testing.cases import CONV_CASES, ConvCase, generator
@@ -36,9 +41,7 @@ from resnet_fused.testing.quantized_cases import (
 Op = Callable[..., Tensor]
 
 
-# With the references' signatures.
-conv_op, stem_op = registered["quantized_conv"], registered["quantized_stem"]
-images_op = registered["quantized_images"]
+images_op = registered["quantized_images"]  # with the reference's signature
 
 
 def counted(x: Tensor, conv: Convolution, padding: Tensor | None) -> np.ndarray:
@@ -109,14 +112,17 @@ def test_ties_go_to_even_and_big_sums_round_once() -> None:
     """x · 1/2 for x from 0 to 9, and an accumulator that float32 cannot hold."""
     x = torch.arange(10, dtype=torch.uint8).view(1, 1, 1, 10)
     conv = Convolution(torch.ones(1, 1, 1, 1, dtype=torch.int8))
-    zero, half = torch.zeros(1, dtype=torch.int32), torch.full((1,), 0.5)
-    found = ops.quantized_conv(x, conv, zero, half).flatten().tolist()
+    half = torch.full((1,), 0.5)
+    layer = QuantizedLayer(conv, torch.zeros(1, dtype=torch.int32), half)
+    found = ops.quantized_conv(x, layer).flatten().tolist()
     assert found == [0, 0, 1, 2, 2, 2, 3, 4, 4, 4]
     bias = torch.tensor([2**30 + 32], dtype=torch.int32)  # a tie of float32, whose even is below
-    big = ops.quantized_conv(x, conv, bias, torch.full((1,), 2.0**-24), relu=False)
+    large = QuantizedLayer(conv, bias, torch.full((1,), 2.0**-24))
+    big = ops.quantized_conv(x, large, relu=False)
     assert big.flatten().tolist() == [64] * 10
     shortcut = torch.tensor([1, 3], dtype=torch.uint8).view(1, 1, 1, 2)
-    added = ops.quantized_conv(x[..., :2], conv, zero, 2 * half, shortcut, half)
+    layer = layer._replace(multiplier=2 * half)
+    added = ops.quantized_conv(x[..., :2], layer, QuantizedShortcut(shortcut, half))
     assert added.flatten().tolist() == [0, 1 + 2]
 
 
@@ -128,10 +134,10 @@ def test_float8_rounds_where_the_contract_says() -> None:
     vectors = [v.numpy()[:, None, None] for v in (bias, multiplier, scale)]
     acc = exact + vectors[0] + shortcut.float().numpy() * vectors[2]
     y = torch.from_numpy(np.maximum(acc * vectors[1], 0)).clamp(max=448).to(FLOAT8)
-    found = conv_op(*arguments)
+    found = ops.quantized_conv(*arguments)
     assert found.dtype == FLOAT8
     assert torch.equal(found.float(), y.float())
-    huge = ops.quantized_conv(x, conv, bias, multiplier * 1e6)
+    huge = ops.quantized_conv(x, QuantizedLayer(conv, bias, multiplier * 1e6))
     assert huge.float().max() == 448  # saturates, and is no NaN
 
 
@@ -172,7 +178,7 @@ def off_by_one(y: Tensor) -> Tensor:
 
 def test_a_planted_fault_shows() -> None:
     arguments = make_quantized_conv(CONV_CASES["3x3"], generator())
-    compared = conv_op, reference.quantized_conv, arguments
+    compared = ops.quantized_conv, reference.quantized_conv, arguments
     assert differences(Broken(lambda y: y), *compared) == 0
     assert differences(Broken(off_by_one), *compared) == 1
 
@@ -196,7 +202,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("name", CONV_CASES)
 def test_backends_equal_the_reference(backend: str, name: str, shortcut: str) -> None:
     arguments = make_quantized_conv(CONV_CASES[name], generator(), shortcut)
-    assert differences(backend, conv_op, reference.quantized_conv, arguments) == 0
+    assert differences(backend, ops.quantized_conv, reference.quantized_conv, arguments) == 0
 
 
 STEMS = {
@@ -212,7 +218,7 @@ def test_stems_equal_the_reference(backend: str, name: str, padded: bool) -> Non
     case, pool = STEMS[name]
     arguments = make_quantized_stem(case, generator(), pool, padding_value=padded)
     arguments[0] = arguments[0].contiguous()  # images usually are NCHW
-    assert differences(backend, stem_op, reference.quantized_stem, arguments) == 0
+    assert differences(backend, ops.quantized_stem, reference.quantized_stem, arguments) == 0
 
 
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
@@ -220,9 +226,9 @@ def test_stems_equal_the_reference(backend: str, name: str, padded: bool) -> Non
 def test_whole_numbers_in_e4m3(triton: str, name: str, shortcut: str) -> None:
     arguments = make_quantized_conv(CONV_CASES[name], generator(), shortcut, FLOAT8)
     arguments = in_whole_numbers(arguments)
-    assert differences(triton, conv_op, reference.quantized_conv, arguments) == 0
+    assert differences(triton, ops.quantized_conv, reference.quantized_conv, arguments) == 0
     arguments[-1] = False
-    assert differences(triton, conv_op, reference.quantized_conv, arguments) == 0
+    assert differences(triton, ops.quantized_conv, reference.quantized_conv, arguments) == 0
 
 
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
@@ -231,7 +237,7 @@ def test_any_numbers_in_e4m3(triton: str, shortcut: str) -> None:
     case = CONV_CASES["3x3"]
     arguments = make_quantized_conv(case, generator(), shortcut, FLOAT8, True)
     with use_backend(triton):
-        found = conv_op(*arguments)
+        found = ops.quantized_conv(*arguments)
     truth = reference.quantized_conv(*arguments)
     far = (found.view(torch.uint8).int() - truth.view(torch.uint8).int()).abs()
     assert far.max() <= 1
@@ -243,9 +249,9 @@ def test_any_numbers_in_e4m3(triton: str, shortcut: str) -> None:
 def test_stems_in_e4m3(triton: str, name: str, padded: bool) -> None:
     case, pool = STEMS[name]
     arguments = make_quantized_stem(case, generator(), pool, dtype=FLOAT8, padding_value=padded)
-    assert differences(triton, stem_op, reference.quantized_stem, arguments) == 0
+    assert differences(triton, ops.quantized_stem, reference.quantized_stem, arguments) == 0
     planar = [arguments[0].view(torch.uint8).contiguous().view(FLOAT8), *arguments[1:]]
-    assert differences(triton, stem_op, reference.quantized_stem, planar) == 0
+    assert differences(triton, ops.quantized_stem, reference.quantized_stem, planar) == 0
 
 
 IMAGES = {"odd": (2, 3, 37, 41), "long": (3, 4, 48, 56), "one pixel": (1, 1, 1, 1)}
@@ -275,20 +281,22 @@ def test_images_are_rounded_as_by_hand() -> None:
     """Halves to even, behind a division and an addition in float32 each; the ends."""
     x = torch.tensor([0.5, 1.5, 2.5, -1000.0, 1000.0]).view(1, 1, 1, 5)
     one, ten = torch.ones(1), torch.full((1,), 10.0)
-    assert ops.quantized_images(x, one, ten).flatten().tolist() == [10, 12, 12, 0, 255]
-    assert ops.quantized_images(x, ten / 3, ten).flatten().tolist() == [10, 10, 11, 0, 255]
+    whole, thirds = ImageQuantization(one, ten), ImageQuantization(ten / 3, ten)
+    assert ops.quantized_images(x, whole).flatten().tolist() == [10, 12, 12, 0, 255]
+    assert ops.quantized_images(x, thirds).flatten().tolist() == [10, 10, 11, 0, 255]
     levels = torch.tensor([0, 100, 101], dtype=torch.uint8).view(1, 1, 1, 3)
     mean, std = 100 * one, 2 * one
-    found = ops.quantized_images(levels, one, 0 * one, mean, std, FLOAT8)
+    of_bytes = ImageQuantization(one, 0 * one, mean, std)
+    found = ops.quantized_images(levels, of_bytes, FLOAT8)
     assert found.flatten().tolist() == [-48.0, 0.0, 0.5]  # -50 lies between -48 and -52
     with pytest.raises(ValueError, match="mean and std go with images of bytes"):
-        ops.quantized_images(levels, one, one)
+        ops.quantized_images(levels, whole)
     with pytest.raises(ValueError, match=r"scale must have shape \(2,\)"):
-        ops.quantized_images(x.expand(1, 2, 1, 5), one, one)
+        ops.quantized_images(x.expand(1, 2, 1, 5), whole)
     with pytest.raises(TypeError, match=r"found torch\.int32"):
-        ops.quantized_images(x.int(), one, one)
+        ops.quantized_images(x.int(), whole)
     with pytest.raises(TypeError, match="dtype must be uint8 or float8_e4m3fn"):
-        ops.quantized_images(x, one, one, dtype=torch.int8)
+        ops.quantized_images(x, whole, dtype=torch.int8)
 
 
 def test_nan_stays_one_in_e4m3(triton: str) -> None:
@@ -302,14 +310,14 @@ def test_nan_stays_one_in_e4m3(triton: str) -> None:
     stem[0] = reference.quantized_images(*images).float().round().to(FLOAT8)
     pooled = reference.quantized_stem(*stem)
     with use_backend(triton):
-        found = stem_op(*stem)
+        found = ops.quantized_stem(*stem)
     assert 0 < pooled[1].isnan().sum() <= found[1].isnan().sum() < found[1].numel()
     assert not found[0].isnan().any()
     assert torch.equal(found.float()[~found.isnan()], pooled.float()[~found.isnan()])
     case = ConvCase(2, 20, 5, 4, 16, 3, 1, 1)
     layer = in_whole_numbers(make_quantized_conv(case, generator(), dtype=FLOAT8))
     layer[0] = pooled.float().round().to(FLOAT8)
-    assert differences(triton, conv_op, reference.quantized_conv, layer) == 0
+    assert differences(triton, ops.quantized_conv, reference.quantized_conv, layer) == 0
     head = [pooled, *make_quantized_head(2, 20, 3, 5, generator(), FLOAT8)[1:]]
     assert differences(triton, ops.quantized_head, reference.quantized_head, head) == 0
     assert reference.quantized_head(*head).isnan().all(1).tolist() == [False, True]
@@ -348,7 +356,7 @@ def test_64_bit_offsets_change_nothing(
     images = make_quantized_images((2, 3, 37, 41), generator(), torch.float32, float8)
     assert differences(triton, images_op, reference.quantized_images, images) == 0
     stem = make_quantized_stem(*STEMS["resnet"][:1], generator(), MaxPool(), dtype=dtype)
-    assert differences(triton, stem_op, reference.quantized_stem, stem) == 0
+    assert differences(triton, ops.quantized_stem, reference.quantized_stem, stem) == 0
     head = make_quantized_head(2, 70, 12, 65, generator(), dtype)
     assert differences(triton, ops.quantized_head, reference.quantized_head, head) == 0
 
@@ -360,7 +368,10 @@ def test_every_e4m3_number_and_every_kind_of_rounding(triton: str) -> None:
     x = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).view(FLOAT8)
     one, zero = torch.ones(1), torch.zeros(1)
     layer = QuantizedLayer(Convolution(one.to(FLOAT8).view(1, 1, 1, 1)), zero, one)
-    assert differences(triton, conv_op, reference.quantized_conv, [x, layer, None, False]) == 0
+    assert (
+        differences(triton, ops.quantized_conv, reference.quantized_conv, [x, layer, None, False])
+        == 0
+    )
     values = torch.arange(127, dtype=torch.uint8).view(FLOAT8).float()
     ties = (values[1:] + values[:-1]) / 2
     near = [torch.nextafter(ties, torch.tensor(end)) for end in (0.0, 1000.0)]
@@ -370,7 +381,7 @@ def test_every_e4m3_number_and_every_kind_of_rounding(triton: str) -> None:
     layer = QuantizedLayer(Convolution(weight), bias, torch.ones(len(bias)))
     for relu in (False, True):
         arguments = [torch.ones(1, 1, 1, 1).to(FLOAT8), layer, None, relu]
-        assert differences(triton, conv_op, reference.quantized_conv, arguments) == 0
+        assert differences(triton, ops.quantized_conv, reference.quantized_conv, arguments) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8], ids=["uint8", "int8"])
@@ -397,7 +408,7 @@ def test_heads_do_not_wrap(backend: str) -> None:
 def test_random_layers_equal_the_reference(backend: str, first: int) -> None:
     for seed in range(first, first + 20):
         arguments = random_quantized_conv(seed)
-        found = differences(backend, conv_op, reference.quantized_conv, arguments)
+        found = differences(backend, ops.quantized_conv, reference.quantized_conv, arguments)
         assert found == 0, f"seed {seed}: {arguments[1].conv[1:]}, x {tuple(arguments[0].shape)}"
 
 
@@ -405,7 +416,7 @@ def test_weights_are_not_kept_alive(backend: str) -> None:
     """A 1×1 weight is dense as it is: what is kept of it must not be the weight itself."""
     x, layer, *others = make_quantized_conv(ConvCase(1, 32, 4, 4, 32), generator())
     with use_backend(backend):
-        conv_op(x, layer, *others)
+        ops.quantized_conv(x, layer, *others)
     gone = weakref.ref(layer.conv.weight)
     del layer
     gc.collect()
@@ -422,10 +433,10 @@ def test_two_thousand_random_layers_equal_the_reference(backend: str) -> None:
 @pytest.mark.parametrize("name", ["none", "identity", "projection", "stem", "images", "head"])
 def test_compiles_without_a_graph_break(name: str) -> None:
     torch.compiler.reset()
-    op: Op = conv_op
+    op: Op = ops.quantized_conv
     if name == "stem":
         op, arguments = (
-            stem_op,
+            ops.quantized_stem,
             make_quantized_stem(*STEMS["narrow"][:1], generator(), MaxPool()),
         )
     elif name == "images":
@@ -440,15 +451,15 @@ def test_compiles_without_a_graph_break(name: str) -> None:
 
 def test_autocast_leaves_scales_alone() -> None:
     arguments = make_quantized_conv(CONV_CASES["3x3"], generator(), "identity")
-    expected = conv_op(*arguments)
+    expected = ops.quantized_conv(*arguments)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(conv_op(*arguments), expected)
+        assert torch.equal(ops.quantized_conv(*arguments), expected)
 
 
 def test_empty_batches_give_empty_results() -> None:
     x, *others = make_quantized_conv(CONV_CASES["3x3"], generator(), relu=False)
-    assert conv_op(x[:0], *others).shape == (0, 32, 8, 8)
-    assert conv_op(x[:0], *others).dtype == torch.int8
+    assert ops.quantized_conv(x[:0], *others).shape == (0, 32, 8, 8)
+    assert ops.quantized_conv(x[:0], *others).dtype == torch.int8
     head = make_quantized_head(1, 8, 3, 5, generator())
     assert ops.quantized_head(head[0][:0], *head[1:]).dtype == torch.float32
     images, *given = make_quantized_images((1, 3, 5, 7), generator())
@@ -470,9 +481,8 @@ def test_empty_batches_give_empty_results() -> None:
         ({"multiplier": lambda m: m[:3]}, ValueError, r"multiplier must have shape \(32,\)"),
         ({"multiplier": lambda m: m.double()}, TypeError, "multiplier must be float32"),
         ({"shortcut": lambda s: s[:, :, :2]}, ValueError, "shortcut must have shape"),
-        ({"shortcut": lambda s: None}, ValueError, "belong together"),
-        ({"shortcut_scale": lambda s: None}, ValueError, "belong together"),
         ({"shortcut": lambda s: s.float()}, TypeError, "shortcut must be uint8 or int8"),
+        ({"scale": lambda s: s[:3]}, ValueError, r"shortcut.scale must have shape \(32,\)"),
         (
             {"padding_value": lambda p: torch.zeros(3, dtype=torch.uint8)},
             ValueError,
@@ -484,10 +494,9 @@ def test_errors_name_the_argument(
     change: dict[str, Callable[[Any], Any]], error: type[Exception], said: str
 ) -> None:
     x, layer, shortcut, relu = make_quantized_conv(CONV_CASES["3x3"], generator(), "identity")
-    arguments = {
-        **{"x": x, **layer._asdict(), "relu": relu},
-        **{"shortcut": shortcut.x, "shortcut_scale": shortcut.scale},
-    }
-    changed = {name: changes(arguments[name]) for name, changes in change.items()}
+    given = {"x": x, "shortcut": shortcut.x, "scale": shortcut.scale, **layer._asdict()}
+    x, added, scale, *fields = {
+        name: change[name](value) if name in change else value for name, value in given.items()
+    }.values()
     with pytest.raises(error, match=said):
-        ops.quantized_conv(**{**arguments, **changed})
+        ops.quantized_conv(x, QuantizedLayer(*fields), QuantizedShortcut(added, scale), relu)

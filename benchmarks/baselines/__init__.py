@@ -254,14 +254,15 @@ def _openvino_model(task: Task, hint: str, shape: list[int]) -> Any:
     return openvino.Core().compile_model(model, "CPU", settings)
 
 
+def openvino_call(model: Any, images: Tensor) -> Call:
+    """What a compiled model makes of the images, of which it copies neither."""
+    request, array = model.create_infer_request(), images.numpy()
+    return lambda: torch.from_numpy(request.infer(array, share_inputs=True, share_outputs=True)[0])
+
+
 def _openvino(task: Task) -> Call:
-    request = _openvino_model(task, "LATENCY", list(task.images.shape)).create_infer_request()
-    array = task.images.float().numpy()
-
-    def call() -> Tensor:
-        return torch.from_numpy(request.infer(array, share_inputs=True, share_outputs=True)[0])
-
-    return call
+    model = _openvino_model(task, "LATENCY", list(task.images.shape))
+    return openvino_call(model, task.images.float())
 
 
 def _openvino_streams(task: Task) -> Call:

@@ -6,7 +6,7 @@ All take float images, so that quantising them is part of every call.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,17 @@ from torch import Tensor
 
 import resnet_fused
 
-from . import INT8_BOUND, Baseline, Call, Task, int8, onnx_model, quantised_network, require
+from . import (
+    INT8_BOUND,
+    Baseline,
+    Call,
+    Task,
+    int8,
+    onnx_model,
+    openvino_call,
+    quantised_network,
+    require,
+)
 
 
 def _ours_in_bfloat16(task: Task) -> Call:
@@ -61,16 +71,16 @@ def _statically_quantised(task: Task, folder: str) -> str:
     return path
 
 
-_MODELS = {"export": _exported, "static": _statically_quantised}
+Model = Callable[[Task, str], str]
 
 
-def _onnxruntime(task: Task, model: str) -> Call:
+def _onnxruntime(task: Task, model: Model) -> Call:
     ort = require("onnxruntime", "onnxruntime")
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     with tempfile.TemporaryDirectory() as folder:
-        path = _MODELS[model](task, folder)
+        path = model(task, folder)
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     fed = {session.get_inputs()[0].name: task.images.numpy()}
 
@@ -80,7 +90,7 @@ def _onnxruntime(task: Task, model: str) -> Call:
     return call
 
 
-def _openvino(task: Task, model: str) -> Call:
+def _openvino(task: Task, model: Model) -> Call:
     openvino = require("openvino", "openvino")
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
@@ -88,15 +98,9 @@ def _openvino(task: Task, model: str) -> Call:
     }
     core = openvino.Core()
     with tempfile.TemporaryDirectory() as folder:
-        network = core.read_model(_MODELS[model](task, folder))
+        network = core.read_model(model(task, folder))
         network.reshape(list(task.images.shape))
-        request = core.compile_model(network, "CPU", settings).create_infer_request()
-    array = task.images.numpy()
-
-    def call() -> Tensor:
-        return torch.from_numpy(request.infer(array, share_inputs=True, share_outputs=True)[0])
-
-    return call
+        return openvino_call(core.compile_model(network, "CPU", settings), task.images)
 
 
 def _all() -> Iterator[Baseline]:
@@ -107,12 +111,8 @@ def _all() -> Iterator[Baseline]:
         ("openvino", "OpenVINO", _openvino),
         ("onnxruntime", "ONNX Runtime", _onnxruntime),
     ):
-        yield cpu(key, f"{title} int8", partial(build, model="static"))
-        yield cpu(
-            f"{key}-export",
-            f"{title}, our export",
-            partial(build, model="export"),
-        )
+        yield cpu(key, f"{title} int8", partial(build, model=_statically_quantised))
+        yield cpu(f"{key}-export", f"{title}, our export", partial(build, model=_exported))
 
 
 BASELINES = tuple(_all())

@@ -61,13 +61,11 @@ def _times_on_gpu(call: Callable[[], object], device: torch.device, iterations: 
     return [value / 1e3 for value in milliseconds]
 
 
-def iterations_for(
-    call: Callable[[], object], device: torch.device, seconds: float, at_least: int = 2
-) -> int:
-    """How many calls fill about `seconds`, judged by two calls after one that warms up."""
+def iterations_for(call: Callable[[], object], device: torch.device, seconds: float) -> int:
+    """How many calls, two at least, fill about `seconds`, judged by two after one that warms up."""
     times_of(call, device, 1)
     fastest = max(min(times_of(call, device, 2)), 1e-6)
-    return max(at_least, math.ceil(seconds / fastest))
+    return max(2, math.ceil(seconds / fastest))
 
 
 def in_turn(entries: Sequence[Result], rounds: range) -> Iterator[Result]:

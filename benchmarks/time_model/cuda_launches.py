@@ -23,7 +23,7 @@ from resnet_fused.testing import machine_code
 from . import cuda_int8, cuda_kernels, cuda_training
 from .cuda_backend import STEP_BYTES, Block, Call, PersistentTile, Product
 from .rates import Gpu
-from .work import Work, resident_blocks
+from .work import Work, bytes_of, resident_blocks
 
 
 def step_cycles(m: int, n: int, rows: int) -> int:
@@ -121,7 +121,7 @@ def choose_tile(
     steps: Sequence[int],
     residual: bool,
     sms: int,
-    images: tuple[int, tuple[int, int]] | None = None,
+    images: tuple[int, tuple[int, int]] | None,
     signs: bool = False,
 ) -> str:
     """The name of the tile that the heuristic takes for products of so many steps each; images:
@@ -149,10 +149,6 @@ def takes_lines(products: Sequence[Product], residual: bool, image: Sequence[int
         and (first.window, first.stride, first.dilation) == ((3, 3), (1, 1), (1, 1))
         and first.image == tuple(image)
     )
-
-
-def _bytes(*tensors: Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 @cache
@@ -221,10 +217,10 @@ def _conv_bn(call: Call, gpu: Gpu) -> tuple[Work, str]:
     images = (batch, size) if takes_lines(products, adds, size) else None
     name = choose_tile(rows, filters, steps, adds, gpu.sms, images, signs is not None)
     multiply_adds = sum(rows * filters * p.channels * math.prod(p.window) for p in products)
-    added = _bytes(call.out) if adds else 0
+    added = bytes_of(call.out) if adds else 0
     x_bytes = sum(batch * math.prod(p.image) * p.channels * 2 * p.read_share for p in products)
     weights = sum(filters * p.channels * math.prod(p.window) * 2 for p in products)
-    written = _bytes(call.out) + (0 if signs is None else _bytes(signs[-1]))
+    written = bytes_of(call.out) + bytes_of(signs)
     dram_bytes = int(x_bytes + weights + added + written)
     shape = " + ".join(_shape(p, filters) for p in products) + ", residual" * bool(added)
     if name in LINES:
@@ -240,7 +236,7 @@ def _conv_bn(call: Call, gpu: Gpu) -> tuple[Work, str]:
             blocks_per_sm=1,
             trips=(1, steps[0] // 3),  # a tile; three taps
             dram_bytes=dram_bytes,
-            l2_bytes=tiles * steps[0] // 3 * step_bytes + _bytes(call.out),
+            l2_bytes=tiles * steps[0] // 3 * step_bytes + bytes_of(call.out),
             multiply_adds=multiply_adds,
             persistent=True,
             bulk_bytes=step_bytes,
@@ -264,7 +260,7 @@ def _conv_bn(call: Call, gpu: Gpu) -> tuple[Work, str]:
             trips=trips,
             shared_loops=tuple(range(len(copying), len(copying) + len(products))),
             dram_bytes=dram_bytes,
-            l2_bytes=tiles * (sum(shares) * tile.stage_bytes + others) + added + _bytes(call.out),
+            l2_bytes=tiles * (sum(shares) * tile.stage_bytes + others) + added + bytes_of(call.out),
             multiply_adds=multiply_adds,
             shared_bytes=6 * tile.stage_bytes
             + len(products) * (tile.partial_bytes + 64 * 16 // tile.splits),
@@ -363,7 +359,7 @@ def _stem(call: Call, gpu: Gpu) -> tuple[Work, str]:
     blocks = min(units, blocks)
     steps = lines + (lines < pooled[0])
     images = call.read[0]
-    x, x_type = _bytes(images), "h" if images.dtype == torch.uint8 else "S2_"
+    x, x_type = bytes_of(images), "h" if images.dtype == torch.uint8 else "S2_"
     weights = blocks * 2 * 64 * 147
     work = Work(
         kernel="stem_sm90_kernel",
@@ -380,8 +376,8 @@ def _stem(call: Call, gpu: Gpu) -> tuple[Work, str]:
             steps + 2,
         ),
         shared_loops=(0,),
-        dram_bytes=x + _bytes(call.out),
-        l2_bytes=x * across + weights * across + _bytes(call.out),
+        dram_bytes=x + bytes_of(call.out),
+        l2_bytes=x * across + weights * across + bytes_of(call.out),
         multiply_adds=batch * math.prod(conv) * filters * 147,
         shared_bytes=2 * 16 * (30 * 64 + 16) + 28 * 64 * 16 + 56 * 128 + 128,
         persistent=True,
@@ -407,8 +403,8 @@ def _average_pool(call: Call, gpu: Gpu) -> tuple[Work, str]:
         tiles=batch * math.ceil(channels / 128),
         warps=8,
         trips=(longest % 4, longest // 4),
-        dram_bytes=_bytes(x, call.out),
-        l2_bytes=_bytes(x, call.out),
+        dram_bytes=bytes_of(x, call.out),
+        l2_bytes=bytes_of(x, call.out),
         multiply_adds=0,
         shared_bytes=8192,
     )
@@ -426,7 +422,7 @@ def _linear(call: Call, gpu: Gpu) -> tuple[Work, str]:
         tiles=tiles,
         warps=8,
         trips=(math.ceil(channels / 2048),),
-        dram_bytes=_bytes(*call.read, call.out),
+        dram_bytes=bytes_of(*call.read, call.out),
         l2_bytes=tiles * channels * (8 * 2 + images * 4),
         multiply_adds=batch * channels * classes,
         shared_bytes=1024,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .cuda_backend import STEP_BYTES, Call
 from .rates import Gpu
-from .work import Work
+from .work import Work, bytes_of
 
 _PANEL = 64  # channels
 
@@ -174,12 +174,6 @@ def wgrads_in_order(of: Wgrad) -> list[str]:
     return sorted(WIDTHS, key=lambda name: of.plan(WIDTHS[name])[0])
 
 
-def _bytes(*tensors: Any) -> int:
-    """Of tensors, or of their descriptions."""
-    found = [t if isinstance(t, Tensor) else t[-1] for t in tensors if t is not None]
-    return sum(t.numel() * t.element_size() for t in found)
-
-
 def _window(x: Any, weight: Any, window: Sequence[Any], filters: int) -> tuple[str, float]:
     """For people, and the share of x that the windows touch."""
     (_, channels, *image), (*_, r, s), (stride, *_) = x[2], weight[2], window
@@ -237,7 +231,7 @@ def _lines(
     # Of three taps, a trip of the innermost loop.
     x_bytes, weight_bytes = lines.part(image)[2] * STEP_BYTES // 3, 3 * _PANEL * STEP_BYTES
     step_bytes = x_bytes + weight_bytes * (not resident)
-    below = _bytes(out) * gradient
+    below = bytes_of(out) * gradient
     work = Work(
         layer="",
         kernel="conv_training_sm90_lines_kernel",
@@ -249,7 +243,7 @@ def _lines(
         blocks_per_sm=2,
         trips=(1, chunks, 3 * chunks),  # a tile; the products
         dram_bytes=moved,
-        l2_bytes=tiles * 3 * chunks * step_bytes + below + _bytes(out),
+        l2_bytes=tiles * 3 * chunks * step_bytes + below + bytes_of(out),
         multiply_adds=batch * math.prod(image) * channels * inner * 9,
         persistent=True,
         bulk_bytes=step_bytes,
@@ -264,7 +258,7 @@ def conv_stats(call: Call, gpu: Gpu) -> tuple[Work, str]:
     x, weight, window, moments, tile = call.arguments
     batch, filters, *image = call.out.shape
     shape, share = _window(x, weight, window, filters)
-    moved = int(_bytes(x) * share) + _bytes(weight, moments, call.out)
+    moved = int(bytes_of(x) * share) + bytes_of(weight, moments, call.out)
     rows, (_, inner, *kernel) = batch * math.prod(image), weight[2]
     if tile in LINES:
         return _lines(tile, shape, call.out, inner, False, moved)
@@ -280,7 +274,7 @@ def dgrad(call: Call, gpu: Gpu) -> tuple[Work, str]:
     shape, _ = _window(described, weight, window, filters)
     shape += ", masks" * (below is not None) + ", adds" * (add is not None)
     shape += ", folded" * (term is not None)
-    moved = _bytes(grad, weight, below, scale_shift, sums, add, *(term or ()), call.out)
+    moved = bytes_of(grad, weight, below, scale_shift, sums, add, *(term or ()), call.out)
     if tile in LINES:
         return _lines(tile, shape, call.out, filters, True, moved)
     rows, ending = batch * math.prod(image), 1 if below is not None else 2
@@ -303,7 +297,7 @@ def wgrad(call: Call, gpu: Gpu) -> tuple[Work, str]:
     # What is there of panels of x and of grad, of a step of all blocks of a range.
     asked = of.panels * math.ceil(of.filters / width) * 2 * min(of.channels, _PANEL)
     asked += math.ceil(of.panels / 4) * 2 * of.filters
-    moved = int(_bytes(x) * share) + _bytes(grad, parts)
+    moved = int(bytes_of(x) * share) + bytes_of(grad, parts)
     work = Work(
         kernel="wgrad_sm90_kernel",
         config=f"256×{width}×64×{count}",
@@ -315,7 +309,7 @@ def wgrad(call: Call, gpu: Gpu) -> tuple[Work, str]:
         trips=(steps, steps / 8),
         beside=(1,),
         dram_bytes=moved,
-        l2_bytes=asked * of.steps * _PANEL + _bytes(parts),
+        l2_bytes=asked * of.steps * _PANEL + bytes_of(parts),
         multiply_adds=of.positions * of.filters * of.channels * math.prod(of.window),
         bulk_bytes=(256 + width) * STEP_BYTES,
         shared_bytes=(5 if width == _PANEL else 4) * (256 + width) * STEP_BYTES,
@@ -328,7 +322,7 @@ def sum_parts(call: Call, gpu: Gpu) -> tuple[Work, str]:
     parts = call.arguments[3]
     count, elements = parts[2]
     unrolled, rest = divmod(count - 1, 4)
-    moved = _bytes(parts, call.out)
+    moved = bytes_of(parts, call.out)
     work = Work(
         kernel="sum_parts_kernel",
         config="1024",
@@ -346,7 +340,7 @@ def sum_parts(call: Call, gpu: Gpu) -> tuple[Work, str]:
 def window_rows(call: Call, gpu: Gpu) -> tuple[Work, str]:
     """The lines of a window of few channels, side by side."""
     (x, *_), row = call.arguments, call.out.shape[1]
-    moved = _bytes(x, call.out)
+    moved = bytes_of(x, call.out)
     return Work(
         kernel="window_rows_kernel",
         config="256",

@@ -24,7 +24,7 @@ from resnet_fused.ops.dispatch import use_backend
 
 from . import cuda_backend, cuda_launches, triton_launches
 from .rates import Gpu
-from .work import Work
+from .work import Work, bytes_of
 
 # They make tensors and write nothing.
 _EMPTY = ("empty", "new_empty", "empty_like", "empty_strided", "as_strided_")
@@ -80,7 +80,7 @@ def _library(func: Any, args: Any, kwargs: Any, out: Any) -> Iterator[Work]:
         known = {t.untyped_storage()._cdata for t in read}
         if not in_place and all(t.untyped_storage()._cdata in known for t in written):
             return  # a view
-    moved = sum(t.numel() * t.element_size() for t in [*read, *written])
+    moved = bytes_of(*read, *written)
     if name in _EMPTY or not written or moved == 0:
         return
     multiply_adds = 0
@@ -158,7 +158,7 @@ def quantized(arch: str, batch: int, gpu: Gpu, extension: Path | None = None) ->
 
 
 def _triton_works(
-    model: nn.Module, gpu: Gpu, run: Callable[[], object], extension: Path | None = None
+    model: nn.Module, gpu: Gpu, run: Callable[[], object], extension: Path | None
 ) -> list[Work]:
     """What the second of two runs launches: the first one makes what lasts."""
     cuda, kernels = cuda_backend.RecordingBackend(gpu), None

@@ -18,7 +18,7 @@ from resnet_fused.testing import ahead_of_time, machine_code
 from resnet_fused.testing.ahead_of_time import Launch
 
 from .rates import Gpu
-from .work import Work, resident_blocks
+from .work import Work, bytes_of, resident_blocks
 
 CAPABILITY = 90
 
@@ -81,7 +81,7 @@ def works(
         geometry = _DESCRIBE[plan.kernel.__name__](SimpleNamespace(**named, loops=loops))
         tensors = {id(t): t for t in named.values() if isinstance(t, Tensor)}
         grid = geometry.tiles or math.prod(plan.grid)
-        moved = geometry.bytes or sum(_bytes(t) for t in tensors.values())
+        moved = geometry.bytes or bytes_of(*tensors.values())
         yield Work(
             layer=name_of(list(tensors.values())),
             kernel=plan.kernel.__name__,
@@ -102,10 +102,6 @@ def works(
             spilled=used.spilled,
             shared_bytes=shared,
         )
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 class _Geometry(NamedTuple):
@@ -146,27 +142,27 @@ def _conv_stats(a: Any) -> _Geometry:
         (steps,),
         steps * (a.TILE.m + a.TILE.n) * a.TILE.c * a.x.element_size(),
         a.gemm.rows * a.result.c * taps * channels,
-        int(_read(a) * _bytes(a.x)) + _bytes(a.weight) + sum(map(_bytes, written)),
+        int(_read(a) * bytes_of(a.x)) + bytes_of(a.weight) + bytes_of(*written),
     )
 
 
 def _conv_bn(a: Any) -> _Geometry:
     """Of a folded block's end: a 1×1 convolution, and perhaps another one of the shortcut."""
     steps, projected = [math.ceil(a.gemm.channels / a.TILE.c)], 0
-    read, added = int(_read(a) * _bytes(a.x)) + _bytes(a.weight), ""
+    read, added = int(_read(a) * bytes_of(a.x)) + bytes_of(a.weight), ""
     if hasattr(a, "projection"):
         projected, added = a.shortcut_image.c, ", projects"
         steps.append(math.ceil(projected / a.TILE.c))
         pixels = a.PROJECTION_WINDOW.stride_h * a.PROJECTION_WINDOW.stride_w
-        read += _bytes(a.shortcut) // pixels + _bytes(a.projection)
+        read += bytes_of(a.shortcut) // pixels + bytes_of(a.projection)
     elif a.residual is not None:
-        read, added = read + _bytes(a.residual), ", adds"
+        read, added = read + bytes_of(a.residual), ", adds"
     return _Geometry(
         _window(a) + added,
         tuple(steps[: len(a.loops)]),
         sum(steps) * (a.TILE.m + a.TILE.n) * a.TILE.c * a.x.element_size(),
         a.gemm.rows * a.result.c * (a.gemm.channels + projected),
-        read + _bytes(a.out) + (0 if a.signs is None else _bytes(a.signs)),
+        read + bytes_of(a.out) + bytes_of(a.signs),
     )
 
 
@@ -177,7 +173,7 @@ def _gram(a: Any) -> _Geometry:
         (steps,),
         int(steps * (a.TILE.m + a.TILE.n) * a.TILE.c * a.x.element_size()),
         a.rows * a.result.c**2,
-        int(_read(a) * _bytes(a.x)) + _bytes(a.parts) + _bytes(a.sums),
+        int(_read(a) * bytes_of(a.x)) + bytes_of(a.parts) + bytes_of(a.sums),
     )
 
 
@@ -224,22 +220,22 @@ def _quantized_conv(a: Any) -> _Geometry:
     steps = [taps * math.ceil(channels / a.TILE.c)]
     if a.WINDOW.is_flat:
         steps = [math.ceil(taps * channels / a.TILE.c)]
-    read = int(_read(a) * _bytes(a.x)) + _bytes(a.weight)
+    read = int(_read(a) * bytes_of(a.x)) + bytes_of(a.weight)
     added = ""
     if a.projection is not None:
         projected = a.shortcut_image.c
         steps.append(math.ceil(projected / a.TILE.c))
         pixels = a.PROJECTION_WINDOW.stride_h * a.PROJECTION_WINDOW.stride_w
-        read += _bytes(a.shortcut) // pixels + _bytes(a.projection)
+        read += bytes_of(a.shortcut) // pixels + bytes_of(a.projection)
         added = ", projects"
     elif a.shortcut is not None:
-        read, added = read + _bytes(a.shortcut), ", adds"
+        read, added = read + bytes_of(a.shortcut), ", adds"
     return _Geometry(
         _window(a) + added,
         tuple(steps[: len(a.loops)]),
         sum(steps) * (a.TILE.m + a.TILE.n) * a.TILE.c,
         a.gemm.rows * a.result.c * (taps * channels + projected),
-        read + _bytes(a.out),
+        read + bytes_of(a.out),
         operand_bytes=1,
     )
 
@@ -296,7 +292,7 @@ def _wgrad(a: Any) -> _Geometry:
         (steps,),
         steps * _step_bytes(a),
         a.rows * a.result.c * a.WINDOW.r * a.WINDOW.s * a.group_in,
-        int(_read(a) * _bytes(a.x)) + _bytes(a.grad) + _bytes(a.out),
+        int(_read(a) * bytes_of(a.x)) + bytes_of(a.grad) + bytes_of(a.out),
     )
 
 
@@ -306,8 +302,7 @@ def _rows(a: Any) -> _Geometry:
 
 def _pre_bn_gradient(a: Any) -> _Geometry:
     # In place one tensor is both read and written.
-    moved = [t for t in (a.grad, a.pre_bn, a.out) if t is not None]
-    return _Geometry(f"{a.rows} rows of {a.K}", bytes=sum(map(_bytes, moved)))
+    return _Geometry(f"{a.rows} rows of {a.K}", bytes=bytes_of(a.grad, a.pre_bn, a.out))
 
 
 def _relu_gradient(a: Any) -> _Geometry:

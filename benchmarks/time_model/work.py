@@ -22,6 +22,8 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from resnet_fused.testing import machine_code
 from resnet_fused.testing.machine_code import LANES, Code, Loop, Tally, tally
 
@@ -30,6 +32,12 @@ from .rates import RESERVED, Gpu, Limits, Rates
 SCHEDULERS = 4
 L2_PORT_BYTES = 64  # a cycle, of an SM, what it asked for and what others have sent it
 _LOAD_STORE_BYTES = 128  # a cycle; narrower accesses of a warp take a cycle as well
+
+
+def bytes_of(*tensors: Any) -> int:
+    """Of tensors, or of their descriptions; None has none."""
+    found = [t if isinstance(t, Tensor) else t[-1] for t in tensors if t is not None]
+    return sum(t.numel() * t.element_size() for t in found)
 
 
 @dataclass(frozen=True)

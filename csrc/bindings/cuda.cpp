@@ -302,15 +302,6 @@ DType byte_dtype_of(const char* name, const TensorArg& tensor, const TensorArg& 
   refuse(std::string(name) + " must be uint8 or int8, found " + name_of(tensor.type));
 }
 
-template <typename T>
-void set_values(QuantizedConvLaunch& launch, const T*& slot, const char* name,
-                const TensorArg& tensor, ScalarType type) {
-  check_type(name, tensor, type);
-  check_sizes(name, tensor, {launch.arguments.op.conv.out_channels});
-  check_contiguous(name, tensor, 1);
-  launch.reads(slot, name, tensor);
-}
-
 void set_quantized_conv(QuantizedConvLaunch& launch, const TensorArg& out,
                         const QuantizedLayerArg& layer, const TensorArg& bias,
                         const TensorArg& multiplier, const OptionalTensor& shortcut_scale,
@@ -335,11 +326,12 @@ void set_quantized_conv(QuantizedConvLaunch& launch, const TensorArg& out,
   };
   set(op.conv.conv, layer);
   if (projection) set(op.conv.projection, *projection);
-  set_values(launch, op.bias, "bias", bias, floats ? ScalarType::kFloat32 : ScalarType::kInt32);
-  set_values(launch, op.multiplier, "multiplier", multiplier, ScalarType::kFloat32);
-  if (shortcut_scale) {
-    set_values(launch, op.shortcut_scale, "shortcut_scale", *shortcut_scale, ScalarType::kFloat32);
-  }
+  const std::int64_t channels = op.conv.out_channels;
+  set_array(launch, op.bias, "bias", bias, floats ? ScalarType::kFloat32 : ScalarType::kInt32,
+            {channels});
+  set_array(launch, op.multiplier, "multiplier", multiplier, ScalarType::kFloat32, {channels});
+  set_array(launch, op.shortcut_scale, "shortcut_scale", shortcut_scale, ScalarType::kFloat32,
+            {channels});
   if (residual && out.numel() > 0) {
     op.residual_dtype = byte_dtype_of("residual", *residual, first);
     set_residual(launch, op.conv.residual, residual, out, residual->type);

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, channels_last
 
 from .._extension import TensorArg, optional_tensor_arg, tensor_arg
-from ..parameters import MEAN, SCALE, SHIFT, BatchNorm, ConvBn, Convolution
+from ..parameters import MEAN, SCALE, SHIFT, BatchNorm, ConvBn, Convolution, QuantizedShortcut
 from . import recording
 from .recording import copied
 
@@ -57,6 +57,18 @@ def readable(residual: Tensor | None) -> Tensor | None:
 
 def residual_arg(residual: Tensor | None) -> TensorArg | None:
     return optional_tensor_arg(readable(residual))
+
+
+def shortcut_args(
+    shortcut: QuantizedShortcut | None, layer_arg: Callable[[Tensor, Convolution], Any]
+) -> tuple[TensorArg | None, TensorArg | None, Any]:
+    """Its scale, and what is added as it is, or by `layer_arg` what is projected."""
+    if shortcut is None:
+        return None, None, None
+    x, scale, projection = shortcut
+    if projection is None:
+        return tensor_arg(scale), residual_arg(x), None
+    return tensor_arg(scale), None, layer_arg(x, projection)
 
 
 def batch_norm_arg(bn: BatchNorm, types: Collection[torch.dtype]) -> BatchNormArg:

@@ -76,13 +76,18 @@ def copied(source: Tensor, copy: Tensor) -> Tensor:
     return copy
 
 
+def is_capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, in which nothing is computed yet."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def may_keep(source: Tensor) -> bool:
     """Whether what was made of `source` just now may serve later calls as well. They may be on
     other streams, which do not wait for this one, so it waits here until all is computed; while a
     CUDA graph is captured nothing is, and memory made then is the graph's."""
+    if is_capturing(source):
+        return False
     if source.is_cuda:
-        if torch.cuda.is_current_stream_capturing():
-            return False
         torch.cuda.current_stream(source.device).synchronize()
     return True
 

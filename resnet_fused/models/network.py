@@ -400,7 +400,7 @@ class ResidualNetwork(nn.Module):
         if isinstance(x, Proxy):
             traced.fuse(x.tracer.graph)
         else:
-            check_is_tensor("input", x)
+            check_is_tensor(x)
         if self.normalization is not None and isinstance(x, Tensor) and x.dtype == torch.uint8:
             return self._image_stem(x, self.normalization)
         if fusion.must_call_modules(x):

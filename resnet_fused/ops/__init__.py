@@ -1,6 +1,17 @@
 """The fused operators: `torch.ops.resnet_fused.*` and their typed Python functions."""
 
-from ..parameters import BatchNorm, ConvBn, Convolution, GroupNorm, Layer, MaxPool, Normalization
+from ..parameters import (
+    BatchNorm,
+    ConvBn,
+    Convolution,
+    GroupNorm,
+    ImageQuantization,
+    Layer,
+    MaxPool,
+    Normalization,
+    QuantizedLayer,
+    QuantizedShortcut,
+)
 from .block_training import residual_block_training
 from .bn_add_relu import bn_add_relu
 from .bottleneck import bottleneck
@@ -26,9 +37,12 @@ __all__ = [
     "ConvBn",
     "Convolution",
     "GroupNorm",
+    "ImageQuantization",
     "Layer",
     "MaxPool",
     "Normalization",
+    "QuantizedLayer",
+    "QuantizedShortcut",
     "available_backends",
     "bn_add_relu",
     "bottleneck",

@@ -10,12 +10,12 @@ from torch import Tensor
 from ..parameters import BatchNorm, ConvBn, Convolution, GroupNorm, MaxPool, QuantizedLayer
 
 
-def check_is_tensor(name: str, x: object) -> None:
-    """`x` must be a tensor."""
+def check_is_tensor(x: object) -> None:
+    """The op's main input must be a tensor."""
     if not isinstance(x, Tensor):
         kind = type(x)
         raise TypeError(
-            f"{name} must be a torch.Tensor of shape (N, C, H, W), found "
+            "input must be a torch.Tensor of shape (N, C, H, W), found "
             f"{kind.__module__}.{kind.__qualname__}; convert it, for example with torch.as_tensor."
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..parameters import Convolution, QuantizedLayer, QuantizedShortcut
+from ..parameters import QuantizedLayer, QuantizedShortcut
 from ..reference import quantized as reference
 from .checks import check_quantized, check_vector, quantized_layer_shape, window_shape
 from .registry import Op
@@ -18,7 +18,7 @@ def _output_shape(
     if shortcut is None:
         return shape
     added, scale, projection = shortcut
-    check_vector("shortcut_scale", scale, shape[1], torch.float32, x)
+    check_vector("shortcut.scale", scale, shape[1], torch.float32, x)
     check_quantized("shortcut", added, layer.conv.weight)
     found: tuple[int, ...] = tuple(added.shape)
     if projection is not None:
@@ -42,37 +42,17 @@ _op = Op(
 
 
 def quantized_conv(
-    x: Tensor,
-    conv: Convolution,
-    bias: Tensor,
-    multiplier: Tensor,
-    shortcut: Tensor | None = None,
-    shortcut_scale: Tensor | None = None,
-    projection: Convolution | None = None,
-    padding_value: Tensor | None = None,
-    relu: bool = True,
+    x: Tensor, layer: QuantizedLayer, shortcut: QuantizedShortcut | None = None, relu: bool = True
 ) -> Tensor:
     """relu?(conv(x) + bias (+ shortcut)), requantised, as `resnet_fused.reference.quantized` says.
 
     Args:
         x: (N, C, H, W), uint8 or int8, or float8_e4m3fn.
-        conv: its weight (K, C/groups, R, S) is int8, or float8_e4m3fn as x is.
-        bias: (K,) in the accumulator's scale; int32, of fp8 float32.
-        multiplier: (K,) float32, accumulator's scale / result's scale.
-        shortcut: a quantised tensor to add, (N, D, P, Q) with D <= K and any strides, or what
-            `projection` is applied to.
-        shortcut_scale: (K,) float32, the scale of the shortcut, or of the projection's
-            accumulator, / accumulator's scale.
-        projection: a second convolution, of `shortcut`, whose result has this one's shape.
-        padding_value: (C,) of x's dtype, what pixels of the padding hold; zero if None.
+        layer: the convolution, and how its sums become the result's.
+        shortcut: what is added to the sums.
         relu: whether to clamp at zero.
 
     Returns (N, K, P, Q), channels_last: uint8 with a ReLU, int8 without, or float8_e4m3fn. It has
     no gradient. Raises ValueError for shapes and devices that disagree, TypeError for dtypes.
     """
-    added = None
-    if shortcut is not None and shortcut_scale is not None:
-        added = QuantizedShortcut(shortcut, shortcut_scale, projection)
-    elif shortcut is not None or shortcut_scale is not None or projection is not None:
-        raise ValueError("shortcut and shortcut_scale belong together, and projection needs both.")
-    return _op(x, QuantizedLayer(conv, bias, multiplier, padding_value), added, relu)
+    return _op(x, layer, shortcut, relu)

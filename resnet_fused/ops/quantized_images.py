@@ -37,21 +37,13 @@ _op = Op(
 
 
 def quantized_images(
-    x: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    mean: Tensor | None = None,
-    std: Tensor | None = None,
-    dtype: torch.dtype = torch.uint8,
+    x: Tensor, quantization: ImageQuantization, dtype: torch.dtype = torch.uint8
 ) -> Tensor:
     """x / scale + zero, rounded and clamped, as `resnet_fused.reference.quantized` says.
 
     Args:
         x: (N, C, H, W), floating point, or uint8.
-        scale: (C,) float32; a float v is (quantised - zero) · scale.
-        zero: (C,) float32.
-        mean: (C,) float32, of bytes alone: (x - mean) / std is what is quantised.
-        std: (C,) float32, of bytes alone.
+        quantization: scale and zero of the C channels, and of bytes, mean and std.
         dtype: of the result, uint8 or float8_e4m3fn.
 
     Returns (N, C, H, W), channels_last if x is and contiguous otherwise. Raises ValueError for
@@ -59,7 +51,7 @@ def quantized_images(
     """
     if dtype not in (torch.uint8, FLOAT8):
         raise TypeError(f"dtype must be uint8 or float8_e4m3fn, found {dtype}.")
-    arguments = (x, ImageQuantization(scale, zero, mean, std), dtype == FLOAT8)
+    arguments = (x, quantization, dtype == FLOAT8)
     if x.device.type == "cpu" and chosen_backend() is None:
         # PyTorch's ops are all there is, and take less time than an op's way to them.
         _output_shape(*arguments)

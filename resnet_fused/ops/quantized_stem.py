@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..parameters import Convolution, MaxPool, QuantizedLayer
+from ..parameters import MaxPool, QuantizedLayer
 from ..reference import quantized as reference
 from .checks import pool_shape, quantized_layer_shape
 from .registry import Op
@@ -22,26 +22,15 @@ _op = Op(
 )
 
 
-def quantized_stem(
-    x: Tensor,
-    conv: Convolution,
-    bias: Tensor,
-    multiplier: Tensor,
-    padding_value: Tensor | None = None,
-    pool: MaxPool | None = None,
-) -> Tensor:
+def quantized_stem(x: Tensor, layer: QuantizedLayer, pool: MaxPool | None = None) -> Tensor:
     """max_pool(relu(conv(x) + bias)), requantised, as `resnet_fused.reference.quantized` says.
 
     Args:
         x: (N, C, H, W), uint8 or int8, or float8_e4m3fn; any layout (images usually are NCHW).
-        conv: the convolution; this and the next three are those of `quantized_conv`.
-        bias: (K,) int32, in the accumulator's scale.
-        multiplier: (K,) float32.
-        padding_value: (C,) of x's dtype, what stands outside the image; zero if None.
+        layer: the convolution, and how its sums become the result's.
         pool: the pooling window; 3×3, stride 2, padding 1 if None.
 
     Returns the pooled (N, K, P, Q), channels_last, uint8 or float8_e4m3fn. Raises as
     `quantized_conv` does.
     """
-    layer = QuantizedLayer(conv, bias, multiplier, padding_value)
     return _op(x, layer, MaxPool() if pool is None else pool)

@@ -71,7 +71,7 @@ class Op:
         self._overload = getattr(torch.ops.resnet_fused, name).default
 
     def __call__(self, *arguments: Any) -> Tensor:
-        check_is_tensor("input", arguments[0])
+        check_is_tensor(arguments[0])
         device = arguments[0].device.type
         if self._result_dtype is None and _autocasts(device):
             dtype = torch.get_autocast_dtype(device)

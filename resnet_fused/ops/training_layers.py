@@ -146,7 +146,7 @@ def layer_backward_coefficients(
     scale_shift: Tensor,
     frozen: bool,
     sync_group: str,
-    goes_on: bool = True,
+    goes_on: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """BN-backward coefficients over all ranks, and this rank's gradients of bn weight and bias.
 

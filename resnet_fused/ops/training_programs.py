@@ -181,11 +181,6 @@ def _described(tensors: Sequence[Tensor]) -> tuple[list[int], list[Hashable]]:
 _programs: dict[Hashable, _Program | None] = {}
 
 
-def _is_capturing(x: Tensor) -> bool:
-    """Whether a CUDA graph is, in which results cannot be compared."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
 def _may_replay(x: Tensor) -> bool:
     return not (
         torch.compiler.is_compiling()
@@ -224,7 +219,7 @@ def run(
     try:
         program = _programs[key]
     except KeyError:
-        if _is_capturing(x):
+        if recording.is_capturing(x):
             return None
         if len(_programs) >= _PROGRAMS:
             _programs.clear()
@@ -303,7 +298,7 @@ class _Replayed(torch.autograd.Function):
                 found = program.backward[key]
             except KeyError:
                 found = None
-                if not _is_capturing(x):
+                if not recording.is_capturing(x):
                     with use_backend(call.backend):
                         every = [*inputs, *(t for tensors in saved() for t in tensors)]
                         found = _record(

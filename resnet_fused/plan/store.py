@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _extension, fusion
+from ..backends import recording
 from ..ops.dispatch import chosen_backend
 from .arena import Arenas
 from .record import Network, Plan, record
@@ -62,7 +63,7 @@ class Plans:
         if entry.left >= 0:
             return None
         extension = _extension_for()
-        if extension is None or not x.numel() or _is_capturing(x):
+        if extension is None or not x.numel() or recording.is_capturing(x):
             entry.postpone()
             return None
         out, entry.plan = record(network, x, extension)
@@ -88,10 +89,6 @@ def _extension_for() -> ModuleType | None:
     if extension is None and _extension.available() is None:
         extension = _extension.load()
     return extension
-
-
-def _is_capturing(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def run(network: Network, x: Tensor) -> Tensor | None:

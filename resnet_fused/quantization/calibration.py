@@ -65,9 +65,7 @@ def checked(calibration: Iterable[Any], network: FoldedNetwork) -> list[Tensor]:
 
 
 @torch.no_grad()
-def calibrate(
-    network: FoldedNetwork, batches: Sequence[Tensor], method: str, shown: bool = True
-) -> None:
+def calibrate(network: FoldedNetwork, batches: Sequence[Tensor], method: str, shown: bool) -> None:
     """Gives every layer its scales, from images as `checked` returns them.
 
     Raises ValueError where a layer's result is not finite.

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..reference.quantized import FLOAT8, LIMITS, quantize
+from ..reference.quantized import FLOAT8, LIMITS, of_image, quantize
 from .layers import Geometry, Head, HigherPrecisionConv, Images, InputKind, QuantizedConv
 from .network import Network, QuantizedNetwork
 
@@ -119,7 +119,7 @@ class FoldedConv(nn.Module):
             if not self.is_first or isinstance(layer, QuantizedConv):
                 quantized = self._quantize_input(x)
                 if self.is_first:
-                    x = (quantized.float() - _image(self.zero)) * _image(self.in_scale)
+                    x = (quantized.float() - of_image(self.zero)) * of_image(self.in_scale)
             added = shortcut
             if shortcut is not None:
                 added = quantize(shortcut / self.shortcut_in_scale, dtype)
@@ -137,7 +137,7 @@ class FoldedConv(nn.Module):
         return _straight_through(value, real.clamp(max=self.scale * LIMITS[dtype][1]))
 
     def _quantize_input(self, x: Tensor) -> Tensor:
-        return quantize(x / _image(self.in_scale) + _image(self.zero), self.geometry.dtype)
+        return quantize(x / of_image(self.in_scale) + of_image(self.zero), self.geometry.dtype)
 
     @torch.no_grad()
     def _accumulator_scales(self) -> tuple[Tensor, Tensor]:
@@ -213,10 +213,6 @@ class FoldedConv(nn.Module):
         if self.geometry.takes_shortcut():
             tensors["shortcut_in_scale"] = self.shortcut_in_scale
         return HigherPrecisionConv(tensors, self.geometry)
-
-
-def _image(vector: Tensor) -> Tensor:
-    return vector[:, None, None]
 
 
 def _per_output(scale: Tensor) -> Tensor:
@@ -301,10 +297,10 @@ class FoldedNetwork(Network):
     calibrated, `imitate` makes it compute as the converted network will.
     """
 
-    def imitate(self, quantized: bool = True) -> FoldedNetwork:
-        """Whether to compute by quantised layers from now on."""
+    def imitate(self) -> FoldedNetwork:
+        """Computes by quantised layers from now on."""
         for layer in self.folded():
-            layer.faking = quantized
+            layer.faking = True
         return self
 
     def folded(self) -> list[FoldedConv | FoldedHead]:

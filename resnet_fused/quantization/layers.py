@@ -20,9 +20,17 @@ from ..ops.quantized_conv import quantized_conv
 from ..ops.quantized_head import quantized_head
 from ..ops.quantized_images import quantized_images
 from ..ops.quantized_stem import quantized_stem
-from ..parameters import BatchNorm, ConvBn, Convolution, MaxPool
+from ..parameters import (
+    BatchNorm,
+    ConvBn,
+    Convolution,
+    ImageQuantization,
+    MaxPool,
+    QuantizedLayer,
+    QuantizedShortcut,
+)
 from ..reference.ops import nhwc
-from ..reference.quantized import FLOAT8, quantize
+from ..reference.quantized import FLOAT8, of_image, quantize
 
 _Window = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
 
@@ -45,6 +53,12 @@ class Geometry(NamedTuple):
 
     def takes_shortcut(self) -> bool:
         return self.stride > 0 or self.projection is not None
+
+    def projecting(self, weight: Tensor | None) -> Convolution | None:
+        """The shortcut's projection by that weight, if there is one."""
+        if weight is None or self.projection is None:
+            return None
+        return Convolution(weight, *self.projection)
 
     def sampled(self, shortcut: Tensor | None) -> Tensor | None:
         """The pixels of an unprojected shortcut that are added, a view."""
@@ -121,16 +135,16 @@ class QuantizedConv(Frozen):
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """x, quantised (N, C, H, W), and the block's input -> (N, K, P, Q), quantised."""
         conv = Convolution(self.weight, *self.geometry.conv)
-        terms = self.bias, self.multiplier
+        layer = QuantizedLayer(conv, self.bias, self.multiplier, self.padding_value)
         if self.geometry.pool is not None:
-            return quantized_stem(x, conv, *terms, self.padding_value, self.geometry.pool)
-        projection = None
-        if self.projection_weight is not None:
-            assert self.geometry.projection is not None
-            projection = Convolution(self.projection_weight, *self.geometry.projection)
+            return quantized_stem(x, layer, self.geometry.pool)
         shortcut = self.geometry.sampled(shortcut)
+        if shortcut is None:
+            return quantized_conv(x, layer)
+        assert self.shortcut_scale is not None
+        projection = self.geometry.projecting(self.projection_weight)
         return quantized_conv(
-            x, conv, *terms, shortcut, self.shortcut_scale, projection, self.padding_value
+            x, layer, QuantizedShortcut(shortcut, self.shortcut_scale, projection)
         )
 
     def extra_repr(self) -> str:
@@ -163,10 +177,9 @@ class HigherPrecisionConv(Frozen):
         if shortcut is not None:
             assert self.shortcut_in_scale is not None
             shortcut = dequantize(shortcut, self.shortcut_in_scale)
-        if shortcut is not None and self.projection_weight is not None:
-            assert self.geometry.projection is not None
-            conv = Convolution(self.projection_weight, *self.geometry.projection)
-            y = conv_bn_projection(x, layer, shortcut, ConvBn(conv, self._norm(None)))
+        projection = self.geometry.projecting(self.projection_weight)
+        if shortcut is not None and projection is not None:
+            y = conv_bn_projection(x, layer, shortcut, ConvBn(projection, self._norm(None)))
         else:
             shortcut = self.geometry.sampled(shortcut)
             y = conv_bn(x, layer, shortcut, relu=True, pad_residual=True)
@@ -258,25 +271,15 @@ class Images(Frozen):
             raise TypeError(f"input must be floating point or uint8, found {x.dtype}.")
         if dtype != torch.float32:
             x = x.float() if x.dtype == torch.float64 else x  # which no kernel reads
-            mean, std = (self.mean, self.std) if x.dtype == torch.uint8 else (None, None)
-            return quantized_images(x, self.scale, self.zero, mean, std, dtype)
+            of_bytes = (self.mean, self.std) if x.dtype == torch.uint8 else ()
+            return quantized_images(x, ImageQuantization(self.scale, self.zero, *of_bytes), dtype)
         if self.mean is not None and self.std is not None and x.dtype == torch.uint8:
-            x = (x - _image(self.mean)) / _image(self.std)
+            x = (x - of_image(self.mean)) / of_image(self.std)
         return x.float()
-
-    def dequantized(self, x: Tensor) -> Tensor:
-        """What `forward` gave, as floats."""
-        if x.dtype == torch.float32:
-            return x
-        return (x.float() - _image(self.zero)) * _image(self.scale)
 
     def extra_repr(self) -> str:
         kind = "normalised floats" if self.mean is None else "bytes or normalised floats"
         return f"{kind} as {str(self.geometry.dtype)[6:]}"
-
-
-def _image(vector: Tensor) -> Tensor:
-    return vector[:, None, None]
 
 
 def dequantize(x: Tensor, scale: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ class QuantizedNetwork(Network):
             it was quantised with `normalization`. Any memory layout, and any H, W that leave at
             least one pixel. Raises RuntimeError where x requires gradients.
         """
-        check_is_tensor("input", x)
+        check_is_tensor(x)
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 "a quantised network has no gradients; call it on x.detach(), or fine-tune with "

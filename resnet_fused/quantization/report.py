@@ -91,7 +91,7 @@ def report(
     folded: FoldedNetwork,
     network: QuantizedNetwork,
     batches: Sequence[Tensor],
-    shown: bool = True,
+    shown: bool,
 ) -> Report:
     """Compares the quantised network with the float one that it was made of."""
     layers, quantized = folded.folded(), list(network.layers())

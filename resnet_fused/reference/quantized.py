@@ -66,7 +66,7 @@ def quantized_images(x: Tensor, quantization: ImageQuantization, float8: bool) -
     """
     scale, zero, mean, std = quantization
     if mean is not None and std is not None:
-        x = (x - _of_image(mean)) / _of_image(std)
+        x = (x - of_image(mean)) / of_image(std)
     x = x.float()
     if rows := x.is_contiguous(memory_format=torch.channels_last):
         # PyTorch is several times faster where the last axis is a long one.
@@ -74,13 +74,14 @@ def quantized_images(x: Tensor, quantization: ImageQuantization, float8: bool) -
         x = x.permute(0, 2, 3, 1).flatten(2)
         scale, zero = scale.repeat(width), zero.repeat(width)
     else:
-        x, scale, zero = x.contiguous(), _of_image(scale), _of_image(zero)
+        x, scale, zero = x.contiguous(), of_image(scale), of_image(zero)
     # In place from here on: fresh memory costs more than the arithmetic.
     x = quantize_((x / scale).add_(zero), FLOAT8 if float8 else torch.uint8)
     return x.unflatten(2, (width, -1)).permute(0, 3, 1, 2) if rows else x
 
 
-def _of_image(vector: Tensor) -> Tensor:
+def of_image(vector: Tensor) -> Tensor:
+    """(C,) as images (N, C, H, W) take it."""
     return vector[:, None, None]
 
 
@@ -96,7 +97,7 @@ def accumulate(x: Tensor, conv: Convolution, padding_value: Tensor | None = None
     """Σ x · weight (N, K, P, Q): exact in float64, whatever the order, below 2⁵³."""
     x = x.double()
     if padding_value is not None:
-        value = padding_value.double()[:, None, None]
+        value = of_image(padding_value.double())
         (height, width), conv = conv.padding, conv._replace(padding=(0, 0))
         x = F.pad(x - value, (width, width, height, height)) + value
     return convolve(x, conv._replace(weight=conv.weight.double()))
@@ -111,14 +112,14 @@ def quantized_conv(
     acc = accumulate(x, conv, padding_value)
     exact = not conv.weight.is_floating_point()
     # Of integers every sum below is exact; of e4m3 numbers each is rounded to float32.
-    acc = acc + bias[:, None, None] if exact else acc.float() + bias[:, None, None]
+    acc = (acc if exact else acc.float()) + of_image(bias)
     if shortcut is not None:
         added, scale, projection = shortcut
         if projection is not None:
             added = accumulate(added, projection)
-        added = pad_channels(added.float(), len(bias)) * scale[:, None, None]
+        added = pad_channels(added.float(), len(bias)) * of_image(scale)
         acc = acc + (added.round() if exact else added)
-    y = acc.float() * multiplier[:, None, None]
+    y = acc.float() * of_image(multiplier)
     return nhwc(quantize(F.relu(y) if relu else y, quantized_dtype(layer, relu)))
 
 

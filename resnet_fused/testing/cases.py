@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..parameters import BatchNorm, ConvBn, Convolution, Gate, GroupNorm, Normalization
 
@@ -280,23 +279,3 @@ def randomise_statistics(model: torch.nn.Module, seed: int = 0) -> torch.nn.Modu
                 module.weight.copy_(weight)
                 module.bias.copy_(0.1 * torch.randn(channels, generator=rng))
     return model
-
-
-def clear_batch(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
-    """Of the batches that whose ReLU inputs in `model`, float64, keep furthest from zero.
-
-    Where rounding decides a ReLU input's sign, that alone outweighs all other errors of gradients.
-    """
-    model = copy.deepcopy(model)
-    least: list[float] = []
-    for module in model.modules():
-        if isinstance(module, nn.ReLU):
-            module.register_forward_pre_hook(lambda _, x: least.append(float(x[0].abs().min())))
-
-    def clearness(batch: Tensor) -> float:
-        least.clear()
-        with torch.no_grad():
-            model(batch.double())
-        return min(least)
-
-    return max(batches, key=clearness)

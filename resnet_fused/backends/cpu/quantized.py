@@ -22,7 +22,7 @@ from ...parameters import (
 )
 from ...reference.quantized import quantized_dtype
 from .. import Candidate, Candidates
-from ..arguments import empty_nhwc, nhwc, residual_arg
+from ..arguments import empty_nhwc, nhwc, shortcut_args
 from ..live_cache import LiveCache
 from ..reference import ReferenceBackend
 from .native import pack
@@ -48,23 +48,14 @@ class QuantizedKernels:
         self, x: Tensor, layer: QuantizedLayer, shortcut: QuantizedShortcut | None, relu: bool
     ) -> Tensor:
         conv, bias, multiplier, padding_value = layer
-        channels = conv.weight.shape[0]
-        dtype = quantized_dtype(layer, relu)
-        out = empty_nhwc(x, channels, *conv.output_size(*x.shape[2:]), dtype)
-        added, scale, projection = shortcut or (None, None, None)
-        residual = side = None
-        if added is not None and projection is not None:
-            side = self._layer(added, projection)
-        else:
-            residual = residual_arg(added)
+        size = conv.output_size(*x.shape[2:])
+        out = empty_nhwc(x, conv.weight.shape[0], *size, quantized_dtype(layer, relu))
         self._extension.quantized_conv(
             tensor_arg(out),
             self._layer(x, conv),
             tensor_arg(bias),
             tensor_arg(multiplier),
-            optional_tensor_arg(scale),
-            residual,
-            side,
+            *shortcut_args(shortcut, self._layer),
             optional_tensor_arg(padding_value),
             self._isa,
         )

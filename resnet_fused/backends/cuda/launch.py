@@ -35,6 +35,7 @@ from ..arguments import (
     empty_signs,
     nhwc,
     residual_arg,
+    shortcut_args,
 )
 from ..live_cache import LiveCache
 from ..recording import copied
@@ -300,22 +301,15 @@ class Launcher:
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """The result to be, and the kernel's other arguments; there is no padding_value."""
         conv, bias, multiplier, _ = layer
-        size = conv.output_size(*x.shape[2:])
-        added, scale, projection = shortcut or (None, None, None)
-        side = None
-        if added is not None and projection is not None:
-            side, added = self._quantized_layer(added, projection), None
         call = (
             self._quantized_layer(x, conv),
             tensor_arg(bias),
             tensor_arg(multiplier),
-            optional_tensor_arg(scale),
-            residual_arg(added),
-            side,
+            *shortcut_args(shortcut, self._quantized_layer),
             relu,
         )
-        dtype = quantized_dtype(layer, relu)
-        return empty_nhwc(x, conv.weight.shape[0], *size, dtype), call
+        size = conv.output_size(*x.shape[2:])
+        return empty_nhwc(x, conv.weight.shape[0], *size, quantized_dtype(layer, relu)), call
 
     def _quantized_layer(self, x: Tensor, conv: Convolution) -> tuple[Any, ...]:
         packed = self._frozen.get(conv.weight, "int8", lambda: _pack_quantized(conv.weight)).packed

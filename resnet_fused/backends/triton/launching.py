@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.weak import WeakIdKeyDictionary
 from triton.compiler import CompiledKernel
 
 from ..._extension import optional_tensor_arg, tensor_arg
@@ -23,9 +24,11 @@ _NARROW_ELEMENTS = 2**31 - 2**16
 _VECTOR_BYTES = 16  # the alignment that the compiler is told of
 
 _plans: dict[Hashable, Any] = {}
+_made: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 _Parameters = ParamSpec("_Parameters")
 _Plan = TypeVar("_Plan")
+_Made = TypeVar("_Made")
 
 
 class Config(NamedTuple):
@@ -260,6 +263,19 @@ def for_kernels(x: Tensor) -> Tensor:
     if x.dtype == torch.float8_e4m3fn and not machine(x.device).converts_e4m3:
         return x.view(torch.uint8)
     return x
+
+
+def made_of(weight: Tensor, key: tuple[Hashable, ...], make: Callable[[], _Made]) -> _Made:
+    """What `make` made of a frozen weight under that key, as long as its version stays. It may not
+    hold the weight, which would then live for ever."""
+    key = (*key, recording.version(weight))
+    found = _made.get(weight)
+    if found is None or found[0] != key:
+        found = key, make()
+        if recording.may_keep(weight):
+            _made[weight] = found
+    made: _Made = found[1]
+    return made
 
 
 def strides_beside(tensor: Tensor | None, out: Tensor) -> Strides | None:

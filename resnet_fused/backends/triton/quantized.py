@@ -16,14 +16,13 @@ pool.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 from triton.language.extra import libdevice
 
 from ...parameters import Convolution, MaxPool, QuantizedLayer, QuantizedShortcut
@@ -40,6 +39,7 @@ from .launching import (
     Window,
     for_kernels,
     is_wide,
+    made_of,
     nhwc,
     planned,
     readable,
@@ -323,31 +323,15 @@ _BORDER = Config((512,), 4, 1)
 _POOL = Config((16, 64), 4, 1)
 
 
-class _Prepared(NamedTuple):
-    """A weight as a kernel reads it, None where that is the weight itself, which a cache of weak
-    keys must not hold; and (K,): the bias, and what `convolve` leaves to add, or None of e4m3
-    without a bias. key: of what they were made, frozen tensors, so that their versions tell."""
-
-    key: tuple[Any, ...]
-    weight: Tensor | None
-    offset: Tensor | None
-    bias: Tensor | None  # held, so that its id stays its own
-
-
-_PREPARED: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
 def _prepared(
     conv: Convolution, like: Tensor, bias: Tensor | None = None, pixel: int = 0
 ) -> tuple[Tensor, Tensor | None]:
-    """`conv`'s dense weight, of window rows where an image has that many channels a pixel, and
-    offsets for inputs of the type of `like`."""
+    """`conv`'s weight as the kernel reads it, dense, of window rows where an image has that many
+    channels a pixel; and (K,): the bias, and what `convolve` leaves to add for inputs of the type
+    of `like`, or None of e4m3 without a bias."""
     weight = conv.weight
-    key: tuple[Any, ...] = (like.dtype, pixel, recording.version(weight))
-    if bias is not None:
-        key += (id(bias), recording.version(bias))
-    found: _Prepared | None = _PREPARED.get(weight)
-    if found is None or found.key != key:
+
+    def make() -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         if weight.dtype == FLOAT8:
             dense, offset = nhwc(weight.half()), bias
         else:
@@ -358,11 +342,14 @@ def _prepared(
             channels, _, s = weight.shape[1:]
             runs = F.pad(dense.permute(0, 2, 3, 1), (0, pixel - channels, 0, _run(conv) - s))
             dense = nhwc(runs.flatten(2)[..., None].permute(0, 2, 1, 3))
-        own = None if dense is weight else dense
-        found = _Prepared(key, own, offset, bias)
-        if recording.may_keep(weight):
-            _PREPARED[weight] = found
-    return weight if found.weight is None else found.weight, found.offset
+        # The bias is held, so that its id stays its own.
+        return None if dense is weight else dense, offset, bias
+
+    key: tuple[Any, ...] = (like.dtype, pixel)
+    if bias is not None:
+        key += (id(bias), recording.version(bias))
+    dense, offset, _ = made_of(weight, key, make)
+    return weight if dense is None else dense, offset
 
 
 def _pixel(conv: Convolution) -> int:

@@ -13,21 +13,19 @@ Memory traffic: x from DRAM once; digits and weights, a few MiB, from L2.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ...reference.quantized import FLOAT8
-from .. import Candidates, recording
+from .. import Candidates
 from . import launching
-from .launching import Config, Launch, for_kernels, is_wide, nhwc, planned
+from .launching import Config, Launch, for_kernels, is_wide, made_of, nhwc, planned
 from .primitives import from_e4m3, tile_index
 
-_DIGIT = 7  # bits
+_DIGIT = tl.constexpr(7)  # bits
 _LARGEST = {torch.uint8: 255, torch.int8: 128, FLOAT8: 448 * 512}
 _SMALLEST = 2.0**-9  # e4m3 numbers are multiples of it
 _MOST_CHANNELS = 2**16  # of products of digits in int32
@@ -76,9 +74,9 @@ def pixel_sums_kernel(
     for digit in tl.static_range(DIGITS):
         value = rest
         if digit < DIGITS - 1:
-            value = rest & 127
+            value = rest & (2**_DIGIT - 1)
         tl.store(place, value.to(tl.int8), in_channels)
-        rest = rest >> 7
+        rest = rest >> _DIGIT
         place += images * C
     if FLOAT8:
         tl.store(poison + image * blocks + block, tl.sum(tl.sum(unreal, 0), 0))
@@ -125,7 +123,7 @@ def quantized_head_kernel(
             a = tl.load(a_tile + c, in_channels[None, :], other=0)
             b = tl.load(b_tile + c, in_channels[:, None], other=0)
             acc = tl.dot(a, b, acc, out_dtype=tl.int32)
-        total += acc.to(tl.int64) << (7 * (digit + weight_digit))
+        total += acc.to(tl.int64) << (_DIGIT * (digit + weight_digit))
     factor = tl.load(multiplier + column, valid, other=0.0)
     factor = tl.div_rn(factor, tl.zeros_like(factor) + positions)
     logits = total.to(tl.float32) * UNIT * factor[None, :]
@@ -142,36 +140,9 @@ def quantized_head_kernel(
 _SUMS = Config((16, 128), 4, 1)
 
 
-class _Digits(NamedTuple):
-    """Of a frozen weight, whose version tells."""
-
-    version: int
-    digits: Tensor
-
-
-_DIGITS_OF: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
 def _digits_of(largest: int) -> int:
     """How many hold integers up to `largest` and their negatives."""
-    return math.ceil(largest.bit_length() / _DIGIT)
-
-
-def _split(weight: Tensor) -> Tensor:
-    """An e4m3 weight as (digits, classes, C) int8."""
-    version = recording.version(weight)
-    found: _Digits | None = _DIGITS_OF.get(weight)
-    if found is None or found.version != version:
-        rest = (weight.float() / _SMALLEST).int()
-        count = _digits_of(_LARGEST[FLOAT8])
-        digits = []
-        for _ in range(count - 1):
-            digits.append(rest & 127)
-            rest = rest >> _DIGIT
-        found = _Digits(version, torch.stack([*digits, rest]).to(torch.int8))
-        if recording.may_keep(weight):
-            _DIGITS_OF[weight] = found
-    return found.digits
+    return math.ceil(largest.bit_length() / _DIGIT.value)
 
 
 def list_quantized_head(x: Tensor, weight: Tensor) -> Candidates:
@@ -194,65 +165,84 @@ def list_quantized_head(x: Tensor, weight: Tensor) -> Candidates:
 
 
 @planned
-def _plan(
-    config: Config, x: Tensor, weight: Tensor, bias: Tensor, multiplier: Tensor
-) -> tuple[int, int, Launch, Launch]:
-    """Digits of a sum, blocks of channels, and the launches, of tensors as the op takes them."""
+def _plan_sums(x: Tensor) -> tuple[int, int, Launch]:
+    """Digits of a sum, blocks of channels, and the launch."""
     batch, channels, height, width = x.shape
-    positions, classes = height * width, len(weight)
-    float8 = x.dtype == FLOAT8
-    digits = _digits_of(_LARGEST[x.dtype] * positions)
+    digits = _digits_of(_LARGEST[x.dtype] * height * width)
     block_p, block_c = _SUMS.blocks
     blocks = triton.cdiv(channels, block_c)
     planes = x.new_empty((digits, batch, channels), device="meta")
-    sums = Launch(
+    launch = Launch(
         pixel_sums_kernel,
         (batch * blocks,),
         _SUMS,
         x.device,
         images=batch,
-        positions=positions,
+        positions=height * width,
         C=channels,
-        FLOAT8=float8,
+        FLOAT8=x.dtype == FLOAT8,
         DIGITS=digits,
         WIDE=is_wide(x, planes),
         BLOCK_P=block_p,
         BLOCK_C=block_c,
     )
+    return digits, blocks, launch
+
+
+def _pixel_sums(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The digits of x (N, C, H, W) summed over its pixels, (digits, N, C), and of e4m3 `poison`."""
+    count, blocks, launch = _plan_sums(x)
+    digits = torch.empty((count, *x.shape[:2]), dtype=torch.int8, device=x.device)
+    poison = torch.empty((len(x), blocks), device=x.device) if x.dtype == FLOAT8 else None
+    launch(nhwc(for_kernels(x)), digits, poison)
+    return digits, poison
+
+
+@planned
+def _plan(
+    config: Config,
+    positions: int,
+    digits: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    multiplier: Tensor,
+    poison: Tensor | None,
+) -> Launch:
+    """Of the tensors that the kernel takes, all of whose kinds it is compiled for."""
+    _, batch, channels = digits.shape
+    classes = weight.shape[1]
     block_m, block_n, block_c = config.blocks
-    product = Launch(
+    return Launch(
         quantized_head_kernel,
         (triton.cdiv(batch, block_m) * triton.cdiv(classes, block_n),),
         config,
-        x.device,
+        digits.device,
         fuses=False,
         batch=batch,
         C=channels,
         classes=classes,
         positions=positions,
-        poisons=blocks,
-        UNIT=_SMALLEST**2 if float8 else 1.0,
-        DIGITS=digits,
-        WEIGHT_DIGITS=_digits_of(_LARGEST[FLOAT8]) if float8 else 1,
-        WIDE=is_wide(planes, planes.new_empty((batch, classes))),
+        poisons=0 if poison is None else poison.shape[1],
+        UNIT=1.0 if poison is None else _SMALLEST**2,
+        DIGITS=len(digits),
+        WEIGHT_DIGITS=len(weight),
+        WIDE=is_wide(digits, digits.new_empty((batch, classes), device="meta")),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_C=block_c,
     )
-    return digits, blocks, sums, product
 
 
 def quantized_head(
     config: Config, x: Tensor, weight: Tensor, bias: Tensor, multiplier: Tensor
 ) -> Tensor:
     """Logits of quantised activations: see `resnet_fused.reference.quantized`."""
-    batch, channels = x.shape[:2]
-    count, blocks, sums, product = _plan(config, x, weight, bias, multiplier)
-    float8 = x.dtype == FLOAT8
-    digits = torch.empty((count, batch, channels), dtype=torch.int8, device=x.device)
-    poison = torch.empty((batch, blocks), device=x.device) if float8 else None
-    out = torch.empty((batch, len(weight)), device=x.device)
-    sums(nhwc(for_kernels(x)), digits, poison)
-    factors = _split(weight) if float8 else weight.contiguous()
-    product(digits, factors, bias, multiplier, poison, out)
+    digits, poison = _pixel_sums(x)
+    if weight.dtype == FLOAT8:  # its digits are the sums of images of one pixel
+        factors = made_of(weight, (), lambda: _pixel_sums(weight[:, :, None, None])[0])
+    else:
+        factors = weight.contiguous()[None]
+    out = torch.empty((len(x), len(weight)), device=x.device)
+    tensors = (digits, factors, bias, multiplier, poison)
+    _plan(config, x.shape[2] * x.shape[3], *tensors)(*tensors, out)
     return out
