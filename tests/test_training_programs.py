@@ -174,7 +174,7 @@ def test_nothing_is_recorded_while_a_graph_is_captured(
     right = ordinarily(monkeypatch, lambda: step(copy.deepcopy(block), x))
     y = block(x.clone(memory_format=torch.preserve_format).requires_grad_())
     with monkeypatch.context() as patch:
-        patch.setattr(training_programs, "is_capturing", lambda x: True)
+        patch.setattr(recording, "is_capturing", lambda x: True)
         del replays[:]
         y.sum().backward()
         assert not replays, "the backward of a recorded forward"

@@ -117,13 +117,12 @@ def _assert_exact(op: str, *arguments: Any) -> None:
 def test_what_a_captured_graph_computes_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would be read before the graph has run; what is kept is computed, for other streams."""
     from resnet_fused.backends.live_cache import LiveCache
-    from resnet_fused.backends.triton import quantized, quantized_head
+    from resnet_fused.backends.triton import launching
 
     waited = []
     stream = SimpleNamespace(synchronize=lambda: waited.append(True))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     weight = torch.ones(2, 16, 1, 1, dtype=torch.int8)
-    digits = torch.ones(2, 16).to(FLOAT8)
     cache: LiveCache[int] = LiveCache(SimpleNamespace(), frozen=True)  # type: ignore[arg-type]
     packed = iter(range(9))
     on_gpu = SimpleNamespace(is_cuda=True, device="cuda:0")
@@ -131,13 +130,11 @@ def test_what_a_captured_graph_computes_is_not_kept(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(recording, "may_keep", lambda _: keeps(on_gpu))  # type: ignore[arg-type]
     for capturing in (True, False):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda c=capturing: c)
-        quantized._prepared(Convolution(weight), weight)
-        quantized_head._split(digits)
+        launching.made_of(weight, (), lambda: next(packed))
         cache.get(weight, "form", lambda: next(packed))
-        assert (weight in quantized._PREPARED) == (not capturing)
-        assert (digits in quantized_head._DIGITS_OF) == (not capturing)
-        assert len(waited) == (0 if capturing else 3)
-    assert cache.get(weight, "form", lambda: next(packed)) == 1
+        assert len(waited) == (0 if capturing else 2)
+    assert launching.made_of(weight, (), lambda: next(packed)) == 2
+    assert cache.get(weight, "form", lambda: next(packed)) == 3
 
 
 def test_folded_gradients_of_a_block_that_is_frozen_in_part() -> None:
