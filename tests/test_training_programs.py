@@ -210,6 +210,38 @@ def test_other_strides_and_moved_parameters_are_other_programs(
     assert_same(step(block, x), right)
 
 
+def test_kernels_replay_their_own_launches_alone(
+    replays: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `cuda` and `triton` would on Hopper, whose state is the same and whose kernels differ."""
+    monkeypatch.setattr(CpuTraining, "state", lambda self: None)
+    first = backends.get("cpu")
+    second = copy.copy(first)
+    second.training = copy.copy(first.training)
+    second.training.replays = second.training
+    block, x = BasicBlock(16, 16).train(), image(16)
+    for backend in (first, second):
+        del replays[:]
+        with use_backend(backend):
+            step(block, x)
+        assert len(replays) == 4, "recorded, and replayed"
+
+
+def test_what_decides_launches_may_change_before_backward(
+    replays: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = "forward's"
+    monkeypatch.setattr(CpuTraining, "state", lambda self: state)
+    block, x = BasicBlock(16, 16).train(), image(16)
+    step(block, x)
+    y = block(x.requires_grad_())
+    state = "another"
+    del replays[:]
+    for expected in (2, 3):
+        y.sum().backward(retain_graph=True)
+        assert len(replays) == expected, "recorded at first"
+
+
 def test_saved_tensors_may_be_kept_elsewhere(
     replays: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,7 +54,7 @@ class Replays(Protocol):
     extension: ModuleType  # whose `Recorder` sees the launches
 
     def state(self) -> Hashable:
-        """All that decides, beside the arguments of the pieces, what they launch."""
+        """All that decides, beside the pieces and their arguments, what they launch."""
 
     def operands(self, weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
         """The weights as launches for activations of that type read them, which PyTorch makes at

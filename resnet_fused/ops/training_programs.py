@@ -207,7 +207,8 @@ def run(
         inputs += tensors
     if not PLAIN.issuperset(map(type, inputs)):
         return None
-    replays = kernels(x).replays
+    pieces = kernels(x)
+    replays = pieces.replays
     if replays is None:
         return None
     operands = replays.operands(layers.weights, x.dtype)
@@ -215,7 +216,7 @@ def run(
     addresses, forms = _described(read)
     settings = (*layers.windows, *layers.frozen, *layers.eps)  # as many as there are weights
     dtypes = map(_dtype, layers.weights)
-    key = (op.forward, replays.state(), settings, rest, *dtypes, *forms)
+    key = (op.forward, pieces, replays.state(), settings, rest, *dtypes, *forms)
     try:
         program = _programs[key]
     except KeyError:
@@ -293,7 +294,7 @@ class _Replayed(torch.autograd.Function):
             operands = program.replays.operands(weights, x.dtype)
             inputs = [grad, x, y, *operands]
             addresses, forms = _described(inputs)
-            key = (needs, *forms)
+            key = (program.replays.state(), needs, *forms)
             try:
                 found = program.backward[key]
             except KeyError:
