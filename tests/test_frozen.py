@@ -194,6 +194,16 @@ def test_a_replaced_weight_counts(change: Callable[[Any], None]) -> None:
     assert not torch.equal(expected, before)
     for _ in range(4):
         assert torch.equal(frozen(x), expected)
+    for network in (frozen.network, model):
+        add(network.layer1[0].conv1.weight)
+    if change is other_data:
+        with pytest.raises(FrozenModelError, match="was edited in place"):
+            frozen(x)
+        return
+    with torch.no_grad():
+        expected = model(x)
+    for _ in range(3):
+        assert torch.equal(frozen(x), expected)
 
 
 REFUSED: dict[str, tuple[Callable[[nn.Module], object], str]] = {

@@ -375,6 +375,19 @@ def test_a_forked_process_sees_its_own_writes(replays):
         torch.set_num_threads(threads)
 
 
+def test_weights_that_fill_no_span_of_memory(replays):
+    """Nothing verifies such a packed weight where it lies, so there is no plan."""
+    network, x = make(), image()
+    conv = network.layer1[0].conv1
+    expected = run(network, x)
+    conv.weight = nn.Parameter(conv.weight.detach().repeat_interleave(2, 0)[::2])
+    for _ in range(4):
+        assert torch.equal(run(network, x), expected)
+    double(conv.weight)
+    assert torch.equal(run(network, x), ordinary(network, x))
+    assert not replays
+
+
 def test_changes_that_kernels_read_live_keep_the_plan(replays):
     network, x = make(), image()
     plan(network, x)
@@ -696,6 +709,19 @@ def test_what_a_called_block_changes_is_seen_by_the_next_program(mixed, replays)
         expected = ordinary(mixed, x)
         weight.data.copy_(start)
         assert torch.equal(run(mixed, x), expected)
+
+
+def test_what_a_called_block_lets_record_gradients_does(mixed, replays):
+    x = image()
+
+    def forward(y: Tensor) -> Tensor:
+        torch.set_grad_enabled(True)
+        return y * 1.5
+
+    plan(mixed, x)
+    mixed.layer2[2].forward = forward
+    for _ in range(4):
+        assert run(mixed, x).requires_grad
 
 
 def test_a_called_block_may_give_another_shape(mixed, replays):

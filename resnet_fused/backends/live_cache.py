@@ -25,7 +25,7 @@ from . import recording
 Packed = TypeVar("Packed")
 
 
-def _dense(tensor: Tensor) -> Tensor:
+def dense(tensor: Tensor) -> Tensor:
     """`tensor`, or a copy of it where its elements do not fill one span of memory."""
     if tensor.is_contiguous() or (
         tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
@@ -89,8 +89,7 @@ class LiveCache(Generic[Packed]):
         return packed
 
     def _content(self, weight: Tensor) -> tuple[Any, ...]:
-        dense = _dense(weight)
-        (hashed,) = self._extension.fingerprints([tensor_arg(dense)])
+        (hashed,) = self._extension.fingerprints([tensor_arg(dense(weight))])
         return weight.dtype, weight.shape, weight.stride(), hashed
 
     def _open(self, storage: UntypedStorage) -> _Slot[Packed]:

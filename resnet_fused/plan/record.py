@@ -14,9 +14,10 @@ from .._extension import tensor_arg, types
 from ..backends import recording
 from ..backends.arguments import nhwc
 from ..backends.autotune import generation
+from ..backends.live_cache import dense
 from ..blocks import BasicBlock, Bottleneck, PaddedIdentity, PlainBlock
 from .arena import Arenas
-from .validity import Snapshot
+from .validity import Snapshot, may_serve
 
 # Types whose calls consist of nothing but ops, where those stand for them.
 _PLANNED = (*fusion.FUSED, PaddedIdentity, BasicBlock, PlainBlock, Bottleneck)
@@ -25,6 +26,7 @@ _ALIGNMENT = {"cpu": 64, "cuda": 256}
 # What an input's address must have in common with the recorded one's: kernels that read 16 bytes at
 # a time serve no other.
 _INPUT_ALIGNMENT = 16
+_version = Tensor._version.__get__  # type: ignore[attr-defined]
 
 
 class Part(NamedTuple):
@@ -92,7 +94,9 @@ class Plan:
     ) -> None:
         self.steps = steps
         self._snapshot = snapshot
-        self._frozen = frozen
+        counted = [note for note in frozen if not note.weight.is_inference()]
+        self._frozen = [note.weight for note in counted]
+        self._versions = [note.fingerprint for note in counted]
         self._sources = [source for source, _ in copies]
         self._copies = [copy for _, copy in copies]
         self._kept = kept  # programs hold addresses only
@@ -103,7 +107,7 @@ class Plan:
         return (
             not self.outdated
             and self._snapshot.holds()
-            and all(recording.version(note.weight) == note.fingerprint for note in self._frozen)
+            and list(map(_version, self._frozen)) == self._versions
         )
 
     def run(self, x: Tensor, arenas: Arenas) -> Tensor:
@@ -117,7 +121,7 @@ class Plan:
                 continue
             image = nhwc(x) if type(x) is Tensor and x.dim() == 4 else x
             # What ran in between may have changed anything.
-            if Form.of(image) == step.input and (fresh or self.is_valid()):
+            if Form.of(image) == step.input and (fresh or (may_serve(x) and self.is_valid())):
                 out = _replay(step, image, arenas)
                 if out is not None:
                     x = out
@@ -189,7 +193,7 @@ def record(network: Network, x: Tensor, extension: ModuleType) -> tuple[Tensor, 
     pieces = list(network.plannable_parts())
     watched: list[Any] = [network, *network.stages()]
     watched += [m for piece in pieces if piece.modules is not None for m in piece.modules]
-    promised = recording.frozen.get()  # by a FrozenNetwork, which watches its version counters
+    promised = recording.frozen.get()  # by a FrozenNetwork
     snapshot = Snapshot(extension, list(dict.fromkeys(watched)), promised)
     before = generation()
     recorder, notes = extension.Recorder(), recording.Notes()
@@ -227,6 +231,7 @@ def record(network: Network, x: Tensor, extension: ModuleType) -> tuple[Tensor, 
         not snapshot.is_complete()
         or generation() != before
         or any(id(tensor) not in known for tensor in made_from)
+        or any(dense(note.weight) is not note.weight for note in notes.packed)
     ):
         return out, None
     constants = [
@@ -277,4 +282,4 @@ def record(network: Network, x: Tensor, extension: ModuleType) -> tuple[Tensor, 
         first = last
     if not any(isinstance(step, Segment) for step in steps):
         return out, None
-    return out, Plan(snapshot, steps, [] if promised else frozen, copies, [constants, notes])
+    return out, Plan(snapshot, steps, frozen, copies, [constants, notes])

@@ -7,15 +7,14 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
-from .. import _extension, fusion
+from .. import _extension
 from ..backends import recording
 from ..ops.dispatch import chosen_backend
 from .arena import Arenas
 from .record import Network, Plan, record
-from .validity import surroundings
+from .validity import may_serve, surroundings
 
 _PLANNED = ("cpu", "cuda")  # devices that the extension has kernels for
 # Kinds of input, of one network, whose plans are kept.
@@ -94,18 +93,9 @@ def _extension_for() -> ModuleType | None:
 def run(network: Network, x: Tensor) -> Tensor | None:
     """`network(x)` by its plan, or None where the ordinary path has to compute it.
 
-    So it is in training, where gradients may be wanted, inside modes, transforms and tracers, under
-    a profiler, which is to see the ops, and as long as no plan was recorded for such an `x`.
+    So it is in training, where no plan may serve, and as long as none was recorded for such an `x`.
     """
-    if (
-        network.training
-        or torch.is_grad_enabled()
-        or fusion.must_call_modules(x)
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
-        or x.dim() != 4
-        or x.device.type not in _PLANNED
-    ):
+    if network.training or not may_serve(x) or x.dim() != 4 or x.device.type not in _PLANNED:
         return None
     plans: Plans | None = getattr(network, "_plans", None)
     if plans is None:

@@ -14,12 +14,24 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from .. import fusion
 from ..backends import recording, tf32_in_convolutions
 from ..backends.autotune import generation
 from ..ops.dispatch import chosen_backend
 
 _address, _shape, _strides = Tensor.data_ptr, Tensor.size, Tensor.stride
 _dtype = Tensor.dtype.__get__  # type: ignore[attr-defined]
+
+
+def may_serve(x: Tensor) -> bool:
+    """Whether a plan may stand for calls on `x`: not where gradients may be wanted, inside modes,
+    transforms and tracers, nor under a profiler, which is to see the ops."""
+    return not (
+        torch.is_grad_enabled()
+        or fusion.must_call_modules(x)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+    )
 
 
 def surroundings(x: Tensor) -> Hashable:
