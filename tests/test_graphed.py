@@ -232,9 +232,12 @@ def test_a_step_trains_as_the_loop_does(recorded):
         (lambda m, o: setattr(m.bn1, "momentum", 0.5), "is not what it was"),
         (lambda m, o: m.fc.weight.requires_grad_(False), "is not what it was"),
         (lambda m, o: m.eval(), "is not what it was"),
+        (lambda m, o: m.fc.weight.register_hook(lambda grad: grad * 2), "is not what it was"),
         (lambda m, o: o.param_groups[0].update(lr=0.2), "'lr': 0.1.*are.*'lr': 0.2"),
+        (lambda m, o: o.load_state_dict(copy.deepcopy(o.state_dict())), "are other tensors than"),
+        (lambda m, o: o.param_groups[0]["params"].pop(), "are other tensors than"),
     ],
-    ids=["attribute", "frozen", "eval", "learning rate"],
+    ids=["attribute", "frozen", "eval", "hook", "learning rate", "state", "parameters"],
 )
 def test_a_step_refuses_a_model_that_has_changed(change, message, recorded):
     model = network().train()
@@ -243,6 +246,71 @@ def test_a_step_refuses_a_model_that_has_changed(change, message, recorded):
     change(model, optimizer)
     with pytest.raises(RuntimeError, match=message):
         step(images(), targets())
+
+
+def test_a_step_refuses_another_learning_rate_tensor(recorded):
+    model = network().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.1), foreach=False)
+    step = graphed_step(model, F.cross_entropy, optimizer, images(), targets())
+    optimizer.param_groups[0]["lr"].fill_(0.2)
+    step(images(), targets())
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.2)
+    with pytest.raises(RuntimeError, match="are other tensors than"):
+        step(images(), targets())
+
+
+def test_hooks_of_all_modules_are_not_passed_over(recorded):
+    model, x = network(), images()
+    fast = graphed(model, x)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        with pytest.raises(RuntimeError, match="hooks of all modules"):
+            fast(x)
+    finally:
+        handle.remove()
+
+
+class Decaying(torch.optim.Optimizer):
+    """Each parameter has a rate of its own, which begins at `rate` and is halved at each step."""
+
+    def __init__(self, parameters: Any, rate: Any) -> None:
+        super().__init__(parameters, {})
+        self.rate = rate
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            rate = state["rate"] if "rate" in state else copy.deepcopy(self.rate)
+            p.sub_(p.grad * rate)
+            state["rate"] = rate.mul_(0.5) if isinstance(rate, Tensor) else rate / 2
+
+
+@pytest.mark.parametrize(
+    ("rate", "message"),
+    [(0.1, "keeps its 'rate' on the host"), (torch.tensor(0.1), "may begin its 'rate' at another")],
+    ids=["number", "tensor"],
+)
+def test_an_optimizer_whose_state_no_replay_would_follow(rate, message, recorded):
+    model = network().train()
+    theirs = copy.deepcopy(model)
+    optimizer, theirs_optimizer = (Decaying(m.parameters(), rate) for m in (model, theirs))
+    with pytest.raises(ValueError, match=f"^Decaying {message}"):
+        graphed_step(model, F.cross_entropy, optimizer, images(), targets())
+    for m, o in ((model, optimizer), (theirs, theirs_optimizer)):
+        plain_step(m, o, images(seed=9))
+    assert torch.equal(model.fc.weight, theirs.fc.weight), "the refusal left nothing behind"
+    if isinstance(rate, float):
+        return
+    step = graphed_step(model, F.cross_entropy, optimizer, images(), targets())
+    assert torch.equal(step(images(), targets()), plain_step(theirs, theirs_optimizer, images()))
+    assert torch.equal(model.fc.weight, theirs.fc.weight)
+
+
+def test_dampened_momentum_has_to_be_there(recorded):
+    model = network().train()
+    with pytest.raises(ValueError, match=r"^SGD may begin its 'momentum_buffer'"):
+        graphed_step(model, F.cross_entropy, sgd(model, dampening=0.5), images(), targets())
 
 
 class Scaler:

@@ -7,11 +7,13 @@ error that says so.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .. import _extension
 from ..ops.modes import is_recorded, is_transformed
@@ -19,6 +21,11 @@ from .validity import Snapshot, surroundings
 
 # Passes before a capture: kernels are compiled and chosen, and memory is found, outside of it.
 _WARM_UP = 3
+# What PyTorch's optimizers begin at 0 in the state of a parameter.
+_FROM_ZERO = {
+    *("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg"),
+    *("acc_delta", "momentum_buffer", "ax", "prev"),
+}
 _Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -66,6 +73,11 @@ def _check_plain_call() -> None:
         raise RuntimeError(
             "a captured graph cannot be replayed inside a transform, tracer or mode, which would "
             "see none of its ops; call the model itself there."
+        )
+    if _has_any_global_hook():
+        raise RuntimeError(
+            "there are hooks of all modules, which a graph's replay would not call; remove them, "
+            "or call the model itself."
         )
 
 
@@ -188,6 +200,14 @@ class GraphedStep:
                 "kernels; "
                 "make another step with resnet_fused.graphed_step."
             )
+        held = _held(self._optimizer)
+        if len(held) != len(self._held) or not all(map(operator.is_, held, self._held)):
+            raise RuntimeError(
+                "the optimizer's parameters, its state or a learning rate are other tensors than "
+                "when the step was captured, as after load_state_dict, and a replay would go on "
+                "with those; fill them in place, or make another step with "
+                "resnet_fused.graphed_step."
+            )
         if (settings := _settings(self._optimizer)) != self._settings:
             raise RuntimeError(
                 f"the optimizer's settings were {self._settings} when the step was captured, which "
@@ -218,7 +238,7 @@ class GraphedStep:
                 self._result = self._step()
         self._snapshot = _snapshot(model)
         self._trained = _trained(self._snapshot)
-        self._settings = _settings(self._optimizer)
+        self._settings, self._held = _settings(self._optimizer), _held(self._optimizer)
         self._surroundings = _surroundings(self._input)
 
     def _step(self) -> Tensor:
@@ -249,8 +269,22 @@ def _check_synchronised(model: nn.Module) -> None:
             )
 
 
-def _trained(snapshot: Snapshot) -> list[bool]:
-    return [tensor.requires_grad for tensor in snapshot.tensors]
+def _trained(snapshot: Snapshot) -> list[tuple[bool, bool]]:
+    """Which tensors have gradients, and on which gradients somebody has a hook."""
+    return [
+        (t.requires_grad, bool(t._backward_hooks or t._post_accumulate_grad_hooks))
+        for t in snapshot.tensors
+    ]
+
+
+def _held(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Its tensors, which a replay reads and writes where they were captured."""
+    held: list[Any] = []
+    for group in optimizer.param_groups:
+        held += (*group["params"], *group.values())
+    for state in optimizer.state.values():
+        held += state.values()
+    return [value for value in held if isinstance(value, Tensor)]
 
 
 def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -299,16 +333,42 @@ class _State:
     def restore(self) -> None:
         for tensor, copy in zip(self._tensors, self._copies, strict=True):
             tensor.copy_(copy)
-        # In place: the optimizer's tensors stay those that the warm-up made.
-        for parameter, state in self._optimizer.state.items():
-            before = self._had_state.get(parameter, {})
-            for name, value in state.items():
-                if isinstance(value, Tensor):
-                    value.copy_(before[name]) if name in before else value.zero_()
-                elif name in before:
-                    state[name] = before[name]
         if self._scaler is not None and self._scale is not None:
             self._scaler.load_state_dict(self._scale)
+        # In place: the optimizer's tensors stay those that the warm-up made.
+        refused = self._refused()
+        for parameter, state in self._optimizer.state.items():
+            before = self._had_state.get(parameter, {})
+            for name, value in list(state.items()):
+                if name in before and isinstance(value, Tensor):
+                    value.copy_(before[name])
+                elif name in before:
+                    state[name] = before[name]
+                elif refused:
+                    del state[name]
+                elif isinstance(value, Tensor):
+                    value.zero_()
+        if refused:
+            raise ValueError(f"{type(self._optimizer).__name__} {refused}.")
+
+    def _refused(self) -> str | None:
+        """Why a replay, or the first one, would not do what the optimizer does."""
+        dampens = any(group.get("dampening") for group in self._optimizer.param_groups)
+        from_zero = _FROM_ZERO - {"momentum_buffer"} if dampens else _FROM_ZERO
+        for parameter, state in self._optimizer.state.items():
+            for name, value in state.items():
+                if isinstance(value, Tensor):
+                    on_host = value.device != parameter.device
+                else:
+                    on_host = isinstance(value, (int, float)) and not isinstance(value, bool)
+                if on_host:
+                    return f"keeps its {name!r} on the host, which no replay changes"
+                if name not in from_zero and name not in self._had_state.get(parameter, {}):
+                    return (
+                        f"may begin its {name!r} at another number than 0, to which it cannot be "
+                        "put back; make one step without a graph before this"
+                    )
+        return None
 
 
 def graphed_step(
