@@ -259,6 +259,15 @@ def test_a_step_refuses_another_learning_rate_tensor(recorded):
         step(images(), targets())
 
 
+def test_a_step_refuses_another_loss(recorded):
+    model, loss = network().train(), nn.CrossEntropyLoss()
+    step = graphed_step(model, loss, sgd(model), images(), targets())
+    step(images(), targets())
+    loss.label_smoothing = 0.1
+    with pytest.raises(RuntimeError, match="is not what it was"):
+        step(images(), targets())
+
+
 def test_hooks_of_all_modules_are_not_passed_over(recorded):
     model, x = network(), images()
     fast = graphed(model, x)

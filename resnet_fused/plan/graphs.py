@@ -97,8 +97,10 @@ def _surroundings(x: Tensor) -> Hashable:
     return surroundings(x), torch.backends.cuda.matmul.fp32_precision
 
 
-def _snapshot(model: nn.Module) -> Snapshot:
-    snapshot = Snapshot(_extension.load(), list(model.modules()))
+def _snapshot(*called: object) -> Snapshot:
+    """Of the modules among what a capture calls."""
+    found = [m for one in called if isinstance(one, nn.Module) for m in one.modules()]
+    snapshot = Snapshot(_extension.load(), found)
     if not snapshot.is_complete():
         raise RuntimeError(
             "this Python cannot tell whether the model's classes have changed (it ran out of type "
@@ -195,10 +197,10 @@ class GraphedStep:
             and _surroundings(self._input) == self._surroundings
         ):
             raise RuntimeError(
-                "the model, or what surrounds it, is not what it was when the step was captured: "
-                "modules, attributes, moved or frozen parameters, the backend or its choices of "
-                "kernels; "
-                "make another step with resnet_fused.graphed_step."
+                "the model, the loss, or what surrounds them, is not what it was when the step was "
+                "captured: modules, attributes, moved or frozen parameters, hooks on gradients, "
+                "the backend or its choices of kernels; make another step with "
+                "resnet_fused.graphed_step."
             )
         held = _held(self._optimizer)
         if len(held) != len(self._held) or not all(map(operator.is_, held, self._held)):
@@ -236,7 +238,7 @@ class GraphedStep:
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):
                 self._result = self._step()
-        self._snapshot = _snapshot(model)
+        self._snapshot = _snapshot(model, self._loss)
         self._trained = _trained(self._snapshot)
         self._settings, self._held = _settings(self._optimizer), _held(self._optimizer)
         self._surroundings = _surroundings(self._input)
