@@ -504,6 +504,21 @@ def test_fine_tuning_recovers_what_bad_calibration_loses() -> None:
         convert(model)  # type: ignore[arg-type]
 
 
+def test_weights_that_are_loaded_in_inference_mode_count() -> None:
+    """Tensors that are made there count no edits."""
+    model, x = make("CIFAR"), images(2)
+    with torch.inference_mode():
+        network = quantize(model, [x])
+        for conv in (m for m in model.modules() if isinstance(m, nn.Conv2d)):
+            conv.weight.neg_()
+        other = quantize(model, [x])
+        for _ in range(3):
+            before = network(x)
+        network.load_state_dict(other.state_dict())
+        assert not torch.equal(network(x), before)
+        assert torch.equal(network(x), other(x))
+
+
 def test_fused_torchvision_is_quantised_as_ours_is() -> None:
     torch.manual_seed(0)
     theirs = randomise_statistics(torchvision.models.resnet18(num_classes=10)).eval()

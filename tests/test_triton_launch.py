@@ -137,6 +137,16 @@ def test_what_a_captured_graph_computes_is_not_kept(monkeypatch: pytest.MonkeyPa
     assert cache.get(weight, "form", lambda: next(packed)) == 3
 
 
+def test_what_is_made_of_a_weight_goes_with_its_data() -> None:
+    """Which moves no version counter."""
+    from resnet_fused.backends.triton import launching
+
+    weight = torch.ones(2, 16, 1, 1, dtype=torch.int8)
+    assert launching.made_of(weight, (), lambda: int(weight.sum())) == 32
+    weight.data = torch.zeros_like(weight)
+    assert launching.made_of(weight, (), lambda: int(weight.sum())) == 0
+
+
 def test_folded_gradients_of_a_block_that_is_frozen_in_part() -> None:
     """Blocks of one shape, of which one trains, one normalises by frozen statistics and one trains
     nothing, and one whose weight is of the activations' type."""

@@ -34,11 +34,6 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
-def _identity(weight: Tensor) -> tuple[Any, ...]:
-    address = weight.data_ptr()
-    return weight.dtype, weight.shape, weight.stride(), address, recording.version(weight)
-
-
 class _Slot(Generic[Packed]):
     """What was packed from the weights in one storage, which it does not keep alive."""
 
@@ -76,7 +71,7 @@ class LiveCache(Generic[Packed]):
         place = weight.storage_offset(), form
         frozen = self._frozen or recording.frozen.get()
         # Taken before packing: an edit during it is then seen by the next look-up.
-        content = _identity(weight) if frozen else self._content(weight)
+        content = recording.identity(weight) if frozen else self._content(weight)
         entry = slot.packed.get(place)
         if entry is None or entry[0] != content:
             entry = content, pack()

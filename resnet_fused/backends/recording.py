@@ -95,3 +95,8 @@ def may_keep(source: Tensor) -> bool:
 def version(tensor: Tensor) -> int:
     """Moves with every edit in place that PyTorch sees; inference tensors have none."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def identity(tensor: Tensor) -> tuple[Any, ...]:
+    """Differs after every edit that PyTorch sees, and where `tensor.data` is another's."""
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr(), version(tensor)

@@ -107,6 +107,14 @@ class Frozen(nn.Module):
             # A copy of its own: safetensors refuses tensors that share memory.
             self.register_buffer(name, None if tensor is None else tensor.detach().clone())
 
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        # Inference tensors count no edits, by which what is packed of weights is known.
+        for name, buffer in self._buffers.items():
+            if buffer is not None and buffer.is_inference():
+                with torch.inference_mode(False):
+                    self._buffers[name] = buffer.clone()
+        super()._load_from_state_dict(*arguments)
+
     def get_extra_state(self) -> Tensor:
         return self.geometry.encode()
 

@@ -266,9 +266,9 @@ def for_kernels(x: Tensor) -> Tensor:
 
 
 def made_of(weight: Tensor, key: tuple[Hashable, ...], make: Callable[[], _Made]) -> _Made:
-    """What `make` made of a frozen weight under that key, as long as its version stays. It may not
-    hold the weight, which would then live for ever."""
-    key = (*key, recording.version(weight))
+    """What `make` made of a frozen weight under that key, as long as the weight stays what it is.
+    It may not hold the weight, which would then live for ever."""
+    key = (*key, *recording.identity(weight))
     found = _made.get(weight)
     if found is None or found[0] != key:
         found = key, make()

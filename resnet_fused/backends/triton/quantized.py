@@ -347,7 +347,7 @@ def _prepared(
 
     key: tuple[Any, ...] = (like.dtype, pixel)
     if bias is not None:
-        key += (id(bias), recording.version(bias))
+        key += (id(bias), *recording.identity(bias))
     dense, offset, _ = made_of(weight, key, make)
     return weight if dense is None else dense, offset
 
