@@ -163,6 +163,11 @@ class ResidualNetwork(nn.Module):
                 f"stride_in={stride_in!r} needs bottleneck blocks (ResNet-50 and deeper): "
                 f"{block.__name__} has 3×3 convolutions only."
             )
+        if avg_down and shortcut == "A":
+            raise ValueError(
+                'avg_down pools before a projection, of which shortcut="A" has none; use one of '
+                "them."
+            )
         self._norm_layer = norm_layer or nn.BatchNorm2d
         self._shortcut = shortcut
         self._avg_down = avg_down
