@@ -22,7 +22,7 @@ from ..blocks import (
     ResidualBlock,
     conv1x1,
 )
-from ..ops.checks import check_is_tensor
+from ..ops.checks import check_images, check_is_tensor
 from ..ops.head import head
 from ..parameters import Normalization
 from ..reference import ops as reference
@@ -426,6 +426,7 @@ class ResidualNetwork(nn.Module):
             layers = self.conv1, self.bn1, self.relu, self.maxpool
             out = sequence.stem_of_images(images, normalization, *layers)
         if out is None:
+            check_images(images, normalization)
             dtype = next(self.conv1.parameters()).dtype
             out = self._stem(reference.normalise(images, normalization, dtype))
         return out
