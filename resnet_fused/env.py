@@ -6,11 +6,11 @@ always complete and the exit status always 0, PyTorch missing or broken included
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -219,6 +219,14 @@ def report() -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    argparse.ArgumentParser(
+        prog="python -m resnet_fused.env",
+        description="What this machine, installation and build offer, and why not more.",
+    ).parse_args(arguments)
     print(report())
-    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
