@@ -191,6 +191,10 @@ def _variables() -> Iterator[tuple[str, str]]:
     for variable in settings.VARIABLES:
         value = os.environ.get(variable.name)
         shown = f"{variable.default} (default)" if value is None else value
+        try:
+            variable.value()
+        except ValueError as error:
+            shown = f"wrong: {error}"
         yield variable.name, f"{shown}\n{variable.meaning}"
 
 
