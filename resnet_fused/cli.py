@@ -84,16 +84,20 @@ def load(options: argparse.Namespace) -> Classifier:
         entry = entries.DEFAULT
         print(f"images are prepared as for {entry}", file=sys.stderr)
     if options.labels:
-        labels = options.labels.read_text().splitlines()
+        labels = options.labels.read_text(errors="replace").splitlines()
         if len(labels) != classes:
             sys.exit(f"--labels has {len(labels)} lines; the weights have {classes} classes")
     elif len(entry.meta["categories"]) == classes:
         labels = list(entry.meta["categories"])
     else:
         labels = [str(number) for number in range(classes)]
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = getattr(torch, options.dtype)
-    return Classifier(model.eval().to(device, dtype), entry.transforms(), labels, device, dtype)
+    try:
+        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = model.eval().to(device, dtype)
+    except RuntimeError as error:
+        sys.exit(f"--device {options.device}: {error}")
+    return Classifier(model, entry.transforms(), labels, device, dtype)
 
 
 def _published(weights: str, entries: Any) -> Any:
@@ -110,8 +114,14 @@ def _open(path: Path) -> Any:
     from PIL import Image
 
     try:
-        return Image.open(path).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        image: Any = Image.open(path)
+        if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):
+            # Of 16 bits, which Pillow would cut off at 255.
+            image = image.convert("I").point(lambda value: value * (255 / 65535))
+        elif image.mode in ("I", "F"):
+            raise ValueError(f"pixels of mode {image.mode} do not tell which of them is white")
+        return image.convert("RGB")
+    except Exception as error:  # a damaged file fails in many ways
         print(f"{path} cannot be read as an image: {error}", file=sys.stderr)
         return None
 
@@ -183,8 +193,8 @@ def find(paths: Iterable[Path]) -> list[Path]:
 
 def classify(options: argparse.Namespace) -> int:
     """Prints the likeliest classes of each image; 1 if a file was no image."""
-    classifier = load(options)
     paths = find(options.paths)
+    classifier = load(options)
     top = min(options.top, len(classifier.labels))
     shown = 0
     with ExitStack() as stack:
@@ -210,9 +220,11 @@ def classify(options: argparse.Namespace) -> int:
 
 def validate(options: argparse.Namespace) -> int:
     """Prints top-1 and top-5 accuracy and images a second; 1 if a file was no image."""
+    if not options.data.is_dir():
+        sys.exit(f"--data {options.data} is no folder")
     classifier = load(options)
     data = options.data / "val" if (options.data / "val").is_dir() else options.data
-    folders = sorted(p for p in data.iterdir() if p.is_dir()) if data.is_dir() else []
+    folders = sorted(p for p in data.iterdir() if p.is_dir())
     if len(folders) != len(classifier.labels):
         sys.exit(
             f"--data {data} has {len(folders)} folders; these weights have "
@@ -249,18 +261,23 @@ def bench(arguments: Sequence[str]) -> int:
     return subprocess.run([sys.executable, str(_BENCHMARK), *arguments]).returncode
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text} is not at least {least}")
+        return value
+
+    return number
 
 
 def _options(command: str, arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"resnet-fused {command}", description=COMMANDS[command])
     if command == "classify":
         parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="image or folder")
-        parser.add_argument("--top", type=_positive, default=5, help="classes shown (%(default)s)")
+        parser.add_argument(
+            "--top", type=_at_least(1), default=5, help="classes shown (%(default)s)"
+        )
         parser.add_argument("--csv", type=Path, help="also write path, rank, label, class, p there")
     else:
         parser.add_argument("--data", type=Path, required=True, help="a folder for each class")
@@ -269,10 +286,14 @@ def _options(command: str, arguments: Sequence[str]) -> argparse.Namespace:
         "--weights", default="DEFAULT", help="torchvision's name, or a file (%(default)s)"
     )
     parser.add_argument("--labels", type=Path, help="a file with the name of a class in each line")
-    parser.add_argument("--batch", type=_positive, default=16, help="images a call (%(default)s)")
+    parser.add_argument(
+        "--batch", type=_at_least(1), default=16, help="images a call (%(default)s)"
+    )
     parser.add_argument("--device", help="cuda where there is one, else cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--workers", type=int, default=0, help="processes that read (%(default)s)")
+    parser.add_argument(
+        "--workers", type=_at_least(0), default=0, help="processes that read (%(default)s)"
+    )
     return parser.parse_args(arguments)
 
 
@@ -298,17 +319,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see `resnet-fused CMD --help`")
     chosen = parser.parse_args(arguments)
     command, rest = chosen.command, chosen.arguments
-    if command == "classify":
-        return classify(_options(command, rest))
-    if command == "validate":
-        return validate(_options(command, rest))
     if command == "bench":
         return bench(rest)
-    module = importlib.import_module(f"resnet_fused.{command}")
-    if command == "env":
-        print(module.report())
-        return 0
-    return int(module.main(rest) or 0)
+    if command not in ("classify", "validate"):
+        return int(importlib.import_module(f"resnet_fused.{command}").main(rest) or 0)
+    options = _options(command, rest)
+    try:
+        return classify(options) if command == "classify" else validate(options)
+    except OSError as error:  # a file to read or to write, which it names
+        sys.exit(f"resnet-fused {command}: {error}")
 
 
 if __name__ == "__main__":

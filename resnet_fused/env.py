@@ -6,11 +6,11 @@ always complete and the exit status always 0, PyTorch missing or broken included
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -191,6 +191,10 @@ def _variables() -> Iterator[tuple[str, str]]:
     for variable in settings.VARIABLES:
         value = os.environ.get(variable.name)
         shown = f"{variable.default} (default)" if value is None else value
+        try:
+            variable.value()
+        except ValueError as error:
+            shown = f"wrong: {error}"
         yield variable.name, f"{shown}\n{variable.meaning}"
 
 
@@ -219,6 +223,14 @@ def report() -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    argparse.ArgumentParser(
+        prog="python -m resnet_fused.env",
+        description="What this machine, installation and build offer, and why not more.",
+    ).parse_args(arguments)
     print(report())
-    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -53,7 +53,8 @@ class FrozenNetwork(nn.Module):
             changed = zip(self._names, versions, self._versions, strict=True)
             name = next(name for name, now, then in changed if now != then)
             raise FrozenModelError(f"{name} of a frozen network was edited in place; {_AGAIN}")
-        wanted = (isinstance(x, Tensor) and x.requires_grad for x in inputs)
+        given = (*inputs, *options.values())
+        wanted = (isinstance(x, Tensor) and x.requires_grad for x in given)
         if torch.is_grad_enabled() and any(wanted):
             raise FrozenModelError(
                 "a frozen network has no gradients; call it on x.detach(), or call the model that "

@@ -490,9 +490,10 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 def _known(original: type[nn.Module]) -> _Known | str:
     """What is known of a class, or why it is left alone."""
+    forward = getattr(original, "forward", None)  # a compiled module's class has none
     where = (
-        getattr(original.forward, "__module__", ""),
-        getattr(original.forward, "__qualname__", ""),
+        getattr(forward, "__module__", original.__module__),
+        getattr(forward, "__qualname__", ""),
     )
     known = _METHODS.get(".".join(where).removesuffix(".forward"))
     if known is None:
@@ -572,7 +573,7 @@ class Report:
 
     def __str__(self) -> str:
         done = self.convolutions - len(self.left)
-        lines = [f"{done} of {self.convolutions} convolutions fused, by"]
+        lines = [f"{done} of {self.convolutions} convolutions fused{', by' * bool(done)}"]
         lines += _by_value({name: unit.kind for name, unit in self.fused.items()})
         if self.left:
             lines += ["left as they are:", *_by_value(self.left)]

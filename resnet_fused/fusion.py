@@ -68,12 +68,14 @@ def must_call_modules(x: object) -> bool:
     """Whether every module has to be called for itself, whatever it is, to compute with `x`.
 
     So it is inside modes, transforms and tracers (`resnet_fused.ops.modes`), for a tensor of a type
-    of its own, under global module hooks, and where a class's call was replaced.
+    of its own or without strides (sparse, oneDNN's), under global module hooks, and where a class's
+    call was replaced.
     """
     if torch.compiler.is_compiling():  # which traces tensors of any type and honours global hooks
         return is_transformed() or _is_replaced()
     return (
         not is_plain(x)
+        or cast("Tensor", x).layout is not torch.strided
         or is_transformed()
         or is_recorded()
         or bool(_has_any_global_hook())

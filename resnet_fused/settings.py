@@ -16,6 +16,19 @@ class Variable(NamedTuple):
     name: str
     default: str
     meaning: str
+    allowed: tuple[str, ...] = ()  # none where anything is
+
+    def value(self) -> str:
+        """What it is set to, or the default; ValueError for what is not allowed."""
+        value = os.environ.get(self.name, self.default)
+        if self.allowed:
+            value = value.strip().lower()
+            if value not in self.allowed:
+                raise ValueError(
+                    f"{self.name}={value!r} is not understood; set it to "
+                    f"{' or '.join(self.allowed)}."
+                )
+        return value
 
 
 VARIABLES = (
@@ -23,8 +36,14 @@ VARIABLES = (
         "RESNET_FUSED_EXTENSION",
         "on",
         "build: off compiles nothing; Triton's kernels and plain PyTorch remain",
+        ("on", "off"),
     ),
-    Variable("RESNET_FUSED_CUDA", "auto", "build: auto, on or off; `on` fails without nvcc"),
+    Variable(
+        "RESNET_FUSED_CUDA",
+        "auto",
+        "build: auto, on or off; `on` fails without nvcc",
+        ("auto", "on", "off"),
+    ),
     Variable(
         "RESNET_FUSED_CUDA_ARCHS",
         "80;86;90a;100;120",
@@ -34,34 +53,40 @@ VARIABLES = (
         "RESNET_FUSED_HOST_SIM",
         "off",
         "build: on adds the simulator that tests the CUDA kernels without a GPU",
+        ("on", "off"),
     ),
     Variable(
         "RESNET_FUSED_HOST_SIM_CAPABILITY",
         "80",
         "run: the compute capability, 80 or 90, of the GPU that backend cuda_sim stands for",
+        ("80", "90"),
     ),
     Variable(
         "RESNET_FUSED_TUNE",
         "on",
         "run: on lets a process measure kernels for a few seconds, off leaves the choice to "
         "heuristics; `python -m resnet_fused.tune` measures ahead",
+        ("on", "off"),
     ),
     Variable(
         "RESNET_FUSED_TRAINING",
         "speed",
         "run: speed trains each block by what was measured fastest, memory by the fused ops, which "
         "keep less than 0.6 of the bytes for backward",
+        ("speed", "memory"),
     ),
     Variable(
         "RESNET_FUSED_SELFCHECK",
         "on",
         "run: on checks the kernels in a child process before their first use on a machine",
+        ("on", "off"),
     ),
     Variable(
         "RESNET_FUSED_CPU_AMX",
         "off",
         "run: on convolves in tiles (AMX) by kernels of our own, which so far ran under an "
         "emulation only; off leaves bfloat16 to oneDNN's and int8 to our vector kernels",
+        ("on", "off"),
     ),
     Variable(
         "RESNET_FUSED_CACHE_DIR",
@@ -76,36 +101,32 @@ VARIABLES = (
 )
 
 
-def _choice(name: str, default: str, allowed: tuple[str, ...]) -> str:
-    value = os.environ.get(name, default).strip().lower()
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is not understood; set it to {' or '.join(allowed)}.")
-    return value
+_BY_NAME = {variable.name: variable for variable in VARIABLES}
 
 
 def tuning_enabled() -> bool:
     """Whether kernel candidates may be measured (`RESNET_FUSED_TUNE`)."""
-    return _choice("RESNET_FUSED_TUNE", "on", ("on", "off")) == "on"
+    return _BY_NAME["RESNET_FUSED_TUNE"].value() == "on"
 
 
 def training_saves_memory() -> bool:
     """Whether blocks train by ops that keep fewer bytes (`RESNET_FUSED_TRAINING`)."""
-    return _choice("RESNET_FUSED_TRAINING", "speed", ("speed", "memory")) == "memory"
+    return _BY_NAME["RESNET_FUSED_TRAINING"].value() == "memory"
 
 
 def selfcheck_enabled() -> bool:
     """Whether kernels have to pass the self-check first (`RESNET_FUSED_SELFCHECK`)."""
-    return _choice("RESNET_FUSED_SELFCHECK", "on", ("on", "off")) == "on"
+    return _BY_NAME["RESNET_FUSED_SELFCHECK"].value() == "on"
 
 
 def amx_enabled() -> bool:
     """Whether our own kernels may use AMX (`RESNET_FUSED_CPU_AMX`)."""
-    return _choice("RESNET_FUSED_CPU_AMX", "off", ("on", "off")) == "on"
+    return _BY_NAME["RESNET_FUSED_CPU_AMX"].value() == "on"
 
 
 def host_sim_capability() -> int:
     """Ten times the simulated compute capability (`RESNET_FUSED_HOST_SIM_CAPABILITY`)."""
-    return int(_choice("RESNET_FUSED_HOST_SIM_CAPABILITY", "80", ("80", "90")))
+    return int(_BY_NAME["RESNET_FUSED_HOST_SIM_CAPABILITY"].value())
 
 
 def commit() -> str | None:

@@ -26,41 +26,38 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
         return self
 
 
+_FREEZABLE = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+
+
 def freeze_batch_norm(model: nn.Module) -> nn.Module:
-    """Freezes every batch norm layer of `model`, in place, and returns the model.
+    """Freezes every `nn.BatchNorm2d` and `nn.SyncBatchNorm` of `model`, in place, and returns it.
 
     Statistics stay what they are, under `model.train()` too, and weight and bias stop requiring
-    gradients (`requires_grad_(True)` on them brings those back). Parameters, buffers and
-    `state_dict` keys are the same objects and names as before.
+    gradients (`requires_grad_(True)` on them brings those back). Only the layers' class changes:
+    parameters, buffers, `state_dict` keys and hooks are what they were.
 
-    Raises ValueError for a layer without running statistics.
+    Raises ValueError, with nothing frozen, for a layer without running statistics and for one of a
+    class derived from those, which may compute more.
     """
-    for name, module in list(model.named_modules()):
+    found: list[nn.Module] = []
+    for name, module in model.named_modules():
         if not isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
             continue
-        frozen = _freeze(name, module)
-        if module is model:
-            return frozen
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, frozen)
+        if type(module) not in _FREEZABLE:
+            raise ValueError(
+                f"{name or 'the module'} is a {type(module).__qualname__}, which may do more than "
+                "nn.BatchNorm2d; freeze it by its own means (timm.layers.freeze_batch_norm_2d)."
+            )
+        if module.running_mean is None:
+            raise ValueError(
+                f"{name or 'the module'} has no running statistics (track_running_stats=False) to "
+                "freeze; train it with track_running_stats=True first."
+            )
+        found.append(module)
+    for module in found:
+        module.__class__ = FrozenBatchNorm2d
+        module.requires_grad_(False).eval()
     return model
-
-
-def _freeze(name: str, module: nn.BatchNorm2d | nn.SyncBatchNorm) -> FrozenBatchNorm2d:
-    if module.running_mean is None:
-        raise ValueError(
-            f"{name or 'the module'} has no running statistics (track_running_stats=False) to "
-            "freeze; train it with track_running_stats=True first."
-        )
-    frozen = FrozenBatchNorm2d(
-        module.num_features, module.eps, module.momentum, module.affine, device="meta"
-    )
-    for key, parameter in module._parameters.items():
-        if parameter is not None:
-            parameter.requires_grad_(False)
-        frozen._parameters[key] = parameter
-    frozen._buffers.update(module._buffers)
-    return frozen.eval()
 
 
 class KeptBytes(NamedTuple):

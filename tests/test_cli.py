@@ -134,6 +134,9 @@ def test_validate_counts_right_answers(inside, folder, weights, tmp_path, capsys
     assert re.search(r"; \d+\.\d images/s .*\(float32 on cpu\)", printed)
 
 
+_CLASSIFY = ("classify", "{folder}", "--arch", "resnet18", "--weights", "{weights}")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -149,6 +152,12 @@ def test_validate_counts_right_answers(inside, folder, weights, tmp_path, capsys
             ["validate", "--data", "{folder}/red", "--arch", "resnet18", "--weights", "{weights}"],
             "has 0 folders; these weights have 3 classes",
         ),
+        (["validate", "--data", "nowhere"], "--data nowhere is no folder"),
+        (["classify", "nowhere", "--weights", "V9"], "nowhere: there is no such file or folder"),
+        ([*_CLASSIFY, "--csv", "{folder}/absent/found.csv"], "absent/found.csv"),
+        ([*_CLASSIFY, "--labels", "{folder}/absent.txt"], "absent.txt"),
+        ([*_CLASSIFY, "--labels", "{weights}"], "lines; the weights have 3 classes"),
+        ([*_CLASSIFY, "--device", "gpu"], "--device gpu: Expected one of cpu, cuda"),
         (
             (
                 *("classify", "{folder}", "--arch", "resnet18"),
@@ -157,13 +166,39 @@ def test_validate_counts_right_answers(inside, folder, weights, tmp_path, capsys
             "--labels has 1 lines; the weights have 3 classes",
         ),
     ],
-    ids=["arch", "file", "name", "other arch", "path", "folders", "labels"],
 )
 def test_mistakes_are_answered_in_a_sentence(arguments, said, folder, weights) -> None:
     Path(f"{weights}.labels").write_text("only one\n")
     named = [a.format(folder=folder, weights=weights) for a in arguments]
     with pytest.raises(SystemExit, match=re.escape(said)):
         cli.main(named)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["classify", "x", "--workers", "-1"], "--workers: -1 is not at least 0"),
+        (["classify", "x", "--batch", "many"], "--batch: invalid number value: 'many'"),
+        (["env", "--all"], "unrecognized arguments: --all"),
+    ],
+)
+def test_wrong_options_are_named(arguments, said, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    assert said in capsys.readouterr().err
+
+
+def test_sixteen_bits_are_read_as_shades(tmp_path, capsys) -> None:
+    """Pillow makes white of all but the darkest; the range of other wide pixels is not known."""
+    for mode, value, name in (("I;16", 0x4000, "16.png"), ("I;16", 0x4000, "16.tif")):
+        Image.new(mode, (9, 9), value).save(tmp_path / name)
+        image = cli._open(tmp_path / name)
+        assert image.mode == "RGB"
+        assert image.getextrema() == ((63, 63),) * 3
+    for mode in ("I", "F"):
+        Image.new(mode, (9, 9), 1).save(tmp_path / "wide.tif")
+        assert cli._open(tmp_path / "wide.tif") is None
+        assert f"pixels of mode {mode} do not tell" in capsys.readouterr().err
 
 
 def test_offline_the_download_says_what_to_do(folder, tmp_path, monkeypatch) -> None:

@@ -932,6 +932,18 @@ def test_tensors_in_the_place_of_parameters_are_fused_too() -> None:
     close(found, theirs(images()), 1e-9)
 
 
+def test_tensors_without_strides_are_the_modules_matter() -> None:
+    ours, theirs = (model.float() for model in pair())
+    x = images(dtype=torch.float32)
+    with torch.inference_mode():
+        if torch.backends.mkldnn.is_available():
+            found, expected = (model(x.to_mkldnn()).to_dense() for model in (ours, theirs))
+            assert relative_error(found, expected) < 1e-5
+        for model in (theirs, ours):
+            with pytest.raises(RuntimeError, match="Input type"):
+                model(x.to_sparse())
+
+
 @pytest.mark.parametrize("found", [[1, 2], images(1).numpy(), None, "image"], ids=str)
 def test_what_is_no_tensor_is_named(found: Any) -> None:
     ours, _ = pair()

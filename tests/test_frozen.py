@@ -230,8 +230,9 @@ def test_what_would_change_it_is_refused(name: str, nested: bool) -> None:
 
 def test_gradients_are_refused() -> None:
     frozen, x = freeze(make()), image().requires_grad_()
-    with pytest.raises(FrozenModelError, match=r"no gradients.*x\.detach"):
-        frozen(x)
+    for call in (lambda: frozen(x), lambda: frozen(x=x)):
+        with pytest.raises(FrozenModelError, match=r"no gradients.*x\.detach"):
+            call()
     with torch.no_grad():
         frozen(x)
     assert not frozen(x.detach()).requires_grad

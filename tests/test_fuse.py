@@ -501,6 +501,13 @@ def test_group_norm_trains_by_pytorch() -> None:
     close(step(ours, x), step(model, x))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_compiled_modules_are_left_alone() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4)))
+    assert str(fuse(scripted)) == "0 of 0 convolutions fused"
+    unfuse(scripted)
+
+
 def test_models_of_ours_stay_what_they_are() -> None:
     model = resnet_fused.resnet18(stem="deep", avg_down=True, num_classes=7)
     kinds = [type(module) for module in model.modules()]

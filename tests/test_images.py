@@ -124,6 +124,20 @@ def test_a_network_takes_bytes(stem, training):
     assert out.requires_grad
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_bytes_that_the_normalisation_is_not_for_are_refused(training):
+    """Where PyTorch normalises them too, which would make three channels of one."""
+    model = resnet_fused.cifar.resnet(8).train(training)
+    model.normalization = IMAGENET
+    with pytest.raises(ValueError, match="a number for each of the 1 channels"):
+        model(images_of(1, 1, 33, 40))
+    with pytest.raises(TypeError, match=r"of shape \(3, 33, 40\)"):
+        model(images_of(1, 3, 33, 40)[0])
+    model.normalization = Normalization((0.0,) * 3, (1.0, 0.0, 1.0))
+    with pytest.raises(ValueError, match="std must hold a positive number"):
+        model(images_of(1, 3, 33, 40))
+
+
 def test_bytes_without_a_normalisation_are_refused():
     with pytest.raises(TypeError, match=r"floating point, found torch\.uint8"):
         resnet_fused.resnet18().eval()(images_of(1, 3, 33, 40))

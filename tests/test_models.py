@@ -340,6 +340,14 @@ def test_named_weights_are_downloaded_with_their_hash_checked(
     assert [Path(call["url"]).name for call in calls] == ["resnet18-f37072fd.pth"] * 2
 
 
+@pytest.mark.parametrize(
+    "found", [5, ["a.pth"], nn.ReLU(), torchvision.models.ResNet18_Weights], ids=str
+)
+def test_what_is_no_source_of_weights_is_named(found: object) -> None:
+    with pytest.raises(TypeError, match=r"^weights must be .*state dict, found"):
+        resnet_fused.resnet18(weights=found)
+
+
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None], ids=["empty", "text", "list"])
 def test_a_corrupt_checkpoint_is_named(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "weights.pt"

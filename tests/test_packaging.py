@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from resnet_fused import __version__, _extension
+from resnet_fused import __version__, _extension, settings
 from resnet_fused import env as environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -460,6 +460,16 @@ def test_report_goes_on_after_a_probe_that_fails(monkeypatch):
     report = environment.report()
     assert re.search(r"first +known\n.*could not be found out: OSError: no such thing", report)
     assert re.search(r"reference +available", report)
+
+
+def test_report_names_variables_that_are_set_wrong(monkeypatch):
+    monkeypatch.setenv("RESNET_FUSED_TRAINING", "fast")
+    monkeypatch.setenv("RESNET_FUSED_TUNE", " OFF")
+    monkeypatch.setattr(environment, "PROBES", {"variables": environment._variables})
+    report = environment.report()
+    assert "'fast' is not understood; set it to speed or memory." in report
+    assert report.count("is not understood") == 1
+    assert not settings.tuning_enabled()
 
 
 def test_import_loads_neither_the_extension_nor_the_gpu(source, plain, python):

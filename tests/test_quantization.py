@@ -223,6 +223,9 @@ def test_bytes_are_normalised_floats() -> None:
         only_floats(x)
     with pytest.raises(TypeError, match=r"found torch\.int32"):
         network(x.int())
+    for quantized, given in ((network, floats), (only_floats, floats), (kept, x), (kept, floats)):
+        with pytest.raises(ValueError, match="input has 1 channels, and this network takes 3"):
+            quantized(given[:, :1])
     with pytest.raises(TypeError, match=r"torch\.Tensor"):
         network([x])
 
@@ -277,7 +280,8 @@ def test_the_search_keeps_what_loses_most() -> None:
     answers = run(model, x).argmax(1) == network(x).argmax(1)
     assert network.report.agreement == answers.double().mean() >= 0.9
     with pytest.warns(UserWarning, match="every layer in float32"):
-        quantize(model, [x], FLOAT8, least_agreement=1.01)
+        network = quantize(make(), [images()], FLOAT8, least_agreement=1.01)
+    assert all(layer.dtype == torch.float32 for layer in network.report.layers)
 
 
 @pytest.fixture(scope="module")
@@ -296,9 +300,23 @@ def test_it_is_frozen(network: QuantizedNetwork) -> None:
     with pytest.raises(RuntimeError, match="no gradients"):
         network(x)
     assert not network(x.detach()).requires_grad
-    for change in (lambda n: n.half(), lambda n: n.to(torch.float64)):
+    for change in (lambda n: n.half(), lambda n: n.to(torch.float64), lambda n: n.type(x.dtype)):
         with pytest.raises(TypeError, match="only its device"):
             change(copy.deepcopy(network))
+    float8 = quantize(make(), [images()], FLOAT8)
+    with pytest.raises(TypeError, match="stays float8_e4m3fn"):
+        float8.float()
+    assert torch.equal(copy.deepcopy(network).float()(images()), network(images()))
+
+
+def test_autocast_has_no_part_in_it() -> None:
+    model, x = make(), images()
+    expected = quantize(model, [x], keep=["first", "last"])
+    with torch.autocast("cpu", torch.bfloat16):
+        network = quantize(model, [x], keep=["first", "last"])
+        found = [network(x) for _ in range(4)]
+    assert str(network.report) == str(expected.report)
+    assert all(torch.equal(y, expected(x)) for y in found)
 
 
 def test_it_is_saved_and_copied(network: QuantizedNetwork, tmp_path: Path) -> None:
@@ -338,9 +356,22 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "another model": (lambda: quantize(nn.Sequential(), [images()]), "resnet_fused.fuse"),
     "a pooled projection": (lambda: quantize(_pooled(), [images()]), "layer2.0.downsample"),
     "a hook": (lambda: quantize(_hooked(), [images()]), "layer1.0.bn1"),
-    "channels": (
+    "channels of a normalization": (
         lambda: quantize(make(), [images()], normalization=((0.5,), (0.5,))),
         "deviation of 3 channels",
+    ),
+    "three vectors": (
+        lambda: quantize(make(), [images()], normalization=(MEAN, STD, STD)),
+        "deviation of 3 channels",
+    ),
+    "a mean of bytes": (
+        lambda: quantize(make(), [images()], normalization=((124, 116, 104), (58, 57, 57))),
+        "images from 0 to 1",
+    ),
+    "channels": (lambda: quantize(make(), [images()[:, :2]]), "batch 0 has images of 2 channels"),
+    "channels of bytes": (
+        lambda: quantize(make(), [images()[:, :1].byte()], normalization=(MEAN, STD)),
+        "images of 1 channels, and the model takes 3",
     ),
 }
 

@@ -166,6 +166,10 @@ def test_options_that_do_not_go_together() -> None:
         resnet_fused.resnet18(stem="3x3")
     with pytest.raises(ValueError, match="avg_down pools where a stage strides"):
         resnet_fused.resnet50(avg_down=True, replace_stride_with_dilation=[False, False, True])
+    with pytest.raises(ValueError, match=r'avg_down pools before a projection.*shortcut="A"'):
+        resnet_fused.resnet18(avg_down=True, shortcut="A")
+    with pytest.raises(ValueError, match="avg_down does not apply to plain18"):
+        resnet_fused.plain18(avg_down=True)
     model = resnet_fused.resnet18(num_classes=2)
     for indices in ((), (2, 1), (1, 1), (5,), (-6,)):
         with pytest.raises(ValueError, match="out_indices must be ascending"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 import pytest
@@ -308,6 +309,32 @@ def test_freezing_needs_statistics() -> None:
         freeze_batch_norm(
             nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False))
         )
+
+
+class _WithActivation(nn.BatchNorm2d):
+    """As timm's `BatchNormAct2d`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+def test_freezing_changes_nothing_but_the_mode() -> None:
+    """A layer that is called in two places is frozen in both, and its hooks see its calls."""
+    shared, seen = nn.BatchNorm2d(3), []
+    shared.register_forward_hook(lambda *_: seen.append(1))
+    model = freeze_batch_norm(nn.Sequential(shared, nn.ReLU(), shared)).train()
+    x = torch.randn(2, 3, 4, 4)
+    expected = x / math.sqrt(1 + shared.eps)
+    torch.testing.assert_close(model(x), expected.relu() / math.sqrt(1 + shared.eps))
+    assert model[0] is model[2] is shared
+    assert len(seen) == 2
+    assert torch.equal(shared.running_mean, torch.zeros(3))
+    model = nn.Sequential(nn.BatchNorm2d(3), _WithActivation(3)).eval()
+    expected = model(x)
+    with pytest.raises(ValueError, match=r"^1 is a _WithActivation, which may do more"):
+        freeze_batch_norm(model)
+    assert torch.equal(model(x), expected)
+    assert type(model[0]) is nn.BatchNorm2d
 
 
 def test_compiles_without_a_graph_break(fused: None) -> None:

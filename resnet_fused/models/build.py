@@ -44,7 +44,7 @@ def build(
     that cannot be read and RuntimeError (from `load_state_dict`) for weights of another network.
     """
     if not block.has_shortcut:
-        for argument in {"shortcut", "zero_init_residual"} & set(kwargs):
+        for argument in {"shortcut", "zero_init_residual", "avg_down"} & set(kwargs):
             raise ValueError(f"{argument} does not apply to {name}: it has no shortcuts.")
     features_only = kwargs.pop("features_only", False)
     out_indices = kwargs.pop("out_indices", None)

@@ -22,7 +22,7 @@ from ..blocks import (
     ResidualBlock,
     conv1x1,
 )
-from ..ops.checks import check_is_tensor
+from ..ops.checks import check_images, check_is_tensor
 from ..ops.head import head
 from ..parameters import Normalization
 from ..reference import ops as reference
@@ -162,6 +162,11 @@ class ResidualNetwork(nn.Module):
             raise ValueError(
                 f"stride_in={stride_in!r} needs bottleneck blocks (ResNet-50 and deeper): "
                 f"{block.__name__} has 3×3 convolutions only."
+            )
+        if avg_down and shortcut == "A":
+            raise ValueError(
+                'avg_down pools before a projection, of which shortcut="A" has none; use one of '
+                "them."
             )
         self._norm_layer = norm_layer or nn.BatchNorm2d
         self._shortcut = shortcut
@@ -421,6 +426,7 @@ class ResidualNetwork(nn.Module):
             layers = self.conv1, self.bn1, self.relu, self.maxpool
             out = sequence.stem_of_images(images, normalization, *layers)
         if out is None:
+            check_images(images, normalization)
             dtype = next(self.conv1.parameters()).dtype
             out = self._stem(reference.normalise(images, normalization, dtype))
         return out

@@ -38,7 +38,7 @@ class ResNet(ResidualNetwork):
         stem: "7x7", or "deep", three 3×3 convolutions in its place (ResNet-C and -D, arXiv
             1812.01187; timm's "d" networks with `avg_down`).
         avg_down: average pooling before a strided projection, which then reads every pixel
-            (ResNet-D); not with dilation in the stride's place.
+            (ResNet-D); not with dilation in the stride's place, nor with option "A".
         checkpoint: keep less for backward and compute it again there: of n blocks only every
             √n-th one's input stays in memory.
     """

@@ -58,8 +58,9 @@ def load_weights(
     torchvision is imported only for its enums and their names; downloads are checked against the
     hash in the file's name. Files load with `weights_only=True`, so they cannot run code.
 
-    Raises ValueError for a name that is neither a file nor a weights entry, and CheckpointError
-    for a file that is not a state dict or that cannot be downloaded.
+    Raises ValueError for a name that is neither a file nor a weights entry, TypeError for what is
+    none of these, and CheckpointError for a file that is not a state dict or that cannot be
+    downloaded.
     """
     if weights is None:
         return None
@@ -67,6 +68,12 @@ def load_weights(
         return checkpoints.state_in(weights, "weights")
     if isinstance(weights, Enum):
         return _download(architecture, weights, progress)
+    if not isinstance(weights, (str, os.PathLike)):
+        raise TypeError(
+            "weights must be a member of torchvision's enum, a name, a path or a state dict, found "
+            f"{type(weights).__qualname__} ({str(weights)[:40]}); of a model, pass "
+            "model.state_dict()."
+        )
     path = Path(weights).expanduser()
     if path.is_file():
         return checkpoints.read(path)

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..parameters import BatchNorm, ConvBn, Convolution, GroupNorm, MaxPool, QuantizedLayer
+from ..parameters import (
+    BatchNorm,
+    ConvBn,
+    Convolution,
+    GroupNorm,
+    MaxPool,
+    Normalization,
+    QuantizedLayer,
+)
 
 
 def check_is_tensor(x: object) -> None:
@@ -32,6 +40,21 @@ def check_activation(name: str, x: Tensor) -> None:
             f"{name} must be floating point, found {x.dtype}; convert it, or set "
             "`model.normalization`, with which a network of this package takes image bytes."
         )
+
+
+def check_images(images: Tensor, normalization: Normalization) -> None:
+    """`images` must be bytes (N, C, H, W), and `normalization` for as many channels."""
+    if images.dim() != 4 or images.dtype != torch.uint8:
+        raise TypeError(
+            "images must be a uint8 tensor of shape (N, C, H, W), found "
+            f"{images.dtype} of shape {tuple(images.shape)}; stem takes floating images."
+        )
+    for name, values in zip(Normalization._fields, normalization, strict=True):
+        if len(values) != images.shape[1] or (name == "std" and min(values) <= 0):
+            raise ValueError(
+                f"normalization.{name} must hold a {'positive ' * (name == 'std')}number for each "
+                f"of the {images.shape[1]} channels, found {tuple(values)}."
+            )
 
 
 def check_like(name: str, tensor: Tensor, x: Tensor) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..backends import Candidate
 from ..parameters import ConvBn, MaxPool, Normalization
 from ..reference import ops as reference
-from .checks import check_batch_norm, pool_shape, window_shape
+from .checks import check_batch_norm, check_images, pool_shape, window_shape
 from .registry import Op, autocast_dtype
 from .stem import op as stem_op
 
@@ -16,11 +16,7 @@ from .stem import op as stem_op
 def _output_shape(
     images: Tensor, layer: ConvBn, pool: MaxPool, normalization: Normalization
 ) -> tuple[int, ...]:
-    if images.dim() != 4 or images.dtype != torch.uint8:
-        raise TypeError(
-            "images must be a uint8 tensor of shape (N, C, H, W), found "
-            f"{images.dtype} of shape {tuple(images.shape)}; stem takes floating images."
-        )
+    check_images(images, normalization)
     weight = layer.conv.weight
     if weight.device != images.device:
         raise ValueError(
@@ -28,12 +24,6 @@ def _output_shape(
         )
     if not weight.dtype.is_floating_point:
         raise TypeError(f"layer.weight must be floating point, found {weight.dtype}.")
-    for name, values in zip(normalization._fields, normalization, strict=True):
-        if len(values) != images.shape[1] or (name == "std" and min(values) <= 0):
-            raise ValueError(
-                f"normalization.{name} must hold a {'positive ' * (name == 'std')}number for each "
-                f"of the {images.shape[1]} channels, found {tuple(values)}."
-            )
     shape = window_shape("layer", images.shape, layer.conv)
     check_batch_norm("layer.bn", layer.bn, shape[1], images)
     return pool_shape(shape, pool)

@@ -73,7 +73,7 @@ class Op:
     def __call__(self, *arguments: Any) -> Tensor:
         check_is_tensor(arguments[0])
         device = arguments[0].device.type
-        if self._result_dtype is None and _autocasts(device):
+        if self._result_dtype is None and autocasts(device):
             dtype = torch.get_autocast_dtype(device)
             arguments = tuple(_autocast(argument, dtype) for argument in arguments)
         # Dynamo records the op whole, whatever modes are around its own work.
@@ -180,14 +180,14 @@ def empty_result(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None =
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=layout)
 
 
-def _autocasts(device: str) -> bool:
+def autocasts(device: str) -> bool:
     # Not is_autocast_available(device), which torch.compile of PyTorch 2.9 cannot trace.
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype to compute in: autocast's where it is on."""
-    if x.dtype == torch.float64 or not _autocasts(x.device.type):
+    if x.dtype == torch.float64 or not autocasts(x.device.type):
         return x.dtype
     return torch.get_autocast_dtype(x.device.type)
 

@@ -74,32 +74,34 @@ def quantize(
             images (0 to 1).
         progress: whether to show progress on a terminal (with tqdm).
 
-    Returns the network, whose `report` says what was lost and where. Raises ValueError for models
-    and calibration images that do not serve, with what was found.
+    Autocast has no part in it. Returns the network, whose `report` says what was lost and where.
+    Raises ValueError for models and calibration images that do not serve, TypeError for images of
+    another dtype, with what was found.
     """
     folded, batches = _calibrated(model, calibration, dtype, normalization, method, keep, progress)
     network = folded.converted()
-    found = report(model, folded, network, batches, progress)
-    if least_agreement is not None:
-        by_name = {layer.name: layer for layer in folded.folded()}
-        order = [by_name[layer.name] for layer in found.worst()]
-        agreed = found.agreement
-        for layer in order:
-            if agreed >= least_agreement:
-                break
-            if not layer.higher:
-                layer.higher = True
-                network = folded.converted()
-                agreed = agreement(model, network, batches)
-        if agreed < least_agreement:
-            warnings.warn(
-                f"resnet_fused.quantize: top-1 answers agree on {agreed:.2%} of the calibration "
-                f"images with every layer in float32, less than least_agreement="
-                f"{least_agreement:.2%}; activations between layers are still {dtype}.",
-                stacklevel=2,
-            )
-        if agreed != found.agreement:
-            found = report(model, folded, network, batches, progress)
+    with torch.autocast(batches[0].device.type, enabled=False):
+        found = report(model, folded, network, batches, progress)
+        if least_agreement is not None:
+            by_name = {layer.name: layer for layer in folded.folded()}
+            order = [by_name[layer.name] for layer in found.worst()]
+            agreed, reported = found.agreement, network
+            for layer in order:
+                if agreed >= least_agreement:
+                    break
+                if not layer.higher:
+                    layer.higher = True
+                    network = folded.converted()
+                    agreed = agreement(model, network, batches)
+            if agreed < least_agreement:
+                warnings.warn(
+                    f"resnet_fused.quantize: top-1 answers agree on {agreed:.2%} of the "
+                    f"calibration images with every layer in float32, less than least_agreement="
+                    f"{least_agreement:.2%}; activations between layers are still {dtype}.",
+                    stacklevel=2,
+                )
+            if network is not reported:
+                found = report(model, folded, network, batches, progress)
     network.report = found
     return network
 
@@ -163,5 +165,6 @@ def _calibrated(
     for name in keep:
         names[name].higher = True
     batches = checked(calibration, folded)
-    calibrate(folded, batches, method, progress)
+    with torch.autocast(batches[0].device.type, enabled=False):
+        calibrate(folded, batches, method, progress)
     return folded, batches

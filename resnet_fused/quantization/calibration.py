@@ -33,9 +33,12 @@ def progress(items: Sequence[_T], what: str, shown: bool) -> Iterable[_T]:
 def checked(calibration: Iterable[Any], network: FoldedNetwork) -> list[Tensor]:
     """The batches of images, from batches or from (images, ...) as a data loader gives them.
 
-    Raises ValueError for none, empty ones, NaN or infinity, and images that are all constant.
+    Raises ValueError for none, empty ones, other channels than the network's, NaN or infinity, and
+    images that are all constant.
     """
-    parameter = next(network.parameters())
+    first = network.folded()[0]
+    assert isinstance(first, FoldedConv)
+    channels = first.weight.shape[1] * first.geometry.conv[3]
     batches = []
     varies = False
     for i, batch in enumerate(calibration):
@@ -46,7 +49,12 @@ def checked(calibration: Iterable[Any], network: FoldedNetwork) -> list[Tensor]:
                 f"calibration batch {i} must be images (N, C, H, W), at least one, or a tuple that "
                 f"begins with them; found {found}."
             )
-        images = network.images(images.to(parameter.device))
+        if images.shape[1] != channels:
+            raise ValueError(
+                f"calibration batch {i} has images of {images.shape[1]} channels, and the model "
+                f"takes {channels}."
+            )
+        images = network.images(images.to(first.weight.device))
         if not images.isfinite().all():
             raise ValueError(f"calibration batch {i} holds NaN or infinity; leave such images out.")
         varies |= bool((images != images[:, :, :1, :1]).any())

@@ -52,12 +52,18 @@ def fold(
     like = stem[0].weight
     mean = std = None
     if normalization is not None:
-        mean, std = (255 * torch.tensor(v, device=like.device).float() for v in normalization)
-        if mean.shape != std.shape or tuple(mean.shape) != like.shape[1:2] or (std <= 0).any():
+        values = [255 * torch.as_tensor(v, device=like.device).float() for v in normalization]
+        # A mean is between the least byte and the largest, as which images are padded with it.
+        if (
+            len(values) != 2
+            or any(tuple(v.shape) != like.shape[1:2] for v in values)
+            or ((values[0] < 0) | (values[0] > 255) | (values[1] <= 0)).any()
+        ):
             raise ValueError(
                 f"normalization must be the mean and the positive standard deviation of "
                 f"{like.shape[1]} channels, of images from 0 to 1; found {normalization}."
             )
+        mean, std = values
     stem[0].is_first = True
     images = Images({"mean": mean, "std": std}, InputKind(torch.float32))
     return FoldedNetwork(images, stem, blocks, head).eval()

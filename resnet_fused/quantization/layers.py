@@ -267,6 +267,10 @@ class Images(Frozen):
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C, H, W): bytes, or floats normalised as the float network takes them."""
         dtype = self.geometry.dtype
+        if self.scale is not None and x.dim() == 4 and x.shape[1] != len(self.scale):
+            raise ValueError(
+                f"input has {x.shape[1]} channels, and this network takes {len(self.scale)}."
+            )
         if x.dtype == torch.uint8:
             if self.mean is None or self.std is None:
                 raise TypeError(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import plan
 from ..errors import CheckpointError
 from ..ops.checks import check_is_tensor
+from ..ops.registry import autocasts
 from ..reference.quantized import FLOAT8
 from .layers import Frozen, Geometry, Head, HigherPrecisionConv, Images, InputKind, QuantizedConv
 
@@ -114,6 +115,9 @@ class QuantizedNetwork(Network):
                 "a quantised network has no gradients; call it on x.detach(), or fine-tune with "
                 "resnet_fused.quantization.prepare_qat."
             )
+        if autocasts(x.device.type):  # which would round what stays float32
+            with torch.autocast(x.device.type, enabled=False):
+                return self.forward(x)
         with torch.no_grad():
             x = self.images(x)
             if not torch.compiler.is_compiling() and (planned := plan.run(self, x)) is not None:
@@ -131,7 +135,8 @@ class QuantizedNetwork(Network):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedNetwork:
-        if fn(torch.zeros(1)).dtype != torch.float32:
+        kinds = torch.float32, self.dtype
+        if any(fn(torch.zeros(1, dtype=kind)).dtype != kind for kind in kinds):
             raise TypeError(
                 f"a quantised network stays {str(self.dtype)[6:]} with float32 scales; only its "
                 "device can change."
