@@ -206,6 +206,21 @@ def test_a_replaced_weight_counts(change: Callable[[Any], None]) -> None:
         assert torch.equal(frozen(x), expected)
 
 
+def test_only_its_own_weights_are_promised_to_stay() -> None:
+    """Not those of another network that a hook calls."""
+    other, x = make(), image()
+    frozen, results = freeze(make()), list[Tensor]()
+    frozen.network.layer1[0].register_forward_hook(lambda *_: results.append(other(x)))
+    for _ in range(3):
+        frozen(x)
+    other.layer1[0].conv1.weight.data.mul_(2)
+    frozen(x)
+    with torch.no_grad():
+        expected = copy.deepcopy(other)(x)
+    assert not torch.equal(expected, results[0])
+    assert torch.equal(results[-1], expected)
+
+
 REFUSED: dict[str, tuple[Callable[[nn.Module], object], str]] = {
     "train": (lambda m: m.train(), "cannot be trained"),
     "load_state_dict": (lambda m: m.load_state_dict(m.state_dict()), "loads no other weights"),
