@@ -217,7 +217,8 @@ def record(network: Network, x: Tensor, extension: ModuleType) -> tuple[Tensor, 
     out = values[-1]
     known = {id(tensor) for tensor in snapshot.tensors}
     copies, frozen = notes.copies, notes.frozen
-    if promised:  # then copies of parameters are as good as packed weights
+    # Then copies of parameters are as good as packed weights, once they are there for all streams.
+    if promised and all(recording.may_keep(source) for source, _ in copies):
         made = (
             recording.Packed(source, recording.version(source), copy) for source, copy in copies
         )
