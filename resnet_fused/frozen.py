@@ -40,6 +40,8 @@ class FrozenNetwork(nn.Module):
         named = [*self.network.named_parameters(), *self.network.named_buffers()]
         # Inference tensors count no edits; torch.load makes such in inference mode.
         watched = {name: tensor for name, tensor in named if not tensor.is_inference()}
+        self._promised = frozenset(id(tensor) for _, tensor in named)
+        self._kept = named  # so that no id becomes another's
         self._names, self._tensors = list(watched), list(watched.values())
         self._versions = list(map(_version, self._tensors))
 
@@ -60,7 +62,7 @@ class FrozenNetwork(nn.Module):
                 "a frozen network has no gradients; call it on x.detach(), or call the model that "
                 "it was made from."
             )
-        token = recording.frozen.set(True)
+        token = recording.frozen.set(self._promised)
         try:
             with torch.no_grad():
                 return self.network(*inputs, **options)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import resnet_fused
 from resnet_fused import Bottleneck, FrozenModelError, ResNet, _extension, freeze, use_backend
-from resnet_fused.backends import live_cache
+from resnet_fused.backends import live_cache, recording
 from resnet_fused.frozen import FrozenNetwork
 from resnet_fused.testing.cases import randomise_statistics
 
@@ -124,7 +124,12 @@ def test_the_model_inside_is_verified_where_it_is_called_itself() -> None:
         assert not torch.equal(frozen.network(x), before)
 
 
-def test_the_simulated_gpu_lays_weights_out_once(simulator: Any) -> None:
+def test_the_simulated_gpu_lays_weights_out_once(
+    simulator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    awaited: list[Tensor] = []  # as other streams, which do not wait for this one, will read them
+    may_keep = recording.may_keep
+    monkeypatch.setattr(recording, "may_keep", lambda t: awaited.append(t) or may_keep(t))
     model, x = make().half(), image(1, 33).half()
     with use_backend("cuda_sim"), torch.no_grad():
         expected = model(x)
@@ -133,6 +138,7 @@ def test_the_simulated_gpu_lays_weights_out_once(simulator: Any) -> None:
             assert torch.equal(frozen(x), expected)
         (entry,) = frozen.network._plans._entries.values()
         assert entry.plan is not None
+        assert any(t is frozen.network.layer2[0].conv2.weight for t in awaited)
         frozen.network.layer2[0].conv2.weight.data.fill_(float("nan"))  # 3×3
         assert torch.equal(frozen(x), expected)
 
@@ -204,6 +210,21 @@ def test_a_replaced_weight_counts(change: Callable[[Any], None]) -> None:
         expected = model(x)
     for _ in range(3):
         assert torch.equal(frozen(x), expected)
+
+
+def test_only_its_own_weights_are_promised_to_stay() -> None:
+    """Not those of another network that a hook calls."""
+    other, x = make(), image()
+    frozen, results = freeze(make()), list[Tensor]()
+    frozen.network.layer1[0].register_forward_hook(lambda *_: results.append(other(x)))
+    for _ in range(3):
+        frozen(x)
+    other.layer1[0].conv1.weight.data.mul_(2)
+    frozen(x)
+    with torch.no_grad():
+        expected = copy.deepcopy(other)(x)
+    assert not torch.equal(expected, results[0])
+    assert torch.equal(results[-1], expected)
 
 
 REFUSED: dict[str, tuple[Callable[[nn.Module], object], str]] = {

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 
-from resnet_fused import _extension, backends, cifar, freeze_batch_norm, use_backend
+from resnet_fused import _extension, backends, cifar, freeze_batch_norm, fuse, use_backend
 from resnet_fused.backends import recording
 from resnet_fused.backends.cpu.training import CpuTraining
 from resnet_fused.blocks import BasicBlock, Bottleneck, PaddedIdentity, PlainBlock, conv1x1
@@ -253,6 +253,34 @@ def test_saved_tensors_may_be_kept_elsewhere(
         with save_on_cpu():
             ours = step(copy.deepcopy(block), x)
         assert_same(ours, right)
+
+
+def test_saved_floats_may_be_kept_in_fewer_bits(
+    replays: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As compressed activations are; where a pooling's maxima stand is no float."""
+    torch.manual_seed(0)
+    stem = nn.Sequential(nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+    stem.append(nn.MaxPool2d(2)).train()
+    fuse(stem)
+
+    def pack(tensor: Tensor) -> Tensor:
+        return tensor.half() if tensor.dtype == torch.float32 else tensor
+
+    def unpack(tensor: Tensor) -> Tensor:
+        return tensor.float() if tensor.dtype == torch.float16 else tensor
+
+    def gradients() -> list[Tensor | None]:
+        with saved_tensors_hooks(pack, unpack):
+            return step(copy.deepcopy(stem), image(3))[2:5]
+
+    torch.manual_seed(1)
+    right = ordinarily(monkeypatch, gradients)
+    torch.manual_seed(1)
+    ours = gradients()
+    assert replays
+    for mine, expected in zip(ours, right, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -45,10 +45,10 @@ class _Slot(Generic[Packed]):
 class LiveCache(Generic[Packed]):
     """Packed forms of weights, each verified against the weight it was made from.
 
-    frozen: nobody is to edit the weights, a quantised network's, nor those of a forward in which
-        `recording.frozen` is set. Hashing them would take a good part of a forward of one image, so
-        that only version counters and addresses are compared, and their content is read once. That
-        misses what moves neither, `p.data.mul_()`.
+    frozen: nobody is to edit the weights, a quantised network's, as with those that
+        `recording.frozen` has in a forward. Hashing them would take a good part of a forward of one
+        image, so that only version counters and addresses are compared, and their content is read
+        once. That misses what moves neither, `p.data.mul_()`.
 
     Threads may share it: entries are replaced whole, so a race costs at most a second packing.
     """
@@ -69,7 +69,7 @@ class LiveCache(Generic[Packed]):
         if slot is None or slot.owner() is not storage:
             slot = self._open(storage)
         place = weight.storage_offset(), form
-        frozen = self._frozen or recording.frozen.get()
+        frozen = self._frozen or id(weight) in recording.frozen.get()
         # Taken before packing: an edit during it is then seen by the next look-up.
         content = recording.identity(weight) if frozen else self._content(weight)
         entry = slot.packed.get(place)

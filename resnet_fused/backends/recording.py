@@ -59,8 +59,10 @@ class Watch(TorchDispatchMode):
 
 
 current: contextvars.ContextVar[Notes | None] = contextvars.ContextVar("notes", default=None)
-# Whether the parameters of what runs are promised to stay as they are (`resnet_fused.freeze`).
-frozen: contextvars.ContextVar[bool] = contextvars.ContextVar("frozen", default=False)
+# Tensors, by their ids, that are promised to stay as they are (`resnet_fused.freeze`).
+frozen: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar(
+    "frozen", default=frozenset()
+)
 # In training, what stands for a weight, by its id, in the launches that are recorded.
 weights: contextvars.ContextVar[Mapping[int, Tensor]] = contextvars.ContextVar(
     "weights", default=MappingProxyType({})

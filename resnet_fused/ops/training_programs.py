@@ -69,7 +69,8 @@ class _Program:
         for tensor in results[own:]:
             end = self._offsets[-1] + tensor.numel() * tensor.element_size()
             self._offsets.append(-(-end // _ALIGNMENT) * _ALIGNMENT)
-        workspace = _Form(torch.Size([self._offsets.pop() // 4]), (1,), torch.float32)
+        # Of bytes: whoever keeps saved tensors elsewhere in a smaller type does so with floats.
+        workspace = _Form(torch.Size([self._offsets.pop()]), (1,), torch.uint8)
         device = results[0].device
         self._own = [replays.allocator(device, *form) for form in forms[:own]]
         self._workspace = replays.allocator(device, *workspace)
@@ -96,7 +97,7 @@ class _Program:
         for (shape, strides, dtype), offset in zip(
             self._shared[first:], self._offsets[first:], strict=True
         ):
-            memory = workspace if dtype == torch.float32 else workspace.view(dtype)
+            memory = workspace.view(dtype)
             found.append(memory.as_strided(shape, strides, offset // dtype.itemsize))
         return found
 

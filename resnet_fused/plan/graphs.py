@@ -390,7 +390,8 @@ def graphed_step(
         loss: of the model's result and the target; a scalar. It may not wait for the GPU.
         optimizer: of the model's parameters. Those with a `capturable` argument need it True; a
             learning rate that a schedule changes has to be a tensor, as a number is captured as it
-            is.
+            is. State that may begin at another number than 0 (NAdam, ASGD, Rprop, dampening) has to
+            be there: make one step before.
         example_input: on the GPU; the graph serves its shape and dtype.
         example_target: on the GPU; the graph serves its shape and dtype.
         autocast: the dtype to compute in, or None.
@@ -401,6 +402,7 @@ def graphed_step(
 
     Raises ValueError for what is not on a GPU or has another shape or dtype, a model in eval mode
     or with hooks, SyncBatchNorm, DistributedDataParallel and optimizers that cannot be captured;
-    RuntimeError, at a call, where the model is not the one that was captured.
+    RuntimeError, at a call, where the model, the loss or the optimizer's tensors are not those that
+    were captured.
     """
     return GraphedStep(model, loss, optimizer, example_input, example_target, autocast, scaler)

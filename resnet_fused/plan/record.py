@@ -26,7 +26,6 @@ _ALIGNMENT = {"cpu": 64, "cuda": 256}
 # What an input's address must have in common with the recorded one's: kernels that read 16 bytes at
 # a time serve no other.
 _INPUT_ALIGNMENT = 16
-_version = Tensor._version.__get__  # type: ignore[attr-defined]
 
 
 class Part(NamedTuple):
@@ -94,9 +93,7 @@ class Plan:
     ) -> None:
         self.steps = steps
         self._snapshot = snapshot
-        counted = [note for note in frozen if not note.weight.is_inference()]
-        self._frozen = [note.weight for note in counted]
-        self._versions = [note.fingerprint for note in counted]
+        self._frozen = frozen
         self._sources = [source for source, _ in copies]
         self._copies = [copy for _, copy in copies]
         self._kept = kept  # programs hold addresses only
@@ -107,7 +104,7 @@ class Plan:
         return (
             not self.outdated
             and self._snapshot.holds()
-            and list(map(_version, self._frozen)) == self._versions
+            and all(recording.version(note.weight) == note.fingerprint for note in self._frozen)
         )
 
     def run(self, x: Tensor, arenas: Arenas) -> Tensor:
@@ -193,8 +190,8 @@ def record(network: Network, x: Tensor, extension: ModuleType) -> tuple[Tensor, 
     pieces = list(network.plannable_parts())
     watched: list[Any] = [network, *network.stages()]
     watched += [m for piece in pieces if piece.modules is not None for m in piece.modules]
-    promised = recording.frozen.get()  # by a FrozenNetwork
-    snapshot = Snapshot(extension, list(dict.fromkeys(watched)), promised)
+    snapshot = Snapshot(extension, list(dict.fromkeys(watched)))
+    promised = snapshot.is_frozen  # by a FrozenNetwork, which watches its version counters
     before = generation()
     recorder, notes = extension.Recorder(), recording.Notes()
     values, ends, complete = [x], [0], []
@@ -220,7 +217,8 @@ def record(network: Network, x: Tensor, extension: ModuleType) -> tuple[Tensor, 
     out = values[-1]
     known = {id(tensor) for tensor in snapshot.tensors}
     copies, frozen = notes.copies, notes.frozen
-    if promised:  # then copies of parameters are as good as packed weights
+    # Then copies of parameters are as good as packed weights, once they are there for all streams.
+    if promised and all(recording.may_keep(source) for source, _ in copies):
         made = (
             recording.Packed(source, recording.version(source), copy) for source, copy in copies
         )
@@ -282,4 +280,4 @@ def record(network: Network, x: Tensor, extension: ModuleType) -> tuple[Tensor, 
         first = last
     if not any(isinstance(step, Segment) for step in steps):
         return out, None
-    return out, Plan(snapshot, steps, frozen, copies, [constants, notes])
+    return out, Plan(snapshot, steps, [] if promised else frozen, copies, [constants, notes])

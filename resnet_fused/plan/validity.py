@@ -56,17 +56,17 @@ def surroundings(x: Tensor) -> Hashable:
 class Snapshot:
     """Modules, and the tensors that they hold, as they are now.
 
-    frozen: nobody is to edit the tensors, so that other memory is all that is looked for in them.
-        (Where they have left the caches, looking takes as long as a layer of one image.)
+    Attributes:
+        is_frozen: nobody is to edit the tensors, so that other memory is all that is looked for in
+            them. (Where they have left the caches, looking takes as long as a layer of one image.)
     """
 
-    def __init__(
-        self, extension: ModuleType, modules: Sequence[nn.Module], frozen: bool = False
-    ) -> None:
+    def __init__(self, extension: ModuleType, modules: Sequence[nn.Module]) -> None:
         self._extension = extension
-        self._reads = (_address,) if frozen else (_address, _shape, _strides, _dtype)
         self._modules = extension.snapshot(list(modules))
         self.tensors = list(dict.fromkeys(t for module in modules for t in _tensors(module)))
+        self.is_frozen = recording.frozen.get().issuperset(map(id, self.tensors))
+        self._reads = (_address,) if self.is_frozen else (_address, _shape, _strides, _dtype)
         self._memory = self._covered()
 
     def is_complete(self) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ... import _extension
 from ...parameters import Activation, Convolution, Folded, OperandTerm
 from ...reference.training import ReferenceTraining, signs_of
-from .. import Candidate, Candidates, autotune, tf32_in_convolutions
+from .. import Candidate, Candidates, autotune
 from ..training import FoldedEnds, Replays
 from . import training_batch_norm as batch_norm
 from . import training_ends as ends
@@ -76,9 +76,11 @@ class TritonReplays:
         self.extension = extension
 
     def state(self) -> Hashable:
+        # Without calls of Python's functions, as every op comes by here, each way.
+        convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
         return (
-            autotune.generation(),
-            tf32_in_convolutions(),
+            autotune.tuner.generation,
+            convolutions.fp32_precision,
             torch.are_deterministic_algorithms_enabled(),
         )
 
