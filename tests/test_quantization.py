@@ -402,7 +402,10 @@ def test_bad_calibration_and_models_are_refused(name: str) -> None:
 def test_calibration_takes_what_a_loader_gives() -> None:
     model, x = make(), images()
     pairs = [(x[:2], torch.zeros(2)), [x[2:], torch.zeros(2)]]
-    assert torch.equal(quantize(model, iter(pairs))(x), quantize(model, [x[:2], x[2:]])(x))
+    expected = quantize(model, [x[:2], x[2:]])(x)
+    assert torch.equal(quantize(model, iter(pairs))(x), expected)
+    place = torch.empty_like(x[:2])
+    assert torch.equal(quantize(model, (place.copy_(part) for part in (x[:2], x[2:])))(x), expected)
 
 
 def test_outliers_are_clipped_by_percentile_and_error() -> None:
