@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -24,6 +25,12 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
         """Stays in eval mode, whatever is asked for."""
         super().train(False)
         return self
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (its name there)
+        """As in eval mode; torch.fx, which takes no module of ours whole, can trace it."""
+        return F.batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+        )
 
 
 _FREEZABLE = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
