@@ -354,6 +354,10 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "keep a string": (lambda: quantize(make(), [images()], keep="first"), "found 'first'"),
     "training": (lambda: quantize(make().train(), [images()]), "model.eval"),
     "another model": (lambda: quantize(nn.Sequential(), [images()]), "resnet_fused.fuse"),
+    "no classifier": (
+        lambda: quantize(resnet_fused.resnet18(features_only=True).eval(), [images()]),
+        "FeatureNetwork has no avgpool: .* and not timm's, whose weights",
+    ),
     "a pooled projection": (lambda: quantize(_pooled(), [images()]), "layer2.0.downsample"),
     "a hook": (lambda: quantize(_hooked(), [images()]), "layer1.0.bn1"),
     "channels of a normalization": (
