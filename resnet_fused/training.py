@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):
@@ -27,9 +28,18 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
         return self
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (its name there)
-        """As in eval mode; torch.fx, which takes no module of ours whole, can trace it."""
+        """As in eval mode. A graph of torch.fx calls it whole, as it does PyTorch's modules."""
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self._normalise(input)
+        elif isinstance(input, Proxy):
+            name = input.tracer.path_of_module(self)
+            return input.tracer.create_proxy("call_module", name, (input,), {})
+        else:
+            return self._normalise(input)
+
+    def _normalise(self, x: Tensor) -> Tensor:
         return F.batch_norm(
-            input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+            x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
         )
 
 

@@ -343,7 +343,11 @@ def test_a_frozen_network_is_traced() -> None:
     x = torch.randn(2, 3, 8, 8)
     extractor = create_feature_extractor(model, ["layer2.0.bn1", "fc"])
     torch.testing.assert_close(extractor(x)["fc"], model(x), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x), rtol=1e-4, atol=1e-5)
+    traced = torch.fx.symbolic_trace(model)
+    torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-5)
+    plain = torch.fx.symbolic_trace(resnet_fused.cifar.resnet(8))
+    assert [str(node) for node in traced.graph.nodes] == [str(node) for node in plain.graph.nodes]
+    assert "conv_bn" in traced.eval().code
 
 
 def test_compiles_without_a_graph_break(fused: None) -> None:
