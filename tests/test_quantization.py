@@ -334,10 +334,14 @@ def test_it_is_saved_and_copied(network: QuantizedNetwork, tmp_path: Path) -> No
     assert torch.equal(pickle.loads(pickle.dumps(network))(x), expected)
     with pytest.raises(CheckpointError, match=r"resnet_fused\.quantize"):
         QuantizedNetwork.from_state_dict(make().state_dict())
-    state = network.state_dict()
-    del state["blocks.1.0.bias"]
-    with pytest.raises(CheckpointError, match="bias"):
-        QuantizedNetwork.from_state_dict(state)
+    kept = quantize(make(), [images()], keep=["layer1.0.conv3"]).state_dict()
+    for whole, key in (
+        *((network.state_dict(), k) for k in network.state_dict() if "_extra" not in k),
+        *((kept, k) for k in kept if k.startswith("blocks.0.2.") and "_extra" not in k),
+    ):
+        state = {name: tensor for name, tensor in whole.items() if name != key}
+        with pytest.raises(CheckpointError, match=key.split(".")[-1]):
+            QuantizedNetwork.from_state_dict(state)
 
 
 BAD: dict[str, tuple[Callable[[], Any], str]] = {
