@@ -31,7 +31,8 @@ class Scorer:
     def __init__(self, arch: str, weights: str) -> None:
         self.labels = get_model_weights(arch).DEFAULT.meta["categories"]
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = getattr(resnet_fused, arch)(weights=weights).eval().to(self.device)
+        network = getattr(resnet_fused, arch)
+        self.model = network(weights=weights, num_classes=len(self.labels)).eval().to(self.device)
 
     def __call__(self, batch: Batch) -> Batch:
         """path (N), image (N, 3, H, W) float32 -> path, label, probability."""

@@ -25,8 +25,9 @@ def main() -> None:
     options = parser.parse_args()
 
     recipe = get_model_weights(options.arch).DEFAULT
-    model = getattr(resnet_fused, options.arch)(weights=options.weights).eval()
     prepare, labels = recipe.transforms(), recipe.meta["categories"]
+    network = getattr(resnet_fused, options.arch)
+    model = network(weights=options.weights, num_classes=len(labels)).eval()
 
     images = torch.stack([prepare(Image.open(path).convert("RGB")) for path in options.images])
     with torch.inference_mode():

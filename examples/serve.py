@@ -3,7 +3,8 @@
     python examples/serve.py --port 8000
     curl --data-binary @photo.jpg http://localhost:8000
 
-The answer is JSON: the five likeliest classes and their probabilities; 400 for what is no image.
+The answer is JSON: the five likeliest classes and their probabilities; 400 for what is no image,
+500 where the network failed.
 Standard library only; a copy of this file is a start. It has no authentication and no encryption.
 """
 
@@ -38,14 +39,18 @@ class Batcher(threading.Thread):
         recipe = get_model_weights(arch).DEFAULT
         self.prepare, self.labels = recipe.transforms(), recipe.meta["categories"]
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = getattr(resnet_fused, arch)(weights=weights).eval().to(self.device)
+        network = getattr(resnet_fused, arch)
+        self.model = network(weights=weights, num_classes=len(self.labels)).eval().to(self.device)
         self.largest = largest
         self.waiting: queue.Queue[tuple[Tensor, Future[Answer]]] = queue.Queue(4 * largest)
         self.start()
 
     def ask(self, body: bytes) -> Answer:
-        """The likeliest classes of an image file. Raises OSError for what is none."""
-        image = self.prepare(Image.open(io.BytesIO(body)).convert("RGB"))
+        """The likeliest classes of an image file. Raises ValueError for what is none."""
+        try:
+            image = self.prepare(Image.open(io.BytesIO(body)).convert("RGB"))
+        except Exception as error:  # a damaged file fails in many ways
+            raise ValueError(f"this is no image: {error}") from error
         answer: Future[Answer] = Future()
         self.waiting.put((image, answer))
         return answer.result()
@@ -81,8 +86,10 @@ def server(batcher: Batcher, port: int) -> ThreadingHTTPServer:
             try:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 status, answer = 200, json.dumps(batcher.ask(body))
-            except OSError as error:
+            except ValueError as error:
                 status, answer = 400, json.dumps({"error": str(error)})
+            except Exception as error:
+                status, answer = 500, json.dumps({"error": str(error)})
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.end_headers()

@@ -64,7 +64,8 @@ def main() -> None:
     recipe = get_model_weights(options.arch).DEFAULT
     labels = recipe.meta["categories"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = getattr(resnet_fused, options.arch)(weights=options.weights).eval().to(device)
+    network = getattr(resnet_fused, options.arch)
+    model = network(weights=options.weights, num_classes=len(labels)).eval().to(device)
     seen, last, start = 0, None, time.perf_counter()
     with torch.inference_mode():
         for batch in batches(frames(options.frames), recipe.transforms(), options.batch):

@@ -91,6 +91,7 @@ def load(options: argparse.Namespace) -> Classifier:
         labels = list(entry.meta["categories"])
     else:
         labels = [str(number) for number in range(classes)]
+        print("classes are numbered; --labels FILE names them", file=sys.stderr)
     dtype = getattr(torch, options.dtype)
     try:
         device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))

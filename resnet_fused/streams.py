@@ -57,8 +57,8 @@ class Throughput:
         """The network's results for the batches, in their order.
 
         It takes batches as results are asked for, and holds at most twice as many as there are
-        streams. What a forward, or the iterable, raises, it raises in that batch's turn; batches
-        that wait are then dropped.
+        streams, so each needs memory of its own until its turn. What a forward, or the iterable,
+        raises, it raises in that batch's turn; batches that wait are then dropped.
         """
         waiting: deque[Future[Any]] = deque()
         try:

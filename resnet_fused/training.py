@@ -11,7 +11,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):
@@ -24,6 +26,21 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
         """Stays in eval mode, whatever is asked for."""
         super().train(False)
         return self
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (its name there)
+        """As in eval mode. A graph of torch.fx calls it whole, as it does PyTorch's modules."""
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self._normalise(input)
+        elif isinstance(input, Proxy):
+            name = input.tracer.path_of_module(self)
+            return input.tracer.create_proxy("call_module", name, (input,), {})
+        else:
+            return self._normalise(input)
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+        )
 
 
 _FREEZABLE = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)

@@ -118,6 +118,7 @@ def test_what_is_no_image_is_named_and_the_others_are_done(folder, weights, caps
     assert cli.main(["classify", str(folder), "--arch", "resnet18", "--weights", str(weights)]) == 1
     printed = capsys.readouterr()
     assert re.search(r"broken\.jpg cannot be read as an image", printed.err)
+    assert "classes are numbered; --labels FILE names them" in printed.err
     assert len(printed.out.splitlines()) == 6
 
 

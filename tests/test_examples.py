@@ -178,8 +178,14 @@ def test_serve_answers_those_who_wait_in_one_batch(weights, images) -> None:
             time.sleep(0.01)
         hold.set()
         answers = [found.result() for found in asked]
-        with pytest.raises(urllib.error.HTTPError, match="400"):
-            ask(b"no image")
+        damaged = bytearray(paths[0].read_bytes())
+        damaged[11] = 12  # the length of its first part, which Pillow answers by a ValueError
+        for body in (b"no image", bytes(damaged)):
+            with pytest.raises(urllib.error.HTTPError, match="400"):
+                ask(body)
+        batcher.model = None
+        with pytest.raises(urllib.error.HTTPError, match="500"):
+            ask(paths[0].read_bytes())
         http.shutdown()
     assert len(sizes) == 2, sizes  # the first that came, and all who waited for it
     network, prepare = theirs(weights), RESNET18.transforms()
@@ -192,6 +198,16 @@ def test_serve_answers_those_who_wait_in_one_batch(weights, images) -> None:
         assert [found["probability"] for found in answer] == pytest.approx(
             best.values.tolist(), rel=1e-4
         )
+
+
+@pytest.mark.parametrize("name", ["classify", "video", "serve"])
+def test_weights_of_other_classes_do_not_get_imagenets_names(name, run, images, tmp_path) -> None:
+    torch.save(models.resnet18(num_classes=3).state_dict(), tmp_path / "three.pth")
+    arguments: tuple[Any, ...] = ("--arch", "resnet18", "--weights", tmp_path / "three.pth")
+    if name == "classify":
+        arguments += (images / "red/0.png",)
+    with pytest.raises(RuntimeError, match=r"size mismatch for fc\.weight"):
+        run(name, *arguments)
 
 
 class StandIn:

@@ -334,10 +334,14 @@ def test_it_is_saved_and_copied(network: QuantizedNetwork, tmp_path: Path) -> No
     assert torch.equal(pickle.loads(pickle.dumps(network))(x), expected)
     with pytest.raises(CheckpointError, match=r"resnet_fused\.quantize"):
         QuantizedNetwork.from_state_dict(make().state_dict())
-    state = network.state_dict()
-    del state["blocks.1.0.bias"]
-    with pytest.raises(CheckpointError, match="bias"):
-        QuantizedNetwork.from_state_dict(state)
+    kept = quantize(make(), [images()], keep=["layer1.0.conv3"]).state_dict()
+    for whole, key in (
+        *((network.state_dict(), k) for k in network.state_dict() if "_extra" not in k),
+        *((kept, k) for k in kept if k.startswith("blocks.0.2.") and "_extra" not in k),
+    ):
+        state = {name: tensor for name, tensor in whole.items() if name != key}
+        with pytest.raises(CheckpointError, match=key.split(".")[-1]):
+            QuantizedNetwork.from_state_dict(state)
 
 
 BAD: dict[str, tuple[Callable[[], Any], str]] = {
@@ -354,6 +358,10 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "keep a string": (lambda: quantize(make(), [images()], keep="first"), "found 'first'"),
     "training": (lambda: quantize(make().train(), [images()]), "model.eval"),
     "another model": (lambda: quantize(nn.Sequential(), [images()]), "resnet_fused.fuse"),
+    "no classifier": (
+        lambda: quantize(resnet_fused.resnet18(features_only=True).eval(), [images()]),
+        "FeatureNetwork has no avgpool: .* and not timm's, whose weights",
+    ),
     "a pooled projection": (lambda: quantize(_pooled(), [images()]), "layer2.0.downsample"),
     "a hook": (lambda: quantize(_hooked(), [images()]), "layer1.0.bn1"),
     "channels of a normalization": (
@@ -402,7 +410,10 @@ def test_bad_calibration_and_models_are_refused(name: str) -> None:
 def test_calibration_takes_what_a_loader_gives() -> None:
     model, x = make(), images()
     pairs = [(x[:2], torch.zeros(2)), [x[2:], torch.zeros(2)]]
-    assert torch.equal(quantize(model, iter(pairs))(x), quantize(model, [x[:2], x[2:]])(x))
+    expected = quantize(model, [x[:2], x[2:]])(x)
+    assert torch.equal(quantize(model, iter(pairs))(x), expected)
+    place = torch.empty_like(x[:2])
+    assert torch.equal(quantize(model, (place.copy_(part) for part in (x[:2], x[2:])))(x), expected)
 
 
 def test_outliers_are_clipped_by_percentile_and_error() -> None:

@@ -104,6 +104,13 @@ def test_features_only_takes_a_classifiers_weights() -> None:
     with torch.no_grad():
         (found,) = features(x)
         assert torch.equal(found, whole.features(x, [2])[0])
+    for given in (features.state_dict(), state):
+        again = resnet_fused.resnet18(
+            weights=given, features_only=True, out_indices=[2], num_classes=5
+        )
+        assert all(map(torch.equal, again.state_dict().values(), features.state_dict().values()))
+    with pytest.raises(RuntimeError, match=r"Missing key.*layer3"):
+        resnet_fused.resnet18(weights=features.state_dict(), features_only=True)
     with pytest.raises(ValueError, match=r"out_indices=\[2\] needs features_only=True"):
         resnet_fused.resnet18(out_indices=[2])
     with pytest.raises(ValueError, match="out_indices must be ascending"):

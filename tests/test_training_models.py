@@ -14,6 +14,7 @@ from conftest import require
 from test_training import FoldingReference
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import resnet_fused
 from resnet_fused import BasicBlock, Bottleneck, freeze_batch_norm, use_backend
@@ -335,6 +336,18 @@ def test_freezing_changes_nothing_but_the_mode() -> None:
         freeze_batch_norm(model)
     assert torch.equal(model(x), expected)
     assert type(model[0]) is nn.BatchNorm2d
+
+
+def test_a_frozen_network_is_traced() -> None:
+    model = freeze_batch_norm(randomise_statistics(resnet_fused.cifar.resnet(8))).train()
+    x = torch.randn(2, 3, 8, 8)
+    extractor = create_feature_extractor(model, ["layer2.0.bn1", "fc"])
+    torch.testing.assert_close(extractor(x)["fc"], model(x), rtol=1e-4, atol=1e-5)
+    traced = torch.fx.symbolic_trace(model)
+    torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-5)
+    plain = torch.fx.symbolic_trace(resnet_fused.cifar.resnet(8))
+    assert [str(node) for node in traced.graph.nodes] == [str(node) for node in plain.graph.nodes]
+    assert "conv_bn" in traced.eval().code
 
 
 def test_compiles_without_a_graph_break(fused: None) -> None:

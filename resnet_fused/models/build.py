@@ -36,7 +36,7 @@ def build(
             the first layer from theirs and leave the classifier random, as timm does; otherwise
             this is an error.
         features_only: return a `FeatureNetwork` of it instead, without the classifier, whose
-            forward gives a list of the results on the way.
+            forward gives a list of the results on the way. Weights need no classifier then.
         out_indices: with `features_only`, which of them (`ResidualNetwork.features`); all if None.
         **kwargs: arguments of the network's class.
 
@@ -61,10 +61,12 @@ def build(
         kwargs.setdefault("in_chans", channels)
     adapts = kwargs.pop("adapt_weights", False)
     model = network(block, layers, **kwargs)
+    whole = model.state_dict()
+    if features_only:
+        model = cast("_Network", FeatureNetwork(model, out_indices))
     if state is not None:
         if adapts and first is not None:
-            state = adapt(state, first, model.state_dict())
-        model.load_state_dict(state)
-    if features_only:
-        return cast("_Network", FeatureNetwork(model, out_indices))
+            state = adapt(state, first, whole)
+        left_out = whole.keys() - model.state_dict().keys()
+        model.load_state_dict({key: state[key] for key in state if key not in left_out})
     return model

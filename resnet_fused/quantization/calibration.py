@@ -54,7 +54,8 @@ def checked(calibration: Iterable[Any], network: FoldedNetwork) -> list[Tensor]:
                 f"calibration batch {i} has images of {images.shape[1]} channels, and the model "
                 f"takes {channels}."
             )
-        images = network.images(images.to(first.weight.device))
+        # A copy: loaders may write the next batch where this one was.
+        images = network.images(images.to(first.weight.device, copy=True))
         if not images.isfinite().all():
             raise ValueError(f"calibration batch {i} holds NaN or infinity; leave such images out.")
         varies |= bool((images != images[:, :, :1, :1]).any())

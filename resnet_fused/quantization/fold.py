@@ -47,7 +47,8 @@ def fold(
     except KeyError as error:
         raise ValueError(
             f"{type(model).__qualname__} has no {error.args[0]}: only a network of a stem, "
-            "residual blocks, average pooling and one linear layer can be quantised."
+            "residual blocks, average pooling and one linear layer can be quantised, and not "
+            "timm's, whose weights this package's networks take."
         ) from error
     like = stem[0].weight
     mean = std = None

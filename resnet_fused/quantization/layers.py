@@ -66,6 +66,11 @@ class Geometry(NamedTuple):
             return shortcut
         return shortcut[:, :, :: self.stride, :: self.stride]
 
+    def tensors(self, shortcut_scale: str) -> tuple[str, ...]:
+        """The names of a layer's tensors that only some geometries need."""
+        projected = self.projection is not None
+        return (shortcut_scale,) * self.takes_shortcut() + ("projection_weight",) * projected
+
     def encode(self) -> Tensor:
         windows = [_encode(self.conv), _encode(self.projection)]
         pool = self.pool or (0, 0, 0)
@@ -121,6 +126,10 @@ class Frozen(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         self.geometry = type(self.geometry).decode(state)
 
+    def needed(self) -> tuple[str, ...]:
+        """Those of `optional` without which this part of a quantised network is wrong."""
+        return ()
+
 
 class QuantizedConv(Frozen):
     """A convolution, its batch norm folded into it, with shortcut and ReLU: one op.
@@ -139,6 +148,9 @@ class QuantizedConv(Frozen):
     shortcut_scale: Tensor | None
     projection_weight: Tensor | None
     padding_value: Tensor | None
+
+    def needed(self) -> tuple[str, ...]:
+        return self.geometry.tensors("shortcut_scale")
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """x, quantised (N, C, H, W), and the block's input -> (N, K, P, Q), quantised."""
@@ -178,6 +190,9 @@ class HigherPrecisionConv(Frozen):
     shortcut_in_scale: Tensor | None
     projection_weight: Tensor | None
 
+    def needed(self) -> tuple[str, ...]:
+        return self.geometry.tensors("shortcut_in_scale")
+
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """As `QuantizedConv`; x may be a float32 image."""
         layer = ConvBn(Convolution(self.weight, *self.geometry.conv), self._norm(self.bias))
@@ -216,6 +231,9 @@ class Head(Frozen):
     weight: Tensor
     bias: Tensor
     multiplier: Tensor | None
+
+    def needed(self) -> tuple[str, ...]:
+        return () if self.weight.dtype == torch.float32 else ("multiplier",)
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantised (N, C, H, W) -> float32 logits (N, classes)."""
@@ -263,6 +281,9 @@ class Images(Frozen):
     std: Tensor | None
     scale: Tensor
     zero: Tensor
+
+    def needed(self) -> tuple[str, ...]:
+        return "scale", "zero"
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C, H, W): bytes, or floats normalised as the float network takes them."""

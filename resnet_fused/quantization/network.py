@@ -179,6 +179,7 @@ class QuantizedNetwork(Network):
             images = Images(parts["images"], InputKind.decode(parts["images"]["_extra_state"]))
             network = cls(images, stem, blocks, Head(parts["head"]))
             network.load_state_dict(state)
+            _check_complete(network)
         except (AttributeError, KeyError, RuntimeError, StopIteration) as error:
             raise CheckpointError(
                 f"this is no state dict of a quantised network ({type(error).__name__}: {error}); "
@@ -191,6 +192,18 @@ def _row(parts: Mapping[str, dict[str, Tensor]], place: str) -> list[dict[str, T
     """The parts `place`.0, `place`.1, and so on."""
     found = (parts.get(f"{place}.{i}") for i in itertools.count())
     return list(itertools.takewhile(lambda part: part is not None, found))  # type: ignore[arg-type]
+
+
+def _check_complete(network: QuantizedNetwork) -> None:
+    """KeyError for a tensor that not every network has, where this one has to."""
+    frozen = {name: part for name, part in network.named_modules() if isinstance(part, Frozen)}
+    needed = [(place, name) for place, part in frozen.items() for name in part.needed()]
+    images: Any = frozen["images"]
+    if isinstance(frozen["stem.0"], QuantizedConv) and images.zero is not None:
+        needed += [("stem.0", "padding_value")] * bool(images.zero.any())
+    for place, name in needed:
+        if getattr(frozen[place], name) is None:
+            raise KeyError(f"{place}.{name}")
 
 
 def _layer(tensors: Mapping[str, Tensor]) -> QuantizedConv | HigherPrecisionConv:
