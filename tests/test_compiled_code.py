@@ -174,11 +174,12 @@ for line in sys.stdin:
 def predicted(root: Path) -> Iterator[Callable[..., dict[str, Any]]]:
     """Within, what predict.py of the checkout `root` writes with some options. One process serves
     all calls, as what it compiled and read for one of them serves the next."""
-    path = f"{root / 'benchmarks'}{os.pathsep}{root}"
+    path = f"{root}{os.pathsep}{root / 'benchmarks'}"
     environment = {**os.environ, "RESNET_FUSED_TUNE": "off", "PYTHONPATH": path}
     environment.pop("TRITON_INTERPRET", None)
     with subprocess.Popen(
         [sys.executable, "-c", PREDICTING],
+        cwd=root,  # where Python looks first
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
