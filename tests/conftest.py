@@ -139,6 +139,10 @@ def half(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
+# For exact results: the types differ in conversions, which a contract's test takes of both.
+one_half = pytest.mark.parametrize("half", [torch.bfloat16], ids=["bfloat16"])
+
+
 @pytest.fixture(params=["float32-avx2", "float32-avx512", "bfloat16-avx2", "bfloat16-avx512"])
 def kernel(request: pytest.FixtureRequest) -> tuple[torch.dtype, str]:
     """A dtype, and an instruction set for which the CPU has kernels of it."""

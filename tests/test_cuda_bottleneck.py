@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from conftest import one_half
 from machine_code import cuobjdump, kernels
 from torch import Tensor
 
@@ -156,6 +157,7 @@ def rounded_truth(arguments: list[Any]) -> Tensor:
     return reference.conv_bn_projection(out, layer3, x, projection).to(half).double()
 
 
+@one_half
 @each("cases")
 def test_exact_on_integers_and_free_of_bank_conflicts(simulator, kernel, half, name):
     arguments = make_bottleneck(kernel.cases[name], generator(), half, make=make_integers)

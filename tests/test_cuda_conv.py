@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import one_half
 from machine_code import cuobjdump, kernels
 from torch import Tensor
 
@@ -258,6 +259,7 @@ def truth(*arguments: Any) -> Tensor:
     return reference.conv_bn(*cast(arguments, torch.float64))
 
 
+@one_half
 @pytest.mark.parametrize("name", TILE_CASES)
 def test_tiles_are_exact_on_integers_and_free_of_bank_conflicts(simulator, tiled, half, name):
     case = TILE_CASES[name]
@@ -282,6 +284,7 @@ IDENTITIES = [
 ]
 
 
+@one_half
 @pytest.mark.parametrize(("name", "channels", "stride"), IDENTITIES)
 def test_tiles_read_a_narrower_strided_residual(tiled, half, name, channels, stride):
     rng = generator()
@@ -328,6 +331,7 @@ def sm90(request: pytest.FixtureRequest, simulator: ModuleType) -> On:
     return On(SimulatedBackend(simulator, tile, capability=90))
 
 
+@one_half
 @pytest.mark.parametrize("name", SM90_CASES)
 def test_sm90_tiles_are_exact_on_integers(simulator, sm90, half, name):
     case = SM90_CASES[name]
@@ -342,6 +346,7 @@ def test_sm90_tiles_are_exact_on_integers(simulator, sm90, half, name):
     assert counts["matrix_loads"] == 0
 
 
+@one_half
 @pytest.mark.parametrize(
     ("name", "channels", "stride"),
     [("pointwise", 72, 2), ("3x3", 136, 1), ("persistent", 104, 3), ("few channels", 8, 2)],
@@ -387,6 +392,7 @@ def test_sm90_tells_height_from_width(sm90, half):
     assert torch.equal(sm90.conv_bn(x, layer, None, False).double(), expected)
 
 
+@one_half
 def test_sm90_projection_is_exact_on_integers(sm90, half):
     rng = generator()
     x, layer = make_integers(ConvCase(2, 40, 22, 23, 136), rng, half)
@@ -450,6 +456,7 @@ def split(request: pytest.FixtureRequest, simulator: ModuleType) -> On:
     return On(SimulatedBackend(simulator, tile, capability=90))
 
 
+@one_half
 @pytest.mark.parametrize("name", SPLIT_CASES)
 def test_split_tiles_are_exact_on_integers_and_free_of_bank_conflicts(simulator, split, half, name):
     case = SPLIT_CASES[name]
@@ -466,6 +473,7 @@ def test_split_tiles_are_exact_on_integers_and_free_of_bank_conflicts(simulator,
     assert counts["cluster_barriers"] == 2
 
 
+@one_half
 @pytest.mark.parametrize(("name", "channels", "stride"), [("pointwise", 72, 2), ("3x3", 136, 1)])
 def test_split_tiles_read_a_narrower_strided_residual(split, half, name, channels, stride):
     rng = generator()
@@ -522,6 +530,7 @@ def lines(request: pytest.FixtureRequest, simulator: ModuleType) -> On:
     return On(SimulatedBackend(simulator, tile, capability=90))
 
 
+@one_half
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("name", LINE_CASES)
 def test_line_tiles_are_exact_on_integers_and_free_of_bank_conflicts(
@@ -673,6 +682,7 @@ def test_all_candidates_of_a_convolution_agree(simulator, half, add, capability)
                 assert_contract(result, eager, expected, what=name)
 
 
+@one_half
 @pytest.mark.parametrize("capability", [80, 90])
 def test_all_candidates_of_a_projection_agree(simulator, half, capability):
     rng = generator()
@@ -691,6 +701,7 @@ def test_all_candidates_of_a_projection_agree(simulator, half, capability):
         assert torch.equal(result.double(), expected), name
 
 
+@one_half
 @pytest.mark.parametrize("capability", [80, 90])
 def test_all_candidates_of_a_stem_agree(simulator, half, capability):
     x, layer = make_integers(ConvCase(1, 3, 30, 29, 64, 7, 2, 3), generator(), half)
@@ -868,6 +879,7 @@ def on_sm90(simulator: ModuleType) -> On:
     return On(SimulatedBackend(simulator, capability=90))
 
 
+@one_half
 @pytest.mark.parametrize("layout", [NHWC, torch.contiguous_format])
 @pytest.mark.parametrize("name", WIDE_STEMS)
 def test_stem_of_sm90_is_exact_on_integers(simulator, on_sm90, half, name, layout):
@@ -919,6 +931,7 @@ def test_stem_of_sm90_pools_in_registers(simulator, on_sm90, half):
     assert counts["named_barriers"] == 2 * 3  # of a block
 
 
+@one_half
 @pytest.mark.parametrize("name", STEMS)
 def test_stem_is_exact_on_integers_and_free_of_bank_conflicts(simulator, half, name):
     x, layer = make_integers(STEMS[name], generator(), half)
@@ -1187,7 +1200,9 @@ def test_all_of_resnet50_but_the_stem_is_ours(simulator, half):
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize(
+    ("name", "half"), [("resnet18", torch.float16), ("resnet50", torch.bfloat16)], ids=str
+)
 def test_whole_networks_keep_the_contract(simulator, half, name, capability, monkeypatch):
     monkeypatch.setenv("RESNET_FUSED_HOST_SIM_CAPABILITY", str(capability))
     torch.manual_seed(0)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import test_training as blocks
 import torch
+from conftest import one_half
 from machine_code import cuobjdump
 from torch import Tensor
 
@@ -94,12 +95,6 @@ def backend(simulator: ModuleType) -> SimulatedBackend:
     return SimulatedBackend(simulator, capability=90)
 
 
-@pytest.fixture(params=[torch.bfloat16, torch.float16], ids=str)
-def half(request: pytest.FixtureRequest) -> torch.dtype:
-    dtype: torch.dtype = request.param
-    return dtype
-
-
 def values(
     shape: tuple[int, ...], dtype: torch.dtype, rng: torch.Generator, integers: bool
 ) -> Tensor:
@@ -150,6 +145,7 @@ def of_tiles(names: Iterable[str]) -> list[tuple[str, str]]:
     return found + [(name, tile) for name in LINES for tile in LINE_TILES]
 
 
+@one_half
 @pytest.mark.parametrize(("name", "tile"), of_tiles(CASES))
 def test_forward_is_exact_on_integers_and_its_moments_are_those_of_the_result(
     simulator, backend, half, name, tile
@@ -220,6 +216,7 @@ def test_moments_of_lines_keep_the_digits_of_a_small_deviation_from_a_large_mean
     assert_moments(moments, out, tile)
 
 
+@one_half
 @pytest.mark.parametrize(("name", "tile"), of_tiles(GRADIENTS))
 @pytest.mark.parametrize("ending", ["", "masks", "adds", "folded", "sums", "sums apart"])
 def test_dgrad_is_exact_on_integers(simulator, backend, half, name, tile, ending):
@@ -278,6 +275,7 @@ def test_dgrad_keeps_the_contract(backend, half, tile, name):
     assert_contract(PLAIN.merge_sums(sums), PLAIN.merge_sums(eager[1]), truth[1], noise=1.01)
 
 
+@one_half
 @pytest.mark.parametrize("tile", WGRAD_TILES)
 @pytest.mark.parametrize("name", CASES)
 def test_wgrad_is_exact_on_integers(simulator, backend, half, name, tile):
@@ -483,6 +481,7 @@ def folded_end(dtype: torch.dtype, shortcut: str) -> tuple[Folded, Tensor | Fold
     return main, added[shortcut]
 
 
+@one_half
 @pytest.mark.parametrize("shortcut", ["none", "identity", "projection"])
 @pytest.mark.parametrize("tile", SIGN_TILES)
 def test_signs_are_those_of_the_result_as_rounded(backend, half, shortcut, tile):

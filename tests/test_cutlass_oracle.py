@@ -22,6 +22,8 @@ CSRC = Path(__file__).resolve().parents[1] / "csrc"
 CUTLASS = "nvidia-cutlass==4.2.0.0"
 INCLUDE = Path("cutlass_library", "source", "include")
 
+pytestmark = pytest.mark.slow
+
 # How many of each kind the program walks through, so that none is lost unnoticed.
 CONFIGURATIONS = {
     "swizzles": 4,

@@ -80,14 +80,19 @@ def test_initialisation_is_torchvisions_bit_for_bit(name: str, arguments: dict) 
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-# A network of each kind of block at ImageNet's size; the wide and deep ones take minutes there.
+# A network of each kind of block at ImageNet's size; the wide and deep ones take minutes there, and
+# these do at any size.
 AT_224 = ("resnet18", "resnet50", "resnext50_32x4d")
+LARGE = ("resnet152", "resnext101_64x4d", "wide_resnet101_2")
 
 
 @pytest.mark.parametrize(
     ("name", "size"),
     [
-        *((name, (97, 131)) for name in FAMILY),
+        *(
+            pytest.param(name, (97, 131), marks=pytest.mark.slow if name in LARGE else ())
+            for name in FAMILY
+        ),
         *(
             pytest.param(name, (224, 224), marks=() if name in AT_224 else pytest.mark.slow)
             for name in FAMILY
@@ -103,7 +108,7 @@ def test_error_is_no_larger_than_torchvisions(name: str, size: tuple[int, int]) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
 def test_triton_interpreted(name: str, dtype: torch.dtype) -> None:
     if torch.cuda.is_available():
         pytest.skip("kernels are compiled here, not interpreted")

@@ -184,8 +184,10 @@ def test_opcheck(name: str, backend: str) -> None:
         return tensor.detach().requires_grad_(tensor.requires_grad and differentiable)
 
     tests = list(DEFAULT_TEST_UTILS)
-    if name.endswith("group_norm_add_relu") and torch.__version__ < "2.10":
-        # Whose own gradient of group norm divides symbolic sizes as nothing can.
+    # What AOTAutograd makes of an op does not depend on who computes it. PyTorch before 2.10 has a
+    # gradient of group norm that divides symbolic sizes as nothing can.
+    unable = name.endswith("group_norm_add_relu") and torch.__version__ < "2.10"
+    if backend != "reference" or unable:
         tests.remove("test_aot_dispatch_dynamic")
     with use_backend(backend):
         torch.library.opcheck(op, tree_map_only(Tensor, leaf, arguments), test_utils=tests)

@@ -255,7 +255,7 @@ def test_on_without_compiler_fails_and_says_what_to_do(source, without_nvcc):
 
 
 @needs_tools
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc in PATH")
 def test_on_builds_the_architectures_asked_for(source, plain, python, tmp_path):
     # The default's are seen where it is installed; here, that it does without what is sm_90a's.

@@ -19,7 +19,7 @@ import resnet_fused
 torchvision = pytest.importorskip("torchvision")
 
 STEPS = 12
-WALKS = 5
+WALKS = 3
 
 
 class Walk:

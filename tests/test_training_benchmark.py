@@ -66,7 +66,7 @@ def _other_rate(training_step: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.mark.parametrize(
     "fault",
-    [None, pytest.param("eps", marks=pytest.mark.thorough), "gradient", "variance", "losses"],
+    [None, pytest.param("eps", marks=pytest.mark.slow), "gradient", "variance", "losses"],
 )
 def test_gate(fault: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "GATE_STEPS", 3)

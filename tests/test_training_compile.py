@@ -57,7 +57,7 @@ OPS = ("resnet_fused.ops.block_training", "resnet_fused.ops.stem_training")
 PRODUCTS = {"conv_stats_kernel", "dgrad_kernel", "wgrad_kernel", "gram_kernel", "conv_bn_kernel"}
 
 
-# Every kernel, and the tiles that hold the most registers.
+# Every kernel, and the tiles that hold the most registers, for test_oldest_triton.py.
 TELLING = ("stem", "stage 2", "stage 2 projection", "stage 3, frozen")
 
 
@@ -70,19 +70,11 @@ WHOLE = (
 )
 
 
-@pytest.mark.parametrize(
-    ("capability", "dtype", "steps"),
-    [
-        pytest.param(90, "bfloat16", TELLING, id="sm_90-bfloat16"),
-        *(
-            pytest.param(*target, (), id=f"sm_{target[0]}-{target[1]}-all", marks=pytest.mark.slow)
-            for target in WHOLE
-        ),
-    ],
-)
-def test_training_kernels_of_resnet50(capability: int, dtype: str, steps: tuple[str, ...]) -> None:
+@pytest.mark.slow  # test_compiled_code.py compiles a step's kernels for one GPU
+@pytest.mark.parametrize(("capability", "dtype"), WHOLE)
+def test_training_kernels_of_resnet50(capability: int, dtype: str) -> None:
     """No spilled register that is not known, tensor cores in every product of 16-bit operands."""
-    kernels = compiled_kernels(__file__, capability, dtype, *steps)
+    kernels = compiled_kernels(__file__, capability, dtype)
     expected = KERNELS if DTYPES[dtype] == torch.float32 else KERNELS | FOLDED
     assert {kernel["kernel"] for kernel in kernels} == expected
     for kernel in kernels:

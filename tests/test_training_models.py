@@ -95,10 +95,13 @@ def _clear_batch(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
     ("name", "how", "dtype"),
     [
         ("resnet18", "interpreted", torch.float32),
-        pytest.param("resnet18", "interpreted", torch.float16, marks=pytest.mark.thorough),
         *(
-            pytest.param("resnet50", "interpreted", dtype, marks=pytest.mark.slow)
-            for dtype in (torch.float32, torch.float16)
+            pytest.param(name, "interpreted", dtype, marks=pytest.mark.slow)
+            for name, dtype in (
+                ("resnet18", torch.float16),
+                ("resnet50", torch.float32),
+                ("resnet50", torch.float16),
+            )
         ),
         *(
             pytest.param(name, "cuda", dtype, marks=pytest.mark.gpu)

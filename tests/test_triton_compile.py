@@ -47,9 +47,9 @@ CASES = [
         (80, "float16", ()),
         (90, "bfloat16", ()),
         (90, "tf32", pytest.mark.thorough),
-        (90, "float32", pytest.mark.thorough),
+        (90, "float32", pytest.mark.slow),
         (100, "bfloat16", pytest.mark.thorough),
-        (120, "float16", pytest.mark.thorough),
+        (120, "float16", pytest.mark.slow),
     )
 ]
 
@@ -115,10 +115,12 @@ def test_convolutions_on_blackwell(capability: int) -> None:
         (90, "int8"),
         (80, "float8"),
         *(
-            pytest.param(capability, dtype, marks=pytest.mark.thorough)
-            for capability, dtype in (
-                *((80, "int8"), (100, "int8"), (120, "int8")),
-                *((90, "float8"), (100, "float8"), (120, "float8")),
+            pytest.param(capability, dtype, marks=marks)
+            for capability, dtype, marks in (
+                (90, "float8", pytest.mark.thorough),
+                (100, "int8", pytest.mark.thorough),
+                *((of, "int8", pytest.mark.slow) for of in (80, 120)),
+                *((of, "float8", pytest.mark.slow) for of in (100, 120)),
             )
         ),
     ],

@@ -1,8 +1,10 @@
 """A process for each implementation, so that none warms or starves what another one uses.
 
-A worker starts, waits, builds its implementation, answers with the logits, then times a round
-whenever it is asked to. Between requests it sleeps in a read from its pipe. Whatever goes wrong in
-it comes back as a reason; the parent neither hangs on it nor dies with it.
+Workers are forked from a server that has loaded PyTorch once and has done nothing else: it runs no
+thread of PyTorch and has looked at no GPU. A worker starts, waits, builds its implementation,
+answers with the logits, then times a round whenever it is asked to. Between requests it sleeps in a
+read from its pipe. Whatever goes wrong in it comes back as a reason; the parent neither hangs on it
+nor dies with it.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from .measure import (
 )
 
 ANSWER_SECONDS = 1200  # max-autotune on a large batch takes minutes
+_PRELOAD = ["torchvision", __name__]  # and through these torch and resnet_fused
 # Threads of whose turn is over go on looking for work for a while, on the next one's cores: ONNX
 # Runtime's for 30 ms, libgomp's for 8 ms. In turns the next one is always the same one.
 _PAUSE_SECONDS = 0.1
@@ -171,11 +174,13 @@ class Worker:
     ) -> None:
         """seconds: for an answer. warm: with the machine's caches of compiled and tuned kernels,
         instead of empty ones."""
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOAD)
         self._folder = tempfile.TemporaryDirectory(prefix="resnet_fused_benchmark_")
         self._connection, far_end = context.Pipe()
         self._seconds = seconds
-        arguments = (kind, far_end, self._folder.name, warm)
+        # The server's environment is that of the day it was started.
+        arguments = (kind, far_end, self._folder.name, warm, dict(os.environ))
         self._process = context.Process(target=_main, args=arguments, daemon=True)
         self._process.start()
         far_end.close()
@@ -220,7 +225,14 @@ def _cause_of_death(code: int | None) -> str:
     return f"process died of {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
 
 
-def _main(kind: Callable[[], Any], connection: Connection, folder: str, warm: bool) -> None:
+def _main(
+    kind: Callable[[], Any],
+    connection: Connection,
+    folder: str,
+    warm: bool,
+    environment: dict[str, str],
+) -> None:
+    os.environ.update(environment)
     # Ctrl-C is the parent's to handle. What libraries print would tear its progress bar apart.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     log = os.open(Path(folder, "log"), os.O_WRONLY | os.O_CREAT)
