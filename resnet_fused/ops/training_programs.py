@@ -24,6 +24,7 @@ from torch import Tensor
 from .._extension import tensor_arg, types
 from ..backends import Backend, recording
 from ..backends.arguments import nhwc
+from ..backends.bounded import Bounded
 from ..backends.training import Replays
 from .dispatch import chosen_backend, use_backend
 from .modes import PLAIN, is_plain, is_transformed
@@ -31,7 +32,6 @@ from .training_layers import LayerArguments, kernels
 
 _ALIGNMENT = 256  # bytes; of tensors in arena and workspace
 _dtype = operator.attrgetter("dtype")
-_PROGRAMS = 4096  # of all ops; then they are recorded anew
 _COMPUTES_NOTHING = ("aten::empty", "aten::new_empty", "aten::set_")
 
 
@@ -179,7 +179,7 @@ def _described(tensors: Sequence[Tensor]) -> tuple[list[int], list[Hashable]]:
     return addresses, forms
 
 
-_programs: dict[Hashable, _Program | None] = {}
+_programs: Bounded[Hashable, _Program | None] = Bounded()  # of all ops
 
 
 def _may_replay(x: Tensor) -> bool:
@@ -223,8 +223,6 @@ def run(
     except KeyError:
         if recording.is_capturing(x):
             return None
-        if len(_programs) >= _PROGRAMS:
-            _programs.clear()
 
         def forward() -> list[Tensor]:
             y, saved, scale_shifts = op.forward(x, *layers, *rest)
