@@ -207,6 +207,7 @@ OTHERS = {
     "no ReLU": (X, LAYER, None, False),
     "residual": (X, LAYER, RESIDUAL, True),
     "strided residual": (X, LAYER, images(5, 16, 12, 14)[:, :, ::2, ::2], True),
+    "a residual of another type": (X, LAYER, RESIDUAL.float(), True),
     "padded residual": (X, LAYER, images(5, 8, 6, 7), True),
     "bfloat16": (X.bfloat16(), layer_of(WEIGHT.bfloat16()), None, True),
     "float32": (X.float(), layer_of(WEIGHT.float()), None, True),
