@@ -52,14 +52,14 @@ def networks() -> dict[str, Callable[[], nn.Module]]:
     return {**found, "vgg16": torchvision.models.vgg16, "vgg19": torchvision.models.vgg19}
 
 
-def rows(names: Sequence[str], batch: int, element_size: int) -> list[dict[str, Any]]:
+def rows(names: Sequence[str], batch: int) -> list[dict[str, Any]]:
     """One row a network."""
     found = []
     for name in names:
         size = 32 if name.startswith("cifar.") else 224
         with torch.device("meta"):
             model = networks()[name]().eval()
-        cost = complexity.count(model, size, batch, element_size)
+        cost = complexity.count(model, size, batch)
         found.append(
             {
                 "network": name,
@@ -107,25 +107,22 @@ def table(found: Sequence[dict[str, Any]]) -> str:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = results.parser(__doc__, "json")
     parser.add_argument("--network", nargs="+", choices=networks(), default=list(networks()))
-    positive = results.positive
-    parser.add_argument("--batch", type=positive, default=32, help="images that share weights")
-    parser.add_argument("--element-size", type=positive, default=2, help="bytes of a number")
+    parser.add_argument(
+        "--batch", type=results.positive, default=32, help="images that share weights"
+    )
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    found = rows(options.network, options.batch, options.element_size)
-    print(
-        f"One image; bytes of {options.element_size} a number, weights shared by a batch of ",
-        end="",
-    )
+    found = rows(options.network, options.batch)
+    print("One image, numbers of 2 bytes; weights shared by a batch of ", end="")
     print(f"{options.batch}.\n\n{table(found)}\n")
     for level, what in complexity.FUSION.items():
         print(f"{level}: {what}.")
     record = {
         **results.facts(None, "torch", "torchvision"),
-        "options": {"batch": options.batch, "element_size": options.element_size},
+        "options": {"batch": options.batch},
         "networks": found,
     }
     results.write(options.json, record)

@@ -143,14 +143,13 @@ class Combination:
         self.source = folder / "source"
         self.python = folder / "venv/bin/python"
 
-    def try_out(self, wheel: Path, tests: Sequence[str]) -> None:
+    def try_out(self, wheel: Path) -> None:
         """Fills in the row."""
         start = time.monotonic()
         try:
             self._install(wheel)
             self._smoke()
-            if tests:
-                self._test(tests)
+            self._test()
             self.row.outcome = "failed" if self.row.failures else "passed"
         finally:
             self.row.seconds = round(time.monotonic() - start)
@@ -185,10 +184,10 @@ class Combination:
         self.row.build, self.row.versions = json.loads(answer)
         self.row.smoke = True
 
-    def _test(self, tests: Sequence[str]) -> None:
+    def _test(self) -> None:
         report = self.folder / "tests.xml"
         report.unlink(missing_ok=True)
-        command = ("-q", "-n", "2", f"--junitxml={report}", *tests)
+        command = ("-q", "-n", "2", f"--junitxml={report}", *TESTS)
         failure = None
         try:
             run(self.python.with_name("pytest"), *command, cwd=self.source)
@@ -219,10 +218,10 @@ def _git(*arguments: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True)
 
 
-def still_holds(row: Row, tests: bool) -> bool:
-    """Whether a row of an earlier run passed, with tests if asked for, on what stands now."""
+def still_holds(row: Row) -> bool:
+    """Whether a row of an earlier run passed, with its tests, on what stands now."""
     unchanged = _git("diff", "--quiet", row.commit, "HEAD", "--", *_TESTED).returncode == 0
-    return row.outcome == "passed" and unchanged and (row.passed is not None or not tests)
+    return row.outcome == "passed" and unchanged and row.passed is not None
 
 
 def table(record: Mapping[str, Any]) -> str:
@@ -257,7 +256,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--python", nargs="+", metavar="PROGRAM", help="interpreters to use")
     parser.add_argument("--torch", nargs="+", choices=TORCHES, default=TORCHES)
-    parser.add_argument("--smoke", action="store_true", help="leave out the drop-in tests")
     parser.add_argument("--json", type=Path, default=RESULT, help="the result file (%(default)s)")
     return parser.parse_args(arguments)
 
@@ -265,7 +263,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 where all combinations that can be had pass."""
     options = parse(arguments)
-    tests = () if options.smoke else TESTS
     found = find(options.python)
     head = _git("rev-parse", "HEAD").stdout.decode().strip()
     if not head:
@@ -283,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{row.python}, torch {row.torch}: {row.outcome} {row.reason or ''}", flush=True)
 
     wanted = [(p, t) for p in (found if options.python else PYTHONS) for t in options.torch]
-    wanted = [key for key in wanted if key not in rows or not still_holds(rows[key], bool(tests))]
+    wanted = [key for key in wanted if key not in rows or not still_holds(rows[key])]
     with tempfile.TemporaryDirectory(prefix="resnet_fused_matrix_") as folder:
         run("git", "clone", "--quiet", ROOT, Path(folder, "source"), cwd=ROOT)
         for python, choice in wanted:
@@ -297,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     continue
                 others = [other for other in rows.values() if other.python != python]
                 cuda = not any(other.build.get("cuda") for other in others)
-                combination.try_out(build(found[python], python, Path(folder), cuda), tests)
+                combination.try_out(build(found[python], python, Path(folder), cuda))
             except UnavailableError as error:
                 row.reason = str(error)
             save(row)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.models import get_model_weights
 
@@ -46,13 +46,13 @@ class Batcher(threading.Thread):
         self.start()
 
     def ask(self, body: bytes) -> Answer:
-        """The likeliest classes of an image file. Raises ValueError for what is none."""
+        """The likeliest classes of an image file. UnidentifiedImageError for what is none."""
         try:
-            image = self.prepare(Image.open(io.BytesIO(body)).convert("RGB"))
-        except Exception as error:  # a damaged file fails in many ways
-            raise ValueError(f"this is no image: {error}") from error
+            image = Image.open(io.BytesIO(body)).convert("RGB")
+        except Exception as error:  # a damaged file makes Pillow raise anything, even TypeError
+            raise UnidentifiedImageError(f"this is no image: {error}") from error
         answer: Future[Answer] = Future()
-        self.waiting.put((image, answer))
+        self.waiting.put((self.prepare(image), answer))
         return answer.result()
 
     def run(self) -> None:
@@ -86,7 +86,7 @@ def server(batcher: Batcher, port: int) -> ThreadingHTTPServer:
             try:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 status, answer = 200, json.dumps(batcher.ask(body))
-            except ValueError as error:
+            except UnidentifiedImageError as error:
                 status, answer = 400, json.dumps({"error": str(error)})
             except Exception as error:
                 status, answer = 500, json.dumps({"error": str(error)})

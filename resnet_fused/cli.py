@@ -112,19 +112,28 @@ def _published(weights: str, entries: Any) -> Any:
 
 def _open(path: Path) -> Any:
     """The image in RGB, or None, and a word on stderr, for a file that cannot be read as one."""
-    from PIL import Image
-
     try:
-        image: Any = Image.open(path)
+        image = _decoded(path)
         if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):
             # Of 16 bits, which Pillow would cut off at 255.
             image = image.convert("I").point(lambda value: value * (255 / 65535))
         elif image.mode in ("I", "F"):
             raise ValueError(f"pixels of mode {image.mode} do not tell which of them is white")
         return image.convert("RGB")
-    except Exception as error:  # a damaged file fails in many ways
+    except ValueError as error:
         print(f"{path} cannot be read as an image: {error}", file=sys.stderr)
         return None
+
+
+def _decoded(path: Path) -> Any:
+    from PIL import Image
+
+    try:
+        image: Any = Image.open(path)
+        image.load()
+    except Exception as error:  # a damaged file makes Pillow raise anything, even TypeError
+        raise ValueError(error) from error
+    return image
 
 
 class _Images:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import PaddedIdentity
+from .ops.checks import check_is_module
 
 FUSION = {
     "ops": "every convolution, batch norm, ReLU, addition and pooling by itself",
@@ -175,8 +176,9 @@ def passes(model: nn.Module, batch: int, size: int, fusion: str = "block ends") 
     """What `model` does with `batch` images of `size`×`size` pixels, fused to a level of `FUSION`.
 
     model: on the meta device, in eval mode. Raises ValueError if a parameter lies on another
-    device or the level is unknown.
+    device or the level is unknown, and TypeError for what is no module.
     """
+    check_is_module(model)
     if any(parameter.device.type != "meta" for parameter in model.parameters()):
         raise ValueError("model must lie on the meta device; build it under torch.device('meta').")
     if fusion not in FUSION:
@@ -198,8 +200,10 @@ def passes(model: nn.Module, batch: int, size: int, fusion: str = "block ends") 
 def count(model: nn.Module, size: int = 224, batch: int = 1, element_size: int = 2) -> Complexity:
     """The cost of an image of `size`×`size` pixels, of `batch` that run together.
 
-    element_size: bytes of an activation and of a weight (2: float16 or bfloat16).
+    element_size: bytes of an activation and of a weight (2: float16 or bfloat16). Raises TypeError
+    for what is no module.
     """
+    check_is_module(model)
     model = copy.deepcopy(model).to("meta").eval()
     calls = _calls(model, 1, size)
     levels = {level: passes(model, batch, size, level) for level in FUSION}

@@ -31,6 +31,7 @@ from torch.fx import Proxy
 from . import fusion, plan, sequence, traced
 from .blocks import ResidualBlock
 from .models.network import ResidualNetwork
+from .ops.checks import check_is_module
 from .ops.conv_bn import conv_bn
 from .ops.squeeze_excite import squeeze_excite
 from .parameters import Gate
@@ -600,8 +601,9 @@ def fuse(model: nn.Module) -> Report:
     model: any module, of any device, dtype and mode. Fuse it before wrappers that change a
         module's class or compile it (`fully_shard`, `torch.jit.script`).
 
-    Returns a report to print. `unfuse` undoes all of it.
+    Returns a report to print. `unfuse` undoes all of it. Raises TypeError for what is no module.
     """
+    check_is_module(model)
     report = Report()
     names = {module: name for name, module in model.named_modules()}
     containers: set[nn.Module] = set()
@@ -638,8 +640,10 @@ def fuse(model: nn.Module) -> Report:
 def unfuse(model: nn.Module) -> None:
     """Gives every module of `model` the class back that it had before `fuse`.
 
-    Raises ValueError where something has made another class of a fused one since (`fully_shard`).
+    Raises ValueError where something has made another class of a fused one since (`fully_shard`),
+    and TypeError for what is no module.
     """
+    check_is_module(model)
     for module in model.modules():
         _unfuse(module)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .blocks import ResidualBlock
 from .models.network import ResidualNetwork
+from .ops.checks import check_is_module
 
 
 @contextlib.contextmanager
@@ -32,10 +33,11 @@ def record_responses(
         measure: what to keep of a response (N, K, P, Q); it may not keep the tensor itself, which
             is overwritten, so the default copies it. Runs without gradients.
 
-    Raises ValueError for a model without blocks of this package.
+    Raises ValueError for a model without blocks of this package, TypeError for what is no module.
 
     Yields a dict from the convolution's name to a list, in the order in which layers run.
     """
+    check_is_module(model)
     found: dict[str, list[Any]] = {}
     names = {module: name for name, module in model.named_modules()}
 

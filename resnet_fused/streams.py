@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .ops.checks import check_is_module
+
 
 class Throughput:
     """What `resnet_fused.throughput` makes: threads of one core each, which share a network.
@@ -121,8 +123,7 @@ def throughput(model: nn.Module, streams: int | None = None) -> Throughput:
     Raises TypeError for what is no module, and ValueError for one in training mode or on another
     device, and for less than one stream.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a module, found {type(model).__qualname__}.")
+    check_is_module(model)
     if any(module.training for module in model.modules()):
         raise ValueError("the model is in training mode; call model.eval() first.")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from .ops.checks import check_is_module
+
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):
     """Batch norm with fixed statistics in training mode too; keys are those of `nn.BatchNorm2d`.
@@ -54,8 +56,9 @@ def freeze_batch_norm(model: nn.Module) -> nn.Module:
     parameters, buffers, `state_dict` keys and hooks are what they were.
 
     Raises ValueError, with nothing frozen, for a layer without running statistics and for one of a
-    class derived from those, which may compute more.
+    class derived from those, which may compute more; TypeError for what is no module.
     """
+    check_is_module(model)
     found: list[nn.Module] = []
     for name, module in model.named_modules():
         if not isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
@@ -88,8 +91,10 @@ def kept_activation_bytes(model: nn.Module, x: Tensor) -> KeptBytes:
     """What one forward of `model` on `x` keeps for its backward.
 
     Every storage counts once, where it is kept first; parameters and buffers do not count, the
-    input does. Layers are the outermost modules of several others, such as residual blocks.
+    input does. Layers are the outermost modules of several others, such as residual blocks. Raises
+    TypeError for what is no module.
     """
+    check_is_module(model)
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, Any] = {}  # holds the storages, so that none is freed and its place reused
     layers: dict[str, int] = {}

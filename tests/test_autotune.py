@@ -24,6 +24,7 @@ from resnet_fused.backends import Candidate, autotune
 from resnet_fused.backends.autotune import BUDGET_SECONDS, Tuner, batch_bucket, describe, signature
 from resnet_fused.backends.autotune import measure as measure_module
 from resnet_fused.backends.autotune.cache import FILE, Times, TuningCache
+from resnet_fused.backends.bounded import Bounded
 from resnet_fused.backends.reference import ReferenceBackend
 from resnet_fused.parameters import BatchNorm, ConvBn, Convolution
 from resnet_fused.reference import ops as reference
@@ -206,6 +207,7 @@ OTHERS = {
     "no ReLU": (X, LAYER, None, False),
     "residual": (X, LAYER, RESIDUAL, True),
     "strided residual": (X, LAYER, images(5, 16, 12, 14)[:, :, ::2, ::2], True),
+    "a residual of another type": (X, LAYER, RESIDUAL.float(), True),
     "padded residual": (X, LAYER, images(5, 8, 6, 7), True),
     "bfloat16": (X.bfloat16(), layer_of(WEIGHT.bfloat16()), None, True),
     "float32": (X.float(), layer_of(WEIGHT.float()), None, True),
@@ -359,6 +361,18 @@ def test_calls_that_choose_among_others_are_told_apart() -> None:
     for among in ("ours", "theirs", "ours"):
         found = tuner.choose("op", (x,), lambda: [Candidate(among, abs)], abs, among=among)  # noqa: B023
         assert found.name == among
+
+
+def test_sizes_that_never_repeat_take_bounded_memory() -> None:
+    machine = Machine(small=2.0, large=1.0)
+    tuner, x = machine.tuner(), torch.ones(1, 1)
+    assert isinstance(tuner._chosen, Bounded)
+    tuner._chosen = Bounded(limit=3)
+    with tuner.ahead():
+        for size in (1, 2, 3, 4, 5, 1):
+            assert machine.choose(tuner, x.expand(1, size)) == "large"
+            assert len(tuner._chosen) <= 3
+    assert machine.measured == ["small", "large"] * 5  # the first one was forgotten and is known
 
 
 @pytest.mark.parametrize("reason", ["off", "deterministic", "the CPU"])

@@ -202,6 +202,13 @@ def test_sixteen_bits_are_read_as_shades(tmp_path, capsys) -> None:
         assert f"pixels of mode {mode} do not tell" in capsys.readouterr().err
 
 
+def test_what_is_wrong_with_the_program_is_no_fault_of_the_image(tmp_path, monkeypatch) -> None:
+    Image.new("RGB", (9, 9)).save(tmp_path / "good.png")
+    monkeypatch.setattr(Image.Image, "convert", lambda image: image)
+    with pytest.raises(TypeError, match="takes 1 positional argument"):
+        cli._open(tmp_path / "good.png")
+
+
 def test_offline_the_download_says_what_to_do(folder, tmp_path, monkeypatch) -> None:
     """Without a network, the address and `--weights FILE` are named."""
 

@@ -183,9 +183,13 @@ def test_serve_answers_those_who_wait_in_one_batch(weights, images) -> None:
         for body in (b"no image", bytes(damaged)):
             with pytest.raises(urllib.error.HTTPError, match="400"):
                 ask(body)
-        batcher.model = None
-        with pytest.raises(urllib.error.HTTPError, match="500"):
-            ask(paths[0].read_bytes())
+        for part in ("model", "prepare"):
+            kept = getattr(batcher, part)
+            for fault in (None, lambda x: int("no number")):
+                setattr(batcher, part, fault)
+                with pytest.raises(urllib.error.HTTPError, match="500"):
+                    ask(paths[0].read_bytes())
+            setattr(batcher, part, kept)
         http.shutdown()
     assert len(sizes) == 2, sizes  # the first that came, and all who waited for it
     network, prepare = theirs(weights), RESNET18.transforms()

@@ -111,7 +111,7 @@ def test_rows_are_written_as_they_come_and_not_made_again(
     tried: list[str] = []
     fails = {"default"}
 
-    def try_out(combination: matrix.Combination, wheel: Path, tests: object) -> None:
+    def try_out(combination: matrix.Combination, wheel: Path) -> None:
         tried.append(combination.row.torch)
         if combination.row.torch == "newest" and fails:
             raise KeyboardInterrupt
@@ -136,8 +136,8 @@ def test_rows_are_written_as_they_come_and_not_made_again(
 
     monkeypatch.setattr(matrix, "_TESTED", ("no such file, so nothing has changed",))
     held = [matrix.Row(**r) for r in json.loads(result.read_text())["rows"]]
-    assert all(matrix.still_holds(row, tests=True) for row in held)
+    assert all(matrix.still_holds(row) for row in held)
     held[0].passed = None
-    assert not matrix.still_holds(held[0], tests=True)
+    assert not matrix.still_holds(held[0])
     held[1].commit = "0" * 40
-    assert not matrix.still_holds(held[1], tests=True)
+    assert not matrix.still_holds(held[1])

@@ -398,3 +398,34 @@ def test_importing_loads_no_backend_and_asks_for_no_gpu(tmp_path: Path) -> None:
         "'resnet_fused.backends.cuda'))]; assert not found, found"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def _record(model: object) -> None:
+    with resnet_fused.record_responses(model):
+        pass
+
+
+IMAGE = torch.zeros(1, 3, 32, 32)
+OF_A_MODEL = {
+    "fuse": resnet_fused.fuse,
+    "unfuse": resnet_fused.unfuse,
+    "freeze": resnet_fused.freeze,
+    "freeze_batch_norm": resnet_fused.freeze_batch_norm,
+    "kept_activation_bytes": lambda model: resnet_fused.kept_activation_bytes(model, IMAGE),
+    "record_responses": _record,
+    "throughput": resnet_fused.throughput,
+    "graphed": lambda model: resnet_fused.graphed(model, IMAGE),
+    "graphed_step": lambda model: resnet_fused.graphed_step(model, None, None, IMAGE, IMAGE),
+    "passes": lambda model: resnet_fused.complexity.passes(model, 1, 32),
+    "count": resnet_fused.complexity.count,
+    "export_onnx": lambda model: resnet_fused.quantization.export_onnx(model, "model.onnx"),
+    "use_backend": use_backend,
+}
+
+
+@pytest.mark.parametrize("name", OF_A_MODEL)
+@pytest.mark.parametrize("found", [50, nn.ReLU], ids=["number", "class"])
+def test_what_is_no_module_is_named(name: str, found: object) -> None:
+    named = rf"(model|network|backend) must be .*, found {type(found).__name__}"
+    with pytest.raises(TypeError, match=named):
+        OF_A_MODEL[name](found)

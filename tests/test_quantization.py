@@ -351,7 +351,17 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "no tensor": (lambda: quantize(make(), [[["x"]]]), "found list"),
     "NaN": (lambda: quantize(make(), [images(), images() / 0 * 0]), "batch 1 holds NaN"),
     "constants": (lambda: quantize(make(), [torch.ones(2, 3, 32, 32)]), "image is constant"),
-    "weights": (lambda: quantize(_with_nan(), [images()]), "layer1.0.conv1 gives NaN"),
+    "weights": (lambda: quantize(_with("layer1.0.conv1.weight"), [images()]), "conv1 gives NaN"),
+    "a classifier": (lambda: quantize(_with("fc.weight"), [images()]), "^fc, with"),
+    "a classifier, in e4m3": (
+        lambda: quantize(_with("fc.weight"), [images()], torch.float8_e4m3fn),
+        "^fc, with",
+    ),
+    "behind a ReLU": (
+        lambda: quantize(_with("layer1.0.bn1.bias", -torch.inf), [images()]),
+        "^layer1.0.conv1, with",
+    ),
+    "fine-tuned": (lambda: convert(_fine_tuned_to_nan()), "^conv1, with"),
     "dtype": (lambda: quantize(make(), [images()], torch.int16), "found torch.int16"),
     "method": (lambda: quantize(make(), [images()], method="max"), "range, percentile, mse"),
     "keep": (lambda: quantize(make(), [images()], keep=["conv9"]), "found conv9; there are conv1"),
@@ -384,10 +394,16 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
 }
 
 
-def _with_nan() -> nn.Module:
+def _with(name: str, value: float = torch.nan) -> nn.Module:
     model = make()
-    model.layer1[0].conv1.weight.data[0] = float("nan")
+    model.get_parameter(name).data[0] = value
     return model
+
+
+def _fine_tuned_to_nan() -> nn.Module:
+    network = prepare_qat(make(), [images()])
+    network.stem[0].weight.data[0] = torch.nan
+    return network
 
 
 def _pooled() -> nn.Module:

@@ -279,11 +279,11 @@ def test_images_equal_the_reference(
 
 def test_images_are_rounded_as_by_hand() -> None:
     """Halves to even, behind a division and an addition in float32 each; the ends."""
-    x = torch.tensor([0.5, 1.5, 2.5, -1000.0, 1000.0]).view(1, 1, 1, 5)
+    x = torch.tensor([0.5, 1.5, 2.5, -1000.0, 1000.0, torch.nan]).view(1, 1, 1, 6)
     one, ten = torch.ones(1), torch.full((1,), 10.0)
     whole, thirds = ImageQuantization(one, ten), ImageQuantization(ten / 3, ten)
-    assert ops.quantized_images(x, whole).flatten().tolist() == [10, 12, 12, 0, 255]
-    assert ops.quantized_images(x, thirds).flatten().tolist() == [10, 10, 11, 0, 255]
+    assert ops.quantized_images(x, whole).flatten().tolist() == [10, 12, 12, 0, 255, 0]
+    assert ops.quantized_images(x, thirds).flatten().tolist() == [10, 10, 11, 0, 255, 0]
     levels = torch.tensor([0, 100, 101], dtype=torch.uint8).view(1, 1, 1, 3)
     mean, std = 100 * one, 2 * one
     of_bytes = ImageQuantization(one, 0 * one, mean, std)
@@ -292,7 +292,7 @@ def test_images_are_rounded_as_by_hand() -> None:
     with pytest.raises(ValueError, match="mean and std go with images of bytes"):
         ops.quantized_images(levels, whole)
     with pytest.raises(ValueError, match=r"scale must have shape \(2,\)"):
-        ops.quantized_images(x.expand(1, 2, 1, 5), whole)
+        ops.quantized_images(x.expand(1, 2, 1, 6), whole)
     with pytest.raises(TypeError, match=r"found torch\.int32"):
         ops.quantized_images(x.int(), whole)
     with pytest.raises(TypeError, match="dtype must be uint8 or float8_e4m3fn"):

@@ -11,6 +11,7 @@ import torch
 from code_budgets import most_spilled
 
 from resnet_fused.ops.training_layers import flatten
+from resnet_fused.ops.training_op import Kept, Wanted
 from resnet_fused.parameters import Layer
 from resnet_fused.testing.ahead_of_time import (
     DTYPES,
@@ -98,23 +99,10 @@ def _steps(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     def stem() -> None:
         x = meta(BATCH, 3, 224, 224, dtype=dtype)
         layers = flatten([_layer(64, 3, 7, 2, False)])
-        y, pre_bn, argmax, scale_shift = stem_training._forward(x, *layers, 3, 2, 1, "")
-        stem_training._backward(
-            y,
-            x,
-            pre_bn,
-            argmax,
-            scale_shift,
-            layers.weights[0],
-            layers.windows,
-            False,
-            3,
-            2,
-            1,
-            "",
-            False,
-            True,
-        )
+        settings = (3, 2, 1, "")
+        y, *kept = stem_training._forward(x, layers, *settings)
+        results = Kept(y, x, y, layers.weights, *kept, layers.windows, layers.frozen)
+        stem_training._backward(results, Wanted(False, [True], [True]), *settings)
 
     def block(
         width: int, c: int, size: int, stride: int, frozen: bool, padded: bool = False
@@ -132,24 +120,10 @@ def _steps(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
             layers.append(_layer(4 * width, c, 1, stride, frozen))
             shortcut = "projection"
         flat = flatten(layers)
-        y, kept, scale_shift = block_training._forward(x, *flat, shortcut, stride, "")
-        needs = [True] * len(layers)
-        block_training._backward(
-            y,
-            x,
-            y,
-            flat.weights,
-            kept,
-            scale_shift,
-            flat.windows,
-            flat.frozen,
-            shortcut,
-            stride,
-            "",
-            True,
-            needs,
-            needs,
-        )
+        settings, needs = (shortcut, stride, ""), [True] * len(layers)
+        y, *kept = block_training._forward(x, flat, *settings)
+        results = Kept(y, x, y, flat.weights, *kept, flat.windows, flat.frozen)
+        block_training._backward(results, Wanted(True, needs, needs), *settings)
 
     yield "stem", stem
     yield "stage 1 projection", lambda: block(64, 64, 56, 1, False)

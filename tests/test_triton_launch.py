@@ -21,6 +21,7 @@ pytest.importorskip("triton")
 from resnet_fused import backends
 from resnet_fused.backends import autotune, recording
 from resnet_fused.backends.autotune.verify import Check
+from resnet_fused.backends.triton import launching
 from resnet_fused.backends.triton.launching import Config, Launch
 from resnet_fused.parameters import Activation, BatchNorm, Convolution, Folded
 from resnet_fused.reference import quantized as reference
@@ -112,6 +113,15 @@ def _assert_exact(op: str, *arguments: Any) -> None:
     found = getattr(backends.get("triton"), op)(*arguments)[0].launch(*arguments)
     right = getattr(reference, op)(*arguments)
     torch.testing.assert_close(found.float(), right.float(), rtol=0, atol=0)
+
+
+def test_plans_of_sizes_that_never_repeat_take_bounded_memory() -> None:
+    plans = launching._plans
+    plan = launching.planned(lambda size: f"for {size}")
+    for size in (*range(5000), 0):
+        assert plan(size) == f"for {size}"
+    assert len(plans) < 5000
+    plans.clear()
 
 
 def test_what_a_captured_graph_computes_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 
 from torch import Tensor
 
+from resnet_fused._extension import TensorArg
 from resnet_fused.testing import machine_code
 from resnet_fused.testing.machine_code import LANES, Code, Loop, Tally, tally
 
@@ -34,10 +35,14 @@ L2_PORT_BYTES = 64  # a cycle, of an SM, what it asked for and what others have 
 _LOAD_STORE_BYTES = 128  # a cycle; narrower accesses of a warp take a cycle as well
 
 
-def bytes_of(*tensors: Any) -> int:
-    """Of tensors, or of their descriptions; None has none."""
-    found = [t if isinstance(t, Tensor) else t[-1] for t in tensors if t is not None]
-    return sum(t.numel() * t.element_size() for t in found)
+def bytes_of(*tensors: Tensor | TensorArg | None) -> int:
+    """Of tensors, or of what the extension takes for them; None has none."""
+    total = 0
+    for found in tensors:
+        if isinstance(found, tuple):
+            _address, _type, _sizes, _strides, found = found
+        total += 0 if found is None else found.numel() * found.element_size()
+    return total
 
 
 @dataclass(frozen=True)

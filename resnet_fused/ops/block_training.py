@@ -30,17 +30,15 @@ from . import training_programs
 from .checks import check_activation
 from .registry import autocast_dtype, empty_result
 from .training_layers import (
-    LAYERS_SCHEMA,
     LayerArguments,
     check_layer,
     convolutions,
-    define,
-    differentiate,
     flatten,
     kernels,
     layer_backward_coefficients,
     layer_scale_shift,
 )
+from .training_op import Gradients, Kept, Results, TrainingOp, Wanted, empty_gradients
 
 # "padded" is the identity at every shortcut_stride-th position, zero in the channels it lacks.
 _SHORTCUTS = ("none", "identity", "padded", "projection")
@@ -119,9 +117,9 @@ def _shapes(
     return shapes
 
 
-def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    layers = LayerArguments(*arguments[:-3])
-    shortcut, stride, sync_group = arguments[-3:]
+def _forward(
+    x: Tensor, layers: LayerArguments, shortcut: str, stride: int, sync_group: str
+) -> Results:
     _shapes(x, layers, shortcut, stride, sync_group)
     pieces = kernels(x)
     convs = convolutions(layers.weights, layers.windows)
@@ -161,9 +159,9 @@ def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor], list[Ten
     return y, saved, scale_shifts
 
 
-def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    layers = LayerArguments(*arguments[:-3])
-    shortcut, stride, sync_group = arguments[-3:]
+def _fake_forward(
+    x: Tensor, layers: LayerArguments, shortcut: str, stride: int, sync_group: str
+) -> Results:
     shapes = _shapes(x, layers, shortcut, stride, sync_group)
     convs = convolutions(layers.weights, layers.windows)
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -222,28 +220,14 @@ class _Needs(NamedTuple):
         return self.affine[i] or self.pre_bn(i)
 
 
-def _backward(
-    grad: Tensor,
-    x: Tensor,
-    y: Tensor,
-    weights: list[Tensor],
-    saved: list[Tensor],
-    scale_shifts: list[Tensor],
-    windows: list[int],
-    frozen: list[bool],
-    shortcut: str,
-    stride: int,
-    sync_group: str,
-    needs_x: bool,
-    needs_weights: list[bool],
-    needs_affine: list[bool],
-) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+def _backward(kept: Kept, wanted: Wanted, shortcut: str, stride: int, sync_group: str) -> Gradients:
+    grad, x, y, weights, saved, scale_shifts, windows, frozen = kept
     pieces = kernels(x)
     convs = convolutions(weights, windows)
     count = _main_layers(convs, shortcut)
-    needs = _Needs(needs_x, needs_weights, needs_affine, count)
+    needs = _Needs(*wanted, count)
     folded = _folded(pieces, x, convs, shortcut)
-    kept = iter(saved)
+    stored = iter(saved)
     activations: list[Activation | None] = []
     operands: dict[int, Tensor] = {}
 
@@ -262,10 +246,10 @@ def _backward(
     ):
         if folded is not None and i >= count - 1:
             if not frozen[i]:
-                products[i] = next(kept)
+                products[i] = next(stored)
             activations.append(None)
             continue
-        pre_bn = next(kept) if keep else None
+        pre_bn = next(stored) if keep else None
         # Of a layer before the end the next one takes its operand from it.
         if pre_bn is None and (
             i < count - 1 or needs.affine[i] or (needs.pre_bn(i) and not frozen[i])
@@ -301,7 +285,7 @@ def _backward(
     branches = {i: activation for i in ends if (activation := activations[i]) is not None}
     sums: dict[int, Tensor] = {}
     if folded is not None:
-        g, g_sums = folded.relu_gradient_sum(grad, y, next(kept) if folded.signs else None)
+        g, g_sums = folded.relu_gradient_sum(grad, y, next(stored) if folded.signs else None)
     else:
         g, found = pieces.relu_gradient(grad, y, list(branches.values()))
         sums = dict(zip(branches, found, strict=True))
@@ -311,12 +295,12 @@ def _backward(
         needs it."""
         if folded is None or i < count - 1:
             gradient = pre_bn_gradient(i, g, sums)
-            if gradient is not None and needs_weights[i]:
+            if gradient is not None and needs.weights[i]:
                 weight_grads[i] = pieces.wgrad(gradient, operand(i), convs[i])
                 operands.pop(i, None)
             return None if gradient is None else _Gradient(gradient, convs[i])
         end, own = Folded(operand(i), convs[i], scale_shifts[i]), None
-        if needs_weights[i] or needs.affine[i] or not frozen[i]:
+        if needs.weights[i] or needs.affine[i] or not frozen[i]:
             like = torch.empty_like(convs[i].weight, dtype=scale_shifts[i].dtype)
             own = pieces.wgrad(g, end.x, convs[i]._replace(weight=like))
             total = folded.folded_sums(g_sums, own, end)
@@ -330,7 +314,7 @@ def _backward(
         weight_grad, scaled, term = folded.folded_gradients(
             own, products.get(i), total, coefficients, end, frozen[i]
         )
-        if weight_grad is not None and needs_weights[i]:
+        if weight_grad is not None and needs.weights[i]:
             weight_grads[i] = weight_grad
         operands.pop(i, None)
         return _Gradient(g, scaled, term)
@@ -350,7 +334,7 @@ def _backward(
     # The projection first, as autograd goes through modules: ranks that run those gather alike.
     if count in ends:
         projected = to_convolve(count, g, sums.get(count))
-        if projected is not None and needs_x:
+        if projected is not None and needs.x:
             shape, apart = x.shape, convs[count].stride
             if folded is not None and apart == (apart[0],) * 2 and apart[0] > 1:
                 # Of the positions that it reads alone: the others would be zeros, written and read.
@@ -374,117 +358,19 @@ def _backward(
     return x_grad, weight_grads, gammas, betas
 
 
-def _fake_backward(
-    grad: Tensor,
-    x: Tensor,
-    y: Tensor,
-    weights: list[Tensor],
-    saved: list[Tensor],
-    scale_shifts: list[Tensor],
-    windows: list[int],
-    frozen: list[bool],
-    shortcut: str,
-    stride: int,
-    sync_group: str,
-    needs_x: bool,
-    needs_weights: list[bool],
-    needs_affine: list[bool],
-) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    needs = _Needs(needs_x, needs_weights, needs_affine, _main_layers(weights, shortcut))
-
-    def vectors() -> list[Tensor]:
-        return [
-            scale_shift.new_empty(scale_shift.shape[1]) if needs.layer(i) else x.new_empty(0)
-            for i, scale_shift in enumerate(scale_shifts)
-        ]
-
-    return (
-        empty_result(x, x.shape) if needs_x else x.new_empty(0),
-        [
-            empty_result(weight, weight.shape) if needed else x.new_empty(0)
-            for weight, needed in zip(weights, needs_weights, strict=True)
-        ],
-        vectors(),
-        vectors(),
-    )
+def _fake_backward(kept: Kept, wanted: Wanted, shortcut: str, *_: Any) -> Gradients:
+    needs = _Needs(*wanted, _main_layers(kept.weights, shortcut))
+    return empty_gradients(kept, wanted, [needs.layer(i) for i in range(len(kept.weights))])
 
 
-_op = define(
+_op = TrainingOp(
     "residual_block_training",
-    f"(Tensor x, {LAYERS_SCHEMA}, str shortcut, int shortcut_stride, str sync_group) "
-    "-> (Tensor, Tensor[], Tensor[])",
+    "str shortcut, int shortcut_stride, str sync_group",
     _forward,
     _fake_forward,
-)
-_backward_op = define(
-    "residual_block_training_backward",
-    "(Tensor grad, Tensor x, Tensor y, Tensor[] weights, Tensor[] saved, Tensor[] scale_shift, "
-    "int[] windows, bool[] frozen, str shortcut, int shortcut_stride, str sync_group, "
-    "bool needs_x, bool[] needs_weights, bool[] needs_affine) "
-    "-> (Tensor, Tensor[], Tensor[], Tensor[])",
     _backward,
     _fake_backward,
 )
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, *arguments = inputs
-    layers = LayerArguments(*arguments[:-3])
-    y, saved, scale_shift = output
-    ctx.mark_non_differentiable(*saved, *scale_shift)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, y, *layers.weights, *saved, *scale_shift)
-    ctx.sizes = len(layers.weights), len(saved)
-    ctx.rest = layers.windows, layers.frozen, *arguments[-3:]
-    ctx.dtypes = [[v.dtype for v in vs] for vs in (layers.bn_weights, layers.bn_biases)]
-    ctx.frozen_layers = len(layers.frozen_means)
-
-
-def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    count, outputs = ctx.sizes
-    if grad is None:
-        return (
-            None,
-            *([None] * n for n in (*(count,) * 3, *(ctx.frozen_layers,) * 2)),
-            *(None,) * 6,
-        )
-    x, y, *saved = ctx.saved_tensors
-    needs_x, needs_weights, needs_gammas, needs_betas = ctx.needs_input_grad[:4]
-    x_grad, weights, gammas, betas = _backward_op(
-        grad,
-        x,
-        y,
-        saved[:count],
-        saved[count : count + outputs],
-        saved[count + outputs :],
-        *ctx.rest,
-        needs_x,
-        list(needs_weights),
-        [a or b for a, b in zip(needs_gammas, needs_betas, strict=True)],
-    )
-
-    def wanted(grads: list[Tensor], needed: list[bool]) -> list[Tensor | None]:
-        return [g if n else None for g, n in zip(grads, needed, strict=True)]
-
-    gammas, betas = (
-        [g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True)]
-        for grads, dtypes in zip((gammas, betas), ctx.dtypes, strict=True)
-    )
-    nothing = [None] * ctx.frozen_layers
-    return (
-        x_grad if needs_x else None,
-        wanted(weights, needs_weights),
-        wanted(gammas, needs_gammas),
-        wanted(betas, needs_betas),
-        nothing,
-        list(nothing),
-        *(None,) * 6,
-    )
-
-
-_PROGRAMMED = training_programs.ProgrammedOp(_forward, _backward, _backward_op)
-
-differentiate("residual_block_training", _save, _differentiate, "residual_block_training_backward")
 
 
 def residual_block_training(
@@ -521,10 +407,4 @@ def residual_block_training(
     if projection is not None:
         layers, shortcut = (*layers, projection), "projection"
     x = x.to(autocast_dtype(x)) if isinstance(x, Tensor) and x.is_floating_point() else x
-    arguments = flatten(layers)
-    rest = (shortcut, padded_stride or 1, sync_group)
-    replayed = training_programs.run(_PROGRAMMED, x, arguments, rest)
-    if replayed is not None:
-        return replayed
-    y, _, scale_shift = _op(x, *arguments, *rest)
-    return y, scale_shift
+    return training_programs.run(_op, x, flatten(layers), shortcut, padded_stride or 1, sync_group)

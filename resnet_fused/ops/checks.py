@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..parameters import (
     BatchNorm,
@@ -26,6 +26,12 @@ def check_is_tensor(x: object) -> None:
             "input must be a torch.Tensor of shape (N, C, H, W), found "
             f"{kind.__module__}.{kind.__qualname__}; convert it, for example with torch.as_tensor."
         )
+
+
+def check_is_module(model: object) -> None:
+    """What functions of a model take."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module, found {type(model).__qualname__}.")
 
 
 def check_activation(name: str, x: Tensor) -> None:

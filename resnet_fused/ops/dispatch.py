@@ -28,13 +28,20 @@ class use_backend:  # noqa: N801  (reads as the function it is used as)
     Like `torch.no_grad`, the choice holds for the thread (and the `contextvars` context) that makes
     it; a backward pass runs on the backend of its forward.
 
-    Raises ValueError for an unknown name and BackendUnavailableError, with the reason and the fix,
-    for a backend that this machine or build does not have.
+    Raises ValueError for an unknown name, TypeError for what is no backend, and
+    BackendUnavailableError, with the reason and the fix, for a backend that this machine or build
+    does not have.
     """
 
     def __init__(self, backend: str | Backend | None) -> None:
+        if isinstance(backend, str):
+            backend = backends.get(backend)
+        elif backend is not None and not hasattr(backend, "conv_bn"):
+            raise TypeError(
+                f"backend must be a name, a backend or None, found {type(backend).__qualname__}."
+            )
         self._previous = chosen_backend()
-        _chosen.set(backends.get(backend) if isinstance(backend, str) else backend)
+        _chosen.set(backend)
 
     def __enter__(self) -> None:
         return None

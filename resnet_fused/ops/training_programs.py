@@ -24,30 +24,16 @@ from torch import Tensor
 from .._extension import tensor_arg, types
 from ..backends import Backend, recording
 from ..backends.arguments import nhwc
+from ..backends.bounded import Bounded
 from ..backends.training import Replays
 from .dispatch import chosen_backend, use_backend
 from .modes import PLAIN, is_plain, is_transformed
 from .training_layers import LayerArguments, kernels
+from .training_op import Gradients, Kept, TrainingOp, Wanted
 
 _ALIGNMENT = 256  # bytes; of tensors in arena and workspace
 _dtype = operator.attrgetter("dtype")
-_PROGRAMS = 4096  # of all ops; then they are recorded anew
 _COMPUTES_NOTHING = ("aten::empty", "aten::new_empty", "aten::set_")
-
-
-class ProgrammedOp(NamedTuple):
-    """An op of layers, in a form that all training ops share.
-
-    forward: (x, *LayerArguments, *rest) -> result, tensors saved for backward, `scale_shift` of
-        each layer.
-    backward: (grad, x, y, weights, saved, scale_shifts, layers' windows, frozen, *rest, needs_x,
-        needs_weights, needs_affine) -> gradients of x, and of each layer's weight, gamma and beta.
-    registered_backward: the same through PyTorch's dispatcher, which has no second derivative.
-    """
-
-    forward: Callable[..., tuple[Tensor, list[Tensor], list[Tensor]]]
-    backward: Callable[..., tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]]
-    registered_backward: Callable[..., tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]]
 
 
 class _Form(NamedTuple):
@@ -179,7 +165,7 @@ def _described(tensors: Sequence[Tensor]) -> tuple[list[int], list[Hashable]]:
     return addresses, forms
 
 
-_programs: dict[Hashable, _Program | None] = {}
+_programs: Bounded[Hashable, _Program | None] = Bounded()  # of all ops
 
 
 def _may_replay(x: Tensor) -> bool:
@@ -194,13 +180,21 @@ def _may_replay(x: Tensor) -> bool:
 
 
 def run(
-    op: ProgrammedOp, x: Tensor, layers: LayerArguments, rest: tuple[Any, ...]
-) -> tuple[Tensor, list[Tensor]] | None:
-    """The op's result and each layer's `scale_shift`, or None where there is no program for it.
+    op: TrainingOp, x: Tensor, layers: LayerArguments, *settings: Any
+) -> tuple[Tensor, list[Tensor]]:
+    """The op's result and each layer's `scale_shift`."""
+    replayed = _by_program(op, x, layers, settings)
+    if replayed is not None:
+        return replayed
+    y, _, scale_shifts = op(x, layers, *settings)
+    return y, scale_shifts
 
-    rest: the arguments behind the layers', the last of which is `sync_group`.
-    """
-    if rest[-1] or not is_plain(x) or not _may_replay(x):
+
+def _by_program(
+    op: TrainingOp, x: Tensor, layers: LayerArguments, settings: tuple[Any, ...]
+) -> tuple[Tensor, list[Tensor]] | None:
+    """`run` by a program, or None where there is none."""
+    if settings[-1] or not is_plain(x) or not _may_replay(x):
         return None
     x = nhwc(x)
     inputs = [x]
@@ -215,19 +209,17 @@ def run(
     operands = replays.operands(layers.weights, x.dtype)
     read = [x, *operands, *inputs[1 + len(operands) :]]
     addresses, forms = _described(read)
-    settings = (*layers.windows, *layers.frozen, *layers.eps)  # as many as there are weights
+    windows = (*layers.windows, *layers.frozen, *layers.eps)  # as many as there are weights
     dtypes = map(_dtype, layers.weights)
-    key = (op.forward, pieces, replays.state(), settings, rest, *dtypes, *forms)
+    key = (op, pieces, replays.state(), windows, settings, *dtypes, *forms)
     try:
         program = _programs[key]
     except KeyError:
         if recording.is_capturing(x):
             return None
-        if len(_programs) >= _PROGRAMS:
-            _programs.clear()
 
         def forward() -> list[Tensor]:
-            y, saved, scale_shifts = op.forward(x, *layers, *rest)
+            y, saved, scale_shifts = op.forward(x, layers, *settings)
             return [y, *saved, *scale_shifts]
 
         program = _programs[key] = _record(
@@ -237,18 +229,18 @@ def run(
         return None
     scale_shifts: list[Tensor] = []
     backend = chosen_backend()
-    call = _Call(op, program, backend, layers.windows, layers.frozen, rest)
+    call = _Call(op, program, backend, layers.windows, layers.frozen, settings)
     y: Tensor = _Replayed.apply(call, addresses, scale_shifts, *inputs)
     return y, scale_shifts
 
 
 class _Call(NamedTuple):
-    op: ProgrammedOp
+    op: TrainingOp
     program: _Program
     backend: Backend | None
     windows: list[int]
     frozen: list[bool]
-    rest: tuple[Any, ...]
+    settings: tuple[Any, ...]
 
 
 class _Replayed(torch.autograd.Function):
@@ -276,15 +268,16 @@ class _Replayed(torch.autograd.Function):
         x, *weights, y, workspace = ctx.saved_tensors
         first, second, third, fourth = 1, 1 + count, 1 + 2 * count, 1 + 3 * count
         affine = [a or b for a, b in zip(needs[second:third], needs[third:fourth], strict=True)]
-        wanted = needs[0], list(needs[first:second]), affine
-        statics = (call.windows, call.frozen, *call.rest, *wanted)
+        wanted = Wanted(needs[0], list(needs[first:second]), affine)
 
         def saved() -> tuple[list[Tensor], list[Tensor]]:
             found = program.shared(workspace)
             return found[:-count], found[-count:]
 
-        def ordinary(backward: Callable[..., Any]) -> list[Tensor]:
-            found = backward(grad, x, y, weights, *saved(), *statics)
+        def ordinary(backward: Callable[..., Gradients]) -> list[Tensor]:
+            assert grad is not None
+            kept = Kept(grad, x, y, weights, *saved(), call.windows, call.frozen)
+            found = backward(kept, wanted, *call.settings)
             return [found[0], *found[1], *found[2], *found[3]]
 
         if torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() > 0:

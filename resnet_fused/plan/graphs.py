@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import _extension
+from ..ops.checks import check_is_module
 from ..ops.modes import is_recorded, is_transformed
 from .validity import Snapshot, surroundings
 
@@ -113,6 +114,7 @@ class Graphed:
     """A model's forward for inputs of one shape, made by `graphed`."""
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:
+        check_is_module(model)
         _check_cuda("example", example)
         self._model = model
         self._input = _own(example)
@@ -159,8 +161,9 @@ def graphed(model: nn.Module, example: Tensor) -> Graphed:
     captured (other modules, replaced or moved parameters, another backend, other choices of
     kernels), the call captures anew first.
 
-    Raises ValueError for tensors that are not on a GPU, inputs of another shape or dtype, a model
-    in training mode or with hooks, and RuntimeError inside transforms and modes.
+    Raises TypeError for what is no module, ValueError for tensors that are not on a GPU, inputs of
+    another shape or dtype, a model in training mode or with hooks, and RuntimeError inside
+    transforms and modes.
     """
     return Graphed(model, example)
 
@@ -178,6 +181,7 @@ class GraphedStep:
         autocast: torch.dtype | None,
         scaler: torch.amp.GradScaler | None,
     ) -> None:
+        check_is_module(model)
         _check_cuda("example_input", example_input)
         _check_cuda("example_target", example_target)
         self._model, self._loss, self._optimizer = model, loss, optimizer
@@ -400,9 +404,9 @@ def graphed_step(
     Returns a function of an input and a target that makes one step and returns its loss. Making it
     runs the step a few times and then puts parameters, statistics and the optimizer's state back.
 
-    Raises ValueError for what is not on a GPU or has another shape or dtype, a model in eval mode
-    or with hooks, SyncBatchNorm, DistributedDataParallel and optimizers that cannot be captured;
-    RuntimeError, at a call, where the model, the loss or the optimizer's tensors are not those that
-    were captured.
+    Raises TypeError for what is no module, ValueError for what is not on a GPU or has another shape
+    or dtype, a model in eval mode or with hooks, SyncBatchNorm, DistributedDataParallel and
+    optimizers that cannot be captured; RuntimeError, at a call, where the model, the loss or the
+    optimizer's tensors are not those that were captured.
     """
     return GraphedStep(model, loss, optimizer, example_input, example_target, autocast, scaler)

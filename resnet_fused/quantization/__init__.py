@@ -75,8 +75,9 @@ def quantize(
         progress: whether to show progress on a terminal (with tqdm).
 
     Autocast has no part in it. Returns the network, whose `report` says what was lost and where.
-    Raises ValueError for models and calibration images that do not serve, TypeError for images of
-    another dtype, with what was found.
+    In int8 it takes NaN in an image as the least byte; in fp8 NaN stays one.
+    Raises ValueError for models, weights and calibration images that do not serve, TypeError for
+    images of another dtype, with what was found.
     """
     folded, batches = _calibrated(model, calibration, dtype, normalization, method, keep, progress)
     network = folded.converted()

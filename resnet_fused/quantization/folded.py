@@ -312,7 +312,16 @@ class FoldedNetwork(Network):
         return self.run(self.images(x))
 
     def converted(self) -> QuantizedNetwork:
-        """The quantised network, from the weights and scales as they are."""
+        """The quantised network, from the weights and scales as they are.
+
+        Raises ValueError where those of a layer are not finite: int8 has no NaN to show for it.
+        """
+        for layer in self.folded():
+            if not all(bool(parameter.isfinite().all()) for parameter in layer.parameters()):
+                raise ValueError(
+                    f"{layer.name}, with the batch norm that is folded into it, has weights or a "
+                    "bias with NaN or infinity; quantise a network whose weights are finite."
+                )
         first: Any = self.stem[0]
         blocks: Any = self.blocks
         stem = [layer.quantized() for layer in self.folded()[: len(self.stem)]]

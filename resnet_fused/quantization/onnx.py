@@ -23,8 +23,12 @@ def export_onnx(network: QuantizedNetwork, path: str | PathLike[str]) -> None:
 
     Its input "x" (N, C, H, W) is bytes, uint8, where the network takes those, else normalised
     floats; its output "logits" (N, classes) is float32. Needs the package onnx. Raises ValueError
-    for fp8 and for layers that were kept in higher precision.
+    for fp8 and for layers that were kept in higher precision, TypeError for other networks.
     """
+    if not isinstance(network, QuantizedNetwork):
+        raise TypeError(
+            f"network must be one of resnet_fused.quantize, found {type(network).__qualname__}."
+        )
     import onnx
 
     if network.dtype != torch.int8:

@@ -60,7 +60,8 @@ def quantize_(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def quantized_images(x: Tensor, quantization: ImageQuantization, float8: bool) -> Tensor:
     """x (N, C, H, W) / scale + zero, as uint8 or e4m3; of bytes (x - mean) / std in place of x.
-    Every step is rounded to float32, which floating images are made first.
+    Every step is rounded to float32, which floating images are made first. NaN stays one in e4m3;
+    no byte stands for it, and it becomes 0, the least one.
 
     The result is channels_last where x is, else contiguous.
     """

@@ -88,12 +88,15 @@ def make_quantized_images(
     float8: bool = False,
 ) -> list[Any]:
     """The arguments of `reference.quantized.quantized_images`, contiguous: of images of bytes or
-    of that floating dtype, whose first and last element are clamped."""
+    of that floating dtype, whose first and last element are clamped, and one of which is NaN where
+    bytes are to come of them."""
     if dtype == torch.uint8:
         x = torch.randint(0, 256, shape, generator=rng, dtype=dtype)
         normalization = tuple(20 + 80 * torch.rand(shape[1], generator=rng) for _ in range(2))
     else:
         x, normalization = torch.randn(shape, generator=rng).to(dtype), ()
+        if not float8:
+            x.view(-1)[x.numel() // 2] = torch.nan
         x.view(-1)[0], x.view(-1)[-1] = 1e4, -1e4
     scale = 0.01 + 0.01 * torch.rand(shape[1], generator=rng)
     zero = torch.zeros(shape[1]) if float8 else 100 + 30 * torch.rand(shape[1], generator=rng)

@@ -84,7 +84,9 @@ def _describe(values: Iterable[Any], parts: list[object]) -> None:
         if isinstance(value, Tensor):
             if not parts:
                 parts.append(value.dtype)
-            parts.append(_operand(value, is_activation=value.dim() == 4))
+            operand = _operand(value, is_activation=value.dim() == 4)
+            same = value.dtype == parts[0]  # as the main input's
+            parts.append(operand if same else Operand(f"{operand} {value.dtype}"))
         elif isinstance(value, (Convolution, ConvBn)):
             parts.append(_window(value.conv if isinstance(value, ConvBn) else value))
         elif isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):

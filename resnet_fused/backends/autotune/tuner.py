@@ -7,7 +7,8 @@ reference on the same inputs. What fails is excluded for this GPU, driver and bu
 
 Measuring takes a few seconds of a process at most (`BUDGET_SECONDS`), so that a first forward
 answers soon; `resnet_fused.tune` measures everything ahead. What is chosen for a signature stays
-chosen as long as the process lives, so that its results keep their bits.
+chosen as long as the process lives, so that its results keep their bits; where sizes never repeat,
+it is chosen anew after thousands of others, from what was measured.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from ... import settings
 from ..base import Candidate, Candidates
+from ..bounded import Bounded
 from . import families
 from .cache import FILE, Times, TuningCache
 from .measure import measure
@@ -81,7 +83,7 @@ class Tuner:
         self._environment = environment
         self._clock = clock
         self._device_type = device_type
-        self._chosen: dict[Hashable, Decision] = {}
+        self._chosen: Bounded[Hashable, Decision] = Bounded()
         self._cache: TuningCache | None = None
         self._spent = 0.0  # seconds, apart from those since `_since`
         self._since: float | None = None  # when the measuring began that is going on

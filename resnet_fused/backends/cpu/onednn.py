@@ -17,6 +17,7 @@ from torch import Tensor
 from ...parameters import BatchNorm, Convolution
 from ...reference.convolution import well_posed
 from ..arguments import nhwc
+from ..bounded import Bounded
 from .native import bn_add_relu
 
 OPERATORS = (
@@ -24,8 +25,7 @@ OPERATORS = (
     "_reorder_convolution_weight",
     "_get_mkldnn_serialized_md",
 )
-# Bounds what is remembered for inputs whose size never repeats.
-_SIZES = 256
+_SIZES = 256  # that are remembered for a layer
 
 
 class OneDnnConvolution:
@@ -39,7 +39,7 @@ class OneDnnConvolution:
         # oneDNN picks the layout by the input's size; another layout is right too, yet far
         # slower. So: one copy for each layout, and which one each size wants.
         self._layouts: dict[bytes, Tensor] = {}
-        self._by_size: dict[Any, Tensor] = {}
+        self._by_size: Bounded[Any, Tensor] = Bounded(_SIZES)
         # Packed weights outlive the mode they were made in, and the weight's content.
         with torch.inference_mode(False), torch.no_grad():
             self._latest = conv.weight.detach().clone()
@@ -74,6 +74,4 @@ class OneDnnConvolution:
             )
             layout = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).numpy())
         self._latest = packed = self._layouts.setdefault(layout, packed)
-        if len(self._by_size) >= _SIZES:
-            self._by_size.clear()
         return packed

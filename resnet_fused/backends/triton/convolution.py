@@ -67,12 +67,8 @@ def finish(
     residual_channels,
     out,
     signs,
-    row,
-    in_rows,
+    place,
     first_column,
-    first_channel,
-    out_channels,
-    K,
     RELU: tl.constexpr,
     EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -83,6 +79,8 @@ def finish(
 
     `residual_row`: where the residual's rows begin, of `residual_channels` channels each; None
     where it is laid out like the result.
+    `place`: the tile's rows, which of them there are, the first channel of its groups, how many
+    these have, and those of the result.
     Wide tiles are finished in slices, else scale and shift of all columns are live at once, which
     spills.
     """
@@ -103,33 +101,30 @@ def finish(
                 residual_channels,
                 out,
                 signs,
-                row,
-                in_rows,
+                place,
                 first_column + half * (BLOCK_N // 2),
-                first_channel,
-                out_channels,
-                K,
                 RELU,
                 EXACT,
                 BLOCK_M,
                 BLOCK_N // 2,
             )
     else:
+        row, in_rows, first_channel, out_channels, filters = place
         column = first_column + tl.arange(0, BLOCK_N)
         channel = first_channel + column
         valid = column < out_channels
         value = normalise(acc, bn, channel, valid, EXACT)
         if other_acc is not None:
             value += normalise(other_acc, other_bn, channel, valid, EXACT)
-        offset = row[:, None] * K + channel[None, :]
+        offset = row[:, None] * filters + channel[None, :]
         mask = in_rows[:, None] & valid[None, :]
         if residual is not None:
-            place = offset
+            source = offset
             present = mask
             if residual_row is not None:
-                place = residual_row[:, None] + channel[None, :]
+                source = residual_row[:, None] + channel[None, :]
                 present = mask & (channel < residual_channels)[None, :]
-            value += tl.load(residual + place, present, other=0.0).to(tl.float32)
+            value += tl.load(residual + source, present, other=0.0).to(tl.float32)
         if RELU:
             value = relu(value)
         value = value.to(out.dtype.element_ty)
@@ -138,10 +133,10 @@ def finish(
             j = tl.arange(0, BLOCK_N // 8)
             positive = ((value > 0) & valid[None, :]).to(tl.int32)
             bits = tl.reshape(positive, (BLOCK_M, BLOCK_N // 8, 8)) << j[None, :, None]
-            place = row[:, None] * (tl.cdiv(K, SIGNED) * 8) + tl.arange(0, 8)[None, :]
-            place += first_column // SIGNED * 8
-            inside = (in_rows & (first_column < K))[:, None]
-            tl.store(signs + place, tl.sum(bits, 1).to(tl.uint8), inside)
+            target = row[:, None] * (tl.cdiv(filters, SIGNED) * 8) + tl.arange(0, 8)[None, :]
+            target += first_column // SIGNED * 8
+            inside = (in_rows & (first_column < filters))[:, None]
+            tl.store(signs + target, tl.sum(bits, 1).to(tl.uint8), inside)
 
 
 @triton.jit
@@ -195,12 +190,8 @@ def conv_bn_kernel(
         residual_channels,
         out,
         signs,
-        row,
-        row < gemm.rows,
+        (row, row < gemm.rows, pack * gemm.columns, gemm.columns, result.c),
         first_column,
-        pack * gemm.columns,
-        gemm.columns,
-        result.c,
         RELU,
         out.dtype.element_ty == tl.float32 and TILE.precision == "ieee",
         TILE.m,
@@ -258,12 +249,8 @@ def conv_bn_projection_kernel(
         None,
         out,
         signs,
-        row,
-        row < gemm.rows,
+        (row, row < gemm.rows, 0, gemm.columns, result.c),
         first_column,
-        0,
-        gemm.columns,
-        result.c,
         True,
         out.dtype.element_ty == tl.float32 and TILE.precision == "ieee",
         TILE.m,

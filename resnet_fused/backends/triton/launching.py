@@ -18,12 +18,13 @@ from ...parameters import BatchNorm, ConvBn, Convolution
 from .. import Candidate, has_tensor_memory, recording, tf32_in_convolutions
 from ..arguments import dense_convolution
 from ..arguments import readable as readable
+from ..bounded import Bounded
 
 # Row indices run past the result by at most a tile, which must not overflow 32 bits either.
 _NARROW_ELEMENTS = 2**31 - 2**16
 _VECTOR_BYTES = 16  # the alignment that the compiler is told of
 
-_plans: dict[Hashable, Any] = {}
+_plans: Bounded[Hashable, Any] = Bounded()
 _made: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 _Parameters = ParamSpec("_Parameters")

@@ -85,12 +85,8 @@ def _finish(
     residual_row,
     residual_channels,
     out,
-    row,
-    in_rows,
+    place,
     first_column,
-    first_channel,
-    out_channels,
-    K,
     RELU: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -113,21 +109,18 @@ def _finish(
                 residual_row,
                 residual_channels,
                 out,
-                row,
-                in_rows,
+                place,
                 first_column + half * (BLOCK_N // 2),
-                first_channel,
-                out_channels,
-                K,
                 RELU,
                 BLOCK_M,
                 BLOCK_N // 2,
             )
     else:
+        row, in_rows, first_channel, out_channels, filters = place
         column = first_column + tl.arange(0, BLOCK_N)
         channel = first_channel + column
         valid = column < out_channels
-        offset = row[:, None] * K + channel[None, :]
+        offset = row[:, None] * filters + channel[None, :]
         mask = in_rows[:, None] & valid[None, :]
         exact: tl.constexpr = acc.dtype == tl.int32
         total = acc + tl.load(bias + channel, valid, other=0)[None, :]
@@ -137,12 +130,12 @@ def _finish(
                 if exact:
                     added += tl.load(projected_offset + channel, valid, other=0)[None, :]
             else:
-                place = offset
+                source = offset
                 present = mask
                 if residual_row is not None:
-                    place = residual_row[:, None] + channel[None, :]
+                    source = residual_row[:, None] + channel[None, :]
                     present = mask & (channel < residual_channels)[None, :]
-                added = tl.load(residual + place, present, other=0.0)
+                added = tl.load(residual + source, present, other=0.0)
                 if not exact:
                     added = from_e4m3(added)
             scale = tl.load(shortcut_scale + channel, valid, other=0.0)[None, :]
@@ -238,12 +231,8 @@ def quantized_conv_kernel(
         residual_row,
         residual_channels,
         out,
-        row,
-        row < gemm.rows,
+        (row, row < gemm.rows, pack * gemm.columns, gemm.columns, result.c),
         first_column,
-        pack * gemm.columns,
-        gemm.columns,
-        result.c,
         RELU,
         TILE.m,
         TILE.n,
