@@ -81,13 +81,14 @@ ISA_INLINE void prepare(const std::int8_t* packed, std::int64_t pitch, std::int6
   Sums sum[kVecs] = {};
   for (std::int64_t word = 0; word < words; ++word, packed += pitch) {
     for (int j = 0; j < kVecs; ++j, to += kVectorBytes) {
-      Sums weights = load_sums(packed + j * kLanes * 4), masks = {};
-      if (may_saturate(weights)) {
-        const __m256i negative = _mm256_cmpgt_epi8(_mm256_setzero_si256(), (__m256i)weights);
-        masks = (Sums)_mm256_xor_si256(negative, _mm256_set1_epi8(-128));
-        weights = (Sums)_mm256_abs_epi8((__m256i)weights);
-        sum[j] = multiply_split(Sums{}, weights, masks, sum[j]);  // of zeros: those terms
-      }
+      const __m256i as_packed = (__m256i)load_sums(packed + j * kLanes * 4);
+      // Without a branch, which nothing would predict.
+      const __m256i split = _mm256_set1_epi32(-static_cast<int>(may_saturate((Sums)as_packed)));
+      const __m256i negative = _mm256_cmpgt_epi8(_mm256_setzero_si256(), as_packed);
+      const Sums masks =
+          (Sums)_mm256_and_si256(_mm256_xor_si256(negative, _mm256_set1_epi8(-128)), split);
+      const Sums weights = (Sums)_mm256_blendv_epi8(as_packed, _mm256_abs_epi8(as_packed), split);
+      sum[j] = multiply_split(Sums{}, weights, masks, sum[j]);  // of zeros: those terms
       std::memcpy(to, &weights, sizeof weights);
       std::memcpy(to + sizeof weights, &masks, sizeof masks);
     }
