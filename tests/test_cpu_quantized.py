@@ -126,13 +126,48 @@ def test_every_border(kernels: QuantizedKernels, height: int, width: int) -> Non
             assert same(kernels.conv(*arguments), expected), (dtype, padded, window)
 
 
+@pytest.mark.parametrize("size", [(8, 8), (11, 14), (14, 13)])
+def test_winograds_borders(kernels: QuantizedKernels, threads: None, size: tuple[int, int]) -> None:
+    """Maps that AVX2 computes by Winograd's transforms, whose last tiles may be partial, with each
+    kind of padding; few tiles, for which tasks divide the columns, and more than a task takes."""
+    for dtype, padded in ((torch.uint8, False), (torch.uint8, True), (torch.int8, True)):
+        for batch in (1, 4):
+            for shortcut in ("none", "identity"):
+                torch.set_num_threads(batch)
+                case = ConvCase(batch, 64, *size, 80, 3, 1, 1)
+                relu = shortcut == "identity"
+                arguments = make_quantized_conv(case, generator(), shortcut, dtype, padded, relu)
+                expected = reference.quantized_conv(*arguments)
+                assert same(kernels.conv(*arguments), expected), (dtype, padded, batch, shortcut)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+@pytest.mark.parametrize("size", [(5, 5), (8, 11)])  # direct, and by Winograd's transforms
+def test_the_largest_sums(
+    kernels: QuantizedKernels, dtype: torch.dtype, size: tuple[int, int]
+) -> None:
+    """Of 1024 channels, where a single unit shows."""
+    x = torch.full((1, 1024, *size), torch.iinfo(dtype).max, dtype=dtype)
+    x = x.contiguous(memory_format=NHWC)
+    weight = torch.full((16, 1024, 3, 3), -128, dtype=torch.int8)
+    weight[::2] = 127
+    middle = int(x[0, 0, 0, 0]) * weight.sum((1, 2, 3), dtype=torch.int32)
+    layer = QuantizedLayer(Convolution(weight, (1, 1), (1, 1)), 100 - middle, torch.ones(16))
+    expected = reference.quantized_conv(x, layer, None, True)
+    assert (expected[0, :, 2, 2] == 100).all()
+    assert same(kernels.conv(x, layer, None, True), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
 @pytest.mark.parametrize("relu", [True, False])
-def test_the_ends_of_the_ranges(kernels: QuantizedKernels, dtype: torch.dtype, relu: bool) -> None:
+@pytest.mark.parametrize("size", [(5, 5), (8, 11)])  # direct, and by Winograd's transforms
+def test_the_ends_of_the_ranges(
+    kernels: QuantizedKernels, dtype: torch.dtype, relu: bool, size: tuple[int, int]
+) -> None:
     """Activations and weights of the largest magnitudes, which VPMADDUBSW would saturate, and
     results far outside int32."""
     ends = torch.iinfo(dtype)
-    x = make_integers((2, 64, 5, 5), torch.uint8, generator()) % 2
+    x = make_integers((2, 64, *size), torch.uint8, generator()) % 2
     x = torch.where(x > 0, ends.max, ends.min).to(dtype).contiguous(memory_format=NHWC)
     weight = torch.full((64, 64, 3, 3), 127, dtype=torch.int8)
     weight[::2] = -127

@@ -11,7 +11,7 @@
 // activations become unsigned on their way into the product by adding 128, which the bias takes
 // back. Groups of few channels share a block of weights with zeros between them. A projection is a
 // second pass over the same tile, made first: its rescaled sums, with the bias, are what the other
-// pass starts from.
+// pass starts from. With AVX2 alone, 3 x 3 convolutions go by quantized_winograd_tile.h instead.
 //
 // Memory traffic: x and the residual are read and the result is written once, the weights once per
 // task. x is copied first where it is int8 or has channels that fill no whole words (images).
@@ -161,6 +161,17 @@ struct Shared {
   }
 };
 
+// What winograd_serves: input channels that fill vectors, and not too many (the reason stands in
+// quantized_winograd_tile.h); tiles in a task, on whose number the share of the weights' transform
+// depends.
+constexpr std::int64_t kWinogradChannels = 32, kMostWinogradChannels = 1024;
+constexpr std::int64_t kWinogradTiles = 96;
+
+// The output tiles of 2 x 2 of the whole batch.
+std::int64_t winograd_tiles(const Shared& shared) {
+  return shared.batch * ceil_div(shared.height, 2) * ceil_div(shared.width, 2);
+}
+
 }  // namespace
 }  // namespace resnet_fused::cpu
 
@@ -174,14 +185,17 @@ namespace {
 
 using Task = void (*)(const Shared& shared, std::int64_t pixel_task, std::int64_t strip_task);
 
-Task task_for(QuantizedIsa isa) {
+Task task_for(QuantizedIsa isa, bool winograd) {
+  (void)winograd;
 #if defined(__x86_64__) && defined(__GNUC__)
 #ifdef RESNET_FUSED_AMX
   if (isa == QuantizedIsa::kAmx) return amx::quantized_conv_task;
 #endif
   if (isa == QuantizedIsa::kAvx512Vnni) return avx512vnni::quantized_conv_task;
   if (isa == QuantizedIsa::kAvxVnni) return avxvnni::quantized_conv_task;
-  if (isa == QuantizedIsa::kAvx2) return avx2::quantized_conv_task;
+  if (isa == QuantizedIsa::kAvx2) {
+    return winograd ? avx2::quantized_winograd_task : avx2::quantized_conv_task;
+  }
 #endif
   (void)isa;
   return nullptr;
@@ -281,7 +295,9 @@ void divide(Shared& shared, std::int64_t threads) {
   std::int64_t x_bytes = 0, weight_bytes = 0;
   for (int i = 0; i < shared.count; ++i) {
     const Pass& pass = shared.passes[i];
-    x_bytes += shared.pixels() * pass.window.stride[0] * pass.window.stride[1] * pass.pixel_bytes;
+    std::int64_t read = shared.pixels() * pass.pixel_bytes;
+    for (int axis : {0, 1}) read *= std::min(pass.window.stride[axis], pass.window.kernel[axis]);
+    x_bytes += read;
     weight_bytes += pass.layout.weight_bytes();
   }
   const std::int64_t strips = shared.passes[0].layout.strips();
@@ -290,6 +306,42 @@ void divide(Shared& shared, std::int64_t threads) {
       std::max(ceil_div(x_bytes, kTaskBytes), ceil_div(threads, shared.strip_tasks));
   shared.pixel_tasks = shared.strip_tasks == 1 ? round_up(wanted, threads) : wanted;
   shared.pixel_tasks = std::min(shared.pixel_tasks, shared.pixels());
+}
+
+// Whether Winograd's transforms do a convolution in less time, and exactly. They take time, too, so
+// that there must be 1.6 direct products for one of theirs, without those that the direct
+// convolution skips and with those that the last tiles of an odd map waste.
+bool winograd_serves(const Shared& shared) {
+  const QuantizedConv& op = shared.op;
+  const Residual& residual = op.residual;
+  const Pass& pass = shared.passes[0];
+  const auto is = [](const std::int64_t (&axes)[2], std::int64_t value) {
+    return axes[0] == value && axes[1] == value;
+  };
+  const bool whole =
+      residual.channels == 0 || (residual.channels == op.conv.out_channels && residual.in_line());
+  if (!is(pass.window.kernel, 3) || !is(pass.window.stride, 1) || !is(pass.window.padding, 1) ||
+      !is(pass.window.dilation, 1) || op.conv.groups != 1 || op.projected || !whole ||
+      pass.pixel_bytes % kWinogradChannels != 0 || pass.pixel_bytes > kMostWinogradChannels ||
+      op.conv.out_channels % kQuantizedLanes != 0) {
+    return false;
+  }
+  const double direct = (3.0 * shared.height - 2) * (3.0 * shared.width - 2);
+  return direct >= 1.6 * 16 * winograd_tiles(shared) / shared.batch;
+}
+
+// Tasks of few enough tiles, a multiple of the threads in number. Where tiles are few, the strips
+// are divided too; each part transforms the input again.
+void divide_tiles(Shared& shared, std::int64_t threads) {
+  const std::int64_t tiles = winograd_tiles(shared);
+  shared.pixel_tasks = ceil_div(tiles, kWinogradTiles);
+  if (shared.pixel_tasks < threads) {
+    shared.strip_tasks = std::min(shared.passes[0].layout.strips(), threads);
+    shared.pixel_tasks = std::max(shared.pixel_tasks, ceil_div(threads, shared.strip_tasks));
+  } else {
+    shared.pixel_tasks = round_up(shared.pixel_tasks, threads);
+  }
+  shared.pixel_tasks = std::min(shared.pixel_tasks, tiles);
 }
 
 }  // namespace
@@ -351,8 +403,13 @@ void quantized_conv(const QuantizedConv& op, QuantizedIsa isa) {
     shared.passes[1].scale =
         padded_vector(op.shortcut_scale, op.conv.out_channels, copies[1].scale);
   }
-  divide(shared, max_threads());
-  const Task task = task_for(isa);
+  const bool winograd = isa == QuantizedIsa::kAvx2 && winograd_serves(shared);
+  if (winograd) {
+    divide_tiles(shared, max_threads());
+  } else {
+    divide(shared, max_threads());
+  }
+  const Task task = task_for(isa, winograd);
   // Tasks that share weights follow each other.
   parallel_for(shared.pixel_tasks * shared.strip_tasks, [&](std::int64_t i) {
     task(shared, i % shared.pixel_tasks, i / shared.pixel_tasks);

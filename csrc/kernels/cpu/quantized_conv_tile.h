@@ -16,6 +16,32 @@ struct QuantizedColumns {
 #endif
 };
 
+// Those of a strip from its column `j` on.
+ISA_INLINE QuantizedColumns columns_at(const Shared& shared, std::int64_t strip, std::int64_t j) {
+  const QuantizedConv& op = shared.op;
+  const PackedWeights& layout = shared.passes[0].layout;
+  const std::int64_t first = layout.block(strip) * layout.out_channels + layout.column(strip) + j;
+  QuantizedColumns columns;
+  for (int p = 0; p < shared.count; ++p) {
+    const Pass& pass = shared.passes[p];
+    columns.weights[p] = pass.weights + pass.layout.offset(strip) + j * 4;
+    columns.start[p] = pass.start + first;
+  }
+  columns.pitch = layout.width(strip) * 4;
+  columns.operand = layout.block(strip) * layout.in_channels;
+  columns.scale = shared.passes[0].scale + first;
+  columns.shortcut_scale = shared.passes[1].scale + first;
+  columns.residual = static_cast<const std::uint8_t*>(op.residual.data) + first;
+  if (op.residual.channels <= first) columns.residual = nullptr;
+  columns.residual_pitch = op.residual.pixel;
+  columns.out = static_cast<std::uint8_t*>(op.out) + first;
+  columns.out_pitch = op.conv.out_channels;
+  return columns;
+}
+
+// Rows whose x stays in L1 while the columns of a strip take turns, as their weights do meanwhile.
+constexpr std::int64_t kBlockRows = 8 * kTileRows;
+
 // The memory of a result's row is fetched while the second tile before it is made.
 constexpr std::int64_t kRowsAhead = 2 * kTileRows;
 
@@ -207,6 +233,10 @@ ISA_INLINE void prepare(const Pass& pass, int p, QuantizedColumns& columns, std:
 }
 #endif
 
+#ifndef ISA_VNNI
+#include "quantized_winograd_tile.h"
+#endif
+
 ISA void quantized_conv_task(const Shared& shared, std::int64_t pixel_task,
                              std::int64_t strip_task) {
   const std::int64_t begin = pixel_task * shared.pixels() / shared.pixel_tasks;
@@ -249,21 +279,7 @@ ISA void quantized_conv_task(const Shared& shared, std::int64_t pixel_task,
       }
     }
     for (std::int64_t j = 0; j < width; j += kTileColumns) {
-      QuantizedColumns& columns = all_columns[j / kTileColumns];
-      for (int p = 0; p < shared.count; ++p) {
-        const Pass& pass = shared.passes[p];
-        columns.weights[p] = pass.weights + pass.layout.offset(strip) + j * 4;
-        columns.start[p] = pass.start + first + j;
-      }
-      columns.pitch = width * 4;
-      columns.operand = layout.block(strip) * layout.in_channels;
-      columns.scale = shared.passes[0].scale + first + j;
-      columns.shortcut_scale = shared.passes[1].scale + first + j;
-      columns.residual = static_cast<const std::uint8_t*>(residual.data) + first + j;
-      if (residual.channels <= first + j) columns.residual = nullptr;
-      columns.residual_pitch = residual.pixel;
-      columns.out = static_cast<std::uint8_t*>(op.out) + first + j;
-      columns.out_pitch = op.conv.out_channels;
+      all_columns[j / kTileColumns] = columns_at(shared, strip, j);
     }
     for (std::int64_t part = 0; part < width; part += at_once) {
 #ifndef ISA_VNNI
@@ -277,18 +293,21 @@ ISA void quantized_conv_task(const Shared& shared, std::int64_t pixel_task,
         columns.pitch = kWordBytes;
       }
 #endif
-      for (std::int64_t i = 0; i < count; i += kTileRows) {
-        const Row* const rows[2] = {all_rows[0] + i, all_rows[1] + i};
+      for (std::int64_t block = 0; block < count; block += kBlockRows) {
         for (std::int64_t j = part; j < std::min(part + at_once, width); j += kTileColumns) {
           const QuantizedColumns& columns = all_columns[j / kTileColumns];
           const std::int64_t wide = std::min<std::int64_t>(width - j, kTileColumns);
           const std::int64_t valid = std::min(layout.out_channels - column - j, wide);
           const std::int64_t added =
               std::clamp<std::int64_t>(residual.channels - first - j, 0, wide);
-          if (valid == wide && (added == 0 || (added == wide && residual.in_line()))) {
-            multiply_tile(state, count - i, width - j, shared, columns, rows, next);
-          } else {
-            multiply_part(state, count - i, width - j, shared, columns, valid, added, rows, next);
+          const bool whole = valid == wide && (added == 0 || (added == wide && residual.in_line()));
+          for (std::int64_t i = block; i < std::min(block + kBlockRows, count); i += kTileRows) {
+            const Row* const rows[2] = {all_rows[0] + i, all_rows[1] + i};
+            if (whole) {
+              multiply_tile(state, count - i, width - j, shared, columns, rows, next);
+            } else {
+              multiply_part(state, count - i, width - j, shared, columns, valid, added, rows, next);
+            }
           }
         }
       }

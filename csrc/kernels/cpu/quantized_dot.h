@@ -4,10 +4,10 @@
 //
 // With VNNI each word costs one VPDPBUSD with every vector of weights. Without, VPMADDUBSW adds
 // pairs of products in 16 bits, VPMADDWD with ones adds those to 32. The first saturates where
-// weights of one sign exceed 128 together (255 x 128 < 2^15). A word of weights in which a pair
-// does so in any of the tile's columns is split beforehand, into magnitudes and signs: the sign is
-// applied to x - 128, by one exclusive or, and products of up to 128 x 128 fit in pairs. So a
-// multiplication never saturates, at 3 instructions for 32 products, or 4 where words are split.
+// weights of one sign exceed 128 together (255 x 128 < 2^15). A vector of weights in which a pair
+// does so in any column is split beforehand, into magnitudes and signs: the sign is applied to
+// x - 128, by one exclusive or, and products of up to 128 x 128 fit in pairs. So a multiplication
+// never saturates, at 3 instructions for 32 products, or 4 where vectors are split.
 #include "vec.h"
 
 typedef std::int32_t Sums __attribute__((vector_size(ISA_LANES * 4)));
@@ -40,11 +40,11 @@ ISA_INLINE Sums multiply_add(Sums bytes, Sums weights, Sums sum) {
 }
 #else
 // A vector of weights as it is read: 32 bytes of magnitudes up to 128 and 32 of masks, or, in a
-// plain word, the weights themselves and zeros, which no mask is.
+// plain one, the weights themselves and zeros, which no mask is.
 constexpr std::int64_t kVectorBytes = 2 * sizeof(Sums);
 constexpr std::int64_t kWordBytes = kVectorBytes * kTileColumns / kLanes;
 
-ISA_INLINE bool is_plain(const std::int8_t* word) { return word[sizeof(Sums)] == 0; }
+ISA_INLINE bool is_plain(const std::int8_t* vector) { return vector[sizeof(Sums)] == 0; }
 
 // sum += pairs of 16 bits.
 ISA_INLINE Sums add_pairs(__m256i pairs, Sums sum) {
@@ -80,16 +80,15 @@ ISA_INLINE void prepare(const std::int8_t* packed, std::int64_t pitch, std::int6
   constexpr int kVecs = kTileColumns / kLanes;
   Sums sum[kVecs] = {};
   for (std::int64_t word = 0; word < words; ++word, packed += pitch) {
-    bool plain = true;
-    for (int j = 0; j < kVecs; ++j) plain &= !may_saturate(load_sums(packed + j * kLanes * 4));
     for (int j = 0; j < kVecs; ++j, to += kVectorBytes) {
-      Sums weights = load_sums(packed + j * kLanes * 4), masks = {};
-      if (!plain) {
-        const __m256i negative = _mm256_cmpgt_epi8(_mm256_setzero_si256(), (__m256i)weights);
-        masks = (Sums)_mm256_xor_si256(negative, _mm256_set1_epi8(-128));
-        weights = (Sums)_mm256_abs_epi8((__m256i)weights);
-        sum[j] = multiply_split(Sums{}, weights, masks, sum[j]);  // of zeros: those terms
-      }
+      const __m256i as_packed = (__m256i)load_sums(packed + j * kLanes * 4);
+      // Without a branch, which nothing would predict.
+      const __m256i split = _mm256_set1_epi32(-static_cast<int>(may_saturate((Sums)as_packed)));
+      const __m256i negative = _mm256_cmpgt_epi8(_mm256_setzero_si256(), as_packed);
+      const Sums masks =
+          (Sums)_mm256_and_si256(_mm256_xor_si256(negative, _mm256_set1_epi8(-128)), split);
+      const Sums weights = (Sums)_mm256_blendv_epi8(as_packed, _mm256_abs_epi8(as_packed), split);
+      sum[j] = multiply_split(Sums{}, weights, masks, sum[j]);  // of zeros: those terms
       std::memcpy(to, &weights, sizeof weights);
       std::memcpy(to + sizeof weights, &masks, sizeof masks);
     }
@@ -97,23 +96,64 @@ ISA_INLINE void prepare(const std::int8_t* packed, std::int64_t pitch, std::int6
   for (int j = 0; j < kVecs; ++j) store_sums(start + j * kLanes, -sum[j]);
 }
 
-// sum += words of kRows rows * one word of weights. Words are broadcast anew for each vector: kept,
-// they would push sums out of registers. And there is one offset to move on, not a pointer a row.
+template <int kRows>
+ISA_INLINE Sums broadcast_word(const std::uint8_t* const (&rows)[kRows], int r, std::int64_t at) {
+  std::int32_t word;
+  std::memcpy(&word, at_offset(rows[r], at), sizeof word);
+  return splat(word);
+}
+
+// sum += words of kRows rows * one word of weights, of which vector kSplit alone is split, or none.
+// Plain weights are read anew for each row: kept, they would push sums out of registers, and as an
+// operand in memory they cost no instruction. And there is one offset to move on, not a pointer a
+// row.
+template <int kSplit, int kRows, int kVecs>
+ISA_INLINE void accumulate_rows(Sums (&sum)[kRows][kVecs], const std::uint8_t* const (&rows)[kRows],
+                                std::int64_t& at, const std::int8_t* weights) {
+  Sums magnitudes = {};
+  if constexpr (kSplit >= 0) magnitudes = load_sums(weights + kSplit * kVectorBytes);
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r) {
+    asm volatile("" : "+r"(at) : : "memory");
+    const Sums x = broadcast_word(rows, r, at);
+#pragma GCC unroll 2
+    for (int j = 0; j < kVecs; ++j) {
+      const std::int8_t* const from = weights + j * kVectorBytes;
+      sum[r][j] = j == kSplit
+                      ? multiply_split(x, magnitudes, load_sums(from + sizeof(Sums)), sum[r][j])
+                      : multiply_plain(x, load_sums(from), sum[r][j]);
+    }
+  }
+}
+
+// The same, all vectors split, one by one: their masks and magnitudes take the registers.
 template <int kRows, int kVecs>
-ISA_INLINE void accumulate_word(Sums (&sum)[kRows][kVecs], const std::uint8_t* const (&rows)[kRows],
-                                std::int64_t& at, const std::int8_t* weights, bool plain) {
-#pragma GCC unroll 4
+ISA_INLINE void accumulate_split(Sums (&sum)[kRows][kVecs],
+                                 const std::uint8_t* const (&rows)[kRows], std::int64_t& at,
+                                 const std::int8_t* weights) {
+#pragma GCC unroll 2
   for (int j = 0; j < kVecs; ++j, weights += kVectorBytes) {
     asm volatile("" : "+r"(at) : : "memory");
-    const Sums first = load_sums(weights);
-    const Sums masks = load_sums(weights + sizeof first);
+    const Sums magnitudes = load_sums(weights), masks = load_sums(weights + sizeof magnitudes);
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
-      std::int32_t word;
-      std::memcpy(&word, at_offset(rows[r], at), sizeof word);
-      sum[r][j] = plain ? multiply_plain(splat(word), first, sum[r][j])
-                        : multiply_split(splat(word), first, masks, sum[r][j]);
+      sum[r][j] = multiply_split(broadcast_word(rows, r, at), magnitudes, masks, sum[r][j]);
     }
+  }
+}
+
+template <int kRows, int kVecs>
+ISA_INLINE void accumulate_word(Sums (&sum)[kRows][kVecs], const std::uint8_t* const (&rows)[kRows],
+                                std::int64_t& at, const std::int8_t* weights) {
+  const bool first = is_plain(weights), last = is_plain(weights + (kVecs - 1) * kVectorBytes);
+  if (first && last) {
+    accumulate_rows<-1>(sum, rows, at, weights);
+  } else if (first) {
+    accumulate_rows<kVecs - 1>(sum, rows, at, weights);
+  } else if (last) {
+    accumulate_rows<0>(sum, rows, at, weights);
+  } else {
+    accumulate_split(sum, rows, at, weights);
   }
 }
 #endif
@@ -181,11 +221,7 @@ ISA_INLINE void accumulate(Sums (&sum)[kRows][kVecs], const std::uint8_t* const 
       for (int j = 0; j < kVecs; ++j) sum[r][j] = multiply_add(bytes, columns[j], sum[r][j]);
     }
 #else
-    if (is_plain(weights)) {
-      accumulate_word(sum, rows, at, weights, true);
-    } else {
-      accumulate_word(sum, rows, at, weights, false);
-    }
+    accumulate_word(sum, rows, at, weights);
 #endif
   }
   ahead = {line, ahead.left - step / 64 * words};
@@ -248,6 +284,17 @@ ISA_INLINE void store_line(std::uint8_t* p, const Sums (&v)[4], bool is_signed) 
 }
 #endif
 
+#if ISA_LANES == 8
+// 16 numbers in 2 vectors.
+ISA_INLINE void store_line(std::uint8_t* p, const Sums (&v)[2], bool is_signed) {
+  const __m256i words = _mm256_permute4x64_epi64(  // packing takes turns in every 128 bits
+      _mm256_packs_epi32((__m256i)v[0], (__m256i)v[1]), 0xd8);
+  const __m128i low = _mm256_castsi256_si128(words), high = _mm256_extracti128_si256(words, 1);
+  const __m128i bytes = is_signed ? _mm_packs_epi16(low, high) : _mm_packus_epi16(low, high);
+  std::memcpy(p, &bytes, sizeof bytes);
+}
+#endif
+
 ISA_INLINE Sums load_bytes(const std::uint8_t* p, bool is_signed) {
 #if ISA_LANES == 16
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -275,9 +322,7 @@ ISA_INLINE void load_row(const std::uint8_t* p, Sums (&v)[kVecs], bool is_signed
 
 template <int kVecs>
 ISA_INLINE void store_row(std::uint8_t* p, const Sums (&v)[kVecs], bool is_signed) {
-#if ISA_LANES == 16
-  if constexpr (kVecs == 4) return store_line(p, v, is_signed);
-#endif
+  if constexpr (kVecs == kTileColumns / kLanes) return store_line(p, v, is_signed);
 #pragma GCC unroll 4
   for (int j = 0; j < kVecs; ++j) store_bytes(p + j * kLanes, v[j], is_signed);
 }
