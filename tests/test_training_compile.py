@@ -48,7 +48,6 @@ FOLDED = {
     "end_products_kernel",
     "end_moments_kernel",
     "conv_bn_kernel",
-    "conv_bn_projection_kernel",
     "end_sums_kernel",
     "end_gradients_kernel",
     "end_matrix_kernel",

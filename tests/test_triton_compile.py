@@ -66,7 +66,6 @@ def test_kernels_of_resnets(capability: int, dtype: str) -> None:
     assert {kernel["kernel"] for kernel in kernels} == {
         "stem_kernel",
         "conv_bn_kernel",
-        "conv_bn_projection_kernel",
         "head_kernel",
         "bn_add_relu_kernel",
         "gate_add_relu_kernel",

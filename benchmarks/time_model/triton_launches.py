@@ -150,13 +150,13 @@ def _conv_bn(a: Any) -> _Geometry:
     """Of a folded block's end: a 1×1 convolution, and perhaps another one of the shortcut."""
     steps, projected = [math.ceil(a.gemm.channels / a.TILE.c)], 0
     read, added = int(_read(a) * bytes_of(a.x)) + bytes_of(a.weight), ""
-    if hasattr(a, "projection"):
+    if a.projection is not None:
         projected, added = a.shortcut_image.c, ", projects"
         steps.append(math.ceil(projected / a.TILE.c))
         pixels = a.PROJECTION_WINDOW.stride_h * a.PROJECTION_WINDOW.stride_w
         read += bytes_of(a.shortcut) // pixels + bytes_of(a.projection)
-    elif a.residual is not None:
-        read, added = read + bytes_of(a.residual), ", adds"
+    elif a.shortcut is not None:
+        read, added = read + bytes_of(a.shortcut), ", adds"
     return _Geometry(
         _window(a) + added,
         tuple(steps[: len(a.loops)]),
@@ -187,7 +187,7 @@ def _by_rows(a: Any) -> _Geometry:
     """Of matrices that lie in L2; loops one behind the other, each through the columns, behind one
     through parts of sums."""
     loops, steps = len(a.loops), math.ceil(a.C / a.BLOCK_C)
-    merges = [math.ceil(a.parts / a.PARTS)] if hasattr(a, "parts") else []
+    merges = [math.ceil(a.parts / a.BLOCK_C)] if hasattr(a, "parts") else []
     trips = (*merges, *(steps,) * loops)[:loops]
     return _Geometry(f"{a.K} rows of {a.C}", trips, shared_loops=tuple(range(loops)))
 
@@ -328,7 +328,6 @@ def _sum_parts(a: Any) -> _Geometry:
 _DESCRIBE: dict[str, Callable[[Any], _Geometry]] = {
     "conv_stats_kernel": _conv_stats,
     "conv_bn_kernel": _conv_bn,
-    "conv_bn_projection_kernel": _conv_bn,
     "gram_kernel": _gram,
     "merge_gram_kernel": _merge_gram,
     "end_products_kernel": _end_products,

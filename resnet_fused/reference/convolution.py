@@ -40,6 +40,24 @@ def convolve(x: Tensor, conv: Convolution) -> Tensor:
     return F.conv2d(x, conv.weight, None, *conv[1:])
 
 
+def convolution_backward(grad: Tensor, x: Tensor, conv: Convolution, which: int) -> Tensor:
+    """The gradient of x (which = 0) or of the weight (1), of the dtype of `grad`, which is
+    channels_last."""
+    weight = conv.weight.to(grad.dtype).contiguous(memory_format=torch.channels_last)
+    found: Tensor = torch.ops.aten.convolution_backward(
+        grad,
+        x,
+        weight,
+        None,
+        *conv[1:4],
+        False,
+        [0, 0],
+        conv.groups,
+        [which == 0, which == 1, False],
+    )[which]
+    return found
+
+
 def well_posed(x: Tensor, conv: Convolution) -> tuple[Tensor, Convolution]:
     """An input and a convolution with the same result, whose geometry oneDNN computes right.
 

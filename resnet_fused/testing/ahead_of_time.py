@@ -149,7 +149,7 @@ def _print_facts(name: str, launch: Launch, compiled: Any) -> None:
     facts = {
         "name": f"{name} {config.blocks} {config.warps} warps",
         "kernel": launch.plan.kernel.__name__,
-        "rows": next(iter(config.blocks), 0),  # passes over whole rows have no blocks
+        "rows": config.blocks[0],
         "instructions": [i for i in INSTRUCTIONS if i in ptx],
         "copies": _copy_widths(ptx),
         "converts_e4m3": "cvt.rn.f16x2.e4m3x2" in ptx,

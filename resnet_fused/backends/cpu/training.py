@@ -22,7 +22,7 @@ from torch import Tensor
 from ... import settings
 from ..._extension import optional_tensor_arg, tensor_arg
 from ...parameters import Activation, Convolution, Layer, MaxPool, OperandTerm, PreBnGradient
-from ...reference.convolution import convolve, well_posed
+from ...reference.convolution import convolution_backward, convolve, well_posed
 from ...reference.training import ReferenceTraining
 from ..arguments import nhwc, residual_arg
 from ..training import Replays
@@ -158,7 +158,7 @@ class CpuTraining:
             )
         else:
             x = g.new_empty(1).expand(shape)  # of which only the sizes count
-            out = nhwc(_convolution_backward(g, x, conv, 0))
+            out = nhwc(convolution_backward(g, x, conv, 0))
             if before is not None:
                 out += before
         if after is not None:
@@ -174,7 +174,7 @@ class CpuTraining:
     def wgrad(self, g: Tensor, x: Tensor, conv: Convolution) -> Tensor:
         if not self._convolves(g, conv):
             x, posed = well_posed(x, conv)
-            return nhwc(_convolution_backward(g, x, posed, 1).to(conv.weight.dtype))
+            return nhwc(convolution_backward(g, x, posed, 1).to(conv.weight.dtype))
         out = self._empty(conv.weight, conv.weight.shape)
         self.extension.conv_wgrad(
             tensor_arg(out), tensor_arg(nhwc(x)), tensor_arg(nhwc(g)), _window(conv)
@@ -263,23 +263,3 @@ def _activation_arg(activation: Activation) -> tuple[object, object]:
 def _window(conv: Convolution) -> tuple[tuple[int, ...], ...]:
     """Kernel, stride, padding and dilation, as the extension takes them."""
     return (tuple(conv.weight.shape[2:]), *map(tuple, conv[1:4]))
-
-
-def _convolution_backward(grad: Tensor, x: Tensor, conv: Convolution, which: int) -> Tensor:
-    """The gradient of x (which = 0) or of the weight (1), by PyTorch."""
-    weight, stride, padding, dilation, groups = conv
-    mask = [which == 0, which == 1, False]
-    found: Tensor = torch.ops.aten.convolution_backward(
-        grad,
-        x,
-        nhwc(weight.to(grad.dtype)),
-        None,
-        stride,
-        padding,
-        dilation,
-        False,
-        [0, 0],
-        groups,
-        mask,
-    )[which]
-    return found

@@ -18,13 +18,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...parameters import ConvBn, Convolution
 from .. import Candidates
+from ..arguments import empty_signs
 from . import launching
 from .launching import (
     Config,
@@ -144,47 +144,78 @@ def conv_bn_kernel(
     x,
     weight,
     bn,
-    residual,
+    shortcut,
+    projection,
+    projection_bn,
     out,
     signs,
-    residual_channels,
-    residual_strides,
+    shortcut_image,
+    shortcut_strides,
     gemm,
     image,
     result,
     RELU: tl.constexpr,
     WINDOW: tl.constexpr,
+    PROJECTION_WINDOW: tl.constexpr,
     EVEN: tl.constexpr,
+    SHORTCUT_EVEN: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Grid: (tiles of rows × columns, packs). A pack (all channels where groups = 1) maps its
-    `gemm.channels` to its `gemm.columns`. residual_strides is None where the residual is laid out
-    like the result."""
+    `gemm.channels` to its `gemm.columns`. A shortcut is added as it is, or, where projection is not
+    None, which takes one group, as a second product with its own normalisation. shortcut_image and
+    shortcut_strides are None where there is no shortcut, and the strides where it is laid out like
+    the result."""
     row, first_column = tile_index(gemm.rows, gemm.columns, TILE.m, TILE.n, TILE.is_wide)
     pack = tl.program_id(1)
+    channels = gemm.channels
+    if projection is not None:
+        pack = 0
+        channels = image.c
     column = first_column + tl.arange(0, TILE.n)
     column = pack * gemm.columns + tl.where(column < gemm.columns, column, 0)
+    safe_row = tl.where(row < gemm.rows, row, 0)
     acc = convolve(
         x,
         weight,
-        tl.where(row < gemm.rows, row, 0),
+        safe_row,
         column,
-        pack * gemm.channels,
+        pack * channels,
         image,
         result,
-        gemm.channels,
+        channels,
         EVEN,
         WINDOW,
         TILE,
     )
+    projected = None
+    residual = None
     residual_row = None
-    if residual_strides is not None:
-        residual_row = strided_rows(row, result.h, result.w, residual_strides)
+    residual_channels = None
+    if projection is not None:
+        projected = convolve(
+            shortcut,
+            projection,
+            safe_row,
+            column,
+            0,
+            shortcut_image,
+            result,
+            shortcut_image.c,
+            SHORTCUT_EVEN,
+            PROJECTION_WINDOW,
+            TILE,
+        )
+    else:
+        residual = shortcut
+        if shortcut_strides is not None:
+            residual_row = strided_rows(row, result.h, result.w, shortcut_strides)
+            residual_channels = shortcut_image.c
     finish(
         acc,
         bn,
-        None,
-        None,
+        projected,
+        projection_bn,
         residual,
         residual_row,
         residual_channels,
@@ -193,65 +224,6 @@ def conv_bn_kernel(
         (row, row < gemm.rows, pack * gemm.columns, gemm.columns, result.c),
         first_column,
         RELU,
-        out.dtype.element_ty == tl.float32 and TILE.precision == "ieee",
-        TILE.m,
-        TILE.n,
-    )
-
-
-@triton.jit
-def conv_bn_projection_kernel(
-    x,
-    weight,
-    bn,
-    shortcut,
-    projection,
-    projection_bn,
-    out,
-    signs,
-    image,
-    shortcut_image,
-    result,
-    gemm,
-    WINDOW: tl.constexpr,
-    PROJECTION_WINDOW: tl.constexpr,
-    EVEN: tl.constexpr,
-    SHORTCUT_EVEN: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Grid: (tiles of rows × columns,). Two products, each with its own normalisation, one
-    store."""
-    row, first_column = tile_index(gemm.rows, gemm.columns, TILE.m, TILE.n, TILE.is_wide)
-    column = first_column + tl.arange(0, TILE.n)
-    column = tl.where(column < gemm.columns, column, 0)
-    safe_row = tl.where(row < gemm.rows, row, 0)
-    acc = convolve(x, weight, safe_row, column, 0, image, result, image.c, EVEN, WINDOW, TILE)
-    projected = convolve(
-        shortcut,
-        projection,
-        safe_row,
-        column,
-        0,
-        shortcut_image,
-        result,
-        shortcut_image.c,
-        SHORTCUT_EVEN,
-        PROJECTION_WINDOW,
-        TILE,
-    )
-    finish(
-        acc,
-        bn,
-        projected,
-        projection_bn,
-        None,
-        None,
-        None,
-        out,
-        signs,
-        (row, row < gemm.rows, 0, gemm.columns, result.c),
-        first_column,
-        True,
         out.dtype.element_ty == tl.float32 and TILE.precision == "ieee",
         TILE.m,
         TILE.n,
@@ -340,9 +312,9 @@ def configurations(
             stages += 1
         if stages * step_bytes > limits.shared_bytes:
             continue
-        tiles = triton.cdiv(gemm.rows, block_m) * triton.cdiv(gemm.columns, block_n) * packs
-        cost = triton.cdiv(tiles, limits.num_sms) * (block_m * block_n + 64 * (block_m + block_n))
-        costs.setdefault(Config((block_m, block_n, block_c), warps, stages), cost)
+        config = Config((block_m, block_n, block_c), warps, stages)
+        rounds = triton.cdiv(config.tiles(gemm.rows, gemm.columns) * packs, limits.num_sms)
+        costs.setdefault(config, rounds * (block_m * block_n + 64 * (block_m + block_n)))
     return sorted(costs, key=costs.__getitem__)[:_MEASURED]
 
 
@@ -381,52 +353,6 @@ def list_conv_bn(x: Tensor, layer: ConvBn) -> Candidates:
     return launching.candidates(conv_bn, configs, _FAMILY)
 
 
-@planned
-def plan_conv_bn(
-    config: Config,
-    x: Tensor,
-    layer: ConvBn,
-    residual: Tensor | None,
-    relu: bool,
-    precision: str,
-    signs: bool = False,
-) -> tuple[tuple[int, ...], Launch]:
-    """The result's shape, and the launch, of tensors as the kernel takes them; signs: whether it
-    is given any to write."""
-    conv, _ = layer
-    packed, gemm = packing(x, conv)
-    shape = result_shape(x, conv)
-    out = x.new_empty(shape, device="meta").contiguous(memory_format=torch.channels_last)
-    block_m, block_n, block_c = config.blocks
-    tiles = triton.cdiv(gemm.rows, block_m) * triton.cdiv(gemm.columns, block_n)
-    return shape, Launch(
-        conv_bn_kernel,
-        (tiles, conv.groups // packed),
-        config,
-        x.device,
-        residual_channels=None if residual is None else residual.shape[1],
-        residual_strides=strides_beside(residual, out),
-        image=Image.of(x),
-        result=Image.of(out),
-        gemm=gemm,
-        RELU=relu,
-        WINDOW=packed_window(conv, packed, gemm),
-        EVEN=gemm.channels % block_c == 0,
-        TILE=Tile(block_m, block_n, block_c, is_wide(x, conv.weight, out, residual), precision),
-    )
-
-
-def conv_bn(
-    config: Config, x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool
-) -> Tensor:
-    """relu?(bn(conv(x)) (+ residual)): see `resnet_fused.reference.ops.conv_bn`."""
-    x, layer, residual = nhwc(x), dense_layer(layer), readable(residual)
-    shape, launch = plan_conv_bn(config, x, layer, residual, relu, convolution_precision(x.dtype))
-    out = empty_nhwc(shape, x)
-    launch(x, layer.conv.weight, layer.bn, residual, out, None)
-    return out
-
-
 def list_conv_bn_projection(x: Tensor, layer: ConvBn, projection: ConvBn) -> Candidates:
     """Candidates of op `conv_bn_projection`: for a plain strided 1×1 projection."""
     conv, other = layer.conv, projection.conv
@@ -441,65 +367,71 @@ def list_conv_bn_projection(x: Tensor, layer: ConvBn, projection: ConvBn) -> Can
 
 
 @planned
-def plan_conv_bn_projection(
+def plan_conv_bn(
     config: Config,
     x: Tensor,
     layer: ConvBn,
-    shortcut: Tensor,
-    projection: ConvBn,
+    shortcut: Tensor | None,
+    projection: ConvBn | None,
+    relu: bool,
     precision: str,
     signs: bool = False,
 ) -> tuple[tuple[int, ...], Launch]:
-    """The same with a projection."""
-    _, gemm = packing(x, layer.conv)
-    shape = result_shape(x, layer.conv)
-    out = x.new_empty(shape, device="meta")
+    """The result's shape, and the launch, of tensors as the kernel takes them; signs: whether it
+    is given any to write."""
+    conv, other = layer.conv, None if projection is None else projection.conv
+    packed, gemm = packing(x, conv)
+    shape = result_shape(x, conv)
+    out = empty_nhwc(shape, x.new_empty(0, device="meta"))
     block_m, block_n, block_c = config.blocks
-    tiles = triton.cdiv(gemm.rows, block_m) * triton.cdiv(gemm.columns, block_n)
+    wide = is_wide(x, conv.weight, out, shortcut, other and other.weight)
     return shape, Launch(
-        conv_bn_projection_kernel,
-        (tiles,),
+        conv_bn_kernel,
+        (config.tiles(gemm.rows, gemm.columns), conv.groups // packed),
         config,
         x.device,
-        image=Image.of(x),
-        shortcut_image=Image.of(shortcut),
-        result=Image.of(out),
+        shortcut_image=None if shortcut is None else Image.of(shortcut),
+        shortcut_strides=None if other is not None else strides_beside(shortcut, out),
         gemm=gemm,
-        WINDOW=Window.of(layer.conv),
-        PROJECTION_WINDOW=Window.of(projection.conv),
-        EVEN=x.shape[1] % block_c == 0,
-        SHORTCUT_EVEN=shortcut.shape[1] % block_c == 0,
-        TILE=Tile(
-            block_m,
-            block_n,
-            block_c,
-            is_wide(x, layer.conv.weight, shortcut, projection.conv.weight, out),
-            precision,
-        ),
+        image=Image.of(x),
+        result=Image.of(out),
+        RELU=relu,
+        WINDOW=packed_window(conv, packed, gemm),
+        PROJECTION_WINDOW=other and Window.of(other),
+        EVEN=gemm.channels % block_c == 0,
+        SHORTCUT_EVEN=shortcut is not None and shortcut.shape[1] % block_c == 0,
+        TILE=Tile(block_m, block_n, block_c, wide, precision),
     )
+
+
+def run_conv_bn(
+    config: Config,
+    x: Tensor,
+    layer: ConvBn,
+    shortcut: Tensor | None,
+    projection: ConvBn | None,
+    relu: bool,
+    signs: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The result and, if they are asked for, its signs, of tensors as the kernel takes them."""
+    precision = convolution_precision(x.dtype)
+    shape, launch = plan_conv_bn(config, x, layer, shortcut, projection, relu, precision, signs)
+    out, own = empty_nhwc(shape, x), empty_signs(shape, x) if signs else None
+    weight, bn = (None, None) if projection is None else (projection.conv.weight, projection.bn)
+    launch(x, layer.conv.weight, layer.bn, shortcut, weight, bn, out, own)
+    return out, own
+
+
+def conv_bn(
+    config: Config, x: Tensor, layer: ConvBn, residual: Tensor | None, relu: bool
+) -> Tensor:
+    """relu?(bn(conv(x)) (+ residual)): see `resnet_fused.reference.ops.conv_bn`."""
+    return run_conv_bn(config, nhwc(x), dense_layer(layer), readable(residual), None, relu)[0]
 
 
 def conv_bn_projection(
     config: Config, x: Tensor, layer: ConvBn, shortcut: Tensor, projection: ConvBn
 ) -> Tensor:
     """relu(bn(conv(x)) + bn'(conv'(shortcut))) in one launch."""
-    x, layer, shortcut, projection = (
-        nhwc(x),
-        dense_layer(layer),
-        nhwc(shortcut),
-        dense_layer(projection),
-    )
-    precision = convolution_precision(x.dtype)
-    shape, launch = plan_conv_bn_projection(config, x, layer, shortcut, projection, precision)
-    out = empty_nhwc(shape, x)
-    launch(
-        x,
-        layer.conv.weight,
-        layer.bn,
-        shortcut,
-        projection.conv.weight,
-        projection.bn,
-        out,
-        None,
-    )
-    return out
+    layer, projection = dense_layer(layer), dense_layer(projection)
+    return run_conv_bn(config, nhwc(x), layer, nhwc(shortcut), projection, True)[0]

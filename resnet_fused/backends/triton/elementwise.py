@@ -14,11 +14,10 @@ from torch import Tensor
 from ...parameters import BatchNorm, Gate
 from ...reference.ops import excitation
 from .. import Candidate, Candidates
-from .launching import Config, Launch, dense, empty_nhwc, is_wide, nhwc, planned
+from .launching import Config, Launch, dense, empty_nhwc, launch_pass, nhwc, planned, positions
 from .primitives import normalise, relu, tile_index
 
 _ELEMENTS = 4096  # of a tile
-_CONFIG = Config((), warps=4, stages=1)
 
 
 @triton.jit
@@ -53,31 +52,16 @@ def list_bn_add_relu() -> Candidates:
     return (Candidate("triton", bn_add_relu, "triton bn_add_relu"),)
 
 
-def _tile(x: Tensor) -> tuple[int, int, int]:
-    """Rows of `x`, and how many rows and channels of them a program takes."""
-    channels = x.shape[1]
-    rows = x.numel() // channels
-    # All channels of a row up to 512.
-    block_c = min(512, triton.next_power_of_2(channels))
-    return rows, min(_ELEMENTS // block_c, triton.next_power_of_2(rows)), block_c
+def _tile(x: Tensor) -> Config:
+    """All channels of a row up to 512."""
+    block_c = min(512, triton.next_power_of_2(x.shape[1]))
+    block_m = min(_ELEMENTS // block_c, triton.next_power_of_2(positions(x)))
+    return Config((block_m, block_c), warps=4, stages=1)
 
 
 @planned
 def _plan(x: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool) -> Launch:
-    channels = x.shape[1]
-    rows, block_m, block_c = _tile(x)
-    return Launch(
-        bn_add_relu_kernel,
-        (triton.cdiv(rows, block_m) * triton.cdiv(channels, block_c),),
-        _CONFIG,
-        x.device,
-        rows=rows,
-        C=channels,
-        RELU=relu,
-        WIDE=is_wide(x),
-        BLOCK_M=block_m,
-        BLOCK_C=block_c,
-    )
+    return launch_pass(bn_add_relu_kernel, _tile(x), positions(x), x, C=x.shape[1], RELU=relu)
 
 
 def bn_add_relu(x: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool) -> Tensor:
@@ -120,20 +104,10 @@ def gate_add_relu_kernel(
 
 @planned
 def _plan_gate(x: Tensor, gate: Tensor, residual: Tensor | None, relu: bool) -> Launch:
-    batch, channels = x.shape[:2]
-    rows, block_m, block_c = _tile(x)
-    return Launch(
-        gate_add_relu_kernel,
-        (triton.cdiv(rows, block_m) * triton.cdiv(channels, block_c),),
-        _CONFIG,
-        x.device,
-        rows=rows,
-        pixels=rows // batch,
-        C=channels,
-        RELU=relu,
-        WIDE=is_wide(x),
-        BLOCK_M=block_m,
-        BLOCK_C=block_c,
+    batch, channels, height, width = x.shape
+    pixels = height * width
+    return launch_pass(
+        gate_add_relu_kernel, _tile(x), batch * pixels, x, pixels=pixels, C=channels, RELU=relu
     )
 
 

@@ -86,10 +86,7 @@ def head_kernel(
 def list_head(x: Tensor, weight: Tensor) -> Candidates:
     """Candidates of op `head`: wide class tiles read x less often, narrow ones occupy more SMs."""
     options = [Config((16, n, 32), 4, 2) for n in (128, 64, 32)]
-    num_sms = launching.machine(x.device).num_sms
-    row_tiles = triton.cdiv(len(x), 16)
-    busy = [c for c in options if row_tiles * triton.cdiv(len(weight), c.blocks[1]) >= num_sms]
-    configs = [*busy, *(c for c in reversed(options) if c not in busy)]
+    configs = launching.filling_first(options, x.device, len(x), len(weight))
     return launching.candidates(head, configs, "triton head")
 
 
@@ -100,7 +97,7 @@ def _plan(config: Config, x: Tensor, weight: Tensor, bias: Tensor | None, precis
     block_m, block_n, block_c = config.blocks
     return Launch(
         head_kernel,
-        (triton.cdiv(batch, block_m) * triton.cdiv(classes, block_n),),
+        (config.tiles(batch, classes),),
         config,
         x.device,
         batch=batch,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
+import triton
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
@@ -38,6 +39,10 @@ class Config(NamedTuple):
     blocks: tuple[int, ...]
     warps: int
     stages: int
+
+    def tiles(self, rows: int, columns: int) -> int:
+        """How many tiles, of its first two sizes, cover a result of so many rows and columns."""
+        return triton.cdiv(rows, self.blocks[0]) * triton.cdiv(columns, self.blocks[1])
 
     def __str__(self) -> str:
         return f"{'×'.join(map(str, self.blocks))} {self.warps} warps {self.stages} stages"
@@ -77,6 +82,16 @@ def candidates(run: Callable[..., Any], configs: Iterable[Config], family: str) 
         )
         for config in configs
     ]
+
+
+def filling_first(
+    configs: Sequence[Config], device: torch.device, rows: int, columns: int
+) -> list[Config]:
+    """Of configurations from the largest tile to the smallest: those with a tile for each SM, then
+    the others, the smallest first."""
+    num_sms = machine(device).num_sms
+    filling = [config for config in configs if config.tiles(rows, columns) >= num_sms]
+    return [*filling, *(config for config in reversed(configs) if config not in filling)]
 
 
 class Image(NamedTuple):
@@ -218,6 +233,30 @@ class Launch:
         compiled = self.kernel[self.grid](*tensors, *self.settled, **self.options)
         if isinstance(compiled, CompiledKernel):
             self._compiled = compiled[(*self.grid, 1, 1)[:3]]
+
+
+def launch_pass(
+    kernel: Any, config: Config, rows: int, x: Tensor, *others: Tensor | None, **settled: Any
+) -> Launch:
+    """Of a kernel that takes a tile of rows × x's channels a program; x and `others` are what it
+    goes through."""
+    block_m, block_c = config.blocks
+    return Launch(
+        kernel,
+        (config.tiles(rows, x.shape[1]),),
+        config,
+        x.device,
+        rows=rows,
+        WIDE=is_wide(x, *others),
+        BLOCK_M=block_m,
+        BLOCK_C=block_c,
+        **settled,
+    )
+
+
+def positions(x: Tensor) -> int:
+    """Those of an (N, C, H, W) tensor's images together."""
+    return x.numel() // x.shape[1]
 
 
 def planned(make: Callable[_Parameters, _Plan]) -> Callable[_Parameters, _Plan]:

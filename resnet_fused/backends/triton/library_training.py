@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...parameters import Activation, Convolution, OperandTerm
-from ...reference.convolution import convolve
-from .launching import Launch, is_wide, nhwc, planned
+from ...reference.convolution import convolution_backward, convolve
+from .launching import Launch, launch_pass, nhwc, planned, positions
 from .primitives import tile_index
 from .training import TritonTraining
 from .training_batch_norm import pass_tile
@@ -44,22 +44,10 @@ def moments_kernel(
 @planned
 def _plan_moments(pre_bn: Tensor) -> tuple[int, Launch]:
     """The number of row tiles, and the launch."""
-    channels = pre_bn.shape[1]
-    rows = pre_bn.numel() // channels
+    channels, rows = pre_bn.shape[1], positions(pre_bn)
     config = pass_tile(channels)
-    block_m, block_c = config.blocks
-    tiles = triton.cdiv(rows, block_m)
-    return tiles, Launch(
-        moments_kernel,
-        (tiles * triton.cdiv(channels, block_c),),
-        config,
-        pre_bn.device,
-        rows=rows,
-        K=channels,
-        WIDE=is_wide(pre_bn),
-        BLOCK_M=block_m,
-        BLOCK_C=block_c,
-    )
+    tiles = triton.cdiv(rows, config.blocks[0])
+    return tiles, launch_pass(moments_kernel, config, rows, pre_bn, K=channels)
 
 
 def moments(pre_bn: Tensor) -> Tensor:
@@ -97,7 +85,7 @@ class LibraryTraining(TritonTraining):
     ) -> tuple[Tensor, Tensor | None]:
         assert term is None  # no ends are folded
         x = g.new_empty(1).expand(shape)  # of which only the sizes count
-        out = _convolution_backward(g, x, conv, 0)
+        out = convolution_backward(nhwc(g), x, conv, 0)
         if add is not None and add_stride is None:
             out = out + add
         elif add is not None:
@@ -108,23 +96,4 @@ class LibraryTraining(TritonTraining):
         return out, sums
 
     def wgrad(self, g: Tensor, x: Tensor, conv: Convolution) -> Tensor:
-        return nhwc(_convolution_backward(g, x, conv, 1).to(conv.weight.dtype))
-
-
-def _convolution_backward(g: Tensor, x: Tensor, conv: Convolution, which: int) -> Tensor:
-    """The gradient of x (which = 0) or of the weight (1)."""
-    weight, stride, padding, dilation, groups = conv
-    found: Tensor = torch.ops.aten.convolution_backward(
-        nhwc(g),
-        x,
-        nhwc(weight.to(g.dtype)),
-        None,
-        stride,
-        padding,
-        dilation,
-        False,
-        [0, 0],
-        groups,
-        [which == 0, which == 1, False],
-    )[which]
-    return found
+        return nhwc(convolution_backward(nhwc(g), x, conv, 1).to(conv.weight.dtype))

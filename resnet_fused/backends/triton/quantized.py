@@ -431,11 +431,10 @@ def _plan(
     if gemm.channels > x.shape[1]:
         block_c = gemm.channels
     gemm = gemm._replace(rows=shape[0] * shape[2] * shape[3])
-    tiles = triton.cdiv(gemm.rows, block_m) * triton.cdiv(gemm.columns, block_n)
     is_added = shortcut is not None and projection is None
     return Launch(
         quantized_conv_kernel,
-        (tiles, conv.groups // packed),
+        (config.tiles(gemm.rows, gemm.columns), conv.groups // packed),
         config,
         x.device,
         fuses=False,

@@ -152,15 +152,9 @@ def list_quantized_head(x: Tensor, weight: Tensor) -> Candidates:
     if channels > _MOST_CHANNELS or _LARGEST[x.dtype] * height * width >= 2**31:
         return ()
     options = [Config((m, 64, 128), 4, 3) for m in (64, 32, 16)]
-    machine = launching.machine(x.device)
-    if machine.interpreted:
+    if launching.machine(x.device).interpreted:
         options = options[1:2]
-
-    def tiles(config: Config) -> int:
-        return triton.cdiv(batch, config.blocks[0]) * triton.cdiv(len(weight), config.blocks[1])
-
-    busy = [config for config in options if tiles(config) >= machine.num_sms]
-    configs = [*busy, *(c for c in reversed(options) if c not in busy)]
+    configs = launching.filling_first(options, x.device, batch, len(weight))
     return launching.candidates(quantized_head, configs, "triton quantized")
 
 
@@ -214,7 +208,7 @@ def _plan(
     block_m, block_n, block_c = config.blocks
     return Launch(
         quantized_head_kernel,
-        (triton.cdiv(batch, block_m) * triton.cdiv(classes, block_n),),
+        (config.tiles(batch, classes),),
         config,
         digits.device,
         fuses=False,

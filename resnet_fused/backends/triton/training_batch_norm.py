@@ -30,8 +30,10 @@ from .launching import (
     Launch,
     empty_nhwc,
     is_wide,
+    launch_pass,
     nhwc,
     planned,
+    positions,
     readable,
     strides_beside,
 )
@@ -368,9 +370,22 @@ def _few(parts: Tensor, kernel: Any, most: int = _DIRECT) -> Tensor:
     return parts
 
 
-def _last_merge(parts: int) -> Config:
-    """Of a kernel that merges so many parts and uses what that gives."""
-    return _FEW if parts <= _FEW.blocks[0] else _MANY
+def _launch_last(kernel: Any, parts: Tensor, **settled: Any) -> Launch:
+    """Of a kernel that merges these parts and uses what that gives."""
+    count, _, channels = parts.shape
+    config = _FEW if count <= _FEW.blocks[0] else _MANY
+    step, block_c = config.blocks
+    return Launch(
+        kernel,
+        (triton.cdiv(channels, block_c),),
+        config,
+        parts.device,
+        parts=count,
+        K=channels,
+        PARTS=step,
+        BLOCK_C=block_c,
+        **settled,
+    )
 
 
 def merge_moments(moments: Tensor) -> Tensor:
@@ -387,20 +402,7 @@ def merge_sums(sums: Tensor) -> Tensor:
 
 @planned
 def _plan_scale_shift(moments: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Launch:
-    parts, _, channels = moments.shape
-    config = _last_merge(parts)
-    step, block_c = config.blocks
-    return Launch(
-        bn_scale_shift_kernel,
-        (triton.cdiv(channels, block_c),),
-        config,
-        moments.device,
-        eps=eps,
-        parts=parts,
-        K=channels,
-        PARTS=step,
-        BLOCK_C=block_c,
-    )
+    return _launch_last(bn_scale_shift_kernel, moments, eps=eps)
 
 
 def bn_scale_shift(moments: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -415,20 +417,9 @@ def bn_scale_shift(moments: Tensor, weight: Tensor, bias: Tensor, eps: float) ->
 def _plan_coefficients(
     sums: Tensor, total: Tensor | None, scale_shift: Tensor, frozen: bool
 ) -> Launch:
-    channels = scale_shift.shape[1]
-    config = _last_merge(len(sums))
-    step, block_c = config.blocks
-    return Launch(
-        bn_backward_coefficients_kernel,
-        (triton.cdiv(channels, block_c),),
-        config,
-        sums.device,
-        parts=len(sums),
-        total_parts=0 if total is None else len(total),
-        K=channels,
-        FROZEN=frozen,
-        PARTS=step,
-        BLOCK_C=block_c,
+    total_parts = 0 if total is None else len(total)
+    return _launch_last(
+        bn_backward_coefficients_kernel, sums, total_parts=total_parts, FROZEN=frozen
     )
 
 
@@ -449,22 +440,15 @@ def bn_backward_coefficients(
 @planned
 def _plan_bn_add_relu(main: Activation, shortcut: Tensor | None, normalised: bool) -> Launch:
     pre_bn = main.pre_bn
-    channels = pre_bn.shape[1]
-    rows = pre_bn.numel() // channels
-    config = pass_tile(channels)
-    block_m, block_c = config.blocks
-    return Launch(
+    return launch_pass(
         bn_add_relu_kernel,
-        (triton.cdiv(rows, block_m) * triton.cdiv(channels, block_c),),
-        config,
-        pre_bn.device,
+        pass_tile(pre_bn.shape[1]),
+        positions(pre_bn),
+        pre_bn,
+        shortcut,
         shortcut_channels=None if shortcut is None else shortcut.shape[1],
         shortcut_strides=strides_beside(shortcut, pre_bn),
-        rows=rows,
         result=Image.of(pre_bn),
-        WIDE=is_wide(pre_bn, shortcut),
-        BLOCK_M=block_m,
-        BLOCK_C=block_c,
     )
 
 
@@ -487,8 +471,7 @@ def _plan_relu_gradient(
     branches: Sequence[tuple[Tensor | None, Tensor | None]],
 ) -> tuple[int, Launch]:
     """The number of row blocks, and the launch."""
-    channels = grad.shape[1]
-    rows = grad.numel() // channels
+    channels, rows = grad.shape[1], positions(grad)
     config = pass_tile(channels)
     block_m, block_c = config.blocks
     blocks = triton.cdiv(rows, _TILES * block_m)
@@ -547,19 +530,8 @@ def _relu_gradient(
 @planned
 def _plan_pre_bn_gradient(grad: Tensor, pre_bn: Tensor | None) -> Launch:
     channels = grad.shape[1]
-    rows = grad.numel() // channels
-    config = pass_tile(channels)
-    block_m, block_c = config.blocks
-    return Launch(
-        pre_bn_gradient_kernel,
-        (triton.cdiv(rows, block_m) * triton.cdiv(channels, block_c),),
-        config,
-        grad.device,
-        rows=rows,
-        K=channels,
-        WIDE=is_wide(grad),
-        BLOCK_M=block_m,
-        BLOCK_C=block_c,
+    return launch_pass(
+        pre_bn_gradient_kernel, pass_tile(channels), positions(grad), grad, K=channels
     )
 
 

@@ -146,13 +146,13 @@ def _plan(
     result = Image(*conv.output_size(*value.shape[2:]), filters)
     shape = (value.shape[0], filters, result.h, result.w)
     block_m, block_n, block_c = config.blocks
-    tiles_m = triton.cdiv(gemm.rows, block_m)
+    wide = is_wide(value, conv.weight, value.new_empty(shape, device="meta"))
     return _Plan(
         shape,
-        (tiles_m, 3, filters),
+        (triton.cdiv(gemm.rows, block_m), 3, filters),
         Launch(
             conv_stats_kernel,
-            (tiles_m * triton.cdiv(gemm.columns, block_n), conv.groups),
+            (config.tiles(gemm.rows, gemm.columns), conv.groups),
             config,
             value.device,
             image=Image.of(value),
@@ -160,13 +160,7 @@ def _plan(
             gemm=gemm,
             WINDOW=Window.of(conv)._replace(is_flat=_is_flat(conv)),
             EVEN=gemm.channels % block_c == 0,
-            TILE=Tile(
-                block_m,
-                block_n,
-                block_c,
-                is_wide(value, conv.weight, value.new_empty(shape, device="meta")),
-                precision,
-            ),
+            TILE=Tile(block_m, block_n, block_c, wide, precision),
         ),
     )
 

@@ -266,7 +266,7 @@ def _plan(
     tiles_m = triton.cdiv(gemm.rows, block_m)
     return (class_h * class_w * tiles_m, 2, shape[1]), Launch(
         dgrad_kernel,
-        (tiles_m * triton.cdiv(gemm.columns, block_n), conv.groups, class_h * class_w),
+        (config.tiles(gemm.rows, gemm.columns), conv.groups, class_h * class_w),
         config,
         g.device,
         batch=shape[0],

@@ -22,9 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ...parameters import Convolution, Folded, OperandTerm
-from ..arguments import dense_convolution, empty_signs, given_scale
+from ..arguments import dense_convolution, given_scale
 from . import launching
-from .convolution import SIGNED, configurations, packing, plan_conv_bn, plan_conv_bn_projection
+from .convolution import SIGNED, configurations, packing, run_conv_bn
 from .launching import (
     Config,
     Image,
@@ -201,14 +201,14 @@ def end_sums_kernel(
     parts,
     K,
     C,
-    PARTS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Grid: (blocks of K,). out (2, K) from sums (parts, 2, K) of g and gradient P (K, C)."""
+    """Grid: (blocks of K,). out (2, K) from sums (parts, 2, K) of g, BLOCK_C parts at a time, and
+    gradient P (K, C)."""
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     in_k = k < K
-    sum_g, _ = merged_sums(sums, 0, parts, K, k, in_k, PARTS)
+    sum_g, _ = merged_sums(sums, 0, parts, K, k, in_k, BLOCK_C)
     product = tl.zeros((BLOCK_K, BLOCK_C), tl.float64)
     for c in range(0, C, BLOCK_C):
         column = c + tl.arange(0, BLOCK_C)
@@ -353,10 +353,22 @@ class _Moments(NamedTuple):
     moments: Launch
 
 
-def _by_rows(channels: int) -> Config:
-    """Of a kernel that goes through rows of a matrix: (filters × channels)."""
+def _by_rows(kernel: Any, conv: Convolution, device: torch.device, **settled: Any) -> Launch:
+    """Of a kernel that goes through rows of (filters × channels)."""
+    filters, channels = conv.weight.shape[:2]
     block_c = min(max(triton.next_power_of_2(channels), 16), 256)
-    return Config((_ELEMENTS // block_c, block_c), 4, 1)
+    config = Config((_ELEMENTS // block_c, block_c), 4, 1)
+    return Launch(
+        kernel,
+        (triton.cdiv(filters, config.blocks[0]),),
+        config,
+        device,
+        K=filters,
+        C=channels,
+        BLOCK_K=config.blocks[0],
+        BLOCK_C=block_c,
+        **settled,
+    )
 
 
 @planned
@@ -366,14 +378,13 @@ def _plan_moments(x: Tensor, conv: Convolution) -> _Moments:
     rows = len(x) * result.h * result.w
     config = _SMALL if channels <= 64 else _LARGE
     block_m, block_n, block_c = config.blocks
-    tiles = triton.cdiv(channels, block_m) * triton.cdiv(channels, block_n)
+    tiles = config.tiles(channels, channels)
     parts = max(1, min(rows // _LEAST_POSITIONS, 2 * launching.machine(x.device).num_sms // tiles))
     rows_per_part = triton.cdiv(triton.cdiv(rows, parts), block_c) * block_c
     parts = triton.cdiv(rows, rows_per_part)
     step = min(max(triton.next_power_of_2(parts), 4), _MOST_PARTS)
     merge = Config((step, _ELEMENTS // step), 4, 1)
     block_k, block_columns = _PRODUCTS.blocks
-    by_rows = _by_rows(channels)
     sizes: dict[str, Any] = {"K": filters, "C": channels}
     return _Moments(
         parts,
@@ -409,16 +420,7 @@ def _plan_moments(x: Tensor, conv: Convolution) -> _Moments:
             BLOCK_C=block_columns,
             **sizes,
         ),
-        Launch(
-            end_moments_kernel,
-            (triton.cdiv(filters, by_rows.blocks[0]),),
-            by_rows,
-            x.device,
-            rows=rows,
-            BLOCK_K=by_rows.blocks[0],
-            BLOCK_C=by_rows.blocks[1],
-            **sizes,
-        ),
+        _by_rows(end_moments_kernel, conv, x.device, rows=rows),
     )
 
 
@@ -455,22 +457,9 @@ def folded_end(
     config: Config, main: Folded, shortcut: Tensor | Folded | None, signs: bool
 ) -> tuple[Tensor, Tensor | None]:
     """See `resnet_fused.backends.training.FoldedEnds.folded_end`."""
-    x, layer = _layer(main)
-    precision = convolution_precision(x.dtype)
-    added: tuple[Any, ...]
     if isinstance(shortcut, Folded):
-        other, projection = _layer(shortcut)
-        shape, launch = plan_conv_bn_projection(
-            config, x, layer, other, projection, precision, signs
-        )
-        added = (other, projection.conv.weight, projection.bn)
-    else:
-        residual = readable(shortcut)
-        shape, launch = plan_conv_bn(config, x, layer, residual, True, precision, signs)
-        added = (residual,)
-    out, own = empty_nhwc(shape, x), empty_signs(shape, x) if signs else None
-    launch(x, layer.conv.weight, layer.bn, *added, out, own)
-    return out, own
+        return run_conv_bn(config, *_layer(main), *_layer(shortcut), True, signs)
+    return run_conv_bn(config, *_layer(main), readable(shortcut), None, True, signs)
 
 
 def _layer(end: Folded) -> tuple[Tensor, Any]:
@@ -480,21 +469,7 @@ def _layer(end: Folded) -> tuple[Tensor, Any]:
 
 @planned
 def _plan_sums(sums: Tensor, conv: Convolution) -> Launch:
-    filters, channels = conv.weight.shape[:2]
-    by_rows = _by_rows(channels)
-    block_k, block_c = by_rows.blocks
-    return Launch(
-        end_sums_kernel,
-        (triton.cdiv(filters, block_k),),
-        by_rows,
-        sums.device,
-        parts=len(sums),
-        K=filters,
-        C=channels,
-        PARTS=_ELEMENTS // block_k,
-        BLOCK_K=block_k,
-        BLOCK_C=block_c,
-    )
+    return _by_rows(end_sums_kernel, conv, sums.device, parts=len(sums))
 
 
 def folded_sums(sums: Tensor, gradient: Tensor, end: Folded) -> Tensor:
@@ -521,23 +496,12 @@ def _plan_gradients(
     filters, channels = conv.weight.shape[:2]
     p, q = conv.output_size(*x.shape[2:])
     rows = len(x) * p * q
-    by_rows = _by_rows(channels)
-    block_k, block_c = by_rows.blocks
     block, step = _MATRIX.blocks
     blocks = triton.cdiv(channels, block)
     width, depth = _VECTOR.blocks
     sizes: dict[str, Any] = {"K": filters, "C": channels}
     return _Gradients(
-        Launch(
-            end_gradients_kernel,
-            (triton.cdiv(filters, block_k),),
-            by_rows,
-            x.device,
-            rows=rows,
-            BLOCK_K=block_k,
-            BLOCK_C=block_c,
-            **sizes,
-        ),
+        _by_rows(end_gradients_kernel, conv, x.device, rows=rows),
         Launch(
             end_matrix_kernel,
             (blocks, blocks),

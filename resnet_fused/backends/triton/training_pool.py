@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...parameters import Activation, MaxPool
-from .launching import Config, Image, Launch, empty_nhwc, is_wide, nhwc, planned
+from .launching import Config, Image, Launch, empty_nhwc, launch_pass, nhwc, planned
 from .primitives import (
     affine,
     for_sums,
@@ -155,21 +155,15 @@ def _tile(pre_bn: Tensor, size: int = _BYTES) -> Config:
 def _plan_bn_relu_pool(x: Activation, pool: MaxPool) -> Launch:
     image = Image.of(x.pre_bn)
     result = Image(*pool.output_size(image.h, image.w), image.c)
-    config = _tile(x.pre_bn)
-    block_m, block_c = config.blocks
     rows = len(x.pre_bn) * result.h * result.w
-    return Launch(
+    return launch_pass(
         bn_relu_pool_kernel,
-        (triton.cdiv(rows, block_m) * triton.cdiv(image.c, block_c),),
-        config,
-        x.pre_bn.device,
-        rows=rows,
+        _tile(x.pre_bn),
+        rows,
+        x.pre_bn,
         image=image,
         result=result,
         POOL=pool,
-        WIDE=is_wide(x.pre_bn),
-        BLOCK_M=block_m,
-        BLOCK_C=block_c,
     )
 
 
@@ -189,24 +183,18 @@ def _plan_pool_gradient(grad: Tensor, x: Activation, pool: MaxPool) -> tuple[int
     """The number of row tiles, and the launch."""
     image = Image.of(x.pre_bn)
     config = _tile(x.pre_bn, _BYTES // 2)  # of cells, each of several positions
-    block_m, block_c = config.blocks
     down, across = ((size - 1 + pool.padding) // pool.stride + 1 for size in image[:2])
     rows = len(grad) * down * across
-    tiles_m = triton.cdiv(rows, block_m)
-    return tiles_m, Launch(
+    return triton.cdiv(rows, config.blocks[0]), launch_pass(
         pool_gradient_kernel,
-        (tiles_m * triton.cdiv(image.c, block_c),),
         config,
-        grad.device,
-        rows=rows,
+        rows,
+        x.pre_bn,
         image=image,
         result=Image.of(grad),
         cells=Image(down, across, image.c),
         POOL=pool,
         WINDOWS=(pool.kernel - 1) // pool.stride + 1,
-        WIDE=is_wide(x.pre_bn),
-        BLOCK_M=block_m,
-        BLOCK_C=block_c,
     )
 
 

@@ -30,6 +30,7 @@ from .launching import (
     is_wide,
     nhwc,
     planned,
+    positions,
 )
 from .primitives import is_inside, multiply, split_position
 
@@ -134,7 +135,7 @@ def wgrad_configs(g: Tensor, conv: Convolution) -> list[Config]:
     parts. The heuristic is the convolutions': rounds of programs × the cost of a tile."""
     limits = launching.machine(g.device)
     filters, columns = len(conv.weight) // conv.groups, conv.weight[0].numel()
-    rows = g.numel() // g.shape[1]
+    rows = positions(g)
     fma = g.element_size() == 4 and convolution_precision(g.dtype) == "ieee"
     costs: dict[Config, float] = {}
     most = max(1, rows // _LEAST_POSITIONS)
@@ -171,7 +172,7 @@ def _plan(
     weight = conv.weight
     group_in, r, s = weight.shape[1:]
     columns, group_out = r * s * group_in, len(weight) // conv.groups
-    rows = g.numel() // g.shape[1]
+    rows = positions(g)
     block_m, block_n, block_c, parts = config.blocks
     rows_per_part = triton.cdiv(triton.cdiv(rows, parts), block_c) * block_c
     parts = triton.cdiv(rows, rows_per_part)
@@ -180,7 +181,7 @@ def _plan(
         (parts, weight.numel()),
         Launch(
             wgrad_kernel,
-            (triton.cdiv(group_out, block_m) * triton.cdiv(columns, block_n), parts, conv.groups),
+            (config.tiles(group_out, columns), parts, conv.groups),
             config,
             g.device,
             rows=rows,
