@@ -169,7 +169,7 @@ def conv_bn_kernel(
     row, first_column = tile_index(gemm.rows, gemm.columns, TILE.m, TILE.n, TILE.is_wide)
     pack = tl.program_id(1)
     channels = gemm.channels
-    if projection is not None:
+    if projection is not None:  # of one group, which spares the arithmetic of packs
         pack = 0
         channels = image.c
     column = first_column + tl.arange(0, TILE.n)
