@@ -27,12 +27,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import resnet_fused
-from resnet_fused import env
 from resnet_fused.numerics import relative_error
 from resnet_fused.testing.cases import generator, randomise_statistics
 
 _PACKAGES = ("resnet-fused", "torch", "torchvision", "timm")
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def _timm(name: str) -> nn.Module:
@@ -156,22 +154,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = results.parser(__doc__, "device", "size", "json")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME")
     parser.add_argument("--batch", type=results.positive, default=8)
-    parser.add_argument("--dtype", nargs="+", choices=_DTYPES, default=["float32"])
+    parser.add_argument("--dtype", nargs="+", choices=results.DTYPES, default=["float32"])
     parser.add_argument("--rounds", type=results.positive, default=6)
     parser.add_argument("--seconds", type=float, default=0.6, help="a round's (%(default)s)")
     options: argparse.Namespace = parser.parse_args(arguments)
-    record: dict[str, Any] = {
-        **results.facts(options.device, *_PACKAGES),
-        "options": results.options(options),
-    }
-    if record["load_average"][0] > 0.5 * env.cores():
-        print("This machine is busy with other work; the timings will be noisy.")
+    record = results.facts(options.device, *_PACKAGES, options=options)
+    results.warn_if_busy(record)
     comparisons: list[dict[str, Any]] = []
     reports: dict[str, str] = {}
     wrong = False
     for dtype in options.dtype:
         for model in options.models:
-            job = Job(model, options.batch, options.size, _DTYPES[dtype], options.device)
+            job = Job(model, options.batch, options.size, results.DTYPES[dtype], options.device)
             try:
                 comparison, report = compare(job, dtype, options.rounds, options.seconds)
             except FailedError as error:

@@ -203,12 +203,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = rows(options.network, options.backend, options.size, options.rounds)
     found += training_rows(options.network, options.training, 64, options.rounds)
     print(table(found))
-    record = {
-        **results.facts(torch.device("cpu"), "torch"),
-        "options": results.options(options),
-        "rows": found,
-    }
-    results.write(options.json, record)
+    facts = results.facts(torch.device("cpu"), "torch", options=options)
+    results.write(options.json, {**facts, "rows": found})
     return 0
 
 

@@ -342,8 +342,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         peaks, registers = measure_peaks(device, dtype), register_peak(device, dtype)
         rows: list[dict[str, Any]] = []
         facts = {
-            **results.facts(device, "resnet-fused", "torch", "triton", "numpy"),
-            "options": results.options(options),
+            **results.facts(device, "resnet-fused", "torch", "triton", "numpy", options=options),
             "peaks": peaks._asdict(),
             "register_peak": registers,
         }

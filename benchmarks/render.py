@@ -10,7 +10,6 @@ profile explains goes into a Markdown file of the same name beside it, and is ta
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -23,7 +22,7 @@ import layers
 import matrix
 import training
 from harness.comparison import Comparison, Entry, cells, ranked
-from harness.results import ROOT, chip, markdown
+from harness.results import ROOT, chip, markdown, parser
 from time_model import report as predicted
 
 _TABLE = re.compile(r"(<!-- results of (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
@@ -158,11 +157,9 @@ def readme() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true", help="write nothing")
-    options = parser.parse_args(arguments)
+    command = parser(__doc__)
+    command.add_argument("--check", action="store_true", help="write nothing")
+    options = command.parse_args(arguments)
     stale = [
         (path, text)
         for path, text in (

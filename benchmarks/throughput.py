@@ -40,7 +40,6 @@ from resnet_fused import complexity, env
 from resnet_fused.numerics import relative_error
 from resnet_fused.tune import ARCHITECTURES
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # A peer further off than this many times PyTorch's own error did not do the work in that dtype.
 _PEER_LIMIT = 10.0
 _PACKAGES = (
@@ -75,7 +74,7 @@ def parse(arguments: Sequence[str] | None, baselines: Sequence[Baseline]) -> arg
     parser.add_argument(
         "--dtype",
         nargs="+",
-        choices=_DTYPES,
+        choices=results.DTYPES,
         help="CPU: float32, and bfloat16 where it has it; GPU: bfloat16",
     )
     parser.add_argument(
@@ -152,10 +151,7 @@ class Benchmark:
         self.baselines = [b for b in baselines if options.device.type in b.devices and wanted(b)]
         self.folder = folder
         self.comparisons: list[Comparison] = []
-        self.record = {
-            **results.facts(options.device, *_PACKAGES),
-            "options": results.options(options),
-        }
+        self.record = results.facts(options.device, *_PACKAGES, options=options)
         self.paths = inputs.find(options.images)
         for architecture in options.arch:  # what is wrong with one shall not cost the others' time
             self._prepare(architecture)
@@ -176,7 +172,7 @@ class Benchmark:
 
     def _run(self, architecture: str) -> None:
         for name in self.options.dtype:
-            dtype = _DTYPES[name]
+            dtype = results.DTYPES[name]
             state = self.folder / f"state_{name}"
             values = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.state.items()}
             torch.save(values, state)
@@ -360,8 +356,7 @@ def main(arguments: Sequence[str] | None = None, baselines: Sequence[Baseline] =
         except (FileNotFoundError, ValueError) as error:
             print(f"throughput.py: {error}", file=sys.stderr)
             return 2
-        if benchmark.record["load_average"][0] > 0.5 * env.cores():
-            print("This machine is busy with other work; the timings will be noisy.")
+        results.warn_if_busy(benchmark.record)
         try:
             benchmark.run()
         except KeyboardInterrupt:

@@ -7,7 +7,8 @@ and losses beside eager PyTorch's and a float64 run's (`gate`). Nothing is timed
 for each network and batch all implementations are built and warmed, and train on random images in
 turns, round after round. On a GPU they share a process, on a CPU each has its own: how long
 PyTorch's step takes there depends on what the process's heap has been through. Times are read from
-CUDA events, memory from the allocator, kept bytes from saved-tensor hooks.
+CUDA events, memory from the allocator, kept bytes from saved-tensor hooks. `--dtype` is autocast's;
+float32 means none.
 
 Each is timed for the first time as soon as it is warm, ours first, what compiles for minutes last,
 and the result file is written after each measurement: a run that is stopped keeps what it has. Of
@@ -449,15 +450,9 @@ def plot(rows: list[Row], path: Path) -> None:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = results.parser(__doc__, "device", "size", "json", "plot")
+    parser = results.parser(__doc__, "device", "size", "dtype", "json", "plot")
     parser.add_argument("--model", nargs="+", default=["resnet50"], choices=baselines.MODELS)
     parser.add_argument("--batch", nargs="+", type=results.positive, default=[64])
-    parser.add_argument(
-        "--dtype",
-        choices=["bfloat16", "float16", "float32"],
-        default="bfloat16",
-        help="of autocast; float32: none (%(default)s)",
-    )
     parser.add_argument("--seconds", type=float, default=2.0, help="of a round (%(default)s)")
     parser.add_argument("--rounds", type=results.positive, default=5, help="of turns (%(default)s)")
     parser.add_argument("--only", nargs="+", choices=baselines.ALL, default=list(baselines.ALL))

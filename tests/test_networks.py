@@ -344,11 +344,11 @@ def test_option_a_is_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     require("triton", "cpu", torch.float32)
     from resnet_fused.backends.triton.launching import Launch
 
-    residuals = []
+    shortcuts = []
 
     def launch(self, *tensors, _call=Launch.__call__):
-        residual = dict(zip(self.kernel.arg_names, tensors, strict=False))["residual"]
-        residuals.append(None if residual is None else residual.data_ptr())
+        shortcut = dict(zip(self.kernel.arg_names, tensors, strict=False))["shortcut"]
+        shortcuts.append(None if shortcut is None else shortcut.data_ptr())
         _call(self, *tensors)
 
     monkeypatch.setattr(Launch, "__call__", launch)
@@ -356,7 +356,7 @@ def test_option_a_is_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 16, 9, 9, generator=generator()).to(memory_format=torch.channels_last)
     with use_backend("triton"), torch.no_grad():
         out = block(x)
-    assert residuals == [None, x.data_ptr()]
+    assert shortcuts == [None, x.data_ptr()]
     assert relative_error(out, run_modules(block, x)) < 1e-6
 
 

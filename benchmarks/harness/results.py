@@ -17,6 +17,7 @@ from resnet_fused import env
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # One of several results that are made in a row must not call the next one's code changed.
 _WRITTEN = ("benchmarks/results", "experiments/reports")
 
@@ -26,8 +27,13 @@ def commit() -> dict[str, Any]:
     return env.commit(ROOT, *_WRITTEN)
 
 
-def facts(device: torch.device | None, *packages: str) -> dict[str, Any]:
-    """What a result file begins with; no machine where nothing is measured (`device` None)."""
+def facts(
+    device: torch.device | None, *packages: str, options: argparse.Namespace | None = None
+) -> dict[str, Any]:
+    """What a result file begins with; no machine where nothing is measured (`device` None).
+
+    options: of the command line; those that say where the results go are left out.
+    """
     found = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": env.versions(*packages),
@@ -35,21 +41,24 @@ def facts(device: torch.device | None, *packages: str) -> dict[str, Any]:
     }
     if device is not None:
         found |= {"machine": env.machine(device), "load_average": os.getloadavg()}
+    if options is not None:
+        found["options"] = {
+            name: str(value) if isinstance(value, (Path, torch.device)) else value
+            for name, value in vars(options).items()
+            if name not in ("json", "plot")
+        }
     return found
+
+
+def warn_if_busy(record: Mapping[str, Any]) -> None:
+    """Says so where the machine of these `facts` had other work."""
+    if record["load_average"][0] > 0.5 * env.cores():
+        print("This machine is busy with other work; the timings will be noisy.")
 
 
 def chip(machine: Mapping[str, Any]) -> str:
     """The processor that was measured, for people."""
     return machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
-
-
-def options(parsed: argparse.Namespace) -> dict[str, Any]:
-    """A command line for JSON, without where the results go."""
-    return {
-        name: str(value) if isinstance(value, (Path, torch.device)) else value
-        for name, value in vars(parsed).items()
-        if name not in ("json", "plot")
-    }
 
 
 def write(path: Path | None, record: Mapping[str, Any] | str) -> None:
@@ -98,7 +107,7 @@ def parser(doc: str | None, *names: str) -> argparse.ArgumentParser:
     known: dict[str, dict[str, Any]] = {
         "device": {"type": device, "default": here, "help": "cpu, cuda, cuda:1 … (%(default)s)"},
         "size": {"type": positive, "default": 224, "help": "pixels a side (%(default)s)"},
-        "dtype": {"default": "bfloat16", "choices": ("float32", "bfloat16", "float16")},
+        "dtype": {"default": "bfloat16", "choices": DTYPES},
         "json": {"type": Path, "metavar": "FILE", "help": "write machine, versions, samples here"},
         "plot": {"type": Path, "metavar": "FILE", "help": "draw a chart here (PNG, SVG or PDF)"},
     }

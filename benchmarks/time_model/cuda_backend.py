@@ -17,6 +17,7 @@ from resnet_fused.backends.cuda import CudaBackend
 from resnet_fused.backends.cuda.launch import Launcher
 
 from .rates import Gpu
+from .work import Work
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -40,9 +41,9 @@ class PersistentTile(NamedTuple):
         return (self.m + self.n) * STEP_BYTES
 
     @property
-    def asked_bytes(self) -> int:
+    def asked_rows(self) -> int:
         """Of L2, for a step: a cluster's blocks share the weights."""
-        return (self.m + self.n // self.cluster) * STEP_BYTES
+        return self.m + self.n // self.cluster
 
     def tiles(self, rows: int, filters: int) -> int:
         """Of all blocks, the one that computes zeros beside an odd number of tiles included."""
@@ -50,31 +51,93 @@ class PersistentTile(NamedTuple):
             math.ceil(rows / (self.cluster * self.m)) * self.cluster * math.ceil(filters / self.n)
         )
 
+    def work(self, kernel: str, operand_bytes: int = 2, **others: Any) -> Work:
+        """A launch with this tile; `others` are the fields of `Work` that the tile leaves open."""
+        return Work(
+            kernel=kernel,
+            config=f"{self.m}×{self.n}×{STEP_BYTES // operand_bytes}, {self.stages} stages"
+            + ", cluster" * (self.cluster > 1)
+            + ", ping-pong" * self.ping_pong,
+            # Warpgroups that take turns are two blocks on an SM, as far as a tile's time goes.
+            warps=4 if self.ping_pong else 8,
+            blocks_per_sm=2 if self.ping_pong else self.blocks,
+            operand_bytes=operand_bytes,
+            persistent=True,
+            bulk_bytes=self.stage_bytes,
+            **others,
+        )
+
+
+class LinesTile(NamedTuple):
+    """A tile of whole lines, under a 3 × 3 window: positions, of which `gap` lie between two lines,
+    and channels; rows of x that a stage has place for."""
+
+    positions: int
+    channels: int
+    gap: int
+    rows: int
+
+    def part(self, image: Sequence[int]) -> tuple[int, int, int]:
+        """Of images of (height, width): tiles of an image, images of a tile, rows of x copied."""
+        height, pitch = image[0], image[1] + self.gap
+        segments = math.ceil(height / (self.positions // pitch))
+        stacks = segments == 1 and (height + 1) * pitch % 8 == 0
+        images = (self.positions // pitch + 1) // (height + 1) if stacks else 1
+        lines = images * (height + 1) + 1 if images > 1 else math.ceil(height / segments) + 2
+        return segments, images, lines * pitch + self.gap
+
+    def parts(self, batch: int, image: Sequence[int]) -> int:
+        """Tiles of as many channels as one has."""
+        segments, images, _ = self.part(image)
+        return math.ceil(batch / images) * segments
+
+    def tiles(self, batch: int, image: Sequence[int], filters: int) -> int:
+        return self.parts(batch, image) * math.ceil(filters / self.channels)
+
 
 class Product(NamedTuple):
     """What the extension is told of a convolution; BN vectors play no part."""
 
     image: tuple[int, int]
     channels: int
+    filters: int
     window: tuple[int, int]
     stride: tuple[int, int]
     dilation: tuple[int, int]
+    operand_bytes: int
 
     @classmethod
-    def of(cls, layer: Any) -> Product:
-        """From the description that the binding takes."""
-        (_, _, (_, channels, *image), *_), (_, _, (_, _, *window), *_), moves, _ = layer
+    def of(cls, x: Any, weight: Any, moves: Any, *_: Any, operand_bytes: int = 2) -> Self:
+        """From the descriptions that the binding takes of a layer."""
+        (_, channels, *image), (filters, _, *window) = x[2], weight[2]
         stride, _, dilation = map(tuple, moves)
-        return cls(tuple(image), channels, tuple(window), stride, dilation)
+        sizes = tuple(image), channels, filters, tuple(window)
+        return cls(*sizes, stride, dilation, operand_bytes)
 
     @property
     def steps(self) -> int:
-        return math.prod(self.window) * math.ceil(2 * self.channels / STEP_BYTES)
+        of_tap = math.ceil(self.operand_bytes * self.channels / STEP_BYTES)
+        return math.prod(self.window) * of_tap
+
+    @property
+    def weights(self) -> int:
+        return self.filters * self.channels * math.prod(self.window)
 
     @property
     def read_share(self) -> float:
         """Of x, what the windows touch."""
         return min(1.0, math.prod(self.window) / math.prod(self.stride))
+
+    def moved_bytes(self, batch: int) -> float:
+        """Of x, as far as it is read, and of the weights."""
+        of_x = batch * math.prod(self.image) * self.channels * self.read_share
+        return self.operand_bytes * (of_x + self.weights)
+
+    def title(self) -> str:
+        """For people."""
+        (r, s), (height, width) = self.window, self.image
+        stride = f"/{self.stride[0]}" if self.stride[0] > 1 else ""
+        return f"{r}×{s}{stride} {self.channels}→{self.filters} at {height}×{width}"
 
 
 class Block(NamedTuple):
@@ -156,6 +219,9 @@ class RecordingBackend(CudaBackend):
         from . import cuda_int8  # which need what stands above
         from . import cuda_training as training
 
+        def named(names: Sequence[str]) -> list[Any]:
+            return [SimpleNamespace(name=name) for name in names]
+
         def int8_tiles(out: Any, layer: Any, *others: Any) -> list[Any]:
             (batch, filters, *image), (*_, residual, projection, _, _) = out[2], others
             products = cuda_int8.products_of(layer, projection)
@@ -163,23 +229,20 @@ class RecordingBackend(CudaBackend):
                 return []
             steps, adds = [p.steps for p in products], residual is not None
             rows = batch * math.prod(image)
-            names = cuda_int8.tiles_in_order(rows, filters, steps, adds, gpu.sms)
-            return [SimpleNamespace(name=name) for name in names]
+            return named(cuda_int8.tiles_in_order(rows, filters, steps, adds, gpu.sms))
 
         def conv_bn_tiles(*arguments: Any) -> list[Any]:
             signs = arguments[-2]
-            return [] if signs is None else [SimpleNamespace(name="automatic")]
+            return [] if signs is None else named(["automatic"])
 
         def training_tiles(
             result: Any, x: Any, weight: Any, lines: bool, operand: int = 0, classes: int = 1
         ) -> list[Any]:
             batch, channels, *image = result[2]
             steps = math.prod(weight[2][2:]) * math.ceil(x[2][1] / 64) + math.ceil(operand / 64)
-            rows, images = batch * math.prod(image), (batch, (image[0], image[1]))
-            names = training.tiles_in_order(
-                rows, channels, steps, gpu.sms, classes, images if lines else None
-            )
-            return [SimpleNamespace(name=name) for name in names]
+            rows = batch * math.prod(image)
+            images = (batch, (image[0], image[1])) if lines else None
+            return named(training.tiles_in_order(rows, channels, steps, gpu.sms, classes, images))
 
         def dgrad_tiles(out: Any, grad: Any, weight: Any, window: Any, *more: Any) -> list[Any]:
             (stride, padding, dilation), kernel, image = window, weight[2][2:], out[2][2:]
@@ -209,8 +272,7 @@ class RecordingBackend(CudaBackend):
         def wgrad_tiles(out: Any, grad: Any, *_: Any) -> list[Any]:
             if out[2][0] % 8 or out[2][1] % 8:
                 return []
-            names = training.wgrads_in_order(training.Wgrad.of(out, grad, gpu.sms))
-            return [SimpleNamespace(name=name) for name in names]
+            return named(training.wgrads_in_order(training.Wgrad.of(out, grad, gpu.sms)))
 
         def wgrad_parts(out: Any, grad: Any, x: Any, window: Any, tile: str, _: int) -> int:
             plan = training.Wgrad.of(out, grad, gpu.sms).plan(training.WIDTHS[tile])

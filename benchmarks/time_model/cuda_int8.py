@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from .cuda_backend import STEP_BYTES, Call, PersistentTile
+from .cuda_backend import STEP_BYTES, Call, PersistentTile, Product
 from .rates import Gpu
 from .work import Work
 
@@ -21,7 +21,7 @@ class Tile(PersistentTile):
         self, rows: int, filters: int, steps: Sequence[int], residual: bool, sms: int
     ) -> int:
         """By which the host code chooses."""
-        step = max(self.m * self.n * STEP_BYTES // 4096, self.asked_bytes // 64)
+        step = max(self.m * self.n * STEP_BYTES // 4096, self.asked_rows * STEP_BYTES // 64)
         of_element = 60 + 50 * residual + 35 * (len(steps) > 1)
         epilogue = self.m * self.n * of_element // 1000
         products, of_sm = sum(steps) * step, math.ceil(self.tiles(rows, filters) / sms)
@@ -40,26 +40,8 @@ TILES = {
 }
 
 
-class Product(NamedTuple):
-    """A convolution as the binding is told of it."""
-
-    image: tuple[int, int]
-    channels: int
-    window: tuple[int, int]
-    stride: tuple[int, int]
-
-    @classmethod
-    def of(cls, layer: Any) -> Product:
-        x, weight, (stride, *_) = layer
-        return cls(tuple(x[2][2:]), x[2][1], tuple(weight[2][2:]), stride)
-
-    @property
-    def steps(self) -> int:
-        return math.prod(self.window) * math.ceil(self.channels / STEP_BYTES)
-
-
 def products_of(layer: Any, projection: Any) -> list[Product]:
-    return [Product.of(one) for one in (layer, projection) if one is not None]
+    return [Product.of(*one, operand_bytes=1) for one in (layer, projection) if one is not None]
 
 
 def tiles_in_order(
@@ -70,15 +52,6 @@ def tiles_in_order(
     return [best, *(name for name in TILES if name != best)]
 
 
-def _shape(products: Sequence[Product], filters: int) -> str:
-    of_each = []
-    for p in products:
-        stride = f"/{p.stride[0]}" if p.stride[0] > 1 else ""
-        window = f"{p.window[0]}×{p.window[1]}{stride}"
-        of_each.append(f"{window} {p.channels}→{filters} at {p.image[0]}×{p.image[1]}")
-    return " + ".join(of_each)
-
-
 def quantized_conv(call: Call, gpu: Gpu) -> tuple[Work, str]:
     """The launch, and the symbol of its kernel."""
     layer, _, _, _, residual, projection, _, name = call.arguments
@@ -87,35 +60,19 @@ def quantized_conv(call: Call, gpu: Gpu) -> tuple[Work, str]:
     steps = [p.steps for p in products]
     tile = TILES[name]
     tiles, stored = tile.tiles(rows, filters), call.out.numel()
-    weights = [filters * p.channels * math.prod(p.window) for p in products]
-    read = sum(
-        batch * math.prod(p.image) * p.channels
-        * min(1.0, math.prod(p.window) / math.prod(p.stride))
-        for p in products
-    )  # fmt: skip
     added = stored if residual is not None else 0
     # What is beyond the last channel is asked of nobody.
-    asked = sum(
-        math.prod(p.window) * p.channels * (tile.m + tile.n // tile.cluster) for p in products
-    )
-    work = Work(
-        kernel="quantized_conv_sm90_kernel",
-        config=f"{tile.m}×{tile.n}×128, {tile.stages} stages"
-        + ", cluster" * (tile.cluster > 1)
-        + ", ping-pong" * tile.ping_pong,
-        shape=_shape(products, filters) + ", residual" * bool(added),
+    asked = sum(math.prod(p.window) * p.channels for p in products) * tile.asked_rows
+    work = tile.work(
+        "quantized_conv_sm90_kernel",
+        operand_bytes=1,
+        shape=" + ".join(p.title() for p in products) + ", residual" * bool(added),
         tiles=tiles,
-        # Warpgroups that take turns are two blocks on an SM, as far as a tile's time goes.
-        warps=4 if tile.ping_pong else 8,
-        blocks_per_sm=2 if tile.ping_pong else tile.blocks,
         # A tile; who takes turns and adds a residual has a loop that waits; the products.
         trips=(1, *[0.0] * (tile.ping_pong and bool(added)), *steps),
-        dram_bytes=int(read) + sum(weights) + added + stored,
+        dram_bytes=int(sum(p.moved_bytes(batch) for p in products)) + added + stored,
         l2_bytes=tiles * asked + added + stored,
-        multiply_adds=rows * sum(weights),
-        operand_bytes=1,
-        persistent=True,
-        bulk_bytes=tile.stage_bytes,
+        multiply_adds=rows * sum(p.weights for p in products),
     )
     signed = "a" if layer[0][-1].dtype == torch.int8 else "h"
     sizes = rf"ILi{tile.n}ELi{tile.stages}ELi{tile.blocks}ELi{tile.cluster}E"

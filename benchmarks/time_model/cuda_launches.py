@@ -21,7 +21,7 @@ from torch import Tensor
 from resnet_fused.testing import machine_code
 
 from . import cuda_int8, cuda_kernels, cuda_training
-from .cuda_backend import STEP_BYTES, Block, Call, PersistentTile, Product
+from .cuda_backend import STEP_BYTES, Block, Call, LinesTile, PersistentTile, Product
 from .rates import Gpu
 from .work import Work, bytes_of, resident_blocks
 
@@ -70,32 +70,15 @@ class Split(NamedTuple):
         return math.ceil(self.tiles(rows, filters) / sms) * of_block
 
 
-class Lines(NamedTuple):
-    """Of conv_sm90_lines.cu: positions of a tile of whole lines, 128 channels."""
-
-    positions: int
-    rows: int = 256  # of x, in a stage
-
-    def part(self, image: Sequence[int]) -> tuple[int, int, int]:
-        """Of images of (height, width): tiles of an image, images of a tile, lines of x copied."""
-        height, width = image
-        most = min(self.positions, self.rows - 2 * width) // width
-        segments = math.ceil(height / most)
-        stacks = segments == 1 and (height + 1) * width % 8 == 0
-        images = (most + 1) // (height + 1) if stacks else 1
-        lines = math.ceil(height / segments)
-        return segments, images, images * (height + 1) + 1 if images > 1 else lines + 2
-
-    def tiles(self, batch: int, image: Sequence[int], filters: int) -> int:
-        segments, images, _ = self.part(image)
-        return math.ceil(batch / images) * segments * math.ceil(filters / 128)
+class Lines(LinesTile):
+    """Of conv_sm90_lines.cu."""
 
     def can_take(self, image: Sequence[int]) -> bool:
         return 2 * image[1] + self.positions <= self.rows
 
     def cycles(self, batch: int, image: Sequence[int], filters: int, steps: int, sms: int) -> int:
         of_sm = math.ceil(self.tiles(batch, image, filters) / sms)
-        copied = self.part(image)[2] * image[1] // 3 + 128  # rows of a step
+        copied = self.part(image)[2] // 3 + 128  # rows of a step
         step = step_cycles(128, self.positions, copied)
         return of_sm * (steps * step + self.positions * 128 // 64)
 
@@ -112,7 +95,7 @@ SM90_TILES: dict[str, Tile | Split] = {
 }
 
 
-LINES = {"m200n128_sm90_lines": Lines(200), "m224n128_sm90_lines": Lines(224)}
+LINES = {f"m{n}n128_sm90_lines": Lines(n, 128, gap=0, rows=256) for n in (200, 224)}
 
 
 def choose_tile(
@@ -209,23 +192,20 @@ def _conv_bn(call: Call, gpu: Gpu) -> tuple[Work, str]:
     layer, projection, residual, _, _, _, signs, _ = call.arguments
     batch, filters, *image = call.out.shape
     rows = batch * math.prod(image)
-    products = [Product.of(one) for one in (layer, projection) if one is not None]
-
+    products = [Product.of(*one) for one in (layer, projection) if one is not None]
     steps = [p.steps for p in products]
     adds = residual is not None
     size = (image[0], image[1])
     images = (batch, size) if takes_lines(products, adds, size) else None
     name = choose_tile(rows, filters, steps, adds, gpu.sms, images, signs is not None)
-    multiply_adds = sum(rows * filters * p.channels * math.prod(p.window) for p in products)
+    multiply_adds = rows * sum(p.weights for p in products)
     added = bytes_of(call.out) if adds else 0
-    x_bytes = sum(batch * math.prod(p.image) * p.channels * 2 * p.read_share for p in products)
-    weights = sum(filters * p.channels * math.prod(p.window) * 2 for p in products)
     written = bytes_of(call.out) + bytes_of(signs)
-    dram_bytes = int(x_bytes + weights + added + written)
-    shape = " + ".join(_shape(p, filters) for p in products) + ", residual" * bool(added)
+    dram_bytes = int(sum(p.moved_bytes(batch) for p in products)) + added + written
+    shape = " + ".join(p.title() for p in products) + ", residual" * bool(added)
     if name in LINES:
         lines = LINES[name]
-        tiles, copied = lines.tiles(batch, size, filters), lines.part(size)[2] * size[1]
+        tiles, copied = lines.tiles(batch, size, filters), lines.part(size)[2]
         step_bytes = (copied + 3 * 128) * STEP_BYTES  # of x, and of three taps' weights
         work = Work(
             kernel="conv_bn_sm90_lines_kernel",
@@ -268,34 +248,20 @@ def _conv_bn(call: Call, gpu: Gpu) -> tuple[Work, str]:
             meetings=2,
         )
         return work, rf"conv_bn_sm90_split_kernelITLi{tile.splits}ELb{int(len(products) > 1)}E"
-    work = Work(
-        kernel="conv_bn_sm90_kernel",
-        config=f"{tile.m}×{tile.n}×64, {tile.stages} stages"
-        + ", cluster" * (tile.cluster > 1)
-        + ", ping-pong" * tile.ping_pong,
+    work = tile.work(
+        "conv_bn_sm90_kernel",
         shape=shape,
         tiles=tiles,
-        # Warpgroups that take turns are two blocks on an SM, as far as a tile's time goes.
-        warps=4 if tile.ping_pong else 8,
-        blocks_per_sm=2 if tile.ping_pong else tile.blocks,
         # A tile; who takes turns has a loop that waits; the products.
         trips=(1, *[0.0] * tile.ping_pong, *steps),
         dram_bytes=dram_bytes,
-        l2_bytes=tiles * sum(steps) * tile.asked_bytes + added + written,
+        l2_bytes=tiles * sum(steps) * tile.asked_rows * STEP_BYTES + added + written,
         multiply_adds=multiply_adds,
-        persistent=True,
-        bulk_bytes=tile.stage_bytes,
     )
     sizes = rf"ILi{tile.m}ELi{tile.n}ELi{tile.stages}ELi\dELi{tile.blocks}ELi{tile.cluster}E"
     turns = rf"\w*Lb{int(tile.ping_pong)}EEE"
     ending = rf"Lb{int(len(products) > 1)}ELb{int(signs is not None)}E"
     return work, rf"conv_bn_sm90_kernelIT\w*Tile{sizes}{turns}{ending}"
-
-
-def _shape(product: Product, filters: int) -> str:
-    stride = f"/{product.stride[0]}" if product.stride[0] > 1 else ""
-    r, s = product.window
-    return f"{r}×{s}{stride} {product.channels}→{filters} at {product.image[0]}×{product.image[1]}"
 
 
 def _bottleneck_sm90(call: Call, gpu: Gpu) -> tuple[Work, str]:

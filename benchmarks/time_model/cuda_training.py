@@ -12,71 +12,39 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .cuda_backend import STEP_BYTES, Call
+from .cuda_backend import STEP_BYTES, Call, LinesTile, PersistentTile, Product
 from .rates import Gpu
 from .work import Work, bytes_of
 
 _PANEL = 64  # channels
 
 
-class Tile(NamedTuple):
-    """Of conv_training_sm90.cu: positions, channels, stages, blocks of a cluster; tiles of single
-    blocks are taken in turns by their warpgroups."""
-
-    m: int
-    n: int
-    stages: int
-    cluster: int = 1
+class Tile(PersistentTile):
+    """Of conv_training_sm90.cu."""
 
     def tiles(self, rows: int, channels: int, classes: int = 1) -> int:
         """Of all blocks; each is of rows of one of as many classes."""
-        across = classes * math.ceil(channels / self.n)
-        return math.ceil(rows // classes / (self.cluster * self.m)) * self.cluster * across
-
-    def asked_bytes(self, inner: int = _PANEL) -> int:
-        """Of L2, for a step; what is beyond the inner channels, if those are few, is asked of
-        nobody."""
-        return (self.m + self.n // self.cluster) * 2 * min(inner, _PANEL)
+        return classes * super().tiles(rows // classes, channels)
 
     def cycles(self, rows: int, channels: int, steps: int, sms: int, classes: int = 1) -> int:
         """By which the host code chooses; steps of a tile of each class together."""
-        step = max(self.m * self.n * 64 // 2048, self.asked_bytes() // 64)
+        step = max(self.m * self.n * 64 // 2048, self.asked_rows * STEP_BYTES // 64)
         end, of_sm = self.m * self.n // 8, math.ceil(self.tiles(rows, channels, classes) / sms)
         products = steps * step // classes
-        if self.cluster == 1:
+        if self.ping_pong:
             return of_sm * max(products, (products + end) // 2) + end
         return of_sm * (products + end)
 
 
 TILES = {
-    "m128n64": Tile(128, 64, 6),
-    "m128n128": Tile(128, 128, 4),
-    "m256n128_cluster": Tile(256, 128, 3, 2),
+    "m128n64": Tile(128, 64, 6, 1, ping_pong=True),
+    "m128n128": Tile(128, 128, 4, 1, ping_pong=True),
+    "m256n128_cluster": Tile(256, 128, 3, 1, 2),
 }
 
 
-class Lines(NamedTuple):
-    """Of conv_training_sm90_lines.cu: positions of a tile of whole lines, 64 channels."""
-
-    positions: int
-    rows: int = 368  # of x, in a stage
-
-    def part(self, image: Sequence[int]) -> tuple[int, int, int]:
-        """Of images of (height, width): tiles of an image, images of a tile, pixels copied."""
-        height, pitch = image[0], image[1] + 1
-        most = self.positions // pitch
-        segments = math.ceil(height / most)
-        stacks = segments == 1 and (height + 1) * pitch % 8 == 0
-        images = (most + 1) // (height + 1) if stacks else 1
-        lines = images * (height + 1) + 1 if images > 1 else math.ceil(height / segments) + 2
-        return segments, images, lines * pitch + 1
-
-    def parts(self, batch: int, image: Sequence[int]) -> int:
-        segments, images, _ = self.part(image)
-        return math.ceil(batch / images) * segments
-
-    def tiles(self, batch: int, image: Sequence[int], channels: int) -> int:
-        return self.parts(batch, image) * math.ceil(channels / _PANEL)
+class Lines(LinesTile):
+    """Of conv_training_sm90_lines.cu."""
 
     def can_take(self, image: Sequence[int]) -> bool:
         width = image[1]
@@ -89,7 +57,7 @@ class Lines(NamedTuple):
         return (of_sm * max(products, (products + end) // 2) + end) * 3 // 4
 
 
-LINES = {"m216n64_lines": Lines(216), "m248n64_lines": Lines(248)}
+LINES = {f"m{n}n64_lines": Lines(n, _PANEL, gap=1, rows=368) for n in (216, 248)}
 
 
 def tiles_in_order(
@@ -174,14 +142,6 @@ def wgrads_in_order(of: Wgrad) -> list[str]:
     return sorted(WIDTHS, key=lambda name: of.plan(WIDTHS[name])[0])
 
 
-def _window(x: Any, weight: Any, window: Sequence[Any], filters: int) -> tuple[str, float]:
-    """For people, and the share of x that the windows touch."""
-    (_, channels, *image), (*_, r, s), (stride, *_) = x[2], weight[2], window
-    of_stride = f"/{stride[0]}" if stride[0] > 1 else ""
-    shape = f"{r}×{s}{of_stride} {channels}→{filters} at {image[0]}×{image[1]}"
-    return shape, min(1.0, r * s / math.prod(stride))
-
-
 def _convolution(
     name: str,
     shape: str,
@@ -200,22 +160,16 @@ def _convolution(
     of_products = [math.ceil(operand / _PANEL), taps / classes * math.ceil(inner / _PANEL)]
     steps = sum(of_products)
     tiles = tile.tiles(rows, channels, classes)
-    ping_pong = tile.cluster == 1
-    work = Work(
-        kernel="conv_training_sm90_kernel",
-        config=f"{tile.m}×{tile.n}×64, {tile.stages} stages"
-        + (", ping-pong" if ping_pong else ", cluster"),
+    # What is beyond the inner channels, if those are few, is asked of nobody.
+    asked = tile.asked_rows * 2 * min(inner, _PANEL)
+    work = tile.work(
+        "conv_training_sm90_kernel",
         shape=shape,
         tiles=tiles,
-        # Warpgroups that take turns are two blocks on an SM, as far as a tile's time goes.
-        warps=4 if ping_pong else 8,
-        blocks_per_sm=2 if ping_pong else 1,
         trips=(1, *of_products[operand == 0 :]),
         dram_bytes=moved,
-        l2_bytes=int(tiles * steps) * tile.asked_bytes(inner) + moved,
+        l2_bytes=int(tiles * steps) * asked + moved,
         multiply_adds=rows * channels * (inner * taps + classes * operand) // classes,
-        persistent=True,
-        bulk_bytes=(tile.m + tile.n) * STEP_BYTES,
     )
     sizes = rf"ILi{tile.m}ELi{tile.n}ELi{tile.stages}E"
     return work, rf"conv_training_sm90_kernelIT\w*Tile{sizes}\w*EndingE{ending}E"
@@ -233,7 +187,6 @@ def _lines(
     step_bytes = x_bytes + weight_bytes * (not resident)
     below = bytes_of(out) * gradient
     work = Work(
-        layer="",
         kernel="conv_training_sm90_lines_kernel",
         config=f"{lines.positions}×64×64, lines" + ", resident" * resident,
         shape=shape,
@@ -257,8 +210,9 @@ def conv_stats(call: Call, gpu: Gpu) -> tuple[Work, str]:
     """Forward, with statistics unless they are of no use."""
     x, weight, window, moments, tile = call.arguments
     batch, filters, *image = call.out.shape
-    shape, share = _window(x, weight, window, filters)
-    moved = int(bytes_of(x) * share) + bytes_of(weight, moments, call.out)
+    product = Product.of(x, weight, window)
+    shape = product.title()
+    moved = int(bytes_of(x) * product.read_share) + bytes_of(weight, moments, call.out)
     rows, (_, inner, *kernel) = batch * math.prod(image), weight[2]
     if tile in LINES:
         return _lines(tile, shape, call.out, inner, False, moved)
@@ -271,7 +225,7 @@ def dgrad(call: Call, gpu: Gpu) -> tuple[Work, str]:
     batch, channels, *image = call.out.shape
     described = (0, 0, tuple(call.out.shape))
     filters, _, *kernel = weight[2]
-    shape, _ = _window(described, weight, window, filters)
+    shape = Product.of(described, weight, window).title()
     shape += ", masks" * (below is not None) + ", adds" * (add is not None)
     shape += ", folded" * (term is not None)
     moved = bytes_of(grad, weight, below, scale_shift, sums, add, *(term or ()), call.out)
@@ -290,18 +244,18 @@ def wgrad(call: Call, gpu: Gpu) -> tuple[Work, str]:
     grad, x, window, parts, tile = call.arguments
     described = (0, 0, tuple(call.out.shape))
     of, width = Wgrad.of(described, grad, gpu.sms), WIDTHS[tile]
-    shape, share = _window(x, described, window, of.filters)
+    product = Product.of(x, described, window)
     count = parts[2][0]
     steps = math.ceil(of.steps / count)
     blocks = of.tiles(width) * count
     # What is there of panels of x and of grad, of a step of all blocks of a range.
     asked = of.panels * math.ceil(of.filters / width) * 2 * min(of.channels, _PANEL)
     asked += math.ceil(of.panels / 4) * 2 * of.filters
-    moved = int(bytes_of(x) * share) + bytes_of(grad, parts)
+    moved = int(bytes_of(x) * product.read_share) + bytes_of(grad, parts)
     work = Work(
         kernel="wgrad_sm90_kernel",
         config=f"256×{width}×64×{count}",
-        shape=shape,
+        shape=product.title(),
         tiles=blocks,
         warps=8,
         blocks_per_sm=1,

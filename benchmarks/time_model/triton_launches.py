@@ -131,38 +131,30 @@ def _read(a: Any) -> float:
     return min(1.0, window.r * window.s / (window.stride_h * window.stride_w))
 
 
-def _conv_stats(a: Any) -> _Geometry:
-    taps, channels = a.WINDOW.r * a.WINDOW.s, a.gemm.channels
-    steps = taps * math.ceil(channels / a.TILE.c)
+def _convolution(a: Any) -> _Geometry:
+    """One with its statistics, a quantised one, or the end of a folded block: with what is added,
+    which another convolution, 1×1, may project."""
+    taps, channels, projected = a.WINDOW.r * a.WINDOW.s, a.gemm.channels, 0
+    steps = [taps * math.ceil(channels / a.TILE.c)]
     if a.WINDOW.is_flat:
-        steps = math.ceil(taps * channels / a.TILE.c)
-    written = [t for t in (a.out, a.moments) if t is not None]
-    return _Geometry(
-        _window(a),
-        (steps,),
-        steps * (a.TILE.m + a.TILE.n) * a.TILE.c * a.x.element_size(),
-        a.gemm.rows * a.result.c * taps * channels,
-        int(_read(a) * bytes_of(a.x)) + bytes_of(a.weight) + bytes_of(*written),
-    )
-
-
-def _conv_bn(a: Any) -> _Geometry:
-    """Of a folded block's end: a 1×1 convolution, and perhaps another one of the shortcut."""
-    steps, projected = [math.ceil(a.gemm.channels / a.TILE.c)], 0
+        steps = [math.ceil(taps * channels / a.TILE.c)]
     read, added = int(_read(a) * bytes_of(a.x)) + bytes_of(a.weight), ""
-    if a.projection is not None:
+    shortcut = getattr(a, "shortcut", None)
+    if getattr(a, "projection", None) is not None:
         projected, added = a.shortcut_image.c, ", projects"
         steps.append(math.ceil(projected / a.TILE.c))
         pixels = a.PROJECTION_WINDOW.stride_h * a.PROJECTION_WINDOW.stride_w
-        read += bytes_of(a.shortcut) // pixels + bytes_of(a.projection)
-    elif a.shortcut is not None:
-        read, added = read + bytes_of(a.shortcut), ", adds"
+        read += bytes_of(shortcut) // pixels + bytes_of(a.projection)
+    elif shortcut is not None:
+        read, added = read + bytes_of(shortcut), ", adds"
+    element_size = a.x.element_size()
     return _Geometry(
         _window(a) + added,
         tuple(steps[: len(a.loops)]),
-        sum(steps) * (a.TILE.m + a.TILE.n) * a.TILE.c * a.x.element_size(),
-        a.gemm.rows * a.result.c * (a.gemm.channels + projected),
-        read + bytes_of(a.out) + bytes_of(a.signs),
+        sum(steps) * (a.TILE.m + a.TILE.n) * a.TILE.c * element_size,
+        a.gemm.rows * a.result.c * (taps * channels + projected),
+        read + bytes_of(a.out, getattr(a, "moments", None), getattr(a, "signs", None)),
+        operand_bytes=element_size,
     )
 
 
@@ -213,31 +205,6 @@ def _end_matrix(a: Any) -> _Geometry:
 def _end_offset(a: Any) -> _Geometry:
     trips = math.ceil(a.K / a.BLOCK_K), math.ceil(a.C / a.BLOCK_K)
     return _Geometry(f"{a.K} rows of {a.C}", trips, shared_loops=(0, 1))
-
-
-def _quantized_conv(a: Any) -> _Geometry:
-    taps, channels, projected = a.WINDOW.r * a.WINDOW.s, a.gemm.channels, 0
-    steps = [taps * math.ceil(channels / a.TILE.c)]
-    if a.WINDOW.is_flat:
-        steps = [math.ceil(taps * channels / a.TILE.c)]
-    read = int(_read(a) * bytes_of(a.x)) + bytes_of(a.weight)
-    added = ""
-    if a.projection is not None:
-        projected = a.shortcut_image.c
-        steps.append(math.ceil(projected / a.TILE.c))
-        pixels = a.PROJECTION_WINDOW.stride_h * a.PROJECTION_WINDOW.stride_w
-        read += bytes_of(a.shortcut) // pixels + bytes_of(a.projection)
-        added = ", projects"
-    elif a.shortcut is not None:
-        read, added = read + bytes_of(a.shortcut), ", adds"
-    return _Geometry(
-        _window(a) + added,
-        tuple(steps[: len(a.loops)]),
-        sum(steps) * (a.TILE.m + a.TILE.n) * a.TILE.c,
-        a.gemm.rows * a.result.c * (taps * channels + projected),
-        read + bytes_of(a.out),
-        operand_bytes=1,
-    )
 
 
 def _pixel_sums(a: Any) -> _Geometry:
@@ -326,8 +293,8 @@ def _sum_parts(a: Any) -> _Geometry:
 
 
 _DESCRIBE: dict[str, Callable[[Any], _Geometry]] = {
-    "conv_stats_kernel": _conv_stats,
-    "conv_bn_kernel": _conv_bn,
+    "conv_stats_kernel": _convolution,
+    "conv_bn_kernel": _convolution,
     "gram_kernel": _gram,
     "merge_gram_kernel": _merge_gram,
     "end_products_kernel": _end_products,
@@ -336,7 +303,7 @@ _DESCRIBE: dict[str, Callable[[Any], _Geometry]] = {
     "end_gradients_kernel": _by_rows,
     "end_matrix_kernel": _end_matrix,
     "end_offset_kernel": _end_offset,
-    "quantized_conv_kernel": _quantized_conv,
+    "quantized_conv_kernel": _convolution,
     "border_kernel": lambda a: _Geometry(f"{a.image.c} of {a.image.h}×{a.image.w}, with a border"),
     "max_pool_kernel": _max_pool,
     "quantized_images_kernel": lambda a: _Geometry(f"{a.CHANNELS} channels to bytes"),
