@@ -80,9 +80,9 @@ def test_initialisation_is_torchvisions_bit_for_bit(name: str, arguments: dict) 
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-# A network of each kind of block at ImageNet's size; the wide and deep ones take minutes there, and
-# these do at any size.
+# A network of each kind of block at ImageNet's size, where the wide and deep ones take minutes.
 AT_224 = ("resnet18", "resnet50", "resnext50_32x4d")
+# Left to the slow tests at small sizes, too.
 LARGE = ("resnet152", "resnext101_64x4d", "wide_resnet101_2")
 
 

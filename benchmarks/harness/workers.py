@@ -179,7 +179,7 @@ class Worker:
         self._folder = tempfile.TemporaryDirectory(prefix="resnet_fused_benchmark_")
         self._connection, far_end = context.Pipe()
         self._seconds = seconds
-        # The server's environment is that of the day it was started.
+        # A forked process has the server's environment, which may be older than this one's.
         arguments = (kind, far_end, self._folder.name, warm, dict(os.environ))
         self._process = context.Process(target=_main, args=arguments, daemon=True)
         self._process.start()
