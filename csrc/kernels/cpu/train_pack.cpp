@@ -17,9 +17,11 @@
 namespace resnet_fused::cpu {
 namespace {
 
-constexpr std::int64_t kBlock = 16;          // outputs
-constexpr std::int64_t kWinogradBlock = 64;  // of winograd.cpp
-constexpr std::int64_t kStageRows = 288;     // 18 KiB
+constexpr std::int64_t kBlock = 16;           // outputs
+constexpr std::int64_t kWinogradBlock = 64;   // of winograd.cpp
+constexpr std::int64_t kStageRows = 288;      // 18 KiB
+constexpr std::int64_t kBlocksTogether = 16;  // whose outputs are neighbours in memory
+constexpr std::int64_t kFetchAhead = 32;      // elements
 constexpr std::int64_t kTaskElements = 64 << 10;
 
 }  // namespace
@@ -55,14 +57,19 @@ void run(const Pack& pack, Task task, std::int64_t outputs) {
   const std::int64_t taps = pack.kernel[0] * pack.kernel[1];
   const std::int64_t step = std::max<std::int64_t>(kStageRows / taps / 2 * 2, 2);  // inputs
   const std::int64_t blocks = ceil_div(outputs, kBlock);
+  // A task goes along what lies together: blocks of outputs, or steps of inputs.
+  const std::int64_t near = pack.strides[0] < pack.strides[1] ? kBlocksTogether : 1;
   const std::int64_t steps = ceil_div(pack.in_channels, step);
-  const std::int64_t together = std::max<std::int64_t>(kTaskElements / (kBlock * step * taps), 1);
+  const std::int64_t together =
+      std::max<std::int64_t>(kTaskElements / (near * kBlock * step * taps), 1);
   const std::int64_t groups = ceil_div(steps, together);
-  parallel_for(blocks * groups, [&](std::int64_t i) {
-    const std::int64_t out = i / groups * kBlock, begin = i % groups * together;
+  parallel_for(ceil_div(blocks, near) * groups, [&](std::int64_t i) {
+    const std::int64_t first = i / groups * near, begin = i % groups * together;
     float* const stage = thread_scratch().floats(step * taps * kBlock);
     for (std::int64_t k = begin; k < std::min(begin + together, steps); ++k) {
-      task(pack, out, k * step, std::min((k + 1) * step, pack.in_channels), stage);
+      for (std::int64_t block = first; block < std::min(first + near, blocks); ++block) {
+        task(pack, block * kBlock, k * step, std::min((k + 1) * step, pack.in_channels), stage);
+      }
     }
   });
 }

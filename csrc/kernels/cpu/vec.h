@@ -47,6 +47,11 @@ ISA_INLINE void store(BFloat16* p, Vec v) {
 template <typename Element>
 ISA_INLINE Vec load(const Element* p, std::int64_t count) {
   if (count >= kLanes) return load(p);
+#if ISA_LANES == 16
+  if constexpr (std::is_same_v<Element, float>) {
+    return (Vec)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+  }
+#endif
   Element padded[kLanes] = {};
   for (std::int64_t i = 0; i < count; ++i) padded[i] = p[i];
   return load(padded);
@@ -55,6 +60,11 @@ ISA_INLINE Vec load(const Element* p, std::int64_t count) {
 template <typename Element>
 ISA_INLINE void store(Element* p, Vec v, std::int64_t count) {
   if (count >= kLanes) return store(p, v);
+#if ISA_LANES == 16
+  if constexpr (std::is_same_v<Element, float>) {
+    return _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), (__m512)v);
+  }
+#endif
   Element padded[kLanes];
   store(padded, v);
   for (std::int64_t i = 0; i < count; ++i) p[i] = padded[i];

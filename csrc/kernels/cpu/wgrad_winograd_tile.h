@@ -1,48 +1,14 @@
 // The vector code of wgrad_winograd.cpp, included once per instruction set by for_each_isa.h.
 #include "wgrad_multiply.h"
+#include "winograd_input.h"
 
 constexpr std::int64_t kStripLanes = kVecs * kLanes;
-
-// The pixels of a tile of the given size whose first is (y, x); those outside the image are zeros.
-template <int kSize>
-ISA_INLINE void pixels_of(const float* image, std::int64_t height, std::int64_t width,
-                          std::int64_t channels, std::int64_t y, std::int64_t x, const float* zeros,
-                          const float* (&pixels)[kSize][kSize]) {
-  const std::int64_t first = (y * width + x) * channels;
-  for (int i = 0; i < kSize; ++i) {
-    const bool inside = y + i >= 0 && y + i < height;
-    for (int j = 0; j < kSize; ++j) {
-      const bool both = inside && x + j >= 0 && x + j < width;
-      pixels[i][j] = both ? image + (first + (i * width + j) * channels) : zeros;
-    }
-  }
-}
-
-// B^T d B of some channels of one tile, to the 16 planes.
-ISA_INLINE void transform_x(const float* const (&pixels)[4][4], std::int64_t c, std::int64_t count,
-                            float* to, std::int64_t plane) {
-  Vec half[4][4];  // B^T d
-  for (int j = 0; j < 4; ++j) {
-    const Vec d0 = load(pixels[0][j] + c, count), d1 = load(pixels[1][j] + c, count);
-    const Vec d2 = load(pixels[2][j] + c, count), d3 = load(pixels[3][j] + c, count);
-    half[0][j] = d0 - d2;
-    half[1][j] = d1 + d2;
-    half[2][j] = d2 - d1;
-    half[3][j] = d1 - d3;
-  }
-  for (int i = 0; i < 4; ++i, to += 4 * plane) {
-    const Vec* h = half[i];
-    store(to, h[0] - h[2], count);
-    store(to + plane, h[1] + h[2], count);
-    store(to + 2 * plane, h[2] - h[1], count);
-    store(to + 3 * plane, h[1] - h[3], count);
-  }
-}
 
 // A g A^T of one vector of channels of one tile, to the 16 planes.
 ISA_INLINE void transform_grad(const float* const (&pixels)[2][2], std::int64_t k,
                                std::int64_t count, float* to, std::int64_t plane) {
   Vec half[4][2];  // A g
+#pragma GCC unroll 2
   for (int j = 0; j < 2; ++j) {
     const Vec g0 = load(pixels[0][j] + k, count), g1 = load(pixels[1][j] + k, count);
     half[0][j] = g0;
@@ -50,6 +16,7 @@ ISA_INLINE void transform_grad(const float* const (&pixels)[2][2], std::int64_t 
     half[2][j] = g0 - g1;
     half[3][j] = -g1;
   }
+#pragma GCC unroll 4
   for (int i = 0; i < 4; ++i, to += 4 * plane) {
     const Vec* h = half[i];
     store(to, h[0]);
@@ -59,30 +26,31 @@ ISA_INLINE void transform_grad(const float* const (&pixels)[2][2], std::int64_t 
   }
 }
 
-// Where a tile begins: pixels before its image in the batch, line and column.
-struct TilePlace {
-  std::int64_t image, y, x;
-};
-
-ISA_INLINE TilePlace place_of(const ConvWgrad& conv, const Plan& plan, std::int64_t tile) {
-  const std::int64_t line = tile / plan.tile_columns;
-  return {line / plan.tile_rows * conv.height * conv.width, line % plan.tile_rows * 2,
-          tile % plan.tile_columns * 2};
-}
-
-// Moves on to the next tile.
-ISA_INLINE void advance(const ConvWgrad& conv, const Plan& plan, TilePlace& at) {
-  if ((at.x += 2) < 2 * plan.tile_columns) return;
-  at.x = 0;
-  if ((at.y += 2) < 2 * plan.tile_rows) return;
-  at.y = 0;
-  at.image += conv.height * conv.width;
+// The same of a tile's channels in the strip that begins at `channel`.
+ISA_INLINE void transform_grad_tile(const ConvWgrad& conv, const TilePlace& at,
+                                    std::int64_t channel, const float* zeros, float* to,
+                                    std::int64_t plane) {
+  const std::int64_t channels = conv.out_channels, line = conv.width * channels;
+  const auto* const first = static_cast<const float*>(conv.grad) +
+                            (at.image * conv.height + at.row) * line + at.column * channels;
+  const bool right = at.column + 1 < conv.width, below = at.row + 1 < conv.height;
+  const float* const pixels[2][2] = {
+      {first, right ? first + channels : zeros},
+      {below ? first + line : zeros, right && below ? first + line + channels : zeros}};
+  const std::int64_t end = std::min(channel + kStripLanes, channels);
+  for (std::int64_t k = channel; k < end; k += kLanes, to += kLanes) {
+    if (end - k >= kLanes) {
+      transform_grad(pixels, k, kLanes, to, plane);
+    } else {
+      transform_grad(pixels, k, end - k, to, plane);
+    }
+  }
 }
 
 // The first pixel of a tile's first line, counted through the batch.
 ISA_INLINE std::int64_t pixel_of(const ConvWgrad& conv, const Plan& plan, std::int64_t tile) {
-  const TilePlace at = place_of(conv, plan, tile);
-  return at.image + at.y * conv.width;
+  const TilePlace at = place_of(plan, tile);
+  return (at.image * conv.height + at.row) * conv.width;
 }
 
 // The pixels [first, end) of a tensor, some channels of them, in quarters.
@@ -159,7 +127,8 @@ ISA void winograd_wgrad_task(const ConvWgrad& conv, const Plan& plan, float* par
   const std::int64_t last_channel =
       (place.channel_task + 1) * conv.in_channels / plan.channel_tasks;
   const std::int64_t channels = last_channel - first_channel;
-  const std::int64_t x_plane = kTiles * channels + kSkew;
+  const std::int64_t x_pitch = round_up(channels, kLanes);
+  const std::int64_t x_plane = kTiles * x_pitch + kSkew;
   const std::int64_t grad_plane = kTiles * kStripLanes + kSkew;
   const std::int64_t widest = std::max(conv.in_channels, conv.out_channels);
   const std::int64_t first_strip = place.strip_task * plan.strips / plan.strip_tasks;
@@ -170,6 +139,8 @@ ISA void winograd_wgrad_task(const ConvWgrad& conv, const Plan& plan, float* par
   float* const grad = x + 16 * x_plane;
   float* const zeros = grad + 16 * grad_plane;
   std::fill_n(zeros, widest, 0.0f);
+  const Input input{static_cast<const float*>(conv.x), conv.height, conv.width, conv.in_channels,
+                    zeros};
   const std::int64_t begin = place.part * plan.blocks / plan.parts;
   const std::int64_t end = (place.part + 1) * plan.blocks / plan.parts;
   // A strip's dU of these channels, plane by plane.
@@ -191,35 +162,22 @@ ISA void winograd_wgrad_task(const ConvWgrad& conv, const Plan& plan, float* par
       look_ahead(conv.grad, conv.out_channels, next, until, k,
                  std::min(last_strip * kStripLanes, conv.out_channels) - k, ahead);
     }
-    const TilePlace place_of_first = place_of(conv, plan, first);
+    const TilePlace place_of_first = place_of(plan, first);
     TilePlace at = place_of_first;
-    for (std::int64_t t = 0; t < tiles; ++t, advance(conv, plan, at)) {
-      const float* pixels[4][4];
-      pixels_of<4>(static_cast<const float*>(conv.x) + at.image * conv.in_channels, conv.height,
-                   conv.width, conv.in_channels, at.y - 1, at.x - 1, zeros, pixels);
-      for (std::int64_t c = 0; c < channels; c += kLanes) {
-        transform_x(pixels, first_channel + c, channels - c, x + t * channels + c, x_plane);
-      }
+    for (std::int64_t t = 0; t < tiles; ++t, advance(plan, at)) {
+      transform_tile(input, at, first_channel, channels, x + t * x_pitch, x_plane);
     }
     for (std::int64_t strip = first_strip; strip < last_strip; ++strip) {
       const std::int64_t channel = strip * kStripLanes;
       at = place_of_first;
-      for (std::int64_t t = 0; t < tiles; ++t, advance(conv, plan, at)) {
-        const float* pixels[2][2];
-        pixels_of<2>(static_cast<const float*>(conv.grad) + at.image * conv.out_channels,
-                     conv.height, conv.width, conv.out_channels, at.y, at.x, zeros, pixels);
-        for (int j = 0; j < kVecs; ++j) {
-          const std::int64_t k = channel + j * kLanes;
-          if (k >= conv.out_channels) break;
-          transform_grad(pixels, k, conv.out_channels - k, grad + t * kStripLanes + j * kLanes,
-                         grad_plane);
-        }
+      for (std::int64_t t = 0; t < tiles; ++t, advance(plan, at)) {
+        transform_grad_tile(conv, at, channel, zeros, grad + t * kStripLanes, grad_plane);
       }
       const Run run{0, 0, tiles};
       const bool narrow = conv.out_channels - channel <= kLanes;
       for (int e = 0; e < 16; ++e) {
         multiply_rows({&run, &run + 1}, reinterpret_cast<const std::uint32_t*>(x + e * x_plane),
-                      channels, reinterpret_cast<const std::uint32_t*>(grad + e * grad_plane),
+                      x_pitch, reinterpret_cast<const std::uint32_t*>(grad + e * grad_plane),
                       sums_of(strip) + e * sums_plane, channels, narrow, block == begin, ahead);
       }
     }

@@ -1,65 +1,6 @@
 // The vector code of winograd.cpp, included once per instruction set by for_each_isa.h.
 #include "vec.h"
-
-// Where a tile lies: image, and first output row and column.
-struct TilePlace {
-  std::int64_t image, row, column;
-};
-
-ISA_INLINE TilePlace place_of(const Plan& plan, std::int64_t tile) {
-  const std::int64_t row = tile / plan.tile_columns;
-  return {row / plan.tile_rows, row % plan.tile_rows * 2, tile % plan.tile_columns * 2};
-}
-
-// Moves on to the next tile.
-ISA_INLINE void advance(const Plan& plan, TilePlace& at) {
-  if ((at.column += 2) < 2 * plan.tile_columns) return;
-  at.column = 0;
-  if ((at.row += 2) < 2 * plan.tile_rows) return;
-  at.row = 0;
-  ++at.image;
-}
-
-// V = B^T d B for `count` (a whole vector or the last, partial one) channels of one tile.
-ISA_INLINE void transform_input(const float* const pixels[16], std::int64_t c, std::int64_t count,
-                                float* v, std::int64_t plane) {
-  Vec half[4][4];  // B^T d
-  for (int j = 0; j < 4; ++j) {
-    const Vec d0 = load(pixels[j] + c, count), d1 = load(pixels[4 + j] + c, count);
-    const Vec d2 = load(pixels[8 + j] + c, count), d3 = load(pixels[12 + j] + c, count);
-    half[0][j] = d0 - d2;
-    half[1][j] = d1 + d2;
-    half[2][j] = d2 - d1;
-    half[3][j] = d1 - d3;
-  }
-  for (int i = 0; i < 4; ++i) {
-    const Vec* h = half[i];
-    float* to = v + 4 * i * plane + c;
-    store(to, h[0] - h[2]);
-    store(to + plane, h[1] + h[2]);
-    store(to + 2 * plane, h[2] - h[1]);
-    store(to + 3 * plane, h[1] - h[3]);
-  }
-}
-
-// The 16 pixels of one tile, pixels outside the image read from `zeros`.
-ISA_INLINE void transform_tile(const WinogradConv& conv, const TilePlace& at, const float* zeros,
-                               float* v, std::int64_t plane) {
-  const std::int64_t channels = conv.in_channels;
-  const std::int64_t first =
-      ((at.image * conv.height + at.row - 1) * conv.width + at.column - 1) * channels;
-  const float* pixels[16];
-  for (int i = 0; i < 4; ++i) {
-    const bool inside = at.row - 1 + i >= 0 && at.row - 1 + i < conv.height;
-    for (int j = 0; j < 4; ++j) {
-      const bool both = inside && at.column - 1 + j >= 0 && at.column - 1 + j < conv.width;
-      pixels[4 * i + j] = both ? conv.x + (first + (i * conv.width + j) * channels) : zeros;
-    }
-  }
-  std::int64_t c = 0;
-  for (; c + kLanes <= channels; c += kLanes) transform_input(pixels, c, kLanes, v, plane);
-  if (c < channels) transform_input(pixels, c, channels - c, v, plane);
-}
+#include "winograd_input.h"
 
 // Tiles of a micro-kernel, by its vectors of columns: enough sums to hide a product's latency.
 constexpr int rows_of(int vecs) { return kLanes < 16 || vecs == 4 ? 6 : vecs == 3 ? 8 : 12; }
@@ -152,34 +93,43 @@ ISA_INLINE void multiply_plane(std::int64_t rows, const float* v, std::int64_t v
   }
 }
 
+// The epilogue of one pixel.
+template <bool kAdds>
+ISA_INLINE void finish(const WinogradConv& conv, const NormTerms& terms, Vec least, Vec y,
+                       std::int64_t pixel, std::int64_t k, std::int64_t count) {
+  if constexpr (kAdds) {
+    const Residual& residual = conv.residual;
+    const auto* const added = static_cast<const float*>(residual.data) + residual.offset(pixel) + k;
+    y = terms.normalise(y, load(added, residual.channels - k));
+  } else {
+    y = terms.normalise(y);
+  }
+  store(conv.out + pixel * conv.out_channels + k, at_least(y, least), count);
+}
+
 // Y = A^T M A and the epilogue, for the channels [k, k + count) of one tile.
 template <bool kAdds>
 ISA_INLINE void transform_output(const WinogradConv& conv, const NormTerms& terms, Vec least,
                                  const TilePlace& at, const float* m, std::int64_t plane,
                                  std::int64_t k, std::int64_t count) {
   Vec half[2][4];  // A^T M
+#pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
     const Vec m0 = load(m + j * plane), m1 = load(m + (4 + j) * plane);
     const Vec m2 = load(m + (8 + j) * plane), m3 = load(m + (12 + j) * plane);
     half[0][j] = m0 + m1 + m2;
     half[1][j] = m1 - m2 - m3;
   }
-  std::int64_t pixel = (at.image * conv.height + at.row) * conv.width + at.column;
-  for (int i = 0; i < 2 && at.row + i < conv.height; ++i, pixel += conv.width) {
+  const std::int64_t first = (at.image * conv.height + at.row) * conv.width + at.column;
+  const std::int64_t lines = std::min<std::int64_t>(2, conv.height - at.row);
+  const bool right = at.column + 1 < conv.width;
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    if (i == lines) return;
     const Vec* h = half[i];
-    const Vec y[2] = {h[0] + h[1] + h[2], h[1] - h[2] - h[3]};
-    for (int j = 0; j < 2 && at.column + j < conv.width; ++j) {
-      Vec v;  // by one expression: of two, GCC rounds the product that they share
-      if constexpr (kAdds) {
-        const Residual& residual = conv.residual;
-        const auto* const added =
-            static_cast<const float*>(residual.data) + residual.offset(pixel + j) + k;
-        v = terms.normalise(y[j], load(added, residual.channels - k));
-      } else {
-        v = terms.normalise(y[j]);
-      }
-      store(conv.out + (pixel + j) * conv.out_channels + k, at_least(v, least), count);
-    }
+    const std::int64_t pixel = first + i * conv.width;
+    finish<kAdds>(conv, terms, least, h[0] + h[1] + h[2], pixel, k, count);
+    if (right) finish<kAdds>(conv, terms, least, h[1] - h[2] - h[3], pixel + 1, k, count);
   }
 }
 
@@ -221,16 +171,21 @@ ISA void winograd_task(const WinogradConv& conv, const Plan& plan, const Terms& 
   float* const zeros = m + kPlanes * m_plane;
   std::fill_n(zeros, plan.padded_channels, 0.0f);
 
+  const Input x{conv.x, conv.height, conv.width, conv.in_channels, zeros};
   const TilePlace first = place_of(plan, first_tile);
   TilePlace at = first;
   for (std::int64_t t = 0; t < rows; ++t, advance(plan, at)) {
-    transform_tile(conv, at, zeros, v + t * plan.padded_channels, v_plane);
+    transform_tile(x, at, 0, conv.in_channels, v + t * plan.padded_channels, v_plane);
   }
   // This task's pixels of the result, and what the next task reads.
   const std::int64_t here = line_of(conv, plan, first_tile) * conv.width;
   const std::int64_t next = line_of(conv, plan, first_tile + rows) * conv.width;
   const Fetch result(conv.out, here * conv.out_channels,
                      plan.block_tasks == 1 ? next * conv.out_channels : 0);
+  const Residual& residual = conv.residual;
+  const bool adds = residual.channels > 0 && residual.in_line() && plan.block_tasks == 1;
+  const Fetch added(static_cast<const float*>(residual.data), here * residual.pixel,
+                    adds ? next * residual.pixel : 0);
   const Fetch input(conv.x, next * conv.in_channels,
                     line_of(conv, plan, first_tile + 2 * rows) * conv.width * conv.in_channels);
   const Vec least = least_result(conv.relu);
@@ -242,6 +197,7 @@ ISA void winograd_task(const WinogradConv& conv, const Plan& plan, const Terms& 
     for (int e = 0; e < kPlanes; ++e) {
       if (k == k_begin) {
         result.part<1>(e);
+        added.part<0>(e);
         input.part<0>(e);
       }
       multiply_plane(rows, v + e * v_plane, plan.padded_channels, u + e * conv.in_channels * width,
