@@ -118,6 +118,7 @@ struct Shared {
   int count;
   std::int64_t batch, height, width;  // of the result
   std::int64_t pixel_tasks, strip_tasks;
+  bool fits;  // every sum times its multiplier, into int32
 
   std::int64_t pixels() const { return batch * height * width; }
 
@@ -391,7 +392,9 @@ void quantized_conv_pack(const std::int8_t* weight, const std::int64_t strides[4
 void quantized_conv(const QuantizedConv& op, QuantizedIsa isa) {
   const Activations& x = op.conv.x;
   Copies copies[2];
-  Shared shared{op, {}, op.projected ? 2 : 1, x.batch, 0, 0, 1, 1};
+  const bool fits = std::all_of(op.multiplier, op.multiplier + op.conv.out_channels,
+                                [](float m) { return m > -1 && m < 1; });
+  Shared shared{op, {}, op.projected ? 2 : 1, x.batch, 0, 0, 1, 1, fits};
   shared.height = conv_output_size(op.conv.window, 0, x.height);
   shared.width = conv_output_size(op.conv.window, 1, x.width);
   if (shared.pixels() * op.conv.out_channels == 0) return;

@@ -171,7 +171,7 @@ ISA inline __attribute__((noinline)) void make_tile(std::int64_t count, const Sh
   for (std::int64_t r = 0; r < count; ++r) {
     Sums row[1][kVecs];
     begin(row, sums + r * kTileColumns);
-    finish(row, shared.op.relu, columns, all_rows[0] + r);
+    finish(row, shared, columns, all_rows[0] + r);
   }
 }
 

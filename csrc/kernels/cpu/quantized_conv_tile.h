@@ -66,10 +66,9 @@ ISA_INLINE void add_shortcut(Sums (&sum)[kRows][kVecs], const QuantizedConv& op,
   }
 }
 
-// Requantises a tile's sums and stores them.
-template <int kRows, int kVecs>
-ISA_INLINE void finish(Sums (&sum)[kRows][kVecs], bool relu, const QuantizedColumns& columns,
-                       const Row* rows) {
+template <bool kFits, int kRows, int kVecs>
+ISA_INLINE void finish_rows(Sums (&sum)[kRows][kVecs], bool relu, const QuantizedColumns& columns,
+                            const Row* rows) {
   const Vec most = splat(relu ? 255.0f : 127.0f);
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
@@ -77,9 +76,23 @@ ISA_INLINE void finish(Sums (&sum)[kRows][kVecs], bool relu, const QuantizedColu
     __builtin_prefetch(to + kRowsAhead * columns.out_pitch, 1);
 #pragma GCC unroll 4
     for (int j = 0; j < kVecs; ++j) {
-      sum[r][j] = requantised(sum[r][j], load(columns.scale + j * kLanes), most);
+      const Vec scale = load(columns.scale + j * kLanes);
+      // What fits into int32 is clamped by narrowing.
+      sum[r][j] =
+          kFits ? rounded(to_float(sum[r][j]) * scale) : requantised(sum[r][j], scale, most);
     }
     store_row(to, sum[r], !relu);
+  }
+}
+
+// Requantises a tile's sums and stores them.
+template <int kRows, int kVecs>
+ISA_INLINE void finish(Sums (&sum)[kRows][kVecs], const Shared& shared,
+                       const QuantizedColumns& columns, const Row* rows) {
+  if (shared.fits) {
+    finish_rows<true>(sum, shared.op.relu, columns, rows);
+  } else {
+    finish_rows<false>(sum, shared.op.relu, columns, rows);
   }
 }
 
@@ -152,7 +165,7 @@ struct ConvTile {
         }
       }
     }
-    finish(sum, shared.op.relu, columns, all_rows[0]);
+    finish(sum, shared, columns, all_rows[0]);
   }
 };
 

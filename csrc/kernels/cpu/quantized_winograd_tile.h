@@ -198,7 +198,7 @@ ISA_INLINE void finish_tile(const Shared& shared, const QuantizedColumns& column
       Sums sum[1][kVecs];
       add_shortcut(sum, shared.op, columns, &row);
       for (int v = 0; v < kVecs; ++v) sum[0][v] += y[i][j][v];
-      finish(sum, shared.op.relu, columns, &row);
+      finish(sum, shared, columns, &row);
     }
   }
 }
