@@ -1,6 +1,8 @@
 // Blocks of 16 outputs, a few inputs at a time, all taps: transposed in registers into a stage in
 // L1 whose rows are 16 outputs of one input and tap, and from there into the order of the kernel,
-// rounded or, for Winograd, transformed in fp64.
+// rounded or, for Winograd, transformed in fp64. A task goes through the blocks of outputs or the
+// steps of inputs, whichever lie together: of a weight read across its rows each line is in another
+// page.
 #include "train_pack.h"
 
 #include <algorithm>
@@ -57,7 +59,6 @@ void run(const Pack& pack, Task task, std::int64_t outputs) {
   const std::int64_t taps = pack.kernel[0] * pack.kernel[1];
   const std::int64_t step = std::max<std::int64_t>(kStageRows / taps / 2 * 2, 2);  // inputs
   const std::int64_t blocks = ceil_div(outputs, kBlock);
-  // A task goes along what lies together: blocks of outputs, or steps of inputs.
   const std::int64_t near = pack.strides[0] < pack.strides[1] ? kBlocksTogether : 1;
   const std::int64_t steps = ceil_div(pack.in_channels, step);
   const std::int64_t together =

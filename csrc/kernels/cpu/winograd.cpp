@@ -16,11 +16,11 @@
 // The micro-kernel keeps a tile of rows x columns of M in registers (AVX-512: 6 x 64, 24 of 32
 // registers, or 8 x 48, 12 x 32, 12 x 16 of the last columns, so that enough sums are under way;
 // AVX2: 6 x 16, 12 of 16; NEON: 6 x 16, 24 of 32) over kChunk input channels; the chunk of U (4 KB)
-// stays in L1 for all tiles of the task. Before each plane of the first block a share of the lines
-// of the result, and of what the next task reads, is fetched: with few channels a task would
-// otherwise wait for them as long as it computes. Memory traffic: x and the residual are read once
-// (plus the tiles' borders), the output is written once, U (16/9 of the weights) is read once per
-// task.
+// stays in L1 for all tiles of the task. The transforms stay in registers. Before each plane of the
+// first block a share of the lines of the result, of the residual, and of what the next task reads,
+// is fetched: with few channels a task would otherwise wait for them as long as it computes. Memory
+// traffic: x and the residual are read once (plus the tiles' borders), the output is written once,
+// U (16/9 of the weights) is read once per task.
 #include "winograd.h"
 
 #include <algorithm>
