@@ -71,7 +71,7 @@ def training_backend(
         return chosen or backends.get("reference")
     dtype, memory = autocast_dtype(x), settings.training_saves_memory()
     if torch.compiler.is_compiling():  # Inductor fuses what lies between convolutions by itself
-        if chosen is None and not memory or not _trains_fused(x.device.type, dtype):
+        if (chosen is None and not memory) or not _trains_fused(x.device.type, dtype):
             return None
         return chosen or _first_if_passed(x.device.type, dtype)
     served = _trained_fused(x if x.dtype == dtype else x.new_empty(0, dtype=dtype))
