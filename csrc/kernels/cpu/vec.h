@@ -44,12 +44,19 @@ ISA_INLINE void store(BFloat16* p, Vec v) {
 #endif
 }
 
+#if ISA_LANES == 16
+// Less than all lanes, none for a negative count.
+ISA_INLINE __mmask16 first_lanes(std::int64_t count) {
+  return static_cast<__mmask16>((1u << std::max<std::int64_t>(count, 0)) - 1);
+}
+#endif
+
 template <typename Element>
 ISA_INLINE Vec load(const Element* p, std::int64_t count) {
   if (count >= kLanes) return load(p);
 #if ISA_LANES == 16
   if constexpr (std::is_same_v<Element, float>) {
-    return (Vec)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+    return (Vec)_mm512_maskz_loadu_ps(first_lanes(count), p);
   }
 #endif
   Element padded[kLanes] = {};
@@ -62,7 +69,7 @@ ISA_INLINE void store(Element* p, Vec v, std::int64_t count) {
   if (count >= kLanes) return store(p, v);
 #if ISA_LANES == 16
   if constexpr (std::is_same_v<Element, float>) {
-    return _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), (__m512)v);
+    return _mm512_mask_storeu_ps(p, first_lanes(count), (__m512)v);
   }
 #endif
   Element padded[kLanes];
