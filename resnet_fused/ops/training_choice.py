@@ -69,14 +69,18 @@ def training_backend(
     chosen = chosen_backend()
     if sync_group and x.device.type == "cpu":
         return chosen or backends.get("reference")
-    dtype, memory = autocast_dtype(x), settings.training_saves_memory()
-    if torch.compiler.is_compiling():  # Inductor fuses what lies between convolutions by itself
-        if (chosen is None and not memory) or not _trains_fused(x.device.type, dtype):
+    dtype = autocast_dtype(x)
+    if torch.compiler.is_compiling():
+        if not _trains_fused(x.device.type, dtype):
             return None
-        return chosen or _first_if_passed(x.device.type, dtype)
+        if chosen is not None:
+            return chosen
+        # Inductor fuses what lies between convolutions by itself.
+        return _first_if_passed(x.device.type, dtype) if settings.training_saves_memory() else None
     served = _trained_fused(x if x.dtype == dtype else x.new_empty(0, dtype=dtype))
     if chosen is not None or not served:
         return chosen if served else None
+    memory = settings.training_saves_memory()
     fused = {backend.name: backend for backend in served}
     block = (dtype, layers, projection, identity, padded_stride, pool)
 
