@@ -30,17 +30,18 @@ _Result = TypeVar("_Result")
 _MODULES = "modules"
 
 
-def _trained_fused(x: Tensor) -> list[Backend]:
-    return [backend for backend in serving(x) if backend.training is not None]
+def _trained_fused(device: str, dtype: torch.dtype) -> list[Backend]:
+    sample = torch.empty(0, device=device, dtype=dtype)
+    return [backend for backend in serving(sample) if backend.training is not None]
 
 
 def _trains_fused(device: str, dtype: torch.dtype) -> bool:
-    return bool(_trained_fused(torch.empty(0, device=device, dtype=dtype)))
+    return bool(_trained_fused(device, dtype))
 
 
 def _first_if_passed(device: str, dtype: torch.dtype) -> Backend | None:
     """The one that the training ops take by themselves."""
-    backend = _trained_fused(torch.empty(0, device=device, dtype=dtype))[0]
+    backend = _trained_fused(device, dtype)[0]
     return backend if families.passed(f"{backend.name} training", torch.device(device)) else None
 
 
@@ -70,18 +71,14 @@ def training_backend(
     if sync_group and x.device.type == "cpu":
         return chosen or backends.get("reference")
     dtype = autocast_dtype(x)
-    if torch.compiler.is_compiling():
-        if not _trains_fused(x.device.type, dtype):
-            return None
-        if chosen is not None:
-            return chosen
-        # Inductor fuses what lies between convolutions by itself.
-        return _first_if_passed(x.device.type, dtype) if settings.training_saves_memory() else None
-    served = _trained_fused(x if x.dtype == dtype else x.new_empty(0, dtype=dtype))
-    if chosen is not None or not served:
-        return chosen if served else None
+    if not _trains_fused(x.device.type, dtype):
+        return None
+    if chosen is not None:
+        return chosen
     memory = settings.training_saves_memory()
-    fused = {backend.name: backend for backend in served}
+    if torch.compiler.is_compiling():  # Inductor fuses what lies between convolutions by itself
+        return _first_if_passed(x.device.type, dtype) if memory else None
+    fused = {backend.name: backend for backend in _trained_fused(x.device.type, dtype)}
     block = (dtype, layers, projection, identity, padded_stride, pool)
 
     def candidates() -> list[Candidate]:

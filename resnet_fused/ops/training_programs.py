@@ -79,14 +79,12 @@ class _Program:
     def shared(self, workspace: Tensor, last: int | None = None) -> list[Tensor]:
         """The results in the workspace, or the last ones of them."""
         first = 0 if last is None else len(self._shared) - last
-        memory: dict[torch.dtype, Tensor] = {}
         found = []
         for (shape, strides, dtype), offset in zip(
             self._shared[first:], self._offsets[first:], strict=True
         ):
-            if dtype not in memory:
-                memory[dtype] = workspace.view(dtype)
-            found.append(memory[dtype].as_strided(shape, strides, offset // dtype.itemsize))
+            memory = workspace.view(dtype)
+            found.append(memory.as_strided(shape, strides, offset // dtype.itemsize))
         return found
 
 

@@ -23,7 +23,8 @@ constexpr std::int64_t kBlock = 16;           // outputs
 constexpr std::int64_t kWinogradBlock = 64;   // of winograd.cpp
 constexpr std::int64_t kStageRows = 288;      // 18 KiB
 constexpr std::int64_t kBlocksTogether = 16;  // whose outputs are neighbours in memory
-constexpr std::int64_t kFetchAhead = 32;      // elements
+constexpr std::int64_t kReadAhead = 32;       // elements, of each row that is transposed
+constexpr std::int64_t kWriteAhead = 8;       // rows of packed words
 constexpr std::int64_t kTaskElements = 64 << 10;
 
 }  // namespace

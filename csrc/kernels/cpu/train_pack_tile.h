@@ -13,7 +13,7 @@ ISA_INLINE void transpose(const Number* from, std::int64_t pitch, std::int64_t r
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) {
     r[i] = i < rows ? (__m512)load(from + i * pitch, columns) : _mm512_setzero_ps();
-    __builtin_prefetch(from + i * pitch + kFetchAhead);
+    __builtin_prefetch(from + i * pitch + kReadAhead);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < 16; i += 2) {
@@ -128,7 +128,7 @@ ISA_INLINE void conv_rows(const Pack& pack, std::int64_t out, std::int64_t first
         if (i + 1 < pack.in_channels) store(high + lane, load(from + taps * kBlock + lane));
       }
       std::uint32_t* const word = to + i / 2 * width;
-      __builtin_prefetch(word + kFetchAhead / 4 * width, 1);
+      __builtin_prefetch(word + kWriteAhead * width, 1);
       for (int lane = 0; lane < kBlock; ++lane) {
         word[lane] = low[lane] | std::uint32_t{high[lane]} << 16;
       }

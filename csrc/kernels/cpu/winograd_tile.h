@@ -93,7 +93,7 @@ ISA_INLINE void multiply_plane(std::int64_t rows, const float* v, std::int64_t v
   }
 }
 
-// The epilogue of one pixel.
+// The epilogue of one pixel, by one expression: of two, GCC rounds the product that they share.
 template <bool kAdds>
 ISA_INLINE void finish(const WinogradConv& conv, const NormTerms& terms, Vec least, Vec y,
                        std::int64_t pixel, std::int64_t k, std::int64_t count) {
