@@ -372,17 +372,18 @@ def test_group_norm_of_any_layout_and_of_parameters_of_any_type(
     x, norm, residual, _ = make_group_norm(
         (2, 24, 6, 5), 4, generator(), True, True, True, dtype, device
     )
-    expected = group_norm_add_relu(x, norm, residual, True)
     wide = torch.zeros(2, 24, 6, 10, dtype=dtype, device=device)
     wide[..., ::2] = x
-    for view in (x.contiguous(), wide[..., ::2]):
-        torch.testing.assert_close(
-            group_norm_add_relu(view, norm, residual.contiguous(), True), expected
-        )
     exact = norm._replace(weight=norm.weight.double(), bias=norm.bias.float())
-    out = group_norm_add_relu(x, exact, residual, True)
-    assert out.dtype == dtype
-    torch.testing.assert_close(out, expected)
+    for view, parameters in ((x.contiguous(), norm), (wide[..., ::2], norm), (x, exact)):
+        out = check_op(
+            group_norm_add_relu,
+            reference.group_norm_add_relu,
+            [view, parameters, residual.contiguous(), True],
+            noise=NOISE,
+            roundings=bn_add_relu_roundings(dtype, True),
+        )
+        assert out.dtype == dtype
 
 
 def test_group_norm_confines_nan_to_its_group_and_image(device: str, dtype: torch.dtype) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -83,9 +83,31 @@ CONV_CASES = {
 }
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    """A seeded generator, so that a case is the same wherever it is made."""
-    return torch.Generator().manual_seed(seed)
+def generator(seed: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
+    """A seeded generator: on the CPU a case is the same wherever it is used, and on a GPU large
+    ones are made in no time."""
+    return torch.Generator(device).manual_seed(seed)
+
+
+def randn(rng: torch.Generator, *shape: int) -> Tensor:
+    """Normal numbers, on the generator's device as all that is drawn."""
+    return torch.randn(shape, generator=rng, device=rng.device)
+
+
+def rand(rng: torch.Generator, *shape: int) -> Tensor:
+    """Numbers from [0, 1)."""
+    return torch.rand(shape, generator=rng, device=rng.device)
+
+
+def randint(
+    rng: torch.Generator,
+    low: int,
+    high: int,
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.int64,
+) -> Tensor:
+    """Integers from [low, high)."""
+    return torch.randint(low, high, tuple(shape), generator=rng, device=rng.device, dtype=dtype)
 
 
 def make_batch_norm(
@@ -95,14 +117,14 @@ def make_batch_norm(
     device: torch.device | str = "cpu",
 ) -> BatchNorm:
     """Random BN parameters with a few negative, tiny and zero weights among them."""
-    weight = torch.randn(channels, generator=rng)
+    weight = randn(rng, channels)
     weight[::5] *= 1e-4
     weight[1::7] = 0.0
     return BatchNorm(
-        torch.randn(channels, generator=rng).to(device, dtype),
-        (torch.rand(channels, generator=rng) + 0.3).to(device, dtype),
+        randn(rng, channels).to(device, dtype),
+        (rand(rng, channels) + 0.3).to(device, dtype),
         weight.to(device, dtype),
-        torch.randn(channels, generator=rng).to(device, dtype),
+        randn(rng, channels).to(device, dtype),
         1e-5,
     )
 
@@ -114,11 +136,9 @@ def make_convolution(
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, ConvBn]:
     """A random input (channels_last) and a layer of the case's shapes."""
-    x = torch.randn(case.batch, case.channels, case.height, case.width, generator=rng)
+    x = randn(rng, *case[:4])
     fan_in = case.channels // case.groups * case.kernel**2
-    weight = torch.randn(
-        case.out_channels, case.channels // case.groups, case.kernel, case.kernel, generator=rng
-    )
+    weight = randn(rng, case.out_channels, case.channels // case.groups, case.kernel, case.kernel)
     x = x.to(device, dtype).contiguous(memory_format=torch.channels_last)
     weight = (weight * (2 / fan_in) ** 0.5).to(device, dtype)
     conv = Convolution(
@@ -133,7 +153,7 @@ def make_convolution(
 
 def make_residual(case: ConvCase, x: Tensor, rng: torch.Generator) -> Tensor:
     """A random tensor shaped like the case's result, like `x` otherwise."""
-    residual = torch.randn(case.output_shape, generator=rng).to(x.device, x.dtype)
+    residual = randn(rng, *case.output_shape).to(x.device, x.dtype)
     return residual.contiguous(memory_format=torch.channels_last)
 
 
@@ -143,7 +163,7 @@ def make_identity(
     """Shortcut option A's residual for the case's result: every `stride`-th row and column of a
     block's input of so many channels, small integers, like `x` otherwise."""
     height, width = (stride * size for size in case.output_size)
-    block_input = torch.randint(-9, 10, (case.batch, channels, height, width), generator=rng)
+    block_input = randint(rng, -9, 10, (case.batch, channels, height, width))
     block_input = block_input.to(x.device, x.dtype).contiguous(memory_format=torch.channels_last)
     return block_input[:, :, ::stride, ::stride]
 
@@ -166,9 +186,9 @@ def make_integers(
     these shapes; the normalisation (mean 1, variance + eps = 1) is exact.
     """
     x, (conv, _) = make_convolution(case, rng, dtype, device)
-    draw = torch.randint(-1, 2, tuple(x.shape), generator=rng)
-    keep = torch.rand(tuple(conv.weight.shape), generator=rng) < 0.3
-    weight = torch.randint(-1, 2, tuple(conv.weight.shape), generator=rng) * keep
+    draw = randint(rng, -1, 2, x.shape)
+    keep = rand(rng, *conv.weight.shape) < 0.3
+    weight = randint(rng, -1, 2, conv.weight.shape) * keep
     ones = torch.ones(case.out_channels, dtype=dtype, device=device)
     sign = torch.where(torch.arange(case.out_channels) % 3 == 0, -1.0, 1.0).to(device, dtype)
     conv = conv._replace(weight=conv.weight.copy_(weight))
@@ -202,7 +222,7 @@ def make_group_norm(
     channels = shape[1]
 
     def draw(*size: int) -> Tensor:
-        return torch.randn(size, generator=rng)
+        return randn(rng, *size)
 
     def moved(tensor: Tensor) -> Tensor:
         return tensor.to(device, dtype)
@@ -231,7 +251,7 @@ def make_squeeze_excite(
     """The arguments of `reference.ops.squeeze_excite`, gates all over their range."""
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=rng) * scale).to(device, dtype)
+        return (randn(rng, *shape) * scale).to(device, dtype)
 
     image = (batch, channels, height, width)
     x = (draw(*image) + 0.5).contiguous(memory_format=torch.channels_last)
@@ -246,7 +266,7 @@ def make_gated_integers(x: Tensor, hidden: int, rng: torch.Generator) -> list[An
     bit, because what is not zero before the sigmoid is at least 512."""
 
     def draw(*shape: int, scale: int = 1) -> Tensor:
-        return (scale * torch.randint(-1, 2, shape, generator=rng)).to(x.device, x.dtype)
+        return (scale * randint(rng, -1, 2, shape)).to(x.device, x.dtype)
 
     channels = x.shape[1]
     reduce, expand = draw(hidden, channels), draw(channels, hidden, scale=2**15)
@@ -266,16 +286,16 @@ def randomise_statistics(model: torch.nn.Module, seed: int = 0) -> torch.nn.Modu
             if isinstance(module, torch.nn.BatchNorm2d) and module.running_mean is not None:
                 channels = module.num_features
                 assert module.running_var is not None
-                module.running_mean.copy_(0.1 * torch.randn(channels, generator=rng))
-                module.running_var.copy_(0.5 + torch.rand(channels, generator=rng))
+                module.running_mean.copy_(0.1 * randn(rng, channels))
+                module.running_var.copy_(0.5 + rand(rng, channels))
             elif isinstance(module, torch.nn.GroupNorm):
                 channels = module.num_channels
             else:
                 continue
-            weight = 0.5 + torch.rand(channels, generator=rng)
+            weight = 0.5 + rand(rng, channels)
             weight[::7] *= -1
             weight[3::11] *= 1e-3
             if module.affine:
                 module.weight.copy_(weight)
-                module.bias.copy_(0.1 * torch.randn(channels, generator=rng))
+                module.bias.copy_(0.1 * randn(rng, channels))
     return model

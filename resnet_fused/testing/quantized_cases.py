@@ -15,7 +15,7 @@ from ..parameters import (
     QuantizedShortcut,
 )
 from ..reference.quantized import FLOAT8
-from .cases import ConvCase, generator
+from .cases import ConvCase, generator, rand, randint, randn
 
 # What a layer adds: nothing, a tensor of its result's shape, shortcut option A's, a projection.
 SHORTCUTS = ("none", "identity", "option A", "projection")
@@ -25,9 +25,9 @@ def make_integers(shape: Any, dtype: torch.dtype, rng: torch.Generator) -> Tenso
     """Random numbers of the whole range of uint8 or int8 (of weights, -127 to 127), or normal ones
     in e4m3."""
     if dtype == FLOAT8:
-        return torch.randn(shape, generator=rng).to(dtype)
+        return randn(rng, *shape).to(dtype)
     low, high = (0, 256) if dtype == torch.uint8 else (-127, 128)
-    return torch.randint(low, high, tuple(shape), generator=rng, dtype=dtype)
+    return randint(rng, low, high, shape, dtype)
 
 
 def make_quantized_conv(
@@ -57,12 +57,12 @@ def make_quantized_conv(
     x, conv = image(*case[:4]), conv_of(case)
     # Of sums of so many products, the standard deviation.
     spread = conv.weight[0].numel() ** 0.5 * (1.0 if dtype == FLOAT8 else 128 * 74.0)
-    bias = torch.randn(channels, generator=rng) * spread
-    multiplier = (0.5 + torch.rand(channels, generator=rng)) * (2 if dtype == FLOAT8 else 80)
+    bias = randn(rng, channels) * spread
+    multiplier = (0.5 + rand(rng, channels)) * (2 if dtype == FLOAT8 else 80)
     added: QuantizedShortcut | None = None
     height, width = case.output_size
     if shortcut != "none":
-        scale = (0.2 + torch.rand(channels, generator=rng)) * spread / 128
+        scale = (0.2 + rand(rng, channels)) * spread / 128
     if shortcut == "identity":
         added = QuantizedShortcut(image(*case.output_shape), scale)
     elif shortcut == "option A":
@@ -91,15 +91,15 @@ def make_quantized_images(
     of that floating dtype, whose first and last element are clamped, and one of which is NaN where
     bytes are to come of them."""
     if dtype == torch.uint8:
-        x = torch.randint(0, 256, shape, generator=rng, dtype=dtype)
-        normalization = tuple(20 + 80 * torch.rand(shape[1], generator=rng) for _ in range(2))
+        x = randint(rng, 0, 256, shape, dtype)
+        normalization = tuple(20 + 80 * rand(rng, shape[1]) for _ in range(2))
     else:
-        x, normalization = torch.randn(shape, generator=rng).to(dtype), ()
+        x, normalization = randn(rng, *shape).to(dtype), ()
         if not float8:
             x.view(-1)[x.numel() // 2] = torch.nan
         x.view(-1)[0], x.view(-1)[-1] = 1e4, -1e4
-    scale = 0.01 + 0.01 * torch.rand(shape[1], generator=rng)
-    zero = torch.zeros(shape[1]) if float8 else 100 + 30 * torch.rand(shape[1], generator=rng)
+    scale = 0.01 + 0.01 * rand(rng, shape[1])
+    zero = torch.zeros(shape[1]) if float8 else 100 + 30 * rand(rng, shape[1])
     return [x, ImageQuantization(scale, zero.round(), *normalization), float8]
 
 
@@ -149,8 +149,8 @@ def make_quantized_head(
     x = make_integers((batch, channels, size, size + 1), dtype, rng).view(torch.uint8)
     x = x.contiguous(memory_format=torch.channels_last).view(dtype)
     weight = make_integers((classes, channels), FLOAT8 if dtype == FLOAT8 else torch.int8, rng)
-    multiplier = torch.rand(classes, generator=rng) * 1e-4
-    return [x, weight, torch.randn(classes, generator=rng), multiplier]
+    multiplier = rand(rng, classes) * 1e-4
+    return [x, weight, randn(rng, classes), multiplier]
 
 
 def random_quantized_conv(seed: int) -> list[Any]:
@@ -158,10 +158,10 @@ def random_quantized_conv(seed: int) -> list[Any]:
     rng = generator(seed)
 
     def draw(*choices: Any) -> Any:
-        return choices[int(torch.randint(len(choices), (), generator=rng))]
+        return choices[int(randint(rng, 0, len(choices), ()))]
 
     def number(low: int, high: int) -> int:
-        return int(torch.randint(low, high + 1, (), generator=rng))
+        return int(randint(rng, low, high + 1, ()))
 
     groups = draw(1, 1, 1, 2, 4, 8)
     kernel, dilation = draw(1, 1, 3, 3, 5, 7), draw(1, 1, 2)

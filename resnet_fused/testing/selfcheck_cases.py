@@ -45,6 +45,7 @@ from .cases import (
     make_identity,
     make_integers,
     make_residual,
+    randint,
 )
 from .on import On
 from .quantized_cases import (
@@ -184,7 +185,7 @@ def _compare(out: Tensor, expected: Tensor, what: str) -> None:
 def _convolutions(dtype: torch.dtype, device: str, num_sms: int) -> Iterator[Case]:
     """For each SM 2 × 128 positions, and 136 channels: with tiles of 64 or 128
     channels, three or two tiles from each 128 positions, the last one all tail."""
-    rng = generator()
+    rng = generator(device=device)
 
     def integers(name: str, case: ConvCase) -> tuple[ConvCase, Any, Any]:
         """`case` with as many images as it takes."""
@@ -227,7 +228,7 @@ def _convolutions(dtype: torch.dtype, device: str, num_sms: int) -> Iterator[Cas
 
 
 def _others(family: str, dtype: torch.dtype, device: str, num_sms: int) -> Iterator[Case]:
-    rng = generator()
+    rng = generator(device=device)
     images = 3 * num_sms
     if family == "bn_add_relu":
         for channels in (64, 19):
@@ -272,7 +273,7 @@ def _others(family: str, dtype: torch.dtype, device: str, num_sms: int) -> Itera
 def _training(dtype: torch.dtype, device: str, num_sms: int) -> Iterator[Case]:
     """The pieces of a training step around a convolution, forward and backward; of the moments,
     which are no integers, nothing is said."""
-    rng = generator()
+    rng = generator(device=device)
     images = -(-128 * num_sms // 81)
     more = {  # what is new in further cases
         "3x3 of small images": ("conv_stats", "dgrad that masks"),
@@ -332,7 +333,7 @@ def _folded_ends(
     filters, channels = conv.weight.shape[:2]
 
     def integers(*shape: int) -> Tensor:
-        return torch.randint(-3, 4, shape, generator=rng).to(x.device, torch.float32)
+        return randint(rng, -3, 4, shape, torch.float32)
 
     end, sums, product = (
         Folded(x, conv, above.scale_shift),
@@ -362,7 +363,7 @@ def _quantized(dtype: torch.dtype, device: str, num_sms: int) -> Iterator[Case]:
     """Convolutions of as many positions as `_convolutions` has, of bytes of their whole range, or
     of whole numbers in e4m3; some of channels in chunks of 16, and some not."""
     float8 = dtype == quantized.FLOAT8
-    rng = generator()
+    rng = generator(device=device)
     cases = {
         "pointwise": (ConvCase(1, 72, 23, 19, 136), "none"),
         "adds": (ConvCase(1, 64, 23, 19, 144), "identity"),

@@ -1,9 +1,11 @@
 """Which kernel computes a call: `choose`, and what decides it."""
 
+from . import families
 from .signature import Operand, batch_bucket, describe, signature
 from .tuner import BUDGET_SECONDS, Decision, Tuner
 
 tuner = Tuner()
+families.verdicts.listeners.append(tuner.forget)
 choose = tuner.choose
 
 

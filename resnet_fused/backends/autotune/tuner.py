@@ -69,17 +69,20 @@ class Tuner:
         self,
         measure: Callable[[Callable[[], object], torch.device], float] = measure,
         passed: Callable[[str, torch.device], bool] = families.passed,
+        are_awaited: Callable[[torch.device], bool] = families.verdicts.are_awaited,
         environment: Callable[[torch.device], tuple[str, ...]] = families.environment,
         clock: Callable[[], float] = time.monotonic,
         device_type: str = "cuda",
     ) -> None:
         """measure: seconds of a call on a device. passed: whether a kernel family may run.
-        environment: what a measured time is true for. clock: seconds, for the budget. device_type:
-        of the tensors whose calls are measured.
+        are_awaited: whether a device's families are being checked. environment: what a measured
+        time is true for. clock: seconds, for the budget. device_type: of the tensors whose calls
+        are measured.
         """
         self.generation = 0  # another one means that calls may be computed otherwise
         self._measure = measure
         self._passed = passed
+        self._are_awaited = are_awaited
         self._environment = environment
         self._clock = clock
         self._device_type = device_type
@@ -166,17 +169,19 @@ class Tuner:
 
     def forget(self) -> None:
         """Makes every choice anew, from what is kept on disk or by measuring."""
-        self._chosen.clear()
-        self.generation += 1
+        with self._lock:
+            self._chosen.clear()
+            self.generation += 1
 
     def _may_measure(self, device: torch.device) -> bool:
         """Whether choices are by measurement: on a GPU, unless it is switched off
-        (`RESNET_FUSED_TUNE`) or PyTorch is asked to be deterministic, because candidates differ in
-        the order of their sums."""
+        (`RESNET_FUSED_TUNE`), the self-check keeps the GPU busy, or PyTorch is asked to be
+        deterministic, because candidates differ in the order of their sums."""
         return (
             device.type == self._device_type
             and settings.tuning_enabled()
             and not torch.are_deterministic_algorithms_enabled()
+            and not self._are_awaited(device)
         )
 
     def _decide(self, call: _Call, listed: Candidates, measuring: bool) -> Decision:
@@ -185,6 +190,7 @@ class Tuner:
             for candidate in listed:
                 if candidate.name == self._preferred[-1]:
                     return Decision(call.op, described, candidate, {})
+        generation = self.generation
         options = [c for c in listed if not c.family or self._passed(c.family, call.device)]
         options = options or [Candidate("pytorch", call.reference)]
         times: Times = {}
@@ -201,7 +207,7 @@ class Tuner:
                 times = self._times(call, described, options)
             decision = Decision(call.op, described, _best(options, times), times)
             capturing = measuring and torch.cuda.is_current_stream_capturing()
-            if not self._preferred and not capturing:
+            if not self._preferred and not capturing and generation == self.generation:
                 self._chosen[call.place] = decision
         return decision
 
