@@ -743,7 +743,12 @@ def test_tensor_memory_is_that_of_sm100(monkeypatch, major):
 
 @pytest.mark.parametrize(
     ("capability", "triton", "left"),
-    [(100, None, True), (100, "not installed", False), (120, None, False)],
+    [
+        (100, None, True),
+        (100, "not installed", False),
+        (100, "without fences", False),
+        (120, None, False),
+    ],
 )
 def test_convolutions_are_left_to_tritons_tcgen05(
     simulator, half, monkeypatch, capability, triton, left
@@ -751,6 +756,7 @@ def test_convolutions_are_left_to_tritons_tcgen05(
     """Our kernels, which serve everywhere from sm_80, stay candidates, and are preferred again
     where there is no Triton."""
     monkeypatch.setattr(cuda, "has_tensor_memory", lambda device: capability == 100)
+    monkeypatch.setattr(cuda, "fences_products", lambda: triton != "without fences")
     monkeypatch.setattr(cuda, "unavailable", lambda name: triton)
     backend, rng = WithCudnn(simulator, capability=capability), generator()
     x, layer = make_convolution(ConvCase(1, 64, 9, 9, 64), rng, half)

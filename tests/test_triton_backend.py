@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import conftest
@@ -32,7 +33,7 @@ from resnet_fused.errors import BackendUnavailableError
 from resnet_fused.numerics import cast, check_op, relative_error
 from resnet_fused.ops import MaxPool
 from resnet_fused.ops.registry import registered
-from resnet_fused.parameters import ConvBn
+from resnet_fused.parameters import ConvBn, Convolution
 from resnet_fused.reference import ops as reference
 from resnet_fused.testing.cases import (
     ConvCase,
@@ -485,6 +486,45 @@ def _configurations(
     monkeypatch.setattr(launching, "machine", lambda _: limits)
     like = torch.empty(0, dtype=torch.float16)
     return convolution.configurations(gemm, like, "ieee", taps)
+
+
+def test_a_pack_of_groups_is_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the type and the size: a later step would read weights of other channels."""
+    monkeypatch.setattr(launching, "machine", lambda _: H200)
+    for images in (1, 64):
+        for dtype in (torch.float32, torch.float16):
+            x = torch.empty(images, 128, 56, 56, dtype=dtype, device="meta")
+            weight = torch.empty(128, 4, 3, 3, dtype=dtype, device="meta")
+            conv = Convolution(weight, (1, 1), (1, 1), (1, 1), 32)
+            _, gemm = convolution.packing(x, conv)
+            listed = convolution.list_conv_bn(x, ConvBn(conv, make_batch_norm(128, generator())))
+            assert len(listed) > 1
+            for candidate in listed:
+                assert candidate.launch.args[0].blocks[2] >= gemm.channels == 32, candidate.name
+
+
+@pytest.mark.parametrize("fences", [True, False])
+@pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
+def test_products_of_warp_groups_are_left_out_without_fences(
+    capability: int, fences: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launching, "fences_products", lambda: fences)
+    limits = Machine.of(100, 99 * 1024, capability)
+    replaced = not fences and capability in (90, 100)
+    assert limits.architecture == ("sm89" if replaced else None)
+    assert limits.tensor_memory == (fences and capability == 100)
+    monkeypatch.setattr(launching, "machine", lambda _: limits)
+    config = Config((16, 16, 16), 4, 2)
+    kernel = SimpleNamespace(__name__="kernel", arg_names=["x", "n"])
+    launch = Launch(kernel, (1,), config, torch.device("meta"), n=1)
+    assert launch.options.get("arch") == limits.architecture
+
+
+def test_which_tritons_fence_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"3.5.1": False, "3.6.0": False, "3.7.0+git": False, "3.7.1": True, "3.10.0": True}
+    for version, fences in versions.items():
+        monkeypatch.setattr(backends.metadata, "version", lambda _, version=version: version)
+        assert backends.fences_products.__wrapped__() == fences, version
 
 
 def test_the_heuristic_spreads_small_problems_over_the_sms(

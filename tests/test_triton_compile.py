@@ -28,6 +28,7 @@ from resnet_fused.testing.ahead_of_time import (
     TARGETS,
     compile_launches,
     compiled_kernels,
+    lacks_fence,
     meta,
     meta_convolution,
 )
@@ -170,6 +171,17 @@ def test_float32_sums_each_step_by_itself(capability: int) -> None:
     accumulators, so it adds 32 sums beside the products of a step."""
     (counts,) = compiled_kernels(__file__, capability, "sums")
     assert counts == {"fma": 32 * 32, "add": 32}
+
+
+def test_products_without_a_fence_are_found() -> None:
+    """Which Triton leaves out before 3.7.1; the kernels are compiled for single warps there."""
+    copy = "cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;\n"
+    fence = "fence.proxy.async.shared::cta;\n"
+    for product in ("wgmma.mma_async.sync.aligned.m64n64k16;", "tcgen05.mma.cta_group::1;"):
+        assert lacks_fence(copy + product)
+        assert not lacks_fence(copy + fence + product)
+        assert not lacks_fence(product)
+    assert not lacks_fence(copy + "mma.sync.aligned.m16n8k16;")
 
 
 def test_sizes_of_one_compile() -> None:

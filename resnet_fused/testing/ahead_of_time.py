@@ -33,10 +33,6 @@ class Target(NamedTuple):
     shared_bytes: int
     instruction: str
 
-    @property
-    def has_tensor_memory(self) -> bool:
-        return self.instruction == "tcgen05.mma"
-
 
 TARGETS = {
     80: Target(108, 163 * 1024, "mma.sync"),
@@ -104,9 +100,7 @@ def recorded_launches(capability: int) -> Iterator[list[Launch]]:
 
     launches: list[Launch] = []
     target = TARGETS[capability]
-    limits = launching.Machine(
-        target.num_sms, target.shared_bytes, capability >= 89, target.has_tensor_memory
-    )
+    limits = launching.Machine.of(target.num_sms, target.shared_bytes, capability)
 
     def record(plan: Any, *tensors: Any) -> None:
         launches.append(Launch(plan, tensors))
@@ -119,16 +113,20 @@ def recorded_launches(capability: int) -> Iterator[list[Launch]]:
 
 
 def compile_launch(launch: Launch, capability: int) -> Any:
-    """What Triton compiles for it; its cache spares the work the next time."""
+    """What Triton compiles for it; its cache spares the work the next time. AssertionError where
+    its products would read what is not visible to them yet."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    return triton.compile(
+    compiled = triton.compile(
         ASTSource(launch.plan.kernel, *_describe(launch)),
         target=GPUTarget("cuda", capability, machine_code.LANES),
         options=launch.plan.options,
     )
+    if lacks_fence(compiled.asm["ptx"]):
+        raise AssertionError(f"{launch.plan.kernel.__name__} {launch.plan.config} lacks a fence")
+    return compiled
 
 
 def compile_launches(capability: int, calls: Iterable[tuple[str, Callable[[], object]]]) -> None:
@@ -199,6 +197,13 @@ def _describe(launch: Launch) -> Any:
         for position, (name, value) in enumerate(launch.named().items())
     }
     return signature, constants, attributes
+
+
+def lacks_fence(ptx: str) -> bool:
+    """Whether products of warp groups read what asynchronous copies wrote without a proxy's fence
+    (PTX ISA, "Async proxy")."""
+    by_warp_groups = any(i in ptx for i in ("wgmma.mma_async", "tcgen05.mma"))
+    return by_warp_groups and bool(_copy_widths(ptx)) and "fence.proxy.async" not in ptx
 
 
 def _copy_widths(ptx: str) -> list[int]:

@@ -214,6 +214,7 @@ def _convolutions(dtype: torch.dtype, device: str, num_sms: int) -> Iterator[Cas
         "3x3 strided": ConvCase(1, 136, 45, 37, 136, 3, 2, 1),
         "3x3 dilated": ConvCase(1, 24, 23, 19, 136, 3, 1, 2, 2),
         "grouped": ConvCase(1, 48, 23, 19, 272, 3, 1, 1, groups=2),
+        "small groups": ConvCase(1, 64, 23, 19, 64, 3, 1, 1, groups=16),
         "tails": ConvCase(1, 8, 3, 3, 8, 3, 1, 1),
     }.items():
         case, *main = integers(name, window)

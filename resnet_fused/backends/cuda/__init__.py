@@ -38,7 +38,7 @@ from ...parameters import (
     is_resnet_stem,
 )
 from ...reference.ops import pad_channels
-from .. import Backend, Candidate, Candidates, has_tensor_memory, unavailable
+from .. import Backend, Candidate, Candidates, fences_products, has_tensor_memory, unavailable
 from ..arguments import dense_convolution, given_scale
 from ..reference import ReferenceBackend
 from ..training import TrainingKernels
@@ -344,7 +344,7 @@ def _resnet_bottleneck(x: Tensor, convolutions: Sequence[Convolution]) -> bool:
 
 def _left_to_triton(x: Tensor) -> bool:
     """Whether the heuristic prefers Triton's convolutions, which use tcgen05 where ours do not."""
-    return has_tensor_memory(x.device) and not unavailable("triton")
+    return has_tensor_memory(x.device) and fences_products() and not unavailable("triton")
 
 
 def _present(layers: Sequence[ConvBn | None]) -> list[ConvBn]:

@@ -264,14 +264,17 @@ _FMA = (
 _MEASURED = 7
 
 
-def _cut(blocks: tuple[int, ...], gemm: Gemm, itemsize: int) -> tuple[int, int, int]:
+def _cut(
+    blocks: tuple[int, ...], gemm: Gemm, itemsize: int, packs_groups: bool
+) -> tuple[int, int, int]:
     """Tile sizes no larger than the problem's columns and channels ask for. Tensor cores take at
-    least 32 bytes of the inner dimension."""
+    least 32 bytes of the inner dimension, and a pack all its channels in one step."""
     block_m, block_n, block_c = blocks
+    channels = max(16, 32 // itemsize, triton.next_power_of_2(gemm.channels))
     return (
         block_m,
         min(block_n, max(16, triton.next_power_of_2(gemm.columns))),
-        min(block_c, max(16, 32 // itemsize, triton.next_power_of_2(gemm.channels))),
+        channels if packs_groups else min(block_c, channels),
     )
 
 
@@ -282,9 +285,10 @@ def configurations(
     taps: int = 1,
     packs: int = 1,
     accumulators: int = 1,
+    packs_groups: bool = False,
 ) -> list[Config]:
     """Launch configurations worth measuring for `packs` GEMMs of operands like `like`, the
-    heuristic's choice first.
+    heuristic's choice first. `packs_groups`: whether a pack is of several groups.
 
     The heuristic: rounds of programs over the SMs × the cost of a tile, which is its products plus
     its operands' traffic (64 products' worth for each row or column). Tiles over 128×128 fill an SM
@@ -294,7 +298,7 @@ def configurations(
     limits, itemsize = launching.machine(like.device), like.element_size()
     if limits.interpreted:  # its time goes with the number of steps more than with their size
         block_m = min(128, max(16, triton.next_power_of_2(gemm.rows)))
-        return [Config(_cut((block_m, 256, 128), gemm, itemsize), 4, 1)]
+        return [Config(_cut((block_m, 256, 128), gemm, itemsize, packs_groups), 4, 1)]
     fma = itemsize == 4 and precision == "ieee"
     if itemsize == 4:  # one step's sums, or TF32 operands that are rounded, take registers too
         accumulators += 1
@@ -306,7 +310,7 @@ def configurations(
             continue
         if block_m * block_n > 128 * 128 and taps * gemm.channels < 512:
             continue
-        block_m, block_n, block_c = _cut((block_m, block_n, block_c), gemm, itemsize)
+        block_m, block_n, block_c = _cut((block_m, block_n, block_c), gemm, itemsize, packs_groups)
         step_bytes = (block_m + block_n) * block_c * itemsize
         if limits.tensor_memory and 2 * stages * step_bytes > limits.shared_bytes:
             stages += 1
@@ -349,7 +353,8 @@ def list_conv_bn(x: Tensor, layer: ConvBn) -> Candidates:
     packed, gemm = packing(x, layer.conv)
     r, s = layer.conv.weight.shape[2:]
     precision = convolution_precision(x.dtype)
-    configs = configurations(gemm, x, precision, r * s, layer.conv.groups // packed)
+    packs = layer.conv.groups // packed
+    configs = configurations(gemm, x, precision, r * s, packs, packs_groups=packed > 1)
     return launching.candidates(conv_bn, configs, _FAMILY)
 
 

@@ -16,7 +16,7 @@ from triton.compiler import CompiledKernel
 
 from ..._extension import optional_tensor_arg, tensor_arg
 from ...parameters import BatchNorm, ConvBn, Convolution
-from .. import Candidate, has_tensor_memory, recording, tf32_in_convolutions
+from .. import Candidate, fences_products, recording, tf32_in_convolutions
 from ..arguments import dense_convolution
 from ..arguments import readable as readable
 from ..bounded import Bounded
@@ -55,7 +55,21 @@ class Machine(NamedTuple):
     shared_bytes: int  # that one program may use
     converts_e4m3: bool = False  # in hardware, without which Triton knows no such type
     tensor_memory: bool = False  # whether products are tcgen05's
+    architecture: str | None = None  # what to compile for, if not for the GPU's own
     interpreted: bool = False
+
+    @classmethod
+    def of(cls, num_sms: int, shared_bytes: int, capability: int) -> Machine:
+        """Of a GPU of that compute capability, times ten. Where products of warp groups would lack
+        a fence (`fences_products`) its kernels have sm_89's, which are single warps'."""
+        fenced = fences_products() or capability // 10 not in (9, 10)
+        return cls(
+            num_sms,
+            shared_bytes,
+            capability >= 89,
+            fenced and capability // 10 == 10,
+            None if fenced else "sm89",
+        )
 
 
 @functools.cache
@@ -64,11 +78,10 @@ def machine(device: torch.device) -> Machine:
     if device.type != "cuda":
         return Machine(1, 227 * 1024, interpreted=True)
     properties: Any = torch.cuda.get_device_properties(device)  # stubs lack some of them
-    return Machine(
+    return Machine.of(
         properties.multi_processor_count,
         properties.shared_memory_per_block_optin,
-        (properties.major, properties.minor) >= (8, 9),
-        has_tensor_memory(device),
+        10 * properties.major + properties.minor,
     )
 
 
@@ -182,11 +195,13 @@ class Launch:
             raise TypeError(f"{kernel.__name__} ends in {names}, and {[*settled]} were settled")
         self.kernel = kernel
         self.grid = grid
-        self.options = {  # spelled out, as the last one's default varies
+        self.options: dict[str, Any] = {  # spelled out, as the last one's default varies
             "num_warps": config.warps,
             "num_stages": config.stages,
             "enable_fp_fusion": fuses,
         }
+        if architecture := machine(device).architecture:
+            self.options["arch"] = architecture
         self.config = config
         self.settled = [settled[name] for name in names]
         self._index = device.index if device.type == "cuda" else None

@@ -407,7 +407,7 @@ def _listed(run: Callable[..., Tensor], x: Tensor, conv: Convolution, sums: int 
     taps = conv.weight[0, 0].numel()
     # Of e4m3 it is float16 that is multiplied.
     like = x.new_empty(0, dtype=torch.float16) if x.dtype == FLOAT8 else x
-    configs = configurations(gemm, like, "ieee", taps, conv.groups // packed, sums)
+    configs = configurations(gemm, like, "ieee", taps, conv.groups // packed, sums, packed > 1)
     return launching.candidates(run, configs, _FAMILY)
 
 
