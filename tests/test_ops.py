@@ -246,7 +246,7 @@ STEMS = {
     "odd size": (ConvCase(1, 3, 37, 23, 64, 7, 2, 3), MaxPool(3, 2, 1)),
     "one pixel": (ConvCase(9, 3, 1, 1, 64, 7, 2, 3), MaxPool(3, 2, 1)),
     "other channels": (ConvCase(1, 5, 15, 14, 20, 7, 2, 3), MaxPool(3, 2, 1)),
-    "small windows": (ConvCase(1, 3, 11, 12, 16, 3, 1, 1), MaxPool(2, 2, 0)),
+    "small windows": (ConvCase(6, 3, 11, 12, 16, 3, 1, 1), MaxPool(2, 2, 0)),
 }
 
 
@@ -261,8 +261,9 @@ def test_stem(name: str, layout: str, device: str, dtype: torch.dtype) -> None:
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
+# Enough results that chance makes no tenth of their error.
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(2, 64, 7, 7, 10), (1, 37, 3, 5, 11), (3, 16, 1, 1, 1)])
+@pytest.mark.parametrize("shape", [(400, 64, 7, 7, 10), (1, 37, 3, 5, 411), (403, 16, 1, 1, 1)])
 def test_head(shape: tuple[int, ...], bias: bool, device: str, dtype: torch.dtype) -> None:
     batch, channels, height, width, classes = shape
     rng = generator()

@@ -122,8 +122,8 @@ def test_whole_model_by_the_contract(
         request.getfixturevalue(how)
     device = "cuda" if how == "cuda" else "cpu"
     torch.manual_seed(0)
-    eager = getattr(torchvision.models, name)(num_classes=10).to(dtype)
-    ours = getattr(resnet_fused, name)(num_classes=10).to(dtype)
+    eager = getattr(torchvision.models, name)(num_classes=200).to(dtype)
+    ours = getattr(resnet_fused, name)(num_classes=200).to(dtype)
     ours.load_state_dict(eager.state_dict())
     truth = copy.deepcopy(eager).double()
     batches = (torch.randn(4, 3, 33, 33, generator=generator(seed)) for seed in range(20))

@@ -269,10 +269,10 @@ def test_other_projections_take_two_launches(
 
 
 STEM_FALLBACKS = {
-    "other pool": (ConvCase(1, 3, 14, 15, 16, 7, 2, 3), MaxPool(2, 2, 0)),
-    "overlapping pool": (ConvCase(1, 3, 14, 15, 16, 3, 1, 1), MaxPool(5, 2, 2)),
-    "wide rows": (ConvCase(1, 16, 14, 15, 16, 5, 2, 2), MaxPool()),
-    "grouped": (ConvCase(1, 4, 14, 15, 16, 3, 2, 1, groups=2), MaxPool()),
+    "other pool": (ConvCase(8, 3, 14, 15, 16, 7, 2, 3), MaxPool(2, 2, 0)),
+    "overlapping pool": (ConvCase(8, 3, 14, 15, 16, 3, 1, 1), MaxPool(5, 2, 2)),
+    "wide rows": (ConvCase(8, 16, 14, 15, 16, 5, 2, 2), MaxPool()),
+    "grouped": (ConvCase(8, 4, 14, 15, 16, 3, 2, 1, groups=2), MaxPool()),
 }
 
 

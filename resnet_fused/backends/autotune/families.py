@@ -125,7 +125,8 @@ class Verdicts:
                 for listener in self.listeners:
                     listener()
         taken = time.monotonic() - start
-        print(f"resnet_fused: {len(found)} families checked in {taken:.0f} s.", file=sys.stderr)
+        with contextlib.suppress(OSError, ValueError):  # the program may be about to end
+            print(f"resnet_fused: {len(found)} families checked in {taken:.0f} s.", file=sys.stderr)
 
 
 def record(found: Times, device: torch.device) -> None:
