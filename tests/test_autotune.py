@@ -477,6 +477,13 @@ def test_a_preferred_candidate_is_taken_where_it_is_listed() -> None:
         with tuner.prefer("missing"):
             assert choose() == "large"
         assert choose() == "ours"
+        with (
+            tuner.prefer("missing", only=True),
+            pytest.raises(autotune.NotListedError, match="op has no candidate 'missing'"),
+        ):
+            choose()
+        with tuner.prefer("missing"):
+            assert choose() == "large"
     assert tuner.generation > inside
     assert choose() == "large"
     with pytest.raises(ZeroDivisionError), tuner.prefer("ours"):

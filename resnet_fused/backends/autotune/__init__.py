@@ -2,7 +2,7 @@
 
 from . import families
 from .signature import Operand, batch_bucket, describe, signature
-from .tuner import BUDGET_SECONDS, Decision, Tuner
+from .tuner import BUDGET_SECONDS, Decision, NotListedError, Tuner
 
 tuner = Tuner()
 families.verdicts.listeners.append(tuner.forget)
@@ -17,6 +17,7 @@ def generation() -> int:
 __all__ = [
     "BUDGET_SECONDS",
     "Decision",
+    "NotListedError",
     "Operand",
     "Tuner",
     "batch_bucket",

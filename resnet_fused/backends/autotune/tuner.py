@@ -36,6 +36,10 @@ from .verify import Check
 BUDGET_SECONDS = 5.0
 
 
+class NotListedError(LookupError):
+    """A call has no candidate of the only name that is wanted."""
+
+
 class Decision(NamedTuple):
     """What was chosen for a call, whose arguments are `described`; `times` of all candidates, empty
     where the heuristic decided."""
@@ -95,6 +99,7 @@ class Tuner:
         self._lock = threading.RLock()  # a candidate may be made of ops that choose in turn
         self._watchers: list[list[Decision]] = []
         self._preferred: list[str] = []
+        self._only: set[str] = set()  # of the preferred
 
     def choose(
         self,
@@ -134,15 +139,18 @@ class Tuner:
             self._watchers.remove(decisions)
 
     @contextlib.contextmanager
-    def prefer(self, name: str) -> Iterator[None]:
+    def prefer(self, name: str, only: bool = False) -> Iterator[None]:
         """Within the block the candidate of that name is taken, unmeasured and whether or not its
-        family has passed, wherever it is listed."""
+        family has passed, wherever it is listed; with `only`, NotListedError is raised elsewhere.
+        """
         self._preferred.append(name)
+        self._only |= {name} if only else set()
         self.generation += 1
         try:
             yield
         finally:
             self._preferred.pop()
+            self._only.discard(name)
             self.generation += 1
 
     @contextlib.contextmanager
@@ -190,6 +198,8 @@ class Tuner:
             for candidate in listed:
                 if candidate.name == self._preferred[-1]:
                     return Decision(call.op, described, candidate, {})
+            if self._preferred[-1] in self._only:
+                raise NotListedError(f"{call.op} has no candidate {self._preferred[-1]!r}.")
         generation = self.generation
         options = [c for c in listed if not c.family or self._passed(c.family, call.device)]
         options = options or [Candidate("pytorch", call.reference)]
