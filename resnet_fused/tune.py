@@ -4,7 +4,8 @@
 
 Every part of the network runs with random weights and images in every batch size, so that each
 choice of kernel is made and kept (`resnet_fused/backends/autotune/`); a batch size stands for all
-down to half of it. Candidates are compiled by several processes first. What was measured before is
+down to half of it. Kernels without a verdict are checked first (`resnet_fused.selfcheck`), then
+candidates are compiled by several processes. What was measured before is
 not measured again, so the table is printed at once the second time. With --training the kernels of
 a training step are measured too.
 """
@@ -200,6 +201,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     if None not in reasons:
         sys.exit(f"There is nothing to choose among on this GPU: {' '.join(map(str, reasons))}")
+    if options.share is None and settings.selfcheck_enabled():
+        from . import selfcheck  # and every backend with it
+
+        selfcheck.main(["--record"])  # what has not passed yet is no candidate
     if options.share is None and options.jobs > 1:
         _compile(sys.argv[1:] if arguments is None else arguments, options.jobs)
     network = ARCHITECTURES[options.arch]().to(device)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from resnet_fused import backends, models, tune, use_backend
+from resnet_fused import backends, models, selfcheck, tune, use_backend
 from resnet_fused.backends import Candidate, autotune
 from resnet_fused.backends.autotune import Decision, Operand, Tuner
 from resnet_fused.backends.autotune.cache import Times
@@ -240,6 +240,26 @@ def test_where_nothing_can_be_measured_it_says_why(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(backends, "unavailable", lambda name: "no kernels at all.")
     with pytest.raises(SystemExit, match=r"no kernels at all\."):
         tune.main([])
+
+
+def test_kernels_are_checked_before_they_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured on a new GPU, those that nobody has checked would be no candidates."""
+    done: list[object] = []
+    monkeypatch.setenv("RESNET_FUSED_TUNE", "on")
+    monkeypatch.setenv("RESNET_FUSED_SELFCHECK", "on")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends, "unavailable", lambda name: None)
+    monkeypatch.setattr(backends, "get", lambda name: ReferenceBackend())
+    monkeypatch.setattr(selfcheck, "main", done.append)
+
+    def network() -> torch.nn.Module:
+        done.append("the network is made")
+        raise ZeroDivisionError
+
+    monkeypatch.setitem(tune.ARCHITECTURES, "resnet50", network)
+    with pytest.raises(ZeroDivisionError):
+        tune.main(["--jobs", "1"])
+    assert done == [["--record"], "the network is made"]
 
 
 def test_too_large_a_batch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
