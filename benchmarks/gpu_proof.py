@@ -1,9 +1,9 @@
 """What only a GPU can show, in calls that fit where GPU time is lent by the minute.
 
     python benchmarks/gpu_proof.py first --out DIR       9 minutes that tell most
-    python benchmarks/gpu_proof.py training --out DIR    training: tests, a step beside its peers
+    python benchmarks/gpu_proof.py training --out DIR    a training step beside its peers
     python benchmarks/gpu_proof.py tuning --out DIR      choices of kernels, then every peer
-    python benchmarks/gpu_proof.py checks --out DIR      sanitizer, whole networks, every op's tests
+    python benchmarks/gpu_proof.py checks --out DIR      every test that needs a GPU, sanitizer
     python benchmarks/gpu_proof.py first --list          the steps, their commands and seconds
 
 Each call stands alone: its first step compiles the extension into the tree, for this GPU's
@@ -211,15 +211,6 @@ def prediction(options: argparse.Namespace, gpu: Gpu) -> Step:
     return Step("prediction", 30, 90, [command], needs=(predict,))
 
 
-_WORKERS = ["-n", "8", "--timeout", "150"]
-
-
-def training_tests(options: argparse.Namespace, gpu: Gpu) -> Step:
-    files = sorted(str(f.relative_to(ROOT)) for f in (ROOT / "tests").glob("test_training*.py"))
-    command = [PYTHON, "-m", "pytest", "-q", "-m", "gpu", *_WORKERS, *files]
-    return Step("training_tests", 110, 170, [command], _BY_HEURISTIC, hardware=True)
-
-
 def training(options: argparse.Namespace, gpu: Gpu) -> Step:
     peers = options.peers or ["eager channels_last", "torch.compile"]
     command = _training(options, "training")
@@ -275,23 +266,12 @@ def sanitizer(options: argparse.Namespace, gpu: Gpu) -> Step:
     return Step("sanitizer", 110, 240, commands, environment, needs=("compute-sanitizer",))
 
 
-_NETWORK_TESTS = [f"tests/test_{name}.py" for name in ("models", "graphed", "gpu")]
-
-
-def networks(options: argparse.Namespace, gpu: Gpu) -> Step:
-    """The family's networks and graphs of them, full-size images, a thousand runs, two streams,
-    tensors past 2^31 elements: in one process, which then has the memory to itself."""
-    command = [PYTHON, "-m", "pytest", "-q", "-m", "gpu", "--timeout", "120", *_NETWORK_TESTS]
-    return Step("networks", 150, 220, [command], _BY_HEURISTIC, hardware=True)
-
-
-def op_tests(options: argparse.Namespace, gpu: Gpu) -> Step:
-    """Every op on every backend; Triton's kernels compile once, into a cache on disk."""
-    elsewhere = {"tests/test_host_sim.py", *_NETWORK_TESTS}
-    every = {str(file.relative_to(ROOT)) for file in (ROOT / "tests").glob("test_*.py")}
-    files = sorted(f for f in every - elsewhere if not f.startswith("tests/test_training"))
-    command = [PYTHON, "-m", "pytest", "-q", "-m", "gpu", *_WORKERS, *files]
-    return Step("op_tests", 150, 220, [command], _BY_HEURISTIC, hardware=True)
+def tests(options: argparse.Namespace, gpu: Gpu) -> Step:
+    """All that need a GPU but the primitives', a process for each core; Triton's kernels compile
+    once, into a cache on disk. Stopped, pytest still names what has failed."""
+    command = [PYTHON, "-m", "pytest", "-q", "-m", "gpu", "-n", "auto", "--timeout", "120"]
+    command += ["tests", "--ignore", "tests/test_host_sim.py"]
+    return Step("tests", 130, 260, [command], _BY_HEURISTIC, hardware=True)
 
 
 Maker = Callable[[argparse.Namespace, Gpu], Step]
@@ -301,9 +281,9 @@ CALLS: dict[str, tuple[Maker, ...]] = {
         *(build, environment, selfcheck, layers, throughput),
         *(profile, peaks, prediction, primitives),
     ),
-    "training": (build, environment, selfcheck, training, training_tests, training_tuned),
+    "training": (build, environment, selfcheck, training, training_tuned),
     "tuning": (build, environment, selfcheck, tune, peers),
-    "checks": (build, environment, selfcheck, sanitizer, networks, op_tests),
+    "checks": (build, environment, selfcheck, tests, sanitizer),
 }
 
 

@@ -65,8 +65,9 @@ _KERNELS: dict[str, dict[str, str | None]] = {
 class Result(NamedTuple):
     """What a check found.
 
-    status: passed; wrong (a result differs); error (an exception); crashed; timed out; or
-    unavailable, where the kernel serves none of the cases on this machine.
+    status: passed; wrong (a result differs); error (an exception); crashed; timed out; no memory
+    (which says nothing of the kernel, and is no verdict); or unavailable, where the kernel serves
+    none of the cases on this machine.
     """
 
     check: str
@@ -160,12 +161,14 @@ def checks(backend: str, small: bool = False) -> list[Check]:
 
 
 def _messages(run: Callable[[], Iterator[tuple[str, bool | None]]]) -> Iterator[tuple[str, Any]]:
-    """What a check yields, then how it ended: ("", True), or "wrong" or "error" and why."""
+    """What a check yields, then how it ended: ("", True), or in a word that it did not, and why."""
     try:
         yield from run()
         yield "", True
     except AssertionError as error:
         yield "wrong", str(error)
+    except torch.OutOfMemoryError as error:  # another program has it
+        yield "no memory", str(error)
     except Exception as error:
         yield "error", f"{type(error).__name__}: {error}"
 
@@ -367,7 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         count = f"{len(result.passed)} of {len(result.passed) + len(result.skipped)} cases"
         line = f"{result.status:12} {result.check:32} {result.seconds:6.1f} s  {count}"
         print(f"{line}  {result.detail}".rstrip(), flush=True)
-        if options.record:
+        if options.record and result.status != "no memory":
             passed = result.status == "passed"
             verdict = result.seconds if passed else f"{result.status} {result.detail}".rstrip()
             families.record({result.check: verdict}, device)

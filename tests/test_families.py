@@ -253,6 +253,11 @@ def wrong() -> Iterator[tuple[str, bool | None]]:
     raise AssertionError("first: 1 of 9 elements differ")
 
 
+def starved() -> Iterator[tuple[str, bool | None]]:
+    yield "first", None
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 def never() -> Iterator[tuple[str, bool | None]]:
     yield "first", None
     raise RuntimeError("this check had a verdict already")
@@ -276,6 +281,16 @@ def test_verdicts_that_the_command_records_are_found(monkeypatch: pytest.MonkeyP
     assert child.verdicts().passed("cuda head", GPU)
     entries = json.loads((settings.cache_directory() / families.FILE).read_text())["entries"]
     assert len(entries) == 1
+
+
+def test_too_little_memory_is_no_verdict(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which another program's tensors would give to every kernel, for good."""
+    monkeypatch.setattr(selfcheck, "checks", lambda *_: [Check("cuda stem", starved)])
+    assert main(["--backend", "reference", "--record", "--seconds", "60"]) == 1
+    assert "no memory    cuda stem" in capsys.readouterr().out
+    assert families.recorded(torch.device("cpu")) == {}
 
 
 def test_a_second_process_waits_for_the_first_and_repeats_nothing(

@@ -7,8 +7,9 @@ reference on the same inputs. What fails is excluded for this GPU, driver and bu
 
 Measuring takes a few seconds of a process at most (`BUDGET_SECONDS`), so that a first forward
 answers soon; `resnet_fused.tune` measures everything ahead. What is chosen for a signature stays
-chosen, so that its results keep their bits; only where sizes never repeat are all choices
-forgotten, after thousands, and made anew from the times that were measured.
+chosen, so that its results keep their bits, but for two cases: on a new machine choices are made
+again as families pass their check, and where sizes never repeat all are forgotten, after thousands,
+and made anew from the times that were measured.
 """
 
 from __future__ import annotations
