@@ -62,7 +62,7 @@ class Machine(NamedTuple):
     def of(cls, num_sms: int, shared_bytes: int, capability: int) -> Machine:
         """Of a GPU of that compute capability, times ten. Where products of warp groups would lack
         a fence (`fences_products`) its kernels have sm_89's, which are single warps'."""
-        fenced = fences_products() or capability // 10 not in (9, 10)
+        fenced = fences_products() or capability // 10 not in (9, 10, 11)
         return cls(
             num_sms,
             shared_bytes,
