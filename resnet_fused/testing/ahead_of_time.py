@@ -63,7 +63,7 @@ def compiled_kernels(
 ) -> list[dict[str, Any]]:
     """What the script `worker`, run for that GPU, says of each kernel it compiled. Packages in the
     folder `before` go before those that are installed."""
-    folders = [Path(resnet_fused.__file__).parents[1], *([before] if before else [])]
+    folders = [*([before] if before else []), Path(resnet_fused.__file__).parents[1]]
     path = os.pathsep.join(map(str, folders))
     environment = {**os.environ, "RESNET_FUSED_TUNE": "off", "PYTHONPATH": path}
     environment.pop("TRITON_INTERPRET", None)
