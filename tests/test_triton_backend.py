@@ -513,6 +513,7 @@ def test_products_of_warp_groups_are_left_out_without_fences(
     replaced = not fences and capability in (90, 100)
     assert limits.architecture == ("sm89" if replaced else None)
     assert limits.tensor_memory == (fences and capability == 100)
+    assert limits.converts_e4m3 == (capability >= 90 and not replaced)
     monkeypatch.setattr(launching, "machine", lambda _: limits)
     config = Config((16, 16, 16), 4, 2)
     kernel = SimpleNamespace(__name__="kernel", arg_names=["x", "n"])

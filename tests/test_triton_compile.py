@@ -146,7 +146,7 @@ def test_kernels_of_quantised_resnets(capability: int, dtype: str) -> None:
             continue
         assert TARGETS[capability].instruction in kernel["instructions"], kernel
         if dtype == "float8":
-            assert kernel["converts_e4m3"] == (capability >= 89), kernel
+            assert kernel["converts_e4m3"] == (capability >= 90), kernel
             continue
         assert kernel["copies"][-1] == (8 if "stem" in kernel["name"] else 16), kernel
         if capability == 90:

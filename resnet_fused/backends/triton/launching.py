@@ -53,7 +53,7 @@ class Machine(NamedTuple):
 
     num_sms: int
     shared_bytes: int  # that one program may use
-    converts_e4m3: bool = False  # in hardware, without which Triton knows no such type
+    converts_e4m3: bool = False  # in hardware, and rounding once
     tensor_memory: bool = False  # whether products are tcgen05's
     architecture: str | None = None  # what to compile for, if not for the GPU's own
     interpreted: bool = False
@@ -61,12 +61,13 @@ class Machine(NamedTuple):
     @classmethod
     def of(cls, num_sms: int, shared_bytes: int, capability: int) -> Machine:
         """Of a GPU of that compute capability, times ten. Where products of warp groups would lack
-        a fence (`fences_products`) its kernels have sm_89's, which are single warps'."""
+        a fence (`fences_products`) its kernels have sm_89's, which are single warps'. For sm_89
+        Triton makes e4m3 of float32 by way of a float16 that is cut off."""
         fenced = fences_products() or capability // 10 not in (9, 10, 11)
         return cls(
             num_sms,
             shared_bytes,
-            capability >= 89,
+            fenced and capability >= 90,
             fenced and capability // 10 == 10,
             None if fenced else "sm89",
         )
