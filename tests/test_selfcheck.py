@@ -18,10 +18,12 @@ from resnet_fused import selfcheck
 from resnet_fused.backends import Candidate
 from resnet_fused.backends.cuda_sim import SimulatedBackend
 from resnet_fused.backends.reference import ReferenceBackend
+from resnet_fused.numerics import cast
 from resnet_fused.reference import ops as reference
 from resnet_fused.reference import quantized
 from resnet_fused.reference.training import ReferenceTraining
 from resnet_fused.selfcheck import Check, Result, Worker, main, supervise
+from resnet_fused.testing.cases import ConvCase, generator, make_gated_integers, make_integers
 from resnet_fused.testing.selfcheck_cases import FAMILIES, cases, check_case
 
 # Checks of known outcome, which child processes import from here.
@@ -306,6 +308,17 @@ def test_a_planted_race_is_found(simulator: Any, mistake: str) -> None:
             check_case(backend, case, "cuda m128n64_sm90")
     finally:
         simulator.plant()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_gates_of_integers_are_exact_in_every_type(dtype: torch.dtype) -> None:
+    """As the self-check has them, of PyTorch's own ops: what these round, no kernel gets right."""
+    rng = generator()
+    x, _ = make_integers(ConvCase(3 * 132, 512, 8, 8, 512), rng, dtype)
+    arguments = make_gated_integers(x, 32, rng)
+    found = reference.squeeze_excite(*arguments)
+    expected = reference.squeeze_excite(*cast(arguments, torch.float64))
+    assert torch.equal(found.double(), (64 * expected).round() / 64)
 
 
 def test_persistent_blocks_go_round_three_times_on_each_sm(simulator: Any) -> None:
