@@ -275,6 +275,19 @@ def test_head(shape: tuple[int, ...], bias: bool, device: str, dtype: torch.dtyp
     assert out.shape == (batch, classes)
 
 
+def test_infinities_stay_infinite_in_the_head(device: str, dtype: torch.dtype) -> None:
+    """Zeros that fill a step must not meet them, nor what is kept of a rounded sum."""
+    x = torch.randn(5, 40, 3, 3, generator=generator()).to(device, dtype)
+    weight = torch.randn(20, 40, generator=generator()).to(device, dtype)
+    weight[3, 1] = torch.inf
+    x[1, 5], x[2, 7, 1, 1], x[3, 39] = torch.inf, -torch.inf, torch.nan
+    out, expected = ops.head(x, weight, None), reference.head(x, weight, None)
+    infinite = torch.isinf(expected)
+    assert infinite.any()
+    assert torch.equal(out[infinite], expected[infinite])
+    assert torch.equal(torch.isnan(out), torch.isnan(expected))
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("add", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("shape", [(8, 64, 7, 7, 16), (9, 37, 3, 5, 5), (8, 64, 1, 1, 16)])

@@ -123,9 +123,9 @@ def test_one_program_gives_the_bits_of_the_ordinary_forward(name, dtype, replays
 NHWC = torch.channels_last
 
 
-def test_inputs_of_any_layout_share_a_plan(replays):
+def test_inputs_of_any_strides_share_a_plan(replays):
     network, x = make(), image()
-    plan(network, x)
+    plan(network, x.contiguous(memory_format=NHWC))
     expected = ordinary(network, x)
     wide = torch.zeros(2, 3, 40, 80)
     wide[..., ::2] = x
@@ -824,6 +824,36 @@ def test_simulated_gpu_gives_the_bits_of_the_ordinary_forward(simulator, replays
         assert not torch.equal(changed, expected)
         assert torch.equal(run(network, x), changed)
         assert len(replays) == 3
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, NHWC], ids=str)
+def test_a_program_reads_images_as_they_lie(layout, simulator, replays, monkeypatch):
+    """The stem's kernel reads either layout, so that nothing is copied before the program runs."""
+    network, x = make().half(), image(1, 32).half().contiguous(memory_format=layout)
+    with use_backend("cuda_sim"):
+        expected = run(network, x)
+        plan(network, x)
+        replays.clear()
+        monkeypatch.setattr(record, "_laid_out", None)
+        assert torch.equal(run(network, x), expected)
+    assert len(replays) == 1
+
+
+def test_a_part_whose_bits_depend_on_the_layout_is_called(monkeypatch, replays):
+    """Its program would read a copy, and give other bits than the forward before it did."""
+    network, x = make(), image()
+    expected, stem = run(make(), x), ResidualNetwork._stem
+
+    def by_layout(self: Any, x: Tensor) -> Tensor:
+        out = stem(self, x)
+        return out if x.is_contiguous(memory_format=NHWC) else -out
+
+    monkeypatch.setattr(ResidualNetwork, "_stem", by_layout)
+    other = run(network, x)
+    assert not torch.equal(other, expected)
+    for _ in range(3):
+        assert torch.equal(run(network, x), other)
+    assert len(replays) == 2
 
 
 def test_programs_reuse_memory_and_nothing_that_lives():

@@ -343,6 +343,14 @@ def test_the_same_bits_every_time(device: str, dtype: torch.dtype) -> None:
         assert torch.equal(ops.conv_bn(x, layer, None, True), first)
 
 
+def test_the_same_bits_in_every_layout(device: str, dtype: torch.dtype) -> None:
+    """A plan may lay images out before the stem that an ordinary forward gives it as they are."""
+    x, layer = make_convolution(ConvCase(2, 3, 24, 22, 16, 7, 2, 3), generator(), dtype, device)
+    use_backend(_Forced(Config((16, 16, 16), 8, 2)))
+    x = x.to(memory_format=torch.channels_last)
+    assert torch.equal(ops.stem(x, layer, MaxPool()), ops.stem(x.contiguous(), layer, MaxPool()))
+
+
 def test_a_batch_norm_is_read_live(device: str, dtype: torch.dtype) -> None:
     x, layer = make_integers(ConvCase(1, 16, 4, 4, 16), generator(), dtype, device)
     before = ops.conv_bn(x, layer, None, False)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import fusion
-from .._extension import tensor_arg, types
+from .._extension import TensorArg, tensor_arg, types
 from ..backends import recording
 from ..backends.arguments import nhwc
 from ..backends.autotune import generation
 from ..backends.live_cache import dense
 from ..blocks import BasicBlock, Bottleneck, PaddedIdentity, PlainBlock
+from ..ops.training_programs import same_bits
 from .arena import Arenas
 from .validity import Snapshot, may_serve
 
@@ -116,7 +117,7 @@ class Plan:
             if not isinstance(step, Segment):
                 x, fresh = step(x), False
                 continue
-            image = nhwc(x) if type(x) is Tensor and x.dim() == 4 else x
+            image = x if Form.of(x) == step.input or type(x) is not Tensor else _laid_out(x)
             # What ran in between may have changed anything.
             if Form.of(image) == step.input and (fresh or (may_serve(x) and self.is_valid())):
                 out = _replay(step, image, arenas)
@@ -128,6 +129,10 @@ class Plan:
                 x = call(x)
             fresh = False
         return x
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    return nhwc(x) if x.dim() == 4 else x
 
 
 def _replay(segment: Segment, x: Tensor, arenas: Arenas) -> Tensor | None:
@@ -185,6 +190,80 @@ def shadows(module: nn.Module) -> bool:
     return any(callable(getattr(type(module), name, None)) for name in vars(module))
 
 
+class _Run(NamedTuple):
+    """A part's call, and which of the launches are its."""
+
+    input: Tensor
+    output: Tensor
+    first: int
+    last: int  # the one behind them
+    notes: recording.Notes
+    is_complete: bool  # launches are all that was done
+
+
+class _Recording:
+    """The launches of parts, one after the other, and programs made of them."""
+
+    def __init__(self, extension: ModuleType, snapshot: Snapshot) -> None:
+        self._extension = extension
+        self._recorder = extension.Recorder()
+        self._parameters = _described(snapshot.tensors)
+
+    def call(self, piece: Part, x: Tensor) -> _Run:
+        first, notes, watch = len(self._recorder), recording.Notes(), _Watch()
+        if piece.modules is None:
+            return _Run(x, piece.call(x), first, first, notes, False)
+        token = recording.current.set(notes)
+        self._recorder.start()
+        try:
+            with watch:
+                out = piece.call(x)
+        finally:
+            self._recorder.stop()
+            recording.current.reset(token)
+        run = _Run(x, out, first, len(self._recorder), notes, not watch.wrote)
+        return run._replace(is_complete=run.is_complete and self.program([run]) is not None)
+
+    def program(self, runs: Sequence[_Run]) -> Any:
+        """The launches of calls in a row; None where they are not all that these did."""
+        x, out = runs[0].input, runs[-1].output
+        if not {x.dtype, out.dtype} <= types().keys():
+            return None
+        made = [tensor for run in runs for tensor in _made(run.notes)]
+        return self._recorder.program(
+            runs[0].first,
+            runs[-1].last,
+            [tensor_arg(x)],
+            [tensor_arg(out)],
+            [*self._parameters, *_described(made)],
+            _ALIGNMENT[x.device.type],
+        )
+
+    def contents(self, runs: Sequence[_Run]) -> Any:
+        """Of the weights that these calls read in a packed form."""
+        if not hasattr(self._extension, "Contents"):  # the simulator, which packs nothing
+            return None
+        used = [note for run in runs for note in run.notes.packed]
+        packed = {id(note.weight): note for note in used if hasattr(note.packed, "packed")}
+        weights = [note.weight for note in packed.values()]
+        return self._extension.Contents(
+            [tensor_arg(weight) for weight in weights],
+            [note.fingerprint for note in packed.values()],
+            bool(weights) and not any(weight.is_pinned() for weight in weights),
+        )
+
+
+def _described(tensors: Iterable[Tensor]) -> list[TensorArg]:
+    return [tensor_arg(tensor) for tensor in tensors if tensor.dtype in types()]
+
+
+def _made(notes: recording.Notes) -> list[Tensor]:
+    """What was made of parameters."""
+    noted = (*notes.packed, *notes.frozen)
+    packed = [note.packed.packed for note in noted if hasattr(note.packed, "packed")]
+    return [*packed, *(copy for _, copy in notes.copies)]
+
+
 def record(network: Network, x: Tensor, extension: ModuleType) -> tuple[Tensor, Plan | None]:
     """The network's result for `x`, and the plan, or None where there is nothing to be gained."""
     pieces = list(network.plannable_parts())
@@ -193,91 +272,56 @@ def record(network: Network, x: Tensor, extension: ModuleType) -> tuple[Tensor, 
     snapshot = Snapshot(extension, list(dict.fromkeys(watched)))
     promised = snapshot.is_frozen  # by a FrozenNetwork, which watches its version counters
     before = generation()
-    recorder, notes = extension.Recorder(), recording.Notes()
-    values, ends, complete = [x], [0], []
-    packs = [0]  # what was noted as packed, up to each end
+    recorded, runs, out = _Recording(extension, snapshot), [], x
     for piece in pieces:
-        if piece.modules is None:
-            values.append(piece.call(values[-1]))
-            complete.append(False)
-        else:
-            values[-1] = nhwc(values[-1]) if values[-1].dim() == 4 else values[-1]
-            watch = _Watch()
-            token = recording.current.set(notes)
-            recorder.start()
-            try:
-                with watch:
-                    values.append(piece.call(values[-1]))
-            finally:
-                recorder.stop()
-                recording.current.reset(token)
-            complete.append(not watch.wrote)
-        ends.append(len(recorder))
-        packs.append(len(notes.packed))
-    out = values[-1]
+        run = recorded.call(piece, out)
+        laid_out = _laid_out(out)
+        if piece.modules is not None and not run.is_complete and laid_out is not out:
+            # No kernel reads that layout: the copy has to be made before the program runs.
+            again = recorded.call(piece, laid_out)
+            if again.is_complete and same_bits(again.output, run.output):
+                run = again
+        runs.append(run)
+        out = run.output
     known = {id(tensor) for tensor in snapshot.tensors}
-    copies, frozen = notes.copies, notes.frozen
+    notes = [run.notes for run in runs]
+    packed = [note for each in notes for note in each.packed]
+    frozen = [note for each in notes for note in each.frozen]
+    copies = [copy for each in notes for copy in each.copies]
     # Then copies of parameters are as good as packed weights, once they are there for all streams.
     if promised and all(recording.may_keep(source) for source, _ in copies):
         made = (
             recording.Packed(source, recording.version(source), copy) for source, copy in copies
         )
         copies, frozen = [], [*frozen, *made]
-    noted = [*notes.packed, *frozen]
-    made_from = [*(note.weight for note in noted), *(source for source, _ in copies)]
+    made_from = [*(note.weight for note in (*packed, *frozen)), *(source for source, _ in copies)]
     if (
         not snapshot.is_complete()
         or generation() != before
         or any(id(tensor) not in known for tensor in made_from)
-        or any(dense(note.weight) is not note.weight for note in notes.packed)
+        or any(dense(note.weight) is not note.weight for note in packed)
     ):
         return out, None
-    constants = [
-        *snapshot.tensors,
-        *(note.packed.packed for note in noted if hasattr(note.packed, "packed")),
-        *(copy for _, copy in notes.copies),
-    ]
-    described = [tensor_arg(tensor) for tensor in constants if tensor.dtype in types()]
-
-    def program(first: int, last: int) -> Any:
-        if not {values[first].dtype, values[last].dtype} <= types().keys():
-            return None
-        return recorder.program(
-            ends[first],
-            ends[last],
-            [tensor_arg(values[first])],
-            [tensor_arg(values[last])],
-            described,
-            _ALIGNMENT[x.device.type],
-        )
-
-    def contents(first: int, last: int) -> Any:
-        if not hasattr(extension, "Contents"):  # the simulator, which packs nothing
-            return None
-        used = notes.packed[packs[first] : packs[last]]
-        packed = {id(note.weight): note for note in used if hasattr(note.packed, "packed")}
-        weights = [note.weight for note in packed.values()]
-        return extension.Contents(
-            [tensor_arg(weight) for weight in weights],
-            [note.fingerprint for note in packed.values()],
-            bool(weights) and not any(weight.is_pinned() for weight in weights),
-        )
-
-    complete = [done and program(i, i + 1) is not None for i, done in enumerate(complete)]
     steps: list[Segment | Callable[[Tensor], Tensor]] = []
     first = 0
-    while first < len(pieces):
+    while first < len(runs):
         last = first
-        while last < len(pieces) and complete[last]:
+        while (
+            last < len(runs)
+            and runs[last].is_complete
+            and (last == first or runs[last].input is runs[last - 1].output)
+        ):
             last += 1
         if last == first:
             steps.append(pieces[first].call)
             first += 1
             continue
+        part = runs[first:last]
         calls = [piece.call for piece in pieces[first:last]]
-        forms = Form.of(values[first]), Form.of(values[last])
-        steps.append(Segment(program(first, last), contents(first, last), calls, *forms))
+        forms = Form.of(part[0].input), Form.of(part[-1].output)
+        steps.append(Segment(recorded.program(part), recorded.contents(part), calls, *forms))
         first = last
     if not any(isinstance(step, Segment) for step in steps):
         return out, None
-    return out, Plan(snapshot, steps, [] if promised else frozen, copies, [constants, notes])
+    kept = [*snapshot.tensors, *(tensor for each in notes for tensor in _made(each)), notes]
+    return out, Plan(snapshot, steps, [] if promised else frozen, copies, kept)

@@ -69,7 +69,6 @@ def stem_kernel(
     weight_strides,
     WINDOW: tl.constexpr,
     C: tl.constexpr,
-    PLANAR: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     TILE_H: tl.constexpr,
@@ -78,8 +77,7 @@ def stem_kernel(
     BLOCK_T: tl.constexpr,
 ):
     """Grid: (images × patches × tiles of K,). `convolved`, the convolution's output, is never
-    stored. weight_strides are of (K, C, R, S) under the names of (N, C, H, W). PLANAR says that the
-    image's columns, not its channels, are neighbours in memory."""
+    stored. weight_strides are of (K, C, R, S) under the names of (N, C, H, W)."""
     filters = pooled.c
     tiles_n = tl.cdiv(filters, BLOCK_N)
     patches_w = tl.cdiv(pooled.w, TILE_W // 2 - 1)
@@ -101,14 +99,10 @@ def stem_kernel(
         h = h.to(tl.int64)
         w = w.to(tl.int64)
 
-    # The order of a window row's inputs is free; follow memory.
+    # Channels follow each other in either layout, so that the order of sums is the same.
     t = tl.arange(0, BLOCK_T)
-    if PLANAR:
-        s = t % WINDOW.s
-        c = t // WINDOW.s
-    else:
-        s = t // C
-        c = t % C
+    s = t // C
+    c = t % C
     w_tap = w[:, None] + s[None, :] * WINDOW.dilation_w
     used = t < WINDOW.s * C
     in_row = used[None, :] & (w_tap >= 0) & (w_tap < image.w)
@@ -196,7 +190,6 @@ def _plan(
         weight_strides=Strides(*conv.weight.stride()),
         WINDOW=Window.of(conv),
         C=channels,
-        PLANAR=x.stride(3) < x.stride(1),
         WIDE=is_wide(x, x.new_empty(shape, device="meta")),
         PRECISION=precision,
         TILE_H=tile_h,
