@@ -81,7 +81,7 @@ def without_plans() -> AbstractContextManager[object]:
 
 def without_programs() -> AbstractContextManager[object]:
     """Within it training ops launch kernel by kernel."""
-    return mock.patch.object(training_programs, "_by_program", _nothing)
+    return mock.patch.object(training_programs, "bind", _nothing)
 
 
 def count_calls(model: Callable[[Tensor], object], x: Tensor) -> int:

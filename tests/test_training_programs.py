@@ -72,7 +72,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def ordinarily(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]) -> Any:
     """`call()`, launch by launch."""
     with monkeypatch.context() as patch:
-        patch.setattr(training_programs, "_by_program", lambda *arguments: None)
+        patch.setattr(training_programs, "bind", lambda *arguments: None)
         return call()
 
 

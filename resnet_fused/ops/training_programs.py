@@ -14,6 +14,7 @@ wait for one another, the op goes through PyTorch's dispatcher, launch by launch
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from ..backends.arguments import nhwc
 from ..backends.bounded import Bounded
 from ..backends.training import Replays
 from .dispatch import chosen_backend, use_backend
-from .modes import PLAIN, is_plain, is_transformed
+from .modes import PLAIN, is_transformed
 from .training_layers import LayerArguments, kernels
 from .training_op import Gradients, Kept, TrainingOp, Wanted
 
@@ -40,6 +41,16 @@ class _Form(NamedTuple):
     shape: torch.Size
     strides: tuple[int, ...]
     dtype: torch.dtype
+
+
+class _Part(NamedTuple):
+    """A link without its tensors."""
+
+    op: TrainingOp
+    windows: list[int]
+    frozen: list[bool]
+    settings: tuple[Any, ...]
+    saved: int  # tensors that its backward takes
 
 
 class _Program:
@@ -62,6 +73,7 @@ class _Program:
         self._workspace = replays.allocator(device, *workspace)
         self._device = device
         self.backward: dict[Hashable, _Program | None] = {}
+        self.parts: list[_Part] = []  # of a forward
 
     def run(self, addresses: list[int]) -> tuple[list[Tensor], Tensor]:
         """The results with memory of their own, and the workspace; `addresses` of the inputs."""
@@ -179,68 +191,137 @@ def _may_replay(x: Tensor) -> bool:
     )
 
 
+class Link(NamedTuple):
+    """A call of a training op, on the result of the one before it."""
+
+    op: TrainingOp
+    layers: LayerArguments
+    settings: tuple[Any, ...]
+
+
 def run(
     op: TrainingOp, x: Tensor, layers: LayerArguments, *settings: Any
 ) -> tuple[Tensor, list[Tensor]]:
     """The op's result and each layer's `scale_shift`."""
-    replayed = _by_program(op, x, layers, settings)
-    if replayed is not None:
-        return replayed
+    bound = bind([Link(op, layers, settings)], x)
+    if bound is not None:
+        return bound.replay(x)
     y, _, scale_shifts = op(x, layers, *settings)
     return y, scale_shifts
 
 
-def _by_program(
-    op: TrainingOp, x: Tensor, layers: LayerArguments, settings: tuple[Any, ...]
-) -> tuple[Tensor, list[Tensor]] | None:
-    """`run` by a program, or None where there is none."""
-    if settings[-1] or not is_plain(x) or not _may_replay(x):
+def bind(links: Sequence[Link], x: Tensor) -> Bound | None:
+    """The calls in a row, the first one on `x`, as one program; None where there is none."""
+    if type(x) not in PLAIN or not _may_replay(x):
         return None
     x = nhwc(x)
-    inputs = [x]
-    for tensors in layers[:5]:
-        inputs += tensors
+    fields: tuple[list[Tensor], ...] = ([], [], [], [], [])
+    called: list[object] = []
+    for op, layers, settings in links:
+        if settings[-1]:  # a group to synchronise with
+            return None
+        for field, tensors in zip(fields, layers[:5], strict=True):
+            field += tensors
+        # As many windows, flags and numbers as there are weights.
+        called += (op, settings, *layers.windows, *layers.frozen, *layers.eps)
+    weights, inputs = fields[0], [*itertools.chain(*fields)]
     if not PLAIN.issuperset(map(type, inputs)):
         return None
     pieces = kernels(x)
     replays = pieces.replays
     if replays is None:
         return None
-    operands = replays.operands(layers.weights, x.dtype)
-    read = [x, *operands, *inputs[1 + len(operands) :]]
+    operands = replays.operands(weights, x.dtype)
+    read = [x, *operands, *inputs[len(operands) :]]
     addresses, forms = _described(read)
-    windows = (*layers.windows, *layers.frozen, *layers.eps)  # as many as there are weights
-    dtypes = map(_dtype, layers.weights)
-    key = (op, pieces, replays.state(), windows, settings, *dtypes, *forms)
+    key = (pieces, replays.state(), *called, *map(_dtype, weights), *forms)
     try:
         program = _programs[key]
     except KeyError:
         if recording.is_capturing(x):
             return None
+        parts: list[_Part] = []
 
         def forward() -> list[Tensor]:
-            y, saved, scale_shifts = op.forward(x, layers, *settings)
-            return [y, *saved, *scale_shifts]
+            parts.clear()
+            y, between, scale_shifts = x, [], []
+            for op, layers, settings in links:
+                between.append(y)
+                y, saved, found = op.forward(y, layers, *settings)
+                between += saved
+                scale_shifts += found
+                parts.append(_Part(op, layers.windows, layers.frozen, settings, len(saved)))
+            return [y, *between[1:], *scale_shifts]
 
-        program = _programs[key] = _record(
-            replays, forward, read, 1, list(zip(layers.weights, operands, strict=True))
-        )
+        program = _record(replays, forward, read, 1, list(zip(weights, operands, strict=True)))
+        if program is not None:
+            program.parts = parts
+        _programs[key] = program
     if program is None:
         return None
-    scale_shifts: list[Tensor] = []
-    backend = chosen_backend()
-    call = _Call(op, program, backend, layers.windows, layers.frozen, settings)
-    y: Tensor = _Replayed.apply(call, addresses, scale_shifts, *inputs)
-    return y, scale_shifts
+    call = _Call(program, chosen_backend(), len(weights))
+    return Bound(call, inputs, read[1:], addresses[1:])
 
 
 class _Call(NamedTuple):
-    op: TrainingOp
     program: _Program
     backend: Backend | None
-    windows: list[int]
-    frozen: list[bool]
-    settings: tuple[Any, ...]
+    layers: int
+
+    def backward(
+        self,
+        run: Callable[[TrainingOp], Callable[..., Gradients]],
+        needs: Sequence[bool],
+        grad: Tensor,
+        x: Tensor,
+        y: Tensor,
+        weights: list[Tensor],
+        shared: list[Tensor],
+    ) -> list[Tensor]:
+        """The gradients that `needs` asks for, of x, weights, gammas and betas: by `run(op)`, the
+        last op first. `shared`: what the forward left in its workspace."""
+        count, empty = self.layers, x.new_empty(0)
+        of_weights, gammas, betas = (needs[1 + i * count : 1 + (i + 1) * count] for i in range(3))
+        affine = [a or b for a, b in zip(gammas, betas, strict=True)]
+        found = [[empty] * count for _ in range(3)]
+        between, scale_shifts = [x, *shared[:-count]], shared[-count:]
+        last = count
+        for part in reversed(self.program.parts):
+            first = last - len(part.frozen)
+            rest = len(between) - part.saved
+            source, saved = between[rest - 1], between[rest:]
+            del between[rest - 1 :]
+            below = needs[0] or any(of_weights[:first]) or any(affine[:first])
+            here = slice(first, last)
+            kept = Kept(
+                grad, source, y, weights[here], saved, scale_shifts[here], part.windows, part.frozen
+            )
+            wanted = Wanted(below, list(of_weights[here]), affine[here])
+            grad, *own = run(part.op)(kept, wanted, *part.settings)
+            for all_, some in zip(found, own, strict=True):
+                all_[here] = some
+            if not below:
+                break
+            y, last = source, first
+        return [grad, *found[0], *found[1], *found[2]]
+
+
+class Bound(NamedTuple):
+    """A program for tensors of x's form, with what the links have beside x, and what stands for
+    that in the launches."""
+
+    call: _Call
+    inputs: list[Tensor]
+    read: list[Tensor]
+    addresses: list[int]  # of `read`
+
+    def replay(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The last op's result and each layer's `scale_shift`."""
+        x = nhwc(x)
+        scale_shifts: list[Tensor] = []
+        addresses = [x.data_ptr(), *self.addresses]
+        y: Tensor = _Replayed.apply(self.call, addresses, scale_shifts, x, *self.inputs)
+        return y, scale_shifts
 
 
 class _Replayed(torch.autograd.Function):
@@ -250,7 +331,7 @@ class _Replayed(torch.autograd.Function):
     ) -> Tensor:
         """addresses: of the inputs. Appends to `scale_shifts`, which have no gradient."""
         (y,), workspace = call.program.run(addresses)
-        count = len(call.frozen)
+        count = call.layers
         scale_shifts += call.program.shared(workspace, count)
         ctx.call = call
         ctx.dtypes = [tensor.dtype for tensor in inputs[1 + count : 1 + 3 * count]]
@@ -264,25 +345,16 @@ class _Replayed(torch.autograd.Function):
         if grad is None:
             return (None,) * (3 + len(needs))
         call: _Call = ctx.call
-        op, program, count = call.op, call.program, len(call.frozen)
+        program, count = call.program, call.layers
         x, *weights, y, workspace = ctx.saved_tensors
-        first, second, third, fourth = 1, 1 + count, 1 + 2 * count, 1 + 3 * count
-        affine = [a or b for a, b in zip(needs[second:third], needs[third:fourth], strict=True)]
-        wanted = Wanted(needs[0], list(needs[first:second]), affine)
 
-        def saved() -> tuple[list[Tensor], list[Tensor]]:
-            found = program.shared(workspace)
-            return found[:-count], found[-count:]
-
-        def ordinary(backward: Callable[..., Gradients]) -> list[Tensor]:
+        def ordinary(run: Callable[[TrainingOp], Callable[..., Gradients]]) -> list[Tensor]:
             assert grad is not None
-            kept = Kept(grad, x, y, weights, *saved(), call.windows, call.frozen)
-            found = backward(kept, wanted, *call.settings)
-            return [found[0], *found[1], *found[2], *found[3]]
+            return call.backward(run, needs, grad, x, y, weights, program.shared(workspace))
 
         if torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() > 0:
             with use_backend(call.backend):
-                grads = ordinary(op.registered_backward)
+                grads = ordinary(lambda op: op.registered_backward)
         else:
             grad, x, y = map(nhwc, (grad, x, y))
             operands = program.replays.operands(weights, x.dtype)
@@ -295,10 +367,10 @@ class _Replayed(torch.autograd.Function):
                 found = None
                 if not recording.is_capturing(x):
                     with use_backend(call.backend):
-                        every = [*inputs, *(t for tensors in saved() for t in tensors)]
+                        every = [*inputs, *program.shared(workspace)]
                         found = _record(
                             program.replays,
-                            lambda: ordinary(op.backward),
+                            lambda: ordinary(lambda op: op.backward),
                             every,
                             1 + 3 * count,
                             list(zip(weights, operands, strict=True)),
@@ -306,7 +378,7 @@ class _Replayed(torch.autograd.Function):
                     program.backward[key] = found
             if found is None:
                 with use_backend(call.backend), torch.no_grad():
-                    grads = ordinary(op.backward)
+                    grads = ordinary(lambda op: op.backward)
             else:
                 grads, _ = found.run(addresses + program.shared_addresses(workspace))
         for i, dtype in enumerate(ctx.dtypes, 1 + count):
