@@ -123,7 +123,7 @@ class ResidualBlock(nn.Module):
         if fusion.must_call_modules(x) or not all(map(fusion.is_relu, self.activations())):
             return None
         if self.training:
-            pairs, identity = self._pairs(), self._padded_identity()
+            pairs, identity = self.training_pairs(), self._padded_identity()
             plan = None if pairs is None else fusion.training_plan(pairs)
             if pairs is None or plan is None:
                 return None
@@ -177,7 +177,7 @@ class ResidualBlock(nn.Module):
             return module
         return None
 
-    def _pairs(self) -> list[tuple[nn.Module, nn.Module]] | None:
+    def training_pairs(self) -> list[tuple[nn.Module, nn.Module]] | None:
         """The pairs of F and then of the projection, or None for a shortcut of another kind."""
         pairs = list(self.layers())
         if not self.has_shortcut or self.downsample is None or self._padded_identity() is not None:

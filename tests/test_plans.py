@@ -292,7 +292,7 @@ def watched(network: Any, x: Tensor) -> None:
     """Runs until its weights' pages are watched."""
     for _ in range(12):
         run(network, x)
-    plan = network._plans._find(store.surroundings(x)).plan
+    plan = network._plans.find(store.surroundings(x)).plan
     if plan is None or not all(step.contents.watched for step in plan.steps):
         pytest.skip("this system watches no pages (Linux 6.7, without a seccomp filter)")
 

@@ -43,7 +43,13 @@ class Stage(nn.Sequential):
     Of a checkpointed run only the input is kept for backward, where the run is computed again.
     """
 
+    __slots__ = ("_plans",)
+    if TYPE_CHECKING:  # TorchScript reads a class's annotations
+        _plans: plan.TrainingPlans
     run = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(vars(self))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C, H, W) -> the last block's result."""
@@ -56,7 +62,8 @@ class Stage(nn.Sequential):
 
     def _forward(self, x: Tensor) -> Tensor:
         if not self.run or not torch.is_grad_enabled():
-            return _in_turn(self, x)
+            planned = plan.train(self, x)
+            return _in_turn(self, x) if planned is None else planned
         blocks = list(self)
         for start in range(0, len(blocks), self.run):
             part = blocks[start : start + self.run]

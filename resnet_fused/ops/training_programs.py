@@ -14,6 +14,7 @@ wait for one another, the op goes through PyTorch's dispatcher, launch by launch
 
 from __future__ import annotations
 
+import contextvars
 import itertools
 import operator
 from collections.abc import Callable, Hashable, Sequence
@@ -91,11 +92,12 @@ class _Program:
     def shared(self, workspace: Tensor, last: int | None = None) -> list[Tensor]:
         """The results in the workspace, or the last ones of them."""
         first = 0 if last is None else len(self._shared) - last
-        found = []
+        found, memory = [], workspace
         for (shape, strides, dtype), offset in zip(
             self._shared[first:], self._offsets[first:], strict=True
         ):
-            memory = workspace.view(dtype)
+            if memory.dtype != dtype:
+                memory = workspace.view(dtype)
             found.append(memory.as_strided(shape, strides, offset // dtype.itemsize))
         return found
 
@@ -180,9 +182,11 @@ def _described(tensors: Sequence[Tensor]) -> tuple[list[int], list[Hashable]]:
 _programs: Bounded[Hashable, _Program | None] = Bounded()  # of all ops
 
 
-def _may_replay(x: Tensor) -> bool:
+def may_replay(x: Tensor) -> bool:
+    """Whether nobody watches or transforms what is called, and `x` is an image."""
     return not (
         torch.compiler.is_compiling()
+        or type(x) not in PLAIN
         or x.dim() != 4
         or not x.numel()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -199,22 +203,33 @@ class Link(NamedTuple):
     settings: tuple[Any, ...]
 
 
+# Collects calls of training ops, and on which backend they ran, for those who want to know them.
+seen: contextvars.ContextVar[list[tuple[Link, Backend | None]] | None] = contextvars.ContextVar(
+    "seen", default=None
+)
+
+
 def run(
     op: TrainingOp, x: Tensor, layers: LayerArguments, *settings: Any
 ) -> tuple[Tensor, list[Tensor]]:
     """The op's result and each layer's `scale_shift`."""
-    bound = bind([Link(op, layers, settings)], x)
-    if bound is not None:
-        return bound.replay(x)
+    link = Link(op, layers, settings)
+    if (links := seen.get()) is not None:
+        links.append((link, chosen_backend()))
+    if may_replay(x):
+        x = nhwc(x)
+        bound = bind([link], x)
+        if bound is not None:
+            return bound.replay(x)
     y, _, scale_shifts = op(x, layers, *settings)
     return y, scale_shifts
 
 
 def bind(links: Sequence[Link], x: Tensor) -> Bound | None:
-    """The calls in a row, the first one on `x`, as one program; None where there is none."""
-    if type(x) not in PLAIN or not _may_replay(x):
-        return None
-    x = nhwc(x)
+    """The calls in a row, the first one on `x`, as one program; None where there is none.
+
+    x: channels_last, and one that programs may be replayed on (`may_replay`).
+    """
     fields: tuple[list[Tensor], ...] = ([], [], [], [], [])
     called: list[object] = []
     for op, layers, settings in links:
@@ -317,7 +332,6 @@ class Bound(NamedTuple):
 
     def replay(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The last op's result and each layer's `scale_shift`."""
-        x = nhwc(x)
         scale_shifts: list[Tensor] = []
         addresses = [x.data_ptr(), *self.addresses]
         y: Tensor = _Replayed.apply(self.call, addresses, scale_shifts, x, *self.inputs)

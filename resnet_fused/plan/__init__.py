@@ -10,5 +10,16 @@ launches is replayed over one piece of memory. It is used for as long as nobody 
 from .graphs import graphed, graphed_step
 from .record import Part, part, shadows
 from .store import Plans, run
+from .training import TrainingPlans, train
 
-__all__ = ["Part", "Plans", "graphed", "graphed_step", "part", "run", "shadows"]
+__all__ = [
+    "Part",
+    "Plans",
+    "TrainingPlans",
+    "graphed",
+    "graphed_step",
+    "part",
+    "run",
+    "shadows",
+    "train",
+]

@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable
 from types import ModuleType
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
@@ -16,6 +17,8 @@ from .arena import Arenas
 from .record import Network, Plan, record
 from .validity import may_serve, surroundings
 
+_Plan = TypeVar("_Plan")
+
 _PLANNED = ("cpu", "cuda")  # devices that the extension has kernels for
 # Kinds of input, of one network, whose plans are kept.
 _PLANS = 16
@@ -24,11 +27,11 @@ _PLANS = 16
 _LONGEST_WAIT = 1024
 
 
-class _Entry:
+class Entry(Generic[_Plan]):
     """The plan for one kind of input, or how many calls are to pass before one is recorded."""
 
     def __init__(self) -> None:
-        self.plan: Plan | None = None
+        self.plan: _Plan | None = None
         self.wait = 1
         self.left = 1
 
@@ -37,21 +40,40 @@ class _Entry:
         self.wait = self.left = min(2 * self.wait, _LONGEST_WAIT)
 
 
-class Plans:
-    """Plans of one network, the least recently used of which goes first. Threads may share it."""
+class Entries(Generic[_Plan]):
+    """Plans by kind of input, the least recently used of which goes first. Threads may share it."""
 
     def __init__(self) -> None:
-        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._entries: OrderedDict[Hashable, Entry[_Plan]] = OrderedDict()
         self._lock = threading.Lock()
-        self._arenas = Arenas()
 
     def __len__(self) -> int:
         """How many plans there are."""
         return sum(entry.plan is not None for entry in self._entries.values())
 
+    def find(self, kind: Hashable) -> Entry[_Plan]:
+        """The entry of that kind, a new one if there is none."""
+        with self._lock:
+            entry = self._entries.get(kind)
+            if entry is None:
+                entry = self._entries[kind] = Entry()
+                if len(self._entries) > _PLANS:
+                    self._entries.popitem(last=False)
+            else:
+                self._entries.move_to_end(kind)
+            return entry
+
+
+class Plans(Entries[Plan]):
+    """Plans of one network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._arenas = Arenas()
+
     def run(self, network: Network, x: Tensor) -> Tensor | None:
         """The network's result, or None where the ordinary path has to compute it."""
-        entry = self._find(surroundings(x))
+        entry = self.find(surroundings(x))
         plan = entry.plan
         if plan is not None:
             out = plan.run(x, self._arenas) if plan.is_valid() else None
@@ -69,17 +91,6 @@ class Plans:
         if entry.plan is None:
             entry.postpone()
         return out
-
-    def _find(self, kind: Hashable) -> _Entry:
-        with self._lock:
-            entry = self._entries.get(kind)
-            if entry is None:
-                entry = self._entries[kind] = _Entry()
-                if len(self._entries) > _PLANS:
-                    self._entries.popitem(last=False)
-            else:
-                self._entries.move_to_end(kind)
-            return entry
 
 
 def _extension_for() -> ModuleType | None:
