@@ -5,8 +5,8 @@
 Gate first: 20 steps from one seed in float32 on small images, logits, running statistics, gradients
 and losses beside eager PyTorch's and a float64 run's (`gate`). Nothing is timed on a red gate. Then
 for each network and batch all implementations are built and warmed, and train on random images in
-turns, round after round. On a GPU they share a process, on a CPU each has its own: how long
-PyTorch's step takes there depends on what the process's heap has been through. Times are read from
+turns, round after round. On a GPU they share a process, on a CPU each round of each has its own,
+because there PyTorch's step differs by a tenth from one process to another. Times are read from
 CUDA events, memory from the allocator, kept bytes from saved-tensor hooks. `--dtype` is autocast's;
 float32 means none.
 
@@ -291,7 +291,7 @@ class Contestant:
             self.time()
             if device.type == "cuda":
                 row.peak_memory = torch.cuda.max_memory_allocated(device)
-            if row.name in baselines.PROFILED:
+            if row.name in baselines.PROFILED and not row.kernels:
                 row.kernels = training_profile.profile(self._step, x, peaks)
 
     def time(self) -> None:
@@ -305,40 +305,28 @@ class Contestant:
 
 
 class Held:
-    """Lives in a worker: holds a contestant, and answers with its row."""
+    """Lives in a worker, in which a contestant takes its only round."""
 
     @torch.inference_mode(False)
-    def build(self, row: Row, *setting: Any) -> Row:
-        self._held = Contestant(row, *setting)
+    def take(self, row: Row, *setting: Any) -> Row:
+        Contestant(row, *setting)
         return row
-
-    @torch.inference_mode(False)
-    def time(self) -> Row:
-        self._held.time()
-        return self._held.row
 
 
 class Apart:
-    """A contestant in a process of its own."""
+    """A contestant that is built anew for each round, in a process of its own."""
 
     def __init__(self, row: Row, *setting: Any) -> None:
-        self.row, self._worker = row, Worker(Held, warm=True)
-        try:
-            self._take("build", row, *setting)
-        except BaseException:
-            self.stop()
-            raise
+        self.row, self._setting = row, setting
+        self.time()
 
     def time(self) -> None:
         """Takes a round."""
-        self._take("time")
-
-    def stop(self) -> None:
-        """Ends the process."""
-        self._worker.stop()
-
-    def _take(self, method: str, *arguments: Any) -> None:
-        vars(self.row).update(vars(self._worker.ask(method, *arguments)))
+        worker = Worker(Held, warm=True)
+        try:
+            vars(self.row).update(vars(worker.ask("take", self.row, *self._setting)))
+        finally:
+            worker.stop()
 
 
 def contestant(
@@ -366,19 +354,14 @@ def race(
 ) -> Iterator[Row]:
     """Measures rows of one network and batch; after each measurement, its row."""
     racing: list[Contestant | Apart] = []
-    try:
-        for row in rows:
-            found = contestant(row, size, device, dtype, seconds, peaks)
-            if found is not None:
-                racing.append(found)
-            yield row
-        for one in in_turn(racing, range(1, rounds)):
-            one.time()
-            yield one.row
-    finally:
-        for one in racing:
-            if isinstance(one, Apart):
-                one.stop()
+    for row in rows:
+        found = contestant(row, size, device, dtype, seconds, peaks)
+        if found is not None:
+            racing.append(found)
+        yield row
+    for one in in_turn(racing, range(1, rounds)):
+        one.time()
+        yield one.row
     racing.clear()
     torch.compiler.reset()
     gc.collect()

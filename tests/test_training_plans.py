@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 from resnet_fused import _extension, cifar, freeze_batch_norm
 from resnet_fused.backends.cpu.training import CpuTraining
@@ -271,6 +272,27 @@ def test_a_profiler_sees_every_block() -> None:
         step(network)
     names = [event.key for event in profile.key_averages()]
     assert any("residual_block_training" in name for name in names)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_save_the_same_each_time(reentrant: bool, replays: list[int]) -> None:
+    """Whichever of a checkpoint's two forwards is the one after which there could be a plan."""
+    ours, theirs = make(), make()
+    x = torch.randn(3, 16, 16, 16).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    def steps(network: Any) -> list[Any]:
+        found = []
+        network.layer1(x)
+        for _ in range(4):
+            network.zero_grad()
+            checkpoint(network.layer1, x, use_reentrant=reentrant).square().sum().backward()
+            found += [p.grad.clone() for p in network.layer1.parameters()]
+        return found
+
+    found = steps(ours)
+    with ordinarily():
+        assert_same(found, steps(theirs))
+    assert not (replays and not reentrant)
 
 
 def test_large_inputs_are_left_to_the_blocks(

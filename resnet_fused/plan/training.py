@@ -68,6 +68,8 @@ def train(stage: Blocks, x: Tensor) -> Tensor | None:
         or x.numel() * len(stage._modules) > _MOST_ELEMENTS
         or fusion.must_call_modules(x)
         or not training_programs.may_replay(x)
+        # Checkpoints expect as many saved tensors from a stage that is computed again.
+        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     ):
         return None
     plans: TrainingPlans | None = getattr(stage, "_plans", None)
