@@ -43,7 +43,7 @@ class Stage(nn.Sequential):
     Of a checkpointed run only the input is kept for backward, where the run is computed again.
     """
 
-    __slots__ = ("_plans",)
+    __slots__ = ("_plans",)  # as of the network below
     if TYPE_CHECKING:  # TorchScript reads a class's annotations
         _plans: plan.TrainingPlans
     run = 0
