@@ -6,9 +6,9 @@ Gate first: 20 steps from one seed in float32 on small images, logits, running s
 and losses beside eager PyTorch's and a float64 run's (`gate`). Nothing is timed on a red gate. Then
 for each network and batch all implementations are built and warmed, and train on random images in
 turns, round after round. On a GPU they share a process, on a CPU each round of each has its own,
-because there PyTorch's step differs by a tenth from one process to another. Times are read from
-CUDA events, memory from the allocator, kept bytes from saved-tensor hooks. `--dtype` is autocast's;
-float32 means none.
+because there PyTorch's step differs from one process to another. Times are read from CUDA events,
+memory from the allocator, kept bytes from saved-tensor hooks. `--dtype` is autocast's; float32
+means none.
 
 Each is timed for the first time as soon as it is warm, ours first, what compiles for minutes last,
 and the result file is written after each measurement: a run that is stopped keeps what it has. Of

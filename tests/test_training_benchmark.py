@@ -14,6 +14,7 @@ import training
 import training_profile
 from baselines.training import PLAIN
 from harness.measure import Peaks
+from harness.workers import Worker
 from torch import Tensor, nn
 
 import resnet_fused
@@ -153,8 +154,15 @@ def test_nothing_is_timed_on_a_red_gate(monkeypatch: pytest.MonkeyPatch) -> None
     assert training.main([]) == 1
 
 
-def test_each_trains_and_says_what_it_kept() -> None:
-    kept = {}
+def test_each_trains_and_says_what_it_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every round of it in a process of its own."""
+    kept, workers = {}, []
+
+    def started(*arguments: Any, **settings: Any) -> Any:
+        workers.append(Worker(*arguments, **settings))
+        return workers[-1]
+
+    monkeypatch.setattr(training, "Worker", started)
     for name in (PLAIN, "eager channels_last"):
         row = training.Row("cifar.resnet20", 2, name)
         found = training.contestant(row, 32, CPU, torch.bfloat16, 0.01, Peaks(1, 1))
@@ -164,6 +172,7 @@ def test_each_trains_and_says_what_it_kept() -> None:
         assert len(row.rounds) == 2
         assert row.kept_bytes is not None
         kept[name] = row.kept_bytes
+    assert len(workers) == 4
     assert kept[PLAIN] < 0.8 * kept["eager channels_last"]
 
 

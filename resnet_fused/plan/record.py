@@ -117,9 +117,12 @@ class Plan:
             if not isinstance(step, Segment):
                 x, fresh = step(x), False
                 continue
-            image = x if Form.of(x) == step.input or type(x) is not Tensor else _laid_out(x)
+            image, form = x, Form.of(x)
+            if form != step.input and type(x) is Tensor:
+                image = _laid_out(x)
+                form = Form.of(image)
             # What ran in between may have changed anything.
-            if Form.of(image) == step.input and (fresh or (may_serve(x) and self.is_valid())):
+            if form == step.input and (fresh or (may_serve(x) and self.is_valid())):
                 out = _replay(step, image, arenas)
                 if out is not None:
                     x = out

@@ -35,6 +35,17 @@ class Entry(Generic[_Plan]):
         self.wait = 1
         self.left = 1
 
+    def is_due(self) -> bool:
+        """Whether a plan is to be recorded at this call, which has none."""
+        self.left -= 1
+        return self.left < 0
+
+    def keep(self, plan: _Plan | None) -> None:
+        """What was recorded; if that is nothing, it is tried again later."""
+        self.plan = plan
+        if plan is None:
+            self.postpone()
+
     def postpone(self) -> None:
         self.plan = None
         self.wait = self.left = min(2 * self.wait, _LONGEST_WAIT)
@@ -80,16 +91,14 @@ class Plans(Entries[Plan]):
             if out is None or plan.outdated:
                 entry.postpone()
             return out
-        entry.left -= 1
-        if entry.left >= 0:
+        if not entry.is_due():
             return None
         extension = _extension_for()
         if extension is None or not x.numel() or recording.is_capturing(x):
             entry.postpone()
             return None
-        out, entry.plan = record(network, x, extension)
-        if entry.plan is None:
-            entry.postpone()
+        out, plan = record(network, x, extension)
+        entry.keep(plan)
         return out
 
 

@@ -1,7 +1,7 @@
 """What the blocks of a stage run in training, on a CPU: one program each way for all of them.
 
-Where images are small, a block's way from modules to launches takes a tenth of what the launches
-take. So once the blocks have run as one op each, those ops are bound together
+Where images are small, the time that a block takes from its modules to its launches shows beside
+that of the launches. So once the blocks have run as one op each, those ops are bound together
 (`ops/training_programs.py`), as one node of autograd. It serves for as long as nobody could tell,
 as the plans of inference do, with which it shares what is compared. On a GPU, where launches wait
 in a queue, a whole step is captured instead (`graphed_step`).
@@ -60,14 +60,12 @@ class Blocks(Protocol):
 def train(stage: Blocks, x: Tensor) -> Tensor | None:
     """The blocks of `stage` applied to `x` in turn, or None where each has to be called."""
     if (
-        torch.compiler.is_compiling()
-        or not stage.training
+        not stage.training
         or not torch.is_grad_enabled()
-        or type(x) is not Tensor
+        or not training_programs.may_replay(x)
         or x.device.type != "cpu"
         or x.numel() * len(stage._modules) > _MOST_ELEMENTS
         or fusion.must_call_modules(x)
-        or not training_programs.may_replay(x)
         # Checkpoints expect as many saved tensors from a stage that is computed again.
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     ):
@@ -82,18 +80,15 @@ def train(stage: Blocks, x: Tensor) -> Tensor | None:
             return entry.plan.run(x)
         entry.postpone()
         return None
-    entry.left -= 1
-    if entry.left >= 0:
+    if not entry.is_due():
         return None
-    out, entry.plan = _record(stage, x)
-    if entry.plan is None:
-        entry.postpone()
+    out, plan = _record(stage, x)
+    entry.keep(plan)
     return out
 
 
 def _kind(x: Tensor) -> Hashable:
-    placed = x.stride(), x.data_ptr() % 16, x.requires_grad
-    return surroundings(x), *placed, settings.training_saves_memory()
+    return surroundings(x), x.stride(), x.data_ptr() % 16, settings.training_saves_memory()
 
 
 def _record(stage: Blocks, x: Tensor) -> tuple[Tensor, _TrainingPlan | None]:

@@ -4,8 +4,8 @@ Algorithm: a program computes BLOCK_M images × BLOCK_N classes. For each block 
 averages the map in float32 (a tree over 16 positions at a time) and multiplies the means with the
 weights. For 16-bit types the mean enters the tensor cores as a sum of two 16-bit numbers, so it
 is not rounded before the product as it is where pooling is an op of its own. Exact float32
-products are summed eight by eight, and what rounding loses of the sums' sum is added in the end: a
-chain of as many sums as there are channels errs further than PyTorch's short ones.
+products are summed in chains of 8, and these sums by compensated summation, because one chain over
+all channels errs further than PyTorch's short ones.
 Tiles: 16 × 32 to 128 images × classes, 32 channels a step.
 Memory traffic: x from DRAM once (class tiles of the same images run side by side and share it
 in L2), the weights from L2, the result once.
@@ -39,8 +39,8 @@ def _multiply_exactly(a, b):
 
 
 @triton.jit
-def _add(total, lost, step):
-    """total + step, and `lost` with what that sum's rounding lost (Knuth, TAOCP 2, 4.2.2)."""
+def _two_sum(total, lost, step):
+    """total + step, and `lost` with that sum's rounding error (Knuth, TAOCP 2, 4.2.2)."""
     result = total + step
     added = result - total
     return result, lost + ((total - (result - added)) + (step - added))
@@ -95,7 +95,7 @@ def head_kernel(
         average = tl.div_rn(total, tl.zeros_like(total) + positions)
         b = tl.load(weight_tile + c * weight_c, in_channels[:, None] & valid[None, :], other=0.0)
         if b.dtype == tl.float32 and PRECISION == "ieee":
-            acc, lost = _add(acc, lost, _multiply_exactly(average, b))
+            acc, lost = _two_sum(acc, lost, _multiply_exactly(average, b))
         else:
             a = average.to(b.dtype)
             acc = multiply(a, b, acc, PRECISION)
