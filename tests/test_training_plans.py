@@ -20,6 +20,7 @@ from resnet_fused import _extension, cifar, freeze_batch_norm
 from resnet_fused.backends.cpu.training import CpuTraining
 from resnet_fused.blocks import BasicBlock, Bottleneck
 from resnet_fused.models.network import ResidualNetwork, Stage, StageShape
+from resnet_fused.ops import training_programs
 from resnet_fused.plan import training as training_plans
 from resnet_fused.testing.cases import randomise_statistics
 
@@ -211,6 +212,23 @@ def test_what_stands_between_the_ops_is_not_planned_away(
         found = step(ours)
         with ordinarily():
             assert_same(found, step(theirs))
+    assert not replays
+
+
+def test_launches_that_read_copies_of_weights_are_not_planned(
+    monkeypatch: pytest.MonkeyPatch, replays: list[int]
+) -> None:
+    """They would read what the weights were."""
+    bind = training_programs.bind
+
+    def copying(*arguments: Any) -> Any:
+        bound = bind(*arguments)
+        return bound and bound._replace(read=[tensor.clone() for tensor in bound.read])
+
+    monkeypatch.setattr(training_programs, "bind", copying)
+    network = make()
+    for _ in range(4):
+        step(network)
     assert not replays
 
 
